@@ -1,0 +1,1 @@
+"""Sample one exact Markov chain in parallel across its length."""

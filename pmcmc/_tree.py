@@ -1,0 +1,129 @@
+"""Pytrees as vectors, and reductions over pytrees that do not lose NaN.
+
+On CPU ``jnp.max`` silently drops NaN for large arrays, so no norm here is trusted to carry one:
+finiteness is always tested on its own.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pmcmc._types import Array, PyTree
+
+
+@dataclass(frozen=True)
+class RavelSpec:
+    """How a pytree of real arrays maps to one vector and back; hashable, so it can be static in a jit.
+
+    Unlike ``jax.flatten_util.ravel_pytree`` the inverse is a value that compares equal across calls,
+    which is what keeps two calls with the same shapes at one compilation.
+    """
+
+    treedef: Any
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, tree: PyTree) -> "RavelSpec":
+        leaves, treedef = jax.tree.flatten(tree)
+        return cls(treedef, tuple(jnp.shape(x) for x in leaves), tuple(jnp.result_type(x) for x in leaves))
+
+    @property
+    def size(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.result_type(*self.dtypes)
+
+    def ravel(self, tree: PyTree) -> Array:
+        """The leaves of ``tree``, flattened and joined: shape ``(size,)``."""
+        leaves = [jnp.ravel(x).astype(self.dtype) for x in jax.tree.leaves(tree)]
+        return leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves)
+
+    def unravel(self, vector: Array) -> PyTree:
+        """Inverse of `ravel`."""
+        leaves, start = [], 0
+        for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
+            stop = start + math.prod(shape)
+            leaves.append(vector[start:stop].reshape(shape).astype(dtype))
+            start = stop
+        return jax.tree.unflatten(self.treedef, leaves)
+
+
+def is_real(x: Array) -> bool:
+    """Whether a leaf is compared by distance (floating) rather than by equality (integer, boolean)."""
+    return jnp.issubdtype(jnp.result_type(x), jnp.floating)
+
+
+def tree_index(tree: PyTree, index: Any) -> PyTree:
+    return jax.tree.map(lambda x: x[index], tree)
+
+
+def expand_mask(mask: Array, like: Array) -> Array:
+    """``mask`` with trailing axes of length one, so that it broadcasts against ``like``."""
+    return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
+
+
+def tree_where(mask: Array, on_true: PyTree, on_false: PyTree) -> PyTree:
+    """Leaf-wise ``where`` with a mask over the leading axes."""
+    return jax.tree.map(lambda a, b: jnp.where(expand_mask(mask, a), a, b), on_true, on_false)
+
+
+def finite_rows(tree: PyTree, num_axes: int = 1) -> Array:
+    """For each index of the leading ``num_axes`` axes: are all real entries finite?"""
+    leaves = [x for x in jax.tree.leaves(tree)]
+    shape = leaves[0].shape[:num_axes]
+    flags = [jnp.all(jnp.isfinite(x), axis=tuple(range(num_axes, x.ndim))) for x in leaves if is_real(x)]
+    out = jnp.ones(shape, bool)
+    for flag in flags:
+        out = out & flag
+    return out
+
+
+def leading_true(mask: Array) -> Array:
+    """Length of the run of True at the start of the last axis."""
+    return jnp.where(jnp.all(mask, -1), mask.shape[-1], jnp.argmin(mask, -1))
+
+
+def all_finite(tree: PyTree) -> Array:
+    """True where every real entry of the pytree is finite."""
+    return jnp.all(finite_rows(tree, 0))
+
+
+def relative_distance(a: PyTree, b: PyTree, scale: PyTree, num_axes: int = 1) -> Array:
+    """``max |a - b| / scale`` over everything behind the leading axes.
+
+    ``scale`` has the structure of one state (no leading axes). Equal entries are at distance 0 whatever
+    the scale; entries that are not finite, or integers that differ, are at distance inf.
+    """
+
+    def leaf(x, y, s):
+        axes = tuple(range(num_axes, x.ndim))
+        if not is_real(x):
+            return jnp.where(jnp.all(x == y, axis=axes), 0.0, jnp.inf)
+        gap = jnp.abs(x - y)
+        ratio = jnp.where(gap == 0, 0.0, gap / jnp.broadcast_to(s, x.shape[num_axes:]))
+        worst = jnp.max(ratio, axis=axes, initial=0.0)
+        return jnp.where(jnp.all(jnp.isfinite(ratio), axis=axes), worst, jnp.inf)
+
+    distances = jax.tree.leaves(jax.tree.map(leaf, a, b, scale))
+    out = distances[0]
+    for distance in distances[1:]:
+        out = jnp.maximum(out, distance)
+    return out
+
+
+def within_rounding(a: Array, b: Array, ulps: float = 2.0) -> Array:
+    """Rows of two arrays ``(T, D)`` whose entries differ by at most ``ulps`` units of rounding at their size."""
+    gap = ulps * jnp.finfo(a.dtype).eps * jnp.maximum(jnp.abs(a), jnp.abs(b))
+    return jnp.all(jnp.abs(a - b) <= gap, axis=-1)
+
+
+def real_dtype(tree: PyTree) -> Any:
+    """The widest floating dtype among the leaves (the default float where there is none)."""
+    dtypes = [jnp.result_type(x) for x in jax.tree.leaves(tree) if is_real(x)]
+    return jnp.result_type(*dtypes) if dtypes else jnp.result_type(float)

@@ -1,0 +1,10 @@
+"""Type aliases shared by all rooms."""
+
+from typing import Any
+
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+__all__ = ["Array", "Bool", "Float", "Int", "PRNGKey", "PyTree", "Scalar"]
+
+PRNGKey = Any  # a typed key (jax.random.key) or a raw uint32 key (jax.random.PRNGKey)
+Scalar = Any  # a Python number or a 0-d array

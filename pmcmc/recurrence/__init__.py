@@ -1,0 +1,87 @@
+"""Recurrences ``x[t] = fn(x[t-1], inputs[t])`` solved for all t at once. Knows nothing of MCMC."""
+
+from collections.abc import Callable
+
+from pmcmc._types import PyTree
+from pmcmc.recurrence._base import RESULTS, Recurrence, RecurrenceSolver, Solution, Stats
+from pmcmc.recurrence._jacobian import Dense, Diagonal, Identity, JacobianStructure, Zero
+from pmcmc.recurrence._newton import Newton
+from pmcmc.recurrence._sequential import Sequential
+from pmcmc.recurrence._shooting import MultipleShooting
+
+__all__ = [
+    "RESULTS",
+    "Dense",
+    "Diagonal",
+    "Identity",
+    "JacobianStructure",
+    "MultipleShooting",
+    "Newton",
+    "Recurrence",
+    "RecurrenceSolver",
+    "Sequential",
+    "Solution",
+    "Stats",
+    "Zero",
+    "deer",
+    "jacobi",
+    "picard",
+    "quasi_deer",
+    "solve",
+]
+
+
+def solve(
+    fn: Callable | Recurrence,
+    x0: PyTree,
+    inputs: PyTree = None,
+    *,
+    solver: RecurrenceSolver | None = None,
+    length: int | None = None,
+    initial_guess: PyTree = None,
+    has_aux: bool = False,
+    scale: PyTree = None,
+) -> Solution:
+    """All states of ``x[t] = fn(x[t-1], inputs[t])``, t = 1..T.
+
+    fn: ``(x, u) -> x``, or ``(x, u) -> (x, aux)`` with has_aux=True; or a `Recurrence`, whose step carries caches.
+    x0: the state before the first step, any pytree of arrays.
+    inputs: pytree with leading axis T, or None with length=T.
+    solver: any `RecurrenceSolver`; MultipleShooting() by default.
+    initial_guess: states for t = 1..T, leading axis T; x0 repeated by default. Shooting reads its block starts there.
+    scale: the typical spread of each coordinate, structure of x0 (leaves broadcast). Tolerances are relative to it.
+        By default it is measured on the path.
+
+    Returns a `Solution`; failure is its `result`, never an exception, so solve may stand inside jit.
+
+    Raises:
+        ValueError: shapes of fn's result, inputs or guess do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp, pmcmc
+        >>> solution = pmcmc.recurrence.solve(lambda x, u: jnp.cos(x) + u, 0.0, jnp.zeros(1000))
+        >>> solution.value.shape
+        (1000,)
+    """
+    solver = MultipleShooting() if solver is None else solver
+    return solver.solve(fn, x0, inputs, length=length, initial_guess=initial_guess, has_aux=has_aux, scale=scale)
+
+
+def deer(**options) -> Newton:
+    """DEER (Lim et al. 2024): Newton with the full Jacobian. Options of `Newton`."""
+    return Newton(Dense(), **options)
+
+
+def quasi_deer(**options) -> Newton:
+    """quasi-DEER (Gonzalez et al. 2024): Newton with the Jacobian's diagonal. Options of `Newton`."""
+    return Newton(Diagonal(), **options)
+
+
+def picard(**options) -> Newton:
+    """Picard iteration: Newton with A = I. Options of `Newton`."""
+    return Newton(Identity(), **options)
+
+
+def jacobi(**options) -> Newton:
+    """Jacobi iteration: Newton with A = 0. Options of `Newton`."""
+    return Newton(Zero(), **options)

@@ -1,0 +1,39 @@
+"""Does the recurrence contract along a path? The mean log growth of a tangent vector."""
+
+import jax
+import jax.numpy as jnp
+
+from pmcmc._types import Array, PyTree
+
+
+def tangent_growth(fn, previous: Array, inputs: PyTree, wanted: Array, num_steps: int = 64) -> Array:
+    """Mean of ``log |J v| / |v|`` per step along a known path; NaN where not ``wanted``.
+
+    The path is known, so blocks of about ``num_steps`` steps run as lanes, each from the same kind of start
+    direction (all ones): the mean over blocks estimates the largest Lyapunov exponent from below its transient.
+
+    previous: states x[t-1], shape ``(T, D)``. inputs: leading axis T.
+    """
+    length = previous.shape[0]
+    num_steps = min(num_steps, length)
+    lanes = length // num_steps
+    cut = lambda x: jnp.moveaxis(x[: lanes * num_steps].reshape(lanes, num_steps, *x.shape[1:]), 1, 0)
+
+    def push(x, u, v):
+        return jax.jvp(lambda x: fn(x, u), (x,), (v,))[1]
+
+    def body(carry, xu):
+        v, total = carry
+        v = jax.vmap(push)(*xu, v)
+        norm = jnp.sqrt(jnp.sum(v * v, axis=1))
+        safe = jnp.maximum(norm, jnp.finfo(v.dtype).tiny)
+        return (v / safe[:, None], total + jnp.log(safe)), None
+
+    def measure():
+        v = jnp.ones((lanes, previous.shape[1]), previous.dtype) / jnp.sqrt(previous.shape[1])
+        total = jnp.zeros(lanes, previous.dtype)
+        xs = (cut(previous), jax.tree.map(cut, inputs))
+        (_, total), _ = jax.lax.scan(body, (v, total), xs)
+        return jnp.mean(total) / num_steps
+
+    return jax.lax.cond(wanted, measure, lambda: jnp.array(jnp.nan, previous.dtype))

@@ -202,17 +202,16 @@ def _plain(fn, has_aux) -> Recurrence:
     return Recurrence(fn if has_aux else lambda x, u: (fn(x, u), None))
 
 
-def _length(inputs, length) -> int:
-    lengths = {x.shape[1] if x.ndim > 1 else None for x in jax.tree.leaves(inputs)}
-    if None in lengths:
+def _length(inputs: PyTree, length: int | None) -> int:
+    leaves = jax.tree.leaves(inputs)
+    if any(x.ndim < 2 for x in leaves):
         raise ValueError("every leaf of inputs needs a leading time axis of length T.")
-    if len(lengths) > 1:
-        raise ValueError(f"the leaves of inputs disagree on T: {sorted(lengths)}.")
-    if not lengths and length is None:
+    lengths = {int(x.shape[1]) for x in leaves} | ({length} if length is not None else set())
+    if not lengths:
         raise ValueError("without inputs the number of steps is unknown: pass length=T.")
-    found = lengths.pop() if lengths else length
-    if length is not None and length != found:
-        raise ValueError(f"length={length}, but inputs have T={found} steps.")
+    if len(lengths) > 1:
+        raise ValueError(f"the leaves of inputs and length must agree on T, got {sorted(lengths)}.")
+    found = lengths.pop()
     if found < 1:
         raise ValueError(f"the number of steps must be at least 1, got {found}.")
     return found

@@ -24,7 +24,8 @@ def tangent_growth(fn, previous: Array, inputs: PyTree, wanted: Array, num_steps
 
     def body(carry, xu):
         v, total = carry
-        v = jax.vmap(push)(*xu, v)
+        x, u = xu
+        v = jax.vmap(push)(x, u, v)
         norm = jnp.sqrt(jnp.sum(v * v, axis=1))
         safe = jnp.maximum(norm, jnp.finfo(v.dtype).tiny)
         return (v / safe[:, None], total + jnp.log(safe)), None

@@ -102,10 +102,10 @@ class Newton(RecurrenceSolver):
             path = now.images + jnp.where(jnp.isfinite(correction), correction, 0.0)
             images, aux, residual, holds = evaluate(path)
             moved = jnp.any(path != now.path) | ~jnp.all(jnp.isfinite(path))
-            return Iteration(path, images, aux, residual, holds, moved, now.count + 1)
+            return Iteration(path, images, aux, residual, holds, moved, now.num_iters + 1)
 
         def unfinished(now: Iteration) -> Array:
-            return ~jnp.all(now.holds) & now.moved & (now.count < self.max_iters)
+            return ~jnp.all(now.holds) & now.moved & (now.num_iters < self.max_iters)
 
         images, aux, residual, holds = evaluate(path)
         first = Iteration(path, images, aux, residual, holds, jnp.array(True), jnp.zeros((), int))
@@ -125,7 +125,7 @@ class Iteration(NamedTuple):
     residual: Array  # (T,) |x[t] - f(x[t-1])| / scale
     holds: Array  # (T,) whether that is within the tolerance
     moved: Array  # whether the last update changed anything
-    count: Array
+    num_iters: Array
 
 
 def _previous(start: Array, path: Array) -> Array:
@@ -155,10 +155,10 @@ def _conclude(spec, problem, start, last: Iteration, growth_rate) -> Solution:
         result=result,
         residual=jnp.where(finite_residual, jnp.max(last.residual), jnp.inf),
         stats=Stats(
-            num_iters=last.count,
-            num_sweeps=jnp.zeros_like(last.count),
-            num_sequential_steps=last.count + 1,
-            num_fn_evals=(last.count + 1) * problem.length,
+            num_iters=last.num_iters,
+            num_sweeps=jnp.zeros_like(last.num_iters),
+            num_sequential_steps=last.num_iters + 1,
+            num_fn_evals=(last.num_iters + 1) * problem.length,
             certified_steps=leading_true(stands),
             growth_rate=growth_rate,
         ),

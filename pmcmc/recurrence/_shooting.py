@@ -84,7 +84,7 @@ class MultipleShooting(RecurrenceSolver):
         sweep = _first_sweep(problem, layout, inputs)
 
         def pending(sweep):
-            return jnp.any(sweep.active) & (sweep.index <= max_sweeps)
+            return jnp.any(sweep.active) & (sweep.number <= max_sweeps)
 
         sweep = jax.lax.while_loop(
             pending, lambda sweep: _run_sweep(problem.recurrence, layout, inputs, problem.scale, tol, sweep), sweep
@@ -166,7 +166,7 @@ class Recording(NamedTuple):
 class Sweep(NamedTuple):
     """State between sweeps."""
 
-    index: Array  # 0 for the sweep that fills the recording
+    number: Array  # 0 for the sweep that fills the recording
     start: PyTree  # carries the active lanes start from
     active: Array  # (lanes,)
     end: PyTree  # carries at the end of each block, as recorded
@@ -211,7 +211,7 @@ def _first_sweep(problem: Problem, layout: Layout, inputs: PyTree) -> Sweep:
     path = empty(jax.eval_shape(jax.vmap(recurrence.unknown), carry))
     none = jnp.zeros(layout.num_chains, int)
     return Sweep(
-        index=jnp.zeros((), int),
+        number=jnp.zeros((), int),
         start=start,
         active=jnp.ones(lanes, bool),
         end=start,
@@ -225,7 +225,7 @@ def _first_sweep(problem: Problem, layout: Layout, inputs: PyTree) -> Sweep:
 
 def _run_sweep(recurrence: Recurrence, layout: Layout, inputs, given_scale, tol, sweep: Sweep) -> Sweep:
     """One pass over the active lanes, then hand the new ends to their successors."""
-    filling = sweep.index == 0
+    filling = sweep.number == 0
     done = _run_pass(recurrence, layout, inputs, tol, sweep)
     end = tree_where(done.ran_out, done.carry, sweep.end)
     scale = sweep.scale
@@ -234,7 +234,7 @@ def _run_sweep(recurrence: Recurrence, layout: Layout, inputs, given_scale, tol,
         scale = jax.lax.cond(filling, lambda: _cast_like(typical_scale(flat), scale), lambda: scale)
     had_work = jnp.any(layout.by_chain(sweep.active), axis=1)
     return Sweep(
-        index=sweep.index + 1,
+        number=sweep.number + 1,
         start=jax.tree.map(layout.shift, end),
         active=layout.shift(done.ran_out).reshape(layout.num_chains, -1).at[:, 0].set(False).reshape(-1),
         end=end,
@@ -254,7 +254,7 @@ def _run_pass(recurrence: Recurrence, layout: Layout, inputs, tol, sweep: Sweep)
     """Step all lanes until every active one has merged or the blocks end."""
     offset = jnp.tile(jnp.arange(layout.num_blocks) * layout.block_length, layout.num_chains)
     step_lanes, unknown_lanes = jax.vmap(recurrence.step), jax.vmap(recurrence.unknown)
-    repairing = sweep.index > 0  # the zeroth sweep fills the recording: there is nothing to merge with yet
+    repairing = sweep.number > 0  # the zeroth sweep fills the recording: there is nothing to merge with yet
 
     def body(now: Pass) -> Pass:
         carry, aux = step_lanes(now.carry, tree_index(inputs, now.step))

@@ -1,1 +1,33 @@
 """Sample one exact Markov chain in parallel across its length."""
+
+from pmcmc import recurrence, stability
+from pmcmc.chain import Chain
+from pmcmc.kernels import HMC, MALA, BranchTaken, Info, Kernel, StraightThrough, UniformLength
+from pmcmc.recurrence import RESULTS
+from pmcmc.report import SolveReport
+from pmcmc.sampling import parallel_chain, sample
+from pmcmc.target import Target
+from pmcmc.warmup import Warmup, WarmupError, WindowAdaptation
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "HMC",
+    "MALA",
+    "RESULTS",
+    "BranchTaken",
+    "Chain",
+    "Info",
+    "Kernel",
+    "SolveReport",
+    "StraightThrough",
+    "Target",
+    "UniformLength",
+    "Warmup",
+    "WarmupError",
+    "WindowAdaptation",
+    "parallel_chain",
+    "recurrence",
+    "sample",
+    "stability",
+]

@@ -68,20 +68,48 @@ def solve(
 
 
 def deer(**options) -> Newton:
-    """DEER (Lim et al. 2024): Newton with the full Jacobian. Options of `Newton`."""
+    """DEER (Lim et al. 2024): Newton with the full Jacobian.
+
+    Options of `Newton`: tol, max_iters.
+
+    Example:
+        >>> deer(max_iters=50).jacobian
+        Dense()
+    """
     return Newton(Dense(), **options)
 
 
 def quasi_deer(**options) -> Newton:
-    """quasi-DEER (Gonzalez et al. 2024): Newton with the Jacobian's diagonal. Options of `Newton`."""
+    """quasi-DEER (Gonzalez et al. 2024): Newton with the Jacobian's diagonal.
+
+    Options of `Newton`: tol, max_iters.
+
+    Example:
+        >>> quasi_deer(max_iters=50).jacobian
+        Diagonal()
+    """
     return Newton(Diagonal(), **options)
 
 
 def picard(**options) -> Newton:
-    """Picard iteration: Newton with A = I. Options of `Newton`."""
+    """Picard iteration (Shih et al. 2023): Newton with A = I.
+
+    Options of `Newton`: tol, max_iters.
+
+    Example:
+        >>> picard(max_iters=50).jacobian
+        Identity()
+    """
     return Newton(Identity(), **options)
 
 
 def jacobi(**options) -> Newton:
-    """Jacobi iteration: Newton with A = 0. Options of `Newton`."""
+    """Jacobi iteration: Newton with A = 0.
+
+    Options of `Newton`: tol, max_iters.
+
+    Example:
+        >>> jacobi(max_iters=50).jacobian
+        Zero()
+    """
     return Newton(Zero(), **options)

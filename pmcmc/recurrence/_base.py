@@ -17,7 +17,16 @@ from pmcmc._types import Array, PyTree
 
 
 class RESULTS(enum.IntEnum):
-    """How a solve ended. Failure is data: a code inside jit, a sentence with a remedy outside."""
+    """How a solve ended. Failure is data: a code inside jit, a sentence with a remedy outside.
+
+    successful: every state satisfies the recurrence. max_iters_reached: the budget ran out first. nonfinite: a state is
+    NaN or infinite. stagnated: the iterates stopped short of a solution. not_contracting: the recurrence holds within
+    the tolerance, but nearby paths separate.
+
+    Example:
+        >>> RESULTS(2).name
+        'nonfinite'
+    """
 
     successful = 0
     max_iters_reached = 1
@@ -131,7 +140,11 @@ class Problem(NamedTuple):
 
 
 class RecurrenceSolver(abc.ABC):
-    """Solves ``x[t] = fn(x[t-1], inputs[t])`` for t = 1..T."""
+    """Solves ``x[t] = fn(x[t-1], inputs[t])`` for t = 1..T.
+
+    A solver implements `solve_problem` for a batch of recurrences of one shape; `solve` and `solve_batch` check the
+    arguments and call it. It is a frozen dataclass and a pytree: numbers are leaves.
+    """
 
     @abc.abstractmethod
     def solve_problem(self, problem: Problem) -> Solution:

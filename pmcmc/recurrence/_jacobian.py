@@ -16,7 +16,11 @@ from pmcmc.recurrence._scan import affine_scan, apply_affine
 
 
 class JacobianStructure(abc.ABC):
-    """Approximation of df/dx used by `Newton`."""
+    """Approximation A[t] of df/dx used by `Newton`.
+
+    The structure decides what a Newton-type iteration costs and how fast it converges: the rate is set by the error
+    of the approximation and by the contraction of the recurrence (Gonzalez et al. 2025).
+    """
 
     @abc.abstractmethod
     def linearize(self, fn: Callable, x: Array, inputs: PyTree) -> Array | None:
@@ -39,7 +43,10 @@ class _Scanned(JacobianStructure):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Dense(_Scanned):
-    """The full Jacobian, D JVPs a step: Newton's method, DEER (Lim et al. 2024, eq. 6). T D^2 memory, T D^3 work."""
+    """The full Jacobian, D JVPs a step: Newton's method, DEER (Lim et al. 2024).
+
+    T D^2 memory and T D^3 work an iteration; converges quadratically near the solution.
+    """
 
     def linearize(self, fn, x, inputs):
         return jax.vmap(jax.jacfwd(fn))(x, inputs)
@@ -65,7 +72,10 @@ class Diagonal(_Scanned):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Identity(JacobianStructure):
-    """A = I: Picard iteration, a cumulative sum (Shih et al. 2023). No derivative is taken."""
+    """A = I: Picard iteration, a cumulative sum (Shih et al. 2023).
+
+    No derivative is taken. Suits recurrences whose steps change the state little.
+    """
 
     def linearize(self, fn, x, inputs):
         return None
@@ -77,7 +87,10 @@ class Identity(JacobianStructure):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Zero(JacobianStructure):
-    """A = 0: Jacobi iteration, one evaluation of every step a round. No derivative is taken."""
+    """A = 0: Jacobi iteration, one evaluation of every step a round.
+
+    No derivative is taken. Suits recurrences that forget their state at once.
+    """
 
     def linearize(self, fn, x, inputs):
         return None

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pmcmc._tree import finite_rows, is_real, leading_true, relative_distance, tree_index, tree_where
+from pmcmc._tree import finite_rows, leading_true, relative_distance, tree_index, tree_where
 from pmcmc._types import Array, PyTree, Scalar
 from pmcmc.recurrence._base import (
     RESULTS,
@@ -81,13 +81,16 @@ class MultipleShooting(RecurrenceSolver):
         tol = jnp.asarray(default_tolerance(problem.dtype) if self.merge_tol is None else self.merge_tol, problem.dtype)
         max_sweeps = layout.num_blocks if self.max_sweeps is None else self.max_sweeps
         inputs = layout.to_lanes(problem.inputs)
-        sweep = _first_sweep(problem, layout, inputs)
+        sweep = _fill(problem, layout, inputs)
+        scale = problem.scale
+        if scale is None:
+            scale = typical_scale(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), sweep.recording.path))
 
         def pending(sweep):
-            return jnp.any(sweep.active) & (sweep.number <= max_sweeps)
+            return jnp.any(sweep.active) & (sweep.number < max_sweeps)
 
         sweep = jax.lax.while_loop(
-            pending, lambda sweep: _run_sweep(problem.recurrence, layout, inputs, problem.scale, tol, sweep), sweep
+            pending, lambda sweep: _repair(problem.recurrence, layout, inputs, scale, tol, sweep), sweep
         )
         return _conclude(problem, layout, sweep)
 
@@ -146,6 +149,11 @@ class Layout(NamedTuple):
     def by_chain(self, lanes: Array) -> Array:
         return lanes.reshape(self.num_chains, self.num_blocks)
 
+    def valid_steps(self) -> Array:
+        """(lanes,) steps of each block that lie within the path; the last block may be padded."""
+        start = jnp.arange(self.num_blocks) * self.block_length
+        return jnp.tile(jnp.clip(self.length - start, 0, self.block_length), self.num_chains)
+
     def shift(self, lanes: Array) -> Array:
         """Hand each block's entry to its successor; the first block keeps its own (it is never restarted)."""
         blocks = lanes.reshape(self.num_chains, self.num_blocks, *lanes.shape[1:])
@@ -166,19 +174,18 @@ class Recording(NamedTuple):
 class Sweep(NamedTuple):
     """State between sweeps."""
 
-    number: Array  # 0 for the sweep that fills the recording
+    number: Array  # of repair sweeps run
     start: PyTree  # carries the active lanes start from
     active: Array  # (lanes,)
     end: PyTree  # carries at the end of each block, as recorded
     recording: Recording
-    scale: PyTree
     num_sweeps: Array  # (chains,) repair sweeps in which the chain had work
     critical_path: Array  # (chains,)
     evaluations: Array  # (lanes,) steps taken while active
 
 
 class Pass(NamedTuple):
-    """State within a sweep, one step of all lanes at a time."""
+    """State within a repair sweep, one step of all lanes at a time."""
 
     step: Array
     carry: PyTree
@@ -189,88 +196,95 @@ class Pass(NamedTuple):
     taken: Array  # steps taken by each lane in this sweep
 
 
-def _first_sweep(problem: Problem, layout: Layout, inputs: PyTree) -> Sweep:
-    recurrence, lanes = problem.recurrence, layout.num_lanes
+def _guessed_starts(problem: Problem, layout: Layout) -> PyTree:
+    """Carries at the block starts: x0 for the first block of a chain, the guess for the others."""
     if problem.guess is None:
-        guess = jax.tree.map(lambda x: jnp.repeat(x, layout.num_blocks, axis=0), problem.x0)
+        starts = jax.tree.map(lambda x: jnp.repeat(x, layout.num_blocks, axis=0), problem.x0)
     else:
         ends = jnp.arange(1, layout.num_blocks) * layout.block_length - 1
-        guess = jax.tree.map(
-            lambda x, g: jnp.concatenate([x[:, None], g[:, ends]], axis=1).reshape(lanes, *x.shape[1:]),
+        starts = jax.tree.map(
+            lambda x, g: jnp.concatenate([x[:, None], g[:, ends]], axis=1).reshape(layout.num_lanes, *x.shape[1:]),
             problem.x0,
             problem.guess,
         )
-    start = jax.vmap(recurrence.restore)(guess)
-    carry, aux = jax.eval_shape(jax.vmap(recurrence.step), start, tree_index(inputs, 0))
-    start = jax.tree.map(lambda s, c: s.astype(c.dtype), start, carry)
-    empty = lambda tree: jax.tree.map(lambda s: jnp.zeros((layout.block_length, *s.shape), s.dtype), tree)
-    zeros = jnp.zeros(lanes, problem.dtype)
-    scale = problem.scale
-    if scale is None:  # a placeholder until the zeroth sweep has a path to measure
-        scale = jax.tree.map(lambda x: jnp.ones(x.shape[1:], x.dtype if is_real(x) else float), problem.x0)
-    path = empty(jax.eval_shape(jax.vmap(recurrence.unknown), carry))
+    return jax.vmap(problem.recurrence.restore)(starts)
+
+
+def _fill(problem: Problem, layout: Layout, inputs: PyTree) -> Sweep:
+    """The zeroth sweep: S plain steps of every block."""
+    step, unknown = jax.vmap(problem.recurrence.step), jax.vmap(problem.recurrence.unknown)
+    start = _guessed_starts(problem, layout)
+    carry_type, _ = jax.eval_shape(step, start, tree_index(inputs, 0))
+    start = jax.tree.map(lambda s, c: s.astype(c.dtype), start, carry_type)
+
+    def body(carry, u):
+        carry, aux = step(carry, u)
+        return carry, (unknown(carry), aux)
+
+    end, (path, aux) = jax.lax.scan(body, start, inputs, length=layout.block_length)
+    zeros = jnp.zeros(layout.num_lanes, problem.dtype)
     none = jnp.zeros(layout.num_chains, int)
-    return Sweep(
-        number=jnp.zeros((), int),
-        start=start,
-        active=jnp.ones(lanes, bool),
-        end=start,
-        recording=Recording(path, empty(aux), zeros, zeros, zeros, zeros),
-        scale=scale,
-        num_sweeps=none,
-        critical_path=none,
-        evaluations=jnp.zeros(lanes, int),
+    return _hand_over(
+        layout,
+        jnp.ones(layout.num_lanes, bool),
+        Sweep(
+            number=jnp.zeros((), int),
+            start=start,
+            active=jnp.ones(layout.num_lanes, bool),
+            end=end,
+            recording=Recording(path, aux, zeros, zeros, zeros, zeros),
+            num_sweeps=none,
+            critical_path=none + layout.block_length,
+            evaluations=layout.valid_steps(),
+        ),
     )
 
 
-def _run_sweep(recurrence: Recurrence, layout: Layout, inputs, given_scale, tol, sweep: Sweep) -> Sweep:
+def _hand_over(layout: Layout, ran_out: Array, sweep: Sweep) -> Sweep:
+    """Restart block p+1 from the end of block p, if and only if block p ran to its end unmerged."""
+    active = layout.by_chain(layout.shift(ran_out)).at[:, 0].set(False)
+    return sweep._replace(start=jax.tree.map(layout.shift, sweep.end), active=active.reshape(-1))
+
+
+def _repair(recurrence: Recurrence, layout: Layout, inputs, scale, tol, sweep: Sweep) -> Sweep:
     """One pass over the active lanes, then hand the new ends to their successors."""
-    filling = sweep.number == 0
-    done = _run_pass(recurrence, layout, inputs, tol, sweep)
-    end = tree_where(done.ran_out, done.carry, sweep.end)
-    scale = sweep.scale
-    if given_scale is None:
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), done.recording.path)
-        scale = jax.lax.cond(filling, lambda: _cast_like(typical_scale(flat), scale), lambda: scale)
+    done = _run_pass(recurrence, layout, inputs, scale, tol, sweep)
     had_work = jnp.any(layout.by_chain(sweep.active), axis=1)
-    return Sweep(
-        number=sweep.number + 1,
-        start=jax.tree.map(layout.shift, end),
-        active=layout.shift(done.ran_out).reshape(layout.num_chains, -1).at[:, 0].set(False).reshape(-1),
-        end=end,
-        recording=done.recording,
-        scale=scale,
-        num_sweeps=sweep.num_sweeps + (had_work & ~filling),
-        critical_path=sweep.critical_path + jnp.max(layout.by_chain(done.taken), axis=1),
-        evaluations=sweep.evaluations + done.taken,
+    return _hand_over(
+        layout,
+        done.ran_out,
+        Sweep(
+            number=sweep.number + 1,
+            start=sweep.start,
+            active=sweep.active,
+            end=tree_where(done.ran_out, done.carry, sweep.end),
+            recording=done.recording,
+            num_sweeps=sweep.num_sweeps + had_work,
+            critical_path=sweep.critical_path + jnp.max(layout.by_chain(done.taken), axis=1),
+            evaluations=sweep.evaluations + done.taken,
+        ),
     )
 
 
-def _cast_like(tree, like):
-    return jax.tree.map(lambda x, y: jnp.broadcast_to(x, y.shape).astype(y.dtype), tree, like)
-
-
-def _run_pass(recurrence: Recurrence, layout: Layout, inputs, tol, sweep: Sweep) -> Pass:
+def _run_pass(recurrence: Recurrence, layout: Layout, inputs, scale, tol, sweep: Sweep) -> Pass:
     """Step all lanes until every active one has merged or the blocks end."""
-    offset = jnp.tile(jnp.arange(layout.num_blocks) * layout.block_length, layout.num_chains)
+    valid = layout.valid_steps()
     step_lanes, unknown_lanes = jax.vmap(recurrence.step), jax.vmap(recurrence.unknown)
-    repairing = sweep.number > 0  # the zeroth sweep fills the recording: there is nothing to merge with yet
 
     def body(now: Pass) -> Pass:
         carry, aux = step_lanes(now.carry, tree_index(inputs, now.step))
         x = unknown_lanes(carry)
-        distance = relative_distance(x, tree_index(now.recording.path, now.step), sweep.scale).astype(tol.dtype)
-        live = now.active & (offset + now.step < layout.length)
-        merged = live & repairing & (distance <= tol)
+        distance = relative_distance(x, tree_index(now.recording.path, now.step), scale).astype(tol.dtype)
+        live = now.active & (now.step < valid)
+        merged = live & (distance <= tol)
         overwrite = live & ~merged
-        # A repair that reaches a state that is not finite ends there; a poor guess that does so runs on.
-        lost = overwrite & repairing & ~finite_rows(x)
+        lost = overwrite & ~finite_rows(x)  # from a state that is not finite there is nothing to repair
         return Pass(
             step=now.step + 1,
             carry=carry,
             active=overwrite & ~lost,
             ran_out=now.ran_out & ~merged & ~lost,
-            distance=jnp.where(repairing, distance, jnp.inf),
+            distance=distance,
             recording=_write(now, x, aux, distance, live, merged, overwrite, tol),
             taken=now.taken + live,
         )

@@ -1,0 +1,34 @@
+# Every target makes .venv from nothing if need be. Extra pytest options: make test PYTEST_ARGS="-k newton".
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: $(STAMP)
+	$(BIN)/python -m pmcmc demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks
+
+# Leaves .venv, which is slow to rebuild: remove it by hand for a fresh start.
+clean:
+	rm -rf .jax_cache .pytest_cache .mypy_cache .ruff_cache build demo-output *.egg-info
+	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+# Installs again only when pyproject.toml has changed since. -qq: errors only.
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev]'
+	touch $@

@@ -1,0 +1,50 @@
+"""BlackJAX's adaptation schemes. BlackJAX is imported when a function here runs, not before."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from pmcmc._types import Array, PRNGKey
+
+
+class AdaptedPath(NamedTuple):
+    """positions: (num_steps, D) path of the adaptation. step_size: the one found. acceptance_rate: (num_steps,)."""
+
+    positions: Array
+    step_size: Array
+    acceptance_rate: Array
+
+
+def window_adaptation(
+    logdensity_fn: Callable, rng_key: PRNGKey, position: Array, num_steps: int, *, is_mass_matrix_diagonal: bool
+) -> AdaptedPath:
+    """Stan's window adaptation with NUTS (Hoffman & Gelman 2014) along one chain."""
+    import blackjax
+
+    adaptation = blackjax.window_adaptation(
+        blackjax.nuts,
+        logdensity_fn,
+        is_mass_matrix_diagonal=is_mass_matrix_diagonal,
+        # only the path is kept: everything else would be (num_steps, ...) of dead weight
+        adaptation_info_fn=lambda state, info, adaptation_state: (state.position, info.acceptance_rate),
+    )
+    result, info = adaptation.run(rng_key, position, num_steps)
+    positions, acceptance_rate = info
+    return AdaptedPath(positions, result.parameters["step_size"], acceptance_rate)
+
+
+class DualAveraging(NamedTuple):
+    """BlackJAX's dual averaging of a step size (Nesterov 2009) towards an acceptance rate."""
+
+    init: Callable[[Any], Any]
+    update: Callable[[Any, Any], Any]
+    step_size: Callable[[Any], Array]
+    final: Callable[[Any], Array]
+
+
+def dual_averaging(target_acceptance_rate: float) -> DualAveraging:
+    from blackjax.adaptation.step_size import dual_averaging_adaptation
+
+    init, update, final = dual_averaging_adaptation(target_acceptance_rate)
+    return DualAveraging(init, update, lambda state: jax.numpy.exp(state.log_step_size), final)

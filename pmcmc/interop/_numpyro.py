@@ -1,0 +1,180 @@
+"""NumPyro models as targets. NumPyro is imported when a function here runs, not before."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pmcmc._types import Array, PRNGKey, PyTree
+from pmcmc.target import Model, Target
+
+# What jax raises when a model asks a traced array for its value: np.unique(group), if n > 3, y[mask].
+_NEEDS_VALUE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerBoolConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+
+
+class _Constant:
+    """An argument of the model that is no traced array: compared by content where possible, else by identity."""
+
+    def __init__(self, value: Any):
+        self.value = value
+        if isinstance(value, (np.ndarray, jax.Array)):
+            array = np.asarray(value)
+            self._key: Any = (array.shape, str(array.dtype), hashlib.sha256(array.tobytes()).hexdigest())
+        else:
+            try:
+                hash(value)
+                self._key = (type(value), value)
+            except TypeError:
+                self._key = id(value)  # kept alive by this object
+
+    def __hash__(self):
+        return hash(self._key)
+
+    def __eq__(self, other):
+        return isinstance(other, _Constant) and self._key == other._key
+
+
+@dataclass(frozen=True)
+class NumpyroModel(Model):
+    """A NumPyro model with its arguments: arrays are the target's data, everything else is static.
+
+    model: the user's function; two targets of the same function and shapes are equal.
+    treedef, constants: the arguments without the arrays that are data (None in their place).
+    """
+
+    model: Callable
+    treedef: Any
+    constants: tuple[_Constant | None, ...]
+
+    def _call(self, data: list) -> tuple[Callable, tuple, dict]:
+        import numpyro
+
+        arrays = iter(data)
+        leaves = [next(arrays) if c is None else c.value for c in self.constants]
+        args, kwargs = jax.tree.unflatten(self.treedef, leaves)
+        # A fixed key: only subsampling plates draw anything here, and they must draw the same at every step.
+        return numpyro.handlers.seed(self.model, jax.random.key(0)), args, kwargs
+
+    def logdensity(self, data, position):
+        from numpyro.infer.util import potential_energy
+
+        return -potential_energy(*self._call(data), position)
+
+    def constrain(self, data, position):
+        from numpyro.infer.util import constrain_fn
+
+        return constrain_fn(*self._call(data), position, return_deterministic=True)
+
+    def explain(self, data, position) -> str:
+        from numpyro import handlers
+
+        model, args, kwargs = self._call(data)
+        values = self.constrain(data, position)
+        trace = handlers.trace(handlers.substitute(model, data=values)).get_trace(*args, **kwargs)
+        sites = [
+            name
+            for name, site in trace.items()
+            if site["type"] == "sample" and not bool(jnp.all(jnp.isfinite(site["fn"].log_prob(site["value"]))))
+        ]
+        return f"Its terms are not finite at site {', '.join(map(repr, sites))}." if sites else ""
+
+
+def numpyro_target(model: Callable, model_args: tuple, model_kwargs: dict) -> Target:
+    """A `Target` over the unconstrained latent sites of a NumPyro model.
+
+    Float and integer arrays among the arguments become data leaves, so that a second call with the same shapes does
+    not compile again. Where the model needs values of arrays while it is traced (``len(np.unique(group))``), first the
+    integer arrays and then all arrays are fixed as constants instead.
+
+    Raises:
+        TypeError: ``model`` is not callable.
+        ValueError: no latent sites, discrete latent sites, ``param`` or ``mutable`` sites.
+    """
+    if not callable(model):
+        raise TypeError(f"model must be a NumPyro model (a function with sample sites), got {type(model).__name__}.")
+    prototype = _prototype_position(model, model_args, model_kwargs)
+    leaves, treedef = jax.tree.flatten((tuple(model_args), dict(model_kwargs)))
+    failure: Exception | None = None
+    for is_data in (_is_array, _is_float_array, lambda leaf: False):
+        constants = tuple(None if is_data(leaf) else _Constant(leaf) for leaf in leaves)
+        data = [jnp.asarray(leaf) for leaf in leaves if is_data(leaf)]
+        try:
+            return Target.build(NumpyroModel(model, treedef, constants), prototype, data)
+        except _NEEDS_VALUE as error:
+            failure = error
+    raise ValueError(f"the model cannot be traced by JAX: {failure}") from failure
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, (np.ndarray, jax.Array)) and np.asarray(leaf).dtype.kind in "fiub"
+
+
+def _is_float_array(leaf: Any) -> bool:
+    return _is_array(leaf) and np.asarray(leaf).dtype.kind == "f"
+
+
+def _prototype_position(model: Callable, args: tuple, kwargs: dict) -> dict[str, Array]:
+    """Unconstrained values of the latent sites from one prior draw; checks what NumPyro lets pass in silence."""
+    from numpyro import handlers
+    from numpyro.distributions.transforms import biject_to
+    from numpyro.infer.util import helpful_support_errors
+
+    trace = handlers.trace(handlers.seed(model, jax.random.key(0))).get_trace(*args, **kwargs)
+    for name, site in trace.items():
+        if site["type"] in ("param", "mutable"):
+            raise ValueError(
+                f"site {name!r} is a {site['type']} site, which MCMC cannot update: give it a prior with "
+                "numpyro.sample, or fix its value."
+            )
+    latent = {
+        name: site for name, site in trace.items() if site["type"] == "sample" and not site.get("is_observed", False)
+    }
+    if not latent:
+        raise ValueError(
+            "the model has no latent sample sites: there is nothing to sample. Check that not every site has obs=."
+        )
+    position = {}
+    for name, site in latent.items():
+        if site["fn"].support.is_discrete:
+            raise ValueError(
+                f"latent site {name!r} is discrete, and gradient-based kernels cannot update it: marginalise it out "
+                "(for instance with numpyro.distributions.MixtureSameFamily)."
+            )
+        with helpful_support_errors(site):
+            position[name] = jnp.asarray(biject_to(site["fn"].support).inv(site["value"]), float)
+    return position
+
+
+def numpyro_starts(model: Callable, model_args: tuple, model_kwargs: dict, rng_key: PRNGKey, num_starts: int) -> PyTree:
+    """Valid unconstrained starts by NumPyro's own initialisation (uniform on (-2, 2)), leading axis ``num_starts``.
+
+    Raises:
+        RuntimeError: NumPyro found no start with a finite density and gradient.
+    """
+    from numpyro.infer.util import initialize_model
+
+    info = initialize_model(
+        jax.random.split(rng_key, num_starts),
+        model,
+        model_args=tuple(model_args),
+        model_kwargs=dict(model_kwargs),
+        dynamic_args=True,
+    )
+    return info.param_info.z
+
+
+def print_summary(samples: dict, prob: float) -> None:
+    """NumPyro's table of means, quantiles, n_eff and r_hat for samples with axes (chain, draw, ...)."""
+    from numpyro.diagnostics import print_summary as numpyro_print_summary
+
+    numpyro_print_summary(samples, prob=prob, group_by_chain=True)

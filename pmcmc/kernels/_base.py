@@ -1,0 +1,66 @@
+"""The seam of a kernel: a deterministic map of pre-drawn noise."""
+
+import abc
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from pmcmc._types import Array, PRNGKey, PyTree
+from pmcmc.recurrence import Recurrence
+from pmcmc.target import Target
+
+
+class Info(NamedTuple):
+    """What one step of a Metropolis kernel says about itself.
+
+    acceptance_rate: min(1, alpha).
+    is_divergent: the proposal was NaN, +inf, or lost more than 1,000 units of log density (energy).
+    margin: log alpha - log u. The proposal is accepted where it is positive; within rounding of zero the decision is
+        a near tie.
+    logdensity: of the new state.
+    energy: potential plus kinetic energy of the proposal; None for kernels without momentum.
+    num_integration_steps: leapfrog steps taken, where their number is drawn; else None.
+    """
+
+    acceptance_rate: Array
+    is_divergent: Array
+    margin: Array
+    logdensity: Array
+    energy: Array | None = None
+    num_integration_steps: Array | None = None
+
+
+class Kernel(abc.ABC):
+    """A Markov kernel written as ``state' = step(target, state, noise)``: all randomness is drawn first.
+
+    With the noise of every step drawn from its own key, the chain is a deterministic recurrence, which a solver may
+    evaluate in any order. A kernel is a frozen dataclass and a pytree: numbers such as a step size are leaves.
+    """
+
+    @abc.abstractmethod
+    def init(self, target: Target, position: PyTree) -> Any:
+        """State at a position (the user's unconstrained pytree)."""
+
+    @abc.abstractmethod
+    def sample_noise(self, rng_key: PRNGKey, target: Target) -> PyTree:
+        """All the randomness of one step."""
+
+    @abc.abstractmethod
+    def step(self, target: Target, state: Any, noise: PyTree) -> tuple[Any, Info]:
+        """One step: deterministic; can be jitted, mapped and differentiated forward."""
+
+    @abc.abstractmethod
+    def unknown(self, state: Any) -> PyTree:
+        """The dynamic state without caches: what is solved for, compared at merges and stored."""
+
+    @abc.abstractmethod
+    def restore(self, target: Target, unknown: PyTree) -> Any:
+        """Inverse of `unknown`: rebuilds caches such as the log density and its gradient."""
+
+    @abc.abstractmethod
+    def coordinates(self, unknown: PyTree) -> Array:
+        """The target's coordinates (D,) within an unknown."""
+
+    def transition(self, target: Target) -> Recurrence:
+        """The recurrence ``x[t] = f(x[t-1], noise[t])`` of this kernel on a target."""
+        step: Callable = lambda state, noise: self.step(target, state, noise)
+        return Recurrence(step, self.unknown, lambda unknown: self.restore(target, unknown))

@@ -1,0 +1,90 @@
+"""The accept decision: hard in the forward map, with an explicit surrogate for derivatives."""
+
+import abc
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pmcmc._types import Array, PyTree, Scalar
+
+DIVERGENCE_THRESHOLD = 1000.0  # lost log density (energy) that counts as a divergence: Stan's and BlackJAX's value
+
+
+class Surrogate(abc.ABC):
+    """Derivative of the accept decision, as the Jacobian of a Newton-type solver sees it.
+
+    The decision itself is always hard; a surrogate changes how fast such a solver converges, never what to.
+    """
+
+    @abc.abstractmethod
+    def weight(self, margin: Array) -> tuple[Array, Array]:
+        """The proposal's weight in the tangent, and its derivative in the margin."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BranchTaken(Surrogate):
+    """The derivative of the branch taken: w = 1 where accepted, else 0, and w' = 0.
+
+    Exact almost everywhere, but blind to flips of the decision.
+    """
+
+    def weight(self, margin):
+        return (margin > 0).astype(margin.dtype), jnp.zeros_like(margin)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StraightThrough(Surrogate):
+    """A sigmoid of the margin in place of the step (Zoltowski et al. 2025): w = sigmoid(margin / temperature).
+
+    Lets the solver foresee flips of the decision.
+
+    temperature: width of the sigmoid in units of log acceptance probability.
+    """
+
+    temperature: Scalar = 1.0
+
+    def weight(self, margin):
+        gate = jax.nn.sigmoid(margin / self.temperature)
+        return gate, gate * (1 - gate) / self.temperature
+
+
+@partial(jax.custom_jvp, nondiff_argnums=())
+def select(surrogate: Surrogate, margin: Array, proposal: PyTree, current: PyTree) -> PyTree:
+    """``proposal`` where margin > 0, else ``current``; differentiated as ``surrogate`` says.
+
+    Tangent: ``w dproposal + (1 - w) dcurrent + w' (proposal - current) dmargin`` with weight w(margin).
+    A NaN margin selects ``current``.
+    """
+    return jax.tree.map(lambda p, c: jnp.where(margin > 0, p, c), proposal, current)
+
+
+@select.defjvp
+def _select_jvp(primals: Any, tangents: Any) -> Any:
+    surrogate, margin, proposal, current = primals
+    _, d_margin, d_proposal, d_current = tangents
+    # A proposal that is not finite is never taken; its tangent must not leak NaN through a zero weight.
+    usable = jnp.isfinite(margin)
+    weight, slope = surrogate.weight(jnp.where(usable, margin, -jnp.inf))
+    slope = jnp.where(usable, slope, 0.0)
+
+    def tangent(p, c, dp, dc):
+        p, dp = jnp.where(usable, p, c), jnp.where(usable, dp, 0.0)
+        return weight * dp + (1 - weight) * dc + slope * jnp.where(usable, d_margin, 0.0) * (p - c)
+
+    out = select(surrogate, margin, proposal, current)
+    return out, jax.tree.map(tangent, proposal, current, d_proposal, d_current)
+
+
+def log_acceptance(log_ratio: Array, gradient: Array) -> tuple[Array, Array]:
+    """Log acceptance ratio with impossible proposals at -inf, and whether the proposal diverged.
+
+    NaN, +inf, and a gradient that is not finite are rejections counted as divergences, as NumPyro and Stan do.
+    """
+    broken = jnp.isnan(log_ratio) | (log_ratio == jnp.inf) | ~jnp.all(jnp.isfinite(gradient))
+    log_ratio = jnp.where(broken, -jnp.inf, log_ratio)
+    return log_ratio, broken | (-log_ratio > DIVERGENCE_THRESHOLD)

@@ -1,0 +1,86 @@
+"""What was decided, why, and what it cost."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pmcmc.recurrence import RESULTS
+
+
+@dataclass(frozen=True)
+class SolveReport:
+    """How the draws of a `Chain` were made. Arrays have one entry per chain; ``print(report)`` reads as prose.
+
+    decision: "shooting", "newton" or "sequential", as the run began. reason: one sentence.
+    result: `RESULTS` of the parallel solve. fallback: what was finished sequentially, or "".
+    residual: largest |x[t] - f(x[t-1], u[t])| / scale that was accepted.
+    num_steps: steps per chain. num_sequential_steps: critical path, in steps one after the other.
+    num_iters, num_sweeps, num_blocks: of the parallel solver; 0 where it has none.
+    certified_steps: states certified by the parallel solver; the rest was sampled sequentially.
+    near_ties: accept decisions within rounding of a tie, where another machine may decide otherwise.
+    lyapunov_exponent: mean log growth per step of small distances between coupled paths, seen on merging lanes.
+    coalescence_steps: steps until each pair of the pilot merged (steps of the pilot + 1: it did not); may be empty.
+    acceptance_rate: mean over the draws. *_seconds: wall time.
+    """
+
+    decision: str
+    reason: str
+    result: np.ndarray
+    fallback: str
+    residual: np.ndarray
+    num_steps: int
+    num_sequential_steps: np.ndarray
+    num_iters: np.ndarray
+    num_sweeps: np.ndarray
+    num_blocks: int
+    certified_steps: np.ndarray
+    near_ties: np.ndarray
+    lyapunov_exponent: np.ndarray
+    coalescence_steps: np.ndarray
+    acceptance_rate: np.ndarray
+    num_divergent: np.ndarray
+    warmup_seconds: float
+    pilot_seconds: float
+    compile_seconds: float
+    solve_seconds: float
+
+    def __str__(self) -> str:
+        lines = [f"Decision: {self.decision}. {self.reason}"]
+        if self.fallback:
+            lines.append(f"Fallback: {self.fallback}")
+        path, total = int(np.max(self.num_sequential_steps)), self.num_steps
+        lines.append(
+            f"Critical path: {path:,} of {total:,} steps one after the other ({total / max(path, 1):.1f} times shorter)"
+            + self._solver_counts()
+        )
+        lines.append(
+            f"Certificate: {_results(self.result)}; residual at most {np.max(self.residual):.2g} of the posterior's "
+            f"scale; {int(np.min(self.certified_steps)):,} steps of each chain certified in parallel; "
+            f"{int(np.sum(self.near_ties))} near-tie accept decisions."
+        )
+        if np.any(np.isfinite(self.lyapunov_exponent)):
+            lines.append(
+                f"Coupled paths: small distances change by a factor {np.exp(np.nanmean(self.lyapunov_exponent)):.3f} "
+                f"a step (Lyapunov exponent {np.nanmean(self.lyapunov_exponent):.3f})."
+            )
+        lines.append(
+            f"Acceptance rate {np.mean(self.acceptance_rate):.3f}; {int(np.sum(self.num_divergent))} divergent "
+            "transitions."
+        )
+        lines.append(
+            f"Seconds: warm-up {self.warmup_seconds:.2f}, pilot {self.pilot_seconds:.2f}, compile "
+            f"{self.compile_seconds:.2f}, solve {self.solve_seconds:.2f}."
+        )
+        return "\n".join(lines)
+
+    def _solver_counts(self) -> str:
+        if self.num_blocks > 1:
+            return f", in {self.num_blocks} blocks with {int(np.max(self.num_sweeps))} repair sweep(s)."
+        if np.any(self.num_iters > 0):
+            return f", in {int(np.max(self.num_iters))} iterations."
+        return "."
+
+
+def _results(codes: Any) -> str:
+    return ", ".join(sorted({RESULTS(int(code)).name for code in np.ravel(codes)}))

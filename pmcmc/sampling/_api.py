@@ -1,0 +1,109 @@
+"""The public face: ``parallel_chain`` for NumPyro models, ``sample`` for plain log densities."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from pmcmc._types import PRNGKey, PyTree
+from pmcmc.chain import Chain
+from pmcmc.interop._numpyro import numpyro_starts, numpyro_target
+from pmcmc.kernels import Kernel
+from pmcmc.recurrence import RecurrenceSolver
+from pmcmc.sampling._settings import Settings, as_key, spread_starts
+from pmcmc.sampling._stages import run_stages
+from pmcmc.target import Target
+from pmcmc.warmup import Warmup
+
+
+def parallel_chain(
+    model: Callable,
+    rng_key: PRNGKey | int,
+    *,
+    model_args: tuple = (),
+    model_kwargs: dict | None = None,
+    kernel: Kernel | None = None,
+    solver: RecurrenceSolver | str = "auto",
+    num_warmup: int = 1000,
+    num_samples: int = 10_000,
+    num_chains: int = 4,
+    thinning: int = 1,
+    init_params: PyTree = None,
+    extra_fields: Sequence[str] = (),
+    warmup: Warmup | None = None,
+    progress_bar: bool = True,
+) -> Chain:
+    """Sample a NumPyro model's posterior, each chain solved in parallel across its length.
+
+    model: a NumPyro model with continuous latent sites. model_args, model_kwargs: its arguments, data included.
+    rng_key: a JAX key, or an int seed. The draws are a function of it, whatever solver or blocks are used.
+    kernel: `HMC()` by default; tunables left None are set by warm-up.
+    solver: "auto" takes blocks of the chain (`MultipleShooting`) where a short pilot of coupled chains merges well
+        within the run, and sequential sampling elsewhere; or any `RecurrenceSolver`.
+    num_warmup: steps of warm-up, 0 for none (then the kernel's tunables must be given).
+    num_samples: steps per chain after warm-up; every ``thinning``-th is kept.
+    init_params: unconstrained starting values by site, for all chains or with a leading axis num_chains.
+    extra_fields: names for `Chain.get_extra_fields`, as NumPyro spells them.
+    warmup: `WindowAdaptation()` by default.
+
+    Returns:
+        A `Chain`; its ``report`` says what was decided and certified.
+
+    Raises:
+        ValueError, TypeError: before any sampling, for sizes, shapes, models and densities that cannot be used.
+        WarmupError: warm-up found nothing to sample with.
+
+    Example:
+        >>> import numpyro, numpyro.distributions as dist, pmcmc
+        >>> def model(y):
+        ...     mu = numpyro.sample("mu", dist.Normal(0, 1))
+        ...     numpyro.sample("y", dist.Normal(mu, 1), obs=y)
+        >>> chain = pmcmc.parallel_chain(model, 0, model_args=(1.0,), num_samples=200, progress_bar=False)
+        >>> chain.get_samples(group_by_chain=True)["mu"].shape
+        (4, 200)
+    """
+    model_kwargs = {} if model_kwargs is None else model_kwargs
+    settings = Settings.check(kernel, solver, num_warmup, num_samples, num_chains, thinning, extra_fields, warmup)
+    key = as_key(rng_key)
+    target = numpyro_target(model, model_args, model_kwargs)
+    num_starts = settings.warmup.num_starts if num_warmup else num_chains
+    if init_params is None:
+        starts = numpyro_starts(model, model_args, model_kwargs, jax.random.fold_in(key, 0), num_starts)
+    else:
+        starts = spread_starts(target, init_params, num_chains, num_starts)
+    return run_stages(target, key, starts, settings, progress_bar)
+
+
+def sample(
+    logdensity_fn: Callable,
+    initial_position: PyTree,
+    rng_key: PRNGKey | int,
+    *,
+    kernel: Kernel | None = None,
+    solver: RecurrenceSolver | str = "auto",
+    num_warmup: int = 1000,
+    num_samples: int = 10_000,
+    num_chains: int = 4,
+    thinning: int = 1,
+    extra_fields: Sequence[str] = (),
+    warmup: Warmup | None = None,
+    progress_bar: bool = True,
+) -> Chain:
+    """Sample ``exp(logdensity_fn(position))`` over unconstrained positions, each chain parallel across its length.
+
+    logdensity_fn: ``position -> scalar``. Pass the same function object again and nothing is compiled again.
+    initial_position: any pytree of floating arrays; every chain's warm-up starts there.
+    Other arguments, result and errors as in `parallel_chain`. ``get_samples()`` has the position's own pytree.
+
+    Example:
+        >>> import jax.numpy as jnp, pmcmc
+        >>> logdensity = lambda x: -0.5 * jnp.sum(x["a"] ** 2)
+        >>> chain = pmcmc.sample(logdensity, {"a": jnp.zeros(3)}, 1, num_samples=100, progress_bar=False)
+        >>> chain.get_samples()["a"].shape
+        (400, 3)
+    """
+    settings = Settings.check(kernel, solver, num_warmup, num_samples, num_chains, thinning, extra_fields, warmup)
+    target = Target.from_logdensity(logdensity_fn, initial_position)
+    num_starts = settings.warmup.num_starts if num_warmup else num_chains
+    starts = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x)[None], num_starts, axis=0), initial_position)
+    return run_stages(target, as_key(rng_key), starts, settings, progress_bar)

@@ -1,0 +1,58 @@
+"""One compiled program: draw the noise of a stretch of steps, solve for its states."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pmcmc._jit import tuned_jit
+from pmcmc._types import Array, PyTree
+from pmcmc.kernels import Kernel
+from pmcmc.recurrence import RecurrenceSolver, Solution
+from pmcmc.target import Target
+
+
+class Segment(NamedTuple):
+    """The states of steps ``first_step .. first_step + num_steps - 1`` of every chain, and the solve behind them."""
+
+    solution: Solution  # value and aux: leading axes (chains, steps)
+    near_ties: Array  # (chains, steps) accept decisions within rounding of a tie
+
+
+def step_noise(kernel: Kernel, target: Target, chain_key: Array, steps: Array) -> PyTree:
+    """Noise of the given steps: a function of the chain's key and the step's number alone."""
+    keys = jax.vmap(partial(jax.random.fold_in, chain_key))(steps)
+    return jax.vmap(lambda key: kernel.sample_noise(key, target))(keys)
+
+
+@tuned_jit(static_argnames="num_steps")
+def run_segment(
+    target: Target,
+    kernel: Kernel,
+    solver: RecurrenceSolver,
+    chain_keys: Array,
+    x0: PyTree,
+    first_step: Array,
+    guesses: PyTree,
+    scale: PyTree,
+    *,
+    num_steps: int,
+) -> Segment:
+    """Solve ``num_steps`` steps of all chains.
+
+    chain_keys: (C,) keys. x0: unknowns, leading axis C. first_step: number of the first step.
+    guesses: a bank of unknowns, leading axis N, from which initial guesses are drawn (they cannot change the result).
+    """
+    steps = first_step + jnp.arange(num_steps)
+    noise = jax.vmap(lambda key: step_noise(kernel, target, key, steps))(chain_keys)
+    num_guesses = jax.tree.leaves(guesses)[0].shape[0]
+    # Neighbouring steps get different guesses, and so does the same step of different chains.
+    pick = (jnp.arange(chain_keys.shape[0])[:, None] * 7919 + steps * 31) % num_guesses
+    guess = jax.tree.map(lambda x: x[pick], guesses)
+    solution = solver.solve_batch(kernel.transition(target), x0, noise, initial_guess=guess, scale=scale)
+    info = solution.aux
+    eps = jnp.finfo(info.margin.dtype).eps
+    # log alpha is a difference of log densities: it carries a few roundings at their size
+    near = jnp.abs(info.margin) <= 4 * eps * jnp.maximum(1.0, jnp.abs(info.logdensity))
+    return Segment(solution, near)

@@ -1,0 +1,129 @@
+"""The arguments of the public functions, checked before anything is traced."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pmcmc._types import PRNGKey, PyTree
+from pmcmc.chain import EXTRA_FIELDS
+from pmcmc.kernels import HMC, Kernel
+from pmcmc.recurrence import RecurrenceSolver
+from pmcmc.target import Target
+from pmcmc.warmup import Warmup, WindowAdaptation
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for. solver: None for "auto"."""
+
+    kernel: Kernel
+    solver: RecurrenceSolver | None
+    num_warmup: int
+    num_samples: int
+    num_chains: int
+    thinning: int
+    extra_fields: tuple[str, ...]
+    warmup: Warmup
+
+    @classmethod
+    def check(
+        cls,
+        kernel: Any,
+        solver: Any,
+        num_warmup: Any,
+        num_samples: Any,
+        num_chains: Any,
+        thinning: Any,
+        extra_fields: Sequence[str],
+        warmup: Any,
+    ) -> "Settings":
+        """Validate and fill in the defaults.
+
+        Raises:
+            ValueError, TypeError: expected, got, fix.
+        """
+        kernel = HMC() if kernel is None else kernel
+        warmup = WindowAdaptation() if warmup is None else warmup
+        if not isinstance(kernel, Kernel):
+            hint = f" Write {kernel.__name__}() instead." if isinstance(kernel, type) else ""
+            raise TypeError(f"kernel must be a pmcmc kernel such as HMC() or MALA(), got {kernel!r}.{hint}")
+        if not isinstance(warmup, Warmup):
+            raise TypeError(f"warmup must be a Warmup such as WindowAdaptation(), got {warmup!r}.")
+        if not (isinstance(solver, RecurrenceSolver) or (isinstance(solver, str) and solver == "auto")):
+            raise TypeError(
+                f'solver must be "auto" or a solver such as pmcmc.recurrence.MultipleShooting(), got {solver!r}.'
+            )
+        for name, value, least in [
+            ("num_samples", num_samples, 1),
+            ("num_chains", num_chains, 1),
+            ("thinning", thinning, 1),
+            ("num_warmup", num_warmup, 0),
+        ]:
+            _check_size(name, value, least)
+        if thinning > num_samples:
+            raise ValueError(f"thinning={thinning} keeps none of num_samples={num_samples} steps: make it smaller.")
+        unknown = set(extra_fields) - set(EXTRA_FIELDS)
+        if unknown:
+            raise ValueError(f"unknown extra_fields {sorted(unknown)}: expected names out of {list(EXTRA_FIELDS)}.")
+        if num_warmup == 0 and getattr(kernel, "step_size", 0.0) is None:
+            raise ValueError(
+                f"num_warmup=0 tunes nothing, but {type(kernel).__name__}() has no step size: pass step_size=, or "
+                "leave num_warmup at 1000."
+            )
+        solver = None if isinstance(solver, str) else solver
+        return cls(kernel, solver, num_warmup, num_samples, num_chains, thinning, tuple(extra_fields), warmup)
+
+
+def _check_size(name: str, value: Any, least: int) -> None:
+    try:
+        ok = int(value) == value and not isinstance(value, bool)
+    except (TypeError, ValueError):
+        ok = False
+    if not ok:
+        raise TypeError(f"{name} must be an integer, got {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
+def as_key(rng_key: PRNGKey | int) -> PRNGKey:
+    """A JAX key from a key (typed or raw) or an int seed.
+
+    Raises:
+        TypeError: neither.
+    """
+    if isinstance(rng_key, int) and not isinstance(rng_key, bool):
+        return jax.random.key(rng_key)
+    if isinstance(rng_key, jax.Array):
+        typed = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
+        if typed and rng_key.shape == ():
+            return rng_key
+        if rng_key.dtype == jnp.uint32 and rng_key.ndim == 1:
+            return jax.random.wrap_key_data(rng_key)
+    raise TypeError(
+        f"rng_key must be one JAX key (jax.random.key(0)) or an int seed, got {rng_key!r}. For several chains pass "
+        "num_chains, not several keys."
+    )
+
+
+def spread_starts(target: Target, init_params: PyTree, num_chains: int, num_starts: int) -> PyTree:
+    """Starting positions with leading axis ``num_starts`` from one position, or from one per chain.
+
+    Raises:
+        ValueError: other names or shapes than the target's.
+    """
+    template = target.spec.unravel(jnp.zeros(target.dim, target.spec.dtype))
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)
+    if jax.tree.structure(init_params) == jax.tree.structure(template):
+        given, one = shapes(init_params), shapes(template)
+        pick = jnp.arange(num_starts)
+        if given == one:
+            return jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x, float)[None], num_starts, axis=0), init_params)
+        if given == jax.tree.map(lambda s: (num_chains, *s.shape), template):
+            return jax.tree.map(lambda x: jnp.asarray(x, float)[pick % num_chains], init_params)
+    raise ValueError(
+        "init_params must hold unconstrained values of the latent sites. Expected shapes "
+        f"{shapes(template)}, with or without a leading axis num_chains={num_chains}, got {shapes(init_params)}."
+    )

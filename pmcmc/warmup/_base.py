@@ -1,0 +1,49 @@
+"""The seam of warm-up: from dispersed starts to a tuned kernel, a basis, and states near the posterior."""
+
+import abc
+from typing import NamedTuple
+
+from pmcmc._types import Array, PRNGKey, PyTree
+from pmcmc.kernels import Kernel
+from pmcmc.target import Target
+
+
+class WarmupError(RuntimeError):
+    """Warm-up found nothing to sample with.
+
+    No accepted move, no movement in some coordinate, or states that are not finite: the message says which, and what
+    to do. Nothing has been sampled.
+    """
+
+
+class Tuned(NamedTuple):
+    """What warm-up hands to sampling.
+
+    target: in the coordinates that warm-up found. kernel: with every tunable set.
+    states: (lanes, ...) last unknowns of the ensemble; chains start here, and guesses for block starts are drawn
+        here. Lanes of different halves descend from different starts.
+    acceptance_rate: of the tuned kernel over the last steps of warm-up.
+    """
+
+    target: Target
+    kernel: Kernel
+    states: PyTree
+    acceptance_rate: Array
+
+
+class Warmup(abc.ABC):
+    """Tunes a kernel.
+
+    Its cost and its result never depend on the number of chains or blocks of the run, so the same key gives the same
+    chain whatever the schedule.
+    """
+
+    num_starts: int
+
+    @abc.abstractmethod
+    def run(self, target: Target, kernel: Kernel, rng_key: PRNGKey, starts: PyTree, num_steps: int) -> Tuned:
+        """Tune on ``num_steps`` steps from ``starts``, positions with leading axis `num_starts`.
+
+        Raises:
+            WarmupError: with what was seen and a remedy.
+        """

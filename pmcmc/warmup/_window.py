@@ -1,0 +1,185 @@
+"""Warm-up in two parts: BlackJAX's window adaptation for the metric, dual averaging for the kernel at hand."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pmcmc._jit import tuned_jit
+from pmcmc._tree import is_real
+from pmcmc._types import Array, PRNGKey, PyTree, Scalar
+from pmcmc.interop._blackjax import dual_averaging, window_adaptation
+from pmcmc.kernels import HMC, MALA, Kernel
+from pmcmc.target import Basis, Target
+from pmcmc.warmup._base import Tuned, Warmup, WarmupError
+
+# Lanes on which the kernel's own step size is adapted and whose last states seed chains and blocks.
+NUM_LANES = 32
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class WindowAdaptation(Warmup):
+    """Stan's windows with NUTS for location and metric, then dual averaging of the kernel's own step size.
+
+    1. From each of ``num_starts`` starts BlackJAX's window adaptation runs NUTS for ``num_steps`` steps. The second
+       halves of these paths, pooled, give the mean and covariance that become the target's basis.
+    2. In that basis 32 lanes of the kernel run for a quarter as many steps (at least 100). Over the first two thirds
+       dual averaging brings their mean acceptance rate to the kernel's target; the rest decorrelates the lanes.
+
+    dense: full covariance (True) or its diagonal (False). None: full up to 50 dimensions.
+    target_acceptance_rate: None: 0.574 for MALA (Roberts & Rosenthal 1998), 0.8 for HMC (Stan).
+    num_starts: size of the first ensemble.
+
+    Sources: Hoffman & Gelman 2014 (dual averaging); Stan Development Team (windows).
+    """
+
+    dense: bool | None = field(default=None, metadata=dict(static=True))
+    target_acceptance_rate: Scalar | None = None
+    num_starts: int = field(default=4, metadata=dict(static=True))
+
+    def run(self, target: Target, kernel: Kernel, rng_key: PRNGKey, starts: PyTree, num_steps: int) -> Tuned:
+        if num_steps < 20:
+            raise ValueError(f"num_warmup must be 0 or at least 20 (windows need room), got {num_steps}.")
+        metric_key, step_key = jax.random.split(rng_key)
+        positions = jax.vmap(target.coordinates)(starts)
+        dense = target.dim <= 50 if self.dense is None else self.dense
+        ensemble = _explore(target, metric_key, positions, num_steps=num_steps, dense=dense)
+        _check_exploration(target, ensemble)
+        kernel, basis = _take_metric(kernel, ensemble)
+        whitened = target.with_basis(basis)
+        rate = self.target_acceptance_rate
+        if rate is None:
+            rate = 0.574 if isinstance(kernel, MALA) else 0.8
+        lanes = jax.vmap(basis.to_coordinates)(ensemble.last)
+        tuned = _adapt_step(whitened, kernel, step_key, lanes, rate, num_steps=max(100, num_steps // 4))
+        _check_tuned(tuned)
+        return Tuned(whitened, tuned.kernel, tuned.states, tuned.acceptance_rate)
+
+
+class Ensemble(NamedTuple):
+    """Pooled moments of the first part, in the target's coordinates."""
+
+    mean: Array
+    scale: Array  # (D,) standard deviations or (D, D) Cholesky factor
+    last: Array  # (lanes, D)
+    acceptance_rate: Array  # (starts,)
+    movement: Array  # (D,) largest within-path spread over the paths
+
+
+@tuned_jit(static_argnames=("num_steps", "dense"))
+def _explore(target: Target, rng_key: PRNGKey, positions: Array, *, num_steps: int, dense: bool) -> Ensemble:
+    def one(key, position):
+        path = window_adaptation(target.logdensity_fn, key, position, num_steps, is_mass_matrix_diagonal=not dense)
+        return path.positions, jnp.mean(path.acceptance_rate)
+
+    num_starts = positions.shape[0]
+    paths, acceptance_rate = jax.vmap(one)(jax.random.split(rng_key, num_starts), positions)
+    late = paths[:, num_steps // 2 :]
+    draws = late.reshape(-1, late.shape[-1])
+    mean = jnp.mean(draws, axis=0)
+    centred = draws - mean[None]
+    variance = jnp.mean(centred**2, axis=0)
+    scale = jnp.sqrt(variance)
+    if dense:
+        # Shrinkage towards the diagonal keeps the factor finite when there are few draws for the dimension.
+        weight = target.dim / (target.dim + draws.shape[0])
+        correlation = (centred / scale).T @ (centred / scale) / draws.shape[0]
+        correlation = (1 - weight) * correlation + weight * jnp.eye(target.dim, dtype=draws.dtype)
+        scale = scale[:, None] * jnp.linalg.cholesky(correlation)
+    per_start = NUM_LANES // num_starts
+    spaced = jnp.linspace(num_steps // 2, num_steps - 1, per_start).astype(int)
+    last = paths[:, spaced].reshape(num_starts * per_start, -1)
+    return Ensemble(mean, scale, last, acceptance_rate, jnp.max(jnp.std(late, axis=1), axis=0))
+
+
+def _check_exploration(target: Target, ensemble: Ensemble) -> None:
+    if not bool(jnp.all(jnp.isfinite(ensemble.last))):
+        raise WarmupError(
+            "warm-up reached positions that are not finite. The posterior may be improper: give every parameter a "
+            "proper prior."
+        )
+    stuck = ensemble.movement == 0
+    if bool(jnp.any(stuck)) or not bool(jnp.all(jnp.isfinite(ensemble.scale))):
+        names = _leaf_names(target, stuck) or "some"
+        rate = float(jnp.mean(ensemble.acceptance_rate))
+        raise WarmupError(
+            f"warm-up never moved {names} (mean acceptance rate {rate:.2f}). Start it elsewhere with init_params, "
+            "lengthen num_warmup, or check the density for steps and constraints that its support does not state."
+        )
+
+
+def _leaf_names(target: Target, flags: Array) -> str:
+    tree = target.spec.unravel(flags.astype(target.spec.dtype))
+    names = [jax.tree_util.keystr(p) for p, x in jax.tree_util.tree_leaves_with_path(tree) if bool(jnp.any(x > 0))]
+    return ", ".join(f"position{name}" for name in names)
+
+
+def _take_metric(kernel: Kernel, ensemble: Ensemble) -> tuple[Kernel, Basis]:
+    """The ensemble's basis, or the user's metric made a basis: one place where a metric acts."""
+    if isinstance(kernel, HMC) and kernel.inverse_mass_matrix is not None:
+        metric = jnp.asarray(kernel.inverse_mass_matrix, ensemble.mean.dtype)
+        scale = (
+            jnp.linalg.cholesky(metric) if metric.ndim == 2 else jnp.broadcast_to(jnp.sqrt(metric), ensemble.mean.shape)
+        )
+        return replace(kernel, inverse_mass_matrix=None), Basis(ensemble.mean, scale)
+    return kernel, Basis(ensemble.mean, ensemble.scale)
+
+
+class Stepped(NamedTuple):
+    kernel: Kernel
+    states: PyTree
+    acceptance_rate: Array
+    moved: Array
+
+
+@tuned_jit(static_argnames="num_steps")
+def _adapt_step(
+    target: Target, kernel: Any, rng_key: PRNGKey, positions: Array, rate: Scalar, *, num_steps: int
+) -> Stepped:
+    dtype = target.spec.dtype
+    averaging = dual_averaging(rate)
+    num_adapting = 2 * num_steps // 3
+    fixed = kernel.step_size
+    # Optimal scaling in whitened coordinates (Roberts & Rosenthal 1998): a start that dual averaging corrects.
+    first = target.dim ** (-1 / 3) if isinstance(kernel, MALA) else 0.8 * target.dim ** (-1 / 4)
+    state = jax.vmap(lambda y: kernel.restore(target, y))(positions)
+    keys = jax.vmap(lambda key: jax.random.split(key, num_steps))(jax.random.split(rng_key, positions.shape[0]))
+    noise = jax.vmap(jax.vmap(lambda key: kernel.sample_noise(key, target)), in_axes=1)(keys)
+
+    def at(averaged, adapting):
+        if fixed is not None:
+            return jnp.asarray(fixed, dtype)
+        now, final = averaging.step_size(averaged), averaging.final(averaged)
+        return jnp.where(adapting, now, final).astype(dtype)
+
+    def body(carry, xs):
+        state, averaged = carry
+        step, noise = xs
+        now = replace(kernel, step_size=at(averaged, step < num_adapting))
+        state, info = jax.vmap(lambda s, n: now.step(target, s, n))(state, noise)
+        acceptance = jnp.mean(info.acceptance_rate)
+        updated = averaging.update(averaged, acceptance)
+        averaged = jax.tree.map(lambda new, old: jnp.where(step < num_adapting, new, old), updated, averaged)
+        return (state, averaged), (acceptance, jnp.mean(info.margin > 0))
+
+    averaged = jax.tree.map(lambda x: jnp.asarray(x, dtype if is_real(x) else None), averaging.init(first))
+    (state, averaged), (acceptance, moved) = jax.lax.scan(body, (state, averaged), (jnp.arange(num_steps), noise))
+    tuned = replace(kernel, step_size=at(averaged, False))
+    if isinstance(kernel, HMC) and kernel.num_integration_steps is None:
+        tuned = replace(tuned, num_integration_steps=tuned.default_length())
+    return Stepped(
+        tuned, jax.vmap(kernel.unknown)(state), jnp.mean(acceptance[num_adapting:]), jnp.mean(moved[num_adapting:])
+    )
+
+
+def _check_tuned(tuned: Stepped) -> None:
+    if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tuned.states)):
+        raise WarmupError("warm-up reached states that are not finite: check the density for NaN and its constraints.")
+    if float(tuned.moved) == 0.0:
+        step_size = float(getattr(tuned.kernel, "step_size", float("nan")))
+        raise WarmupError(
+            f"no move was accepted in the last third of warm-up (step size {step_size:.3g}). Leave step_size=None so "
+            "that it is tuned, take a smaller one, or start elsewhere with init_params."
+        )

@@ -1,0 +1,328 @@
+"""The house rules that a machine can check: layers, light import, docstrings, sizes, banned calls, doctests.
+
+Each checker is a function of a source tree, and is itself tested on a small tree that breaks the rule.
+"""
+
+import ast
+import importlib
+import inspect
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pmcmc
+
+PACKAGE = Path(__file__).parents[1] / "pmcmc"
+
+# A room may import from itself and from the levels before its own; rooms of one level not from each other.
+LEVELS = [
+    {"_types"},
+    {"_tree", "_jit"},
+    {"recurrence"},
+    {"target"},
+    {"interop"},
+    {"kernels"},
+    {"warmup", "stability"},
+    {"report"},
+    {"chain"},
+    {"sampling"},
+    {"drop_in", "plots"},
+    {"demo"},
+    {"__main__"},
+]
+LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+FACE = "__init__"  # may import any room; only these may import it:
+FACE_USERS = {"demo", "__main__"}
+ROOMS_OF_FOREIGN = {
+    "numpyro": {"interop", "drop_in", "demo"},
+    "blackjax": {"interop", "drop_in"},
+    "arviz": {"interop", "drop_in", "demo"},
+    "matplotlib": {"plots", "demo"},
+    "sklearn": {"demo"},
+}
+LAZY = {"tqdm"}  # anywhere, inside functions only
+DYNAMIC_IMPORTS = {"import_module", "__import__", "find_spec"}
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def source_trees(root: Path) -> Iterator[tuple[Path, ast.Module]]:
+    for path in sorted(root.rglob("*.py")):
+        yield path, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(node: ast.AST, package: tuple[str, ...], lazy: bool = False) -> Iterator[tuple[int, list[str], bool]]:
+    """(line, dotted name as a list, whether inside a function) of each import below node, dynamic ones included."""
+    for child in ast.iter_child_nodes(node):
+        names: list[str] = []
+        if isinstance(child, ast.Import):
+            names = [alias.name for alias in child.names]
+        elif isinstance(child, ast.ImportFrom):
+            base = package[: len(package) + 1 - child.level] if child.level else ()
+            prefix = [*base, *([child.module] if child.module else [])]
+            names = [".".join([*prefix, alias.name]) for alias in child.names]
+        elif isinstance(child, ast.Call) and ast.unparse(child.func).split(".")[-1] in DYNAMIC_IMPORTS:
+            names = [str(a.value) for a in child.args[:1] if isinstance(a, ast.Constant)]
+        for name in names:
+            yield child.lineno, name.split("."), lazy
+        yield from imports(child, package, lazy or isinstance(child, (*FUNCTIONS, ast.Lambda)))
+
+
+def may_import(room: str, other: str) -> bool:
+    if room in (other, FACE):
+        return True
+    if other == FACE:
+        return room in FACE_USERS
+    return LEVEL_OF[other] < LEVEL_OF[room]
+
+
+def layer_violations(root: Path) -> list[str]:
+    """Every import under root that runs against LEVELS or names a foreign package in the wrong room."""
+    found = []
+    for path, tree in source_trees(root):
+        relative = path.relative_to(root)
+        room = relative.parts[0].removesuffix(".py")
+        if room not in LEVEL_OF and room != FACE:
+            found.append(f"{relative}: unknown room {room}: give it a level in LEVELS of tests/test_hygiene.py")
+            continue
+        for line, name, lazy in imports(tree, (root.name, *relative.parent.parts)):
+            where = f"{relative}:{line}: {room} imports {'.'.join(name)}"
+            if name[0] == root.name:
+                other = name[1] if len(name) > 1 and name[1] in LEVEL_OF else FACE
+                if not may_import(room, other):
+                    found.append(f"{where}, but {other} is not below {room}")
+            elif room not in ROOMS_OF_FOREIGN.get(name[0], {room}):
+                found.append(f"{where}: only {sorted(ROOMS_OF_FOREIGN[name[0]])} may")
+            elif name[0] in LAZY and not lazy:
+                found.append(f"{where}: only inside functions")
+    return found
+
+
+def test_imports_run_one_way() -> None:
+    assert layer_violations(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "message"),
+    [
+        ("recurrence/_scan.py", "from toy.kernels import HMC", "kernels is not below recurrence"),
+        ("recurrence/_scan.py", "def f():\n    from ..kernels._hmc import HMC", "kernels is not below recurrence"),
+        ("warmup/_metric.py", "from .. import stability", "stability is not below warmup"),
+        ("stability/_plan.py", "import toy.warmup", "warmup is not below stability"),
+        ("chain.py", "from toy import sampling", "sampling is not below chain"),
+        ("chain/_save.py", "from toy import Anything", "__init__ is not below chain"),
+        ("target.py", "import toy", "__init__ is not below target"),
+        ("kernels/_hmc.py", "def f():\n    import numpyro.infer", "only ['demo', 'drop_in', 'interop'] may"),
+        ("sampling.py", "import importlib\nimportlib.import_module('arviz')", "only ['demo', 'drop_in', 'interop'] may"),
+        ("chain.py", "import matplotlib.pyplot as plt", "only ['demo', 'plots'] may"),
+        ("plots.py", "from sklearn import datasets", "only ['demo'] may"),
+        ("chain.py", "from tqdm.auto import tqdm", "only inside functions"),
+        ("surprise.py", "", "unknown room surprise"),
+    ],
+)
+def test_layer_checker_sees(tmp_path: Path, file: str, source: str, message: str) -> None:
+    violations = layer_violations(toy_package(tmp_path, file, source))
+    assert len(violations) == 1
+    assert message in violations[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("__init__.py", "from toy.sampling import sample\ndef f():\n    from toy import drop_in"),
+        ("kernels/_hmc.py", "from toy._tree import x\nfrom ..target import y\nfrom ._base import z\nimport jax"),
+        ("chain/_save.py", "from . import _report\ndef f():\n    from tqdm import tqdm"),
+        ("interop/_numpyro.py", "import numpyro"),
+        ("__main__.py", "import toy\nfrom toy import demo"),
+    ],
+)
+def test_layer_checker_lets_pass(tmp_path: Path, file: str, source: str) -> None:
+    assert layer_violations(toy_package(tmp_path, file, source)) == []
+
+
+def toy_package(tmp_path: Path, file: str, source: str) -> Path:
+    """A package ``toy`` of empty rooms, and one file with the given source."""
+    path = tmp_path / "toy" / file
+    path.parent.mkdir(parents=True)
+    (tmp_path / "toy" / "__init__.py").touch()
+    path.write_text(source)
+    return tmp_path / "toy"
+
+
+def run_python(code: str, *arguments: str, cwd: Path = PACKAGE.parent) -> str:
+    """Standard output of a fresh interpreter with jax as it comes: float32, no settings of this suite."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.fail(done.stdout + done.stderr, pytrace=False)
+    return done.stdout
+
+
+IMPORT_EFFECTS = """
+import importlib, json, sys
+import jax
+modules, config = set(sys.modules), dict(jax.config.values)
+importlib.import_module(sys.argv[1])
+changed = sorted(k for k, v in jax.config.values.items() if k not in config or config[k] != v)
+print(json.dumps({"modules": sorted({m.split(".")[0] for m in set(sys.modules) - modules}), "config": changed}))
+"""
+
+
+def import_effects(package: str, cwd: Path) -> tuple[set[str], list[str]]:
+    """Heavy packages that importing package loads beyond jax, and the jax settings it changes."""
+    effects = json.loads(run_python(IMPORT_EFFECTS, package, cwd=cwd))
+    return set(effects["modules"]) & (ROOMS_OF_FOREIGN.keys() | LAZY), effects["config"]
+
+
+def test_import_is_light() -> None:
+    assert import_effects("pmcmc", PACKAGE.parent) == (set(), [])
+
+
+def test_import_checker_sees(tmp_path: Path) -> None:
+    source = "import jax, tqdm\njax.config.update('jax_enable_x64', True)"
+    (tmp_path / "toy.py").write_text(source)
+    assert import_effects("toy", tmp_path) == ({"tqdm"}, ["jax_enable_x64"])
+
+
+def undocumented(module: types.ModuleType) -> list[str]:
+    """Names in __all__ without a docstring of their own of several lines (one line will do for a module)."""
+    found = []
+    for name in module.__all__:
+        value = getattr(module, name)
+        if inspect.ismodule(value):
+            enough = bool(value.__doc__)
+        elif callable(value):  # classes inherit __doc__, so look at their own
+            doc = (vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__) or ""
+            enough = len(doc.strip().splitlines()) > 1
+        else:
+            enough = True  # constants
+        if not enough:
+            found.append(f"{module.__name__}.{name}")
+    return found
+
+
+PUBLIC_ROOMS = [m.name for m in pkgutil.iter_modules(pmcmc.__path__) if not m.name.startswith("_")]
+
+
+@pytest.mark.parametrize("name", ["pmcmc", *(f"pmcmc.{room}" for room in PUBLIC_ROOMS)])
+def test_public_names_are_documented(name: str) -> None:
+    module = importlib.import_module(name)
+    if not hasattr(module, "__all__"):
+        pytest.skip("no __all__")
+    assert undocumented(module) == []
+
+
+def test_docstring_checker_sees() -> None:
+    def short() -> None:
+        """One line."""
+
+    def long() -> None:
+        """One line.
+
+        And more.
+        """
+
+    class Parent:
+        """Two
+        lines."""
+
+    class Child(Parent):
+        pass
+
+    toy = types.ModuleType("toy")
+    vars(toy).update(short=short, long=long, Parent=Parent, Child=Child, VERSION="1", __all__=[])
+    toy.__all__ = ["short", "long", "Parent", "Child", "VERSION"]
+    assert undocumented(toy) == ["toy.short", "toy.Child"]
+
+
+def num_code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function without its docstring: long documentation is no fault."""
+    first = function.body[0]
+    has_doc = ast.get_docstring(function) is not None
+    doc_lines = first.end_lineno - first.lineno + 1 if has_doc else 0
+    return function.end_lineno - function.lineno + 1 - doc_lines
+
+
+def banned(node: ast.AST) -> str | None:
+    """What is wrong with this node, if anything."""
+    match node:
+        case ast.FunctionDef() | ast.AsyncFunctionDef() if num_code_lines(node) > 60:
+            return f"{node.name} has {num_code_lines(node)} lines of code, at most 60 allowed"
+        case ast.Assert():
+            return "assert: raise an error that says what was expected, what came, and the fix"
+        case ast.ExceptHandler(type=None):
+            return "bare except"
+        case ast.Name(id="nan_to_num") | ast.Attribute(attr="nan_to_num") | ast.alias(name="nan_to_num"):
+            return "nan_to_num: never turn NaN into a number"
+        case ast.Call() if ast.unparse(node.func) in {"jax.config.update", "config.update"}:
+            return "jax.config.update: the user's settings are the user's"
+    return None
+
+
+def code_violations(root: Path) -> list[str]:
+    """Files over 500 lines, functions over 60, and banned constructs under root."""
+    found = []
+    for path, tree in source_trees(root):
+        num_lines = len(path.read_text(encoding="utf-8").splitlines())
+        if num_lines > 500:
+            found.append(f"{path.relative_to(root)}: {num_lines} lines, at most 500 allowed")
+        for node in ast.walk(tree):
+            if fault := banned(node):
+                found.append(f"{path.relative_to(root)}:{node.lineno}: {fault}")
+    return found
+
+
+def test_code_keeps_house_rules() -> None:
+    assert code_violations(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("x = 1\n" * 501, "501 lines"),
+        ("def f():\n" + "    x = 1\n" * 60, "f has 61 lines"),
+        ("assert True", "assert"),
+        ("try:\n    x = 1\nexcept:\n    pass", "bare except"),
+        ("jnp.nan_to_num(x)", "nan_to_num"),
+        ("from jax.numpy import nan_to_num", "nan_to_num"),
+        ("def f():\n    jax.config.update('jax_enable_x64', True)", "jax.config.update"),
+    ],
+)
+def test_code_checker_sees(tmp_path: Path, source: str, message: str) -> None:
+    violations = code_violations(toy_package(tmp_path, "chain.py", source))
+    assert len(violations) == 1
+    assert message in violations[0]
+
+
+def test_code_checker_lets_docstrings_be_long(tmp_path: Path) -> None:
+    source = 'def f():\n    """Long.\n' + "\n" * 100 + '    """\n' + "    x = 1\n" * 59
+    assert code_violations(toy_package(tmp_path, "chain.py", source)) == []
+
+
+DOCTESTS = """
+import doctest, importlib, pkgutil, sys
+package = importlib.import_module(sys.argv[1])
+names = [m.name for m in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
+modules = [package, *(importlib.import_module(n) for n in names if not n.endswith(".__main__"))]
+flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+results = [doctest.testmod(m, optionflags=flags) for m in modules]
+print(sum(r.attempted for r in results), "examples")
+sys.exit(any(r.failed for r in results))
+"""
+
+
+def test_docstring_examples_run() -> None:
+    assert not run_python(DOCTESTS, "pmcmc").startswith("0 examples")
+
+
+def test_doctest_checker_sees(tmp_path: Path) -> None:
+    toy_package(tmp_path, "chain.py", '"""A module.\n\n>>> 1 + 1\n3\n"""')
+    with pytest.raises(pytest.fail.Exception, match=r"Expected:\n    3\nGot:\n    2"):
+        run_python(DOCTESTS, "toy", cwd=tmp_path)

@@ -54,8 +54,8 @@ class RavelSpec:
         return jax.tree.unflatten(self.treedef, leaves)
 
 
-def is_real(x: Array) -> bool:
-    """Whether a leaf is compared by distance (floating) rather than by equality (integer, boolean)."""
+def is_real(x: Any) -> bool:
+    """Whether a leaf (array, number or shape) is compared by distance (floating), not equality (integer, boolean)."""
     return jnp.issubdtype(jnp.result_type(x), jnp.floating)
 
 

@@ -49,16 +49,8 @@ class SolveReport:
         lines = [f"Decision: {self.decision}. {self.reason}"]
         if self.fallback:
             lines.append(f"Fallback: {self.fallback}")
-        path, total = int(np.max(self.num_sequential_steps)), self.num_steps
-        lines.append(
-            f"Critical path: {path:,} of {total:,} steps one after the other ({total / max(path, 1):.1f} times shorter)"
-            + self._solver_counts()
-        )
-        lines.append(
-            f"Certificate: {_results(self.result)}; residual at most {np.max(self.residual):.2g} of the posterior's "
-            f"scale; {int(np.min(self.certified_steps)):,} steps of each chain certified in parallel; "
-            f"{int(np.sum(self.near_ties))} near-tie accept decisions."
-        )
+        if self.decision != "sequential":
+            lines += self._certificate()
         if np.any(np.isfinite(self.lyapunov_exponent)):
             lines.append(
                 f"Coupled paths: small distances change by a factor {np.exp(np.nanmean(self.lyapunov_exponent)):.3f} "
@@ -73,6 +65,16 @@ class SolveReport:
             f"{self.compile_seconds:.2f}, solve {self.solve_seconds:.2f}."
         )
         return "\n".join(lines)
+
+    def _certificate(self) -> list[str]:
+        path, total = int(np.max(self.num_sequential_steps)), self.num_steps
+        return [
+            f"Critical path: {path:,} steps one after the other for {total:,} steps of each chain "
+            f"({total / max(path, 1):.1f} times shorter){self._solver_counts()}",
+            f"Certificate: {_results(self.result)}; residual at most {np.max(self.residual):.2g} of the posterior's "
+            f"scale; {int(np.min(self.certified_steps)):,} steps of each chain certified; "
+            f"{int(np.sum(self.near_ties))} near-tie accept decisions in all.",
+        ]
 
     def _solver_counts(self) -> str:
         if self.num_blocks > 1:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pmcmc._tree import RavelSpec, is_real
-from pmcmc._types import Array, PyTree
+from pmcmc._types import Array, ArrayLeaf, PyTree
 
 
 class Model(abc.ABC):
@@ -53,8 +53,8 @@ class Basis:
     loc: (D,). scale: (D,) for a diagonal map, (D, D) lower triangular for a full one.
     """
 
-    loc: Array
-    scale: Array
+    loc: ArrayLeaf
+    scale: ArrayLeaf
 
     def to_position(self, y: Array) -> Array:
         return self.loc + (self.scale @ y if self.scale.ndim == 2 else self.scale * y)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pmcmc._types import Array, PRNGKey
+from pmcmc._types import Array, PRNGKey, Scalar
 
 
 class AdaptedPath(NamedTuple):
@@ -43,7 +43,7 @@ class DualAveraging(NamedTuple):
     final: Callable[[Any], Array]
 
 
-def dual_averaging(target_acceptance_rate: float) -> DualAveraging:
+def dual_averaging(target_acceptance_rate: Scalar) -> DualAveraging:
     from blackjax.adaptation.step_size import dual_averaging_adaptation
 
     init, update, final = dual_averaging_adaptation(target_acceptance_rate)

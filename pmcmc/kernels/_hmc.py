@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pmcmc._types import Array, Scalar
+from pmcmc._types import Array, Leaf, Scalar
 from pmcmc.kernels._base import Info
 from pmcmc.kernels._gradient import GradientKernel, GradientState
 from pmcmc.kernels._metropolis import BranchTaken, Surrogate, log_acceptance, select
@@ -72,7 +72,7 @@ class HMC(GradientKernel):
 
     step_size: Scalar | None = None
     num_integration_steps: Scalar | UniformLength | None = None
-    inverse_mass_matrix: Array | None = None
+    inverse_mass_matrix: Leaf | None = None
     step_size_jitter: Scalar = 0.2
     surrogate: Surrogate = field(default=BranchTaken())
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pmcmc._jit import tuned_jit
+from pmcmc._threefry import fold_in, key_pair
 from pmcmc._types import Array, PyTree
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver, Solution
@@ -22,7 +23,7 @@ class Segment(NamedTuple):
 
 def step_noise(kernel: Kernel, target: Target, chain_key: Array, steps: Array) -> PyTree:
     """Noise of the given steps: a function of the chain's key and the step's number alone."""
-    keys = jax.vmap(partial(jax.random.fold_in, chain_key))(steps)
+    keys = jax.vmap(partial(fold_in, key_pair(chain_key)))(steps)
     return jax.vmap(lambda key: kernel.sample_noise(key, target))(keys)
 
 
@@ -48,7 +49,7 @@ def run_segment(
     noise = jax.vmap(lambda key: step_noise(kernel, target, key, steps))(chain_keys)
     num_guesses = jax.tree.leaves(guesses)[0].shape[0]
     # Neighbouring steps get different guesses, and so does the same step of different chains.
-    pick = (jnp.arange(chain_keys.shape[0])[:, None] * 7919 + steps * 31) % num_guesses
+    pick = (jnp.arange(chain_keys.shape[0])[:, None] * 7919 + steps[None] * 31) % num_guesses
     guess = jax.tree.map(lambda x: x[pick], guesses)
     solution = solver.solve_batch(kernel.transition(target), x0, noise, initial_guess=guess, scale=scale)
     info = solution.aux

@@ -1,5 +1,6 @@
 """The arguments of the public functions, checked before anything is traced."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,8 +80,8 @@ class Settings:
 
 def _check_size(name: str, value: Any, least: int) -> None:
     try:
-        ok = int(value) == value and not isinstance(value, bool)
-    except (TypeError, ValueError):
+        ok = operator.index(value) == value and not isinstance(value, bool)
+    except TypeError:
         ok = False
     if not ok:
         raise TypeError(f"{name} must be an integer, got {value!r}.")

@@ -85,7 +85,8 @@ def _explore(target: Target, rng_key: PRNGKey, positions: Array, *, num_steps: i
     if dense:
         # Shrinkage towards the diagonal keeps the factor finite when there are few draws for the dimension.
         weight = target.dim / (target.dim + draws.shape[0])
-        correlation = (centred / scale).T @ (centred / scale) / draws.shape[0]
+        standardised = centred / scale[None]
+        correlation = standardised.T @ standardised / draws.shape[0]
         correlation = (1 - weight) * correlation + weight * jnp.eye(target.dim, dtype=draws.dtype)
         scale = scale[:, None] * jnp.linalg.cholesky(correlation)
     per_start = NUM_LANES // num_starts

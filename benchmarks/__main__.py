@@ -1,0 +1,6 @@
+"""The quick subset: minutes on two cores."""
+
+from benchmarks import import_time, shooting
+
+import_time.main()
+shooting.main(["--scale", "0.2", "--repeats", "3"])

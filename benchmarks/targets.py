@@ -1,0 +1,112 @@
+"""Targets and kernels of the benchmarks, as published where a source is named."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks._harness import SHARED
+from pmcmc.kernels import HMC, MALA, Kernel
+from pmcmc.target import Basis, Target
+
+
+@dataclass(frozen=True)
+class Case:
+    """A target with a tuned kernel and typical states. scale: of each coordinate. length: steps to solve."""
+
+    name: str
+    target: Target
+    kernel: Kernel
+    start: Callable
+    scale: jax.Array
+    length: int
+
+
+def mixture(length: int = 10**6) -> Case:
+    """Four standard Gaussians at (+-2, +-2), MALA."""
+    centres = jnp.array([[2.0, 2.0], [-2.0, 2.0], [2.0, -2.0], [-2.0, -2.0]])
+
+    def logdensity(x):
+        return jax.nn.logsumexp(-0.5 * jnp.sum((x - centres) ** 2, -1))
+
+    start = lambda key, n: 2 * jax.random.normal(key, (n, 2))
+    return Case("mixture, MALA", _target(logdensity, 2), MALA(0.8), start, jnp.full(2, 2.2), length)
+
+
+def banana(length: int = 10**6) -> Case:
+    """x0 ~ N(0, 10^2), x1 ~ N(0.03 (x0^2 - 100), 1) (Haario et al. 1999), HMC of 8 steps of 0.5."""
+
+    def logdensity(x):
+        return -0.5 * ((x[0] / 10) ** 2 + (x[1] - 0.03 * (x[0] ** 2 - 100)) ** 2)
+
+    def start(key, n):
+        z = jax.random.normal(key, (n, 2))
+        return jnp.stack([10 * z[:, 0], z[:, 1] + 3 * (z[:, 0] ** 2 - 1)], 1)
+
+    return Case("banana, HMC", _target(logdensity, 2), HMC(0.5, 8), start, jnp.array([10.0, 4.4]), length)
+
+
+def eight_schools(length: int = 10**6) -> Case:
+    """Rubin 1981, non-centred, tau half-Cauchy(5) on the log scale; HMC of 4 jittered steps of 0.4."""
+    effect = jnp.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+    error = jnp.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+
+    def logdensity(x):
+        mu, log_tau, z = 5 * x[0], x[1], x[2:]
+        tau = jnp.exp(log_tau)
+        prior = -0.5 * x[0] ** 2 - jnp.log1p((tau / 5) ** 2) + log_tau - 0.5 * jnp.sum(z**2)
+        return prior - 0.5 * jnp.sum(((effect - mu - tau * z) / error) ** 2)
+
+    start = lambda key, n: 0.5 * jax.random.normal(key, (n, 10))
+    return Case("eight schools, HMC", _target(logdensity, 10), HMC(0.4, 4), start, jnp.ones(10), length)
+
+
+def german_credit(length: int = 10**5) -> Case:
+    """Logistic regression, N(0, 1) priors, D = 25 (UCI Statlog, or a synthetic twin of the same size), MALA.
+
+    Whitened by the Laplace approximation at the mode.
+    """
+    design, good = _german_data()
+    mode, scale = _laplace(design, good)
+    x, y = jnp.asarray(design, float), jnp.asarray(good, float)
+
+    def logdensity(beta):
+        logits = x @ beta
+        return jnp.sum(y * logits - jax.nn.softplus(logits)) - 0.5 * jnp.sum(beta**2)
+
+    target = _target(logdensity, 25).with_basis(Basis(jnp.asarray(mode, float), jnp.asarray(scale, float)))
+    start = lambda key, n: jax.random.normal(key, (n, 25))
+    return Case("German credit, MALA", target, MALA(0.2), start, jnp.ones(25), length)
+
+
+def _target(logdensity: Callable, dim: int) -> Target:
+    return Target.from_logdensity(logdensity, jnp.zeros(dim))
+
+
+def _german_data() -> tuple[np.ndarray, np.ndarray]:
+    path = SHARED / "data" / "german_credit_numeric.csv"
+    if path.exists():
+        table = np.loadtxt(path, delimiter=",", skiprows=1)
+        features, good = table[:, :-1], table[:, -1]
+        features = (features - features.mean(0)) / features.std(0)
+    else:
+        print("German credit data absent: using a synthetic twin of the same size.")
+        rng = np.random.default_rng(0)
+        features = rng.standard_normal((1000, 24))
+        good = (rng.random(1000) < 1 / (1 + np.exp(-(features @ rng.standard_normal(24) * 0.3 + 1)))).astype(float)
+    return np.c_[features, np.ones(len(features))], good
+
+
+def _laplace(design: np.ndarray, good: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mode and Cholesky factor of the inverse Hessian, by Newton's method."""
+    mode = np.zeros(design.shape[1])
+    for _ in range(20):
+        p = 1 / (1 + np.exp(-design @ mode))
+        hessian = design.T @ (design * (p * (1 - p))[:, None]) + np.eye(len(mode))
+        mode = mode + np.linalg.solve(hessian, design.T @ (good - p) - mode)
+    return mode, np.linalg.cholesky(np.linalg.inv(hessian))
+
+
+CASES = {"mixture": mixture, "banana": banana, "eight_schools": eight_schools, "german_credit": german_credit}

@@ -1,0 +1,37 @@
+"""What README and the command line promise: the example runs as printed, and so does the demo."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pmcmc.__main__ import main
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_readme_example_runs_as_printed() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    code += '\nprint(chain.get_samples()["theta"].shape, "sample_stats" in str(idata))\n'
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Decision: shooting." in done.stdout
+    assert "Certificate: successful" in done.stdout
+    assert done.stdout.strip().endswith("(80000, 8) True")
+
+
+@pytest.mark.parametrize("name", ["eight_schools", "logistic"])
+def test_demo_reports_and_plots(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    main(["demo", name, "--scale", "0.01", "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "Decision:" in printed
+    assert "ess_bulk (NUTS)" in printed
+    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_unknown_demo_is_named(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["demo", "nine_schools"])
+    assert "nine_schools" in capsys.readouterr().err

@@ -76,11 +76,12 @@ class NumpyroModel(Model):
         return constrain_fn(*self._call(data), position, return_deterministic=True)
 
     def explain(self, data, position) -> str:
-        from numpyro import handlers
+        from numpyro import handlers, validation_enabled
 
         model, args, kwargs = self._call(data)
-        values = self.constrain(data, position)
-        trace = handlers.trace(handlers.substitute(model, data=values)).get_trace(*args, **kwargs)
+        with validation_enabled(False):  # a value that is not allowed shall have a name, not an exception without one
+            values = self.constrain(data, position)
+            trace = handlers.trace(handlers.substitute(model, data=values)).get_trace(*args, **kwargs)
         sites = [
             name
             for name, site in trace.items()
@@ -125,11 +126,12 @@ def _is_float_array(leaf: Any) -> bool:
 
 def _prototype_position(model: Callable, args: tuple, kwargs: dict) -> dict[str, Array]:
     """Unconstrained values of the latent sites from one prior draw; checks what NumPyro lets pass in silence."""
-    from numpyro import handlers
+    from numpyro import handlers, validation_enabled
     from numpyro.distributions.transforms import biject_to
     from numpyro.infer.util import helpful_support_errors
 
-    trace = handlers.trace(handlers.seed(model, jax.random.key(0))).get_trace(*args, **kwargs)
+    with validation_enabled(False):  # values are judged by the density, and named, before anything is sampled
+        trace = handlers.trace(handlers.seed(model, jax.random.key(0))).get_trace(*args, **kwargs)
     for name, site in trace.items():
         if site["type"] in ("param", "mutable"):
             raise ValueError(
@@ -155,21 +157,33 @@ def _prototype_position(model: Callable, args: tuple, kwargs: dict) -> dict[str,
     return position
 
 
-def numpyro_starts(model: Callable, model_args: tuple, model_kwargs: dict, rng_key: PRNGKey, num_starts: int) -> PyTree:
+def numpyro_starts(
+    target: Target, model: Callable, model_args: tuple, model_kwargs: dict, rng_key: PRNGKey, num_starts: int
+) -> PyTree:
     """Valid unconstrained starts by NumPyro's own initialisation (uniform on (-2, 2)), leading axis ``num_starts``.
 
+    target: of the same model, to say which site is to blame.
+
     Raises:
-        RuntimeError: NumPyro found no start with a finite density and gradient.
+        ValueError: NumPyro found no start with a finite density and gradient.
     """
     from numpyro.infer.util import initialize_model
 
-    info = initialize_model(
-        jax.random.split(rng_key, num_starts),
-        model,
-        model_args=tuple(model_args),
-        model_kwargs=dict(model_kwargs),
-        dynamic_args=True,
-    )
+    try:
+        info = initialize_model(
+            jax.random.split(rng_key, num_starts),
+            model,
+            model_args=tuple(model_args),
+            model_kwargs=dict(model_kwargs),
+            dynamic_args=True,
+        )
+    except (RuntimeError, ValueError) as error:
+        centre = target.position(jnp.zeros(target.dim, target.spec.dtype))
+        blame = target.model.explain(target.data, centre)
+        raise ValueError(
+            f"the log density cannot be used at any start that NumPyro tried: {error} {blame} Check the model and its "
+            "data for NaN and values outside a support, or pass starting values by init_params."
+        ) from error
     return info.param_info.z
 
 

@@ -104,7 +104,7 @@ class HMC(GradientKernel):
         energy = self._kinetic(end_momentum) - proposal.logdensity
         log_ratio = self._kinetic(momentum) - state.logdensity - energy
         log_ratio, is_divergent = log_acceptance(log_ratio, proposal.gradient)
-        margin = log_ratio - noise.log_uniform
+        margin = jax.lax.optimization_barrier(log_ratio - noise.log_uniform)
         new = select(self.surrogate, margin, proposal, state)
         return new, Info(
             acceptance_rate=jnp.exp(jnp.minimum(log_ratio, 0.0)),

@@ -61,7 +61,7 @@ class MALA(GradientKernel):
         backward = noise.normal + jnp.sqrt(h / 2) * (state.gradient + proposal.gradient)
         log_ratio = proposal.logdensity - state.logdensity + 0.5 * (jnp.sum(noise.normal**2) - jnp.sum(backward**2))
         log_ratio, is_divergent = log_acceptance(log_ratio, proposal.gradient)
-        margin = log_ratio - noise.log_uniform
+        margin = jax.lax.optimization_barrier(log_ratio - noise.log_uniform)
         new = select(self.surrogate, margin, proposal, state)
         return new, Info(
             acceptance_rate=jnp.exp(jnp.minimum(log_ratio, 0.0)),

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pmcmc._tree import finite_rows, leading_true, relative_distance, tree_index, tree_where
+from pmcmc._tree import finite_rows, leading_true, relative_distance, tree_where
 from pmcmc._types import Array, PyTree, Scalar
 from pmcmc.recurrence._base import (
     RESULTS,
@@ -108,7 +108,11 @@ def default_num_blocks(length: int, max_blocks: int = 4096) -> int:
 
 
 class Layout(NamedTuple):
-    """Steps by lanes: lane ``c * P + p`` holds steps ``p * S + 1 .. (p + 1) * S`` of chain c."""
+    """Lanes by steps: lane ``c * P + p`` holds steps ``p * S + 1 .. (p + 1) * S`` of chain c.
+
+    Buffers are (lanes, steps, ...), so that a path of P * S steps is its lanes without a copy: transposing 10^6
+    steps of a two-dimensional path and its aux took as long as solving for them.
+    """
 
     num_chains: int
     num_blocks: int
@@ -125,25 +129,19 @@ class Layout(NamedTuple):
         return self.num_chains * self.num_blocks
 
     def to_lanes(self, tree: PyTree) -> PyTree:
-        """``(C, T, ...)`` to ``(S, C * P, ...)``; the last block is padded by repeating the last step."""
+        """``(C, T, ...)`` to ``(C * P, S, ...)``; the last block is padded by repeating the last step."""
         pad = self.num_blocks * self.block_length - self.length
 
         def leaf(x):
             if pad:
                 x = jnp.concatenate([x, jnp.repeat(x[:, -1:], pad, axis=1)], axis=1)
-            x = x.reshape(self.num_chains, self.num_blocks, self.block_length, *x.shape[2:])
-            return jnp.moveaxis(x, 2, 0).reshape(self.block_length, self.num_lanes, *x.shape[3:])
+            return x.reshape(self.num_lanes, self.block_length, *x.shape[2:])
 
         return jax.tree.map(leaf, tree)
 
     def to_chains(self, tree: PyTree) -> PyTree:
         """Inverse of `to_lanes`; the padding is dropped."""
-
-        def leaf(x):
-            x = x.reshape(self.block_length, self.num_chains, self.num_blocks, *x.shape[2:])
-            x = jnp.moveaxis(x, 0, 2).reshape(self.num_chains, self.num_blocks * self.block_length, *x.shape[3:])
-            return x[:, : self.length]
-
+        leaf = lambda x: x.reshape(self.num_chains, -1, *x.shape[2:])[:, : self.length]
         return jax.tree.map(leaf, tree)
 
     def by_chain(self, lanes: Array) -> Array:
@@ -160,11 +158,21 @@ class Layout(NamedTuple):
         return jnp.concatenate([blocks[:, :1], blocks[:, :-1]], axis=1).reshape(lanes.shape)
 
 
+def read_step(buffer: PyTree, step: Array | int) -> PyTree:
+    """One step of every lane of ``(lanes, S, ...)`` buffers."""
+    return jax.tree.map(lambda b: jax.lax.dynamic_index_in_dim(b, step, 1, keepdims=False), buffer)
+
+
+def write_step(buffer: PyTree, new: PyTree, step: Array | int) -> PyTree:
+    """Inverse of `read_step`."""
+    return jax.tree.map(lambda b, n: jax.lax.dynamic_update_index_in_dim(b, n, step, 1), buffer, new)
+
+
 class Recording(NamedTuple):
     """The path as it stands, and what its merges say about it; arrays are (lanes,) unless said otherwise."""
 
-    path: PyTree  # (S, lanes, ...)
-    aux: PyTree  # (S, lanes, ...)
+    path: PyTree  # (lanes, S, ...)
+    aux: PyTree  # (lanes, S, ...)
     splice: Array  # difference accepted at the latest merge of each lane, 0 where there was none
     residual: Array  # running maximum of accepted differences
     growth: Array  # sum of log growths of small distances
@@ -214,14 +222,19 @@ def _fill(problem: Problem, layout: Layout, inputs: PyTree) -> Sweep:
     """The zeroth sweep: S plain steps of every block."""
     step, unknown = jax.vmap(problem.recurrence.step), jax.vmap(problem.recurrence.unknown)
     start = _guessed_starts(problem, layout)
-    carry_type, _ = jax.eval_shape(step, start, tree_index(inputs, 0))
-    start = jax.tree.map(lambda s, c: s.astype(c.dtype), start, carry_type)
+    carry, aux = jax.eval_shape(step, start, read_step(inputs, 0))
+    start = jax.tree.map(lambda s, c: s.astype(c.dtype), start, carry)
+    empty = lambda tree: jax.tree.map(
+        lambda x: jnp.zeros((x.shape[0], layout.block_length, *x.shape[1:]), x.dtype), tree
+    )
 
-    def body(carry, u):
-        carry, aux = step(carry, u)
-        return carry, (unknown(carry), aux)
+    def body(now, state):
+        carry, path, aux = state
+        carry, new_aux = step(carry, read_step(inputs, now))
+        return carry, write_step(path, unknown(carry), now), write_step(aux, new_aux, now)
 
-    end, (path, aux) = jax.lax.scan(body, start, inputs, length=layout.block_length)
+    begin = (start, empty(jax.eval_shape(unknown, carry)), empty(aux))
+    end, path, aux = jax.lax.fori_loop(0, layout.block_length, body, begin)
     zeros = jnp.zeros(layout.num_lanes, problem.dtype)
     none = jnp.zeros(layout.num_chains, int)
     return _hand_over(
@@ -272,9 +285,9 @@ def _run_pass(recurrence: Recurrence, layout: Layout, inputs, scale, tol, sweep:
     step_lanes, unknown_lanes = jax.vmap(recurrence.step), jax.vmap(recurrence.unknown)
 
     def body(now: Pass) -> Pass:
-        carry, aux = step_lanes(now.carry, tree_index(inputs, now.step))
+        carry, aux = step_lanes(now.carry, read_step(inputs, now.step))
         x = unknown_lanes(carry)
-        distance = relative_distance(x, tree_index(now.recording.path, now.step), scale).astype(tol.dtype)
+        distance = relative_distance(x, read_step(now.recording.path, now.step), scale).astype(tol.dtype)
         live = now.active & (now.step < valid)
         merged = live & (distance <= tol)
         overwrite = live & ~merged
@@ -305,10 +318,7 @@ def _write(now: Pass, x, aux, distance, live, merged, overwrite, tol) -> Recordi
     """Overwrite the recording on lanes that have not merged; account for merges and for small distances."""
     recording = now.recording
 
-    def write(buffer, new):
-        kept = tree_where(overwrite, new, tree_index(buffer, now.step))
-        return jax.tree.map(lambda b, k: jax.lax.dynamic_update_index_in_dim(b, k, now.step, 0), buffer, kept)
-
+    write = lambda buffer, new: write_step(buffer, tree_where(overwrite, new, read_step(buffer, now.step)), now.step)
     # Small: within the square root of the tolerance, where a distance behaves linearly. By optional stopping the
     # mean growth per step is unbiased although a lane enters this regime from above and leaves it by merging.
     small = live & (now.distance < jnp.sqrt(tol)) & (now.distance > 0)

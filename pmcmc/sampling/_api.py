@@ -68,7 +68,8 @@ def parallel_chain(
     target = numpyro_target(model, model_args, model_kwargs)
     num_starts = settings.warmup.num_starts if num_warmup else num_chains
     if init_params is None:
-        starts = numpyro_starts(model, model_args, model_kwargs, jax.random.fold_in(key, 0), num_starts)
+        start_key = jax.random.fold_in(key, 0)
+        starts = numpyro_starts(target, model, model_args, model_kwargs, start_key, num_starts)
     else:
         starts = spread_starts(target, init_params, num_chains, num_starts)
     return run_stages(target, key, starts, settings, progress_bar)

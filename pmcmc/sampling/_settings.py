@@ -57,13 +57,10 @@ class Settings:
             raise TypeError(
                 f'solver must be "auto" or a solver such as pmcmc.recurrence.MultipleShooting(), got {solver!r}.'
             )
-        for name, value, least in [
-            ("num_samples", num_samples, 1),
-            ("num_chains", num_chains, 1),
-            ("thinning", thinning, 1),
-            ("num_warmup", num_warmup, 0),
-        ]:
-            _check_size(name, value, least)
+        num_samples = _size("num_samples", num_samples, 1)
+        num_chains = _size("num_chains", num_chains, 1)
+        thinning = _size("thinning", thinning, 1)
+        num_warmup = _size("num_warmup", num_warmup, 0)
         if thinning > num_samples:
             raise ValueError(f"thinning={thinning} keeps none of num_samples={num_samples} steps: make it smaller.")
         unknown = set(extra_fields) - set(EXTRA_FIELDS)
@@ -78,15 +75,16 @@ class Settings:
         return cls(kernel, solver, num_warmup, num_samples, num_chains, thinning, tuple(extra_fields), warmup)
 
 
-def _check_size(name: str, value: Any, least: int) -> None:
+def _size(name: str, value: Any, least: int) -> int:
     try:
-        ok = operator.index(value) == value and not isinstance(value, bool)
+        size = operator.index(value)
     except TypeError:
-        ok = False
-    if not ok:
+        size = None
+    if size is None or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}.")
-    if value < least:
+    if size < least:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
+    return size
 
 
 def as_key(rng_key: PRNGKey | int) -> PRNGKey:

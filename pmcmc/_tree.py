@@ -54,7 +54,7 @@ class RavelSpec:
         return jax.tree.unflatten(self.treedef, leaves)
 
 
-def is_real(x: Array) -> bool:
+def is_real(x: Any) -> bool:
     """Whether a leaf is compared by distance (floating) rather than by equality (integer, boolean)."""
     return jnp.issubdtype(jnp.result_type(x), jnp.floating)
 
@@ -106,7 +106,7 @@ def relative_distance(a: PyTree, b: PyTree, scale: PyTree, num_axes: int = 1) ->
         if not is_real(x):
             return jnp.where(jnp.all(x == y, axis=axes), 0.0, jnp.inf)
         gap = jnp.abs(x - y)
-        ratio = jnp.where(gap == 0, 0.0, gap / jnp.broadcast_to(s, x.shape[num_axes:]))
+        ratio = jnp.where(gap == 0, 0.0, gap / jnp.broadcast_to(s, x.shape))
         worst = jnp.max(ratio, axis=axes, initial=0.0)
         return jnp.where(jnp.all(jnp.isfinite(ratio), axis=axes), worst, jnp.inf)
 

@@ -4,23 +4,34 @@ from collections.abc import Callable
 
 from pmcmc._types import PyTree
 from pmcmc.recurrence._base import RESULTS, Recurrence, RecurrenceSolver, Solution, Stats
-from pmcmc.recurrence._jacobian import Dense, Diagonal, Identity, JacobianStructure, Zero
+from pmcmc.recurrence._basis import Basis, LinearBasis, ScaledBasis, StandardBasis
+from pmcmc.recurrence._hutchinson import FixedProbes, FreshProbes, HutchinsonBlockDiagonal, HutchinsonDiagonal
+from pmcmc.recurrence._jacobian import BlockDiagonal, Dense, Diagonal, Identity, JacobianStructure, Zero
 from pmcmc.recurrence._newton import Newton
 from pmcmc.recurrence._sequential import Sequential
 from pmcmc.recurrence._shooting import MultipleShooting
 
 __all__ = [
     "RESULTS",
+    "Basis",
+    "BlockDiagonal",
     "Dense",
     "Diagonal",
+    "FixedProbes",
+    "FreshProbes",
+    "HutchinsonBlockDiagonal",
+    "HutchinsonDiagonal",
     "Identity",
     "JacobianStructure",
+    "LinearBasis",
     "MultipleShooting",
     "Newton",
     "Recurrence",
     "RecurrenceSolver",
+    "ScaledBasis",
     "Sequential",
     "Solution",
+    "StandardBasis",
     "Stats",
     "Zero",
     "deer",

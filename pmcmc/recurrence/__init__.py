@@ -10,34 +10,54 @@ from pmcmc.recurrence._jacobian import BlockDiagonal, Dense, Diagonal, Identity,
 from pmcmc.recurrence._newton import Newton
 from pmcmc.recurrence._sequential import Sequential
 from pmcmc.recurrence._shooting import MultipleShooting
+from pmcmc.recurrence._trust_region import (
+    AdaptiveRegularization,
+    Filter,
+    FixedRegularization,
+    LevenbergMarquardt,
+    Regularization,
+    Smoother,
+    StepRule,
+)
+from pmcmc.recurrence._windowed import Windowed
 
 __all__ = [
     "RESULTS",
+    "AdaptiveRegularization",
     "Basis",
     "BlockDiagonal",
     "Dense",
     "Diagonal",
+    "Filter",
     "FixedProbes",
+    "FixedRegularization",
     "FreshProbes",
     "HutchinsonBlockDiagonal",
     "HutchinsonDiagonal",
     "Identity",
     "JacobianStructure",
+    "LevenbergMarquardt",
     "LinearBasis",
     "MultipleShooting",
     "Newton",
     "Recurrence",
     "RecurrenceSolver",
+    "Regularization",
     "ScaledBasis",
     "Sequential",
+    "Smoother",
     "Solution",
     "StandardBasis",
     "Stats",
+    "StepRule",
+    "Windowed",
     "Zero",
     "deer",
+    "elk",
     "jacobi",
     "picard",
     "quasi_deer",
+    "quasi_elk",
     "solve",
 ]
 
@@ -96,3 +116,16 @@ def picard(**options) -> Newton:
 def jacobi(**options) -> Newton:
     """Jacobi iteration: Newton with A = 0. Options of `Newton`."""
     return Newton(Zero(), **options)
+
+
+def elk(**options) -> LevenbergMarquardt:
+    """ELK (Gonzalez et al. 2024): the full Jacobian in a trust region. Options of `LevenbergMarquardt`.
+
+    As published, lambda fixed and filter only: ``elk(regularization=FixedRegularization(0.1), step_rule=Filter())``.
+    """
+    return LevenbergMarquardt(Dense(), **options)
+
+
+def quasi_elk(**options) -> LevenbergMarquardt:
+    """quasi-ELK (Gonzalez et al. 2024): the Jacobian's diagonal in a trust region. Options as `elk`."""
+    return LevenbergMarquardt(Diagonal(), **options)

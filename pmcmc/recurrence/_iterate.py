@@ -10,7 +10,8 @@ Entries that are not finite. The policy is *restart*, and it acts on iterates on
 1. A row of r or A that is NaN or infinite counts as zero in the linear recursion, so the recursion restarts behind it
    and does not carry the NaN to the end of the path.
 2. A correction that overflows is dropped: that entry takes the Jacobi update ``x[t] <- f(x[t-1], u[t])``.
-3. An entry of the new iterate that is still not finite keeps its last finite value, or x[0] if it had none.
+3. An entry of the new iterate that is still not finite becomes that of x[0]: its last finite value is often already
+   on the way to overflow.
 
 None of this can become a claimed success: a step holds only if its equation does, evaluated anew, and where f itself is
 not finite behind a prefix that holds, the solve ends as `nonfinite`. The exact prefix keeps growing by at least one
@@ -30,7 +31,7 @@ from pmcmc.recurrence._base import Problem, RecurrenceSolver, Solution
 from pmcmc.recurrence._basis import Basis, StandardBasis
 from pmcmc.recurrence._implicit import solve_differentiably
 from pmcmc.recurrence._jacobian import Identity, JacobianStructure, Zero
-from pmcmc.recurrence._system import Evaluation, Outcome, System, blocked_at, conclude
+from pmcmc.recurrence._system import Course, Evaluation, Outcome, System, blocked_at, conclude
 
 
 class Iterate(NamedTuple):
@@ -119,7 +120,7 @@ class NewtonType(VectorSolver):
     def advance(self, system: System, it: Iterate) -> Iterate:
         """One iteration: propose, evaluate, judge."""
         path, plan = self.propose(system, it)
-        path = jnp.where(jnp.isfinite(path), path, jnp.where(jnp.isfinite(it.now.path), it.now.path, system.start))
+        path = jnp.where(jnp.isfinite(path), path, jnp.broadcast_to(system.start, path.shape))
         candidate = system.evaluate(path)
         accepted, memory, retry = self.judge(it, candidate, plan)
         now = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), candidate, it.now)
@@ -137,9 +138,8 @@ class NewtonType(VectorSolver):
         first = self.start(system, guess)
         first = first._replace(moving=jnp.all(jnp.isfinite(system.start)))
         last = jax.lax.while_loop(self.unfinished, lambda it: self.advance(system, it), first)
-        rounds = last.num_iters + 1
-        iterates = finish(last.iterates, last.now.path, last.num_iters)
-        return conclude(system, last.now, last.moving, last.num_iters, rounds, system.length, iterates)
+        course = Course(last.moving, last.blocked, last.num_iters, last.num_iters + 1, system.length)
+        return conclude(system, last.now, course, finish(last.iterates, last.now.path, last.num_iters))
 
     def linearize(self, system: System, it: Iterate) -> Linearization:
         """A and r in the basis, damped, clipped, restarted where they are not finite."""

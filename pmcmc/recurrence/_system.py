@@ -24,6 +24,7 @@ class Evaluation(NamedTuple):
     aux: PyTree
     residual: Array  # (T,) |x[t] - f(x[t-1])| / scale; inf where not finite
     holds: Array  # (T,) whether that is within the tolerance
+    scale: Array | None  # (D,) what "small" was measured by
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class System:
         tol = default_tolerance(path.dtype) if self.tol is None else self.tol
         # No state can satisfy the equation better than its own rounding (a posterior shifted by 1e5).
         holds = (residual <= jnp.asarray(tol, path.dtype)) | within_rounding(path, images)
-        return Evaluation(path, images, aux, residual, holds & jnp.isfinite(residual))
+        return Evaluation(path, images, aux, residual, holds & jnp.isfinite(residual), scale)
 
     def part(self, start: Array, first: Array, length: int) -> "System":
         """Steps ``first + 1 .. first + length``, from the state ``start`` before them."""
@@ -78,41 +79,51 @@ class Outcome(NamedTuple):
 
 
 def blocked_at(now: Evaluation) -> Array:
-    """The step t (from 0) whose predecessors all hold while f itself is not finite there; T where there is none."""
-    prefix = leading_true(now.holds)
+    """The step t (from 0) whose predecessors are right to rounding while f is not finite there; T if there is none.
+
+    To rounding, not to the tolerance: that is relative to a scale which an exploding iterate inflates.
+    """
+    prefix = leading_true(now.holds & within_rounding(now.path, now.images))
     index = jnp.minimum(prefix, now.holds.shape[0] - 1)
     blocked = (prefix < now.holds.shape[0]) & ~jnp.all(jnp.isfinite(now.images[index]))
     return jnp.where(blocked, index, now.holds.shape[0])
 
 
-def conclude(system: System, now: Evaluation, moving: Array, num_iters: Array, rounds: Array, width: int, iterates):
-    """From the last iterate to an `Outcome`: what stands, and the code that says why the rest does not.
+class Course(NamedTuple):
+    """How the iterations went."""
 
-    moving: whether the iterates still changed. rounds: evaluations one after the other, of ``width`` steps each.
-    """
+    moving: Array  # whether the iterates still changed
+    blocked: Array  # see `blocked_at`; T where there is none
+    num_iters: Array
+    rounds: Array  # evaluations one after the other
+    width: int  # steps in each of them
+
+
+def conclude(system: System, now: Evaluation, course: Course, iterates: Array | None) -> Outcome:
+    """From the last iterate to an `Outcome`: what stands, and the code that says why the rest does not."""
     growth_rate = tangent_growth(
         system.image, system.previous(now.path), system.inputs, jnp.any(now.residual > 0) & jnp.all(now.holds)
     )
     start_finite = jnp.all(jnp.isfinite(system.start))
     index = jnp.arange(system.length)
-    known = start_finite & (index < blocked_at(now))
+    known = start_finite & (index < course.blocked)
     # From the first state that f makes NaN or infinite on, nothing is known, and the path says so.
     path = jnp.where(known[:, None], now.path, jnp.nan)
     finite, converged = jnp.all(known & finite_rows(path)), jnp.all(now.holds & known)
     separating = (growth_rate >= 0) & ~jnp.all(now.residual == 0)
     stands = known & jnp.where(separating, now.residual == 0, now.holds)
     result = jnp.select(
-        [~finite, converged & separating, converged, ~moving],
+        [~finite, converged & separating, converged, ~course.moving],
         [RESULTS.nonfinite, RESULTS.not_contracting, RESULTS.successful, RESULTS.stagnated],
         RESULTS.max_iters_reached,
     )
     residual = jnp.where(known, now.residual, jnp.inf)
     worst = jnp.where(jnp.all(jnp.isfinite(residual)), jnp.max(residual), jnp.inf)
     stats = Stats(
-        num_iters=num_iters,
-        num_sweeps=jnp.zeros_like(num_iters),
-        num_sequential_steps=rounds,
-        num_fn_evals=rounds * width,
+        num_iters=course.num_iters,
+        num_sweeps=jnp.zeros_like(course.num_iters),
+        num_sequential_steps=course.rounds,
+        num_fn_evals=course.rounds * course.width,
         certified_steps=leading_true(stands),
         growth_rate=growth_rate,
     )

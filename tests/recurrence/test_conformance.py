@@ -21,6 +21,9 @@ SOLVERS = {
     "stochastic-block": Newton(rec.HutchinsonBlockDiagonal(PROBES)),
     "picard": rec.picard(),
     "jacobi": rec.jacobi(),
+    "elk": rec.elk(),
+    "quasi-elk-as-published": rec.quasi_elk(regularization=rec.FixedRegularization(0.05), step_rule=rec.Filter()),
+    "windowed": rec.Windowed(rec.deer(), window=4),
 }
 SEQUENTIAL = rec.Sequential()
 every_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())

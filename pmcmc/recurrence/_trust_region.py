@@ -79,8 +79,8 @@ class Regularization(abc.ABC):
     """How strong the trust region is, and when a step is accepted."""
 
     @abc.abstractmethod
-    def begin(self) -> PyTree:
-        """The memory before the first iteration."""
+    def begin(self, dtype: Any) -> PyTree:
+        """The memory before the first iteration of a solve in this precision."""
 
     @abc.abstractmethod
     def strength(self, memory: PyTree) -> Scalar:
@@ -96,12 +96,13 @@ class Regularization(abc.ABC):
 class FixedRegularization(Regularization):
     """One lambda for all iterations, every step accepted, as in the published ELK (there: 1e-8 by default).
 
-    value: lambda, at least 0. Where A = 0 the error shrinks by lambda / (1 + lambda) an iteration.
+    value: lambda, at least 0. Where A = 0 the error shrinks by lambda / (1 + lambda) an iteration. In float32 keep it
+        above 3e-4 (see `AdaptiveRegularization`), or at 0 where Newton's step is wanted.
     """
 
     value: Scalar = 0.1
 
-    def begin(self):
+    def begin(self, dtype):
         return None
 
     def strength(self, memory):
@@ -122,6 +123,8 @@ class AdaptiveRegularization(Regularization):
     phi has no minimum but the solution, since the Jacobian of the system is unit triangular.
 
     initial: lambda of the first step.
+    smallest: None: the square root of the dtype's eps (1.5e-8, or 3.5e-4 in float32). Along unstable directions the
+        covariances reach 1 / lambda beside 1 along stable ones, and below it float32 loses the latter.
 
     Differs from the textbook in one thing: where the recurrence is not finite at some steps of the path, phi is taken
     over the others, fewer such steps are always progress, and more never are.
@@ -130,11 +133,11 @@ class AdaptiveRegularization(Regularization):
     initial: Scalar = 1.0
     increase: Scalar = 4.0
     decrease: Scalar = 0.1
-    smallest: Scalar = 1e-8
+    smallest: Scalar | None = None
     largest: Scalar = 1e8
 
-    def begin(self):
-        return jnp.asarray(self.initial, float)
+    def begin(self, dtype):
+        return jnp.asarray(self.initial, dtype)
 
     def strength(self, memory):
         return memory
@@ -150,7 +153,8 @@ class AdaptiveRegularization(Regularization):
         poor = ~(rho >= 0.25) | (trial.lost_after > trial.lost_before)
         good = rho > 0.75
         factor = jnp.where(poor, self.increase, jnp.where(good, self.decrease, 1.0))
-        new = jnp.clip(memory * factor, self.smallest, self.largest).astype(memory.dtype)
+        smallest = jnp.sqrt(jnp.finfo(memory.dtype).eps) if self.smallest is None else self.smallest
+        new = jnp.clip(memory * factor, smallest, self.largest).astype(memory.dtype)
         return accepted, new, memory < self.largest
 
 
@@ -197,7 +201,7 @@ class LevenbergMarquardt(NewtonType):
             )
 
     def begin(self, system):
-        return self.regularization.begin()
+        return self.regularization.begin(system.start.dtype)
 
     def propose(self, system, it):
         a, r = self.linearize(system, it)

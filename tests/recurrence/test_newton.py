@@ -208,19 +208,21 @@ def test_iterations_against_length(rng_key):
 # --- memory
 
 
-@pytest.mark.parametrize("name", ["Diagonal", "HutchinsonDiagonal", "BlockDiagonal", "quasi_elk"])
-def test_memory_of_diagonal_methods_is_linear_in_the_dimension(name):
-    """Compiled, not run: T = 10,000, D = 1,000. T x D floats are 40 MB, T x D x D would be 40 GB."""
-    dim, length = 1000, 10_000
-    solver = {
-        "Diagonal": rec.quasi_deer(),
-        "HutchinsonDiagonal": Newton(rec.HutchinsonDiagonal(jax.random.key(0))),
-        "BlockDiagonal": Newton(rec.BlockDiagonal()),
-        "quasi_elk": rec.quasi_elk(),
-    }[name]
+@pytest.mark.parametrize(
+    ("solver", "length"),
+    [
+        (rec.quasi_deer(), 10_000),
+        (Newton(rec.HutchinsonDiagonal(jax.random.key(0))), 10_000),
+        (rec.quasi_elk(), 10_000),
+        (Newton(rec.BlockDiagonal()), 500),  # fewer levels of the scan to compile
+    ],
+    ids=["quasi-deer", "stochastic", "quasi-elk", "block"],
+)
+def test_memory_of_diagonal_methods_is_linear_in_the_dimension(solver, length):
+    """Compiled, not run: D = 1,000. At T = 10,000 T x D floats are 40 MB, T x D x D would be 40 GB."""
+    dim = 1000
     fn = lambda x, u: 0.5 * jnp.tanh(x + 0.3 * jnp.roll(x, 1)) + u
     shapes = jax.ShapeDtypeStruct((dim,), jnp.float32), jax.ShapeDtypeStruct((length, dim), jnp.float32)
     compiled = jax.jit(lambda x0, inputs: solver.solve(fn, x0, inputs, scale=1.0).value).lower(*shapes).compile()
     used = compiled.memory_analysis().temp_size_in_bytes / (4 * dim * length)
-    print(f"{name}: {used:.1f} x T D floats")
-    assert used < 60
+    assert used < 30  # 8 to 14 were seen; T x D x D would be 1,000

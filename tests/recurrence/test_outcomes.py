@@ -12,8 +12,6 @@ from pmcmc.recurrence import RESULTS
 SEQUENTIAL = rec.Sequential()
 SOLVERS = {
     "deer": rec.deer(),
-    "quasi-deer": rec.quasi_deer(),
-    "jacobi": rec.jacobi(),
     "quasi-elk": rec.quasi_elk(),
     "windowed": rec.Windowed(rec.quasi_deer(), window=16),
 }

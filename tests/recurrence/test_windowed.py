@@ -16,8 +16,8 @@ def solve(solver, fn, x0, inputs, **options):
     return jax.jit(lambda solver, x0, inputs: solver.solve(fn, x0, inputs, **options))(solver, x0, inputs)
 
 
-@pytest.mark.parametrize("window", [1, 16, 500])
-@pytest.mark.parametrize("solver", [rec.deer(), rec.jacobi(), rec.quasi_elk()], ids=["deer", "jacobi", "quasi-elk"])
+@pytest.mark.parametrize("window", [1, 16])
+@pytest.mark.parametrize("solver", [rec.jacobi(), rec.quasi_elk()], ids=["jacobi", "quasi-elk"])
 def test_equals_sequential(solver, window, rng_key):
     fn, x0, inputs = coupled(rng_key, 53)
     found = solve(Windowed(solver, window), fn, x0, inputs)

@@ -94,10 +94,10 @@ class HutchinsonBlockDiagonal(Scanned):
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> swap = lambda x, u: jnp.array([2 * x[1], -x[0]])
+        >>> swap = lambda x, u: jnp.array([2 * x[1], 3 * x[0]])
         >>> jacobian = HutchinsonBlockDiagonal(jax.random.key(0))
         >>> jacobian.linearize(swap, jnp.zeros((1, 2)), None, 0)[0, :, :, 0].tolist()
-        [[0.0, 2.0], [-1.0, 0.0]]
+        [[0.0, 2.0], [3.0, 0.0]]
     """
 
     rng_key: PRNGKey

@@ -86,9 +86,9 @@ class BlockDiagonal(Scanned):
 
     Example:
         >>> import jax.numpy as jnp
-        >>> swap = lambda x, u: jnp.array([2 * x[1], -x[0]])
+        >>> swap = lambda x, u: jnp.array([2 * x[1], 3 * x[0]])
         >>> BlockDiagonal().linearize(swap, jnp.zeros((1, 2)), None, 0)[0, :, :, 0].tolist()
-        [[0.0, 2.0], [-1.0, 0.0]]
+        [[0.0, 2.0], [3.0, 0.0]]
     """
 
     def linearize(self, fn, x, inputs, iteration):

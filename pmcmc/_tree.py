@@ -106,7 +106,7 @@ def relative_distance(a: PyTree, b: PyTree, scale: PyTree, num_axes: int = 1) ->
         if not is_real(x):
             return jnp.where(jnp.all(x == y, axis=axes), 0.0, jnp.inf)
         gap = jnp.abs(x - y)
-        ratio = jnp.where(gap == 0, 0.0, gap / jnp.broadcast_to(s, x.shape[num_axes:])[(None,) * num_axes])
+        ratio = jnp.where(gap == 0, 0.0, gap / jnp.broadcast_to(s, x.shape))
         worst = jnp.max(ratio, axis=axes, initial=0.0)
         return jnp.where(jnp.all(jnp.isfinite(ratio), axis=axes), worst, jnp.inf)
 

@@ -4,29 +4,60 @@ from collections.abc import Callable
 
 from pmcmc._types import PyTree
 from pmcmc.recurrence._base import RESULTS, Recurrence, RecurrenceSolver, Solution, Stats
-from pmcmc.recurrence._jacobian import Dense, Diagonal, Identity, JacobianStructure, Zero
+from pmcmc.recurrence._basis import Basis, LinearBasis, ScaledBasis, StandardBasis
+from pmcmc.recurrence._hutchinson import FixedProbes, FreshProbes, HutchinsonBlockDiagonal, HutchinsonDiagonal
+from pmcmc.recurrence._jacobian import BlockDiagonal, Dense, Diagonal, Identity, JacobianStructure, Zero
 from pmcmc.recurrence._newton import Newton
 from pmcmc.recurrence._sequential import Sequential
 from pmcmc.recurrence._shooting import MultipleShooting
+from pmcmc.recurrence._trust_region import (
+    AdaptiveRegularization,
+    Filter,
+    FixedRegularization,
+    LevenbergMarquardt,
+    Regularization,
+    Smoother,
+    StepRule,
+)
+from pmcmc.recurrence._windowed import Windowed
 
 __all__ = [
     "RESULTS",
+    "AdaptiveRegularization",
+    "Basis",
+    "BlockDiagonal",
     "Dense",
     "Diagonal",
+    "Filter",
+    "FixedProbes",
+    "FixedRegularization",
+    "FreshProbes",
+    "HutchinsonBlockDiagonal",
+    "HutchinsonDiagonal",
     "Identity",
     "JacobianStructure",
+    "LevenbergMarquardt",
+    "LinearBasis",
     "MultipleShooting",
     "Newton",
     "Recurrence",
     "RecurrenceSolver",
+    "Regularization",
+    "ScaledBasis",
     "Sequential",
+    "Smoother",
     "Solution",
+    "StandardBasis",
     "Stats",
+    "StepRule",
+    "Windowed",
     "Zero",
     "deer",
+    "elk",
     "jacobi",
     "picard",
     "quasi_deer",
+    "quasi_elk",
     "solve",
 ]
 
@@ -113,3 +144,16 @@ def jacobi(**options) -> Newton:
         Zero()
     """
     return Newton(Zero(), **options)
+
+
+def elk(**options) -> LevenbergMarquardt:
+    """ELK (Gonzalez et al. 2024): the full Jacobian in a trust region. Options of `LevenbergMarquardt`.
+
+    As published, lambda fixed and filter only: ``elk(regularization=FixedRegularization(0.1), step_rule=Filter())``.
+    """
+    return LevenbergMarquardt(Dense(), **options)
+
+
+def quasi_elk(**options) -> LevenbergMarquardt:
+    """quasi-ELK (Gonzalez et al. 2024): the Jacobian's diagonal in a trust region. Options as `elk`."""
+    return LevenbergMarquardt(Diagonal(), **options)

@@ -89,7 +89,9 @@ class Solution(NamedTuple):
     result: a `RESULTS` code (integer array).
     residual: max over t of |x[t] - fn(x[t-1], inputs[t])| / scale, as the solver evaluated it.
     stats: see `Stats`.
-    iterates: all Newton iterates, leading axis ``num_iters``, where asked for.
+    iterates: Newton iterates, leading axis ``num_iterates``, where asked for; the initial guess is the first.
+    residual_profile: the residual of each step, ``(T,)``, where the solver judges every step (Newton-type solvers);
+        inf where a step was not evaluated or is not finite.
     """
 
     value: PyTree
@@ -98,6 +100,7 @@ class Solution(NamedTuple):
     residual: Array
     stats: Stats
     iterates: PyTree = None
+    residual_profile: Array | None = None
 
 
 def _identity(x):

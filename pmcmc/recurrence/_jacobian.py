@@ -12,61 +12,102 @@ import jax
 import jax.numpy as jnp
 
 from pmcmc._types import Array, PyTree
-from pmcmc.recurrence._scan import affine_scan, apply_affine
+from pmcmc.recurrence._scan import affine_scan, apply_affine, delayed
 
 
 class JacobianStructure(abc.ABC):
-    """Approximation A[t] of df/dx used by `Newton`.
+    """Approximation A[t] of df/dx used by `Newton` and `LevenbergMarquardt`.
 
     The structure decides what a Newton-type iteration costs and how fast it converges: the rate is set by the error
     of the approximation and by the contraction of the recurrence (Gonzalez et al. 2025).
     """
 
     @abc.abstractmethod
-    def linearize(self, fn: Callable, x: Array, inputs: PyTree) -> Array | None:
-        """A[t] at every ``x[t-1]``, shape ``(T, ...)``, for ``fn(x, u) -> x``; None where nothing is stored."""
+    def linearize(self, fn: Callable, x: Array, inputs: PyTree, iteration: Array) -> Array | None:
+        """A[t] at every ``x[t-1]``, shape ``(T, ...)``, for ``fn(x, u) -> x``; None where nothing is stored.
+
+        iteration: how many iterations went before; only stochastic estimates read it.
+        """
 
     @abc.abstractmethod
     def recur(self, a: Array | None, r: Array) -> Array:
         """All ``A[t] e[t-1]`` of the recursion ``e[t] = A[t] e[t-1] + r[t]``, e[0] = 0, shape ``(T, D)``."""
 
 
-def _delayed(e: Array) -> Array:
-    return jnp.concatenate([jnp.zeros_like(e[:1]), e[:-1]])
+class Scanned(JacobianStructure):
+    """A structure whose A[t] are stored and composed by an associative scan."""
 
-
-class _Scanned(JacobianStructure):
     def recur(self, a, r):
-        return apply_affine(a, _delayed(affine_scan(a, r)))
+        return apply_affine(a, delayed(affine_scan(a, r)))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Dense(_Scanned):
+class Dense(Scanned):
     """The full Jacobian, D JVPs a step: Newton's method, DEER (Lim et al. 2024).
 
     T D^2 memory and T D^3 work an iteration; converges quadratically near the solution.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> Dense().linearize(lambda x, u: x**2, jnp.array([[1.0, 2.0]]), None, 0).tolist()
+        [[[2.0, 0.0], [0.0, 4.0]]]
     """
 
-    def linearize(self, fn, x, inputs):
+    def linearize(self, fn, x, inputs, iteration):
         return jax.vmap(jax.jacfwd(fn))(x, inputs)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Diagonal(_Scanned):
+class Diagonal(Scanned):
     """The exact diagonal of the Jacobian, D JVPs a step one after the other: quasi-DEER (Gonzalez et al. 2024).
 
     T D memory: no D x D matrix is ever formed.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> Diagonal().linearize(lambda x, u: x**2, jnp.array([[1.0, 2.0]]), None, 0).tolist()
+        [[2.0, 4.0]]
     """
 
-    def linearize(self, fn, x, inputs):
+    def linearize(self, fn, x, inputs, iteration):
         def column(i):
-            basis = jnp.zeros(x.shape[1:], x.dtype).at[i].set(1)
-            tangent = lambda x, u: jax.jvp(lambda x: fn(x, u), (x,), (basis,))[1][i]
-            return jax.vmap(tangent)(x, inputs)
+            return jax.vmap(lambda x, u: pushforward(fn, x, u, unit(i, x))[i])(x, inputs)
 
         return jax.lax.map(column, jnp.arange(x.shape[1])).T
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BlockDiagonal(Scanned):
+    """2x2 blocks of exact diagonals for a state whose vector is (position, momentum) halves, D JVPs a step.
+
+    ``A = [diag(dq'/dq) diag(dq'/dp); diag(dp'/dq) diag(dp'/dp)]``: the coupling of a coordinate with its own momentum,
+    which a diagonal misses and which is what a leapfrog step does. Block quasi-DEER (Zoltowski et al. 2025).
+    O(T D) memory. `HutchinsonBlockDiagonal` estimates the same from two JVPs a probe.
+
+    Raises:
+        ValueError: in a solve, if D is odd.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> swap = lambda x, u: jnp.array([2 * x[1], 3 * x[0]])
+        >>> BlockDiagonal().linearize(swap, jnp.zeros((1, 2)), None, 0)[0, :, :, 0].tolist()
+        [[0.0, 2.0], [3.0, 0.0]]
+    """
+
+    def linearize(self, fn, x, inputs, iteration):
+        half = half_size(x)
+
+        def column(i):
+            def entries(x, u):
+                columns = [pushforward(fn, x, u, unit(i + q * half, x)) for q in range(2)]
+                return jnp.stack([jnp.stack([c[i + p * half] for c in columns]) for p in range(2)])
+
+            return jax.vmap(entries)(x, inputs)
+
+        return jnp.moveaxis(jax.lax.map(column, jnp.arange(half)), 0, -1)
 
 
 @jax.tree_util.register_dataclass
@@ -77,11 +118,11 @@ class Identity(JacobianStructure):
     No derivative is taken. Suits recurrences whose steps change the state little.
     """
 
-    def linearize(self, fn, x, inputs):
+    def linearize(self, fn, x, inputs, iteration):
         return None
 
     def recur(self, a, r):
-        return _delayed(jnp.cumsum(r, axis=0))
+        return delayed(jnp.cumsum(r, axis=0))
 
 
 @jax.tree_util.register_dataclass
@@ -92,8 +133,28 @@ class Zero(JacobianStructure):
     No derivative is taken. Suits recurrences that forget their state at once.
     """
 
-    def linearize(self, fn, x, inputs):
+    def linearize(self, fn, x, inputs, iteration):
         return None
 
     def recur(self, a, r):
         return jnp.zeros_like(r)
+
+
+def pushforward(fn: Callable, x: Array, u: PyTree, v: Array) -> Array:
+    """The Jacobian-vector product ``(df/dx)(x, u) v``, shape ``(D,)``."""
+    return jax.jvp(lambda x: fn(x, u), (x,), (v,))[1]
+
+
+def unit(i: Array, like: Array) -> Array:
+    """The i-th unit vector of the length and dtype of ``like``."""
+    return jnp.zeros_like(like).at[i].set(1)
+
+
+def half_size(x: Array) -> int:
+    """D/2 for states ``(T, D)`` that are (position, momentum) halves."""
+    if x.shape[-1] % 2:
+        raise ValueError(
+            f"BlockDiagonal needs a state of two equal halves (position, momentum), got {x.shape[-1]} numbers. "
+            "Use Diagonal() for other states."
+        )
+    return x.shape[-1] // 2

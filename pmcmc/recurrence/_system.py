@@ -1,0 +1,130 @@
+"""One chain as a system of equations in vectors: ``x[t] = f(x[t-1], u[t])``, t = 1..T, x[t] of shape ``(D,)``.
+
+What every Newton-type solver shares: evaluating all T equations at once, and deciding which of them hold.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pmcmc._tree import finite_rows, leading_true, relative_distance, within_rounding
+from pmcmc._types import Array, PyTree
+from pmcmc.recurrence._base import RESULTS, Stats, default_tolerance, typical_scale
+from pmcmc.recurrence._growth import tangent_growth
+
+
+class Evaluation(NamedTuple):
+    """An iterate and what the recurrence says about it."""
+
+    path: Array  # (T, D): x[1..T]
+    images: Array  # (T, D): f(x[t-1], u[t])
+    aux: PyTree
+    residual: Array  # (T,) |x[t] - f(x[t-1])| / scale; inf where not finite
+    holds: Array  # (T,) whether that is within the tolerance
+    scale: Array | None  # (D,) what "small" was measured by
+
+
+@dataclass(frozen=True)
+class System:
+    """The equations of one chain.
+
+    fn: ``(x, u) -> (x, aux)`` on vectors. start: x[0], ``(D,)``. inputs: leading axis T.
+    scale: spread of each coordinate ``(D,)``, or None: measured on the images of each iterate.
+    tol: largest residual of an equation that holds. None: that of the dtype, see `default_tolerance`.
+    """
+
+    fn: Callable
+    start: Array
+    inputs: PyTree
+    scale: Array | None
+    tol: Any
+    length: int
+
+    def image(self, x: Array, u: PyTree) -> Array:
+        return self.fn(x, u)[0]
+
+    def previous(self, path: Array) -> Array:
+        """x[0..T-1]."""
+        return jnp.concatenate([self.start[None], path[:-1]])
+
+    def evaluate(self, path: Array) -> Evaluation:
+        """All T equations at once."""
+        images, aux = jax.vmap(self.fn)(self.previous(path), self.inputs)
+        scale = typical_scale(images) if self.scale is None else self.scale
+        residual = relative_distance(path, images, scale)
+        tol = default_tolerance(path.dtype) if self.tol is None else self.tol
+        # No state can satisfy the equation better than its own rounding (a posterior shifted by 1e5).
+        holds = (residual <= jnp.asarray(tol, path.dtype)) | within_rounding(path, images)
+        return Evaluation(path, images, aux, residual, holds & jnp.isfinite(residual), scale)
+
+    def part(self, start: Array, first: Array, length: int) -> "System":
+        """Steps ``first + 1 .. first + length``, from the state ``start`` before them."""
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, length, 0)
+        return replace(self, start=start, inputs=jax.tree.map(cut, self.inputs), length=length)
+
+
+class Outcome(NamedTuple):
+    """What a solver found for one chain; the fields of `Solution` on vectors."""
+
+    path: Array
+    aux: PyTree
+    result: Array
+    residual: Array
+    stats: Stats
+    iterates: Array | None
+    residual_profile: Array
+
+
+def blocked_at(now: Evaluation) -> Array:
+    """The step t (from 0) whose predecessors are right to rounding while f is not finite there; T if there is none.
+
+    To rounding, not to the tolerance: that is relative to a scale which an exploding iterate inflates.
+    """
+    prefix = leading_true(now.holds & within_rounding(now.path, now.images))
+    index = jnp.minimum(prefix, now.holds.shape[0] - 1)
+    blocked = (prefix < now.holds.shape[0]) & ~jnp.all(jnp.isfinite(now.images[index]))
+    return jnp.where(blocked, index, now.holds.shape[0])
+
+
+class Course(NamedTuple):
+    """How the iterations went."""
+
+    moving: Array  # whether the iterates still changed
+    blocked: Array  # see `blocked_at`; T where there is none
+    num_iters: Array
+    rounds: Array  # evaluations one after the other
+    width: int  # steps in each of them
+
+
+def conclude(system: System, now: Evaluation, course: Course, iterates: Array | None) -> Outcome:
+    """From the last iterate to an `Outcome`: what stands, and the code that says why the rest does not."""
+    growth_rate = tangent_growth(
+        system.image, system.previous(now.path), system.inputs, jnp.any(now.residual > 0) & jnp.all(now.holds)
+    )
+    start_finite = jnp.all(jnp.isfinite(system.start))
+    index = jnp.arange(system.length)
+    known = start_finite & (index < course.blocked)
+    # From the first state that f makes NaN or infinite on, nothing is known, and the path says so.
+    path = jnp.where(known[:, None], now.path, jnp.nan)
+    finite, converged = jnp.all(known & finite_rows(path)), jnp.all(now.holds & known)
+    separating = (growth_rate >= 0) & ~jnp.all(now.residual == 0)
+    stands = known & jnp.where(separating, now.residual == 0, now.holds)
+    result = jnp.select(
+        [~finite, converged & separating, converged, ~course.moving],
+        [RESULTS.nonfinite, RESULTS.not_contracting, RESULTS.successful, RESULTS.stagnated],
+        RESULTS.max_iters_reached,
+    )
+    residual = jnp.where(known, now.residual, jnp.inf)
+    worst = jnp.where(jnp.all(jnp.isfinite(residual)), jnp.max(residual), jnp.inf)
+    stats = Stats(
+        num_iters=course.num_iters,
+        num_sweeps=jnp.zeros_like(course.num_iters),
+        num_sequential_steps=course.rounds,
+        num_fn_evals=course.rounds * course.width,
+        certified_steps=leading_true(stands),
+        growth_rate=growth_rate,
+    )
+    return Outcome(path, now.aux, result, worst, stats, iterates, residual)

@@ -1,0 +1,224 @@
+"""Levenberg-Marquardt by Kalman filtering: Newton's recursion, held near the current iterate.
+
+Newton's step solves the linearised system whatever its size; where the products of A[t] grow, it overflows although the
+recurrence itself is tame. ELK (Gonzalez et al. 2024, section 4) adds a penalty on the increments d,
+
+    minimise  sum over t of  |d[t] - A[t] d[t-1] - r[t]|^2 + lambda |d[t]|^2
+
+which is the mode of a linear Gaussian state-space model with pseudo-observations, so a Kalman smoother finds it by
+associative scans (see `_kalman`). The published method uses the filter alone, a cheaper step that looks at the past
+only. Both shrink the products of A[t]: they stay bounded for every lambda > 0, and lambda = 0 is Newton.
+
+With lambda > 0 the step is no longer exact along a growing prefix; the certified prefix comes from the residual.
+"""
+
+import abc
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pmcmc._tree import finite_rows
+from pmcmc._types import Array, PyTree, Scalar
+from pmcmc.recurrence import _kalman
+from pmcmc.recurrence._basis import Basis, StandardBasis
+from pmcmc.recurrence._iterate import NewtonType, drop_overflow
+from pmcmc.recurrence._jacobian import Dense, JacobianStructure, Scanned
+from pmcmc.recurrence._scan import apply_affine, delayed
+
+
+class Step(NamedTuple):
+    """A trust-region step in the basis."""
+
+    beyond_images: Array  # (T, D): new path minus the images of the old one
+    model: Array  # (T, D): residual that the linear model predicts behind the step
+
+
+class StepRule(abc.ABC):
+    """Which mean of the state-space model is the step."""
+
+    @abc.abstractmethod
+    def step(self, a: Any, r: Array, strength: Scalar) -> Step:
+        """The step for A ``(T, ...)``, r ``(T, D)`` and lambda."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Filter(StepRule):
+    """The filtered mean, as in the published ELK: one Riccati and one affine scan."""
+
+    def step(self, a, r, strength):
+        carried, pull = _kalman.filter_means(a, r, _kalman.gains(a, strength))
+        return Step(carried - pull, pull)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Smoother(StepRule):
+    """The smoothed mean, the exact Levenberg-Marquardt step: one more affine scan, from the end."""
+
+    def step(self, a, r, strength):
+        gains = _kalman.gains(a, strength)
+        carried, pull = _kalman.filter_means(a, r, gains)
+        s = _kalman.smoother_corrections(a, gains, pull, strength)
+        return Step(carried - pull + s, pull + apply_affine(a, delayed(s)) - s)
+
+
+class Trial(NamedTuple):
+    """What is known about a step when it is judged: the residual over the path, where it is finite."""
+
+    before: Array  # root of its sum of squares
+    after: Array
+    predicted: Array  # by the linear model
+    lost_before: Array  # number of steps where it is not finite
+    lost_after: Array
+
+
+class Regularization(abc.ABC):
+    """How strong the trust region is, and when a step is accepted."""
+
+    @abc.abstractmethod
+    def begin(self, dtype: Any) -> PyTree:
+        """The memory before the first iteration of a solve in this precision."""
+
+    @abc.abstractmethod
+    def strength(self, memory: PyTree) -> Scalar:
+        """lambda of the next step."""
+
+    @abc.abstractmethod
+    def update(self, memory: PyTree, trial: Trial) -> tuple[Array, PyTree, Array]:
+        """Whether the step is accepted, the new memory, and whether a rejected step should be tried again."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FixedRegularization(Regularization):
+    """One lambda for all iterations, every step accepted, as in the published ELK (there: 1e-8 by default).
+
+    value: lambda, at least 0. Where A = 0 the error shrinks by lambda / (1 + lambda) an iteration. In float32 keep it
+        above 3e-4 (see `AdaptiveRegularization`), or at 0 where Newton's step is wanted.
+    """
+
+    value: Scalar = 0.1
+
+    def begin(self, dtype):
+        return None
+
+    def strength(self, memory):
+        return self.value
+
+    def update(self, memory, trial):
+        return jnp.array(True), None, jnp.array(False)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AdaptiveRegularization(Regularization):
+    """lambda from how well the linear model predicted the last step (Nocedal & Wright 2006, algorithm 4.1).
+
+    With the merit ``phi = sum of |r[t]|^2`` and ``rho`` = actual over predicted decrease of phi: a step is accepted if
+    phi falls; lambda grows by ``increase`` if rho < 1/4 and shrinks by ``decrease`` if rho > 3/4, within
+    [smallest, largest]. Rejected steps count as iterations. With `Smoother` a small enough step always lowers phi, and
+    phi has no minimum but the solution, since the Jacobian of the system is unit triangular.
+
+    initial: lambda of the first step.
+    smallest: None: the square root of the dtype's eps (1.5e-8, or 3.5e-4 in float32). Along unstable directions the
+        covariances reach 1 / lambda beside 1 along stable ones, and below it float32 loses the latter.
+
+    Differs from the textbook in one thing: where the recurrence is not finite at some steps of the path, phi is taken
+    over the others, fewer such steps are always progress, and more never are.
+    """
+
+    initial: Scalar = 1.0
+    increase: Scalar = 4.0
+    decrease: Scalar = 0.1
+    smallest: Scalar | None = None
+    largest: Scalar = 1e8
+
+    def begin(self, dtype):
+        return jnp.asarray(self.initial, dtype)
+
+    def strength(self, memory):
+        return memory
+
+    def update(self, memory, trial):
+        same = trial.lost_after == trial.lost_before
+        accepted = (trial.lost_after < trial.lost_before) | (same & (trial.after < trial.before))
+        before = jnp.where(trial.before > 0, trial.before, 1.0)
+        actual = 1 - (trial.after / before) ** 2
+        predicted = 1 - (trial.predicted / before) ** 2
+        # a model that predicts no decrease is a poor one, whatever happened
+        rho = jnp.where(predicted > 0, actual / jnp.where(predicted > 0, predicted, 1.0), -1.0)
+        poor = ~(rho >= 0.25) | (trial.lost_after > trial.lost_before)
+        good = rho > 0.75
+        factor = jnp.where(poor, self.increase, jnp.where(good, self.decrease, 1.0))
+        smallest = jnp.sqrt(jnp.finfo(memory.dtype).eps) if self.smallest is None else self.smallest
+        new = jnp.clip(memory * factor, smallest, self.largest).astype(memory.dtype)
+        return accepted, new, memory < self.largest
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LevenbergMarquardt(NewtonType):
+    """ELK and its relatives: Newton-type iterations inside a trust region.
+
+    jacobian: `Dense` (ELK), `Diagonal` (quasi-ELK), `HutchinsonDiagonal`, `BlockDiagonal`, `HutchinsonBlockDiagonal`.
+    regularization: `AdaptiveRegularization` or `FixedRegularization`: lambda, without unit.
+    step_rule: `Smoother`, the exact step, or `Filter`, as published.
+    tol, max_iters, basis, damping, clip, num_iterates: as `Newton`. The trust region is a ball in the basis.
+
+    Raises:
+        ValueError: as `Newton`.
+        TypeError: a Jacobian without entries (`Identity`, `Zero`); integer leaves in the state.
+
+    Source: Gonzalez et al. 2024, section 4; Sarkka & Garcia-Fernandez 2021 (scans), Nocedal & Wright 2006 (lambda).
+
+    Example:
+        >>> import jax.numpy as jnp, pmcmc
+        >>> solver = pmcmc.recurrence.elk()
+        >>> solution = solver.solve(lambda x, u: jnp.tanh(x) + u, 0.0, jnp.ones(100))
+        >>> bool(solution.result == pmcmc.recurrence.RESULTS.successful)
+        True
+    """
+
+    jacobian: JacobianStructure = Dense()
+    regularization: Regularization = AdaptiveRegularization()
+    step_rule: StepRule = Smoother()
+    tol: Scalar | None = None
+    max_iters: Scalar = 200
+    basis: Basis = StandardBasis()
+    damping: Scalar | None = None
+    clip: Scalar | None = None
+    num_iterates: int = field(default=0, metadata=dict(static=True))
+
+    def __post_init__(self):
+        self.check()
+        if isinstance(self.jacobian, JacobianStructure) and not isinstance(self.jacobian, Scanned):
+            raise TypeError(
+                f"a trust region needs a Jacobian with entries, got {type(self.jacobian).__name__}(). "
+                "Use Dense(), Diagonal() or one of their relatives."
+            )
+
+    def begin(self, system):
+        return self.regularization.begin(system.start.dtype)
+
+    def propose(self, system, it):
+        a, r = self.linearize(system, it)
+        step = self.step_rule.step(a, r, self.regularization.strength(it.memory))
+        return it.now.images + drop_overflow(jax.vmap(self.basis.decode)(step.beyond_images)), step.model
+
+    def judge(self, it, candidate, plan):
+        residual = lambda now: jax.vmap(self.basis.encode)(now.images - now.path)
+        before, after = residual(it.now), residual(candidate)
+        lost = lambda r: jnp.sum(~finite_rows(r))
+        trial = Trial(_norm(before), _norm(after), _norm(plan), lost(before), lost(after))
+        return self.regularization.update(it.memory, trial)
+
+
+def _norm(r: Array) -> Array:
+    """Root sum of squares of the finite rows, without overflow."""
+    r = jnp.where(finite_rows(r)[:, None], r, 0.0)
+    largest = jnp.max(jnp.abs(r))
+    safe = jnp.where(largest > 0, largest, 1.0)
+    return safe * jnp.sqrt(jnp.sum((r / safe) ** 2))

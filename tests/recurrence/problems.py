@@ -1,0 +1,65 @@
+"""Recurrences that the tests of the solvers share."""
+
+import jax
+import jax.numpy as jnp
+
+
+def coupled(key, length, dim=4, gain=0.6, dtype=jnp.float64):
+    """A contracting, non-diagonal, smooth recurrence: ``x[t] = tanh(W x[t-1] + u[t])``; fn, x0, inputs."""
+    keys = jax.random.split(key, 3)
+    w = (gain / jnp.sqrt(dim) * jax.random.normal(keys[0], (dim, dim))).astype(dtype)
+    inputs = jax.random.normal(keys[1], (length, dim)).astype(dtype)
+    x0 = jax.random.normal(keys[2], (dim,)).astype(dtype)
+    return lambda x, u: jnp.tanh(w @ x + u), x0, inputs
+
+
+def gru(key, hidden, features, scale=1.0):
+    """Parameters of a gated recurrent unit (Cho et al. 2014)."""
+    keys = jax.random.split(key, 2)
+    return {
+        "w": scale * jax.random.normal(keys[0], (3, hidden, hidden)) / jnp.sqrt(hidden),
+        "u": jax.random.normal(keys[1], (3, hidden, features)) / jnp.sqrt(features),
+        "b": jnp.zeros((3, hidden)),
+    }
+
+
+def gru_step(params, h, x):
+    """One step of the unit: reset and update gates, candidate, blend."""
+    into = jnp.einsum("gij,j->gi", params["u"], x) + params["b"]
+    reset = jax.nn.sigmoid(params["w"][0] @ h + into[0])
+    update = jax.nn.sigmoid(params["w"][1] @ h + into[1])
+    candidate = jnp.tanh(params["w"][2] @ (reset * h) + into[2])
+    return update * h + (1 - update) * candidate
+
+
+def henon(x, u):
+    """The Henon map (1.4, 0.3), Lyapunov exponent 0.419."""
+    return jnp.array([1 - 1.4 * x[0] ** 2 + x[1], 0.3 * x[0]])
+
+
+def lorenz(x, u, dt=0.01):
+    """One Runge-Kutta step of the Lorenz flow (10, 28, 8/3), Lyapunov exponent 0.906 per unit of time."""
+
+    def rate(x):
+        return jnp.array([10 * (x[1] - x[0]), x[0] * (28 - x[2]) - x[1], x[0] * x[1] - 8 / 3 * x[2]])
+
+    k1 = rate(x)
+    k2 = rate(x + dt / 2 * k1)
+    k3 = rate(x + dt / 2 * k2)
+    k4 = rate(x + dt * k3)
+    return x + dt / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+
+
+def transient(length, first, last, growth=2.5, decay=0.5):
+    """``x[t] = c[t] x[t-1] + 0.1 sin(3 x[t-1]) + u[t]`` with |c| = growth on steps first..last and decay elsewhere.
+
+    Contracting on the whole if the unstable stretch is short, yet products of c over it overflow for large growth.
+    """
+    index = jnp.arange(length)
+    c = jnp.where((index >= first) & (index < last), growth, decay)
+    u = 0.1 * jnp.cos(index)
+    return (
+        lambda x, cu: jnp.tanh(cu[0] * x + 0.1 * jnp.sin(3 * x) + cu[1]),
+        jnp.full((1,), 0.3),
+        (c[:, None], u[:, None]),
+    )

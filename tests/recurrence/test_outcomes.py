@@ -1,0 +1,151 @@
+"""Every RESULTS code is reached, and bad input is never called solved."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import coupled, transient
+
+from pmcmc import recurrence as rec
+from pmcmc.recurrence import RESULTS
+
+SEQUENTIAL = rec.Sequential()
+SOLVERS = {
+    "deer": rec.deer(),
+    "quasi-elk": rec.quasi_elk(),
+    "windowed": rec.Windowed(rec.quasi_deer(), window=16),
+}
+some_solvers = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
+
+
+def solve(solver, fn, x0, inputs=None, **options):
+    return jax.jit(lambda solver, x0, inputs: solver.solve(fn, x0, inputs, **options))(solver, x0, inputs)
+
+
+def test_nan_behind_step_4096_is_not_converged():
+    """On CPU jnp.max drops NaN for n >= 4,096."""
+    inputs = jnp.zeros(6000).at[5000].set(1.0)
+    fn = lambda x, u: jnp.where(u > 0, jnp.nan, 0.5 * jnp.cos(x))
+    for solver in (rec.deer(), rec.jacobi(), rec.quasi_elk()):
+        found = solve(solver, fn, 0.0, inputs)
+        assert int(found.result) == RESULTS.nonfinite
+        assert int(found.stats.certified_steps) == 5000
+        assert np.isinf(found.residual)
+        assert np.isfinite(found.value[:5000]).all()
+        assert np.isnan(found.value[5000:]).all()
+
+
+@some_solvers
+def test_nan_region(solver, rng_key):
+    fn, x0, inputs = coupled(rng_key, 40)
+    bad = lambda x, u: jnp.where(u[0] > 1.5, jnp.nan, fn(x, u))
+    first = int(jnp.argmax(inputs[:, 0] > 1.5))
+    found = solve(solver, bad, x0, inputs)
+    assert int(found.result) == RESULTS.nonfinite
+    assert int(found.stats.certified_steps) == first == int(SEQUENTIAL.solve(bad, x0, inputs).stats.certified_steps)
+
+
+@some_solvers
+def test_nan_start(solver, rng_key):
+    fn, x0, inputs = coupled(rng_key, 20)
+    for value in (jnp.nan, jnp.inf):
+        found = solve(solver, fn, x0.at[1].set(value), inputs)
+        assert int(found.result) == RESULTS.nonfinite
+        assert int(found.stats.certified_steps) == 0
+        assert int(found.stats.num_iters) == 0
+
+
+@some_solvers
+def test_nan_row_in_the_guess_costs_little(solver, rng_key):
+    fn, x0, inputs = coupled(rng_key, 40)
+    exact = SEQUENTIAL.solve(fn, x0, inputs).value
+    clean = solve(solver, fn, x0, inputs, initial_guess=jnp.zeros_like(exact))
+    dirty = solve(solver, fn, x0, inputs, initial_guess=jnp.zeros_like(exact).at[5].set(jnp.nan))
+    assert int(dirty.result) == RESULTS.successful
+    assert int(dirty.stats.num_iters) <= int(clean.stats.num_iters) + 3
+    np.testing.assert_allclose(dirty.value, exact, atol=1e-11)
+
+
+@some_solvers
+@pytest.mark.parametrize("max_iters", [0, 3])
+def test_budget_ends(solver, max_iters, rng_key):
+    fn, x0, inputs = coupled(rng_key, 40, gain=1.5)
+    solver = type(solver)(**{**vars(solver), **_budget(solver, max_iters)})
+    found = solve(solver, fn, x0, inputs)
+    assert int(found.result) == RESULTS.max_iters_reached
+    assert int(found.stats.num_iters) == max_iters
+    prefix = int(found.stats.certified_steps)
+    assert prefix < 40
+    profile = found.residual_profile
+    assert profile.shape == (40,)
+    assert np.all(profile[:prefix] < 1e-12)
+    assert profile[prefix] > 1e-13
+    assert found.residual == jnp.max(profile)
+    np.testing.assert_allclose(found.value[:prefix], SEQUENTIAL.solve(fn, x0, inputs).value[:prefix], atol=1e-11)
+
+
+def _budget(solver, max_iters):
+    if isinstance(solver, rec.Windowed):
+        return {"solver": rec.quasi_deer(max_iters=max_iters)}
+    return {"max_iters": max_iters}
+
+
+def test_stagnation_of_a_trust_region():
+    """A path that must switch wells: the merit is flat to rounding far from the solution, and the solver says so."""
+    fn, x0, inputs = transient(200, 60, 100)
+    found = solve(rec.quasi_elk(), fn, x0, inputs)  # the state is one number: quasi-ELK is ELK
+    assert int(found.result) == RESULTS.stagnated
+    assert float(found.residual) > 1e-3
+    assert int(solve(rec.deer(), fn, x0, inputs).result) == RESULTS.successful
+
+
+def test_pseudo_orbit_is_not_called_solved():
+    """A chaotic path that satisfies the equation to 1e-9 only is no solution to rely on."""
+    fn = lambda x, u: 4.0 * x * (1 - x)
+    orbit = SEQUENTIAL.solve(fn, 0.3, length=60).value
+    found = solve(rec.deer(tol=1e-6), fn, 0.3, length=60, initial_guess=orbit + 1e-10)
+    assert int(found.result) == RESULTS.not_contracting
+    np.testing.assert_allclose(found.stats.growth_rate, np.log(2), rtol=0.2)
+    exact = solve(rec.deer(), fn, 0.3, length=60)
+    assert int(exact.result) == RESULTS.successful  # bitwise: residual 0 everywhere
+    assert float(exact.residual) == 0
+    np.testing.assert_array_equal(exact.value, orbit)
+
+
+def affine_copy(fn, shift, size):
+    return lambda x, u: shift + size * fn((x - shift) / size, u)
+
+
+@some_solvers
+@pytest.mark.parametrize(("shift", "size"), [(1e5, 1.0), (0.0, 1e-6)], ids=["shifted", "scaled"])
+def test_shift_and_scale_do_not_matter(solver, shift, size, rng_key):
+    fn, x0, inputs = coupled(rng_key, 40)
+    plain = solve(solver, fn, x0, inputs)
+    moved = solve(solver, affine_copy(fn, shift, size), shift + size * x0, inputs)
+    assert int(moved.result) == RESULTS.successful
+    assert abs(int(moved.stats.num_iters) - int(plain.stats.num_iters)) <= max(3, int(plain.stats.num_iters) // 2)
+    np.testing.assert_allclose((moved.value - shift) / size, plain.value, atol=1e-9)
+
+
+@some_solvers
+def test_shift_in_float32(solver, rng_key):
+    fn, x0, inputs = coupled(rng_key, 40, dtype=jnp.float32)
+    moved = affine_copy(fn, jnp.float32(1e4), jnp.float32(1.0))
+    found = solve(solver, moved, x0 + 1e4, inputs)
+    assert found.value.dtype == jnp.float32
+    assert int(found.result) == RESULTS.successful
+    np.testing.assert_allclose(found.value, SEQUENTIAL.solve(moved, x0 + 1e4, inputs).value, atol=8e-3)
+    assert int(found.stats.num_iters) > 0  # a tolerance relative to |x| would call the first iterate converged
+
+
+def test_raw_and_typed_keys_as_inputs():
+    fn = lambda x, key: 0.5 * x + jax.random.normal(key)
+    typed = jax.random.split(jax.random.key(3), 12)
+    raw = jax.random.key_data(typed)
+    found = [solve(rec.deer(), fn, 0.0, keys).value for keys in (typed, raw)]
+    np.testing.assert_array_equal(*found)
+
+
+def test_default_arguments():
+    for solver in (rec.Newton(), rec.LevenbergMarquardt(), rec.Windowed(rec.Newton())):
+        assert int(solver.solve(lambda x, u: 0.5 * x + 1, 0.0, length=5).result) == RESULTS.successful

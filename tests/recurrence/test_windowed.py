@@ -1,0 +1,58 @@
+"""A sliding window gives the same path for less work an iteration, and counts what it did."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import coupled
+
+from pmcmc import recurrence as rec
+from pmcmc.recurrence import RESULTS, Windowed
+
+SEQUENTIAL = rec.Sequential()
+
+
+def solve(solver, fn, x0, inputs, **options):
+    return jax.jit(lambda solver, x0, inputs: solver.solve(fn, x0, inputs, **options))(solver, x0, inputs)
+
+
+@pytest.mark.parametrize("window", [1, 16])
+@pytest.mark.parametrize("solver", [rec.jacobi(), rec.quasi_elk()], ids=["jacobi", "quasi-elk"])
+def test_equals_sequential(solver, window, rng_key):
+    fn, x0, inputs = coupled(rng_key, 53)
+    found = solve(Windowed(solver, window), fn, x0, inputs)
+    assert int(found.result) == RESULTS.successful
+    assert int(found.stats.certified_steps) == 53
+    np.testing.assert_allclose(found.value, SEQUENTIAL.solve(fn, x0, inputs).value, atol=1e-11)
+
+
+def test_stats_count_windows(rng_key):
+    fn, x0, inputs = coupled(rng_key, 53)
+    whole, wide = solve(rec.deer(), fn, x0, inputs), solve(Windowed(rec.deer(), 53), fn, x0, inputs)
+    assert jax.tree.map(int, whole.stats[:5]) == jax.tree.map(int, wide.stats[:5])
+    narrow = solve(Windowed(rec.deer(), 8), fn, x0, inputs)
+    assert int(narrow.stats.num_fn_evals) == 8 * int(narrow.stats.num_sequential_steps)
+    assert int(narrow.stats.num_iters) > int(whole.stats.num_iters)
+
+
+def test_budget_keeps_the_prefix(rng_key):
+    fn, x0, inputs = coupled(rng_key, 53)
+    found = solve(Windowed(rec.deer(max_iters=5, num_iterates=7), 8), fn, x0, inputs)
+    prefix = int(found.stats.certified_steps)
+    assert int(found.result) == RESULTS.max_iters_reached
+    assert 5 <= prefix < 53
+    np.testing.assert_allclose(found.value[:prefix], SEQUENTIAL.solve(fn, x0, inputs).value[:prefix], atol=1e-11)
+    assert np.isinf(found.residual)
+    assert np.isinf(found.residual_profile[-1])
+    assert found.iterates.shape == (7, 53, 4)
+    np.testing.assert_array_equal(found.iterates[-1], found.value)
+
+
+def test_exploding_iterates_do_not_certify_what_is_wrong():
+    """An exploded window inflates the scale, so that anything holds against it; nothing may be left behind then."""
+    fn = lambda x, u: 0.9 * x - 0.05 * x**3 + u
+    inputs = (0.5 * jnp.sin(jnp.arange(300.0)))[:, None]
+    exact = SEQUENTIAL.solve(fn, jnp.zeros(1), inputs).value
+    found = solve(Windowed(rec.deer(), 32), fn, jnp.zeros(1), inputs, initial_guess=jnp.full((300, 1), 4.0))
+    assert int(found.result) == RESULTS.successful
+    np.testing.assert_allclose(found.value, exact, atol=1e-11)

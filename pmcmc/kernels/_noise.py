@@ -4,6 +4,8 @@ On two CPU cores the noise of a tiny model costs as much as its steps. ``jax.ran
 two on each split; here a hash of the step's key and a counter gives two floats, and nothing is split.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -28,6 +30,34 @@ def uniforms(rng_key: PRNGKey, count: int, dtype) -> Array:
     return (((words >> 9).astype(jnp.float32) + 0.5) * 2.0**-23).astype(dtype)
 
 
+# Coefficients of Giles 2012, table 5 (single precision), highest power first: around w = 2.5, and in sqrt(w) around 3.
+_CENTRAL = (
+    2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 0.00021858087, -0.00125372503, -0.00417768164,
+    0.246640727, 1.50140941,
+)  # fmt: skip
+_TAIL = (
+    -0.000200214257, 0.000100950558, 0.00134934322, -0.00367342844, 0.00573950773, -0.0076224613, 0.00943887047,
+    1.00167406, 2.83297682,
+)  # fmt: skip
+
+
 def normals(uniform: Array) -> Array:
-    """Standard normals from uniforms by the inverse distribution function, ``sqrt(2) erfinv(2 u - 1)``."""
-    return jnp.sqrt(jnp.asarray(2.0, uniform.dtype)) * jax.lax.erf_inv(2 * uniform - 1)
+    """Standard normals from uniforms by the inverse distribution function, ``sqrt(2) erfinv(2 u - 1)``.
+
+    In float32 by the polynomials of Giles (2012, "Approximating the erfinv function"), which XLA uses too, but with
+    ``w = -log(4 u (1 - u))`` where XLA takes a log1p that its CPU compiler does not vectorise: 33 instead of 115 ns
+    for the noise of a step in ten dimensions. w enters the polynomials as it is, so log loses nothing against log1p.
+    """
+    root_two = jnp.asarray(math.sqrt(2), uniform.dtype)
+    if uniform.dtype != jnp.float32:
+        return root_two * jax.lax.erf_inv(2 * uniform - 1)
+    w = -jnp.log(4 * uniform * (1 - uniform))
+    central, tail = _horner(_CENTRAL, w - 2.5), _horner(_TAIL, jnp.sqrt(w) - 3)
+    return root_two * (2 * uniform - 1) * jnp.where(w < 5, central, tail)
+
+
+def _horner(coefficients: tuple[float, ...], x: Array) -> Array:
+    total = jnp.full_like(x, coefficients[0])
+    for coefficient in coefficients[1:]:
+        total = coefficient + total * x
+    return total

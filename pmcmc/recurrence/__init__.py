@@ -69,7 +69,7 @@ def solve(
     *,
     solver: RecurrenceSolver | None = None,
     length: int | None = None,
-    initial_guess: PyTree = None,
+    initial_guess: PyTree | Callable = None,
     has_aux: bool = False,
     scale: PyTree = None,
 ) -> Solution:
@@ -79,7 +79,8 @@ def solve(
     x0: the state before the first step, any pytree of arrays.
     inputs: pytree with leading axis T, or None with length=T.
     solver: any `RecurrenceSolver`; MultipleShooting() by default.
-    initial_guess: states for t = 1..T, leading axis T; x0 repeated by default. Shooting reads its block starts there.
+    initial_guess: states for t = 1..T, leading axis T, or a function from step numbers (0..T-1) to states, which is
+        asked only for the steps a solver needs (shooting: its block starts). By default x0 repeated.
     scale: the typical spread of each coordinate, structure of x0 (leaves broadcast). Tolerances are relative to it.
         By default it is measured on the path.
 
@@ -155,5 +156,8 @@ def elk(**options) -> LevenbergMarquardt:
 
 
 def quasi_elk(**options) -> LevenbergMarquardt:
-    """quasi-ELK (Gonzalez et al. 2024): the Jacobian's diagonal in a trust region. Options as `elk`."""
+    """quasi-ELK (Gonzalez et al. 2024): the Jacobian's diagonal in a trust region.
+
+    Options as `elk`.
+    """
     return LevenbergMarquardt(Diagonal(), **options)

@@ -132,7 +132,7 @@ class Problem(NamedTuple):
     recurrence: Recurrence
     x0: PyTree  # (C, ...)
     inputs: PyTree  # (C, T, ...)
-    guess: PyTree  # (C, T, ...) or None
+    guess: PyTree  # (C, T, ...), or a function of step numbers, or None
     scale: PyTree  # structure of one state, or None: taken from the path itself
     num_chains: int
     length: int
@@ -140,6 +140,12 @@ class Problem(NamedTuple):
     @property
     def dtype(self) -> Any:
         return real_dtype(self.x0)
+
+    def guess_at(self, steps: Array) -> PyTree:
+        """Guessed states after the given steps (numbered from 0), leading axes (C, steps); None without a guess."""
+        if self.guess is None:
+            return None
+        return self.guess(steps) if callable(self.guess) else jax.tree.map(lambda g: g[:, steps], self.guess)
 
 
 class RecurrenceSolver(abc.ABC):
@@ -160,14 +166,15 @@ class RecurrenceSolver(abc.ABC):
         inputs: PyTree = None,
         *,
         length: int | None = None,
-        initial_guess: PyTree = None,
+        initial_guess: PyTree | Callable = None,
         has_aux: bool = False,
         scale: PyTree = None,
     ) -> Solution:
         """Solve one recurrence; arguments as in `pmcmc.recurrence.solve`."""
         add = lambda tree: jax.tree.map(lambda x: jnp.asarray(x)[None], tree)
+        guess = (lambda steps: add(initial_guess(steps))) if callable(initial_guess) else add(initial_guess)
         solution = self.solve_batch(
-            fn, add(x0), add(inputs), length=length, initial_guess=add(initial_guess), has_aux=has_aux, scale=scale
+            fn, add(x0), add(inputs), length=length, initial_guess=guess, has_aux=has_aux, scale=scale
         )
         return jax.tree.map(lambda x: x[0], solution)
 
@@ -178,7 +185,7 @@ class RecurrenceSolver(abc.ABC):
         inputs: PyTree = None,
         *,
         length: int | None = None,
-        initial_guess: PyTree = None,
+        initial_guess: PyTree | Callable = None,
         has_aux: bool = False,
         scale: PyTree = None,
     ) -> Solution:
@@ -236,14 +243,19 @@ def _length(inputs: PyTree, length: int | None) -> int:
 def _check_guess(guess, state, num_chains, length):
     if guess is None:
         return None
-    expected = jax.tree.map(lambda s: (num_chains, length, *s.shape), state)
-    if jax.tree.structure(guess) != jax.tree.structure(state) or jax.tree.map(jnp.shape, guess) != expected:
+    if callable(guess):  # checked on two steps, called by the solver on those it needs
+        given, rows = jax.eval_shape(guess, jax.ShapeDtypeStruct((2,), int)), 2
+        checked: Any = lambda steps: jax.tree.map(lambda g, s: jnp.asarray(g, s.dtype), guess(steps), state)
+    else:
+        given, rows = guess, length
+        checked = jax.tree.map(lambda g, s: jnp.asarray(g, s.dtype), guess, state)
+    expected = jax.tree.map(lambda s: (num_chains, rows, *s.shape), state)
+    if jax.tree.structure(given) != jax.tree.structure(state) or jax.tree.map(jnp.shape, given) != expected:
         raise ValueError(
             "initial_guess must hold one state per step. Expected shapes (without the chain axis) "
-            f"{jax.tree.map(lambda s: (length, *s.shape), state)}, got "
-            f"{jax.tree.map(lambda g: jnp.shape(g)[1:], guess)}."
+            f"{jax.tree.map(lambda s: (rows, *s.shape), state)}, got {jax.tree.map(lambda g: jnp.shape(g)[1:], given)}."
         )
-    return jax.tree.map(lambda g, s: jnp.asarray(g, s.dtype), guess, state)
+    return checked
 
 
 def default_tolerance(dtype: Any) -> float:

@@ -17,7 +17,11 @@ from pmcmc._types import Array
 
 
 class Basis(abc.ABC):
-    """An invertible linear map between increments of the state, both vectors of length D."""
+    """An invertible linear map L between increments of the state, both vectors of length D.
+
+    A solver works on ``z = L^{-1} e`` and maps back, so neither the solution nor its residual changes meaning; what
+    changes is how well a diagonal describes the Jacobian ``L^{-1} J L``.
+    """
 
     @abc.abstractmethod
     def encode(self, dx: Array) -> Array:
@@ -31,7 +35,10 @@ class Basis(abc.ABC):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StandardBasis(Basis):
-    """The state's own coordinates: L = I."""
+    """The state's own coordinates: L = I.
+
+    The default; nothing is mapped.
+    """
 
     def encode(self, dx):
         return dx

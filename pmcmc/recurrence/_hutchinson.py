@@ -26,7 +26,10 @@ class ProbeSchedule(abc.ABC):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FreshProbes(ProbeSchedule):
-    """New probes at every iteration: the errors of the diagonal average out along the iterations."""
+    """New probes at every iteration.
+
+    The errors of the diagonal average out along the iterations.
+    """
 
     def key(self, rng_key, iteration):
         return jax.random.fold_in(rng_key, iteration)
@@ -35,7 +38,10 @@ class FreshProbes(ProbeSchedule):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FixedProbes(ProbeSchedule):
-    """The same probes at every iteration, as the published code of Zoltowski et al. (2025) does."""
+    """The same probes at every iteration, as the published code of Zoltowski et al. (2025) does.
+
+    The approximation is then one fixed matrix for a given path.
+    """
 
     def key(self, rng_key, iteration):
         return rng_key

@@ -69,7 +69,7 @@ class Arguments(NamedTuple):
 def solve_differentiably(solver: "VectorSolver", problem: Problem) -> Solution:
     """Run ``solver.run`` on every chain of the batch and give its result a derivative."""
     one_chain = lambda x0, inputs, guess: _solve_one(solver, problem, x0, inputs, guess)
-    batch = (problem.x0, problem.inputs, problem.guess)
+    batch = (problem.x0, problem.inputs, problem.guess_at(jnp.arange(problem.length)))
     if problem.num_chains == 1:  # without a lane axis a lax.cond stays a branch instead of computing both sides
         single = one_chain(*jax.tree.map(lambda x: x[0], batch))
         return jax.tree.map(lambda x: x[None], single)

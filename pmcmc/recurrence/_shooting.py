@@ -206,15 +206,12 @@ class Pass(NamedTuple):
 
 def _guessed_starts(problem: Problem, layout: Layout) -> PyTree:
     """Carries at the block starts: x0 for the first block of a chain, the guess for the others."""
-    if problem.guess is None:
+    guess = problem.guess_at(jnp.arange(1, layout.num_blocks) * layout.block_length - 1)
+    if guess is None:
         starts = jax.tree.map(lambda x: jnp.repeat(x, layout.num_blocks, axis=0), problem.x0)
     else:
-        ends = jnp.arange(1, layout.num_blocks) * layout.block_length - 1
-        starts = jax.tree.map(
-            lambda x, g: jnp.concatenate([x[:, None], g[:, ends]], axis=1).reshape(layout.num_lanes, *x.shape[1:]),
-            problem.x0,
-            problem.guess,
-        )
+        join = lambda x, g: jnp.concatenate([x[:, None], g], axis=1).reshape(layout.num_lanes, *x.shape[1:])
+        starts = jax.tree.map(join, problem.x0, guess)
     return jax.vmap(problem.recurrence.restore)(starts)
 
 

@@ -36,7 +36,10 @@ class Step(NamedTuple):
 
 
 class StepRule(abc.ABC):
-    """Which mean of the state-space model is the step."""
+    """Which mean of the state-space model is the step.
+
+    The filtered mean at t has seen the pseudo-observations up to t, the smoothed mean all of them.
+    """
 
     @abc.abstractmethod
     def step(self, a: Any, r: Array, strength: Scalar) -> Step:
@@ -46,7 +49,10 @@ class StepRule(abc.ABC):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Filter(StepRule):
-    """The filtered mean, as in the published ELK: one Riccati and one affine scan."""
+    """The filtered mean, as in the published ELK (Gonzalez et al. 2024).
+
+    One Riccati and one affine scan an iteration.
+    """
 
     def step(self, a, r, strength):
         carried, pull = _kalman.filter_means(a, r, _kalman.gains(a, strength))
@@ -56,7 +62,10 @@ class Filter(StepRule):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Smoother(StepRule):
-    """The smoothed mean, the exact Levenberg-Marquardt step: one more affine scan, from the end."""
+    """The smoothed mean, the exact Levenberg-Marquardt step.
+
+    One more affine scan than `Filter`, from the end of the path.
+    """
 
     def step(self, a, r, strength):
         gains = _kalman.gains(a, strength)
@@ -76,7 +85,10 @@ class Trial(NamedTuple):
 
 
 class Regularization(abc.ABC):
-    """How strong the trust region is, and when a step is accepted."""
+    """How strong the trust region is, and when a step is accepted.
+
+    lambda is the precision of the pseudo-observations: 0 gives Newton's step, a large one keeps the iterate where it is.
+    """
 
     @abc.abstractmethod
     def begin(self, dtype: Any) -> PyTree:

@@ -48,9 +48,12 @@ def run_segment(
     steps = first_step + jnp.arange(num_steps)
     noise = jax.vmap(lambda key: step_noise(kernel, target, key, steps))(chain_keys)
     num_guesses = jax.tree.leaves(guesses)[0].shape[0]
-    # Neighbouring steps get different guesses, and so does the same step of different chains.
-    pick = (jnp.arange(chain_keys.shape[0])[:, None] * 7919 + steps[None] * 31) % num_guesses
-    guess = jax.tree.map(lambda x: x[pick], guesses)
+
+    def guess(index):
+        # neighbouring steps get different guesses, and so does the same step of different chains
+        pick = (jnp.arange(chain_keys.shape[0])[:, None] * 7919 + (first_step + index)[None] * 31) % num_guesses
+        return jax.tree.map(lambda x: x[pick], guesses)
+
     solution = solver.solve_batch(kernel.transition(target), x0, noise, initial_guess=guess, scale=scale)
     info = solution.aux
     eps = jnp.finfo(info.margin.dtype).eps

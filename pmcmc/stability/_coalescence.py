@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pmcmc._tree import relative_distance, tree_index
+from pmcmc._tree import real_dtype, relative_distance, tree_index
 from pmcmc._types import Array, PyTree
 from pmcmc.recurrence import Recurrence
 from pmcmc.recurrence._base import default_tolerance
@@ -31,7 +31,7 @@ def coalescence_steps(
     """
     max_steps = jax.tree.leaves(inputs)[0].shape[0]
     num_pairs = jax.tree.leaves(first)[0].shape[0]
-    dtype = jax.tree.leaves(first)[0].dtype
+    dtype = real_dtype(first)
     tol = default_tolerance(dtype)
     step = jax.vmap(recurrence.step)
     both = lambda x: jnp.concatenate([x, x])

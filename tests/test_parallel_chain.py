@@ -150,7 +150,7 @@ def test_auto_takes_shooting_where_chains_merge_and_is_right() -> None:
         chain = run(0)
         draws = np.asarray(chain.get_samples(group_by_chain=True))
     with compilations() as second:
-        run(1).get_samples()
+        run(1).get_samples(group_by_chain=True)
     assert len(first) >= 5
     assert second == []
     report = chain.report
@@ -242,7 +242,7 @@ def test_report_reads_as_prose() -> None:
     assert np.all(report.acceptance_rate > 0.5)
     assert min(report.warmup_seconds, report.pilot_seconds, report.compile_seconds, report.solve_seconds) >= 0
     text = str(report)
-    for words in ("Decision: shooting.", "of 2,000 steps", "in 4 blocks", "Certificate: successful", "Lyapunov"):
+    for words in ("Decision: shooting.", "2,000 steps", "in 4 blocks", "Certificate: successful", "Lyapunov"):
         assert words in text, words
 
 

@@ -87,7 +87,7 @@ class Trial(NamedTuple):
 class Regularization(abc.ABC):
     """How strong the trust region is, and when a step is accepted.
 
-    lambda is the precision of the pseudo-observations: 0 gives Newton's step, a large one keeps the iterate where it is.
+    lambda is the precision of the pseudo-observations: 0 gives the step of Newton, a large one keeps the iterate.
     """
 
     @abc.abstractmethod

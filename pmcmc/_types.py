@@ -9,4 +9,3 @@ __all__ = ["Array", "ArrayLeaf", "Bool", "Float", "Int", "PRNGKey", "PyTree", "S
 PRNGKey = Any  # a typed key (jax.random.key) or a raw uint32 key (jax.random.PRNGKey)
 Scalar = Any  # a Python number or a 0-d array
 ArrayLeaf = Any  # an array as a field of a pytree; jax also rebuilds pytrees with its own placeholders as leaves
-Leaf = Any  # an array field of a pytree: JAX also puts shapes, axes and argument descriptions in its place

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pmcmc._tree import RavelSpec, is_real
-from pmcmc._types import Array, ArrayLeaf, PyTree
+from pmcmc._types import Array, ArrayLeaf, Float, PyTree
 
 
 class Model(abc.ABC):
@@ -56,10 +56,10 @@ class Basis:
     loc: ArrayLeaf
     scale: ArrayLeaf
 
-    def to_position(self, y: Array) -> Array:
+    def to_position(self, y: Float[Array, " dim"]) -> Float[Array, " dim"]:
         return self.loc + (self.scale @ y if self.scale.ndim == 2 else self.scale * y)
 
-    def to_coordinates(self, x: Array) -> Array:
+    def to_coordinates(self, x: Float[Array, " dim"]) -> Float[Array, " dim"]:
         if self.scale.ndim == 2:
             return jax.scipy.linalg.solve_triangular(self.scale, x - self.loc, lower=True)
         return (x - self.loc) / self.scale
@@ -127,23 +127,23 @@ class Target:
     def dim(self) -> int:
         return self.spec.size
 
-    def logdensity_fn(self, y: Array) -> Array:
+    def logdensity_fn(self, y: Float[Array, " dim"]) -> Float[Array, ""]:
         """Log density at coordinates ``y``, (D,); the basis' constant Jacobian is left out."""
         return self.model.logdensity(self.data, self.position(y)).astype(self.spec.dtype)
 
-    def value_and_grad(self, y: Array) -> tuple[Array, Array]:
+    def value_and_grad(self, y: Float[Array, " dim"]) -> tuple[Float[Array, ""], Float[Array, " dim"]]:
         return jax.value_and_grad(self.logdensity_fn)(y)
 
-    def position(self, y: Array) -> PyTree:
+    def position(self, y: Float[Array, " dim"]) -> PyTree:
         """The user's unconstrained pytree at coordinates ``y``."""
         return self.spec.unravel(y if self.basis is None else self.basis.to_position(y))
 
-    def coordinates(self, position: PyTree) -> Array:
+    def coordinates(self, position: PyTree) -> Float[Array, " dim"]:
         """Inverse of `position`."""
         x = self.spec.ravel(position)
         return x if self.basis is None else self.basis.to_coordinates(x)
 
-    def constrain(self, y: Array) -> PyTree:
+    def constrain(self, y: Float[Array, " dim"]) -> PyTree:
         """What the user sees of coordinates ``y``: constrained and deterministic sites of a NumPyro model."""
         return self.model.constrain(self.data, self.position(y))
 
@@ -151,7 +151,7 @@ class Target:
         return replace(self, basis=basis)
 
 
-def check_starts(target: Target, starts: Array) -> None:
+def check_starts(target: Target, starts: Float[Array, "num_starts dim"]) -> None:
     """Raise where the density or its gradient is not finite at every start; name what is to blame.
 
     starts: (N, D) coordinates.

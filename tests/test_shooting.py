@@ -257,3 +257,20 @@ def test_shift_and_scale_change_nothing(shift: float, size: float) -> None:
     assert solution.result == RESULTS.successful
     assert solution.stats.num_sequential_steps < 2000
     np.testing.assert_allclose((solution.value - exact.value) / size, 0, atol=1e4 * tol)
+
+
+@pytest.mark.xfail(strict=True, reason="only the latest splice of a block is remembered: an older one behind it counts")
+def test_an_older_splice_is_not_forgotten() -> None:
+    """Block 2 merges inexactly at its third step, then, restarted, bitwise at its second: the first splice remains."""
+
+    def step(x, kind):
+        return jnp.select([kind == 0, kind == 1], [1.5 * x, jnp.where(x > 0, 1.0, 1.5)], 1 + 1e-5 * (x - 1))
+
+    kinds = jnp.array([0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 0])
+    guess = jnp.zeros(12).at[3].set(1.5**4 + 3e-3).at[7].set(-1.0)
+    solver = MultipleShooting(num_blocks=3, merge_tol=1e-4)
+    solution = solver.solve(step, 1.0, kinds, initial_guess=guess, scale=jnp.ones(()))
+    exact = Sequential().solve(step, 1.0, kinds)
+    np.testing.assert_allclose(jnp.max(jnp.abs(solution.value - exact.value)), 7.5e-6, rtol=1e-3)
+    assert solution.stats.growth_rate > 0
+    assert solution.result == RESULTS.not_contracting

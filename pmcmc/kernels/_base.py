@@ -17,7 +17,8 @@ class Info(NamedTuple):
     margin: log alpha - log u. The proposal is accepted where it is positive; within rounding of zero the decision is
         a near tie.
     logdensity: of the new state.
-    energy: potential plus kinetic energy of the proposal; None for kernels without momentum.
+    energy: potential plus kinetic energy at the state kept, as NumPyro and Stan report it; None for kernels without
+        momentum.
     num_integration_steps: leapfrog steps taken, where their number is drawn; else None.
     """
 

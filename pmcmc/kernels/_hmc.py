@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pmcmc._types import Array, Leaf, Scalar
+from pmcmc._types import Array, ArrayLeaf, Scalar
 from pmcmc.kernels._base import Info
 from pmcmc.kernels._gradient import GradientKernel, GradientState
 from pmcmc.kernels._metropolis import BranchTaken, Surrogate, log_acceptance, select
@@ -72,7 +72,7 @@ class HMC(GradientKernel):
 
     step_size: Scalar | None = None
     num_integration_steps: Scalar | UniformLength | None = None
-    inverse_mass_matrix: Leaf | None = None
+    inverse_mass_matrix: ArrayLeaf | None = None
     step_size_jitter: Scalar = 0.2
     surrogate: Surrogate = field(default=BranchTaken())
 
@@ -101,8 +101,9 @@ class HMC(GradientKernel):
         length = self._length(noise)
         momentum = self._momentum(noise.normal)
         proposal, end_momentum = self._leapfrog(target, state, momentum, step_size, length)
-        energy = self._kinetic(end_momentum) - proposal.logdensity
-        log_ratio = self._kinetic(momentum) - state.logdensity - energy
+        energy = self._kinetic(momentum) - state.logdensity
+        proposal_energy = self._kinetic(end_momentum) - proposal.logdensity
+        log_ratio = energy - proposal_energy
         log_ratio, is_divergent = log_acceptance(log_ratio, proposal.gradient)
         margin = jax.lax.optimization_barrier(log_ratio - noise.log_uniform)
         new = select(self.surrogate, margin, proposal, state)
@@ -111,7 +112,7 @@ class HMC(GradientKernel):
             is_divergent=is_divergent,
             margin=margin,
             logdensity=new.logdensity,
-            energy=energy,
+            energy=jnp.where(margin > 0, proposal_energy, energy),
             num_integration_steps=length if noise.length is not None else None,
         )
 

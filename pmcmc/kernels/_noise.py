@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from pmcmc._threefry import key_pair, threefry_2x32
-from pmcmc._types import Array, PRNGKey
+from pmcmc._types import Array, Float, PRNGKey
 
 
-def uniforms(rng_key: PRNGKey, count: int, dtype) -> Array:
+def uniforms(rng_key: PRNGKey, count: int, dtype) -> Float[Array, " count"]:
     """``count`` independent uniforms on the open interval (0, 1), a function of the key alone.
 
     Integers from the hash are centred in their cells, so that 0 and 1 never occur and logs stay finite. 23 bits in

@@ -244,7 +244,7 @@ def _check_guess(guess, state, num_chains, length):
     if guess is None:
         return None
     if callable(guess):  # checked on two steps, called by the solver on those it needs
-        given, rows = jax.eval_shape(guess, jax.ShapeDtypeStruct((2,), int)), 2
+        given, rows = jax.eval_shape(guess, jnp.arange(2)), 2
         checked: Any = lambda steps: jax.tree.map(lambda g, s: jnp.asarray(g, s.dtype), guess(steps), state)
     else:
         given, rows = guess, length

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint notebooks bench clean
 
 demo: $(STAMP)
 	$(BIN)/python -m pmcmc demo
@@ -18,6 +18,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Runs every notebook from top to bottom; the committed outputs stay as they are.
+notebooks: $(STAMP)
+	$(BIN)/python -m nbconvert --log-level WARN --execute --to notebook --output-dir build/notebooks notebooks/*.ipynb
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

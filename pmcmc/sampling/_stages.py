@@ -20,11 +20,12 @@ from pmcmc.warmup import Tuned
 
 def run_stages(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings, progress_bar: bool) -> Chain:
     """Draws from ``starts`` (positions, leading axis num_starts, or num_chains without warm-up)."""
-    progress_type = _progress_type(progress_bar)
+    from tqdm.auto import tqdm
+
     check_starts(target, jax.vmap(target.coordinates)(starts))
     warmup_key, pilot_key, chain_key = jax.random.split(rng_key, 3)
     clock = time.perf_counter()
-    with progress_type(total=settings.num_samples, unit="draw", disable=None if progress_bar else True) as progress:
+    with tqdm(total=settings.num_samples, unit="draw", disable=None if progress_bar else True) as progress:
         progress.set_description("warm-up")
         tuned = _warm_up(target, warmup_key, starts, settings)
         warmup_seconds, clock = time.perf_counter() - clock, time.perf_counter()
@@ -38,15 +39,6 @@ def run_stages(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Setti
     unknowns, info = join(draws.unknowns), join(draws.info)
     report = _report(decision, draws, info, settings, warmup_seconds, pilot_seconds)
     return Chain(tuned.target, tuned.kernel, unknowns, info, draws.last_state, report, settings.extra_fields)
-
-
-def _progress_type(progress_bar: bool) -> Any:
-    """tqdm's bar for a terminal or a notebook; where none is wanted, the one that asks nothing of a notebook."""
-    if progress_bar:
-        from tqdm.auto import tqdm
-    else:
-        from tqdm.std import tqdm
-    return tqdm
 
 
 def _warm_up(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings) -> Tuned:

@@ -1,5 +1,6 @@
-# Every target makes .venv from nothing if need be. Extra pytest options: make test PYTEST_ARGS="-k newton".
+# Every target makes .venv from nothing if need be. Other pytest options: make test PYTEST_ARGS="-k newton".
 PYTHON ?= python3
+PYTEST_ARGS ?= -n 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 

@@ -15,9 +15,6 @@ from pmcmc.kernels import Info, Kernel
 from pmcmc.report import SolveReport
 from pmcmc.target import Target
 
-# Names of extra fields, as NumPyro spells them.
-EXTRA_FIELDS = ("diverging", "accept_prob", "potential_energy", "energy", "num_steps")
-
 # Draws constrained at a time: bounds the memory of models with large deterministic sites.
 _CONSTRAIN_BATCH = 65_536
 
@@ -88,11 +85,11 @@ class Chain:
     def get_extra_fields(self, group_by_chain: bool = False) -> dict[str, Any]:
         """Fields of the transitions under NumPyro's names: ``diverging``, and those asked for by ``extra_fields``.
 
-        Available are `EXTRA_FIELDS`, as far as the kernel has them.
+        Available are the names in the kernel's ``extra_fields``.
         """
         fields = self._fields()
         names = dict.fromkeys(("diverging", *self.extra_fields))
-        grouped = {name: np.asarray(fields[name]) for name in names if name in fields}
+        grouped = {name: np.asarray(fields[name]) for name in names}
         if not group_by_chain:
             grouped = {name: x.reshape(-1) for name, x in grouped.items()}
         return {name: jnp.asarray(x) for name, x in grouped.items()}

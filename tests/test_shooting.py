@@ -226,7 +226,7 @@ def test_nonfinite(start: float, expected: int) -> None:
     assert not jnp.isfinite(solution.residual)
     if expected:
         np.testing.assert_array_equal(solution.value[:expected], 2.0 ** np.arange(1, expected + 1))
-    assert not jnp.isfinite(solution.value[expected])
+    assert not np.any(np.isfinite(solution.value[expected:]))  # no stale run of a guess, never zeros
 
 
 def test_nan_rows_in_the_guess_do_not_matter() -> None:
@@ -259,7 +259,6 @@ def test_shift_and_scale_change_nothing(shift: float, size: float) -> None:
     np.testing.assert_allclose((solution.value - exact.value) / size, 0, atol=1e4 * tol)
 
 
-@pytest.mark.xfail(strict=True, reason="only the latest splice of a block is remembered: an older one behind it counts")
 def test_an_older_splice_is_not_forgotten() -> None:
     """Block 2 merges inexactly at its third step, then, restarted, bitwise at its second: the first splice remains."""
 

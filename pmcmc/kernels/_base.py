@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.recurrence import Recurrence
@@ -36,6 +36,9 @@ class Kernel(abc.ABC):
     With the noise of every step drawn from its own key, the chain is a deterministic recurrence, which a solver may
     evaluate in any order. A kernel is a frozen dataclass and a pytree: numbers such as a step size are leaves.
     """
+
+    # What `Chain.get_extra_fields` can return, as NumPyro spells it.
+    extra_fields: ClassVar[tuple[str, ...]] = ("diverging", "accept_prob", "potential_energy")
 
     @abc.abstractmethod
     def init(self, target: Target, position: PyTree) -> Any:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,8 @@ class HMC(GradientKernel):
         >>> pmcmc.HMC(step_size=0.1, num_integration_steps=8).num_integration_steps
         8
     """
+
+    extra_fields: ClassVar[tuple[str, ...]] = (*GradientKernel.extra_fields, "energy", "num_steps")
 
     step_size: Scalar | None = None
     num_integration_steps: Scalar | UniformLength | None = None

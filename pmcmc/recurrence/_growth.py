@@ -1,9 +1,19 @@
-"""Does the recurrence contract along a path? The mean log growth of a tangent vector."""
+"""Does the recurrence contract along a path? Growth of small distances, and what it means for a residual."""
 
 import jax
 import jax.numpy as jnp
 
 from pmcmc._types import Array, PyTree
+
+
+def separates(growth_rate: Array, residual: Array, tol: Array | float, length: int) -> Array:
+    """Whether nearby paths separate so fast that a solution with this residual may be a pseudo-orbit.
+
+    An error of the size of the residual, made once, grows to ``residual exp(growth_rate T)`` along the path. Where the
+    rate is not negative and that exceeds the tolerance, the solution is not the sequential path to that tolerance. A
+    rate of NaN, no small distance ever seen, compares False.
+    """
+    return (growth_rate >= 0) & (residual * jnp.exp(growth_rate * length) > tol)
 
 
 def tangent_growth(fn, previous: Array, inputs: PyTree, wanted: Array, num_steps: int = 64) -> Array:

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pmcmc._tree import finite_rows, leading_true, relative_distance, tree_where
+from pmcmc._tree import expand_mask, finite_rows, is_real, leading_true, relative_distance, tree_where
 from pmcmc._types import Array, PyTree, Scalar
 from pmcmc.recurrence._base import (
     RESULTS,
@@ -44,6 +44,7 @@ from pmcmc.recurrence._base import (
     default_tolerance,
     typical_scale,
 )
+from pmcmc.recurrence._growth import separates
 
 
 @jax.tree_util.register_dataclass
@@ -92,7 +93,7 @@ class MultipleShooting(RecurrenceSolver):
         sweep = jax.lax.while_loop(
             pending, lambda sweep: _repair(problem.recurrence, layout, inputs, scale, tol, sweep), sweep
         )
-        return _conclude(problem, layout, sweep)
+        return _conclude(problem, layout, tol, sweep)
 
 
 def default_num_blocks(length: int, max_blocks: int = 4096) -> int:
@@ -173,7 +174,7 @@ class Recording(NamedTuple):
 
     path: PyTree  # (lanes, S, ...)
     aux: PyTree  # (lanes, S, ...)
-    splice: Array  # difference accepted at the latest merge of each lane, 0 where there was none
+    splice: Array  # largest accepted difference that may still stand in each block, 0 where there is none
     residual: Array  # running maximum of accepted differences
     growth: Array  # sum of log growths of small distances
     growth_count: Array
@@ -268,7 +269,8 @@ def _repair(recurrence: Recurrence, layout: Layout, inputs, scale, tol, sweep: S
             start=sweep.start,
             active=sweep.active,
             end=tree_where(done.ran_out, done.carry, sweep.end),
-            recording=done.recording,
+            # a block overwritten to its end has no splice left
+            recording=done.recording._replace(splice=jnp.where(done.ran_out, 0.0, done.recording.splice)),
             num_sweeps=sweep.num_sweeps + had_work,
             critical_path=sweep.critical_path + jnp.max(layout.by_chain(done.taken), axis=1),
             evaluations=sweep.evaluations + done.taken,
@@ -324,29 +326,36 @@ def _write(now: Pass, x, aux, distance, live, merged, overwrite, tol) -> Recordi
     return Recording(
         path=write(recording.path, x),
         aux=write(recording.aux, aux),
-        splice=jnp.where(merged, distance, jnp.where(overwrite, 0.0, recording.splice)),
+        splice=jnp.where(merged, jnp.maximum(recording.splice, distance), recording.splice),
         residual=jnp.where(merged, jnp.maximum(recording.residual, distance), recording.residual),
         growth=recording.growth + jnp.where(small, growth, 0.0),
         growth_count=recording.growth_count + small,
     )
 
 
-def _conclude(problem: Problem, layout: Layout, sweep: Sweep) -> Solution:
+def _blank(known: Array, value: PyTree) -> PyTree:
+    """NaN in the real leaves of states that are not known."""
+    return jax.tree.map(lambda x: jnp.where(expand_mask(known, x), x, jnp.nan) if is_real(x) else x, value)
+
+
+def _conclude(problem: Problem, layout: Layout, tol: Array, sweep: Sweep) -> Solution:
     recording = sweep.recording
     value = layout.to_chains(recording.path)
     finite = finite_rows(value, 2) & finite_rows(problem.x0)[:, None]
     active, splice = layout.by_chain(sweep.active), layout.by_chain(recording.splice)
-    all_finite, complete, bitwise = jnp.all(finite, 1), ~jnp.any(active, 1), jnp.all(splice == 0, 1)
+    all_finite, complete = jnp.all(finite, 1), ~jnp.any(active, 1)
     count = jnp.sum(layout.by_chain(recording.growth_count), axis=1)
     growth = jnp.sum(layout.by_chain(recording.growth), axis=1)
     growth_rate = jnp.where(count > 0, growth / jnp.maximum(count, 1), jnp.nan)
-    separating = (growth_rate >= 0) & ~bitwise  # NaN, no small distance ever seen, compares False
+    separating = separates(growth_rate, jnp.max(splice, axis=1), tol, layout.length)
     # A block pending, or in a separating recurrence spliced inexactly, ends the prefix that stands.
     stands = ~active & ((splice == 0) | ~separating[:, None])
     prefix = jnp.minimum(leading_true(stands) * layout.block_length, layout.length)
     residual = jnp.max(layout.by_chain(recording.residual), axis=1)
+    known = jnp.arange(layout.length)[None] < leading_true(finite)[:, None]
     return Solution(
-        value=value,
+        # behind a state that is not finite nothing is known: a block there may still be the run of a guess
+        value=jax.lax.cond(jnp.all(finite), lambda: value, lambda: _blank(known, value)),
         aux=layout.to_chains(recording.aux),
         result=jnp.select(
             [~all_finite, ~complete, separating],

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pmcmc._tree import finite_rows, leading_true, relative_distance, within_rounding
 from pmcmc._types import Array, PyTree
 from pmcmc.recurrence._base import RESULTS, Stats, default_tolerance, typical_scale
-from pmcmc.recurrence._growth import tangent_growth
+from pmcmc.recurrence._growth import separates, tangent_growth
 
 
 class Evaluation(NamedTuple):
@@ -110,7 +110,8 @@ def conclude(system: System, now: Evaluation, course: Course, iterates: Array | 
     # From the first state that f makes NaN or infinite on, nothing is known, and the path says so.
     path = jnp.where(known[:, None], now.path, jnp.nan)
     finite, converged = jnp.all(known & finite_rows(path)), jnp.all(now.holds & known)
-    separating = (growth_rate >= 0) & ~jnp.all(now.residual == 0)
+    tol = default_tolerance(now.path.dtype) if system.tol is None else system.tol
+    separating = separates(growth_rate, jnp.max(now.residual), tol, system.length)
     stands = known & jnp.where(separating, now.residual == 0, now.holds)
     result = jnp.select(
         [~finite, converged & separating, converged, ~course.moving],

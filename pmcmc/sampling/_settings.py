@@ -3,13 +3,13 @@
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pmcmc._types import PRNGKey, PyTree
-from pmcmc.chain import EXTRA_FIELDS
 from pmcmc.kernels import HMC, Kernel
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.target import Target
@@ -63,9 +63,12 @@ class Settings:
         num_warmup = _size("num_warmup", num_warmup, 0)
         if thinning > num_samples:
             raise ValueError(f"thinning={thinning} keeps none of num_samples={num_samples} steps: make it smaller.")
-        unknown = set(extra_fields) - set(EXTRA_FIELDS)
+        unknown = set(extra_fields) - set(kernel.extra_fields)
         if unknown:
-            raise ValueError(f"unknown extra_fields {sorted(unknown)}: expected names out of {list(EXTRA_FIELDS)}.")
+            raise ValueError(
+                f"{type(kernel).__name__} has no extra_fields {sorted(unknown)}: expected names out of "
+                f"{list(kernel.extra_fields)}."
+            )
         if num_warmup == 0 and getattr(kernel, "step_size", 0.0) is None:
             raise ValueError(
                 f"num_warmup=0 tunes nothing, but {type(kernel).__name__}() has no step size: pass step_size=, or "
@@ -93,8 +96,8 @@ def as_key(rng_key: PRNGKey | int) -> PRNGKey:
     Raises:
         TypeError: neither.
     """
-    if isinstance(rng_key, int) and not isinstance(rng_key, bool):
-        return jax.random.key(rng_key)
+    if isinstance(rng_key, Integral) and not isinstance(rng_key, bool):
+        return jax.random.key(int(rng_key))
     if isinstance(rng_key, jax.Array):
         typed = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
         if typed and rng_key.shape == ():

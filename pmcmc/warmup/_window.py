@@ -39,9 +39,14 @@ class WindowAdaptation(Warmup):
     target_acceptance_rate: Scalar | None = None
     num_starts: int = field(default=4, metadata=dict(static=True))
 
+    def __post_init__(self):
+        if not 1 <= self.num_starts <= NUM_LANES:
+            raise ValueError(f"num_starts must lie in 1..{NUM_LANES}, got {self.num_starts}.")
+
     def run(self, target: Target, kernel: Kernel, rng_key: PRNGKey, starts: PyTree, num_steps: int) -> Tuned:
         if num_steps < 20:
             raise ValueError(f"num_warmup must be 0 or at least 20 (windows need room), got {num_steps}.")
+        _check_metric(target, kernel)
         metric_key, step_key = jax.random.split(rng_key)
         positions = jax.vmap(target.coordinates)(starts)
         dense = target.dim <= 50 if self.dense is None else self.dense
@@ -95,15 +100,33 @@ def _explore(target: Target, rng_key: PRNGKey, positions: Array, *, num_steps: i
     return Ensemble(mean, scale, last, acceptance_rate, jnp.max(jnp.std(late, axis=1), axis=0))
 
 
+def _check_metric(target: Target, kernel: Kernel) -> None:
+    """The user's metric must fit the target and be positive definite: said before an hour of warm-up, not after."""
+    metric = getattr(kernel, "inverse_mass_matrix", None)
+    if metric is None:
+        return
+    metric = jnp.asarray(metric)
+    if metric.shape not in ((), (target.dim,), (target.dim, target.dim)):
+        raise ValueError(
+            f"inverse_mass_matrix has shape {metric.shape}: expected ({target.dim},) or ({target.dim}, {target.dim}), "
+            "the number of unconstrained parameters."
+        )
+    root = jnp.linalg.cholesky(metric) if metric.ndim == 2 else jnp.sqrt(metric)
+    if not bool(jnp.all(jnp.isfinite(root))) or not bool(
+        jnp.all(jnp.diagonal(root) > 0 if root.ndim == 2 else root > 0)
+    ):
+        raise ValueError("inverse_mass_matrix is not positive definite: it stands for the posterior's covariance.")
+
+
 def _check_exploration(target: Target, ensemble: Ensemble) -> None:
-    if not bool(jnp.all(jnp.isfinite(ensemble.last))):
+    if not all(bool(jnp.all(jnp.isfinite(x))) for x in (ensemble.last, ensemble.mean, ensemble.movement)):
         raise WarmupError(
-            "warm-up reached positions that are not finite. The posterior may be improper: give every parameter a "
-            "proper prior."
+            "warm-up reached positions, or a spread of them, that are not finite. The posterior may be improper: give "
+            "every parameter a proper prior."
         )
     stuck = ensemble.movement == 0
-    if bool(jnp.any(stuck)) or not bool(jnp.all(jnp.isfinite(ensemble.scale))):
-        names = _leaf_names(target, stuck) or "some"
+    if bool(jnp.any(stuck)):
+        names = _leaf_names(target, stuck)
         rate = float(jnp.mean(ensemble.acceptance_rate))
         raise WarmupError(
             f"warm-up never moved {names} (mean acceptance rate {rate:.2f}). Start it elsewhere with init_params, "

@@ -1,0 +1,123 @@
+"""Every Newton-type solver returns the sequential chain within T iterations, and never calls a wrong one solved."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pmcmc import HMC, MALA
+from pmcmc.recurrence import (
+    RESULTS,
+    JacobianStructure,
+    Newton,
+    Sequential,
+    deer,
+    jacobi,
+    picard,
+    quasi_deer,
+)
+from tests._chains import draw_noise, solve, step_residuals
+from tests._targets import banana, eight_schools, gaussian, logistic, make_target, skewed
+
+LENGTH = 48
+SOLVERS = {make.__name__: make(max_iters=LENGTH) for make in (deer, quasi_deer, picard, jacobi)}
+# (step size of MALA, of HMC with three leapfrog steps): large enough that proposals are rejected
+STEPS = {
+    gaussian: (0.5, 0.9),
+    skewed: (0.3, 0.6),
+    banana: (0.15, 0.4),
+    logistic: (0.06, 0.45),
+    eight_schools: (0.4, 0.7),
+}
+
+
+def kernel_of(name: str, logdensity_fn):
+    for_mala, for_hmc = STEPS[logdensity_fn]
+    return MALA(step_size=for_mala) if name == "MALA" else HMC(step_size=for_hmc, num_integration_steps=3)
+
+
+# Every solver on every target with one of the kernels, Newton's method with the other one too: compiling is the cost.
+CASES = [
+    ("MALA", gaussian, SOLVERS),
+    ("HMC", gaussian, ["deer"]),
+    ("MALA", skewed, ["deer"]),
+    ("HMC", skewed, SOLVERS),
+    ("MALA", banana, SOLVERS),
+    ("HMC", banana, ["deer"]),
+    ("MALA", logistic, ["deer"]),
+    ("HMC", logistic, SOLVERS),
+    ("MALA", eight_schools, SOLVERS),
+    ("HMC", eight_schools, ["deer"]),
+]
+
+
+@pytest.mark.parametrize(("name", "logdensity_fn", "solvers"), CASES, ids=[f"{n}-{f.__name__}" for n, f, _ in CASES])
+def test_equals_sequential(name: str, logdensity_fn, solvers) -> None:
+    target, kernel = make_target(logdensity_fn), kernel_of(name, logdensity_fn)
+    x0 = jnp.full(target.dim, 0.3)
+    noise = draw_noise(target, kernel, 1, LENGTH)
+    exact = solve(target, kernel, Sequential(), x0, noise)
+    assert 0 < int(jnp.sum(exact.aux.margin < 0)) < LENGTH
+    scale = jnp.std(exact.value, axis=0)
+    guess = x0[None] + 0.5 * jax.random.normal(jax.random.key(5), (LENGTH, target.dim))
+    for solver_name in solvers:
+        solution = solve(target, kernel, SOLVERS[solver_name], x0, noise, guess, scale)
+        assert solution.result == RESULTS.successful, solver_name
+        np.testing.assert_allclose(solution.value, exact.value, rtol=0, atol=1e-8, err_msg=solver_name)
+        np.testing.assert_array_equal(solution.aux.margin > 0, exact.aux.margin > 0)
+        residual = jnp.max(step_residuals(target, kernel, x0, solution.value, noise, scale))
+        np.testing.assert_allclose(residual, solution.residual, rtol=0, atol=1e-13)
+        assert solution.stats.num_iters <= LENGTH
+        assert solution.stats.certified_steps == LENGTH
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_undamped_newton_is_not_fooled(seed: int) -> None:
+    """float32, 2,000 steps of the banana: whatever is called solved or certified satisfies the equation.
+
+    Published code stops here on an increment that is small relative to |x|.
+    """
+    target, kernel = make_target(banana, jnp.float32), MALA(step_size=0.15)
+    x0 = jnp.full(2, 0.3, jnp.float32)
+    noise = draw_noise(target, kernel, seed, 2000)
+    scale = jnp.asarray([1.0, 1.5], jnp.float32)
+    tol = 32 * jnp.finfo(jnp.float32).eps
+    unsolved = 0
+    for max_iters in (0, 1, 3, 10, 40, 200):
+        solution = solve(target, kernel, deer(max_iters=max_iters), x0, noise, None, scale)
+        assert solution.value.dtype == jnp.float32
+        residuals = step_residuals(target, kernel, x0, solution.value, noise, scale)
+        certified = int(solution.stats.certified_steps)
+        assert jnp.all(residuals[:certified] <= 2 * tol)
+        if solution.result == RESULTS.successful:
+            assert certified == 2000
+        else:
+            unsolved += 1
+            assert certified < 2000 or solution.result == RESULTS.not_contracting
+            assert certified >= min(max_iters, 2000) or solution.result == RESULTS.not_contracting
+    assert unsolved >= 3
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Frozen(JacobianStructure):
+    """A correction that undoes every update: the increment is zero from the start."""
+
+    def linearize(self, fn, x, inputs, iteration):
+        return None
+
+    def recur(self, a, r):
+        return -r
+
+
+def test_no_increment_is_no_solution() -> None:
+    """Iterates that stand still while the equation does not hold are stagnated."""
+    target, kernel = make_target(gaussian), MALA(step_size=0.3)
+    noise, guess = draw_noise(target, kernel, 0, LENGTH), jnp.full((LENGTH, 3), 5.0)
+    solution = solve(target, kernel, Newton(Frozen(), max_iters=30), jnp.zeros(3), noise, guess, jnp.ones(3))
+    assert solution.result == RESULTS.stagnated
+    assert solution.residual > 0.1
+    assert solution.stats.certified_steps == 0
+    assert solution.stats.num_iters < 30

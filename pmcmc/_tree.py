@@ -60,6 +60,7 @@ def is_real(x: Any) -> bool:
 
 
 def tree_index(tree: PyTree, index: Any) -> PyTree:
+    """``x[index]`` of every leaf."""
     return jax.tree.map(lambda x: x[index], tree)
 
 

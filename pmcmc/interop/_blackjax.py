@@ -44,6 +44,7 @@ class DualAveraging(NamedTuple):
 
 
 def dual_averaging(target_acceptance_rate: Scalar) -> DualAveraging:
+    """Dual averaging towards ``target_acceptance_rate``: its functions, with the state threaded through."""
     from blackjax.adaptation.step_size import dual_averaging_adaptation
 
     init, update, final = dual_averaging_adaptation(target_acceptance_rate)

@@ -2,8 +2,12 @@
 
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from pmcmc._types import Array
-from pmcmc.kernels._base import Kernel
+from pmcmc.kernels._base import Info, Kernel
+from pmcmc.kernels._metropolis import Surrogate, log_acceptance, select
 
 
 class GradientState(NamedTuple):
@@ -12,6 +16,22 @@ class GradientState(NamedTuple):
     position: Array
     logdensity: Array
     gradient: Array
+
+
+def accept(
+    surrogate: Surrogate, state: GradientState, proposal: GradientState, log_ratio: Array, log_uniform: Array
+) -> tuple[GradientState, Info]:
+    """The Metropolis decision between a state and a proposal, and what is to be said of it."""
+    log_ratio, is_divergent = log_acceptance(log_ratio, proposal.gradient)
+    # The barrier keeps XLA from computing the margin anew in each of the programs that read it.
+    margin = jax.lax.optimization_barrier(log_ratio - log_uniform)
+    new = select(surrogate, margin, proposal, state)
+    return new, Info(
+        acceptance_rate=jnp.exp(jnp.minimum(log_ratio, 0.0)),
+        is_divergent=is_divergent,
+        margin=margin,
+        logdensity=new.logdensity,
+    )
 
 
 class GradientKernel(Kernel):

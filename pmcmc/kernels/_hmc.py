@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from pmcmc._types import Array, ArrayLeaf, Scalar
 from pmcmc.kernels._base import Info
-from pmcmc.kernels._gradient import GradientKernel, GradientState
-from pmcmc.kernels._metropolis import BranchTaken, Surrogate, log_acceptance, select
+from pmcmc.kernels._gradient import GradientKernel, GradientState, accept
+from pmcmc.kernels._metropolis import BranchTaken, Surrogate
 from pmcmc.kernels._noise import normals, uniforms
 
 
@@ -105,16 +105,9 @@ class HMC(GradientKernel):
         proposal, end_momentum = self._leapfrog(target, state, momentum, step_size, length)
         energy = self._kinetic(momentum) - state.logdensity
         proposal_energy = self._kinetic(end_momentum) - proposal.logdensity
-        log_ratio = energy - proposal_energy
-        log_ratio, is_divergent = log_acceptance(log_ratio, proposal.gradient)
-        margin = jax.lax.optimization_barrier(log_ratio - noise.log_uniform)
-        new = select(self.surrogate, margin, proposal, state)
-        return new, Info(
-            acceptance_rate=jnp.exp(jnp.minimum(log_ratio, 0.0)),
-            is_divergent=is_divergent,
-            margin=margin,
-            logdensity=new.logdensity,
-            energy=jnp.where(margin > 0, proposal_energy, energy),
+        new, info = accept(self.surrogate, state, proposal, energy - proposal_energy, noise.log_uniform)
+        return new, info._replace(
+            energy=jnp.where(info.margin > 0, proposal_energy, energy),
             num_integration_steps=length if noise.length is not None else None,
         )
 

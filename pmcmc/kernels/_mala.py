@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from pmcmc._types import Array, Scalar
 from pmcmc.kernels._base import Info
-from pmcmc.kernels._gradient import GradientKernel, GradientState
-from pmcmc.kernels._metropolis import BranchTaken, Surrogate, log_acceptance, select
+from pmcmc.kernels._gradient import GradientKernel, GradientState, accept
+from pmcmc.kernels._metropolis import BranchTaken, Surrogate
 from pmcmc.kernels._noise import normals, uniforms
 
 
@@ -60,12 +60,4 @@ class MALA(GradientKernel):
         proposal = GradientState(position, *target.value_and_grad(position))
         backward = noise.normal + jnp.sqrt(h / 2) * (state.gradient + proposal.gradient)
         log_ratio = proposal.logdensity - state.logdensity + 0.5 * (jnp.sum(noise.normal**2) - jnp.sum(backward**2))
-        log_ratio, is_divergent = log_acceptance(log_ratio, proposal.gradient)
-        margin = jax.lax.optimization_barrier(log_ratio - noise.log_uniform)
-        new = select(self.surrogate, margin, proposal, state)
-        return new, Info(
-            acceptance_rate=jnp.exp(jnp.minimum(log_ratio, 0.0)),
-            is_divergent=is_divergent,
-            margin=margin,
-            logdensity=new.logdensity,
-        )
+        return accept(self.surrogate, state, proposal, log_ratio, noise.log_uniform)

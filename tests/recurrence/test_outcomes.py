@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import coupled, transient
 
 from pmcmc import recurrence as rec
 from pmcmc.recurrence import RESULTS
+from tests.recurrence.problems import coupled, transient
 
 SEQUENTIAL = rec.Sequential()
 SOLVERS = {

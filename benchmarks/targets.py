@@ -68,17 +68,23 @@ def german_credit(length: int = 10**5) -> Case:
 
     Whitened by the Laplace approximation at the mode.
     """
+    target, mode, scale_tril = german_target()
+    target = target.with_basis(Basis(mode, scale_tril))
+    start = lambda key, n: jax.random.normal(key, (n, 25))
+    return Case("German credit, MALA", target, MALA(0.2), start, jnp.ones(25), length)
+
+
+def german_target() -> tuple[Target, jax.Array, jax.Array]:
+    """The logistic regression in its own coordinates, with mode and Cholesky factor of its Laplace approximation."""
     design, good = _german_data()
-    mode, scale = _laplace(design, good)
+    mode, scale_tril = _laplace(design, good)
     x, y = jnp.asarray(design, float), jnp.asarray(good, float)
 
     def logdensity(beta):
         logits = x @ beta
         return jnp.sum(y * logits - jax.nn.softplus(logits)) - 0.5 * jnp.sum(beta**2)
 
-    target = _target(logdensity, 25).with_basis(Basis(jnp.asarray(mode, float), jnp.asarray(scale, float)))
-    start = lambda key, n: jax.random.normal(key, (n, 25))
-    return Case("German credit, MALA", target, MALA(0.2), start, jnp.ones(25), length)
+    return _target(logdensity, 25), jnp.asarray(mode, float), jnp.asarray(scale_tril, float)
 
 
 def _target(logdensity: Callable, dim: int) -> Target:

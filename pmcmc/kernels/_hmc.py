@@ -1,7 +1,7 @@
 """Hamiltonian Monte Carlo with a fixed (or drawn) number of leapfrog steps."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from pmcmc._types import Array, ArrayLeaf, Scalar
 from pmcmc.kernels._base import Info
 from pmcmc.kernels._gradient import GradientKernel, GradientState, accept
+from pmcmc.kernels._leapfrog import Leapfrog, SequentialLeapfrog, UniformLength
 from pmcmc.kernels._metropolis import BranchTaken, Surrogate
 from pmcmc.kernels._noise import normals, uniforms
 
@@ -28,23 +29,6 @@ class HMCNoise(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class UniformLength:
-    """Number of leapfrog steps drawn uniformly from ``low .. high`` at every step.
-
-    Lanes then wait for the longest trajectory among them: a share of about ``1 - mean / high`` of the work is lost
-    (a third for 1..2, half for 1..L). Step-size jitter breaks resonance at no such cost.
-    """
-
-    low: Scalar
-    high: Scalar
-
-    def __post_init__(self):
-        if isinstance(self.low, int) and isinstance(self.high, int) and not 1 <= self.low <= self.high:
-            raise ValueError(f"expected 1 <= low <= high, got {self.low}, {self.high}.")
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
 class HMC(GradientKernel):
     """Leapfrog integration of ``H(x, p) = -log p(x) + p^T M^{-1} p / 2`` for L steps, then a Metropolis decision.
 
@@ -57,6 +41,7 @@ class HMC(GradientKernel):
     step_size_jitter: the step is multiplied by a factor uniform on (1 - jitter, 1 + jitter), drawn with the noise.
         Without it trajectories of fixed length resonate and coupled chains take 10 times as long to merge.
     surrogate: derivative of the accept decision, seen only by Newton-type solvers.
+    leapfrog: `SequentialLeapfrog` or `ParallelLeapfrog`, which solves all states of a long trajectory at once.
 
     Source: Duane et al. 1987; Neal 2011, eq. 5.18-5.20. Given the same noise and no jitter, step for step
     equal to ``blackjax.hmc``.
@@ -76,7 +61,8 @@ class HMC(GradientKernel):
     num_integration_steps: Scalar | UniformLength | None = None
     inverse_mass_matrix: ArrayLeaf | None = None
     step_size_jitter: Scalar = 0.2
-    surrogate: Surrogate = field(default=BranchTaken())
+    surrogate: Surrogate = BranchTaken()
+    leapfrog: Leapfrog = SequentialLeapfrog()
 
     def __post_init__(self):
         if isinstance(self.step_size, (int, float)) and not self.step_size > 0:
@@ -85,6 +71,8 @@ class HMC(GradientKernel):
             raise ValueError(f"num_integration_steps must be at least 1, got {self.num_integration_steps}.")
         if isinstance(self.step_size_jitter, (int, float)) and not 0 <= self.step_size_jitter < 1:
             raise ValueError(f"step_size_jitter must lie in [0, 1), got {self.step_size_jitter}.")
+        if isinstance(self.leapfrog, Leapfrog):
+            self.leapfrog.check(self.num_integration_steps)
 
     def sample_noise(self, rng_key, target):
         drawn = isinstance(self.num_integration_steps, UniformLength)
@@ -102,7 +90,7 @@ class HMC(GradientKernel):
         step_size = base_step * (1 + jnp.asarray(self.step_size_jitter, dtype) * noise.jitter)
         length = self._length(noise)
         momentum = self._momentum(noise.normal)
-        proposal, end_momentum = self._leapfrog(target, state, momentum, step_size, length)
+        proposal, end_momentum = self.leapfrog.integrate(target, state, momentum, step_size, length, self._velocity)
         energy = self._kinetic(momentum) - state.logdensity
         proposal_energy = self._kinetic(end_momentum) - proposal.logdensity
         new, info = accept(self.surrogate, state, proposal, energy - proposal_energy, noise.log_uniform)
@@ -112,8 +100,9 @@ class HMC(GradientKernel):
         )
 
     def default_length(self) -> Array:
-        """``clip(ceil((pi/2) / step_size), 1, 64)``."""
-        return jnp.clip(jnp.ceil((math.pi / 2) / jnp.asarray(self.step_size)), 1, 64).astype(int)
+        """``clip(ceil((pi/2) / step_size), 1, 64)``, or the number that the leapfrog is made for."""
+        quarter = jnp.clip(jnp.ceil((math.pi / 2) / jnp.asarray(self.step_size)), 1, 64).astype(int)
+        return self.leapfrog.length(quarter)
 
     def _length(self, noise: HMCNoise) -> Array:
         steps = self.num_integration_steps
@@ -122,7 +111,7 @@ class HMC(GradientKernel):
         if isinstance(steps, UniformLength):
             drawn = steps.low + jnp.floor(noise.length * (steps.high - steps.low + 1)).astype(int)
             return jnp.minimum(drawn, steps.high)
-        return jnp.asarray(steps, int)
+        return self.leapfrog.length(jnp.asarray(steps, int))
 
     def _momentum(self, normal: Array) -> Array:
         """p with covariance M: z / sqrt(M^{-1}), or L^{-T} z with M^{-1} = L L^T."""
@@ -143,15 +132,3 @@ class HMC(GradientKernel):
 
     def _kinetic(self, momentum: Array) -> Array:
         return 0.5 * jnp.sum(momentum * self._velocity(momentum))
-
-    def _leapfrog(self, target, state: GradientState, momentum, step_size, length):
-        """Velocity Verlet: half a kick, a drift, half a kick; one gradient a step, the first from the cache."""
-
-        def body(_, carry):
-            now, momentum = carry
-            momentum = momentum + 0.5 * step_size * now.gradient
-            position = now.position + step_size * self._velocity(momentum)
-            now = GradientState(position, *target.value_and_grad(position))
-            return now, momentum + 0.5 * step_size * now.gradient
-
-        return jax.lax.fori_loop(0, length, body, (state, momentum))

@@ -25,7 +25,7 @@ that is at least I, so float32 errors of the scan change the step a little and i
 diagonal case all terms are positive: no cancellation.
 
 Differs from the published code in 1. increments instead of states, so the step is invariant to shifts; 2. gains first,
-means by the scan that Newton uses, so lambda = 0 is Newton to the last bit; 3. any of the three structures of A.
+means by the scan that Newton uses, so lambda = 0 is Newton up to rounding; 3. any of the three structures of A.
 """
 
 from typing import NamedTuple

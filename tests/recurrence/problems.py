@@ -1,5 +1,7 @@
 """Recurrences that the tests of the solvers share."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -11,6 +13,41 @@ def coupled(key, length, dim=4, gain=0.6, dtype=jnp.float64):
     inputs = jax.random.normal(keys[1], (length, dim)).astype(dtype)
     x0 = jax.random.normal(keys[2], (dim,)).astype(dtype)
     return lambda x, u: jnp.tanh(w @ x + u), x0, inputs
+
+
+class Variant(NamedTuple):
+    """Numbers that make one program of `coupled` many problems, so that it is compiled once for each solver.
+
+    weights, x0, inputs: as drawn. shift, size: of an affine change of the state. limit: inputs beyond it give NaN.
+    """
+
+    weights: jax.Array
+    x0: jax.Array
+    inputs: jax.Array
+    shift: float = 0.0
+    size: float = 1.0
+    limit: float = jnp.inf
+
+    @classmethod
+    def draw(cls, key, length, dim=4, gain=0.6, **options):
+        _, x0, inputs = coupled(key, length, dim, gain)
+        weights = gain / jnp.sqrt(dim) * jax.random.normal(jax.random.split(key, 3)[0], (dim, dim))
+        return cls(weights, x0, inputs, **options)
+
+    def fn(self, x, u):
+        new = self.shift + self.size * jnp.tanh(self.weights @ ((x - self.shift) / self.size) + u)
+        return jnp.where(u[0] > self.limit, jnp.nan, new)
+
+    @property
+    def start(self):
+        return self.shift + self.size * self.x0
+
+
+@jax.jit
+def solve_variant(solver, variant, guess=None):
+    """``solver`` on a `Variant`, from x0 everywhere unless a guess is given."""
+    guess = jnp.broadcast_to(variant.start, variant.inputs.shape) if guess is None else guess
+    return solver.solve(variant.fn, variant.start, variant.inputs, initial_guess=guess)
 
 
 def gru(key, hidden, features, scale=1.0):

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import gru, gru_step
 
 from pmcmc import recurrence as rec
+from tests.recurrence.problems import gru, gru_step
 
 SOLVERS = {
     "deer": rec.deer(),

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import coupled, transient
 
 from pmcmc import recurrence as rec
 from pmcmc.recurrence import RESULTS
+from tests.recurrence.problems import Variant, solve_variant, transient
 
 SEQUENTIAL = rec.Sequential()
 SOLVERS = {
@@ -37,19 +37,19 @@ def test_nan_behind_step_4096_is_not_converged():
 
 @some_solvers
 def test_nan_region(solver, rng_key):
-    fn, x0, inputs = coupled(rng_key, 40)
-    bad = lambda x, u: jnp.where(u[0] > 1.5, jnp.nan, fn(x, u))
-    first = int(jnp.argmax(inputs[:, 0] > 1.5))
-    found = solve(solver, bad, x0, inputs)
+    variant = Variant.draw(rng_key, 40, limit=1.5)
+    first = int(jnp.argmax(variant.inputs[:, 0] > 1.5))
+    found = solve_variant(solver, variant)
     assert int(found.result) == RESULTS.nonfinite
-    assert int(found.stats.certified_steps) == first == int(SEQUENTIAL.solve(bad, x0, inputs).stats.certified_steps)
+    assert int(found.stats.certified_steps) == first
+    assert int(solve_variant(SEQUENTIAL, variant).stats.certified_steps) == first
 
 
 @some_solvers
 def test_nan_start(solver, rng_key):
-    fn, x0, inputs = coupled(rng_key, 20)
+    variant = Variant.draw(rng_key, 40)
     for value in (jnp.nan, jnp.inf):
-        found = solve(solver, fn, x0.at[1].set(value), inputs)
+        found = solve_variant(solver, variant._replace(x0=variant.x0.at[1].set(value)))
         assert int(found.result) == RESULTS.nonfinite
         assert int(found.stats.certified_steps) == 0
         assert int(found.stats.num_iters) == 0
@@ -57,10 +57,10 @@ def test_nan_start(solver, rng_key):
 
 @some_solvers
 def test_nan_row_in_the_guess_costs_little(solver, rng_key):
-    fn, x0, inputs = coupled(rng_key, 40)
-    exact = SEQUENTIAL.solve(fn, x0, inputs).value
-    clean = solve(solver, fn, x0, inputs, initial_guess=jnp.zeros_like(exact))
-    dirty = solve(solver, fn, x0, inputs, initial_guess=jnp.zeros_like(exact).at[5].set(jnp.nan))
+    variant = Variant.draw(rng_key, 40)
+    exact = solve_variant(SEQUENTIAL, variant).value
+    clean = solve_variant(solver, variant, jnp.zeros_like(exact))
+    dirty = solve_variant(solver, variant, jnp.zeros_like(exact).at[5].set(jnp.nan))
     assert int(dirty.result) == RESULTS.successful
     assert int(dirty.stats.num_iters) <= int(clean.stats.num_iters) + 3
     np.testing.assert_allclose(dirty.value, exact, atol=1e-11)
@@ -69,9 +69,8 @@ def test_nan_row_in_the_guess_costs_little(solver, rng_key):
 @some_solvers
 @pytest.mark.parametrize("max_iters", [0, 3])
 def test_budget_ends(solver, max_iters, rng_key):
-    fn, x0, inputs = coupled(rng_key, 40, gain=1.5)
-    solver = type(solver)(**{**vars(solver), **_budget(solver, max_iters)})
-    found = solve(solver, fn, x0, inputs)
+    variant = Variant.draw(rng_key, 40, gain=1.5)
+    found = solve_variant(type(solver)(**{**vars(solver), **_budget(solver, max_iters)}), variant)
     assert int(found.result) == RESULTS.max_iters_reached
     assert int(found.stats.num_iters) == max_iters
     prefix = int(found.stats.certified_steps)
@@ -81,7 +80,7 @@ def test_budget_ends(solver, max_iters, rng_key):
     assert np.all(profile[:prefix] < 1e-12)
     assert profile[prefix] > 1e-13
     assert found.residual == jnp.max(profile)
-    np.testing.assert_allclose(found.value[:prefix], SEQUENTIAL.solve(fn, x0, inputs).value[:prefix], atol=1e-11)
+    np.testing.assert_allclose(found.value[:prefix], solve_variant(SEQUENTIAL, variant).value[:prefix], atol=1e-11)
 
 
 def _budget(solver, max_iters):
@@ -112,16 +111,12 @@ def test_pseudo_orbit_is_not_called_solved():
     np.testing.assert_array_equal(exact.value, orbit)
 
 
-def affine_copy(fn, shift, size):
-    return lambda x, u: shift + size * fn((x - shift) / size, u)
-
-
 @some_solvers
 @pytest.mark.parametrize(("shift", "size"), [(1e5, 1.0), (0.0, 1e-6)], ids=["shifted", "scaled"])
 def test_shift_and_scale_do_not_matter(solver, shift, size, rng_key):
-    fn, x0, inputs = coupled(rng_key, 40)
-    plain = solve(solver, fn, x0, inputs)
-    moved = solve(solver, affine_copy(fn, shift, size), shift + size * x0, inputs)
+    variant = Variant.draw(rng_key, 40)
+    plain = solve_variant(solver, variant)
+    moved = solve_variant(solver, variant._replace(shift=shift, size=size))
     assert int(moved.result) == RESULTS.successful
     assert abs(int(moved.stats.num_iters) - int(plain.stats.num_iters)) <= max(3, int(plain.stats.num_iters) // 2)
     np.testing.assert_allclose((moved.value - shift) / size, plain.value, atol=1e-9)
@@ -129,12 +124,11 @@ def test_shift_and_scale_do_not_matter(solver, shift, size, rng_key):
 
 @some_solvers
 def test_shift_in_float32(solver, rng_key):
-    fn, x0, inputs = coupled(rng_key, 40, dtype=jnp.float32)
-    moved = affine_copy(fn, jnp.float32(1e4), jnp.float32(1.0))
-    found = solve(solver, moved, x0 + 1e4, inputs)
+    single = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), Variant.draw(rng_key, 40, shift=1e4))
+    found = solve_variant(solver, single)
     assert found.value.dtype == jnp.float32
     assert int(found.result) == RESULTS.successful
-    np.testing.assert_allclose(found.value, SEQUENTIAL.solve(moved, x0 + 1e4, inputs).value, atol=8e-3)
+    np.testing.assert_allclose(found.value, solve_variant(SEQUENTIAL, single).value, atol=8e-3)
     assert int(found.stats.num_iters) > 0  # a tolerance relative to |x| would call the first iterate converged
 
 

@@ -14,6 +14,14 @@ from pmcmc.recurrence._scan import (
     compose,
 )
 
+# compiled once a structure, not operation by operation
+scan = jax.jit(affine_scan, static_argnums=2)
+scan_sequential = jax.jit(affine_scan_sequential, static_argnums=2)
+gains_of = jax.jit(_kalman.gains)
+gains_sequential = jax.jit(_kalman.gains_sequential)
+means_of = jax.jit(_kalman.filter_means)
+corrections_of = jax.jit(_kalman.smoother_corrections)
+
 SHAPES = {"dense": (4, 4), "diagonal": (4,), "blocks": (2, 2, 2)}
 structures = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 
@@ -23,6 +31,7 @@ def integers(key, shape, bound=2):
     return jax.random.randint(key, shape, -bound, bound + 1).astype(float)
 
 
+@jax.jit
 def dense(a):
     """The matrices ``(T, D, D)`` that a structured A ``(T, ...)`` of 4 coordinates stands for."""
     return jax.vmap(lambda a: jax.vmap(lambda e: apply_affine(a, e), out_axes=1)(jnp.eye(4)))(a)
@@ -33,9 +42,9 @@ def dense(a):
 def test_scan_equals_loop_exactly(shape, reverse, rng_key):
     keys = jax.random.split(rng_key, 2)
     a, b = integers(keys[0], (11, *shape), 1), integers(keys[1], (11, 4))
-    found = affine_scan(a, b, reverse)
-    np.testing.assert_array_equal(found, affine_scan_sequential(a, b, reverse))
-    np.testing.assert_array_equal(found, affine_scan_sequential(dense(a), b, reverse))
+    found = scan(a, b, reverse)
+    np.testing.assert_array_equal(found, scan_sequential(a, b, reverse))
+    np.testing.assert_array_equal(found, scan_sequential(dense(a), b, reverse))
 
 
 @structures
@@ -52,7 +61,7 @@ def test_operator_is_associative_and_closed(shape, rng_key):
 @pytest.mark.parametrize("strength", [0.0, 1e-3, 2.0])
 def test_gains_equal_the_textbook_filter(shape, strength, rng_key):
     a = 0.9 * jax.random.normal(rng_key, (9, *shape))
-    found, expected = _kalman.gains(a, strength), _kalman.gains_sequential(dense(a), strength)
+    found, expected = gains_of(a, strength), gains_sequential(dense(a), strength)
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_allclose(dense(x), y, rtol=1e-10, atol=1e-12)
 
@@ -61,7 +70,7 @@ def test_gains_equal_the_textbook_filter(shape, strength, rng_key):
 def test_kalman_operator_is_associative(shape, rng_key):
     a = _kalman.matrices(jax.random.normal(rng_key, (3, *shape)))
     eye = jnp.ones_like(a) if a.ndim == 2 else jnp.broadcast_to(jnp.eye(a.shape[-1]), a.shape)
-    operator = _kalman._diagonal_operator if a.ndim == 2 else _kalman._dense_operator
+    operator = jax.jit(_kalman._diagonal_operator if a.ndim == 2 else _kalman._dense_operator)
     elements = _kalman._elements(jnp.concatenate([a[:1], a]), jnp.array(0.3), jnp.concatenate([eye[:1], eye]))
     x, y, z = [jax.tree.map(lambda e: e[i : i + 1], elements) for i in (1, 2, 3)]  # noqa: B023
     left, right = operator(operator(x, y), z), operator(x, operator(y, z))
@@ -75,9 +84,9 @@ def test_smoother_is_the_levenberg_marquardt_step(shape, strength, rng_key):
     length, dim = 7, 4
     keys = jax.random.split(rng_key, 2)
     a, r = jax.random.normal(keys[0], (length, *shape)), jax.random.normal(keys[1], (length, dim))
-    gains = _kalman.gains(a, strength)
-    carried, pull = _kalman.filter_means(a, r, gains)
-    step = carried + r - pull + _kalman.smoother_corrections(a, gains, pull, strength)
+    gains = gains_of(a, strength)
+    carried, pull = means_of(a, r, gains)
+    step = carried + r - pull + corrections_of(a, gains, pull, strength)
     system = np.eye(length * dim)
     for t in range(1, length):
         system[t * dim : (t + 1) * dim, (t - 1) * dim : t * dim] = -dense(a)[t]
@@ -90,8 +99,8 @@ def test_smoother_is_the_levenberg_marquardt_step(shape, strength, rng_key):
 def test_filter_means_equal_a_loop(shape, rng_key):
     keys = jax.random.split(rng_key, 2)
     a, r = jax.random.normal(keys[0], (9, *shape)), jax.random.normal(keys[1], (9, 4))
-    gains = _kalman.gains(a, 0.5)
-    carried, pull = _kalman.filter_means(a, r, gains)
+    gains = gains_of(a, 0.5)
+    carried, pull = means_of(a, r, gains)
     mean = jnp.zeros(4)
     for t, (matrix, shrink) in enumerate(zip(dense(a), dense(gains.shrink), strict=True)):
         mean = shrink @ (matrix @ mean + r[t])
@@ -102,8 +111,7 @@ def test_filter_means_equal_a_loop(shape, rng_key):
 def test_gains_stay_bounded_where_products_overflow(dtype):
     """120 unstable steps: products of A reach 10^47, covariances at most 1/lambda; the gain is the steady one."""
     a = jnp.full((120, 2, 2), 2.5, dtype) * jnp.eye(2, dtype=dtype)[None]
-    gains = jax.jit(_kalman.gains)
-    found, diagonal = gains(a, 0.01), gains(a[:, 0], 0.01)
+    found, diagonal = gains_of(a, 0.01), gains_of(a[:, 0], 0.01)
     assert np.isfinite(found.filtered).all()
     assert float(jnp.max(found.filtered)) < 100.001
     predicted = 1.0

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import coupled
 
 from pmcmc import recurrence as rec
 from pmcmc.recurrence import RESULTS, Windowed
+from tests.recurrence.problems import coupled
 
 SEQUENTIAL = rec.Sequential()
 

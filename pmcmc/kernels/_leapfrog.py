@@ -40,7 +40,10 @@ class UniformLength:
 
 
 class Leapfrog(abc.ABC):
-    """Velocity Verlet over ``length`` steps."""
+    """Velocity Verlet over ``length`` steps; an implementation says in which order its L states are found.
+
+    A new one needs `check`, `length` and `integrate`.
+    """
 
     @abc.abstractmethod
     def check(self, num_integration_steps: Any) -> None:
@@ -60,7 +63,13 @@ class Leapfrog(abc.ABC):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SequentialLeapfrog(Leapfrog):
-    """One step after the other, L gradients one after the other; the number of steps may be drawn."""
+    """One step after the other, L gradients one after the other; the number of steps may be drawn.
+
+    Example:
+        >>> import pmcmc
+        >>> pmcmc.HMC(step_size=0.1).leapfrog
+        SequentialLeapfrog()
+    """
 
     def check(self, num_integration_steps):
         pass

@@ -13,12 +13,12 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from scipy import stats
-from tests._targets import COVARIANCE, funnel, gaussian, start_like
 
 import pmcmc
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, deer
 from pmcmc.sampling import _run
 from tests._statistics import z_bound
+from tests._targets import COVARIANCE, funnel, gaussian, start_like
 
 SIZES = dict(num_warmup=200, num_samples=2000, num_chains=4, progress_bar=False)
 OBSERVED = jnp.array([0.8, 1.4, -0.2, 1.1, 0.9])

@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks._harness import alternate, ratio, save
 from benchmarks.targets import CASES, Case
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
-from pmcmc.sampling._segment import run_segment
+from pmcmc.sampling._segment import Segment, draw_noise, solve_segment
 
 
 def measure(case: Case, blocks: list[int], repeats: int) -> list[dict]:
@@ -21,11 +21,7 @@ def measure(case: Case, blocks: list[int], repeats: int) -> list[dict]:
     bank = _typical_states(case)
     keys = jax.random.split(jax.random.key(0), 1)
 
-    def run(solver):
-        x0 = bank[:1]
-        return run_segment(
-            case.target, case.kernel, solver, keys, x0, jnp.asarray(0), bank, case.scale, num_steps=case.length
-        )
+    run = lambda solver: _chain(case, solver, keys, bank[:1], bank, case.length)
 
     solvers = {"sequential": Sequential(), **{str(p): MultipleShooting(num_blocks=p) for p in blocks}}
     timing = alternate({name: partial(run, solver) for name, solver in solvers.items()}, repeats)
@@ -54,13 +50,18 @@ def measure(case: Case, blocks: list[int], repeats: int) -> list[dict]:
     return rows
 
 
+def _chain(case: Case, solver, keys, x0, bank, num_steps: int) -> Segment:
+    """Noise and solve, as `pmcmc.sample` runs them."""
+    first = jnp.asarray(0)
+    noise = draw_noise(case.target, case.kernel, keys, first, num_steps=num_steps)
+    return solve_segment(case.target, case.kernel, solver, noise, x0, first, bank, case.scale)
+
+
 def _typical_states(case: Case, num_states: int = 64, num_steps: int = 2000) -> jax.Array:
     """Last states of an ensemble of chains: what warm-up would hand over."""
     starts = case.start(jax.random.key(1), num_states)
     keys = jax.random.split(jax.random.key(2), num_states)
-    segment = run_segment(
-        case.target, case.kernel, Sequential(), keys, starts, jnp.asarray(0), starts, case.scale, num_steps=num_steps
-    )
+    segment = _chain(case, Sequential(), keys, starts, starts, num_steps)
     return segment.solution.value[:, -1]
 
 

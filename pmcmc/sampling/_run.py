@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pmcmc._jit import TunedJit
 from pmcmc._types import Array, PyTree
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential
-from pmcmc.sampling._segment import Segment, run_segment
+from pmcmc.sampling._segment import Segment, draw_noise, solve_segment
 from pmcmc.target import Target
 
 # Noise, states and info of one segment, for all chains: what one solve may hold at a time.
@@ -91,14 +92,18 @@ def run(start: Start, solver: RecurrenceSolver, num_steps: int, length: int, thi
 
 
 def _timed_segment(start: Start, solver, x, done: int, length: int, draws: Draws) -> Segment:
-    args = (start.target, start.kernel, solver, start.chain_keys, x, jnp.asarray(done), start.guesses, start.scale)
-    begin = time.perf_counter()
-    run_segment.compile(*args, num_steps=length)
-    compiled = time.perf_counter()
-    segment = jax.block_until_ready(run_segment(*args, num_steps=length))
-    draws.compile_seconds += compiled - begin
-    draws.solve_seconds += time.perf_counter() - compiled
-    return segment
+    def timed(program: TunedJit, *args: Any, **static: Any) -> Any:
+        begin = time.perf_counter()
+        program.compile(*args, **static)
+        compiled = time.perf_counter()
+        result = jax.block_until_ready(program(*args, **static))
+        draws.compile_seconds += compiled - begin
+        draws.solve_seconds += time.perf_counter() - compiled
+        return result
+
+    target, kernel, first = start.target, start.kernel, jnp.asarray(done)
+    noise = timed(draw_noise, target, kernel, start.chain_keys, first, num_steps=length)
+    return timed(solve_segment, target, kernel, solver, noise, x, first, start.guesses, start.scale)
 
 
 def _certified(segment: Segment, wanted: int) -> int:

@@ -1,6 +1,6 @@
 """Multiple shooting against sequential sampling of the same chain, noise included on both sides.
 
-``python -m benchmarks.shooting [--cases mixture banana] [--blocks 64 256 1024] [--scale 0.1]``
+``python -m benchmarks.shooting [--cases mixture banana] [--blocks 125 250 500] [--scale 0.1]``
 """
 
 import argparse
@@ -68,7 +68,7 @@ def _typical_states(case: Case, num_states: int = 64, num_steps: int = 2000) -> 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="*", default=list(CASES))
-    parser.add_argument("--blocks", nargs="*", type=int, default=[64, 256, 1024])
+    parser.add_argument("--blocks", nargs="*", type=int, default=[125, 250, 500])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of the full lengths")
     parser.add_argument("--save", default=None, help="name of the result file, without .json")

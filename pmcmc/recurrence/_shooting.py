@@ -26,6 +26,7 @@ Sources: time-parallel simulation (Heidelberger & Stone 1990), circular coupling
 dissipative systems (Chartier & Philippe 1993).
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -106,6 +107,10 @@ def default_num_blocks(length: int, max_blocks: int = 4096) -> int:
     while blocks * blocks * 4 <= 8 * length and 2 * blocks * 16 <= length and blocks < max_blocks:
         blocks *= 2
     return blocks
+
+
+# Steps of the zeroth sweep between writes to the path, where they divide a block's length.
+CHUNK = 16
 
 
 class Layout(NamedTuple):
@@ -226,13 +231,24 @@ def _fill(problem: Problem, layout: Layout, inputs: PyTree) -> Sweep:
         lambda x: jnp.zeros((x.shape[0], layout.block_length, *x.shape[1:]), x.dtype), tree
     )
 
-    def body(now, state):
-        carry, path, aux = state
-        carry, new_aux = step(carry, read_step(inputs, now))
-        return carry, write_step(path, unknown(carry), now), write_step(aux, new_aux, now)
+    # A few steps at a time go through small buffers (steps, lanes, ...), where a step's lanes are neighbours.
+    chunk = math.gcd(layout.block_length, CHUNK)
+    swap = lambda tree: jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tree)
 
-    begin = (start, empty(jax.eval_shape(unknown, carry)), empty(aux))
-    end, path, aux = jax.lax.fori_loop(0, layout.block_length, body, begin)
+    def body(carry, u):
+        carry, aux = step(carry, u)
+        return carry, (unknown(carry), aux)
+
+    def run_chunk(number, state):
+        carry, record = state
+        first = number * chunk
+        u = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, chunk, 1), inputs)
+        carry, new = jax.lax.scan(body, carry, swap(u), length=chunk)
+        write = lambda buffer, x: jax.lax.dynamic_update_slice_in_dim(buffer, x, first, 1)
+        return carry, jax.tree.map(write, record, swap(new))
+
+    begin = (start, (empty(jax.eval_shape(unknown, carry)), empty(aux)))
+    end, (path, aux) = jax.lax.fori_loop(0, layout.block_length // chunk, run_chunk, begin)
     zeros = jnp.zeros(layout.num_lanes, problem.dtype)
     none = jnp.zeros(layout.num_chains, int)
     return _hand_over(

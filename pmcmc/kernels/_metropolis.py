@@ -39,9 +39,10 @@ class BranchTaken(Surrogate):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StraightThrough(Surrogate):
-    """A sigmoid of the margin in place of the step (Zoltowski et al. 2025): w = sigmoid(margin / temperature).
+    """A sigmoid of the margin in place of the step: w = sigmoid(margin / temperature).
 
-    Lets the solver foresee flips of the decision.
+    Lets the solver foresee flips of the decision. After Zoltowski et al. (2025); differs from the published code in
+    that the sigmoid weights the tangents too, where theirs keeps the hard weight and takes only the slope from it.
 
     temperature: width of the sigmoid in units of log acceptance probability.
     """

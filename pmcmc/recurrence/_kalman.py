@@ -46,6 +46,7 @@ class Gains(NamedTuple):
 
 
 def is_diagonal(a: Array) -> bool:
+    """Whether A is given by its diagonals ``(T, D)``, not by matrices ``(T, D, D)``."""
     return a.ndim == 2
 
 

@@ -201,7 +201,7 @@ def make_problem(fn, x0, inputs, length, guess, has_aux, scale) -> Problem:
         raise ValueError("x0 has no leaves: expected a pytree of arrays, the state before the first step.")
     num_chains = jax.tree.leaves(x0)[0].shape[0]
     length = _length(inputs, length)
-    recurrence = fn if isinstance(fn, Recurrence) else _plain(fn, has_aux)
+    recurrence = as_recurrence(fn, has_aux)
     one = lambda tree, axes: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[axes:], x.dtype), tree)
     x_shape = one(x0, 1)
     out = jax.eval_shape(lambda x, u: recurrence(x, u)[0], x_shape, one(inputs, 2))
@@ -219,7 +219,10 @@ def make_problem(fn, x0, inputs, length, guess, has_aux, scale) -> Problem:
     return Problem(recurrence, x0, inputs, guess, scale, num_chains, length)
 
 
-def _plain(fn, has_aux) -> Recurrence:
+def as_recurrence(fn: Callable | Recurrence, has_aux: bool = False) -> Recurrence:
+    """``fn`` itself if it is a `Recurrence`, else ``(x, u) -> x`` or ``(x, u) -> (x, aux)`` as one without caches."""
+    if isinstance(fn, Recurrence):
+        return fn
     if not callable(fn):
         raise TypeError(f"fn must be callable as fn(x, u), got {type(fn).__name__}.")
     return Recurrence(fn if has_aux else lambda x, u: (fn(x, u), None))

@@ -10,7 +10,7 @@ from pmcmc._jit import tuned_jit
 from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Sequential
-from pmcmc.stability import Coalescence, coalescence_steps
+from pmcmc.stability import Coalescence, coalescence_time
 from pmcmc.target import Target
 
 MAX_PILOT_STEPS = 1000
@@ -36,7 +36,7 @@ def run_pilot(target: Target, kernel: Kernel, rng_key: PRNGKey, states: PyTree, 
     noise = jax.vmap(jax.vmap(lambda key: kernel.sample_noise(key, target)))(keys)
     first = jax.tree.map(lambda x: x[:num_pairs], states)
     second = jax.tree.map(lambda x: x[num_pairs : 2 * num_pairs], states)
-    return coalescence_steps(kernel.transition(target), first, second, noise, scale)
+    return coalescence_time(kernel.transition(target), first, second, noise, scale=scale, num_checkpoints=0)
 
 
 def decide(pilot: Coalescence | None, num_steps: int, length: int, num_chains: int, pilot_steps: int) -> Decision:

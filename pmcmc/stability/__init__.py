@@ -1,5 +1,21 @@
-"""Will parallel pay? Coalescence of coupled paths."""
+"""Will parallel pay? Lyapunov exponents and coalescence of coupled paths."""
 
-from pmcmc.stability._coalescence import Coalescence, coalescence_steps
+from pmcmc.stability._coalescence import Checkpoints, Coalescence, coalescence_time
+from pmcmc.stability._contraction import ContractionBound, contraction_bound
+from pmcmc.stability._distance import coordinate_distances, site_distances
+from pmcmc.stability._lyapunov import LyapunovExponent, lyapunov_exponent
+from pmcmc.stability._pilot import PilotError, check_pilot
 
-__all__ = ["Coalescence", "coalescence_steps"]
+__all__ = [
+    "Checkpoints",
+    "Coalescence",
+    "ContractionBound",
+    "LyapunovExponent",
+    "PilotError",
+    "check_pilot",
+    "coalescence_time",
+    "contraction_bound",
+    "coordinate_distances",
+    "lyapunov_exponent",
+    "site_distances",
+]

@@ -13,7 +13,8 @@ import numpy as np
 from benchmarks._harness import alternate, ratio, save
 from benchmarks.targets import CASES, Case
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
-from pmcmc.sampling._segment import Segment, draw_noise, solve_segment
+from pmcmc.recurrence._lanes import LaneSolver
+from pmcmc.sampling._engine import Segment, Shape, solve_segment
 
 
 def measure(case: Case, blocks: list[int], repeats: int) -> list[dict]:
@@ -50,11 +51,12 @@ def measure(case: Case, blocks: list[int], repeats: int) -> list[dict]:
     return rows
 
 
-def _chain(case: Case, solver, keys, x0, bank, num_steps: int) -> Segment:
+def _chain(case: Case, solver: LaneSolver, keys, x0, bank, num_steps: int) -> Segment:
     """Noise and solve, as `pmcmc.sample` runs them."""
-    first = jnp.asarray(0)
-    noise = draw_noise(case.target, case.kernel, keys, first, num_steps=num_steps)
-    return solve_segment(case.target, case.kernel, solver, noise, x0, first, bank, case.scale)
+    num_blocks = solver.blocks_for(num_steps)
+    block_length = -(-num_steps // num_blocks)
+    shape = Shape(num_blocks, block_length)
+    return solve_segment(case.target, case.kernel, solver, keys, x0, 0, block_length, bank, case.scale, shape)[0]
 
 
 def _typical_states(case: Case, num_states: int = 64, num_steps: int = 2000) -> jax.Array:
@@ -62,7 +64,7 @@ def _typical_states(case: Case, num_states: int = 64, num_steps: int = 2000) -> 
     starts = case.start(jax.random.key(1), num_states)
     keys = jax.random.split(jax.random.key(2), num_states)
     segment = _chain(case, Sequential(), keys, starts, starts, num_steps)
-    return segment.solution.value[:, -1]
+    return jnp.asarray(segment.chains(segment.solution.value)[:, -1])
 
 
 def main(arguments: list[str] | None = None) -> None:

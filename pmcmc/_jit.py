@@ -1,5 +1,6 @@
-"""jit with the compiler options that this package's programs want."""
+"""jit with the compiler options that this package's programs want, and the time they take."""
 
+import time
 from collections.abc import Callable
 from functools import cache, update_wrapper
 from typing import Any
@@ -45,6 +46,14 @@ class TunedJit:
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile for these arguments; a later call with the same shapes finds the program."""
         self.jitted.lower(*args, **kwargs).compile()
+
+    def timed(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[float, float]]:
+        """The finished result, with the seconds of compiling and of running."""
+        begin = time.perf_counter()
+        self.compile(*args, **kwargs)
+        compiled = time.perf_counter()
+        result = jax.block_until_ready(self(*args, **kwargs))
+        return result, (compiled - begin, time.perf_counter() - compiled)
 
 
 def tuned_jit(**jit_options: Any) -> Callable[[Callable], TunedJit]:

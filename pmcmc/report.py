@@ -6,13 +6,15 @@ from typing import Any
 import numpy as np
 
 from pmcmc.recurrence import RESULTS
+from pmcmc.stability import Plan
 
 
 @dataclass(frozen=True)
 class SolveReport:
     """How the draws of a `Chain` were made. Arrays have one entry per chain; ``print(report)`` reads as prose.
 
-    decision: "shooting", "newton" or "sequential", as the run began. reason: one sentence.
+    decision: "shooting", "newton" or "sequential", as was planned. reason: one sentence.
+    plan: what "auto" measured and expected; None where the caller chose, or the run was too short to plan.
     result: `RESULTS` of the parallel solve. fallback: what was finished sequentially, or "".
     residual: largest |x[t] - f(x[t-1], u[t])| / scale that was accepted.
     num_steps: steps per chain. num_sequential_steps: critical path, in steps one after the other.
@@ -26,6 +28,7 @@ class SolveReport:
 
     decision: str
     reason: str
+    plan: Plan | None
     result: np.ndarray
     fallback: str
     residual: np.ndarray
@@ -44,6 +47,16 @@ class SolveReport:
     pilot_seconds: float
     compile_seconds: float
     solve_seconds: float
+
+    @property
+    def predicted_seconds(self) -> float:
+        """What the plan expected the steps behind the pilot to take, compilation included; NaN without a plan."""
+        return self.plan.chosen.seconds if self.plan else float("nan")
+
+    @property
+    def predicted_sequential_seconds(self) -> float:
+        """The same for sequential sampling."""
+        return self.plan.sequential_seconds if self.plan else float("nan")
 
     def __str__(self) -> str:
         lines = [f"Decision: {self.decision}. {self.reason}"]

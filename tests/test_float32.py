@@ -7,7 +7,7 @@ import pytest
 
 from pmcmc import HMC, MALA, Target
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, deer
-from pmcmc.sampling import _segment
+from pmcmc.sampling._engine import Engine, Shape
 from tests._chains import draw_noise, solve, step_residuals
 from tests._targets import make_target, mixture
 
@@ -45,8 +45,7 @@ def test_near_ties_are_counted() -> None:
     for constant in (0.0, 1e5):
         target = Target.from_logdensity(lambda x: mixture(x) + jnp.float32(constant), jnp.zeros(2, jnp.float32))  # noqa: B023
         kernel = MALA(step_size=0.8)
-        noise = _segment.draw_noise(target, kernel, keys, jnp.array(0), num_steps=3000)
-        segment = _segment.solve_segment(target, kernel, Sequential(), noise, x0, jnp.array(0), x0, None)
+        segment, _ = Engine(target, kernel, keys, x0, None).solve(Sequential(), Shape(1, 3000), x0, 0, 3000)
         info = segment.solution.aux
         assert info.margin.dtype == jnp.float32
         bound = 4 * EPS * np.maximum(1.0, np.abs(info.logdensity))

@@ -12,7 +12,7 @@ from numpyro.infer.util import constrain_fn, potential_energy
 import pmcmc
 from pmcmc.interop._numpyro import numpyro_starts, numpyro_target
 from pmcmc.recurrence import Sequential
-from pmcmc.sampling._segment import draw_noise, solve_segment
+from pmcmc.sampling._engine import Engine, Shape
 from pmcmc.target import check_starts
 from tests._targets import EFFECTS, ERRORS, FEATURES, LABELS, eight_schools_model, logistic_model
 
@@ -142,8 +142,7 @@ def test_same_shapes_compile_once() -> None:
         x0 = jnp.zeros((1, 3))
         del traces[:]
         keys = jax.random.split(jax.random.key(0), 1)
-        noise = draw_noise(target, kernel, keys, jnp.array(0), num_steps=10)
-        segment = solve_segment(target, kernel, Sequential(), noise, x0, jnp.array(0), x0, None)
+        segment, _ = Engine(target, kernel, keys, x0, None).solve(Sequential(), Shape(1, 10), x0, 0, 10)
         return len(traces), segment.solution.value
 
     first, path = solve(Y, GROUP)

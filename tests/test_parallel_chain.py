@@ -16,7 +16,9 @@ from scipy import stats
 
 import pmcmc
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, deer
-from pmcmc.sampling import _run
+from pmcmc.sampling import _auto, _pilot, _run
+from pmcmc.sampling._engine import Engine
+from pmcmc.stability import Costs
 from tests._statistics import z_bound
 from tests._targets import COVARIANCE, funnel, gaussian, start_like
 
@@ -98,26 +100,17 @@ def test_fallback_keeps_the_prefix() -> None:
 
 @pytest.mark.parametrize("solver", [MultipleShooting(4), Sequential()], ids=["shooting", "sequential"])
 def test_segments_change_nothing(solver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seven segments, the last one short, thinned across their borders."""
-    calls, timed = [], _run._timed_segment
-    monkeypatch.setattr(_run, "_timed_segment", lambda *args: calls.append(args[4]) or timed(*args))
-    monkeypatch.setattr("pmcmc.sampling._stages.segment_length", lambda start, num_steps: 299)
+    """Memory for some 300 steps a segment, the last one short, thinned across their borders."""
+    calls, solve = [], Engine.solve
+    monkeypatch.setattr(Engine, "solve", lambda *args: calls.append(args) or solve(*args))
+    monkeypatch.setattr(_run, "SEGMENT_BYTES", 2**17)
+    monkeypatch.setattr(_run, "SEQUENTIAL_BYTES", 2**17)
     chain = gaussian_chain(solver=solver, thinning=3)
-    assert len(calls) == 7
+    assert len(calls) in (5, 6, 7, 8, 9)
+    assert len({args[2] for args in calls}) == 1  # one shape, so one program
     assert chain.num_samples == 666
     expected = reference().get_samples(group_by_chain=True)[:, 2::3]
     np.testing.assert_allclose(chain.get_samples(group_by_chain=True), expected, rtol=0, atol=1e-9)
-
-
-def test_memory_sets_the_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths, run = [], _run.run
-    monkeypatch.setattr("pmcmc.sampling._stages.run", lambda *args: lengths.append(args[3]) or run(*args))
-    gaussian_chain(solver=Sequential())
-    monkeypatch.setattr(_run, "SEGMENT_BYTES", 2**18)
-    chain = gaussian_chain(solver=Sequential())
-    assert lengths[0] == 2000
-    assert 100 < lengths[1] < 1000
-    assert_same_chain(chain, reference())
 
 
 def test_thinning_is_slicing() -> None:
@@ -142,7 +135,16 @@ def compilations() -> Iterator[list]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def test_auto_takes_shooting_where_chains_merge_and_is_right() -> None:
+@pytest.fixture
+def lanes_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs as on a large GPU, whatever this machine is and does beside: no run is too short, blocks always pay."""
+    monkeypatch.setattr(_auto, "SHORT_SECONDS", 0.0)
+    monkeypatch.setattr(_pilot, "TIMING_SECONDS", 0.0)
+    monkeypatch.setattr(_pilot, "SHARE", 0.2)
+    monkeypatch.setattr(_auto.Automatic, "costs", lambda self, head: Costs(1e6, 1e6, 1.0, 0.0))
+
+
+def test_auto_takes_shooting_where_chains_merge_and_is_right(lanes_are_free) -> None:
     """20,000 steps of a Gaussian: shooting; moments within the bands; a second run compiles nothing."""
     logdensity_fn = lambda x: gaussian(x)  # new to every cache
     run = lambda seed: pmcmc.sample(logdensity_fn, start_like(gaussian), seed, **{**SIZES, "num_samples": 20_000})
@@ -158,7 +160,7 @@ def test_auto_takes_shooting_where_chains_merge_and_is_right() -> None:
     assert "merged within" in report.reason
     assert report.coalescence_steps.shape == (16,)
     assert np.all(report.num_sequential_steps < 10_000)
-    assert np.all(report.certified_steps == 20_000)
+    assert np.all(report.certified_steps >= 16_000)  # but for the first steps, which the pilot shares
     products = np.einsum("cti,ctj->ctij", draws, draws).reshape(4, -1, 9)
     functions = np.concatenate([draws, products], axis=-1)
     exact = np.concatenate([np.zeros(3), COVARIANCE.ravel()])
@@ -167,11 +169,11 @@ def test_auto_takes_shooting_where_chains_merge_and_is_right() -> None:
     assert np.max(np.abs(t)) < -stats.t.ppf(stats.norm.sf(z_bound(12)), df=159)
 
 
-def test_auto_takes_sequential_where_chains_do_not_merge() -> None:
-    chain = pmcmc.sample(funnel, start_like(funnel), 0, **SIZES)
+def test_auto_takes_sequential_where_chains_do_not_merge(lanes_are_free) -> None:
+    chain = pmcmc.sample(funnel, start_like(funnel), 0, **{**SIZES, "num_samples": 20_000})
     assert chain.report.decision == "sequential"
     assert "of 16 coupled pairs" in chain.report.reason
-    assert np.all(chain.report.num_sequential_steps == 2000)
+    assert np.all(chain.report.num_sequential_steps == 20_000)
 
 
 def test_draws_of_a_model() -> None:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from pmcmc._types import Array, PyTree
 
 
-def separates(growth_rate: Array, residual: Array, tol: Array | float, length: int) -> Array:
+def separates(growth_rate: Array, residual: Array, tol: Array | float, length: Array | int) -> Array:
     """Whether nearby paths separate so fast that a solution with this residual may be a pseudo-orbit.
 
     An error of the size of the residual, made once, grows to ``residual exp(growth_rate T)`` along the path. Where the

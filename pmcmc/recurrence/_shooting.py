@@ -28,34 +28,30 @@ dissipative systems (Chartier & Philippe 1993).
 
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pmcmc._tree import expand_mask, finite_rows, is_real, leading_true, relative_distance, tree_where
+from pmcmc._tree import expand_mask, finite_rows, is_real, leading_true, real_dtype, relative_distance, tree_where
 from pmcmc._types import Array, PyTree, Scalar
-from pmcmc.recurrence._base import (
-    RESULTS,
-    Problem,
-    Recurrence,
-    RecurrenceSolver,
-    Solution,
-    Stats,
-    default_tolerance,
-    typical_scale,
-)
+from pmcmc.recurrence._base import RESULTS, Solution, Stats, default_tolerance, typical_scale
 from pmcmc.recurrence._growth import separates
+from pmcmc.recurrence._lanes import Lanes, LaneSolver, Layout, read_step, walk, write_step
+
+# Steps of the zeroth sweep between writes to the path, where they divide the capacity.
+CHUNK = 16
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class MultipleShooting(RecurrenceSolver):
+class MultipleShooting(LaneSolver):
     """Run blocks of the path at once and repair them until they join.
 
     num_blocks: P, blocks per chain. None: about sqrt(8 T), at least 16 steps a block.
     merge_tol: largest accepted |recorded - repaired| / scale. None: 32 eps in float32, 512 eps in float64.
     max_sweeps: budget of repair sweeps. None: P, with which the solve always completes.
+    max_steps: budget of steps one after the other, S for the blocks included. None: no limit.
 
     Raises:
         ValueError: num_blocks or max_sweeps below 1.
@@ -71,6 +67,7 @@ class MultipleShooting(RecurrenceSolver):
     num_blocks: int | None = field(default=None, metadata=dict(static=True))
     merge_tol: Scalar | None = None
     max_sweeps: Scalar | None = None
+    max_steps: Scalar | None = None
 
     def __post_init__(self):
         if self.num_blocks is not None and self.num_blocks < 1:
@@ -78,23 +75,24 @@ class MultipleShooting(RecurrenceSolver):
         if isinstance(self.max_sweeps, int) and self.max_sweeps < 1:
             raise ValueError(f"max_sweeps must be at least 1, got {self.max_sweeps}. Use Sequential() for none.")
 
-    def solve_problem(self, problem: Problem) -> Solution:
-        layout = Layout.of(problem, self.num_blocks or default_num_blocks(problem.length))
-        tol = jnp.asarray(default_tolerance(problem.dtype) if self.merge_tol is None else self.merge_tol, problem.dtype)
-        max_sweeps = layout.num_blocks if self.max_sweeps is None else self.max_sweeps
-        inputs = layout.to_lanes(problem.inputs)
-        sweep = _fill(problem, layout, inputs)
-        scale = problem.scale
-        if scale is None:
-            scale = typical_scale(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), sweep.recording.path))
+    unit: ClassVar[int] = CHUNK
+
+    def blocks_for(self, length):
+        return self.num_blocks or default_num_blocks(length)
+
+    def solve_lanes(self, lanes):
+        dtype = real_dtype(lanes.x0)
+        tol = jnp.asarray(default_tolerance(dtype) if self.merge_tol is None else self.merge_tol, dtype)
+        max_sweeps = lanes.layout.num_blocks if self.max_sweeps is None else self.max_sweeps
+        max_steps = jnp.iinfo(jnp.int32).max if self.max_steps is None else self.max_steps
+        sweep = _fill(lanes)
+        lanes = lanes._replace(scale=_scale(lanes, sweep) if lanes.scale is None else lanes.scale)
 
         def pending(sweep):
-            return jnp.any(sweep.active) & (sweep.number < max_sweeps)
+            return jnp.any(sweep.active) & (sweep.number < max_sweeps) & (sweep.depth < max_steps)
 
-        sweep = jax.lax.while_loop(
-            pending, lambda sweep: _repair(problem.recurrence, layout, inputs, scale, tol, sweep), sweep
-        )
-        return _conclude(problem, layout, tol, sweep)
+        sweep = jax.lax.while_loop(pending, lambda sweep: _repair(lanes, tol, max_steps, sweep), sweep)
+        return _conclude(lanes, tol, sweep)
 
 
 def default_num_blocks(length: int, max_blocks: int = 4096) -> int:
@@ -107,71 +105,6 @@ def default_num_blocks(length: int, max_blocks: int = 4096) -> int:
     while blocks * blocks * 4 <= 8 * length and 2 * blocks * 16 <= length and blocks < max_blocks:
         blocks *= 2
     return blocks
-
-
-# Steps of the zeroth sweep between writes to the path, where they divide a block's length.
-CHUNK = 16
-
-
-class Layout(NamedTuple):
-    """Lanes by steps: lane ``c * P + p`` holds steps ``p * S + 1 .. (p + 1) * S`` of chain c.
-
-    Buffers are (lanes, steps, ...), so that a path of P * S steps is its lanes without a copy: transposing 10^6
-    steps of a two-dimensional path and its aux took as long as solving for them.
-    """
-
-    num_chains: int
-    num_blocks: int
-    block_length: int
-    length: int
-
-    @classmethod
-    def of(cls, problem: Problem, num_blocks: int) -> "Layout":
-        block_length = -(-problem.length // num_blocks)
-        return cls(problem.num_chains, -(-problem.length // block_length), block_length, problem.length)
-
-    @property
-    def num_lanes(self) -> int:
-        return self.num_chains * self.num_blocks
-
-    def to_lanes(self, tree: PyTree) -> PyTree:
-        """``(C, T, ...)`` to ``(C * P, S, ...)``; the last block is padded by repeating the last step."""
-        pad = self.num_blocks * self.block_length - self.length
-
-        def leaf(x):
-            if pad:
-                x = jnp.concatenate([x, jnp.repeat(x[:, -1:], pad, axis=1)], axis=1)
-            return x.reshape(self.num_lanes, self.block_length, *x.shape[2:])
-
-        return jax.tree.map(leaf, tree)
-
-    def to_chains(self, tree: PyTree) -> PyTree:
-        """Inverse of `to_lanes`; the padding is dropped."""
-        leaf = lambda x: x.reshape(self.num_chains, -1, *x.shape[2:])[:, : self.length]
-        return jax.tree.map(leaf, tree)
-
-    def by_chain(self, lanes: Array) -> Array:
-        return lanes.reshape(self.num_chains, self.num_blocks)
-
-    def valid_steps(self) -> Array:
-        """(lanes,) steps of each block that lie within the path; the last block may be padded."""
-        start = jnp.arange(self.num_blocks) * self.block_length
-        return jnp.tile(jnp.clip(self.length - start, 0, self.block_length), self.num_chains)
-
-    def shift(self, lanes: Array) -> Array:
-        """Hand each block's entry to its successor; the first block keeps its own (it is never restarted)."""
-        blocks = lanes.reshape(self.num_chains, self.num_blocks, *lanes.shape[1:])
-        return jnp.concatenate([blocks[:, :1], blocks[:, :-1]], axis=1).reshape(lanes.shape)
-
-
-def read_step(buffer: PyTree, step: Array | int) -> PyTree:
-    """One step of every lane of ``(lanes, S, ...)`` buffers."""
-    return jax.tree.map(lambda b: jax.lax.dynamic_index_in_dim(b, step, 1, keepdims=False), buffer)
-
-
-def write_step(buffer: PyTree, new: PyTree, step: Array | int) -> PyTree:
-    """Inverse of `read_step`."""
-    return jax.tree.map(lambda b, n: jax.lax.dynamic_update_index_in_dim(b, n, step, 1), buffer, new)
 
 
 class Recording(NamedTuple):
@@ -196,6 +129,7 @@ class Sweep(NamedTuple):
     num_sweeps: Array  # (chains,) repair sweeps in which the chain had work
     critical_path: Array  # (chains,)
     evaluations: Array  # (lanes,) steps taken while active
+    depth: Array  # steps one after the other so far
 
 
 class Pass(NamedTuple):
@@ -210,46 +144,39 @@ class Pass(NamedTuple):
     taken: Array  # steps taken by each lane in this sweep
 
 
-def _guessed_starts(problem: Problem, layout: Layout) -> PyTree:
+def _guessed_starts(lanes: Lanes) -> PyTree:
     """Carries at the block starts: x0 for the first block of a chain, the guess for the others."""
-    guess = problem.guess_at(jnp.arange(1, layout.num_blocks) * layout.block_length - 1)
-    if guess is None:
-        starts = jax.tree.map(lambda x: jnp.repeat(x, layout.num_blocks, axis=0), problem.x0)
+    layout = lanes.layout
+    if lanes.guess_at is None:
+        starts = jax.tree.map(lambda x: jnp.repeat(x, layout.num_blocks, axis=0), lanes.x0)
     else:
+        guess = lanes.guess_at(jnp.arange(1, layout.num_blocks) * layout.block_length - 1)
         join = lambda x, g: jnp.concatenate([x[:, None], g], axis=1).reshape(layout.num_lanes, *x.shape[1:])
-        starts = jax.tree.map(join, problem.x0, guess)
-    return jax.vmap(problem.recurrence.restore)(starts)
+        starts = jax.tree.map(join, lanes.x0, guess)
+    return jax.vmap(lanes.recurrence.restore)(starts)
 
 
-def _fill(problem: Problem, layout: Layout, inputs: PyTree) -> Sweep:
+def _scale(lanes: Lanes, sweep: "Sweep") -> PyTree:
+    """Scale of each coordinate, from the states of the zeroth sweep."""
+    known = jnp.arange(lanes.layout.capacity)[None] < lanes.layout.valid_steps()[:, None]
+    path = _blank(known, sweep.recording.path)
+    return typical_scale(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), path))
+
+
+def _fill(lanes: Lanes) -> Sweep:
     """The zeroth sweep: S plain steps of every block."""
-    step, unknown = jax.vmap(problem.recurrence.step), jax.vmap(problem.recurrence.unknown)
-    start = _guessed_starts(problem, layout)
-    carry, aux = jax.eval_shape(step, start, read_step(inputs, 0))
+    layout, recurrence = lanes.layout, lanes.recurrence
+    step, unknown = jax.vmap(recurrence.step), jax.vmap(recurrence.unknown)
+    start = _guessed_starts(lanes)
+    carry, _ = jax.eval_shape(step, start, read_step(lanes.inputs, 0))
     start = jax.tree.map(lambda s, c: s.astype(c.dtype), start, carry)
-    empty = lambda tree: jax.tree.map(
-        lambda x: jnp.zeros((x.shape[0], layout.block_length, *x.shape[1:]), x.dtype), tree
-    )
-
-    # A few steps at a time go through small buffers (steps, lanes, ...), where a step's lanes are neighbours.
-    chunk = math.gcd(layout.block_length, CHUNK)
-    swap = lambda tree: jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tree)
 
     def body(carry, u):
         carry, aux = step(carry, u)
         return carry, (unknown(carry), aux)
 
-    def run_chunk(number, state):
-        carry, record = state
-        first = number * chunk
-        u = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, chunk, 1), inputs)
-        carry, new = jax.lax.scan(body, carry, swap(u), length=chunk)
-        write = lambda buffer, x: jax.lax.dynamic_update_slice_in_dim(buffer, x, first, 1)
-        return carry, jax.tree.map(write, record, swap(new))
-
-    begin = (start, (empty(jax.eval_shape(unknown, carry)), empty(aux)))
-    end, (path, aux) = jax.lax.fori_loop(0, layout.block_length // chunk, run_chunk, begin)
-    zeros = jnp.zeros(layout.num_lanes, problem.dtype)
+    end, (path, aux) = walk(body, start, lanes, math.gcd(layout.capacity, CHUNK))
+    zeros = jnp.zeros(layout.num_lanes, real_dtype(lanes.x0))
     none = jnp.zeros(layout.num_chains, int)
     return _hand_over(
         layout,
@@ -263,6 +190,7 @@ def _fill(problem: Problem, layout: Layout, inputs: PyTree) -> Sweep:
             num_sweeps=none,
             critical_path=none + layout.block_length,
             evaluations=layout.valid_steps(),
+            depth=jnp.asarray(layout.block_length),
         ),
     )
 
@@ -273,13 +201,14 @@ def _hand_over(layout: Layout, ran_out: Array, sweep: Sweep) -> Sweep:
     return sweep._replace(start=jax.tree.map(layout.shift, sweep.end), active=active.reshape(-1))
 
 
-def _repair(recurrence: Recurrence, layout: Layout, inputs, scale, tol, sweep: Sweep) -> Sweep:
+def _repair(lanes: Lanes, tol: Array, max_steps: Scalar, sweep: Sweep) -> Sweep:
     """One pass over the active lanes, then hand the new ends to their successors."""
-    done = _run_pass(recurrence, layout, inputs, scale, tol, sweep)
+    layout = lanes.layout
+    done = _run_pass(lanes, tol, max_steps - sweep.depth, sweep)
     had_work = jnp.any(layout.by_chain(sweep.active), axis=1)
-    return _hand_over(
+    handed = _hand_over(
         layout,
-        done.ran_out,
+        done.ran_out & ~done.active,
         Sweep(
             number=sweep.number + 1,
             start=sweep.start,
@@ -290,19 +219,23 @@ def _repair(recurrence: Recurrence, layout: Layout, inputs, scale, tol, sweep: S
             num_sweeps=sweep.num_sweeps + had_work,
             critical_path=sweep.critical_path + jnp.max(layout.by_chain(done.taken), axis=1),
             evaluations=sweep.evaluations + done.taken,
+            depth=sweep.depth + done.step,
         ),
     )
+    # stopped by the budget on its way: its block does not hold
+    return handed._replace(active=handed.active | done.active)
 
 
-def _run_pass(recurrence: Recurrence, layout: Layout, inputs, scale, tol, sweep: Sweep) -> Pass:
-    """Step all lanes until every active one has merged or the blocks end."""
+def _run_pass(lanes: Lanes, tol: Array, budget: Array, sweep: Sweep) -> Pass:
+    """Step all lanes until every active one has merged, the blocks end or the budget does."""
+    layout, recurrence = lanes.layout, lanes.recurrence
     valid = layout.valid_steps()
     step_lanes, unknown_lanes = jax.vmap(recurrence.step), jax.vmap(recurrence.unknown)
 
     def body(now: Pass) -> Pass:
-        carry, aux = step_lanes(now.carry, read_step(inputs, now.step))
+        carry, aux = step_lanes(now.carry, read_step(lanes.inputs, now.step))
         x = unknown_lanes(carry)
-        distance = relative_distance(x, read_step(now.recording.path, now.step), scale).astype(tol.dtype)
+        distance = relative_distance(x, read_step(now.recording.path, now.step), lanes.scale).astype(tol.dtype)
         live = now.active & (now.step < valid)
         merged = live & (distance <= tol)
         overwrite = live & ~merged
@@ -310,7 +243,7 @@ def _run_pass(recurrence: Recurrence, layout: Layout, inputs, scale, tol, sweep:
         return Pass(
             step=now.step + 1,
             carry=carry,
-            active=overwrite & ~lost,
+            active=overwrite & ~lost & (now.step + 1 < valid),
             ran_out=now.ran_out & ~merged & ~lost,
             distance=distance,
             recording=_write(now, x, aux, distance, live, merged, overwrite, tol),
@@ -320,13 +253,13 @@ def _run_pass(recurrence: Recurrence, layout: Layout, inputs, scale, tol, sweep:
     begin = Pass(
         step=jnp.zeros((), int),
         carry=sweep.start,
-        active=sweep.active,
+        active=sweep.active & (valid > 0),
         ran_out=sweep.active,
         distance=jnp.full(layout.num_lanes, jnp.inf, tol.dtype),
         recording=sweep.recording,
         taken=jnp.zeros(layout.num_lanes, int),
     )
-    return jax.lax.while_loop(lambda now: (now.step < layout.block_length) & jnp.any(now.active), body, begin)
+    return jax.lax.while_loop(lambda now: (now.step < budget) & jnp.any(now.active), body, begin)
 
 
 def _write(now: Pass, x, aux, distance, live, merged, overwrite, tol) -> Recording:
@@ -354,25 +287,29 @@ def _blank(known: Array, value: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.where(expand_mask(known, x), x, jnp.nan) if is_real(x) else x, value)
 
 
-def _conclude(problem: Problem, layout: Layout, tol: Array, sweep: Sweep) -> Solution:
-    recording = sweep.recording
-    value = layout.to_chains(recording.path)
-    finite = finite_rows(value, 2) & finite_rows(problem.x0)[:, None]
+def _conclude(lanes: Lanes, tol: Array, sweep: Sweep) -> Solution:
+    recording, layout = sweep.recording, lanes.layout
+    valid = layout.valid_steps()
+    steps = jnp.arange(layout.capacity)[None]
+    leading = jnp.minimum(leading_true(finite_rows(recording.path, 2) | (steps >= valid[:, None])), valid)
+    finite_prefix = jnp.where(
+        finite_rows(lanes.x0), _prefix(layout, layout.by_chain(leading == valid), layout.by_chain(leading)), 0
+    )
     active, splice = layout.by_chain(sweep.active), layout.by_chain(recording.splice)
-    all_finite, complete = jnp.all(finite, 1), ~jnp.any(active, 1)
+    all_finite, complete = finite_prefix == layout.length, ~jnp.any(active, 1)
     count = jnp.sum(layout.by_chain(recording.growth_count), axis=1)
     growth = jnp.sum(layout.by_chain(recording.growth), axis=1)
     growth_rate = jnp.where(count > 0, growth / jnp.maximum(count, 1), jnp.nan)
     separating = separates(growth_rate, jnp.max(splice, axis=1), tol, layout.length)
     # A block pending, or in a separating recurrence spliced inexactly, ends the prefix that stands.
-    stands = ~active & ((splice == 0) | ~separating[:, None])
-    prefix = jnp.minimum(leading_true(stands) * layout.block_length, layout.length)
+    prefix = _prefix(layout, ~active & ((splice == 0) | ~separating[:, None]), jnp.zeros_like(active, int))
     residual = jnp.max(layout.by_chain(recording.residual), axis=1)
-    known = jnp.arange(layout.length)[None] < leading_true(finite)[:, None]
+    first = (jnp.arange(layout.num_blocks) * layout.block_length)[None]
+    known = steps < jnp.reshape(finite_prefix[:, None] - first, (-1, 1))
     return Solution(
         # behind a state that is not finite nothing is known: a block there may still be the run of a guess
-        value=jax.lax.cond(jnp.all(finite), lambda: value, lambda: _blank(known, value)),
-        aux=layout.to_chains(recording.aux),
+        value=jax.lax.cond(jnp.all(all_finite), lambda: recording.path, lambda: _blank(known, recording.path)),
+        aux=recording.aux,
         result=jnp.select(
             [~all_finite, ~complete, separating],
             [RESULTS.nonfinite, RESULTS.max_iters_reached, RESULTS.not_contracting],
@@ -384,7 +321,15 @@ def _conclude(problem: Problem, layout: Layout, tol: Array, sweep: Sweep) -> Sol
             num_sweeps=sweep.num_sweeps,
             num_sequential_steps=sweep.critical_path,
             num_fn_evals=jnp.sum(layout.by_chain(sweep.evaluations), axis=1),
-            certified_steps=jnp.minimum(prefix, leading_true(finite)),
+            certified_steps=jnp.minimum(prefix, finite_prefix),
             growth_rate=growth_rate,
         ),
     )
+
+
+def _prefix(layout: Layout, whole: Array, partial: Array) -> Array:
+    """(chains,) steps before the first block that is not ``whole``, and the ``partial`` steps of that one."""
+    blocks = leading_true(whole)
+    within = jnp.take_along_axis(partial, jnp.minimum(blocks, layout.num_blocks - 1)[:, None], axis=1)[:, 0]
+    steps = blocks * layout.block_length + jnp.where(blocks < layout.num_blocks, within, 0)
+    return jnp.minimum(steps, layout.length)

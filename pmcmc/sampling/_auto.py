@@ -1,83 +1,95 @@
-"""Which solver "auto" takes: shooting where a short pilot of coupled chains merges well within the run."""
+"""``solver="auto"``: first steps in order, a pilot, a plan, and its execution under guard."""
 
 import math
-from typing import NamedTuple
+import time
 
-import jax
 import numpy as np
 
-from pmcmc._jit import tuned_jit
-from pmcmc._types import Array, PRNGKey, PyTree
-from pmcmc.kernels import Kernel
-from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Sequential
-from pmcmc.stability import Coalescence, coalescence_time
-from pmcmc.target import Target
+from pmcmc.recurrence import MultipleShooting, Sequential
+from pmcmc.sampling._pilot import Head, couple
+from pmcmc.sampling._run import Run
+from pmcmc.stability import Costs, Plan, check_pilot, plan
+from pmcmc.stability._plan import FIRST_SHARE, next_segment
+from pmcmc.warmup._base import LaneTiming
 
-MAX_PILOT_STEPS = 1000
-# A run must be this many times longer than its slowest merge before blocks of it are worth repairing.
-MIN_RUN_OVER_MERGE = 32
-# Sweeps "auto" allows before it finishes sequentially: where merges arrive as in the pilot, two or three suffice.
-MAX_SWEEPS = 8
-
-
-class Decision(NamedTuple):
-    """solver, and one sentence why. coalescence_steps: of the pilot's pairs."""
-
-    solver: RecurrenceSolver
-    reason: str
-    coalescence_steps: np.ndarray
+# Runs that should take less than this sequentially are sampled so, without a pilot.
+SHORT_SECONDS = 1.0
+# The program of blocks holds the step twice (zeroth sweep and repair), the sequential one once.
+COMPILE_RATIO = 1.8
+# A step of lanes has an overhead near this on a CPU; on other devices lanes are all but free up to some thousands.
+CPU_OVERHEAD, FREE_LANES = 1e-6, 8192
+# A segment may take this many times its predicted merge before it is given up.
+PATIENCE = 4
 
 
-@tuned_jit(static_argnames="num_steps")
-def run_pilot(target: Target, kernel: Kernel, rng_key: PRNGKey, states: PyTree, scale: Array, *, num_steps: int):
-    """Couple the first half of the ensemble's lanes with the second half, under common noise."""
-    num_pairs = jax.tree.leaves(states)[0].shape[0] // 2
-    keys = jax.vmap(lambda key: jax.random.split(key, num_pairs))(jax.random.split(rng_key, num_steps))
-    noise = jax.vmap(jax.vmap(lambda key: kernel.sample_noise(key, target)))(keys)
-    first = jax.tree.map(lambda x: x[:num_pairs], states)
-    second = jax.tree.map(lambda x: x[num_pairs : 2 * num_pairs], states)
-    return coalescence_time(kernel.transition(target), first, second, noise, scale=scale, num_checkpoints=0)
+class Automatic:
+    """One run under "auto". Its plan, and seconds spent on the pilot beyond steps that count."""
 
+    def __init__(self, run: Run, own: np.ndarray, timing: LaneTiming | None, on_cpu: bool):
+        self.run, self.own, self.timing, self.on_cpu = run, own, timing, on_cpu
+        self.plan: Plan | None = None
+        self.reason, self.pilot_seconds = "", 0.0
 
-def decide(pilot: Coalescence | None, num_steps: int, length: int, num_chains: int, pilot_steps: int) -> Decision:
-    """Shooting if every pair of the pilot merged within 1/32 of the run, solved ``length`` steps at a time."""
-    if pilot is None:
-        return Decision(
-            Sequential(),
-            f"A run of {num_steps:,} steps without a warmed-up ensemble is sampled sequentially: nothing is known of "
-            "how coupled chains merge.",
-            np.zeros(0, int),
-        )
-    steps = np.asarray(pilot.steps)
-    merged = steps <= pilot_steps
-    if not merged.all():
-        reason = (
-            f"Only {merged.sum()} of {merged.size} coupled pairs of chains merged within {pilot_steps:,} steps, so "
-            "blocks of this chain would not join."
-        )
-        return Decision(Sequential(), reason, steps)
-    slowest = int(steps.max())
-    if length < MIN_RUN_OVER_MERGE * slowest:
-        reason = (
-            f"Coupled chains take up to {slowest:,} steps to merge: too many for a run of {num_steps:,} steps to gain "
-            "by blocks."
-        )
-        return Decision(Sequential(), reason, steps)
-    blocks = choose_num_blocks(length, slowest, num_chains)
-    reason = (
-        f"All {merged.size} coupled pairs of chains merged within {slowest:,} steps (median "
-        f"{int(np.median(steps)):,}), well within {num_steps:,}."
-    )
-    return Decision(MultipleShooting(num_blocks=blocks, max_sweeps=MAX_SWEEPS), reason, steps)
+    def execute(self) -> None:
+        """Take all steps."""
+        run, head = self.run, Head(self.run)
+        left_seconds = run.left * head.seconds_per_step
+        if left_seconds < SHORT_SECONDS:
+            self.reason = (
+                f"A run of {run.num_steps:,} steps takes about {run.num_steps * head.seconds_per_step:.2g} s "
+                "sequentially: too short to gain by anything else."
+            )
+            run.sequentially()
+            return
+        begin = time.perf_counter()
+        pilot = couple(head, self.own)
+        if pilot is not None:
+            check_pilot(pilot)
+        costs = self.costs(head)
+        limit = run.shape_for(MultipleShooting(2), run.left)
+        self.plan = plan(run.left, run.engine.num_chains, costs, pilot, max_steps=limit.num_blocks * limit.capacity)
+        self.reason = self.plan.reason
+        self.pilot_seconds = time.perf_counter() - begin
+        if isinstance(self.plan.solver, Sequential):
+            run.sequentially()
+        else:
+            self.in_blocks(self.plan)
 
+    def costs(self, head: Head) -> Costs:
+        """Two points of the line ``overhead + lanes * lane``: the chains', where they are lanes, and the warm-up's."""
+        chains, seconds = self.run.engine.num_chains, head.seconds_per_step
+        compile_seconds = COMPILE_RATIO * self.run.engine.clock.compile_seconds
+        if not self.on_cpu:
+            overhead = seconds if self.timing is None else self.timing.seconds_per_step
+            return Costs(seconds, overhead, overhead / FREE_LANES, compile_seconds)
+        if self.timing is None:
+            return Costs(seconds, 0.0, seconds / chains, compile_seconds)
+        lanes, wide = self.timing
+        if 1 < chains < lanes:
+            lane = max((wide - seconds) / (lanes - chains), 0.5 * wide / lanes)
+            return Costs(seconds, max(wide - lanes * lane, 0.0), lane, compile_seconds)
+        overhead = min(CPU_OVERHEAD, wide / 2)
+        return Costs(seconds, overhead, (wide - overhead) / lanes, compile_seconds)
 
-def choose_num_blocks(num_steps: int, slowest_merge: int, num_chains: int) -> int:
-    """P near the minimum of (T/P + t_c)(a + b C P), a power of two, with blocks of at least two merges.
-
-    a: the overhead of a step whatever its lanes, b: the cost of one lane in it. On two CPU cores a/b was 50-150
-    lanes on models of 2 to 25 dimensions; on a GPU it is thousands.
-    """
-    overhead_in_lanes = 128 if jax.default_backend() == "cpu" else 8192
-    best = math.sqrt(num_steps * overhead_in_lanes / (max(slowest_merge, 1) * num_chains))
-    best = max(2.0, min(best, num_steps / (2 * max(slowest_merge, 8))))
-    return 2 ** int(math.log2(best))
+    def in_blocks(self, planned: Plan) -> None:
+        """Segments that grow with what was saved; in order where merges do not arrive, or nothing is saved."""
+        run, chosen, sequential = self.run, planned.chosen, planned.costs.sequential
+        blocks, total, start = chosen.solver.blocks_for(run.left), run.left, run.done
+        step = planned.costs.step(blocks * run.engine.num_chains) / sequential
+        # only the first segment is sure to be short of the whole
+        shape = run.shape_for(chosen.solver, total - int(FIRST_SHARE * total))
+        spent = 0.0  # in steps of sequential sampling
+        while run.left:
+            done = run.done - start
+            cost = spent / done if done else step * (1 / blocks + chosen.merge / (FIRST_SHARE * total))
+            length = next_segment(total, done, done - spent, cost, shape.capacity * blocks)
+            patience = math.ceil(PATIENCE * max(chosen.merge, chosen.solver.unit))
+            guarded = MultipleShooting(num_blocks=blocks, max_steps=math.ceil(length / blocks) + patience)
+            _, failed, clock = run.take(guarded, shape, length)
+            done, spent = run.done - start, spent + clock.run_seconds / sequential
+            if failed:
+                run.fall_back(failed)
+            elif run.left and spent > done:
+                run.fall_back(
+                    f"Blocks took {spent / max(done, 1):.2f} times as long as sequential sampling would have."
+                )

@@ -1,40 +1,27 @@
-"""From a tuned kernel to draws: segments solved one after the other, with a sequential fallback that loses nothing."""
+"""From a tuned kernel to draws: stretches of steps solved one after the other, none of them lost."""
 
 import math
-import time
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._jit import TunedJit
-from pmcmc._types import Array, PyTree
-from pmcmc.kernels import Kernel
+from pmcmc._types import PyTree
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential
-from pmcmc.recurrence._shooting import CHUNK
-from pmcmc.sampling._segment import Segment, draw_noise, solve_segment
-from pmcmc.target import Target
+from pmcmc.recurrence._lanes import LaneSolver
+from pmcmc.sampling._engine import Clock, Engine, Segment, Shape
 
-# Noise, states and info of one segment, for all chains: what one solve may hold at a time.
+# Noise, states and info of one segment, for all chains: what one solve may hold at a time, and what one stretch of
+# sequential sampling does.
 SEGMENT_BYTES = 512 * 2**20
-
-
-class Start(NamedTuple):
-    """Where a run begins. guesses: a bank of unknowns. scale: of the unknown, or None where it is not known."""
-
-    target: Target
-    kernel: Kernel
-    chain_keys: Array
-    x0: PyTree
-    guesses: PyTree
-    scale: Array | None
+SEQUENTIAL_BYTES = 64 * 2**20
 
 
 @dataclass
 class Draws:
-    """What a run collects on its way."""
+    """What a run collects on its way; counts are per chain."""
 
     unknowns: list = field(default_factory=list)
     info: list = field(default_factory=list)
@@ -48,106 +35,108 @@ class Draws:
     growth: list = field(default_factory=list)
     result: Any = None
     fallback: str = ""
-    compile_seconds: float = 0.0
-    solve_seconds: float = 0.0
-    last_state: PyTree = None
 
 
-def segment_length(start: Start, num_steps: int) -> int:
-    """Steps per segment: the run cut evenly into as few pieces as the budget of bytes allows."""
-    target, kernel = start.target, start.kernel
-    key = jax.eval_shape(lambda: start.chain_keys[0])
-    noise = jax.eval_shape(lambda k: kernel.sample_noise(k, target), key)
-    x0 = jax.eval_shape(lambda x: jax.tree.map(lambda v: v[0], x), start.x0)
-    _, info = jax.eval_shape(lambda x, n: kernel.transition(target)(x, n), x0, noise)
-    per_step = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves((noise, x0, x0, info)))
-    pieces = math.ceil(num_steps * per_step * len(start.chain_keys) / SEGMENT_BYTES)
-    return math.ceil(num_steps / pieces)
+class Run:
+    """Takes ``num_steps`` steps of every chain; ``done`` of them stand, and ``x`` is where they ended.
 
-
-def run(start: Start, solver: RecurrenceSolver, num_steps: int, length: int, thinning: int, progress: Any) -> Draws:
-    """Sample ``num_steps`` steps of every chain in segments of ``length``.
-
-    Where a segment is not solved, its certified prefix is kept and the rest of the run is sampled sequentially.
-
-    Raises:
-        RuntimeError: a state is not finite even when sampled sequentially.
+    Every ``thinning``-th state is kept. progress: a bar with ``update(steps)``.
     """
-    draws, done, x = Draws(), 0, start.x0
-    if isinstance(solver, MultipleShooting) and solver.num_blocks:
-        # a whole number of chunks a block: spares the padding of a last block, and is written fastest
-        unit = solver.num_blocks * (CHUNK if length >= 4 * CHUNK * solver.num_blocks else 1)
-        length = math.ceil(length / unit) * unit
-        draws.num_blocks = solver.num_blocks
-    while done < num_steps:
-        segment = _timed_segment(start, solver, x, done, length, draws)
-        wanted = min(length, num_steps - done)
-        keep = _certified(segment, wanted)
-        _collect(draws, segment, done, keep, thinning, isinstance(solver, Sequential))
-        if keep:
-            x = jax.tree.map(lambda v, keep=keep: v[:, keep - 1], segment.solution.value)
-        done += keep
-        progress.update(keep)
-        if keep < wanted:
-            solver = _fall_back(draws, segment, solver, done, num_steps)
-    draws.last_state = x
-    return draws
 
+    def __init__(self, engine: Engine, x0: PyTree, num_steps: int, thinning: int, progress: Any):
+        self.engine, self.x, self.num_steps, self.thinning, self.progress = engine, x0, num_steps, thinning, progress
+        self.done, self.draws = 0, Draws()
 
-def _timed_segment(start: Start, solver, x, done: int, length: int, draws: Draws) -> Segment:
-    def timed(program: TunedJit, *args: Any, **static: Any) -> Any:
-        begin = time.perf_counter()
-        program.compile(*args, **static)
-        compiled = time.perf_counter()
-        result = jax.block_until_ready(program(*args, **static))
-        draws.compile_seconds += compiled - begin
-        draws.solve_seconds += time.perf_counter() - compiled
-        return result
+    @property
+    def left(self) -> int:
+        return self.num_steps - self.done
 
-    target, kernel, first = start.target, start.kernel, jnp.asarray(done)
-    noise = timed(draw_noise, target, kernel, start.chain_keys, first, num_steps=length)
-    return timed(solve_segment, target, kernel, solver, noise, x, first, start.guesses, start.scale)
+    def with_solver(self, solver: RecurrenceSolver) -> None:
+        """The rest of the run by one solver in as few segments as memory allows, sequentially where it fails."""
+        shape = self.shape_for(solver, self.left)
+        while self.left:
+            _, failed, _ = self.take(solver, shape, self.left)
+            if failed:
+                self.fall_back(failed)
+                return
 
+    def sequentially(self) -> None:
+        """The rest of the run in order."""
+        shape = self.shape_for(Sequential(), self.num_steps)
+        while self.left:
+            self.take(Sequential(), shape, self.left)
 
-def _certified(segment: Segment, wanted: int) -> int:
-    """Steps of the segment that stand for every chain."""
-    solved = np.asarray(segment.solution.result) == RESULTS.successful
-    steps = np.where(solved, wanted, np.asarray(segment.solution.stats.certified_steps))
-    return int(min(wanted, steps.min()))
-
-
-def _collect(draws: Draws, segment: Segment, done: int, keep: int, thinning: int, sequential: bool) -> None:
-    solution, stats = segment.solution, segment.solution.stats
-    first = -(done + 1) % thinning
-    cut = lambda tree: jax.tree.map(lambda v: np.asarray(v[:, first:keep:thinning]), tree)
-    draws.unknowns.append(cut(solution.value))
-    draws.info.append(cut(solution.aux))
-    draws.near_ties = draws.near_ties + np.asarray(jnp.sum(segment.near_ties[:, :keep], axis=1))
-    draws.critical_path = draws.critical_path + np.asarray(stats.num_sequential_steps)
-    if sequential:
-        return
-    draws.num_iters = np.maximum(draws.num_iters, np.asarray(stats.num_iters))
-    draws.num_sweeps = np.maximum(draws.num_sweeps, np.asarray(stats.num_sweeps))
-    draws.certified_steps = draws.certified_steps + np.full(len(solution.result), keep)
-    draws.growth.append(np.asarray(stats.growth_rate))
-    draws.result = np.asarray(solution.result)
-    if (draws.result == RESULTS.successful).all():
-        draws.residual = np.maximum(draws.residual, np.asarray(solution.residual))
-
-
-def _fall_back(draws: Draws, segment: Segment, solver, done: int, num_steps: int) -> RecurrenceSolver:
-    codes = np.asarray(segment.solution.result)
-    worst = RESULTS(int(codes[codes != RESULTS.successful][0]))
-    if isinstance(solver, Sequential):
-        raise RuntimeError(
-            f"a chain reached a state that is not finite at step {done + 1}. Check the kernel and the density there: "
-            "proposals that are NaN are rejected, so the state itself must have overflowed."
+    def fall_back(self, why: str) -> None:
+        """The rest of the run in order, and say so."""
+        self.draws.fallback = (
+            f"{why} The first {self.done:,} steps were kept; the remaining {self.left:,} were sampled sequentially."
         )
-    draws.fallback = (
-        f"{worst.name}: {worst.message} The first {done:,} steps were kept; the remaining {num_steps - done:,} were "
-        "sampled sequentially."
-    )
-    return Sequential()
+        self.sequentially()
+
+    def shape_for(self, solver: RecurrenceSolver, num_steps: int) -> Shape:
+        """Programs for ``num_steps`` steps at once, or for an even share of them that fits into memory."""
+        budget = SEQUENTIAL_BYTES if isinstance(solver, Sequential) else SEGMENT_BYTES
+        pieces = math.ceil(num_steps * self.engine.bytes_per_step / budget)
+        length = math.ceil(num_steps / pieces)
+        if not isinstance(solver, LaneSolver):
+            return Shape(1, length)
+        blocks = solver.blocks_for(length)
+        capacity = math.ceil(length / blocks)
+        unit = solver.unit if capacity >= 4 * solver.unit else 1
+        return Shape(blocks, math.ceil(capacity / unit) * unit)
+
+    def take(self, solver: RecurrenceSolver, shape: Shape, wanted: int) -> tuple[Segment, str, Clock]:
+        """Solve for ``wanted`` steps or as many as the shape holds, and keep those that stand.
+
+        Returns the segment, why it did not stand to its end ("" where it did), and the seconds it took.
+
+        Raises:
+            RuntimeError: a state is not finite even when sampled sequentially.
+        """
+        wanted, block_length = min(wanted, self.left), shape.capacity
+        if isinstance(solver, LaneSolver):
+            unit = math.gcd(shape.capacity, solver.unit)
+            block_length = min(shape.capacity, math.ceil(math.ceil(wanted / shape.num_blocks) / unit) * unit)
+        wanted = min(wanted, block_length * shape.num_blocks)
+        segment, clock = self.engine.solve(solver, shape, self.x, self.done, block_length)
+        codes = np.asarray(segment.solution.result)
+        stands = np.where(codes == RESULTS.successful, wanted, np.asarray(segment.solution.stats.certified_steps))
+        keep = int(min(wanted, stands.min()))
+        self._collect(segment, keep, solver)
+        if keep == wanted:
+            return segment, "", clock
+        if isinstance(solver, Sequential):
+            raise RuntimeError(
+                f"a chain reached a state that is not finite at step {self.done + 1}. Check the kernel and the density "
+                "there: proposals that are NaN are rejected, so the state itself must have overflowed."
+            )
+        worst = RESULTS(int(codes[codes != RESULTS.successful][0]))
+        return segment, f"{worst.name}: {worst.message}", clock
+
+    def _collect(self, segment: Segment, keep: int, solver: RecurrenceSolver) -> None:
+        draws, solution, stats = self.draws, segment.solution, segment.solution.stats
+        first = -(self.done + 1) % self.thinning
+        path, info, near_ties = segment.chains((solution.value, solution.aux, segment.near_ties))
+        cut = lambda tree: jax.tree.map(lambda v: v[:, first : keep : self.thinning].copy(), tree)
+        draws.unknowns.append(cut(path))
+        draws.info.append(cut(info))
+        draws.near_ties = draws.near_ties + near_ties[:, :keep].sum(axis=1)
+        in_order = isinstance(solver, Sequential)
+        draws.critical_path = draws.critical_path + (keep if in_order else np.asarray(stats.num_sequential_steps))
+        if keep:
+            self.x = jax.tree.map(lambda v: jnp.asarray(v[:, keep - 1]), path)
+        self.done += keep
+        self.progress.update(keep)
+        if in_order:
+            return
+        draws.num_blocks = segment.num_blocks if isinstance(solver, MultipleShooting) else 1
+        draws.num_iters = np.maximum(draws.num_iters, np.asarray(stats.num_iters))
+        draws.num_sweeps = np.maximum(draws.num_sweeps, np.asarray(stats.num_sweeps))
+        draws.certified_steps = draws.certified_steps + np.full(len(solution.result), keep)
+        draws.growth.append(np.asarray(stats.growth_rate))
+        draws.result = np.asarray(solution.result)
+        if (draws.result == RESULTS.successful).all():
+            draws.residual = np.maximum(draws.residual, np.asarray(solution.residual))
 
 
 def join(parts: list) -> Any:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._tree import finite_rows, is_real, real_dtype, tree_index
-from pmcmc._types import Array, PyTree, Scalar
+from pmcmc._types import Array, ArrayLeaf, PyTree, Scalar
 from pmcmc.recurrence import Recurrence
 from pmcmc.recurrence._base import as_recurrence, default_tolerance
 from pmcmc.stability._distance import coordinate_distances
@@ -22,8 +22,8 @@ class Checkpoints(NamedTuple):
     first, second: states, leading axes (n, pairs).
     """
 
-    steps: Array
-    reached: Array
+    steps: ArrayLeaf
+    reached: ArrayLeaf
     first: PyTree
     second: PyTree
 
@@ -52,18 +52,18 @@ class Coalescence(NamedTuple):
     checkpoints: see `Checkpoints`.
     """
 
-    steps: Array
-    dimension_steps: Array
-    distance: Array
-    by_dimension: Array
-    distances: Array
-    growth_rate: Array
-    growth_error: Array
-    movement: Array
-    dimension_movement: Array
-    finite: Array
-    num_steps: Array
-    tol: Array
+    steps: ArrayLeaf
+    dimension_steps: ArrayLeaf
+    distance: ArrayLeaf
+    by_dimension: ArrayLeaf
+    distances: ArrayLeaf
+    growth_rate: ArrayLeaf
+    growth_error: ArrayLeaf
+    movement: ArrayLeaf
+    dimension_movement: ArrayLeaf
+    finite: ArrayLeaf
+    num_steps: ArrayLeaf
+    tol: ArrayLeaf
     checkpoints: Checkpoints
 
     @property
@@ -72,7 +72,7 @@ class Coalescence(NamedTuple):
         return self.movement.shape[0]
 
     @property
-    def merged(self) -> Array:
+    def merged(self) -> ArrayLeaf:
         """(pairs,) which pairs merged."""
         return self.steps <= self.max_steps
 

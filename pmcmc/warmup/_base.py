@@ -16,6 +16,13 @@ class WarmupError(RuntimeError):
     """
 
 
+class LaneTiming(NamedTuple):
+    """Seconds that a step of the tuned kernel took on ``num_lanes`` lanes at once."""
+
+    num_lanes: int
+    seconds_per_step: float
+
+
 class Tuned(NamedTuple):
     """What warm-up hands to sampling.
 
@@ -23,12 +30,14 @@ class Tuned(NamedTuple):
     states: (lanes, ...) last unknowns of the ensemble; chains start here, and guesses for block starts are drawn
         here. Lanes of different halves descend from different starts.
     acceptance_rate: of the tuned kernel over the last steps of warm-up.
+    timing: of its lanes, for the planner; None where it was not taken.
     """
 
     target: Target
     kernel: Kernel
     states: PyTree
     acceptance_rate: Array
+    timing: LaneTiming | None = None
 
 
 class Warmup(abc.ABC):

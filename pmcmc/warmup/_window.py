@@ -12,7 +12,7 @@ from pmcmc._types import Array, PRNGKey, PyTree, Scalar
 from pmcmc.interop._blackjax import dual_averaging, window_adaptation
 from pmcmc.kernels import HMC, MALA, Kernel
 from pmcmc.target import Basis, Target
-from pmcmc.warmup._base import Tuned, Warmup, WarmupError
+from pmcmc.warmup._base import LaneTiming, Tuned, Warmup, WarmupError
 
 # Lanes on which the kernel's own step size is adapted and whose last states seed chains and blocks.
 NUM_LANES = 32
@@ -58,9 +58,11 @@ class WindowAdaptation(Warmup):
         if rate is None:
             rate = 0.574 if isinstance(kernel, MALA) else 0.8
         lanes = jax.vmap(basis.to_coordinates)(ensemble.last)
-        tuned = _adapt_step(whitened, kernel, step_key, lanes, rate, num_steps=max(100, num_steps // 4))
+        num_adapting = max(100, num_steps // 4)
+        tuned, (_, seconds) = _adapt_step.timed(whitened, kernel, step_key, lanes, rate, num_steps=num_adapting)
         _check_tuned(tuned)
-        return Tuned(whitened, tuned.kernel, tuned.states, tuned.acceptance_rate)
+        timing = LaneTiming(len(lanes), seconds / num_adapting)
+        return Tuned(whitened, tuned.kernel, tuned.states, tuned.acceptance_rate, timing)
 
 
 class Ensemble(NamedTuple):

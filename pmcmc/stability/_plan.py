@@ -1,0 +1,199 @@
+"""What would each way of sampling cost here, and which one is worth it? Arithmetic on measurements; nothing is run."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from pmcmc.recurrence import MultipleShooting, Sequential
+from pmcmc.recurrence._lanes import LaneSolver
+from pmcmc.stability._coalescence import Coalescence
+from pmcmc.stability._tail import ExponentialTail
+
+# Blocks are whole numbers of this many steps: what the zeroth sweep writes at a time.
+BLOCK_UNIT = 16
+# The first segment is at most this share of a run.
+FIRST_SHARE = 1 / 8
+# What a failing segment may cost beyond all that was saved so far, as a share of a sequential run.
+LOSS = 0.1
+# Blocks must promise to save this share of a sequential run.
+MARGIN = 0.1
+
+
+class Costs(NamedTuple):
+    """Seconds, measured on the device at hand.
+
+    sequential: a step of all chains, one after the other. overhead, lane: a step of n lanes takes
+    ``overhead + n lane``. compile: of one more program.
+    """
+
+    sequential: float
+    overhead: float
+    lane: float
+    compile: float
+
+    def step(self, lanes: float) -> float:
+        """One step of this many lanes."""
+        return self.overhead + lanes * self.lane
+
+
+class Candidate(NamedTuple):
+    """A way to take the steps, and what it should take.
+
+    num_steps: one after the other (critical path); lower, upper: its interval of 90 %. seconds: compilation included.
+    merge: steps until the slowest lane of a segment should have merged.
+    """
+
+    name: str
+    solver: LaneSolver
+    num_steps: float
+    lower: float
+    upper: float
+    seconds: float
+    merge: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run will be solved, what that should take, and what else was considered.
+
+    ``print(plan)`` shows the candidates side by side. To take another one pass it on:
+    ``parallel_chain(..., solver=plan.candidates[1].solver)``.
+
+    chosen: the candidate taken. reason: why, in one sentence. candidates: all of them, the cheapest first.
+    num_steps: steps per chain that were planned for.
+    costs, coalescence: the measurements behind it; coalescence is None where there was no pilot.
+    """
+
+    chosen: Candidate
+    reason: str
+    candidates: tuple[Candidate, ...]
+    num_steps: int
+    costs: Costs
+    coalescence: Coalescence | None
+
+    @property
+    def solver(self) -> LaneSolver:
+        return self.chosen.solver
+
+    @property
+    def sequential_seconds(self) -> float:
+        """What sequential sampling should take."""
+        return self.num_steps * self.costs.sequential
+
+    def __str__(self) -> str:
+        lines = [self.reason, f"  {'':24s} {'steps in sequence':>22s} {'seconds':>9s}"]
+        for c in self.candidates:
+            mark = ">" if c is self.chosen else " "
+            lines.append(f"{mark} {c.name:24s} {c.num_steps:22,.0f} {c.seconds:9.2f}")
+        return "\n".join(lines)
+
+
+def plan(
+    num_steps: int,
+    num_chains: int,
+    costs: Costs,
+    coalescence: Coalescence | None = None,
+    *,
+    max_steps: int | None = None,
+) -> Plan:
+    """Choose among sequential sampling and blocks of any number, by predicted seconds.
+
+    A sequential run takes ``T s`` seconds. P blocks take one compilation and, for each segment of S P steps,
+    ``(S + M) (a + C P b)`` seconds, where M is the merge time of the slowest of C P lanes (`ExponentialTail`). Blocks
+    are chosen if every pair of the pilot merged and they should save a tenth of the sequential run.
+
+    num_steps: T, steps per chain that are left. num_chains: C. costs: s, a, b and the seconds of a compilation.
+    coalescence: the pilot; None where nothing is known of how chains merge.
+    max_steps: steps per chain that one segment may hold; None: all.
+
+    Example:
+        >>> from pmcmc.stability import Costs, plan
+        >>> plan(10**6, 1, Costs(sequential=2e-6, overhead=2e-6, lane=1e-7, compile=1.0)).reason
+        'Nothing is known of how coupled chains merge.'
+    """
+    alone = Candidate("sequential", Sequential(), num_steps, num_steps, num_steps, num_steps * costs.sequential)
+    conclude = lambda chosen, reason, others=(): Plan(
+        chosen, reason, tuple(sorted((alone, *others), key=lambda c: c.seconds)), num_steps, costs, coalescence
+    )
+    if coalescence is None:
+        return conclude(alone, "Nothing is known of how coupled chains merge.")
+    steps, merged = np.asarray(coalescence.steps), np.asarray(coalescence.merged)
+    if not merged.all():
+        return conclude(
+            alone,
+            f"Only {merged.sum()} of {merged.size} coupled pairs of chains merged within {coalescence.max_steps:,} "
+            "steps, so blocks of this chain would not join.",
+        )
+    merging = (
+        f"All {merged.size} coupled pairs of chains merged within {int(steps.max()):,} steps (median "
+        f"{int(np.median(steps)):,})"
+    )
+    tail = ExponentialTail.fit(steps, coalescence.max_steps)
+    blocks = _block_candidates(num_steps, num_chains, costs, tail, num_steps if max_steps is None else max_steps)
+    if not blocks:
+        return conclude(alone, f"{merging}: too many for blocks in a run of {num_steps:,} steps.")
+    best = min(blocks, key=lambda c: c.seconds)
+    compared = f"{best.name} should take {best.seconds:.2g} s and sequential sampling {alone.seconds:.2g} s"
+    if best.seconds < (1 - MARGIN) * alone.seconds:
+        return conclude(best, f"{merging}; {compared}.", blocks)
+    return conclude(alone, f"{merging}, but {compared}.", blocks)
+
+
+def _block_candidates(
+    num_steps: int, num_chains: int, costs: Costs, tail: ExponentialTail, max_steps: int
+) -> list[Candidate]:
+    found = []
+    for num_blocks in (2**i for i in range(1, 15)):
+        lanes = num_blocks * num_chains
+        merge = tail.expected_maximum(lanes)
+        if num_blocks * max(BLOCK_UNIT, merge) > num_steps / 2:  # half of all work would be repair
+            break
+        segments = schedule(num_steps, num_blocks, merge, costs, num_chains, max_steps)
+        plain = sum(-(-s // num_blocks) for s in segments)
+        low, high = (tail.quantile(p, lanes) for p in (0.05, 0.95))
+        path = plain + len(segments) * merge
+        found.append(
+            Candidate(
+                f"shooting, {num_blocks} blocks",
+                MultipleShooting(num_blocks=num_blocks),
+                path,
+                plain + len(segments) * low,
+                plain + len(segments) * high,
+                path * costs.step(lanes) + costs.compile,
+                merge,
+            )
+        )
+    return found
+
+
+def next_segment(num_steps: int, done: int, saved: float, cost: float, max_steps: int) -> int:
+    """Steps of the next segment: as many as may be lost, at most T/8 at first.
+
+    A segment that fails costs ``cost`` per step; what it costs in all may exceed what was saved so far by a tenth of
+    the sequential run.
+
+    num_steps: T, all steps planned for, of which ``done`` are solved. saved: steps of sequential sampling that they
+    saved. cost: of a step in blocks, in steps of sequential sampling.
+    """
+    allowed = (LOSS * num_steps + max(saved, 0.0)) / cost
+    if not done:
+        allowed = min(allowed, FIRST_SHARE * num_steps)
+    return max(1, int(min(num_steps - done, allowed, max_steps)))
+
+
+def schedule(num_steps: int, num_blocks: int, merge: float, costs: Costs, num_chains: int, max_steps: int) -> list[int]:
+    """Segments of a run in which merges arrive as predicted."""
+    step = costs.step(num_blocks * num_chains) / costs.sequential
+    segments: list[int] = []
+    done, saved = 0, 0.0
+    while done < num_steps:
+        # merges are known to arrive by the time that a segment is repaired; a first guess of its length is T/8
+        guess = segments[-1] if segments else FIRST_SHARE * num_steps
+        length = next_segment(num_steps, done, saved, step * (1 / num_blocks + merge / guess), max_steps)
+        segments.append(length)
+        done += length
+        saved += length - step * (length / num_blocks + merge)
+        if len(segments) > 1000:  # each segment too short to pay: it will not be chosen
+            return [*segments, num_steps - done]
+    return segments

@@ -1,6 +1,7 @@
 """Will parallel pay? Lyapunov exponents, coalescence of coupled paths, and what they say of a solve."""
 
-from pmcmc.stability._coalescence import Checkpoints, Coalescence, coalescence_time
+from pmcmc.stability._checkpoints import Checkpoints
+from pmcmc.stability._coalescence import Coalescence, coalescence_time
 from pmcmc.stability._contraction import ContractionBound, contraction_bound
 from pmcmc.stability._distance import coordinate_distances, site_distances
 from pmcmc.stability._lyapunov import LyapunovExponent, lyapunov_exponent

@@ -245,3 +245,20 @@ def test_sites_are_unmixed() -> None:
     plain = site_distances(target, jnp.asarray(a), jnp.asarray(b))
     np.testing.assert_allclose(plain["z"], np.abs(a - b)[:, 2:])
     assert set(site_distances(make_target(mixture), jnp.zeros(2), jnp.ones(2))) == {"position"}
+
+
+def test_merge_steps_of_sites() -> None:
+    """To the resolution of the checkpoints, with coordinates that mix the sites: b merges before a in every basis."""
+    target = pmcmc.Target.from_logdensity(lambda x: -(x["a"] ** 2) - x["b"] ** 2, {"a": 0.0, "b": 0.0})
+    mixed = target.with_basis(pmcmc.target.Basis(jnp.zeros(2), jnp.array([[1.0, 0.0], [3.0, 1.0]])))
+    rates = jnp.array([0.5, 0.1])
+    fn = lambda y, u: mixed.coordinates(mixed.spec.unravel(rates * mixed.spec.ravel(mixed.position(y))))
+    start = mixed.coordinates({"a": 1.0, "b": 1.0})[None]
+    found = couple(fn, jnp.zeros((1, 2)), start, jnp.zeros((64, 1)), scale=1.0, num_checkpoints=200, tol=2e-6)
+    sites = site_distances(mixed, found.checkpoints.first, found.checkpoints.second, scale={"a": 1.0, "b": 1.0})
+    assert found.dimension_steps.tolist() == [[19, 21]]  # y[1] = b - 3 a merges with the slower site
+    assert [int(found.steps_within(sites[name])[0]) for name in ("a", "b")] == [19, 6]
+    few = couple(fn, jnp.zeros((1, 2)), start, jnp.zeros((64, 1)), scale=1.0, num_checkpoints=4, tol=2e-6)
+    sites = site_distances(mixed, few.checkpoints.first, few.checkpoints.second, scale={"a": 1.0, "b": 1.0})
+    assert few.checkpoints.steps.tolist() == [0, 1, 8, 64]
+    assert [int(few.steps_within(sites[name])[0]) for name in ("a", "b")] == [21, 8]  # a: when the pair merged

@@ -2,6 +2,10 @@
 
 The first steps are sampled sequentially and stand. They are timed, and other states of the warm-up's ensemble take the
 same steps with the same noise by the same program, so a pilot compiles nothing and wastes only the partners' steps.
+
+The chains are `LAG` steps ahead of their partners: both start as warm-up left them, but the chains have moved on before
+they share their noise. So the distances of the pairs also bound the bias left after warm-up (see
+`pmcmc.stability.wasserstein_bound`).
 """
 
 import math
@@ -21,7 +25,9 @@ from pmcmc.stability._paths import coalescence_of_paths
 # A stretch of sequential sampling this long is timed well enough.
 TIMING_SECONDS = 0.05
 # Pairs to couple, and the share of the run that their partners' steps may take.
-NUM_PAIRS, SHARE = 16, 0.03
+NUM_PAIRS, SHARE = 32, 0.03
+# Steps that the chains are ahead of their partners.
+LAG = 32
 # Steps after which the partners look whether all have merged.
 STAGES = (128, 512, 2048, 8192)
 
@@ -47,18 +53,18 @@ class Head:
             first = self.run.done
             segment, _, clock = self.run.take(Sequential(), self.shape, end - first)
             seconds += clock.run_seconds
-            if first < STAGES[-1]:
+            if first < LAG + STAGES[-1]:
                 path, keep = segment.chains(segment.solution.value), self.run.done - first
                 self._paths.append(jax.tree.map(lambda x, n=keep: x[:, :n].copy(), path))
         self.seconds_per_step = seconds / (end - before)
         return seconds
 
-    def path(self, num_steps: int) -> PyTree:
-        """Unknowns (C, num_steps, ...), the start not included; at most the last stage of a pilot."""
-        missing = num_steps - self.run.done
+    def path(self, first: int, num_steps: int) -> PyTree:
+        """Unknowns (C, num_steps, ...) of the steps from number ``first`` on; at most the last stage of a pilot."""
+        missing = first + num_steps - self.run.done
         if missing > 0:
             self.extend(missing)
-        return jax.tree.map(lambda *xs: np.concatenate(xs, axis=1)[:, :num_steps], *self._paths)
+        return jax.tree.map(lambda *xs: np.concatenate(xs, axis=1)[:, first : first + num_steps], *self._paths)
 
 
 def couple(head: Head, own: np.ndarray) -> Coalescence | None:
@@ -71,7 +77,7 @@ def couple(head: Head, own: np.ndarray) -> Coalescence | None:
     run, engine = head.run, head.run.engine
     bank = jax.tree.leaves(engine.guesses)[0].shape[0]
     num_partners = min(math.ceil(NUM_PAIRS / engine.num_chains), bank - 1)
-    budget = int(SHARE * run.num_steps / max(num_partners, 1))
+    budget = min(int(SHARE * run.num_steps / max(num_partners, 1)), run.num_steps - LAG)
     if num_partners < 1 or budget < 16:
         return None
     # halfway round the bank first: lanes of its two halves descend from different starts
@@ -89,7 +95,7 @@ def couple(head: Head, own: np.ndarray) -> Coalescence | None:
         if wanted <= 0:
             break
         for k, x in enumerate(states):
-            path = _follow(run, head.shape, x, done, wanted)
+            path = _follow(run, head.shape, x, LAG + done, wanted)
             paths[k].append(path)
             states[k] = jax.tree.map(lambda v: jnp.asarray(v[:, -1]), path)
         done += wanted
@@ -113,13 +119,11 @@ def _follow(run: Run, shape: Shape, x: PyTree, first: int, num_steps: int) -> Py
 def _compare(head: Head, starts: list, paths: list, num_steps: int, scale: PyTree) -> Coalescence:
     """Pairs (partners * C): all against the chains' own first steps."""
 
-    def with_start(start, *parts):
-        path = np.concatenate([np.asarray(start)[:, None], *parts], axis=1)
-        return np.swapaxes(path, 0, 1)  # (steps + 1, C, ...)
-
-    second = [jax.tree.map(with_start, start, *parts) for start, parts in zip(starts, paths, strict=True)]
+    steps_first = lambda path: np.swapaxes(path, 0, 1)  # (steps + 1, C, ...)
+    join = lambda start, *parts: steps_first(np.concatenate([np.asarray(start)[:, None], *parts], axis=1))
+    second = [jax.tree.map(join, start, *parts) for start, parts in zip(starts, paths, strict=True)]
     second = jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), *second)
-    own = jax.tree.map(with_start, head.x0, head.path(num_steps))
+    own = jax.tree.map(steps_first, head.path(LAG - 1, num_steps + 1))
     first = jax.tree.map(lambda x: np.concatenate([x] * len(starts), axis=1), own)
     dtype = jax.tree.leaves(own)[0].dtype
     scale = _spread(own) if scale is None else scale

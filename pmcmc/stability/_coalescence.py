@@ -7,25 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._tree import finite_rows, is_real, real_dtype, tree_index
+from pmcmc._tree import finite_rows, real_dtype, tree_index
 from pmcmc._types import Array, ArrayLeaf, PyTree, Scalar
 from pmcmc.recurrence import Recurrence
 from pmcmc.recurrence._base import as_recurrence, default_tolerance
+from pmcmc.stability._checkpoints import Checkpoints, checkpoint_steps, empty_checkpoints, store_checkpoint
 from pmcmc.stability._distance import coordinate_distances
-
-
-class Checkpoints(NamedTuple):
-    """States of the pairs after some numbers of steps, spaced logarithmically; n of them.
-
-    steps: (n,) 0 (the starts), ..., max_steps. reached: (n,) whether the run came so far; behind it real entries are
-        NaN, others zero.
-    first, second: states, leading axes (n, pairs).
-    """
-
-    steps: ArrayLeaf
-    reached: ArrayLeaf
-    first: PyTree
-    second: PyTree
 
 
 class Coalescence(NamedTuple):
@@ -88,6 +75,20 @@ class Coalescence(NamedTuple):
         gaps = coordinate_distances(points.first, points.second, scale, num_axes=2)
         return jnp.where(points.reached[:, None, None], gaps, jnp.nan)
 
+    def steps_within(self, distances: Array) -> Array:
+        """Steps of the first checkpoint from which on ``distances`` stay within tol; those of the pair where later.
+
+        For what only the checkpoints tell, such as `site_distances` of their states. distances: (n, pairs, ...).
+        Returns (pairs, ...); as for the pair, max_steps + 1 where it did not merge.
+        """
+        points, ones = self.checkpoints, [1] * (distances.ndim - 2)
+        rows = jnp.arange(1, len(points.steps) + 1).reshape(-1, 1, *ones)
+        above = points.reached.reshape(-1, 1, *ones) & ~(distances <= self.tol)
+        row = jnp.max(jnp.where(above, rows, 0), axis=0)
+        first = jnp.append(points.steps, self.max_steps + 1)[row]
+        pair = jnp.broadcast_to(self.steps.reshape(-1, *ones), row.shape)
+        return jnp.where(row < jnp.sum(points.reached), jnp.minimum(first, pair), pair)
+
 
 def coalescence_time(
     fn: Callable | Recurrence,
@@ -143,7 +144,7 @@ def coalescence_time(
     carry = jax.vmap(recurrence.restore)(start)
     out, _ = jax.eval_shape(step, carry, jax.tree.map(both, tree_index(inputs, 0)))
     carry = jax.tree.map(lambda c, o: c.astype(o.dtype), carry, out)
-    grid = _checkpoint_steps(max_steps, num_checkpoints)
+    grid = checkpoint_steps(max_steps, num_checkpoints)
 
     def body(run: _Run) -> _Run:
         u = jax.tree.map(both, tree_index(inputs, run.step))
@@ -192,14 +193,6 @@ def _check(first: PyTree, second: PyTree, inputs: PyTree) -> tuple[int, int]:
     return max_steps, num_pairs
 
 
-def _checkpoint_steps(max_steps: int, num_checkpoints: int) -> np.ndarray:
-    """0, 1, ..., max_steps in even ratios; fewer than asked for where they would repeat."""
-    if num_checkpoints < 1:
-        return np.zeros(0, int)
-    spaced = np.geomspace(1, max_steps, num_checkpoints - 1) if num_checkpoints > 1 else np.zeros(0)
-    return np.unique(np.concatenate([[0], np.round(spaced)]).astype(int))
-
-
 def _halves(x: PyTree, num_pairs: int) -> tuple[PyTree, PyTree]:
     return jax.tree.map(lambda v: v[:num_pairs], x), jax.tree.map(lambda v: v[num_pairs:], x)
 
@@ -213,8 +206,6 @@ def _begin(carry: PyTree, x: PyTree, max_steps: int, num_pairs: int, scale: PyTr
     by_dimension = coordinate_distances(*_halves(x, num_pairs), scale).astype(dtype)
     finite = finite_rows(x)
     finite = finite[:num_pairs] & finite[num_pairs:]
-    blank = lambda v: jnp.full((grid.size, *v.shape), jnp.nan if is_real(v) else 0, v.dtype)
-    states = jax.tree.map(lambda v: blank(v).at[0].set(v) if grid.size else blank(v), x)
     unknown_yet = lambda *shape: jnp.full(shape, jnp.nan, dtype)
     return _Run(
         step=jnp.zeros((), int),
@@ -230,7 +221,7 @@ def _begin(carry: PyTree, x: PyTree, max_steps: int, num_pairs: int, scale: PyTr
         growth_count=jnp.zeros(num_pairs, dtype),
         movement=unknown_yet(max_steps, 2 * num_pairs),
         dimension_movement=jnp.zeros(by_dimension.shape[1], dtype),
-        states=states,
+        states=empty_checkpoints(x, grid),
     )
 
 
@@ -260,17 +251,8 @@ def _observe(run: _Run, carry: PyTree, x: PyTree, num_pairs: int, scale: PyTree,
         growth_count=run.growth_count + small,
         movement=run.movement.at[run.step].set(jnp.mean(moves, axis=1)),
         dimension_movement=run.dimension_movement + jnp.mean(moves, axis=0),
-        states=_store(run.states, x, now, grid),
+        states=store_checkpoint(run.states, x, now, grid),
     )
-
-
-def _store(states: PyTree, x: PyTree, now: Array, grid: np.ndarray) -> PyTree:
-    """Write x to its row if this step is a checkpoint."""
-    if not grid.size:
-        return states
-    row = jnp.searchsorted(jnp.asarray(grid), now)
-    row = jnp.where(jnp.asarray(grid)[row] == now, row, grid.size)  # behind the last: dropped
-    return jax.tree.map(lambda buffer, v: buffer.at[row].set(v, mode="drop"), states, x)
 
 
 def _conclude(run: _Run, num_pairs: int, tol: Array, grid: np.ndarray) -> Coalescence:

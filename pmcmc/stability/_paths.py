@@ -7,7 +7,8 @@ import numpy as np
 
 from pmcmc._tree import is_real
 from pmcmc._types import PyTree
-from pmcmc.stability._coalescence import Checkpoints, Coalescence, _checkpoint_steps
+from pmcmc.stability._checkpoints import Checkpoints, checkpoint_steps
+from pmcmc.stability._coalescence import Coalescence
 
 
 def coalescence_of_paths(first: PyTree, second: PyTree, *, scale: PyTree, tol: float) -> Coalescence:
@@ -35,7 +36,7 @@ def coalescence_of_paths(first: PyTree, second: PyTree, *, scale: PyTree, tol: f
     growth = np.where(small, np.log(np.maximum(np.minimum(after, 1.0), floor) / np.maximum(before, floor)), 0.0)
     rate, error = _ratio(growth.sum(axis=0), small.sum(axis=0))
     moves = [_by_dimension(_rows(x, slice(1, None)), _rows(x, slice(-1)), scale, 1.0) for x in (first, second)]
-    grid = _checkpoint_steps(num_steps, 16)
+    grid = checkpoint_steps(num_steps, 16)
     return Coalescence(
         steps=steps,
         dimension_steps=np.where(finite[:, None], last_above + 1, num_steps + 1),

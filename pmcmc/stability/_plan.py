@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pmcmc._types import Scalar
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.recurrence._lanes import LaneSolver
 from pmcmc.stability._coalescence import Coalescence
-from pmcmc.stability._tail import ExponentialTail
+from pmcmc.stability._predict import Prediction, predict_sweeps
 
 # Blocks are whole numbers of this many steps: what the zeroth sweep writes at a time.
 BLOCK_UNIT = 16
@@ -32,7 +33,7 @@ class Costs(NamedTuple):
     lane: float
     compile: float
 
-    def step(self, lanes: float) -> float:
+    def step(self, lanes: Scalar) -> float:
         """One step of this many lanes."""
         return self.overhead + lanes * self.lane
 
@@ -100,7 +101,7 @@ def plan(
     """Choose among sequential sampling and blocks of any number, by predicted seconds.
 
     A sequential run takes ``T s`` seconds. P blocks take one compilation and, for each segment of S P steps,
-    ``(S + M) (a + C P b)`` seconds, where M is the merge time of the slowest of C P lanes (`ExponentialTail`). Blocks
+    ``(S + M) (a + C P b)`` seconds, where M is the merge time of the slowest of C P lanes (`predict_sweeps`). Blocks
     are chosen if every pair of the pilot merged and they should save a tenth of the sequential run.
 
     num_steps: T, steps per chain that are left. num_chains: C. costs: s, a, b and the seconds of a compilation.
@@ -129,8 +130,7 @@ def plan(
         f"All {merged.size} coupled pairs of chains merged within {int(steps.max()):,} steps (median "
         f"{int(np.median(steps)):,})"
     )
-    tail = ExponentialTail.fit(steps, coalescence.max_steps)
-    blocks = _block_candidates(num_steps, num_chains, costs, tail, num_steps if max_steps is None else max_steps)
+    blocks = _block_candidates(num_steps, num_chains, costs, coalescence, max_steps or num_steps)
     if not blocks:
         return conclude(alone, f"{merging}: too many for blocks in a run of {num_steps:,} steps.")
     best = min(blocks, key=lambda c: c.seconds)
@@ -141,33 +141,37 @@ def plan(
 
 
 def _block_candidates(
-    num_steps: int, num_chains: int, costs: Costs, tail: ExponentialTail, max_steps: int
+    num_steps: int, num_chains: int, costs: Costs, coalescence: Coalescence, max_steps: int
 ) -> list[Candidate]:
     found = []
     for num_blocks in (2**i for i in range(1, 15)):
-        lanes = num_blocks * num_chains
-        merge = tail.expected_maximum(lanes)
-        if num_blocks * max(BLOCK_UNIT, merge) > num_steps / 2:  # half of all work would be repair
+        merge = _slowest_merge(coalescence, num_steps, num_blocks, num_chains)
+        if num_blocks * max(BLOCK_UNIT, merge.value) > num_steps / 2:  # half of all work would be repair
             break
-        segments = schedule(num_steps, num_blocks, merge, costs, num_chains, max_steps)
+        segments = schedule(num_steps, num_blocks, merge.value, costs, num_chains, max_steps)
         plain = sum(-(-s // num_blocks) for s in segments)
-        low, high = (tail.quantile(p, lanes) for p in (0.05, 0.95))
-        path = plain + len(segments) * merge
+        path, lower, upper = (plain + len(segments) * steps for steps in merge)
         found.append(
             Candidate(
                 f"shooting, {num_blocks} blocks",
                 MultipleShooting(num_blocks=num_blocks),
                 path,
-                plain + len(segments) * low,
-                plain + len(segments) * high,
-                path * costs.step(lanes) + costs.compile,
-                merge,
+                lower,
+                upper,
+                path * costs.step(num_blocks * num_chains) + costs.compile,
+                merge.value,
             )
         )
     return found
 
 
-def next_segment(num_steps: int, done: int, saved: float, cost: float, max_steps: int) -> int:
+def _slowest_merge(coalescence: Coalescence, num_steps: int, num_blocks: int, num_chains: int) -> Prediction:
+    """Steps beyond one block, of the slowest lane."""
+    found = predict_sweeps(coalescence, length=num_steps, num_blocks=num_blocks, num_chains=num_chains)
+    return Prediction(*(steps - -(-num_steps // num_blocks) for steps in found.num_sequential_steps))
+
+
+def next_segment(num_steps: int, done: int, saved: Scalar, cost: Scalar, max_steps: int) -> int:
     """Steps of the next segment: as many as may be lost, at most T/8 at first.
 
     A segment that fails costs ``cost`` per step; what it costs in all may exceed what was saved so far by a tenth of
@@ -182,7 +186,9 @@ def next_segment(num_steps: int, done: int, saved: float, cost: float, max_steps
     return max(1, int(min(num_steps - done, allowed, max_steps)))
 
 
-def schedule(num_steps: int, num_blocks: int, merge: float, costs: Costs, num_chains: int, max_steps: int) -> list[int]:
+def schedule(
+    num_steps: int, num_blocks: int, merge: Scalar, costs: Costs, num_chains: int, max_steps: int
+) -> list[int]:
     """Segments of a run in which merges arrive as predicted."""
     step = costs.step(num_blocks * num_chains) / costs.sequential
     segments: list[int] = []

@@ -1,12 +1,17 @@
 """What was decided, why, and what it cost."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from pmcmc.recurrence import RESULTS
-from pmcmc.stability import Plan
+from pmcmc.stability import Diagnosis, Plan
+
+# Bias, in posterior standard deviations, that a report calls small.
+SMALL_BIAS = 0.01
 
 
 @dataclass(frozen=True)
@@ -15,6 +20,9 @@ class SolveReport:
 
     decision: "shooting", "newton" or "sequential", as was planned. reason: one sentence.
     plan: what "auto" measured and expected; None where the caller chose, or the run was too short to plan.
+    bias_bound: (n,) bounds on what is left of the start t = 0..n-1 steps behind warm-up: 1-Wasserstein distance to the
+        posterior in posterior standard deviations, from lagged coupled pairs (Biswas, Jacob & Vanetti 2019); empty
+        without a pilot.
     result: `RESULTS` of the parallel solve. fallback: what was finished sequentially, or "".
     residual: largest |x[t] - f(x[t-1], u[t])| / scale that was accepted.
     num_steps: steps per chain. num_sequential_steps: critical path, in steps one after the other.
@@ -23,12 +31,14 @@ class SolveReport:
     near_ties: accept decisions within rounding of a tie, where another machine may decide otherwise.
     lyapunov_exponent: mean log growth per step of small distances between coupled paths, seen on merging lanes.
     coalescence_steps: steps until each pair of the pilot merged (steps of the pilot + 1: it did not); may be empty.
-    acceptance_rate: mean over the draws. *_seconds: wall time.
+    acceptance_rate: mean over the draws. *_seconds: wall time; pilot_seconds: of steps that are no draws;
+        planned_seconds: of what followed the plan, compilation included, to hold beside `predicted_seconds`.
     """
 
     decision: str
     reason: str
     plan: Plan | None
+    bias_bound: np.ndarray
     result: np.ndarray
     fallback: str
     residual: np.ndarray
@@ -47,6 +57,16 @@ class SolveReport:
     pilot_seconds: float
     compile_seconds: float
     solve_seconds: float
+    planned_seconds: float
+    find_diagnosis: Callable[[], Diagnosis] | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def diagnosis(self) -> Diagnosis | None:
+        """Which sites keep coupled chains apart and what may help; None where they merge, or nobody looked.
+
+        Worked out when first asked for: it evaluates the model step by step, which may take a second.
+        """
+        return None if self.find_diagnosis is None else self.find_diagnosis()
 
     @property
     def predicted_seconds(self) -> float:
@@ -58,17 +78,21 @@ class SolveReport:
         """The same for sequential sampling."""
         return self.plan.sequential_seconds if self.plan else float("nan")
 
+    @property
+    def predicted_num_sequential_steps(self) -> tuple[float, float, float]:
+        """Critical path as planned, with its interval of 90 %, the first steps included; NaN without a plan."""
+        if self.plan is None:
+            return (float("nan"),) * 3
+        first, chosen = self.num_steps - self.plan.num_steps, self.plan.chosen
+        return first + chosen.num_steps, first + chosen.lower, first + chosen.upper
+
     def __str__(self) -> str:
         lines = [f"Decision: {self.decision}. {self.reason}"]
         if self.fallback:
             lines.append(f"Fallback: {self.fallback}")
         if self.decision != "sequential":
             lines += self._certificate()
-        if np.any(np.isfinite(self.lyapunov_exponent)):
-            lines.append(
-                f"Coupled paths: small distances change by a factor {np.exp(np.nanmean(self.lyapunov_exponent)):.3f} "
-                f"a step (Lyapunov exponent {np.nanmean(self.lyapunov_exponent):.3f})."
-            )
+        lines += self._contraction()
         lines.append(
             f"Acceptance rate {np.mean(self.acceptance_rate):.3f}; {int(np.sum(self.num_divergent))} divergent "
             "transitions."
@@ -77,17 +101,47 @@ class SolveReport:
             f"Seconds: warm-up {self.warmup_seconds:.2f}, pilot {self.pilot_seconds:.2f}, compile "
             f"{self.compile_seconds:.2f}, solve {self.solve_seconds:.2f}."
         )
+        if self.plan is not None:
+            lines.append(
+                f"Planned: {self.predicted_seconds:.2f} s, took {self.planned_seconds:.2f} s; sequential sampling was "
+                f"expected to take {self.predicted_sequential_seconds:.2f} s."
+            )
         return "\n".join(lines)
 
     def _certificate(self) -> list[str]:
         path, total = int(np.max(self.num_sequential_steps)), self.num_steps
+        planned = ""
+        if self.plan is not None:
+            planned = "; planned {:,.0f}, {:,.0f} to {:,.0f}".format(*self.predicted_num_sequential_steps)
         return [
             f"Critical path: {path:,} steps one after the other for {total:,} steps of each chain "
-            f"({total / max(path, 1):.1f} times shorter){self._solver_counts()}",
+            f"({total / max(path, 1):.1f} times shorter{planned}){self._solver_counts()}",
             f"Certificate: {_results(self.result)}; residual at most {np.max(self.residual):.2g} of the posterior's "
             f"scale; {int(np.min(self.certified_steps)):,} steps of each chain certified; "
             f"{int(np.sum(self.near_ties))} near-tie accept decisions in all.",
         ]
+
+    def _contraction(self) -> list[str]:
+        """Lyapunov exponent, bias and blame."""
+        rate, error = float("nan"), float("nan")
+        if self.plan is not None and self.plan.coalescence is not None:
+            rate, error = (float(self.plan.coalescence.growth_rate), float(self.plan.coalescence.growth_error))
+        if np.any(np.isfinite(self.lyapunov_exponent)):
+            rate = float(np.nanmean(self.lyapunov_exponent))
+        lines = []
+        if np.isfinite(rate):
+            interval = f" +- {2 * error:.2g}" if np.isfinite(error) else ""
+            lines.append(
+                f"Coupled paths: small distances change by a factor {np.exp(rate):.3f} a step (Lyapunov exponent "
+                f"{rate:.3f}{interval} in nats)."
+            )
+        if self.bias_bound.size:
+            small = np.flatnonzero(self.bias_bound <= SMALL_BIAS)
+            when = f"from step {small[0]} on" if small.size else f"not within {self.bias_bound.size - 1} steps"
+            lines.append(f"Bias left by warm-up: below {SMALL_BIAS} posterior sd {when}.")
+        if self.diagnosis is not None:
+            lines.append(str(self.diagnosis))
+        return lines
 
     def _solver_counts(self) -> str:
         if self.num_blocks > 1:

@@ -31,6 +31,10 @@ class Model(abc.ABC):
         """A sentence that says which part of the density is not finite at ``position``, or nothing."""
         return ""
 
+    def centred_sites(self, data: PyTree, position: PyTree, other: PyTree) -> list[str]:
+        """Latent sites whose scale differs between two positions, as far as the model has sites."""
+        return []
+
 
 @dataclass(frozen=True)
 class LogDensity(Model):

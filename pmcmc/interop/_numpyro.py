@@ -75,13 +75,36 @@ class NumpyroModel(Model):
 
         return constrain_fn(*self._call(data), position, return_deterministic=True)
 
-    def explain(self, data, position) -> str:
+    def _trace(self, data: list, position: PyTree) -> dict:
+        """The model's sites at a position."""
         from numpyro import handlers, validation_enabled
 
         model, args, kwargs = self._call(data)
         with validation_enabled(False):  # a value that is not allowed shall have a name, not an exception without one
             values = self.constrain(data, position)
-            trace = handlers.trace(handlers.substitute(model, data=values)).get_trace(*args, **kwargs)
+            return handlers.trace(handlers.substitute(model, data=values)).get_trace(*args, **kwargs)
+
+    def centred_sites(self, data, position, other) -> list[str]:
+        scales = [self._scales(data, x) for x in (position, other)]
+        return [name for name, scale in scales[0].items() if bool(jnp.any(scale != scales[1][name]))]
+
+    def _scales(self, data: list, position: PyTree) -> dict[str, Array]:
+        """The scale of each latent site of a location-scale family, at a position."""
+        from numpyro.distributions import ExpandedDistribution, Independent, MaskedDistribution
+
+        found = {}
+        for name, site in self._trace(data, position).items():
+            if site["type"] != "sample" or site.get("is_observed", False):
+                continue
+            fn = site["fn"]
+            while isinstance(fn, (ExpandedDistribution, Independent, MaskedDistribution)):
+                fn = fn.base_dist
+            if hasattr(fn, "loc") and hasattr(fn, "scale"):
+                found[name] = jnp.asarray(fn.scale)
+        return found
+
+    def explain(self, data, position) -> str:
+        trace = self._trace(data, position)
         sites = [
             name
             for name, site in trace.items()
@@ -125,13 +148,16 @@ def _is_float_array(leaf: Any) -> bool:
 
 
 def _prototype_position(model: Callable, args: tuple, kwargs: dict) -> dict[str, Array]:
-    """Unconstrained values of the latent sites from one prior draw; checks what NumPyro lets pass in silence."""
+    """Unconstrained values of the latent sites at a random point; checks what NumPyro lets pass in silence."""
     from numpyro import handlers, validation_enabled
     from numpyro.distributions.transforms import biject_to
+    from numpyro.infer.initialization import init_to_uniform
     from numpyro.infer.util import helpful_support_errors
 
     with validation_enabled(False):  # values are judged by the density, and named, before anything is sampled
-        trace = handlers.trace(handlers.seed(model, jax.random.key(0))).get_trace(*args, **kwargs)
+        # as NumPyro starts its own samplers: an improper prior has no draws
+        started = handlers.substitute(handlers.seed(model, jax.random.key(0)), substitute_fn=init_to_uniform)
+        trace = handlers.trace(started).get_trace(*args, **kwargs)
     for name, site in trace.items():
         if site["type"] in ("param", "mutable"):
             raise ValueError(

@@ -2,13 +2,14 @@
 
 import math
 import time
+from collections.abc import Callable
 
 import numpy as np
 
 from pmcmc.recurrence import MultipleShooting, Sequential
-from pmcmc.sampling._pilot import Head, couple
-from pmcmc.sampling._run import Run
-from pmcmc.stability import Costs, Plan, check_pilot, plan
+from pmcmc.sampling._pilot import Head, bias_after_warmup, couple
+from pmcmc.sampling._run import Run, join
+from pmcmc.stability import Costs, Diagnosis, Plan, check_pilot, diagnose, plan
 from pmcmc.stability._plan import FIRST_SHARE, next_segment
 from pmcmc.warmup._base import LaneTiming
 
@@ -23,37 +24,53 @@ PATIENCE = 4
 
 
 class Automatic:
-    """One run under "auto". Its plan, and seconds spent on the pilot beyond steps that count."""
+    """One run under "auto", and what it found out.
+
+    plan, reason: None and why not, where the run was too short to plan. find_diagnosis: where chains did not merge.
+    bias_bound: what warm-up left, see `bias_after_warmup`. pilot_seconds: spent on partners and arithmetic;
+    steps of the chains themselves are not counted. seconds: taken by what was planned, compilation included.
+    """
 
     def __init__(self, run: Run, own: np.ndarray, timing: LaneTiming | None, on_cpu: bool):
         self.run, self.own, self.timing, self.on_cpu = run, own, timing, on_cpu
         self.plan: Plan | None = None
-        self.reason, self.pilot_seconds = "", 0.0
+        self.find_diagnosis: Callable[[], Diagnosis] | None = None
+        self.bias_bound = np.zeros(0)
+        self.reason, self.pilot_seconds, self.seconds = "", 0.0, 0.0
 
     def execute(self) -> None:
         """Take all steps."""
         run, head = self.run, Head(self.run)
-        left_seconds = run.left * head.seconds_per_step
-        if left_seconds < SHORT_SECONDS:
+        whole = run.num_steps * head.seconds_per_step
+        if run.left * head.seconds_per_step < SHORT_SECONDS:
             self.reason = (
-                f"A run of {run.num_steps:,} steps takes about {run.num_steps * head.seconds_per_step:.2g} s "
-                "sequentially: too short to gain by anything else."
+                f"A run of {run.num_steps:,} steps takes about {whole:.2g} s sequentially: too short to gain by "
+                "anything else."
             )
             run.sequentially()
             return
         begin = time.perf_counter()
-        pilot = couple(head, self.own)
-        if pilot is not None:
-            check_pilot(pilot)
-        costs = self.costs(head)
-        limit = run.shape_for(MultipleShooting(2), run.left)
-        self.plan = plan(run.left, run.engine.num_chains, costs, pilot, max_steps=limit.num_blocks * limit.capacity)
+        self.plan = self.make_plan(head)
         self.reason = self.plan.reason
-        self.pilot_seconds = time.perf_counter() - begin
+        self.pilot_seconds, begin = time.perf_counter() - begin, time.perf_counter()
         if isinstance(self.plan.solver, Sequential):
             run.sequentially()
         else:
             self.in_blocks(self.plan)
+        self.seconds = time.perf_counter() - begin
+
+    def make_plan(self, head: Head) -> Plan:
+        """Pilot, check, plan; and where chains did not merge, why."""
+        run, pilot = self.run, couple(head, self.own)
+        if pilot is not None:
+            check_pilot(pilot)
+            self.bias_bound = bias_after_warmup(pilot)
+            if not np.all(pilot.merged):
+                target, kernel, info = run.engine.target, run.engine.kernel, join(run.draws.info)
+                self.find_diagnosis = lambda: diagnose(target, kernel, pilot, info)
+        limit = run.shape_for(MultipleShooting(2), run.left)
+        most = limit.num_blocks * limit.capacity
+        return plan(run.left, run.engine.num_chains, self.costs(head), pilot, max_steps=most)
 
     def costs(self, head: Head) -> Costs:
         """Two points of the line ``overhead + lanes * lane``: the chains', where they are lanes, and the warm-up's."""

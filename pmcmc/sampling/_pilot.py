@@ -19,7 +19,7 @@ from pmcmc.recurrence import Sequential
 from pmcmc.recurrence._base import default_tolerance
 from pmcmc.sampling._engine import Shape
 from pmcmc.sampling._run import Run
-from pmcmc.stability import Coalescence
+from pmcmc.stability import Coalescence, wasserstein_bound
 from pmcmc.stability._paths import coalescence_of_paths
 
 # A stretch of sequential sampling this long is timed well enough.
@@ -103,6 +103,17 @@ def couple(head: Head, own: np.ndarray) -> Coalescence | None:
         if bool(np.all(found.merged)):
             break
     return found
+
+
+def bias_after_warmup(pilot: Coalescence) -> np.ndarray:
+    """(n,) bounds on the 1-Wasserstein distance between the law of a state t steps behind warm-up and the posterior.
+
+    In posterior standard deviations of the coordinate that differs most, as the distances of the pilot are. inf where
+    pairs do not approach each other.
+    """
+    steps = np.arange(pilot.distances.shape[0])[:, None]
+    distances = np.where(steps < np.asarray(pilot.steps), pilot.distances, 0.0)  # merged pairs stay together
+    return wasserstein_bound(distances, lag=LAG).bound
 
 
 def _follow(run: Run, shape: Shape, x: PyTree, first: int, num_steps: int) -> PyTree:

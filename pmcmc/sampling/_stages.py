@@ -97,6 +97,7 @@ def _report(
         decision=_decision(solver),
         reason=reason,
         plan=plan,
+        bias_bound=np.zeros(0) if automatic is None else automatic.bias_bound,
         result=per_chain(RESULTS.successful if draws.result is None else draws.result),
         fallback=draws.fallback,
         residual=per_chain(draws.residual, float),
@@ -115,4 +116,6 @@ def _report(
         pilot_seconds=0.0 if automatic is None else automatic.pilot_seconds,
         compile_seconds=clock.compile_seconds,
         solve_seconds=clock.run_seconds,
+        planned_seconds=0.0 if automatic is None else automatic.seconds,
+        find_diagnosis=None if automatic is None else automatic.find_diagnosis,
     )

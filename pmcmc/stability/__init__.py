@@ -3,6 +3,7 @@
 from pmcmc.stability._checkpoints import Checkpoints
 from pmcmc.stability._coalescence import Coalescence, coalescence_time
 from pmcmc.stability._contraction import ContractionBound, contraction_bound
+from pmcmc.stability._diagnosis import Diagnosis, diagnose
 from pmcmc.stability._distance import coordinate_distances, site_distances
 from pmcmc.stability._lyapunov import LyapunovExponent, lyapunov_exponent
 from pmcmc.stability._pilot import PilotError, check_pilot
@@ -23,6 +24,7 @@ __all__ = [
     "Coalescence",
     "ContractionBound",
     "Costs",
+    "Diagnosis",
     "LyapunovExponent",
     "PilotError",
     "Plan",
@@ -33,6 +35,7 @@ __all__ = [
     "coalescence_time",
     "contraction_bound",
     "coordinate_distances",
+    "diagnose",
     "extrapolate_iterations",
     "lyapunov_exponent",
     "nonlinear_steps",

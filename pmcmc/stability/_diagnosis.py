@@ -1,0 +1,94 @@
+"""Why do coupled chains not merge, and what usually helps? Each suggestion rests on a measurement."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pmcmc.kernels import HMC, Info, Kernel
+from pmcmc.stability._coalescence import Coalescence
+from pmcmc.stability._distance import site_distances
+from pmcmc.target import Target
+
+# A site is to blame where the pairs are this share as far apart as at the worst one.
+SHARE_OF_WORST = 0.5
+# Acceptance rates below which a step size is called large, and shares of divergent steps above which.
+LOW_ACCEPTANCE, MANY_DIVERGENCES = 0.6, 0.001
+# Movement a step, in posterior scales, below which a chain crawls.
+CRAWL = 0.05
+
+
+class Diagnosis(NamedTuple):
+    """What keeps coupled chains apart.
+
+    sites: distance of the pairs by site at the end of the pilot, in posterior standard deviations (median over the
+        pairs, largest entry of a site), the worst first. suggestions: sentences, each with what it rests on.
+    """
+
+    sites: dict[str, float]
+    suggestions: tuple[str, ...]
+
+    def __str__(self) -> str:
+        worst = ", ".join(f"{name} ({distance:.2g} sd)" for name, distance in list(self.sites.items())[:4])
+        return "\n".join([f"Kept apart by: {worst}.", *(f"- {text}" for text in self.suggestions)])
+
+
+def diagnose(target: Target, kernel: Kernel, pilot: Coalescence, info: Info) -> Diagnosis:
+    """Sites that keep the pairs of a pilot apart, and what may help.
+
+    pilot: with pairs that did not merge; states are unknowns of the kernel. info: of the chains' own steps.
+    """
+    points, last = pilot.checkpoints, int(np.sum(np.asarray(pilot.checkpoints.reached))) - 1
+    apart = ~np.asarray(pilot.merged)
+    coordinates = jax.vmap(kernel.coordinates)
+    ends = [coordinates(jax.tree.map(lambda x: jnp.asarray(x[last][apart]), x)) for x in (points.first, points.second)]
+    distances = {
+        name: float(np.median(np.max(np.reshape(np.asarray(d), (apart.sum(), -1)), axis=1)))
+        for name, d in site_distances(target, *ends).items()
+    }
+    sites = dict(sorted(distances.items(), key=lambda item: -item[1]))
+    worst = [name for name, d in sites.items() if d >= SHARE_OF_WORST * max(sites.values())]
+    found = _about_model(target, ends, worst) + _about_steps(kernel, info) + _about_pilot(target, kernel, pilot)
+    return Diagnosis(sites, tuple(found))
+
+
+def _about_model(target: Target, ends: list, worst: list[str]) -> list[str]:
+    centred = target.model.centred_sites(target.data, *(target.position(end[0]) for end in ends))
+    if not centred:
+        return []
+    blamed = [name for name in centred if name in worst] or centred
+    names = ", ".join(repr(name) for name in blamed)
+    return [
+        f"The scale of {names} depends on other latent sites: try a non-centred form, for instance numpyro.handlers."
+        f"reparam(model, config={{{blamed[0]!r}: numpyro.infer.reparam.LocScaleReparam(0)}})."
+    ]
+
+
+def _about_steps(kernel: Kernel, info: Info) -> list[str]:
+    rate, divergent = float(np.mean(info.acceptance_rate)), float(np.mean(info.is_divergent))
+    if rate >= LOW_ACCEPTANCE and divergent <= MANY_DIVERGENCES:
+        return []
+    seen = f"acceptance rate {rate:.2f}, {divergent:.1%} of steps divergent"
+    return [f"The step size is large for this posterior ({seen}): try WindowAdaptation(target_acceptance_rate=0.95)."]
+
+
+def _about_pilot(target: Target, kernel: Kernel, pilot: Coalescence) -> list[str]:
+    found = []
+    movement = float(np.nanmean(np.asarray(pilot.movement)))
+    if isinstance(kernel, HMC) and not np.any(np.asarray(kernel.step_size_jitter) > 0) and movement > CRAWL:
+        found.append(
+            f"Chains move {movement:.2g} sd a step and stay apart under a fixed step size: trajectories of one length "
+            "may resonate. Try step_size_jitter=0.2."
+        )
+    if movement <= CRAWL:
+        found.append(f"Chains move {movement:.2g} sd a step only: try longer trajectories, or another kernel.")
+    if target.basis is None:
+        found.append("The kernel works in the model's own coordinates: run warm-up, which whitens them.")
+    rate, error = float(pilot.growth_rate), float(pilot.growth_error)
+    if rate + 2 * error < 0:
+        found.append(
+            f"Small distances shrink (by {1 - np.exp(rate):.0%} a step), so single regions do contract: the pairs may "
+            "sit in separate modes."
+        )
+    return found

@@ -1,0 +1,256 @@
+"""Plans: the arithmetic, the pilot behind it, its execution under guard, and what is said where chains do not merge."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+
+import pmcmc
+from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
+from pmcmc.sampling import _auto, _pilot
+from pmcmc.stability import Costs, PilotError, coalescence_time, plan
+from pmcmc.stability._paths import coalescence_of_paths
+from pmcmc.stability._plan import next_segment, schedule
+from tests._targets import funnel, gaussian, start_like
+
+GPU = Costs(sequential=1e-4, overhead=1e-4, lane=1e-8, compile=1.0)
+CPU = Costs(sequential=1e-6, overhead=1e-6, lane=2.5e-7, compile=1.0)
+SIZES = dict(num_warmup=200, num_chains=2, progress_bar=False)
+
+
+def merging(steps, max_steps: int = 1000):
+    """A pilot whose pairs merge after these steps, halving their distance each step."""
+    steps = np.asarray(steps)
+    start = jnp.asarray(0.99 * 2.0 ** (steps - 10))
+    inputs = jax.random.normal(jax.random.key(0), (max_steps, steps.size))
+    halve = lambda x, u: 0.5 * x + u
+    return coalescence_time(halve, jnp.zeros(steps.size), start, inputs, scale=1.0, tol=2.0**-10)
+
+
+def test_free_lanes_are_taken() -> None:
+    found = plan(10**6, 1, GPU, merging(np.arange(20, 52)))
+    assert isinstance(found.solver, MultipleShooting)
+    assert found.solver.num_blocks >= 1024
+    assert found.chosen is found.candidates[0]
+    assert found.chosen.seconds < found.sequential_seconds / 20
+    blocks = [c for c in found.candidates if c.name != "sequential"]
+    assert all(c.lower <= c.num_steps <= c.upper for c in blocks)
+    # one compilation, then steps of so many lanes
+    for c in blocks:
+        assert c.seconds == pytest.approx(GPU.compile + c.num_steps * GPU.step(c.solver.num_blocks))
+    assert "All 32 coupled pairs" in found.reason
+    text = str(found)
+    assert "> shooting" in text
+    assert "  sequential" in text
+
+
+def test_lanes_that_cost_as_much_are_not() -> None:
+    dear = CPU._replace(lane=1e-6)
+    found = plan(10**7, 1, dear, merging(np.arange(20, 52)))
+    assert isinstance(found.solver, Sequential)
+    assert "but shooting" in found.reason
+    assert isinstance(plan(10**7, 1, CPU, merging(np.arange(20, 52))).solver, MultipleShooting)
+
+
+def test_compilation_must_pay() -> None:
+    pilot = merging(np.arange(20, 52))
+    assert isinstance(plan(10**6, 1, CPU, pilot).solver, Sequential)  # 1 s against 1 s of compilation
+    assert isinstance(plan(10**6, 1, CPU._replace(compile=0.0), pilot).solver, MultipleShooting)
+
+
+def test_pairs_that_do_not_merge() -> None:
+    steps = np.append(np.arange(20, 51), 200)
+    found = plan(10**6, 1, GPU, merging(steps, max_steps=100))
+    assert isinstance(found.solver, Sequential)
+    assert "Only 31 of 32" in found.reason
+    assert isinstance(plan(10**6, 1, GPU).solver, Sequential)
+
+
+def test_merges_too_long_for_the_run() -> None:
+    found = plan(1000, 1, GPU._replace(compile=0.0), merging(np.arange(500, 532)))
+    assert isinstance(found.solver, Sequential)
+    assert "too many for blocks" in found.reason
+
+
+def test_segments_risk_a_tenth() -> None:
+    """Every prefix of segments could fail next, and the whole would cost at most 1.1 sequential runs."""
+    for step in (2.0, 50.0, 150.0):  # of 256 lanes, in steps of sequential sampling
+        costs = Costs(1.0, 0.0, step / 256, 0.0)
+        segments = schedule(10**6, 256, 50.0, costs, 1, 10**6)
+        assert sum(segments) == 10**6
+        assert segments[0] <= 10**6 / 8
+        spent, done = 0.0, 0
+        for length in segments:
+            cost = step * (length / 256 + 50)
+            assert spent + cost + (10**6 - done) <= 1.13e6  # a first guess of its cost is off by little
+            spent, done = spent + cost, done + length
+    assert len(schedule(10**6, 256, 50.0, Costs(1.0, 2.0, 0.0, 0.0), 1, 10**6)) == 2
+    assert next_segment(1000, 900, 800.0, 0.1, 1000) == 100
+
+
+def test_paths_tell_what_a_run_tells() -> None:
+    """`coalescence_of_paths` of the recorded paths equals `coalescence_time`, field by field."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    first, second = 3 * jax.random.normal(keys[0], (2, 6, 3))
+    inputs = jax.random.normal(keys[1], (200, 6, 3))
+    matrix = 0.8 * jnp.linalg.qr(jax.random.normal(keys[2], (3, 3)))[0]
+    step = lambda x, u: jnp.tanh(matrix @ x) + 0.3 * u
+    scale = jnp.array([1.0, 2.0, 0.5])
+    expected = coalescence_time(step, first, second, inputs, scale=scale, tol=1e-6)
+    many = jax.vmap(step)
+    paths = [
+        np.concatenate([x[None], jax.lax.scan(lambda x, u: (many(x, u),) * 2, x, inputs)[1]]) for x in (first, second)
+    ]
+    stop = int(expected.num_steps)
+    assert 20 < stop < 200
+    found = coalescence_of_paths(paths[0][: stop + 1], paths[1][: stop + 1], scale=scale, tol=1e-6)
+    np.testing.assert_array_equal(found.steps, expected.steps)
+    np.testing.assert_array_equal(found.dimension_steps, expected.dimension_steps)
+    np.testing.assert_allclose(found.distances, expected.distances[: stop + 1], rtol=1e-9)
+    np.testing.assert_allclose(found.growth_rate, expected.growth_rate, rtol=1e-9)
+    np.testing.assert_allclose(found.growth_error, expected.growth_error, rtol=1e-9)
+    np.testing.assert_allclose(found.movement, expected.movement[:stop], rtol=1e-9)
+    np.testing.assert_allclose(found.dimension_movement, expected.dimension_movement, rtol=1e-9)
+    short = coalescence_of_paths(paths[0][:10], paths[1][:10], scale=scale, tol=1e-6)
+    assert not short.merged.any()
+    assert np.all(short.steps == 10)
+
+
+@pytest.fixture
+def free_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No run is too short, a pilot may take a fifth of it, and blocks cost next to nothing."""
+    monkeypatch.setattr(_auto, "SHORT_SECONDS", 0.0)
+    monkeypatch.setattr(_pilot, "TIMING_SECONDS", 0.0)
+    monkeypatch.setattr(_pilot, "SHARE", 0.2)
+    monkeypatch.setattr(_auto.Automatic, "costs", lambda self, head: Costs(1e6, 1e6, 1.0, 0.0))
+
+
+def assert_same(chain: pmcmc.Chain, expected: pmcmc.Chain) -> None:
+    np.testing.assert_allclose(chain.get_samples(), expected.get_samples(), rtol=0, atol=1e-9)
+
+
+def test_a_plan_that_fails_loses_nothing(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a chain whose pairs take some 300 steps to merge, under a pilot that says 20."""
+    short = merging(np.arange(2, 34))
+    monkeypatch.setattr(_auto, "couple", lambda head, own: short)
+    run = lambda solver: pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=8000, solver=solver, **SIZES)
+    chain = run("auto")
+    assert chain.report.decision == "shooting"
+    assert np.any(chain.report.result == RESULTS.max_iters_reached)
+    assert "max_iters_reached" in chain.report.fallback
+    assert np.all(chain.report.certified_steps < 1100)
+    # the first segment is an eighth of the run, and it was given up after a few of its predicted merges
+    assert np.all(chain.report.num_sequential_steps < 8000 + 1000)
+    assert_same(chain, run(Sequential()))
+
+
+def test_blocks_slower_than_planned_are_left(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments that take longer than sequential sampling would have: what was done stands, the rest is in order."""
+    monkeypatch.setattr(_auto.Automatic, "costs", lambda self, head: Costs(1e-12, 1e-12, 1e-18, 0.0))
+    run = lambda solver: pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=20_000, solver=solver, **SIZES)
+    chain = run("auto")
+    assert chain.report.decision == "shooting"
+    assert "times as long" in chain.report.fallback
+    assert np.all((chain.report.certified_steps > 1000) & (chain.report.certified_steps < 4000))
+    assert_same(chain, run(Sequential()))
+
+
+def test_short_runs_have_no_pilot() -> None:
+    chain = pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=500, **SIZES)
+    assert chain.report.plan is None
+    assert chain.report.decision == "sequential"
+    assert "too short" in chain.report.reason
+    assert np.isnan(chain.report.predicted_seconds)
+
+
+def separated(x):
+    """Two modes 40 standard deviations apart."""
+    return jnp.logaddexp(-0.5 * jnp.sum((x - 20) ** 2), -0.5 * jnp.sum((x + 20) ** 2))
+
+
+def two_modes():
+    x = numpyro.sample("x", dist.ImproperUniform(dist.constraints.real_vector, (), (2,)))
+    numpyro.factor("modes", separated(x))
+
+
+def test_separated_modes_do_not_merge(free_lanes) -> None:
+    """Each mode contracts (the exponent is negative), and pairs in different modes stay there."""
+    kernel = pmcmc.HMC(step_size=0.5, num_integration_steps=3)
+    starts = jnp.array([[20.0, 20.0], [-20.0, -20.0], [20.0, 20.0], [-20.0, -20.0]])
+    chain = pmcmc.parallel_chain(
+        two_modes, 0, init_params={"x": starts}, num_samples=40_000, **{**SIZES, "num_chains": 4}
+    )
+    assert chain.report.decision == "sequential"
+    assert not np.all(chain.report.plan.coalescence.merged)
+    assert any("separate modes" in text for text in chain.report.diagnosis.suggestions)
+    target = pmcmc.Target.from_logdensity(separated, starts[0])
+    keys = jax.random.split(jax.random.key(0), (500, 2))
+    noise = jax.vmap(jax.vmap(lambda key: kernel.sample_noise(key, target)))(keys)
+    pairs = coalescence_time(kernel.transition(target), starts[:2], starts[[0, 3]] * -1.0, noise, scale=jnp.ones(2))
+    assert not pairs.merged.any()
+    same = coalescence_time(kernel.transition(target), starts[:2], starts[:2] + 0.5, noise, scale=jnp.ones(2))
+    assert same.merged.all()
+    assert same.growth_rate < 0
+
+
+def test_resonant_length_does_not_contract(free_lanes) -> None:
+    """Half a period of a Gaussian maps every x to -x."""
+    normal = lambda x: -0.5 * jnp.sum(x**2)
+    kernel = pmcmc.HMC(
+        step_size=np.pi / 60, num_integration_steps=60, step_size_jitter=0.0, inverse_mass_matrix=np.ones(2)
+    )
+    chain = pmcmc.sample(normal, jnp.zeros(2), 0, kernel=kernel, num_samples=4000, **SIZES)
+    assert chain.report.decision == "sequential"
+    assert any("step_size_jitter" in text for text in chain.report.diagnosis.suggestions)
+
+
+def test_a_pilot_that_stands_still_is_an_error(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps so long that none is accepted: no evidence of contraction, and no result either."""
+    monkeypatch.setattr("pmcmc.warmup._window._check_tuned", lambda tuned: None)
+    with pytest.raises(PilotError, match="no chain moved"):
+        pmcmc.sample(gaussian, start_like(gaussian), 3, kernel=pmcmc.MALA(step_size=1e6), num_samples=4000, **SIZES)
+
+
+def centred(error, effect):
+    mu = numpyro.sample("mu", dist.Normal(0, 5))
+    tau = numpyro.sample("tau", dist.HalfCauchy(5))
+    with numpyro.plate("school", 8):
+        theta = numpyro.sample("theta", dist.Normal(mu, tau))
+        numpyro.sample("effect", dist.Normal(theta, error), obs=effect)
+
+
+def test_the_report_says_what_keeps_chains_apart(free_lanes) -> None:
+    effect = jnp.array([28.0, 8, -3, 7, -1, 1, 18, 12])
+    error = jnp.array([15.0, 10, 16, 11, 9, 11, 10, 18])
+    chain = pmcmc.parallel_chain(centred, 0, model_args=(error, effect), num_samples=4000, **SIZES)
+    report = chain.report
+    assert report.decision == "sequential"
+    assert set(report.diagnosis.sites) == {"mu", "tau", "theta"}
+    assert list(report.diagnosis.sites.values()) == sorted(report.diagnosis.sites.values(), reverse=True)
+    (advice,) = [text for text in report.diagnosis.suggestions if "LocScaleReparam" in text]
+    assert "'theta'" in advice
+    assert "'mu'" not in advice
+    assert "Kept apart by" in str(report)
+    assert report.bias_bound[-1] > 0.01
+    assert "not within" in str(report)
+
+
+def test_the_report_of_a_plan(free_lanes) -> None:
+    chain = pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=20_000, **SIZES)
+    report = chain.report
+    value, lower, upper = report.predicted_num_sequential_steps
+    assert lower <= value <= upper
+    assert 1 / 1.5 < np.max(report.num_sequential_steps) / value < 1.5
+    assert report.bias_bound[0] > 1
+    assert report.bias_bound[-1] < 1e-6
+    assert report.diagnosis is None
+    for words in ("Planned:", "planned", "+-", "Bias left by warm-up: below 0.01"):
+        assert words in str(report), words
+
+
+def test_funnel_stays_sequential(free_lanes) -> None:
+    chain = pmcmc.sample(funnel, start_like(funnel), 0, num_samples=4000, **SIZES)
+    assert chain.report.decision == "sequential"
+    assert not chain.report.plan.coalescence.merged.all()

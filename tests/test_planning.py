@@ -188,7 +188,7 @@ def test_separated_modes_do_not_merge(free_lanes) -> None:
     target = pmcmc.Target.from_logdensity(separated, starts[0])
     keys = jax.random.split(jax.random.key(0), (500, 2))
     noise = jax.vmap(jax.vmap(lambda key: kernel.sample_noise(key, target)))(keys)
-    pairs = coalescence_time(kernel.transition(target), starts[:2], starts[[0, 3]] * -1.0, noise, scale=jnp.ones(2))
+    pairs = coalescence_time(kernel.transition(target), starts[:2], -starts[:2], noise, scale=jnp.ones(2))
     assert not pairs.merged.any()
     same = coalescence_time(kernel.transition(target), starts[:2], starts[:2] + 0.5, noise, scale=jnp.ones(2))
     assert same.merged.all()

@@ -3,43 +3,62 @@
 Gonzalez et al. (2025): with a largest Lyapunov exponent (LLE) below zero Newton's iterations grow like log T; above
 zero they grow in proportion to T. Run
 
-    python benchmarks/recurrence_iterations.py --out iterations.json [--lengths 64 256 1024] [--seed 0]
+    python -m benchmarks.recurrence_iterations [--lengths 64 256 1024] [--problems RNN] [--save recurrence_iterations]
 
-and read per row: problem, its measured LLE per step, solver, T, iterations, result code, residual, certified prefix.
+and read per row: problem, seed, its measured LLE per step, solver, T, iterations, result code, residual, certified
+prefix, seconds without compilation. float64; every solve starts from x[0] repeated. A longer T is left out where it
+would take more than --patience seconds: chaotic problems cost T^2 and more.
 """
 
 import argparse
-import json
 import math
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks._harness import save
 from pmcmc import recurrence as rec
 
 
 class Case(NamedTuple):
-    """A recurrence of any length: ``inputs(T)`` is a pytree with leading axis T."""
+    """A recurrence ``fn(params, x, u)`` of any length; ``inputs(T)`` is a pytree with leading axis T."""
 
     fn: Callable
+    params: Any  # numbers that make one program many problems
     x0: Any
     inputs: Callable
+
+
+def _linear_step(matrix, x, u):
+    return matrix @ x + u
 
 
 def linear_map(radius: float, key) -> Case:
     """A random matrix scaled to this spectral radius: LLE = log(radius)."""
     matrix = jax.random.normal(key, (4, 4))
     matrix = radius * matrix / jnp.max(jnp.abs(jnp.linalg.eigvals(matrix)))
-    return Case(lambda x, u: matrix @ x + u, jnp.zeros(4), lambda n: jax.random.normal(key, (n, 4)))
+    return Case(_linear_step, matrix, jnp.zeros(4), lambda n: jax.random.normal(key, (n, 4)))
 
 
-def mean_field_rnn(gain: float, key, dim: int = 32) -> Case:
+def _rnn_step(matrix, x, u):
+    return matrix @ jnp.tanh(x) + u
+
+
+def mean_field_rnn(gain: float, key, dim: int) -> Case:
     """``x[t] = W tanh(x[t-1]) + u[t]``, W ~ N(0, gain^2 / D): chaotic above a gain near 1 (Sompolinsky et al. 1988)."""
     matrix = gain / math.sqrt(dim) * jax.random.normal(key, (dim, dim))
-    step = lambda x, u: matrix @ jnp.tanh(x) + u
-    return Case(step, jnp.ones(dim), lambda n: 0.1 * jax.random.normal(key, (n, dim)))
+    return Case(_rnn_step, matrix, jnp.ones(dim), lambda n: 0.1 * jax.random.normal(key, (n, dim)))
+
+
+def _gru_step(params, h, x):
+    w, u = params
+    into = jnp.einsum("gij,j->gi", u, x)
+    reset, update = jax.nn.sigmoid(w[0] @ h + into[0]), jax.nn.sigmoid(w[1] @ h + into[1])
+    return update * h + (1 - update) * jnp.tanh(w[2] @ (reset * h) + into[2])
 
 
 def gru(scale: float, key, hidden: int = 8) -> Case:
@@ -47,48 +66,66 @@ def gru(scale: float, key, hidden: int = 8) -> Case:
     keys = jax.random.split(key, 3)
     w = scale / math.sqrt(hidden) * jax.random.normal(keys[0], (3, hidden, hidden))
     u = jax.random.normal(keys[1], (3, hidden, 2)) / math.sqrt(2)
+    return Case(_gru_step, (w, u), jnp.zeros(hidden), lambda n: jax.random.normal(keys[2], (n, 2)))
 
-    def step(h, x):
-        into = jnp.einsum("gij,j->gi", u, x)
-        reset, update = jax.nn.sigmoid(w[0] @ h + into[0]), jax.nn.sigmoid(w[1] @ h + into[1])
-        return update * h + (1 - update) * jnp.tanh(w[2] @ (reset * h) + into[2])
 
-    return Case(step, jnp.zeros(hidden), lambda n: jax.random.normal(keys[2], (n, 2)))
+def _logistic_step(rate, x, u):
+    return rate * x * (1 - x)
 
 
 def logistic(rate: float) -> Case:
     """``x <- rate x (1 - x)``; LLE ln 2 at rate 4."""
-    return Case(lambda x, u: rate * x * (1 - x), 0.3, lambda n: jnp.zeros(n))
+    return Case(_logistic_step, jnp.asarray(rate), jnp.array([0.3]), lambda n: jnp.zeros((n, 1)))
+
+
+def _henon_step(_, x, u):
+    return jnp.array([1 - 1.4 * x[0] ** 2 + x[1], 0.3 * x[0]])
 
 
 def henon() -> Case:
     """The Henon map (1.4, 0.3); LLE 0.419."""
-    step = lambda x, u: jnp.array([1 - 1.4 * x[0] ** 2 + x[1], 0.3 * x[0]])
-    return Case(step, jnp.array([0.1, 0.1]), lambda n: jnp.zeros(n))
+    return Case(_henon_step, None, jnp.array([0.1, 0.1]), lambda n: jnp.zeros(n))
+
+
+def _lorenz_step(dt, x, u):
+    def rate(x):
+        return jnp.array([10 * (x[1] - x[0]), x[0] * (28 - x[2]) - x[1], x[0] * x[1] - 8 / 3 * x[2]])
+
+    k1 = rate(x)
+    k2 = rate(x + dt / 2 * k1)
+    k3 = rate(x + dt / 2 * k2)
+    return x + dt / 6 * (k1 + 2 * k2 + 2 * k3 + rate(x + dt * k3))
 
 
 def lorenz(dt: float = 0.01) -> Case:
     """A Runge-Kutta step of the Lorenz flow (10, 28, 8/3); LLE 0.906 per unit of time."""
-
-    def rate(x):
-        return jnp.array([10 * (x[1] - x[0]), x[0] * (28 - x[2]) - x[1], x[0] * x[1] - 8 / 3 * x[2]])
-
-    def step(x, u):
-        k1 = rate(x)
-        k2 = rate(x + dt / 2 * k1)
-        k3 = rate(x + dt / 2 * k2)
-        return x + dt / 6 * (k1 + 2 * k2 + 2 * k3 + rate(x + dt * k3))
-
-    return Case(step, jnp.array([1.0, 2.0, 20.0]), lambda n: jnp.zeros(n))
+    return Case(_lorenz_step, jnp.asarray(dt), jnp.array([1.0, 2.0, 20.0]), lambda n: jnp.zeros(n))
 
 
-def cases(key) -> dict[str, Case]:
+GAINS = (0.5, 0.7, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)
+ALL = ("DEER", "quasi-DEER", "stochastic quasi-DEER", "ELK", "quasi-ELK", "Picard", "Jacobi")
+WITHOUT_ELK = tuple(method for method in ALL if method != "ELK")  # its dense covariances take minutes to compile
+
+
+class Problem(NamedTuple):
+    """A case for each seed, and the methods that are run on it: DEER for all seeds, the others for the first one."""
+
+    make: Callable  # key -> Case
+    methods: tuple[str, ...]
+    num_seeds: int
+
+
+def problems(num_seeds: int) -> dict[str, Problem]:
     """All problems by name."""
-    found = {f"linear, radius {r}": linear_map(r, key) for r in (0.5, 0.9, 1.1)}
-    found |= {f"mean-field RNN, gain {g}": mean_field_rnn(g, key) for g in (0.5, 0.9, 1.5, 2.5)}
-    found |= {f"GRU, scale {s}": gru(s, key) for s in (1.0, 8.0)}
-    found |= {f"logistic, rate {r}": logistic(r) for r in (2.8, 3.5, 4.0)}
-    return found | {"Henon": henon(), "Lorenz": lorenz()}
+    found = {f"linear, radius {r}": Problem(lambda key, r=r: linear_map(r, key), ALL, 1) for r in (0.5, 0.9, 1.1)}
+    found |= {f"logistic, rate {r}": Problem(lambda key, r=r: logistic(r), ALL, 1) for r in (2.8, 3.5, 4.0)}
+    found |= {"Henon": Problem(lambda key: henon(), ALL, 1), "Lorenz": Problem(lambda key: lorenz(), ALL, 1)}
+    found |= {f"GRU, scale {s}": Problem(lambda key, s=s: gru(s, key), WITHOUT_ELK, 1) for s in (1.0, 8.0)}
+    for dim, methods in ((16, ("DEER",)), (128, WITHOUT_ELK)):
+        for gain in GAINS:
+            make = lambda key, gain=gain, dim=dim: mean_field_rnn(gain, key, dim)
+            found[f"mean-field RNN, D {dim}, gain {gain}"] = Problem(make, methods, num_seeds)
+    return found
 
 
 def solvers(key, max_iters: int) -> dict[str, rec.RecurrenceSolver]:
@@ -105,34 +142,52 @@ def solvers(key, max_iters: int) -> dict[str, rec.RecurrenceSolver]:
     }
 
 
-def lyapunov_exponent(case: Case, length: int = 4096) -> float:
-    """Mean log growth of a tangent vector along a path, after a transient of a quarter."""
-
+@jax.jit
+def _total_growth(step, params, x0, inputs):
     def body(carry, u):
         x, v = carry
-        x, v = jax.jvp(lambda x: case.fn(x, u), (x,), (v,))
+        x, v = jax.jvp(lambda x: step(params, x, u), (x,), (v,))
         norm = jnp.sqrt(jnp.sum(v * v))
         return (x, v / norm), jnp.log(norm)
 
-    x0 = jnp.asarray(case.x0)
-    growth = jax.jit(lambda: jax.lax.scan(body, (x0, jnp.ones_like(x0)), case.inputs(length))[1])()
+    return jax.lax.scan(body, (x0, jnp.ones_like(x0)), inputs)[1]
+
+
+def lyapunov_exponent(case: Case, length: int = 4096) -> float:
+    """Mean log growth of a tangent vector along a path, after a transient of a quarter."""
+    growth = _total_growth(jax.tree_util.Partial(case.fn), case.params, case.x0, case.inputs(length))
     return float(jnp.mean(growth[length // 4 :]))
+
+
+@jax.jit
+def _solve(solver, step, params, x0, inputs):
+    return solver.solve(lambda x, u: step(params, x, u), x0, inputs)
 
 
 def measure(case: Case, solver: rec.RecurrenceSolver, length: int) -> dict:
     """One row: what the solver did on T = length steps."""
-    run = jax.jit(lambda solver, x0, inputs: solver.solve(case.fn, x0, inputs))
-    found = run(solver, case.x0, case.inputs(length))
-    exact = rec.Sequential().solve(case.fn, case.x0, case.inputs(length)).value
-    error = float(jnp.max(jnp.abs(found.value - exact)))
+    arguments = jax.tree_util.Partial(case.fn), case.params, case.x0, case.inputs(length)
+    jax.block_until_ready(_solve(replace(solver, max_iters=0), *arguments))  # compiles: max_iters is a number
+    begin = time.perf_counter()
+    found = jax.block_until_ready(_solve(solver, *arguments))
+    seconds = time.perf_counter() - begin
+    exact = _solve(rec.Sequential(), *arguments).value
     return {
         "length": length,
         "num_iters": int(found.stats.num_iters),
         "result": rec.RESULTS(int(found.result)).name,
         "residual": _number(float(found.residual)),
         "certified_steps": int(found.stats.certified_steps),
-        "max_error": _number(error),
+        "max_error": _number(float(jnp.max(jnp.abs(found.value - exact)))),
+        "seconds": seconds,
     }
+
+
+def expected_seconds(rows: list[dict], length: int) -> float:
+    """What a longer T will take: time goes with T, and with T^2 where the iterations grew in proportion to T."""
+    growth = length / rows[-1]["length"]
+    chaotic = rows[-1]["num_iters"] > 0.4 * rows[-1]["length"]
+    return rows[-1]["seconds"] * growth * (growth if chaotic else 1.0)
 
 
 def _number(x: float) -> float | None:
@@ -140,31 +195,43 @@ def _number(x: float) -> float | None:
     return x if math.isfinite(x) else None
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
     parser.add_argument("--problems", nargs="+", help="only those whose name contains one of these")
     parser.add_argument("--solvers", nargs="+", help="only these")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="recurrence_iterations.json")
-    options = parser.parse_args()
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--patience", type=float, default=8.0)
+    parser.add_argument("--save", default=None, help="name of the result file, without .json")
+    options = parser.parse_args(arguments)
     jax.config.update("jax_enable_x64", True)
-    problem_key, probe_key = jax.random.split(jax.random.key(options.seed))
-    rows = []
-    for name, case in cases(problem_key).items():
+    rows: list[dict] = []
+    programs: Any = None
+    for name, problem in problems(options.seeds).items():
         if options.problems and not any(part in name for part in options.problems):
             continue
-        exponent = lyapunov_exponent(case)
-        for method, solver in solvers(probe_key, 2 * max(options.lengths)).items():
-            if options.solvers and method not in options.solvers:
-                continue
-            for length in options.lengths:
-                row = {"problem": name, "lyapunov_exponent": exponent, "solver": method}
-                rows.append(row | measure(case, solver, length))
-            counts = ", ".join(f"T={r['length']}: {r['num_iters']}" for r in rows[-len(options.lengths) :])
-            print(f"{name:28s} LLE {exponent:+.3f}  {method:22s} {counts}  ({rows[-1]['result']})", flush=True)
-    with open(options.out, "w") as file:
-        json.dump({"jax": jax.__version__, "seed": options.seed, "rows": rows}, file, indent=1)
+        for seed in range(problem.num_seeds):
+            problem_key, probe_key = jax.random.split(jax.random.key(seed))
+            case = problem.make(problem_key)
+            if programs != (programs := (case.fn, case.x0.shape)):
+                jax.clear_caches()  # several hundred programs are more than Linux maps for one process
+            exponent = lyapunov_exponent(case)
+            for method, solver in solvers(probe_key, 2 * max(options.lengths)).items():
+                if method not in problem.methods or (options.solvers and method not in options.solvers):
+                    continue
+                if seed > 0 and method != "DEER":
+                    continue
+                new: list[dict] = []
+                for length in options.lengths:
+                    if new and expected_seconds(new, length) > options.patience:
+                        break
+                    row = {"problem": name, "seed": seed, "lyapunov_exponent": exponent, "solver": method}
+                    new.append(row | measure(case, solver, length))
+                rows += new
+                counts = ", ".join(f"T={r['length']}: {r['num_iters']}" for r in new)
+                print(f"{name:34s} LLE {exponent:+.3f}  {method:22s} {counts}  ({new[-1]['result']})", flush=True)
+                if options.save:
+                    save(options.save, rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """`parallel_chain` with Newton-type solvers: the sequential chain, certified, or its prefix and a sequential rest."""
 
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -11,18 +11,10 @@ import numpyro.distributions as dist
 import pytest
 
 import pmcmc
-from pmcmc.recurrence import RESULTS, Filter, FixedRegularization, Sequential, deer, elk, quasi_deer, quasi_elk
+from pmcmc.recurrence import RESULTS, Sequential, deer, elk, quasi_deer, quasi_elk
 
 LENGTH = 100
-# The trust region with fixed strength, as published: the adaptive default stagnates on eight schools with nothing
-# certified (perhaps at accept flips, where no step lowers the residual), see the last test.
-FIXED = dict(regularization=FixedRegularization(0.01), step_rule=Filter())
-SOLVERS = {
-    "deer": deer,
-    "quasi_deer": quasi_deer,
-    "elk": partial(elk, **FIXED),
-    "quasi_elk": partial(quasi_elk, **FIXED),
-}
+SOLVERS = {make.__name__: make for make in (deer, quasi_deer, elk, quasi_elk)}  # as they come
 GERMAN = Path(__file__).parents[2] / "shared" / "data" / "german_credit_numeric.csv"
 
 
@@ -43,12 +35,12 @@ def credit_data():
     """German credit where it lies beside the repository; else a synthetic twin."""
     if GERMAN.exists():
         table = np.loadtxt(GERMAN, delimiter=",", skiprows=1)
-        features, good = table[:, :6], table[:, -1]  # six of 24: the dense filter is slow to compile
+        features, good = table[:, :-1], table[:, -1]
         features = (features - features.mean(0)) / features.std(0)
     else:
         rng = np.random.default_rng(0)
-        features = rng.standard_normal((200, 6))
-        good = (rng.random(200) < 1 / (1 + np.exp(-features @ np.linspace(-0.5, 0.5, 6) - 1))).astype(float)
+        features = rng.standard_normal((200, 24))
+        good = (rng.random(200) < 1 / (1 + np.exp(-features @ np.linspace(-0.5, 0.5, 24) - 1))).astype(float)
     return jnp.asarray(np.c_[features, np.ones(len(features))]), jnp.asarray(good)
 
 
@@ -109,13 +101,5 @@ def test_falls_back_with_the_prefix_kept(name, solver):
     assert "max_iters_reached" in report.fallback
     assert f"The first {report.certified_steps[0]:,} steps were kept" in report.fallback
     assert np.all(report.certified_steps < LENGTH)
-    if solver in ("deer", "quasi_deer"):  # causality; with a trust region the prefix may be shorter
-        assert np.all(report.certified_steps >= 5)
-
-
-@pytest.mark.parametrize("make", [elk, quasi_elk])
-def test_a_stagnating_trust_region_says_so_and_the_chain_is_right(make):
-    found = chain("eight_schools", make(max_iters=200))
-    assert_same(found, reference("eight_schools"))
-    if np.any(found.report.result != RESULTS.successful):
-        assert "stagnated" in found.report.fallback
+    # causality; a trust region counts what holds to rounding, and may first repeat a step rounded outside its loop
+    assert np.all(report.certified_steps >= (4 if "elk" in solver else 5))

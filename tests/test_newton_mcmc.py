@@ -7,16 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pmcmc import HMC, MALA
+from pmcmc import HMC, MALA, Target
 from pmcmc.recurrence import (
     RESULTS,
     JacobianStructure,
+    MultipleShooting,
     Newton,
     Sequential,
+    Windowed,
     deer,
+    elk,
     jacobi,
     picard,
     quasi_deer,
+    quasi_elk,
 )
 from tests._chains import draw_noise, solve, step_residuals
 from tests._targets import banana, eight_schools, gaussian, logistic, make_target, skewed
@@ -31,6 +35,16 @@ STEPS = {
     logistic: (0.06, 0.45),
     eight_schools: (0.4, 0.7),
 }
+
+
+def half_line(x):
+    """An exponential law: -inf outside of its support."""
+    return jnp.sum(jnp.where(x > 0, -x, -jnp.inf))
+
+
+def with_hole(x):
+    """A Gaussian whose log density is NaN, and its gradient too, in a region it would visit."""
+    return -0.5 * jnp.sum(x**2) + 0.0 * jnp.sqrt(1.5 - x[0])
 
 
 def kernel_of(name: str, logdensity_fn):
@@ -121,3 +135,28 @@ def test_no_increment_is_no_solution() -> None:
     assert solution.residual > 0.1
     assert solution.stats.certified_steps == 0
     assert solution.stats.num_iters < 30
+
+
+BAD = {"deer": deer(), "quasi_deer": quasi_deer(), "elk": elk(), "quasi_elk": quasi_elk()}
+BAD |= {"windowed": Windowed(quasi_deer(), window=16), "shooting": MultipleShooting(num_blocks=4)}
+
+
+@pytest.mark.parametrize("logdensity_fn", [half_line, with_hole])
+@pytest.mark.parametrize("solver", BAD.values(), ids=BAD.keys())
+def test_bad_regions_of_the_log_density(solver, logdensity_fn) -> None:
+    """Proposals that are NaN or outside of the support are rejected, also from a guess that lies there itself."""
+    target = Target.from_logdensity(logdensity_fn, jnp.full(2, 0.5))
+    kernel, x0, scale = MALA(step_size=0.8), jnp.full(2, 0.5), jnp.ones(2)
+    noise = draw_noise(target, kernel, 3, LENGTH)
+    exact = solve(target, kernel, Sequential(), x0, noise)
+    assert jnp.all(jnp.isfinite(exact.value))
+    assert int(jnp.sum(~(exact.aux.margin > -jnp.inf))) > 0  # rejected for this reason
+    for sign in (-1.0, 1.0):
+        guess = sign * (2.0 + jax.random.uniform(jax.random.key(5), (LENGTH, 2)))
+        inside = (sign > 0) == (logdensity_fn is half_line)
+        assert bool(jnp.all(jnp.isfinite(jax.vmap(logdensity_fn)(guess)))) == inside
+        solution = solve(target, kernel, solver, x0, noise, guess, scale)
+        assert solution.result == RESULTS.successful
+        assert solution.stats.certified_steps == LENGTH
+        np.testing.assert_allclose(solution.value, exact.value, rtol=0, atol=1e-8)
+        np.testing.assert_array_equal(solution.aux.margin > 0, exact.aux.margin > 0)

@@ -150,7 +150,7 @@ def jacobi(**options) -> Newton:
 def elk(**options) -> LevenbergMarquardt:
     """ELK (Gonzalez et al. 2024): the full Jacobian in a trust region. Options of `LevenbergMarquardt`.
 
-    As published, lambda fixed and filter only: ``elk(regularization=FixedRegularization(0.1), step_rule=Filter())``.
+    With lambda fixed, as published: ``elk(regularization=FixedRegularization(0.1))``.
     """
     return LevenbergMarquardt(Dense(), **options)
 

@@ -92,8 +92,10 @@ class NewtonType(VectorSolver):
         """The next path ``(T, D)``, and whatever `judge` needs to know about it."""
 
     @abc.abstractmethod
-    def judge(self, it: Iterate, candidate: Evaluation, plan: Any) -> tuple[Array, PyTree, Array]:
-        """Whether to accept it, the new memory, and whether a rejection should be followed by another try."""
+    def judge(
+        self, system: System, it: Iterate, candidate: Evaluation, plan: Any
+    ) -> tuple[Evaluation, PyTree, Array | bool]:
+        """The next iterate, the new memory, and whether to go on even if the path stays the same."""
 
     @property
     def tolerance(self):
@@ -122,10 +124,9 @@ class NewtonType(VectorSolver):
         path, plan = self.propose(system, it)
         path = jnp.where(jnp.isfinite(path), path, jnp.broadcast_to(system.start, path.shape))
         candidate = system.evaluate(path)
-        accepted, memory, retry = self.judge(it, candidate, plan)
-        now = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), candidate, it.now)
+        now, memory, retry = self.judge(system, it, candidate, plan)
         blocked = blocked_at(now)
-        moving = jnp.where(accepted, jnp.any(path != it.now.path), retry)
+        moving = jnp.any(now.path != it.now.path) | retry
         # f is not finite at the same step of a path that holds before it, twice: no iteration will mend that
         moving = moving & ((blocked == system.length) | (blocked != it.blocked))
         num_iters = it.num_iters + 1

@@ -20,9 +20,10 @@ Two stretches combine, with M = I + C1 J2, as
     A = A2 M^-1 A1,    C = A2 M^-1 C1 A2' + C2,    J = A1' J2 M^-1 A1 + J1
 
 Stability. C is at most I/lambda and J at most A'A, however long the stretch and however unstable the A[t]: nothing
-overflows. C and J are symmetrised after each product. The gain is computed anew from P-[t] by Cholesky, of a matrix
-that is at least I, so float32 errors of the scan change the step a little and its stability not at all. In the
-diagonal case all terms are positive: no cancellation.
+overflows. Along unstable directions C reaches 1/lambda beside 1 along stable ones, so for dense A the scan carries
+roots ``C = U U'``, ``J = Z Z'`` and composes them by QR (Yaghoobi, Corenflos, Hassan & Sarkka 2022). In float32, with
+unstable A of six dimensions over 128 steps, the filtered steps were off by 2e-4 at lambda = 1e-5 where products of
+covariances were off by 3e-2, for 1.4 times the run time. In the diagonal case all terms are positive: no cancellation.
 
 Differs from the published code in 1. increments instead of states, so the step is invariant to shifts; 2. gains first,
 means by the scan that Newton uses, so lambda = 0 is Newton up to rounding; 3. any of the three structures of A.
@@ -33,6 +34,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pmcmc._tree import expand_mask
 from pmcmc._types import Array, Scalar
 from pmcmc.recurrence._scan import affine_scan, apply_affine, compose, delayed
 
@@ -60,15 +62,9 @@ def structured(matrix: Array) -> Array:
     return jnp.moveaxis(matrix, 1, -1) if matrix.ndim == 4 else matrix
 
 
-def transpose(a: Array) -> Array:
-    """A[t]' in the structure of A."""
-    if is_diagonal(a):
-        return a
-    return jnp.swapaxes(a, 1, 2)
-
-
-def _symmetric(matrix: Array) -> Array:
-    return (matrix + jnp.swapaxes(matrix, -1, -2)) / 2
+def transposed(matrix: Array) -> Array:
+    """M' of a batch of matrices."""
+    return jnp.swapaxes(matrix, -1, -2)
 
 
 def _diagonal_operator(first, second):
@@ -77,51 +73,70 @@ def _diagonal_operator(first, second):
     return a2 * a1 / m, a2 * a2 * (c1 / m) + c2, a1 * a1 * (j2 / m) + j1
 
 
+def _triangular(matrix: Array) -> Array:
+    """A lower triangular L with ``L L' = M M'``, by QR of M': no product of M with itself is formed."""
+    return transposed(jnp.linalg.qr(transposed(matrix), mode="r"))
+
+
+def _under(factor: Array, matrix: Array) -> Array:
+    """``L^-1 M`` for a lower triangular L."""
+    return jax.scipy.linalg.solve_triangular(factor, matrix, lower=True)
+
+
 def _dense_operator(first, second):
-    (a1, c1, j1), (a2, c2, j2) = first, second
-    eye = jnp.broadcast_to(jnp.eye(a1.shape[-1], dtype=a1.dtype), c1.shape)
-    solved = jnp.linalg.solve(eye + c1 @ j2, jnp.concatenate([a1, c1], axis=-1))
-    from_a, from_c = jnp.split(solved, 2, axis=-1)
-    c = a2 @ from_c @ jnp.swapaxes(a2, -1, -2) + c2
-    return a2 @ from_a, _symmetric(c), _symmetric(jnp.swapaxes(a1, -1, -2) @ j2 @ from_a + j1)
+    (a1, u1, z1), (a2, u2, z2) = first, second
+    dim = a1.shape[-1]
+    eye = jnp.broadcast_to(jnp.eye(dim, dtype=a1.dtype), a1.shape)
+    # [U1'Z2 I; Z2 0] = [F 0; K H] Q with F F' = I + U1' J2 U1, K = Z2 Z2' U1 F'^-1, H H' = J2 M^-1
+    upper = jnp.concatenate([transposed(u1) @ z2, eye], axis=-1)
+    joint = _triangular(jnp.concatenate([upper, jnp.concatenate([z2, jnp.zeros_like(z2)], axis=-1)], axis=-2))
+    f, k, h = joint[..., :dim, :dim], joint[..., dim:, :dim], joint[..., dim:, dim:]
+    through = a2 @ transposed(_under(f, transposed(u1)))  # A2 U1 F'^-1
+    a = a2 @ a1 - through @ (transposed(k) @ a1)
+    u = _triangular(jnp.concatenate([through, u2], axis=-1))
+    return a, u, _triangular(jnp.concatenate([transposed(a1) @ h, z1], axis=-1))
 
 
-def _elements(a: Array, strength: Array, eye: Array):
-    """One-step elements; d[0] = 0 is known, so nothing before the first step matters to it."""
-    gain = strength / (1 + strength)
-    information = a * a if is_diagonal(a) else jnp.swapaxes(a, -1, -2) @ a
-    behind_first = jnp.ones(a.shape, bool).at[0].set(False)
+def _elements(a: Array, strength: Array, eye: Array, num_known: Array | int = 0):
+    """One-step elements; a known step has no covariance, so nothing before it matters to what follows.
+
+    Diagonal: (A, C, J). Dense: (A, U, Z), the roots.
+    """
+    root = (lambda x: x) if is_diagonal(a) else jnp.sqrt
+    information = a * a if is_diagonal(a) else transposed(a)
+    free = expand_mask(jnp.arange(a.shape[0]) >= num_known, a)
+    linked = delayed(free)  # the step before is not known
     return (
-        jnp.where(behind_first, a, 0) / (1 + strength),
-        eye / (1 + strength),
-        jnp.where(behind_first, information, 0) * gain,
+        jnp.where(linked, a, 0) / (1 + strength),
+        jnp.where(free, eye, 0) * root(1 / (1 + strength)),
+        jnp.where(linked, information, 0) * root(strength / (1 + strength)),
     )
 
 
-def _gain(predicted: Array, strength: Array, eye: Array) -> Array:
-    if is_diagonal(predicted):
-        return 1 / (1 + strength * predicted)
-    factor = jnp.linalg.cholesky(eye + strength * predicted)
-    half = jax.scipy.linalg.solve_triangular(factor, eye, lower=True)
-    return jnp.swapaxes(half, -1, -2) @ half
+def gains(a: Array, strength: Scalar, num_known: Array | int = 0) -> Gains:
+    """Covariances and gains of the filter, all t at once, for lambda = ``strength``.
 
-
-def gains(a: Array, strength: Scalar) -> Gains:
-    """Covariances and gains of the filter, all t at once, for lambda = ``strength``."""
+    num_known: so many increments at the start follow the linear recursion without noise or penalty, as in Newton.
+    """
     lam = jnp.asarray(strength, a.dtype)
     work = matrices(a)
     eye = (
         jnp.ones_like(work) if is_diagonal(a) else jnp.broadcast_to(jnp.eye(work.shape[-1], dtype=a.dtype), work.shape)
     )
-    operator = _diagonal_operator if is_diagonal(a) else _dense_operator
-    filtered = jax.lax.associative_scan(operator, _elements(work, lam, eye))[1]
-    carried = delayed(filtered)
+    elements = _elements(work, lam, eye, num_known)
     if is_diagonal(a):
-        predicted = work * work * carried + eye
+        filtered = jax.lax.associative_scan(_diagonal_operator, elements)[1]
+        predicted = work * work * delayed(filtered) + eye
+        shrink = 1 / (1 + lam * predicted)
     else:
-        predicted = _symmetric(work @ carried @ jnp.swapaxes(work, -1, -2)) + eye
+        root = jax.lax.associative_scan(_dense_operator, elements)[1]
+        behind = jnp.concatenate([work @ delayed(root), eye], axis=-1)
+        filtered, predicted = root @ transposed(root), behind @ transposed(behind)
+        half = _under(_triangular(jnp.concatenate([eye, jnp.sqrt(lam) * behind], axis=-1)), eye)
+        shrink = transposed(half) @ half
     # Without observations the covariance may overflow and does not matter.
-    shrink = jnp.where(lam == 0, eye, _gain(predicted, lam, eye))
+    known = expand_mask(jnp.arange(a.shape[0]) < num_known, work)
+    shrink = jnp.where((lam == 0) | known, eye, shrink)
     return Gains(structured(predicted), structured(filtered), structured(shrink))
 
 
@@ -164,7 +179,7 @@ def smoother_corrections(a: Array, gains: Gains, pull: Array, strength: Scalar) 
         smoothing = gains.filtered * ahead / predicted
     else:
         product = matrices(compose(ahead, gains.filtered, pull.ndim))  # A[t+1] P[t]: its transpose is P A'
-        smoothing = jnp.swapaxes(jnp.linalg.solve(matrices(predicted), product), -1, -2)
+        smoothing = transposed(jnp.linalg.solve(matrices(predicted), product))
         smoothing = structured(smoothing)
     smoothing = jnp.where(jnp.asarray(strength) == 0, jnp.zeros_like(smoothing), smoothing)
     next_pull = jnp.concatenate([pull[1:], jnp.zeros_like(pull[:1])])

@@ -16,7 +16,6 @@ exact prefix growing; they can delay convergence but never claim it.
 from dataclasses import dataclass, field
 
 import jax
-import jax.numpy as jnp
 
 from pmcmc._types import Scalar
 from pmcmc.recurrence._basis import Basis, StandardBasis
@@ -77,5 +76,5 @@ class Newton(NewtonType):
         correction = jax.vmap(self.basis.decode)(self.jacobian.recur(a, r))
         return it.now.images + drop_overflow(correction), None
 
-    def judge(self, it, candidate, plan):
-        return jnp.array(True), None, jnp.array(False)
+    def judge(self, system, it, candidate, plan):
+        return candidate, None, False

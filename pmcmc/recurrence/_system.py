@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pmcmc._tree import finite_rows, leading_true, relative_distance, within_rounding
+from pmcmc._tree import expand_mask, finite_rows, leading_true, relative_distance, within_rounding
 from pmcmc._types import Array, PyTree
 from pmcmc.recurrence._base import RESULTS, Stats, default_tolerance, typical_scale
 from pmcmc.recurrence._growth import separates, tangent_growth
@@ -53,6 +53,20 @@ class System:
     def evaluate(self, path: Array) -> Evaluation:
         """All T equations at once."""
         images, aux = jax.vmap(self.fn)(self.previous(path), self.inputs)
+        return self.compare(path, images, aux)
+
+    def splice(self, new: Evaluation, old: Evaluation, whole: Array) -> Evaluation:
+        """The new iterate where ``whole``, else its exact prefix followed by the rest of the old one.
+
+        Without another evaluation: an image depends on the state before it alone.
+        """
+        index, prefix = jnp.arange(self.length), exact_prefix(new)
+        pick = lambda stop: lambda x, y: jnp.where(whole | expand_mask(index < stop, x), x, y)
+        images, aux = jax.tree.map(pick(prefix + 1), (new.images, new.aux), (old.images, old.aux))
+        return self.compare(pick(prefix)(new.path, old.path), images, aux)
+
+    def compare(self, path: Array, images: Array, aux: PyTree) -> Evaluation:
+        """Which equations hold, given both sides of them."""
         scale = typical_scale(images) if self.scale is None else self.scale
         residual = relative_distance(path, images, scale)
         tol = default_tolerance(path.dtype) if self.tol is None else self.tol
@@ -78,12 +92,17 @@ class Outcome(NamedTuple):
     residual_profile: Array
 
 
-def blocked_at(now: Evaluation) -> Array:
-    """The step t (from 0) whose predecessors are right to rounding while f is not finite there; T if there is none.
+def exact_prefix(now: Evaluation) -> Array:
+    """Length of the prefix that holds to rounding.
 
     To rounding, not to the tolerance: that is relative to a scale which an exploding iterate inflates.
     """
-    prefix = leading_true(now.holds & within_rounding(now.path, now.images))
+    return leading_true(now.holds & within_rounding(now.path, now.images))
+
+
+def blocked_at(now: Evaluation) -> Array:
+    """The step t (from 0) whose predecessors are right to rounding while f is not finite there; T if there is none."""
+    prefix = exact_prefix(now)
     index = jnp.minimum(prefix, now.holds.shape[0] - 1)
     blocked = (prefix < now.holds.shape[0]) & ~jnp.all(jnp.isfinite(now.images[index]))
     return jnp.where(blocked, index, now.holds.shape[0])

@@ -15,6 +15,8 @@ SOLVERS = {
     "quasi-elk": rec.quasi_elk(),
     "windowed": rec.Windowed(rec.quasi_deer(), window=16),
 }
+SHOOTING = {"shooting": rec.MultipleShooting(num_blocks=4)}
+with_shooting = pytest.mark.parametrize("solver", (SOLVERS | SHOOTING).values(), ids=(SOLVERS | SHOOTING).keys())
 some_solvers = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
 
 
@@ -89,13 +91,13 @@ def _budget(solver, max_iters):
     return {"max_iters": max_iters}
 
 
-def test_stagnation_of_a_trust_region():
-    """A path that must switch wells: the merit is flat to rounding far from the solution, and the solver says so."""
+def test_a_path_that_must_switch_wells():
+    """The merit is flat to rounding far from the solution: a trust region gets there step by step."""
     fn, x0, inputs = transient(200, 60, 100)
-    found = solve(rec.quasi_elk(), fn, x0, inputs)  # the state is one number: quasi-ELK is ELK
-    assert int(found.result) == RESULTS.stagnated
-    assert float(found.residual) > 1e-3
-    assert int(solve(rec.deer(), fn, x0, inputs).result) == RESULTS.successful
+    for solver in (rec.deer(), rec.quasi_elk()):  # the state is one number: quasi-ELK is ELK
+        found = solve(solver, fn, x0, inputs)
+        assert int(found.result) == RESULTS.successful
+        assert int(found.stats.num_iters) < 100
 
 
 def test_pseudo_orbit_is_not_called_solved():
@@ -111,7 +113,7 @@ def test_pseudo_orbit_is_not_called_solved():
     np.testing.assert_array_equal(exact.value, orbit)
 
 
-@some_solvers
+@with_shooting
 @pytest.mark.parametrize(("shift", "size"), [(1e5, 1.0), (0.0, 1e-6)], ids=["shifted", "scaled"])
 def test_shift_and_scale_do_not_matter(solver, shift, size, rng_key):
     variant = Variant.draw(rng_key, 40)
@@ -122,24 +124,26 @@ def test_shift_and_scale_do_not_matter(solver, shift, size, rng_key):
     np.testing.assert_allclose((moved.value - shift) / size, plain.value, atol=1e-9)
 
 
-@some_solvers
+@with_shooting
 def test_shift_in_float32(solver, rng_key):
     single = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), Variant.draw(rng_key, 40, shift=1e4))
     found = solve_variant(solver, single)
     assert found.value.dtype == jnp.float32
     assert int(found.result) == RESULTS.successful
     np.testing.assert_allclose(found.value, solve_variant(SEQUENTIAL, single).value, atol=8e-3)
-    assert int(found.stats.num_iters) > 0  # a tolerance relative to |x| would call the first iterate converged
+    # a tolerance relative to |x| would call the first iterate converged
+    assert int(found.stats.num_iters + found.stats.num_sweeps) > 0
 
 
 def test_raw_and_typed_keys_as_inputs():
     fn = lambda x, key: 0.5 * x + jax.random.normal(key)
     typed = jax.random.split(jax.random.key(3), 12)
     raw = jax.random.key_data(typed)
-    found = [solve(rec.deer(), fn, 0.0, keys).value for keys in (typed, raw)]
-    np.testing.assert_array_equal(*found)
+    for solver in (rec.deer(), rec.quasi_elk(), *SHOOTING.values()):
+        found = [solve(solver, fn, 0.0, keys).value for keys in (typed, raw)]
+        np.testing.assert_array_equal(*found)
 
 
 def test_default_arguments():
-    for solver in (rec.Newton(), rec.LevenbergMarquardt(), rec.Windowed(rec.Newton())):
+    for solver in (rec.Newton(), rec.LevenbergMarquardt(), rec.Windowed(rec.Newton()), rec.MultipleShooting()):
         assert int(solver.solve(lambda x, u: 0.5 * x + 1, 0.0, length=5).result) == RESULTS.successful

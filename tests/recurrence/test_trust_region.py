@@ -53,7 +53,7 @@ def test_unstable_transient(make, dtype):
 
 def test_published_form_converges_where_newton_explodes():
     inputs = (0.5 * jnp.sin(jnp.arange(300.0)))[:, None]
-    solver = rec.quasi_elk(regularization=FixedRegularization(0.1), step_rule=Filter())
+    solver = rec.quasi_elk(regularization=FixedRegularization(0.1))
     found = solve(solver, cubic, jnp.zeros(1), inputs, initial_guess=jnp.full((300, 1), 4.0))
     assert int(found.result) == RESULTS.successful
     assert int(found.stats.num_iters) < 120
@@ -69,27 +69,96 @@ def test_float32_steps_agree_with_float64(rng_key):
         np.testing.assert_allclose(run(solver, *single), run(solver, *double), rtol=1e-3, atol=1e-3)
 
 
+def trial(before, after, predicted, lost_after=0):
+    return rec._trust_region.Trial(*map(jnp.array, (before, after, predicted, 0, lost_after)))
+
+
 def test_adaptive_strength_follows_the_model():
-    rule = AdaptiveRegularization()
-    none = jnp.zeros((), int)
+    rule = AdaptiveRegularization(history=2)
 
-    def update(after, predicted, lost_after=none):
-        trial = rec._trust_region.Trial(jnp.array(1.0), jnp.array(after), jnp.array(predicted), none, lost_after)
-        accepted, memory, retry = rule.update(jnp.array(1.0), trial)
-        return bool(accepted), float(memory), bool(retry)
+    def update(*args, memory=rule.begin(jnp.float64)):  # noqa: B008
+        accepted, memory, retry = rule.update(memory, trial(*args))
+        return bool(accepted), float(memory.strength), bool(retry), memory
 
-    assert update(0.1, 0.1) == (True, 0.1, True)  # as predicted: relax
-    assert update(0.7, 0.1) == (True, 1.0, True)  # rho 0.51: keep
-    assert update(0.95, 0.1) == (True, 4.0, True)  # hardly better: accept and tighten
-    assert update(2.0, 0.1) == (False, 4.0, True)  # worse: reject and tighten
-    assert update(0.1, 0.1, none + 1) == (False, 4.0, True)  # lost a step to NaN: reject
-    assert not rule.update(jnp.array(1e8), rec._trust_region.Trial(*map(jnp.array, (1.0, 2.0, 0.1, 0, 0))))[2]
+    assert update(1.0, 0.1, 0.1)[:3] == (True, 0.1, True)  # as predicted: relax
+    assert update(1.0, 0.7, 0.1)[:3] == (True, 1.0, True)  # rho 0.51: keep
+    assert update(1.0, 0.95, 0.1)[:3] == (True, 4.0, True)  # hardly better: accept and tighten
+    assert update(1.0, 2.0, 0.1)[:3] == (False, 4.0, True)  # worse: reject and tighten
+    assert update(1.0, 0.1, 0.1, 1)[:3] == (False, 4.0, True)  # lost a step to NaN: reject
+    largest = rule.begin(jnp.float64)._replace(strength=jnp.array(1e8))
+    assert update(1.0, 2.0, 0.1, memory=largest)[:3] == (False, 1e8, False)  # nothing left to try
+    after_one = update(1.0, 0.5, 0.1)[3]
+    assert update(0.5, 0.7, 0.1, memory=after_one)[0]  # worse than the last, better than the one before
+    assert not update(0.5, 1.1, 0.1, memory=after_one)[0]
+    after_two = update(0.5, 0.4, 0.1, memory=after_one)[3]
+    assert not update(0.4, 0.7, 0.1, memory=after_two)[0]  # forgotten
+    with pytest.raises(ValueError, match="history"):
+        AdaptiveRegularization(history=0)
 
 
-def test_merit_never_rises_with_adaptive_strength(rng_key):
-    fn, x0, inputs = coupled(rng_key, 13, gain=3.0)
-    found = solve(rec.elk(num_iterates=40), fn, x0, inputs)
-    previous = jnp.concatenate([jnp.broadcast_to(x0, (40, 1, 4)), found.iterates[:, :-1]], axis=1)
+@pytest.mark.parametrize("history", [1, 3])
+def test_merit_stays_below_those_before(history, rng_key):
+    """Behind the prefix, which may jump: below the largest of the last ``history`` iterates."""
+    fn, x0, inputs = coupled(rng_key, 13, gain=1.5)
+    rule = AdaptiveRegularization(history=history)
+    found = solve(rec.elk(regularization=rule, num_iterates=14), fn, x0, inputs)
+    previous = jnp.concatenate([jnp.broadcast_to(x0, (14, 1, 4)), found.iterates[:, :-1]], axis=1)
     images = jax.vmap(lambda path: jax.vmap(fn)(path, inputs))(previous)
-    merit = jnp.sum((images - found.iterates) ** 2, axis=(1, 2))
-    assert np.all(merit[1:] <= merit[:-1] * (1 + 1e-12) + 1e-25)
+    merit = np.asarray(jnp.sum((images - found.iterates) ** 2, axis=(1, 2)))
+    for k in range(1, 14):
+        assert merit[k] <= max(merit[max(0, k - history) : k]) * (1 + 1e-12) + 1e-25
+
+
+# --- the exact prefix
+
+
+def wells(length):
+    """Two wells, a path in one of them, a guess in the other: phi must rise before it falls."""
+    inputs = 0.3 * jax.random.normal(jax.random.key(1), (length, 1))
+    return lambda x, u: jnp.tanh(2 * x + u), jnp.full((1,), 0.5), inputs, jnp.full((length, 1), -1.0)
+
+
+@pytest.mark.parametrize(
+    "regularization",
+    [AdaptiveRegularization(), AdaptiveRegularization(history=1, smallest=1e6)],
+    ids=["default", "monotone"],
+)
+@pytest.mark.parametrize("rule", [Filter(), Smoother()], ids=["filter", "smoother"])
+def test_exact_prefix_grows_by_a_step_an_iteration(regularization, rule):
+    """Whatever the strength, also where steps are rejected: after k iterations k states, after T all."""
+    fn, x0, inputs, guess = wells(60)
+    solver = rec.quasi_elk(regularization=regularization, step_rule=rule, num_iterates=61, max_iters=60)
+    found = solve(solver, fn, x0, inputs, initial_guess=guess)
+    exact = np.asarray(SEQUENTIAL.solve(fn, x0, inputs).value)
+    iterates = np.asarray(found.iterates)
+    for k in range(1, 61):
+        np.testing.assert_allclose(iterates[k, :k], exact[:k], atol=1e-12)
+    assert int(found.result) == RESULTS.successful
+
+
+@pytest.mark.parametrize("make", [rec.elk, rec.quasi_elk])
+def test_default_solves_what_a_monotone_rule_does_not(make):
+    """Folds and flips: the logistic map from a bad guess, two wells, and jumps of the recurrence itself."""
+    logistic = lambda x, u: 2.8 * x * (1 - x)
+    for seed in (0, 1):
+        guess = jax.random.uniform(jax.random.key(seed), (200,))
+        found = solve(make(), logistic, 0.3, None, length=200, initial_guess=guess)
+        assert int(found.result) == RESULTS.successful
+        assert int(found.stats.num_iters) < 60
+    fn, x0, inputs, guess = wells(100)
+    found = solve(make(), fn, x0, inputs, initial_guess=guess)
+    assert int(found.result) == RESULTS.successful
+    jumps = lambda x, u: 0.7 * x + u + jnp.where(x > 0.5, -1.0, 0.3)
+    inputs = jax.random.normal(jax.random.key(2), (200, 1))
+    found = solve(make(), jumps, jnp.zeros(1), inputs)
+    assert int(found.result) == RESULTS.successful
+    np.testing.assert_allclose(found.value, SEQUENTIAL.solve(jumps, jnp.zeros(1), inputs).value, atol=1e-11)
+
+
+def test_a_region_too_small_to_move_stagnates(rng_key):
+    fn, x0, inputs = coupled(rng_key, 20)
+    found = solve(rec.elk(regularization=FixedRegularization(1e30)), fn, x0, inputs)
+    assert int(found.result) == RESULTS.stagnated
+    assert int(found.stats.num_iters) < 5
+    assert float(found.residual) > 1e-3
+    assert int(found.stats.certified_steps) == 0

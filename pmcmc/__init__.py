@@ -1,6 +1,6 @@
 """Sample one exact Markov chain in parallel across its length."""
 
-from pmcmc import recurrence, stability
+from pmcmc import plots, recurrence, stability
 from pmcmc.chain import Chain
 from pmcmc.kernels import HMC, MALA, BranchTaken, Info, Kernel, StraightThrough, UniformLength
 from pmcmc.recurrence import RESULTS
@@ -27,6 +27,7 @@ __all__ = [
     "WarmupError",
     "WindowAdaptation",
     "parallel_chain",
+    "plots",
     "recurrence",
     "sample",
     "stability",

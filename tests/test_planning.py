@@ -254,3 +254,20 @@ def test_funnel_stays_sequential(free_lanes) -> None:
     chain = pmcmc.sample(funnel, start_like(funnel), 0, num_samples=4000, **SIZES)
     assert chain.report.decision == "sequential"
     assert not chain.report.plan.coalescence.merged.all()
+
+
+def test_picture_of_merges(free_lanes) -> None:
+    """One line a pair with its distances, one line a site."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    chain = pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=20_000, **SIZES)
+    figure = pmcmc.plots.merge_distances(chain)
+    left, right = figure.axes
+    pilot = chain.report.plan.coalescence
+    shown = np.stack([line.get_ydata() for line in left.lines[:32]], axis=1)
+    for pair, steps in enumerate(np.asarray(pilot.steps)):
+        np.testing.assert_allclose(shown[: steps + 1, pair], pilot.distances[: steps + 1, pair])
+        assert np.all(np.isnan(shown[steps + 1 :, pair]))
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["position"]
+    matplotlib.pyplot.close(figure)

@@ -1,0 +1,68 @@
+"""Figures of the documentation, drawn from the result files alone: ``python -m benchmarks.figures``."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks._harness import RESULTS
+
+FIGURES = Path(__file__).parents[1] / "docs" / "figures"
+METHODS = ["DEER", "ELK", "quasi-DEER", "quasi-ELK", "Jacobi"]
+
+
+def iterations(path: Path) -> None:
+    """Iterations over T against the Lyapunov exponent, and iterations of DEER against T."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = json.loads((RESULTS / "recurrence_iterations.json").read_text())["rows"]
+    rows = [row for row in rows if row["result"] == "successful"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    _against_exponent(left, rows)
+    _against_length(right, rows)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _against_exponent(axes: Any, rows: list[dict]) -> None:
+    """At the T of most rows, one marker a method, each system at its own exponent."""
+    length = 256
+    for method in METHODS:
+        found = [r for r in rows if r["solver"] == method and r["length"] == length]
+        x = [r["lyapunov_exponent"] for r in found]
+        axes.scatter(x, [r["num_iters"] / length for r in found], s=18, alpha=0.7, label=method)
+    axes.axvline(0, color="0.4", lw=0.8, ls=":")
+    axes.set(xlabel="largest Lyapunov exponent a step", ylabel="iterations / T", yscale="log")
+    axes.set_xscale("symlog", linthresh=0.05)
+    axes.set_xticks([-0.5, -0.1, 0, 0.1, 0.5], ["-0.5", "-0.1", "0", "0.1", "0.5"])
+    axes.set_title(f"All recurrences, T = {length}")
+    axes.legend(frameon=False, fontsize="small")
+
+
+def _against_length(axes: Any, rows: list[dict]) -> None:
+    """DEER: one line a system (median over seeds), coloured by its exponent."""
+    import matplotlib.pyplot as plt
+
+    deer = [r for r in rows if r["solver"] == "DEER"]
+    colours = plt.get_cmap("coolwarm")
+    for problem in dict.fromkeys(r["problem"] for r in deer):
+        mine = [r for r in deer if r["problem"] == problem]
+        lengths = sorted({r["length"] for r in mine})
+        if len(lengths) < 3:
+            continue
+        counts = [np.median([r["num_iters"] for r in mine if r["length"] == n]) for n in lengths]
+        exponent = float(np.median([r["lyapunov_exponent"] for r in mine]))
+        axes.plot(lengths, counts, marker=".", color=colours(0.5 + 0.5 * np.tanh(10 * exponent)), lw=1)
+    axes.plot([64, 1024], [64, 1024], color="0.4", lw=0.8, ls=":", label="T")
+    axes.set(xlabel="T", ylabel="iterations", xscale="log", yscale="log")
+    axes.set_title("DEER (red: exponent above zero, blue: below)")
+    axes.legend(frameon=False, fontsize="small")
+
+
+if __name__ == "__main__":
+    iterations(FIGURES / "iterations.png")

@@ -141,7 +141,7 @@ def lanes_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_auto, "SHORT_SECONDS", 0.0)
     monkeypatch.setattr(_pilot, "TIMING_SECONDS", 0.0)
     monkeypatch.setattr(_pilot, "SHARE", 0.2)
-    monkeypatch.setattr(_auto.Automatic, "costs", lambda self, head: Costs(1e6, 1e6, 1.0, 0.0))
+    monkeypatch.setattr(_auto.Automatic, "costs", lambda self, head: Costs(1e6, 1e6, 1e4, 0.0))
 
 
 def test_auto_takes_shooting_where_chains_merge_and_is_right(lanes_are_free) -> None:

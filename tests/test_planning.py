@@ -74,6 +74,22 @@ def test_merges_too_long_for_the_run() -> None:
     assert "too many for blocks" in found.reason
 
 
+def test_newton_where_merges_are_long_and_lanes_free() -> None:
+    """Affine, so Newton takes few iterations, and too slow to merge for blocks to be worth repairing."""
+    keys = jax.random.split(jax.random.key(1), 2)
+    inputs = jax.random.normal(keys[0], (6000, 32))
+    pilot = coalescence_time(lambda x, u: 0.99 * x + u, jnp.zeros(32), jnp.ones(32), inputs, scale=1.0, tol=1e-13)
+    free = Costs(1e-4, 1e-4, 1e-12, 0.0)
+    found = plan(10_000, 1, free, pilot, dim=1)
+    assert found.chosen.name == "DEER"
+    assert found.chosen.num_steps < 20
+    assert found.solver.max_iters >= 20
+    assert plan(10_000, 1, free, pilot).chosen.name != "DEER"
+    assert "DEER" not in [c.name for c in plan(10_000, 1, free, pilot, dim=100, max_steps=100_000).candidates]
+    dear = plan(10_000, 1, free._replace(lane=1e-4), pilot, dim=1)
+    assert dear.chosen.name == "sequential"
+
+
 def test_segments_risk_a_tenth() -> None:
     """Every prefix of segments could fail next, and the whole would cost at most 1.1 sequential runs."""
     for step in (2.0, 50.0, 150.0):  # of 256 lanes, in steps of sequential sampling
@@ -124,7 +140,7 @@ def free_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_auto, "SHORT_SECONDS", 0.0)
     monkeypatch.setattr(_pilot, "TIMING_SECONDS", 0.0)
     monkeypatch.setattr(_pilot, "SHARE", 0.2)
-    monkeypatch.setattr(_auto.Automatic, "costs", lambda self, head: Costs(1e6, 1e6, 1.0, 0.0))
+    monkeypatch.setattr(_auto.Automatic, "costs", lambda self, head: Costs(1e6, 1e6, 1e4, 0.0))
 
 
 def assert_same(chain: pmcmc.Chain, expected: pmcmc.Chain) -> None:
@@ -148,7 +164,7 @@ def test_a_plan_that_fails_loses_nothing(free_lanes, monkeypatch: pytest.MonkeyP
 
 def test_blocks_slower_than_planned_are_left(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments that take longer than sequential sampling would have: what was done stands, the rest is in order."""
-    monkeypatch.setattr(_auto.Automatic, "costs", lambda self, head: Costs(1e-12, 1e-12, 1e-18, 0.0))
+    monkeypatch.setattr(_auto.Automatic, "costs", lambda self, head: Costs(1e-12, 1e-12, 1e-14, 0.0))
     run = lambda solver: pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=20_000, solver=solver, **SIZES)
     chain = run("auto")
     assert chain.report.decision == "shooting"

@@ -4,9 +4,11 @@ import math
 import time
 from collections.abc import Callable
 
+import jax
 import numpy as np
 
-from pmcmc.recurrence import MultipleShooting, Sequential
+from pmcmc._tree import is_real
+from pmcmc.recurrence import MultipleShooting
 from pmcmc.sampling._pilot import Head, bias_after_warmup, couple
 from pmcmc.sampling._run import Run, join
 from pmcmc.stability import Costs, Diagnosis, Plan, check_pilot, diagnose, plan
@@ -53,10 +55,10 @@ class Automatic:
         self.plan = self.make_plan(head)
         self.reason = self.plan.reason
         self.pilot_seconds, begin = time.perf_counter() - begin, time.perf_counter()
-        if isinstance(self.plan.solver, Sequential):
-            run.sequentially()
+        if isinstance(self.plan.solver, MultipleShooting):
+            self.in_blocks(self.plan, self.plan.solver)
         else:
-            self.in_blocks(self.plan)
+            run.with_solver(self.plan.solver)
         self.seconds = time.perf_counter() - begin
 
     def make_plan(self, head: Head) -> Plan:
@@ -70,7 +72,9 @@ class Automatic:
                 self.find_diagnosis = lambda: diagnose(target, kernel, pilot, info)
         limit = run.shape_for(MultipleShooting(2), run.left)
         most = limit.num_blocks * limit.capacity
-        return plan(run.left, run.engine.num_chains, self.costs(head), pilot, max_steps=most)
+        leaves = jax.tree.leaves(run.x)
+        dim = sum(x[0].size for x in leaves) if all(map(is_real, leaves)) else None
+        return plan(run.left, run.engine.num_chains, self.costs(head), pilot, dim=dim, max_steps=most)
 
     def costs(self, head: Head) -> Costs:
         """Two points of the line ``overhead + lanes * lane``: the chains', where they are lanes, and the warm-up's."""
@@ -88,19 +92,19 @@ class Automatic:
         overhead = min(CPU_OVERHEAD, wide / 2)
         return Costs(seconds, overhead, (wide - overhead) / lanes, compile_seconds)
 
-    def in_blocks(self, planned: Plan) -> None:
+    def in_blocks(self, planned: Plan, solver: MultipleShooting) -> None:
         """Segments that grow with what was saved; in order where merges do not arrive, or nothing is saved."""
         run, chosen, sequential = self.run, planned.chosen, planned.costs.sequential
-        blocks, total, start = chosen.solver.blocks_for(run.left), run.left, run.done
+        blocks, total, start = solver.blocks_for(run.left), run.left, run.done
         step = planned.costs.step(blocks * run.engine.num_chains) / sequential
         # only the first segment is sure to be short of the whole
-        shape = run.shape_for(chosen.solver, total - int(FIRST_SHARE * total))
+        shape = run.shape_for(solver, total - int(FIRST_SHARE * total))
         spent = 0.0  # in steps of sequential sampling
         while run.left:
             done = run.done - start
             cost = spent / done if done else step * (1 / blocks + chosen.merge / (FIRST_SHARE * total))
             length = next_segment(total, done, done - spent, cost, shape.capacity * blocks)
-            patience = math.ceil(PATIENCE * max(chosen.merge, chosen.solver.unit))
+            patience = math.ceil(PATIENCE * max(chosen.merge, solver.unit))
             guarded = MultipleShooting(num_blocks=blocks, max_steps=math.ceil(length / blocks) + patience)
             _, failed, clock = run.take(guarded, shape, length)
             done, spent = run.done - start, spent + clock.run_seconds / sequential

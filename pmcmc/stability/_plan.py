@@ -1,15 +1,15 @@
 """What would each way of sampling cost here, and which one is worth it? Arithmetic on measurements; nothing is run."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from pmcmc._types import Scalar
-from pmcmc.recurrence import MultipleShooting, Sequential
-from pmcmc.recurrence._lanes import LaneSolver
+from pmcmc.recurrence import Dense, Diagonal, MultipleShooting, RecurrenceSolver, Sequential, deer, quasi_deer
 from pmcmc.stability._coalescence import Coalescence
-from pmcmc.stability._predict import Prediction, predict_sweeps
+from pmcmc.stability._predict import Prediction, predict_iterations, predict_sweeps
 
 # Blocks are whole numbers of this many steps: what the zeroth sweep writes at a time.
 BLOCK_UNIT = 16
@@ -46,7 +46,7 @@ class Candidate(NamedTuple):
     """
 
     name: str
-    solver: LaneSolver
+    solver: RecurrenceSolver
     num_steps: float
     lower: float
     upper: float
@@ -74,7 +74,7 @@ class Plan:
     coalescence: Coalescence | None
 
     @property
-    def solver(self) -> LaneSolver:
+    def solver(self) -> RecurrenceSolver:
         return self.chosen.solver
 
     @property
@@ -96,16 +96,21 @@ def plan(
     costs: Costs,
     coalescence: Coalescence | None = None,
     *,
+    dim: int | None = None,
     max_steps: int | None = None,
 ) -> Plan:
-    """Choose among sequential sampling and blocks of any number, by predicted seconds.
+    """Choose among sequential sampling, blocks of any number, DEER and quasi-DEER, by predicted seconds.
 
     A sequential run takes ``T s`` seconds. P blocks take one compilation and, for each segment of S P steps,
     ``(S + M) (a + C P b)`` seconds, where M is the merge time of the slowest of C P lanes (`predict_sweeps`). Blocks
     are chosen if every pair of the pilot merged and they should save a tenth of the sequential run.
 
+    DEER and quasi-DEER take their predicted iterations (`predict_iterations`), each a step of C T (1 + D) lanes, for
+    the map and its D tangents, and log2(T) overheads for the scan. They are considered where T steps fit into memory.
+
     num_steps: T, steps per chain that are left. num_chains: C. costs: s, a, b and the seconds of a compilation.
     coalescence: the pilot; None where nothing is known of how chains merge.
+    dim: D, real entries of a state; None: do not consider Newton's method.
     max_steps: steps per chain that one segment may hold; None: all.
 
     Example:
@@ -130,14 +135,16 @@ def plan(
         f"All {merged.size} coupled pairs of chains merged within {int(steps.max()):,} steps (median "
         f"{int(np.median(steps)):,})"
     )
-    blocks = _block_candidates(num_steps, num_chains, costs, coalescence, max_steps or num_steps)
-    if not blocks:
+    others = _block_candidates(num_steps, num_chains, costs, coalescence, max_steps or num_steps)
+    if dim is not None:
+        others += _newton_candidates(num_steps, num_chains, costs, coalescence, dim, max_steps or num_steps)
+    if not others:
         return conclude(alone, f"{merging}: too many for blocks in a run of {num_steps:,} steps.")
-    best = min(blocks, key=lambda c: c.seconds)
+    best = min(others, key=lambda c: c.seconds)
     compared = f"{best.name} should take {best.seconds:.2g} s and sequential sampling {alone.seconds:.2g} s"
     if best.seconds < (1 - MARGIN) * alone.seconds:
-        return conclude(best, f"{merging}; {compared}.", blocks)
-    return conclude(alone, f"{merging}, but {compared}.", blocks)
+        return conclude(best, f"{merging}; {compared}.", others)
+    return conclude(alone, f"{merging}, but {compared}.", others)
 
 
 def _block_candidates(
@@ -162,6 +169,22 @@ def _block_candidates(
                 merge.value,
             )
         )
+    return found
+
+
+def _newton_candidates(
+    num_steps: int, num_chains: int, costs: Costs, coalescence: Coalescence, dim: int, max_steps: int
+) -> list[Candidate]:
+    found = []
+    iteration = costs.step(num_chains * num_steps * (1 + dim)) + costs.overhead * math.log2(num_steps)
+    for name, make, structure, width in (("DEER", deer, Dense(), dim), ("quasi-DEER", quasi_deer, Diagonal(), 1)):
+        if num_steps * width > max_steps:  # a step of DEER holds D x D entries where one of blocks holds D
+            continue
+        count = predict_iterations(structure, coalescence, length=num_steps)
+        # what may be lost if they do not converge, as in `next_segment`
+        budget = math.ceil(count.value + LOSS * num_steps * costs.sequential / iteration)
+        seconds = count.value * iteration + costs.compile
+        found.append(Candidate(name, make(max_iters=budget), *count, seconds))
     return found
 
 

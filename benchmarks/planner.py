@@ -94,23 +94,24 @@ def measure(name: str, pair: Pair, seconds: float, solvers: dict[str, Recurrence
     posterior = pair.posterior()
     per_step = _seconds_per_step(posterior, pair, seconds)
     num_steps = min(int(float(f"{seconds / per_step:.2g}")), MAX_STEPS)
-    row = {
+    runs: dict[str, dict[str, Any]] = {}
+    thinning = math.ceil(num_steps * pair.num_chains * (posterior.dim + 8) / MAX_NUMBERS)
+    row: dict[str, Any] = {
         "pair": name,
         "posterior": posterior.name,
         "dim": posterior.dim,
         "kernel": type(pair.kernel).__name__,
         "num_chains": pair.num_chains,
         "num_samples": num_steps,
-        "thinning": math.ceil(num_steps * pair.num_chains * (posterior.dim + 8) / MAX_NUMBERS),
+        "thinning": thinning,
         "seconds_per_step": per_step,
-        "runs": {},
+        "runs": runs,
     }
-    runs: dict[str, dict[str, Any]] = row["runs"]
     plan = None
     for label, solver in solvers.items():
         runs[label] = {"not_run": _pointless(label, posterior.dim, num_steps, runs)}
         if not runs[label]["not_run"]:
-            runs[label], found = timed_call(posterior, pair, solver, num_steps, row["thinning"])
+            runs[label], found = timed_call(posterior, pair, solver, num_steps, thinning)
             plan = found or plan
     row.update(_judge(runs, plan, pair.num_chains))
     return row

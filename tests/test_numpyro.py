@@ -108,7 +108,8 @@ def test_starts_are_numpyros_and_usable() -> None:
     for name in ("supports", "constants"):
         model, args, kwargs = MODELS[name]
         target = numpyro_target(model, args, kwargs)
-        starts = numpyro_starts(target, model, args, kwargs, jax.random.key(0), 3)
+        starts = numpyro_starts(target, jax.random.key(0), 3)
+        assert all(np.all(np.abs(x) <= 2) for x in jax.tree.leaves(starts))
         assert all(x.shape[0] == 3 for x in jax.tree.leaves(starts))
         coordinates = jax.vmap(target.coordinates)(starts)
         assert coordinates.shape == (3, target.dim)

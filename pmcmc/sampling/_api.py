@@ -69,7 +69,7 @@ def parallel_chain(
     num_starts = settings.warmup.num_starts if num_warmup else num_chains
     if init_params is None:
         start_key = jax.random.fold_in(key, 0)
-        starts = numpyro_starts(target, model, model_args, model_kwargs, start_key, num_starts)
+        starts = numpyro_starts(target, start_key, num_starts)
     else:
         starts = spread_starts(target, init_params, num_chains, num_starts)
     return run_stages(target, key, starts, settings, progress_bar)

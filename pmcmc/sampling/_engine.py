@@ -16,8 +16,9 @@ from pmcmc.recurrence import RecurrenceSolver, Solution
 from pmcmc.recurrence._lanes import Lanes, LaneSolver, Layout
 from pmcmc.target import Target
 
-# Noise is drawn in this many pieces, and only as many of them as are wanted.
-NOISE_PIECES = 8
+# Noise is drawn in pieces: as many large ones as fit into what is wanted, this share of the capacity each, then small
+# ones of this many steps.
+NOISE_PIECE, SMALL_PIECE = 1 / 8, 256
 
 
 class Shape(NamedTuple):
@@ -80,14 +81,16 @@ def draw_noise(
         noise = jax.vmap(lambda key: jax.vmap(partial(draw, key))(steps))(chain_keys)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), noise)
 
-    piece = -(-shape.capacity // NOISE_PIECES)
-
-    def run_piece(number: Array, noise: PyTree) -> PyTree:
-        first = jnp.minimum(number * piece, shape.capacity - piece)
+    def run_piece(size: int, start: Array | int, number: Array, noise: PyTree) -> PyTree:
+        first = jnp.minimum(start + number * size, shape.capacity - size)
         write = lambda buffer, new: jax.lax.dynamic_update_slice_in_dim(buffer, new, first, 1)
-        return jax.tree.map(write, noise, draw_steps(first, piece))
+        return jax.tree.map(write, noise, draw_steps(first, size))
 
-    return jax.lax.fori_loop(0, -(-block_length // piece), run_piece, buffer)
+    large, small = math.ceil(shape.capacity * NOISE_PIECE), min(shape.capacity, SMALL_PIECE)
+    whole = block_length // large if large > small else jnp.zeros_like(block_length)
+    buffer = jax.lax.fori_loop(0, whole, partial(run_piece, large, 0), buffer)
+    rest = -(-(block_length - whole * large) // small)
+    return jax.lax.fori_loop(0, rest, partial(run_piece, small, whole * large), buffer)
 
 
 @tuned_jit(static_argnames="shape", donate_argnames="buffers")

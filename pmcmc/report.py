@@ -32,7 +32,8 @@ class SolveReport:
     lyapunov_exponent: mean log growth per step of small distances between coupled paths, seen on merging lanes.
     coalescence_steps: steps until each pair of the pilot merged (steps of the pilot + 1: it did not); may be empty.
     acceptance_rate: mean over the draws. *_seconds: wall time; pilot_seconds: of steps that are no draws;
-        planned_seconds: of what followed the plan, compilation included, to hold beside `predicted_seconds`.
+        total_seconds: of everything, copies included; planned_seconds: of what followed the plan, compilation
+        included, to hold beside `predicted_seconds`.
     """
 
     decision: str
@@ -57,6 +58,7 @@ class SolveReport:
     pilot_seconds: float
     compile_seconds: float
     solve_seconds: float
+    total_seconds: float
     planned_seconds: float
     find_diagnosis: Callable[[], Diagnosis] | None = field(default=None, repr=False, compare=False)
 
@@ -99,7 +101,7 @@ class SolveReport:
         )
         lines.append(
             f"Seconds: warm-up {self.warmup_seconds:.2f}, pilot {self.pilot_seconds:.2f}, compile "
-            f"{self.compile_seconds:.2f}, solve {self.solve_seconds:.2f}."
+            f"{self.compile_seconds:.2f}, solve {self.solve_seconds:.2f}; {self.total_seconds:.2f} in all."
         )
         if self.plan is not None:
             lines.append(

@@ -158,7 +158,7 @@ def test_auto_takes_shooting_where_chains_merge_and_is_right(lanes_are_free) -> 
     report = chain.report
     assert report.decision == "shooting"
     assert "merged within" in report.reason
-    assert report.coalescence_steps.shape == (32,)
+    assert 4 <= report.coalescence_steps.size <= 32
     assert np.all(report.num_sequential_steps < 10_000)
     assert np.all(report.certified_steps >= 16_000)  # but for the first steps, which the pilot shares
     products = np.einsum("cti,ctj->ctij", draws, draws).reshape(4, -1, 9)
@@ -172,7 +172,7 @@ def test_auto_takes_shooting_where_chains_merge_and_is_right(lanes_are_free) -> 
 def test_auto_takes_sequential_where_chains_do_not_merge(lanes_are_free) -> None:
     chain = pmcmc.sample(funnel, start_like(funnel), 0, **{**SIZES, "num_samples": 20_000})
     assert chain.report.decision == "sequential"
-    assert "of 32 coupled pairs" in chain.report.reason
+    assert "of 4 coupled pairs" in chain.report.reason
     assert np.all(chain.report.num_sequential_steps == 20_000)
 
 

@@ -150,7 +150,7 @@ def assert_same(chain: pmcmc.Chain, expected: pmcmc.Chain) -> None:
 def test_a_plan_that_fails_loses_nothing(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a chain whose pairs take some 300 steps to merge, under a pilot that says 20."""
     short = merging(np.arange(2, 34))
-    monkeypatch.setattr(_auto, "couple", lambda head, own: short)
+    monkeypatch.setattr(_auto, "couple", lambda head, own: _pilot.Pilot(short, "", 0.0))
     run = lambda solver: pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=8000, solver=solver, **SIZES)
     chain = run("auto")
     assert chain.report.decision == "shooting"
@@ -281,8 +281,9 @@ def test_picture_of_merges(free_lanes) -> None:
     figure = pmcmc.plots.merge_distances(chain)
     left, right = figure.axes
     pilot = chain.report.plan.coalescence
-    shown = np.stack([line.get_ydata() for line in left.lines[:32]], axis=1)
-    for pair, steps in enumerate(np.asarray(pilot.steps)):
+    merges = np.asarray(pilot.steps)
+    shown = np.stack([line.get_ydata() for line in left.lines[: merges.size]], axis=1)
+    for pair, steps in enumerate(merges):
         np.testing.assert_allclose(shown[: steps + 1, pair], pilot.distances[: steps + 1, pair])
         assert np.all(np.isnan(shown[steps + 1 :, pair]))
     assert [text.get_text() for text in right.get_legend().get_texts()] == ["position"]

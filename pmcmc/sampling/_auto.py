@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -29,8 +30,8 @@ class Automatic:
     """One run under "auto", and what it found out.
 
     plan, reason: None and why not, where the run was too short to plan. find_diagnosis: where chains did not merge.
-    bias_bound: what warm-up left, see `bias_after_warmup`. pilot_seconds: spent on partners and arithmetic;
-    steps of the chains themselves are not counted. seconds: taken by what was planned, compilation included.
+    bias_bound: what warm-up left, see `bias_after_warmup`. pilot_seconds: that partners took. seconds: taken by what
+    was planned, compilation included.
     """
 
     def __init__(self, run: Run, own: np.ndarray, timing: LaneTiming | None, on_cpu: bool):
@@ -44,17 +45,16 @@ class Automatic:
         """Take all steps."""
         run, head = self.run, Head(self.run)
         whole = run.num_steps * head.seconds_per_step
-        if run.left * head.seconds_per_step < SHORT_SECONDS:
+        if run.left * head.seconds_per_step <= SHORT_SECONDS:
             self.reason = (
                 f"A run of {run.num_steps:,} steps takes about {whole:.2g} s sequentially: too short to gain by "
                 "anything else."
             )
             run.sequentially()
             return
-        begin = time.perf_counter()
         self.plan = self.make_plan(head)
         self.reason = self.plan.reason
-        self.pilot_seconds, begin = time.perf_counter() - begin, time.perf_counter()
+        begin = time.perf_counter()
         if isinstance(self.plan.solver, MultipleShooting):
             self.in_blocks(self.plan, self.plan.solver)
         else:
@@ -63,7 +63,8 @@ class Automatic:
 
     def make_plan(self, head: Head) -> Plan:
         """Pilot, check, plan; and where chains did not merge, why."""
-        run, pilot = self.run, couple(head, self.own)
+        run = self.run
+        pilot, excuse, self.pilot_seconds = couple(head, self.own)
         if pilot is not None:
             check_pilot(pilot)
             self.bias_bound = bias_after_warmup(pilot)
@@ -74,7 +75,8 @@ class Automatic:
         most = limit.num_blocks * limit.capacity
         leaves = jax.tree.leaves(run.x)
         dim = sum(x[0].size for x in leaves) if all(map(is_real, leaves)) else None
-        return plan(run.left, run.engine.num_chains, self.costs(head), pilot, dim=dim, max_steps=most)
+        found = plan(run.left, run.engine.num_chains, self.costs(head), pilot, dim=dim, max_steps=most)
+        return replace(found, reason=excuse) if excuse else found
 
     def costs(self, head: Head) -> Costs:
         """Two points of the line ``overhead + lanes * lane``: the chains', where they are lanes, and the warm-up's."""

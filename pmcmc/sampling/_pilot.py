@@ -1,14 +1,16 @@
-"""The pilot: the chain's own first steps, and partners that follow them from elsewhere under the same noise.
+"""The pilot: the chains' own first steps, and partners that follow them from elsewhere under the same noise.
 
 The first steps are sampled sequentially and stand. They are timed, and other states of the warm-up's ensemble take the
 same steps with the same noise by the same program, so a pilot compiles nothing and wastes only the partners' steps.
+Each partner of a chain follows it over a window of its own, so all pairs see different noise.
 
-The chains are `LAG` steps ahead of their partners: both start as warm-up left them, but the chains have moved on before
-they share their noise. So the distances of the pairs also bound the bias left after warm-up (see
-`pmcmc.stability.wasserstein_bound`).
+The chains are at least `LAG` steps ahead of their partners: both start as warm-up left them, but the chains have moved
+on before they share their noise. So the distances of the pairs also bound the bias left after warm-up (see
+`pmcmc.stability.wasserstein_bound`; a longer lag has fewer terms, so the bound for the shortest holds).
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,32 +19,33 @@ import numpy as np
 from pmcmc._types import PyTree
 from pmcmc.recurrence import Sequential
 from pmcmc.recurrence._base import default_tolerance
-from pmcmc.sampling._engine import Shape
 from pmcmc.sampling._run import Run
 from pmcmc.stability import Coalescence, wasserstein_bound
 from pmcmc.stability._paths import coalescence_of_paths
 
 # A stretch of sequential sampling this long is timed well enough.
 TIMING_SECONDS = 0.05
-# Pairs to couple, and the share of the run that their partners' steps may take.
-NUM_PAIRS, SHARE = 32, 0.03
+# Pairs to couple: the first few say how long a merge takes, the others follow as far as time permits.
+FIRST_PAIRS, NUM_PAIRS = 4, 32
+# The share of the run that partners' steps may take.
+SHARE = 0.04
 # Steps that the chains are ahead of their partners.
 LAG = 32
-# Steps after which the partners look whether all have merged.
-STAGES = (128, 512, 2048, 8192)
+# A pair is followed in stretches that double from here, and no further than this.
+FIRST_STRETCH, MAX_STEPS = 32, 8192
 
 
 class Head:
-    """The chains' first steps, sampled in order.
+    """The chains' first steps, sampled in order. Their path is kept as far as a pilot may want to see it.
 
     seconds_per_step: of all chains, as last timed.
     """
 
     def __init__(self, run: Run):
-        self.run, self.x0, self.seconds_per_step = run, run.x, math.nan
+        self.run, self.seconds_per_step = run, math.nan
         self.shape = run.shape_for(Sequential(), run.num_steps)
         self._paths: list[PyTree] = []
-        wanted = STAGES[0]
+        wanted = 4 * FIRST_STRETCH
         while run.left and self.extend(wanted) < TIMING_SECONDS:
             wanted *= 8
 
@@ -53,56 +56,110 @@ class Head:
             first = self.run.done
             segment, _, clock = self.run.take(Sequential(), self.shape, end - first)
             seconds += clock.run_seconds
-            if first < LAG + STAGES[-1]:
+            if first < LAG + NUM_PAIRS * MAX_STEPS:
                 path, keep = segment.chains(segment.solution.value), self.run.done - first
                 self._paths.append(jax.tree.map(lambda x, n=keep: x[:, :n].copy(), path))
         self.seconds_per_step = seconds / (end - before)
         return seconds
 
     def path(self, first: int, num_steps: int) -> PyTree:
-        """Unknowns (C, num_steps, ...) of the steps from number ``first`` on; at most the last stage of a pilot."""
+        """Unknowns (C, num_steps, ...) of the steps from number ``first`` on; samples them if need be."""
         missing = first + num_steps - self.run.done
         if missing > 0:
             self.extend(missing)
-        return jax.tree.map(lambda *xs: np.concatenate(xs, axis=1)[:, first : first + num_steps], *self._paths)
+        if len(self._paths) > 1:
+            self._paths = [jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), *self._paths)]
+        return jax.tree.map(lambda x: x[:, first : first + num_steps], self._paths[0])
 
 
-def couple(head: Head, own: np.ndarray) -> Coalescence | None:
-    """Pairs of the chains' first steps with partners from other states of the ensemble.
+class Couple:
+    """Partners of all chains over one window of steps, from number ``first`` on. path: (C, steps, ...)."""
+
+    def __init__(self, head: Head, first: int, start: PyTree):
+        self.head, self.first, self.start, self.seconds = head, first, start, 0.0
+        self.path = jax.tree.map(lambda x: np.asarray(x)[:, None][:, :0], start)
+
+    @property
+    def num_steps(self) -> int:
+        return jax.tree.leaves(self.path)[0].shape[1]
+
+    def follow(self, num_steps: int) -> None:
+        """Take the partners to ``num_steps`` steps in all."""
+        engine, shape = self.head.run.engine, self.head.shape
+        while self.num_steps < num_steps:
+            done = self.num_steps
+            x = jax.tree.map(lambda v: jnp.asarray(v[:, -1]), self.path) if done else self.start
+            steps = min(num_steps - done, shape.capacity)
+            segment, clock = engine.solve(Sequential(), shape, x, self.first + done, steps)
+            new = segment.chains(segment.solution.value)
+            self.path = jax.tree.map(lambda old, v, n=steps: np.concatenate([old, v[:, :n]], axis=1), self.path, new)
+            self.seconds += clock.compile_seconds + clock.run_seconds
+
+    def pairs(self, num_steps: int) -> tuple[PyTree, PyTree]:
+        """Chains and partners, (num_steps + 1, C, ...): where they stand before the window, then its steps."""
+        before = jax.tree.map(lambda x: np.asarray(x)[:, None], self.start)
+        steps = jax.tree.map(lambda x: x[:, :num_steps], self.path)
+        partners = jax.tree.map(lambda a, b: np.concatenate([a, b], axis=1), before, steps)
+        chains = self.head.path(self.first - 1, num_steps + 1)
+        steps_first = lambda tree: jax.tree.map(lambda x: np.swapaxes(x, 0, 1), tree)
+        return steps_first(chains), steps_first(partners)
+
+
+class Pilot(NamedTuple):
+    """coalescence: None where no partner could be followed, which ``excuse`` explains. seconds: partners took."""
+
+    coalescence: Coalescence | None
+    excuse: str
+    seconds: float
+
+
+def couple(head: Head, own: np.ndarray) -> Pilot:
+    """Pairs of the chains with partners from other states of the ensemble, as many as the pilot's share pays for.
 
     own: (C,) the places of the chains' starts in the engine's bank of guesses.
-
-    Returns None where there is no other state, or no time to follow one.
     """
-    run, engine = head.run, head.run.engine
-    bank = jax.tree.leaves(engine.guesses)[0].shape[0]
-    num_partners = min(math.ceil(NUM_PAIRS / engine.num_chains), bank - 1)
-    budget = min(int(SHARE * run.num_steps / max(num_partners, 1)), run.num_steps - LAG)
-    if num_partners < 1 or budget < 16:
-        return None
+    run, chains = head.run, head.run.engine.num_chains
+    starts = _partner_starts(run, own)
+    budget = int(SHARE * run.num_steps)
+    few = min(len(starts), math.ceil(FIRST_PAIRS / chains))
+    if not few:
+        return Pilot(None, "There is no second state of an ensemble to couple the chain with.", 0.0)
+    longest = min(budget // few, MAX_STEPS, run.num_steps // (len(starts) + 1) - LAG)
+    if longest < FIRST_STRETCH // 2:
+        return Pilot(None, f"A run of {run.num_steps:,} steps has no time to couple chains first.", 0.0)
+    window = lambda k, steps: LAG + k * steps
+    couples = [Couple(head, window(k, longest), start) for k, start in enumerate(starts[:few])]
+    found, steps = _compare_after(couples, min(FIRST_STRETCH, longest), run)
+    while steps < longest and not np.all(found.merged):
+        found, steps = _compare_after(couples, min(2 * steps, longest), run)
+    budget -= few * steps
+    if np.all(found.merged):  # now that a merge has a length, more pairs of twice that
+        steps = min(2 * steps, longest)
+        more = starts[few : few + max(0, budget // steps)]
+        couples += [Couple(head, window(few, longest) + k * steps, start) for k, start in enumerate(more)]
+        found, _ = _compare_after(couples, steps, run)
+    return Pilot(found, "", sum(one.seconds for one in couples))
+
+
+def _partner_starts(run: Run, own: np.ndarray) -> list[PyTree]:
+    """Other states of the ensemble for all chains, as many sets as there should be partners."""
+    guesses = run.engine.guesses
+    bank = jax.tree.leaves(guesses)[0].shape[0]
+    wanted = min(math.ceil(NUM_PAIRS / run.engine.num_chains), bank - 1)
     # halfway round the bank first: lanes of its two halves descend from different starts
-    turn = lambda k: (own + bank // 2 + k * max(1, bank // (2 * num_partners))) % bank
-    lanes = [turn(k) for k in range(num_partners)]
-    starts = [jax.tree.map(lambda g, i=i: g[i], engine.guesses) for i in lanes]
-    starts = [s for s, i in zip(starts, lanes, strict=True) if not np.any(np.asarray(i) == np.asarray(own))]
-    if not starts:
-        return None
-    states = list(starts)
-    paths: list[list[PyTree]] = [[] for _ in starts]
-    done, found = 0, None
-    for stage in STAGES:
-        wanted = min(stage, budget) - done
-        if wanted <= 0:
-            break
-        for k, x in enumerate(states):
-            path = _follow(run, head.shape, x, LAG + done, wanted)
-            paths[k].append(path)
-            states[k] = jax.tree.map(lambda v: jnp.asarray(v[:, -1]), path)
-        done += wanted
-        found = _compare(head, starts, paths, done, engine.scale)
-        if bool(np.all(found.merged)):
-            break
-    return found
+    lanes = [(own + bank // 2 + k * max(1, bank // (2 * max(wanted, 1)))) % bank for k in range(wanted)]
+    return [jax.tree.map(lambda g, i=i: g[i], guesses) for i in lanes if not np.any(i == own)]
+
+
+def _compare_after(couples: list[Couple], num_steps: int, run: Run) -> tuple[Coalescence, int]:
+    """All pairs, (partners * C), after so many steps."""
+    for one in couples:
+        one.follow(num_steps)
+    both = [one.pairs(num_steps) for one in couples]
+    chains, partners = (jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), *side) for side in zip(*both, strict=True))
+    scale = _spread(chains) if run.engine.scale is None else run.engine.scale
+    dtype = jax.tree.leaves(chains)[0].dtype
+    return coalescence_of_paths(chains, partners, scale=scale, tol=default_tolerance(dtype)), num_steps
 
 
 def bias_after_warmup(pilot: Coalescence) -> np.ndarray:
@@ -114,31 +171,6 @@ def bias_after_warmup(pilot: Coalescence) -> np.ndarray:
     steps = np.arange(pilot.distances.shape[0])[:, None]
     distances = np.where(steps < np.asarray(pilot.steps), pilot.distances, 0.0)  # merged pairs stay together
     return wasserstein_bound(distances, lag=LAG).bound
-
-
-def _follow(run: Run, shape: Shape, x: PyTree, first: int, num_steps: int) -> PyTree:
-    parts, done = [], 0
-    while done < num_steps:
-        steps = min(num_steps - done, shape.capacity)
-        segment, _ = run.engine.solve(Sequential(), shape, x, first + done, steps)
-        parts.append(jax.tree.map(np.copy, segment.chains(segment.solution.value)))
-        x = jax.tree.map(lambda v: jnp.asarray(v[:, -1]), parts[-1])
-        done += steps
-    return jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), *parts)
-
-
-def _compare(head: Head, starts: list, paths: list, num_steps: int, scale: PyTree) -> Coalescence:
-    """Pairs (partners * C): all against the chains' own first steps."""
-
-    steps_first = lambda path: np.swapaxes(path, 0, 1)  # (steps + 1, C, ...)
-    join = lambda start, *parts: steps_first(np.concatenate([np.asarray(start)[:, None], *parts], axis=1))
-    second = [jax.tree.map(join, start, *parts) for start, parts in zip(starts, paths, strict=True)]
-    second = jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), *second)
-    own = jax.tree.map(steps_first, head.path(LAG - 1, num_steps + 1))
-    first = jax.tree.map(lambda x: np.concatenate([x] * len(starts), axis=1), own)
-    dtype = jax.tree.leaves(own)[0].dtype
-    scale = _spread(own) if scale is None else scale
-    return coalescence_of_paths(first, second, scale=scale, tol=default_tolerance(dtype))
 
 
 def _spread(path: PyTree) -> PyTree:

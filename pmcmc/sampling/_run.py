@@ -53,6 +53,9 @@ class Run:
 
     def with_solver(self, solver: RecurrenceSolver) -> None:
         """The rest of the run by one solver in as few segments as memory allows, sequentially where it fails."""
+        if isinstance(solver, Sequential):
+            self.sequentially()
+            return
         shape = self.shape_for(solver, self.left)
         while self.left:
             _, failed, _ = self.take(solver, shape, self.left)

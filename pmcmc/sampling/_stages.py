@@ -23,6 +23,7 @@ def run_stages(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Setti
     """Draws from ``starts`` (positions, leading axis num_starts, or num_chains without warm-up)."""
     from tqdm.auto import tqdm
 
+    began = time.perf_counter()
     check_starts(target, jax.vmap(target.coordinates)(starts))
     warmup_key, chain_key = jax.random.split(rng_key)
     clock = time.perf_counter()
@@ -41,7 +42,7 @@ def run_stages(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Setti
         else:
             run.with_solver(settings.solver)
     unknowns, info = join(run.draws.unknowns), join(run.draws.info)
-    report = _report(run, automatic, info, settings, warmup_seconds)
+    report = _report(run, automatic, info, settings, warmup_seconds, began)
     return Chain(tuned.target, tuned.kernel, unknowns, info, run.x, report, settings.extra_fields)
 
 
@@ -84,7 +85,7 @@ def _growth_rate(draws: Draws, num_chains: int) -> np.ndarray:
 
 
 def _report(
-    run: Run, automatic: Automatic | None, info: Info, settings: Settings, warmup_seconds: float
+    run: Run, automatic: Automatic | None, info: Info, settings: Settings, warmup_seconds: float, began: float
 ) -> SolveReport:
     draws, chains, clock = run.draws, settings.num_chains, run.engine.clock
     per_chain = lambda value, dtype=int: np.broadcast_to(np.asarray(value, dtype), (chains,))
@@ -93,6 +94,7 @@ def _report(
     if automatic is not None:
         solver, reason = (Sequential() if plan is None else plan.solver), automatic.reason
     pilot = None if plan is None else plan.coalescence
+    pilot_seconds = 0.0 if automatic is None else automatic.pilot_seconds
     return SolveReport(
         decision=_decision(solver),
         reason=reason,
@@ -113,9 +115,10 @@ def _report(
         acceptance_rate=np.asarray(info.acceptance_rate).mean(axis=1),
         num_divergent=np.asarray(info.is_divergent).sum(axis=1),
         warmup_seconds=warmup_seconds,
-        pilot_seconds=0.0 if automatic is None else automatic.pilot_seconds,
+        pilot_seconds=pilot_seconds,
         compile_seconds=clock.compile_seconds,
-        solve_seconds=clock.run_seconds,
+        solve_seconds=clock.run_seconds - pilot_seconds,
+        total_seconds=time.perf_counter() - began,
         planned_seconds=0.0 if automatic is None else automatic.seconds,
         find_diagnosis=None if automatic is None else automatic.find_diagnosis,
     )

@@ -25,7 +25,7 @@ class WindowAdaptation(Warmup):
 
     1. From each of ``num_starts`` starts BlackJAX's window adaptation runs NUTS for ``num_steps`` steps. The second
        halves of these paths, pooled, give the mean and covariance that become the target's basis.
-    2. In that basis 32 lanes of the kernel run for a quarter as many steps (at least 100). Over the first two thirds
+    2. In that basis 32 lanes of the kernel run for a quarter as many steps (at least 102). Over the first two thirds
        dual averaging brings their mean acceptance rate to the kernel's target; the rest decorrelates the lanes.
 
     dense: full covariance (True) or its diagonal (False). None: full up to 50 dimensions.
@@ -58,10 +58,9 @@ class WindowAdaptation(Warmup):
         if rate is None:
             rate = 0.574 if isinstance(kernel, MALA) else 0.8
         lanes = jax.vmap(basis.to_coordinates)(ensemble.last)
-        num_adapting = max(100, num_steps // 4)
-        tuned, (_, seconds) = _adapt_step.timed(whitened, kernel, step_key, lanes, rate, num_steps=num_adapting)
+        tuned = _adapt_step(whitened, kernel, step_key, lanes, rate, max(102, num_steps // 4))
         _check_tuned(tuned)
-        timing = LaneTiming(len(lanes), seconds / num_adapting)
+        timing = LaneTiming(len(lanes), tuned.seconds_per_step)
         return Tuned(whitened, tuned.kernel, tuned.states, tuned.acceptance_rate, timing)
 
 
@@ -158,46 +157,71 @@ class Stepped(NamedTuple):
     states: PyTree
     acceptance_rate: Array
     moved: Array
+    seconds_per_step: float
 
 
-@tuned_jit(static_argnames="num_steps")
+class Third(NamedTuple):
+    """A third of the steps on all lanes. averaged: state of the dual averaging."""
+
+    states: PyTree
+    averaged: PyTree
+    acceptance_rate: Array
+    moved: Array
+
+
 def _adapt_step(
-    target: Target, kernel: Any, rng_key: PRNGKey, positions: Array, rate: Scalar, *, num_steps: int
+    target: Target, kernel: Any, rng_key: PRNGKey, positions: Array, rate: Scalar, num_steps: int
 ) -> Stepped:
-    dtype = target.spec.dtype
+    """Two thirds of the steps adapt the step size, the last third is timed: three runs of one program."""
     averaging = dual_averaging(rate)
-    num_adapting = 2 * num_steps // 3
-    fixed = kernel.step_size
     # Optimal scaling in whitened coordinates (Roberts & Rosenthal 1998): a start that dual averaging corrects.
     first = target.dim ** (-1 / 3) if isinstance(kernel, MALA) else 0.8 * target.dim ** (-1 / 4)
-    state = jax.vmap(lambda y: kernel.restore(target, y))(positions)
-    keys = jax.vmap(lambda key: jax.random.split(key, num_steps))(jax.random.split(rng_key, positions.shape[0]))
-    noise = jax.vmap(jax.vmap(lambda key: kernel.sample_noise(key, target)), in_axes=1)(keys)
+    as_leaf = lambda x: jnp.asarray(x, target.spec.dtype if is_real(x) else None)
+    third = Third(positions, jax.tree.map(as_leaf, averaging.init(first)), jnp.array(0.0), jnp.array(0.0))
+    noise = _lane_noise(target, kernel, rng_key, num_lanes=len(positions), num_steps=num_steps)
+    length, seconds = num_steps // 3, 0.0
+    for number in range(3):
+        part = jax.tree.map(lambda x, n=number: x[n * length : (n + 1) * length], noise)
+        adapting = jnp.array(number < 2)
+        third, (_, seconds) = _run_third.timed(target, kernel, part, third.states, third.averaged, rate, adapting)
+    dtype = target.spec.dtype
+    step_size = kernel.step_size if kernel.step_size is not None else averaging.final(third.averaged)
+    tuned = replace(kernel, step_size=jnp.asarray(step_size, dtype))
+    if isinstance(kernel, HMC) and kernel.num_integration_steps is None:
+        tuned = replace(tuned, num_integration_steps=tuned.default_length())
+    return Stepped(tuned, third.states, third.acceptance_rate, third.moved, seconds / length)
 
-    def at(averaged, adapting):
-        if fixed is not None:
-            return jnp.asarray(fixed, dtype)
-        now, final = averaging.step_size(averaged), averaging.final(averaged)
-        return jnp.where(adapting, now, final).astype(dtype)
 
-    def body(carry, xs):
+@tuned_jit(static_argnames=("num_lanes", "num_steps"))
+def _lane_noise(target: Target, kernel: Kernel, rng_key: PRNGKey, *, num_lanes: int, num_steps: int) -> PyTree:
+    """Leading axes (num_steps, num_lanes)."""
+    keys = jax.vmap(lambda key: jax.random.split(key, num_steps))(jax.random.split(rng_key, num_lanes))
+    return jax.vmap(jax.vmap(lambda key: kernel.sample_noise(key, target)), in_axes=1)(keys)
+
+
+@tuned_jit()
+def _run_third(
+    target: Target, kernel: Any, noise: PyTree, states: PyTree, averaged: PyTree, rate: Scalar, adapting: Array
+) -> Third:
+    averaging, dtype = dual_averaging(rate), target.spec.dtype
+
+    def step_size(averaged):
+        if kernel.step_size is not None:
+            return jnp.asarray(kernel.step_size, dtype)
+        return jnp.where(adapting, averaging.step_size(averaged), averaging.final(averaged)).astype(dtype)
+
+    def body(carry, noise):
         state, averaged = carry
-        step, noise = xs
-        now = replace(kernel, step_size=at(averaged, step < num_adapting))
+        now = replace(kernel, step_size=step_size(averaged))
         state, info = jax.vmap(lambda s, n: now.step(target, s, n))(state, noise)
         acceptance = jnp.mean(info.acceptance_rate)
         updated = averaging.update(averaged, acceptance)
-        averaged = jax.tree.map(lambda new, old: jnp.where(step < num_adapting, new, old), updated, averaged)
+        averaged = jax.tree.map(lambda new, old: jnp.where(adapting, new, old), updated, averaged)
         return (state, averaged), (acceptance, jnp.mean(info.margin > 0))
 
-    averaged = jax.tree.map(lambda x: jnp.asarray(x, dtype if is_real(x) else None), averaging.init(first))
-    (state, averaged), (acceptance, moved) = jax.lax.scan(body, (state, averaged), (jnp.arange(num_steps), noise))
-    tuned = replace(kernel, step_size=at(averaged, False))
-    if isinstance(kernel, HMC) and kernel.num_integration_steps is None:
-        tuned = replace(tuned, num_integration_steps=tuned.default_length())
-    return Stepped(
-        tuned, jax.vmap(kernel.unknown)(state), jnp.mean(acceptance[num_adapting:]), jnp.mean(moved[num_adapting:])
-    )
+    state = jax.vmap(lambda unknown: kernel.restore(target, unknown))(states)
+    (state, averaged), (acceptance, moved) = jax.lax.scan(body, (state, averaged), noise)
+    return Third(jax.vmap(kernel.unknown)(state), averaged, jnp.mean(acceptance), jnp.mean(moved))
 
 
 def _check_tuned(tuned: Stepped) -> None:

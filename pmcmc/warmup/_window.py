@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pmcmc._jit import tuned_jit
 from pmcmc._tree import is_real
@@ -167,32 +168,37 @@ def _adapt_step(
     dtype = target.spec.dtype
     averaging = dual_averaging(rate)
     num_adapting = 2 * num_steps // 3
-    fixed = kernel.step_size
+    has_step_size, fixed = hasattr(kernel, "step_size"), getattr(kernel, "step_size", None)
     # Optimal scaling in whitened coordinates (Roberts & Rosenthal 1998): a start that dual averaging corrects.
     first = target.dim ** (-1 / 3) if isinstance(kernel, MALA) else 0.8 * target.dim ** (-1 / 4)
-    state = jax.vmap(lambda y: kernel.restore(target, y))(positions)
     keys = jax.vmap(lambda key: jax.random.split(key, num_steps))(jax.random.split(rng_key, positions.shape[0]))
     noise = jax.vmap(jax.vmap(lambda key: kernel.sample_noise(key, target)), in_axes=1)(keys)
 
     def at(averaged, adapting):
+        if not has_step_size:
+            return kernel
         if fixed is not None:
-            return jnp.asarray(fixed, dtype)
+            return kernel.with_step_size(jnp.asarray(fixed, dtype))
         now, final = averaging.step_size(averaged), averaging.final(averaged)
-        return jnp.where(adapting, now, final).astype(dtype)
+        return kernel.with_step_size(jnp.where(adapting, now, final).astype(dtype))
+
+    coordinates = jax.vmap(lambda state: kernel.coordinates(kernel.unknown(state)))
 
     def body(carry, xs):
         state, averaged = carry
         step, noise = xs
-        now = replace(kernel, step_size=at(averaged, step < num_adapting))
+        now, before = at(averaged, step < num_adapting), coordinates(state)
         state, info = jax.vmap(lambda s, n: now.step(target, s, n))(state, noise)
+        moved = jnp.mean(jnp.any(coordinates(state) != before, axis=1))
         acceptance = jnp.mean(info.acceptance_rate)
         updated = averaging.update(averaged, acceptance)
         averaged = jax.tree.map(lambda new, old: jnp.where(step < num_adapting, new, old), updated, averaged)
-        return (state, averaged), (acceptance, jnp.mean(info.margin > 0))
+        return (state, averaged), (acceptance, moved)
 
     averaged = jax.tree.map(lambda x: jnp.asarray(x, dtype if is_real(x) else None), averaging.init(first))
+    state = jax.vmap(lambda y: at(averaged, True).start(target, y))(positions)
     (state, averaged), (acceptance, moved) = jax.lax.scan(body, (state, averaged), (jnp.arange(num_steps), noise))
-    tuned = replace(kernel, step_size=at(averaged, False))
+    tuned = at(averaged, False)
     if isinstance(kernel, HMC) and kernel.num_integration_steps is None:
         tuned = replace(tuned, num_integration_steps=tuned.default_length())
     return Stepped(
@@ -201,11 +207,16 @@ def _adapt_step(
 
 
 def _check_tuned(tuned: Stepped) -> None:
+    step_size = np.asarray(getattr(tuned.kernel, "step_size", ()))
+    if np.isnan(step_size).any() and np.isnan(tuned.acceptance_rate):
+        raise WarmupError(
+            "the step size could not be tuned, because the kernel reports no acceptance rate: pass step_size= to it."
+        )
     if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tuned.states)):
         raise WarmupError("warm-up reached states that are not finite: check the density for NaN and its constraints.")
     if float(tuned.moved) == 0.0:
-        step_size = float(getattr(tuned.kernel, "step_size", float("nan")))
+        given = f" (step size {np.max(step_size):.3g})" if step_size.size else ""
         raise WarmupError(
-            f"no move was accepted in the last third of warm-up (step size {step_size:.3g}). Leave step_size=None so "
-            "that it is tuned, take a smaller one, or start elsewhere with init_params."
+            f"no move was accepted in the last third of warm-up{given}. Leave step_size=None so that "
+            "it is tuned, take a smaller one, or start elsewhere with init_params."
         )

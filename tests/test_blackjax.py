@@ -36,7 +36,7 @@ CASES = {
         from_blackjax(blackjax.rmh, proposal_generator=lambda key, x: x + jax.random.normal(key, x.shape)),
         lambda f: blackjax.rmh(f, lambda key, x: x + jax.random.normal(key, x.shape)),
     ),
-    "barker": (from_blackjax(blackjax.barker, step_size=0.8), lambda f: blackjax.barker(f, 0.8)),
+    "barker": (from_blackjax(blackjax.barker_proposal, step_size=0.8), lambda f: blackjax.barker_proposal(f, 0.8)),
     "elliptical": (
         from_blackjax(elliptical, mean=0 * ONES, cov=ONES),
         lambda f: elliptical(f, 0 * ONES, ONES),
@@ -235,7 +235,7 @@ def test_nuts_is_tuned_and_sampled_in_blocks(lanes_are_free) -> None:
 
 def test_step_size_of_a_constructor_is_tuned() -> None:
     warmup = pmcmc.WindowAdaptation(target_acceptance_rate=0.6)
-    kernel = from_blackjax(blackjax.barker, step_size=None)
+    kernel = from_blackjax(blackjax.barker_proposal, step_size=None)
     chain = pmcmc.sample(gaussian, start_like(gaussian), 0, kernel=kernel, warmup=warmup, num_samples=500, **SIZES)
     assert abs(np.mean(chain.report.acceptance_rate) - 0.6) < 0.1
     with pytest.raises(ValueError, match=r"does not report \['energy'\]"):
@@ -324,8 +324,8 @@ def test_nan_proposals_are_rejected_and_count_as_divergent() -> None:
         (lambda: from_blackjax(3.0), TypeError, "SamplingAlgorithm or a constructor"),
         (lambda: from_blackjax(blackjax.nuts(gaussian, 0.1, ONES), step_size=0.3), TypeError, "already built"),
         (lambda: from_blackjax(blackjax.elliptical_slice, mean=ONES, cov=ONES), ValueError, "log likelihood"),
-        (lambda: from_blackjax(blackjax.barker, step_size=0), ValueError, "positive"),
-        (lambda: from_blackjax(blackjax.barker, step_size={1}), TypeError, "hashable"),
+        (lambda: from_blackjax(blackjax.barker_proposal, step_size=0), ValueError, "positive"),
+        (lambda: from_blackjax(blackjax.barker_proposal, step_size={1}), TypeError, "hashable"),
         (lambda: NUTS(step_size=-1.0), ValueError, "positive"),
         (lambda: NUTS(max_num_doublings=0), ValueError, "at least 1"),
         (lambda: from_blackjax(lambda f: f).init(TARGET, START), TypeError, "must return a SamplingAlgorithm"),

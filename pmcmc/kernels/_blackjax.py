@@ -136,7 +136,7 @@ class BlackJAX(AlgorithmKernel):
 
 
 _BUILD_INSTEAD = (
-    "Pass the constructor and its parameters, as in from_blackjax(blackjax.barker, step_size=0.3), or num_warmup=0."
+    "Pass the constructor and its parameters, as in from_blackjax(blackjax.mala, step_size=0.3), or num_warmup=0."
 )
 
 
@@ -145,7 +145,7 @@ def from_blackjax(algorithm: Callable | Any, *, caches: tuple[str, ...] | None =
 
     In one of two forms:
 
-    - a constructor and its parameters, ``from_blackjax(blackjax.barker, step_size=0.3)``. It is called as
+    - a constructor and its parameters, ``from_blackjax(blackjax.mala, step_size=0.3)``. It is called as
       ``algorithm(logdensity_fn, **parameters)`` with the target's own log density over vectors (D,), in the whitened
       coordinates of warm-up where there was one, and returns a ``SamplingAlgorithm``; any function that does so will
       do. This form goes with warm-up and with NumPyro models.
@@ -179,7 +179,7 @@ def from_blackjax(algorithm: Callable | Any, *, caches: tuple[str, ...] | None =
 
     Example:
         >>> import blackjax, jax.numpy as jnp, pmcmc
-        >>> pmcmc.from_blackjax(blackjax.barker, step_size=0.3).step_size
+        >>> pmcmc.from_blackjax(blackjax.mala, step_size=0.3).step_size
         0.3
         >>> def elliptical(logdensity_fn, mean, cov):  # the target over N(0, I) is the likelihood
         ...     return blackjax.elliptical_slice(lambda x: logdensity_fn(x) + 0.5 * jnp.sum(x**2), mean=mean, cov=cov)
@@ -192,7 +192,7 @@ def from_blackjax(algorithm: Callable | Any, *, caches: tuple[str, ...] | None =
         if parameters:
             raise TypeError(
                 f"parameters {sorted(parameters)} cannot be given to an algorithm that is already built. Pass its "
-                "constructor instead, as in from_blackjax(blackjax.barker, step_size=0.3)."
+                "constructor instead, as in from_blackjax(blackjax.mala, step_size=0.3)."
             )
     elif not callable(algorithm):
         raise TypeError(

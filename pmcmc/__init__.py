@@ -2,7 +2,7 @@
 
 from pmcmc import plots, recurrence, stability
 from pmcmc.chain import Chain
-from pmcmc.kernels import HMC, MALA, BranchTaken, Info, Kernel, StraightThrough, UniformLength
+from pmcmc.kernels import HMC, MALA, NUTS, BranchTaken, Info, Kernel, StraightThrough, UniformLength, from_blackjax
 from pmcmc.recurrence import RESULTS
 from pmcmc.report import SolveReport
 from pmcmc.sampling import parallel_chain, sample
@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "HMC",
     "MALA",
+    "NUTS",
     "RESULTS",
     "BranchTaken",
     "Chain",
@@ -26,6 +27,7 @@ __all__ = [
     "Warmup",
     "WarmupError",
     "WindowAdaptation",
+    "from_blackjax",
     "parallel_chain",
     "plots",
     "recurrence",

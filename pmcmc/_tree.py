@@ -5,13 +5,48 @@ finiteness is always tested on its own.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pmcmc._types import Array, PyTree
+
+
+def register_dataclass(cls: type) -> type:
+    """Class decorator: a dataclass as a pytree whose fields are leaves, but for those with metadata ``static=True``.
+
+    Differs from ``jax.tree_util.register_dataclass`` in one thing: the class is part of the structure. There, in jax
+    0.10.2, two classes with the same fields have equal structures with different hashes, so about one in 300 such
+    pairs shared a slot of jit's cache, and one class ran the other's program.
+
+    Example:
+        >>> @register_dataclass
+        ... @dataclass(frozen=True)
+        ... class Damped:
+        ...     factor: float
+        >>> jax.tree.leaves(Damped(0.5))
+        [0.5]
+    """
+    static = [f.name for f in fields(cls) if f.metadata.get("static", False)]
+    dynamic = [f.name for f in fields(cls) if f.name not in static]
+
+    def flatten(obj: Any) -> tuple[list, tuple]:
+        return [getattr(obj, name) for name in dynamic], (cls, *(getattr(obj, name) for name in static))
+
+    def flatten_with_keys(obj: Any) -> tuple[list, tuple]:
+        children, aux = flatten(obj)
+        return [(jax.tree_util.GetAttrKey(n), child) for n, child in zip(dynamic, children, strict=True)], aux
+
+    def unflatten(aux: tuple, children: Any) -> Any:
+        obj: Any = object.__new__(cls)
+        for name, value in (*zip(dynamic, children, strict=True), *zip(static, aux[1:], strict=True)):
+            object.__setattr__(obj, name, value)
+        return obj
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
 
 
 @dataclass(frozen=True)

@@ -86,9 +86,15 @@ class Chain:
         """Fields of the transitions under NumPyro's names: ``diverging``, and those asked for by ``extra_fields``.
 
         Available are the names in the kernel's ``extra_fields``.
+
+        Raises:
+            ValueError: an algorithm of another package does not report a field.
         """
         fields = self._fields()
         names = dict.fromkeys(("diverging", *self.extra_fields))
+        missing = [name for name in names if name not in fields]
+        if missing:
+            raise ValueError(f"the kernel's algorithm does not report {missing}: expected names out of {list(fields)}.")
         grouped = {name: np.asarray(fields[name]) for name in names}
         if not group_by_chain:
             grouped = {name: x.reshape(-1) for name, x in grouped.items()}
@@ -108,6 +114,8 @@ class Chain:
             steps = getattr(self.kernel, "num_integration_steps", None)
         if steps is not None:
             fields["num_steps"] = np.broadcast_to(np.asarray(steps), info.margin.shape)
+        if info.tree_depth is not None:
+            fields["tree_depth"] = info.tree_depth
         return fields
 
     def print_summary(self, prob: float = 0.9) -> None:
@@ -119,8 +127,8 @@ class Chain:
     def to_arviz(self) -> Any:
         """ArviZ's container: InferenceData on ArviZ 0.x, DataTree on 1.x.
 
-        Groups: posterior; sample_stats with ``lp``, ``acceptance_rate``, ``diverging``, ``step_size``, ``energy`` and
-        ``n_steps`` as far as the kernel has them, and ``accept_margin`` (log alpha - log u).
+        Groups: posterior; sample_stats with ``lp``, ``acceptance_rate``, ``diverging``, ``step_size``, ``energy``,
+        ``n_steps`` and ``tree_depth`` as far as the kernel has them, and ``accept_margin`` (log alpha - log u).
         """
         samples = self.get_samples(group_by_chain=True)
         if not isinstance(samples, dict):
@@ -144,6 +152,8 @@ class Chain:
             stats["energy"] = fields["energy"]
         if "num_steps" in fields:
             stats["n_steps"] = fields["num_steps"]
+        if "tree_depth" in fields:
+            stats["tree_depth"] = fields["tree_depth"]
         return stats
 
 

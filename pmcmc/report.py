@@ -28,7 +28,8 @@ class SolveReport:
     num_steps: steps per chain. num_sequential_steps: critical path, in steps one after the other.
     num_iters, num_sweeps, num_blocks: of the parallel solver; 0 where it has none.
     certified_steps: states certified by the parallel solver; the rest was sampled sequentially.
-    near_ties: accept decisions within rounding of a tie, where another machine may decide otherwise.
+    near_ties: accept decisions within rounding of a tie, where another machine may decide otherwise; NaN where the
+        kernel does not tell.
     lyapunov_exponent: mean log growth per step of small distances between coupled paths, seen on merging lanes.
     coalescence_steps: steps until each pair of the pilot merged (steps of the pilot + 1: it did not); may be empty.
     acceptance_rate: mean over the draws. *_seconds: wall time; pilot_seconds: of steps that are no draws;
@@ -95,10 +96,9 @@ class SolveReport:
         if self.decision != "sequential":
             lines += self._certificate()
         lines += self._contraction()
-        lines.append(
-            f"Acceptance rate {np.mean(self.acceptance_rate):.3f}; {int(np.sum(self.num_divergent))} divergent "
-            "transitions."
-        )
+        rate = np.mean(self.acceptance_rate)
+        accepted = "" if np.isnan(rate) else f"Acceptance rate {rate:.3f}; "
+        lines.append(f"{accepted}{int(np.sum(self.num_divergent))} divergent transitions.")
         lines.append(
             f"Seconds: warm-up {self.warmup_seconds:.2f}, pilot {self.pilot_seconds:.2f}, compile "
             f"{self.compile_seconds:.2f}, solve {self.solve_seconds:.2f}; {self.total_seconds:.2f} in all."
@@ -120,7 +120,7 @@ class SolveReport:
             f"({total / max(path, 1):.1f} times shorter{planned}){self._solver_counts()}",
             f"Certificate: {_results(self.result)}; residual at most {np.max(self.residual):.2g} of the posterior's "
             f"scale; {int(np.min(self.certified_steps)):,} steps of each chain certified; "
-            f"{int(np.sum(self.near_ties))} near-tie accept decisions in all.",
+            f"{self._near_ties()}.",
         ]
 
     def _contraction(self) -> list[str]:
@@ -144,6 +144,10 @@ class SolveReport:
         if self.diagnosis is not None:
             lines.append(str(self.diagnosis))
         return lines
+
+    def _near_ties(self) -> str:
+        total = np.sum(self.near_ties)
+        return "near ties not counted" if np.isnan(total) else f"{int(total)} near-tie accept decisions in all"
 
     def _solver_counts(self) -> str:
         if self.num_blocks > 1:

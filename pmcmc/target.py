@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pmcmc._tree import RavelSpec, is_real
+from pmcmc._tree import RavelSpec, is_real, register_dataclass
 from pmcmc._types import Array, ArrayLeaf, Float, PyTree
 
 
@@ -49,7 +49,7 @@ class LogDensity(Model):
         return position
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Basis:
     """Affine coordinates ``x = loc + scale y``; y is what kernels and solvers see.
@@ -74,7 +74,7 @@ class Basis:
         return self.scale @ self.scale.T if self.scale.ndim == 2 else self.scale**2
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Target:
     """A log density over vectors of length D, with the way back to the user's pytree.

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pmcmc import HMC, MALA, Target
+from pmcmc._tree import register_dataclass
 from pmcmc.recurrence import (
     RESULTS,
     JacobianStructure,
@@ -114,7 +115,7 @@ def test_undamped_newton_is_not_fooled(seed: int) -> None:
     assert unsolved >= 3
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Frozen(JacobianStructure):
     """A correction that undoes every update: the increment is zero from the start."""

@@ -2,24 +2,26 @@
 
 import abc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
-from pmcmc._types import Array, PRNGKey, PyTree
+from pmcmc._types import Array, PRNGKey, PyTree, Scalar
 from pmcmc.recurrence import Recurrence
 from pmcmc.target import Target
 
 
 class Info(NamedTuple):
-    """What one step of a Metropolis kernel says about itself.
+    """What one step of a kernel says about itself.
 
-    acceptance_rate: min(1, alpha).
+    acceptance_rate: min(1, alpha); NaN where the kernel has none.
     is_divergent: the proposal was NaN, +inf, or lost more than 1,000 units of log density (energy).
     margin: log alpha - log u. The proposal is accepted where it is positive; within rounding of zero the decision is
-        a near tie.
+        a near tie. NaN where the kernel does not tell: its near ties are not counted.
     logdensity: of the new state.
     energy: potential plus kinetic energy at the state kept, as NumPyro and Stan report it; None for kernels without
         momentum.
     num_integration_steps: leapfrog steps taken, where their number is drawn; else None.
+    tree_depth: doublings of the trajectory, for NUTS; else None.
     """
 
     acceptance_rate: Array
@@ -28,6 +30,7 @@ class Info(NamedTuple):
     logdensity: Array
     energy: Array | None = None
     num_integration_steps: Array | None = None
+    tree_depth: Array | None = None
 
 
 class Kernel(abc.ABC):
@@ -63,6 +66,20 @@ class Kernel(abc.ABC):
     @abc.abstractmethod
     def coordinates(self, unknown: PyTree) -> Array:
         """The target's coordinates (D,) within an unknown."""
+
+    @property
+    def takes_basis(self) -> bool:
+        """Whether the kernel can work in the whitened coordinates of warm-up."""
+        return True
+
+    def start(self, target: Target, y: Array) -> Any:
+        """State at the target's coordinates y (D,)."""
+        return self.init(target, target.position(y))
+
+    def with_step_size(self, step_size: Scalar) -> "Kernel":
+        """The same kernel with another step size; for kernels that have an attribute ``step_size``."""
+        changes: dict[str, Any] = {"step_size": step_size}
+        return replace(self, **changes)  # type: ignore[type-var]
 
     def transition(self, target: Target) -> Recurrence:
         """The recurrence ``x[t] = f(x[t-1], noise[t])`` of this kernel on a target."""

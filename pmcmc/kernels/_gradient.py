@@ -40,6 +40,9 @@ class GradientKernel(Kernel):
     def init(self, target, position):
         return self.restore(target, target.coordinates(position))
 
+    def start(self, target, y):
+        return self.restore(target, y)
+
     def unknown(self, state: GradientState) -> Array:
         return state.position
 

@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pmcmc._tree import register_dataclass
 from pmcmc._types import Array, ArrayLeaf, Scalar
 from pmcmc.kernels._base import Info
 from pmcmc.kernels._gradient import GradientKernel, GradientState, accept
@@ -27,7 +28,7 @@ class HMCNoise(NamedTuple):
     length: Array | None
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class HMC(GradientKernel):
     """Leapfrog integration of ``H(x, p) = -log p(x) + p^T M^{-1} p / 2`` for L steps, then a Metropolis decision.

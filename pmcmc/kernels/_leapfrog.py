@@ -16,13 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pmcmc._tree import register_dataclass
 from pmcmc._types import Array, Scalar
 from pmcmc.kernels._gradient import GradientState
 from pmcmc.recurrence import RESULTS, BlockDiagonal, Newton, RecurrenceSolver
 from pmcmc.target import Target
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class UniformLength:
     """Number of leapfrog steps drawn uniformly from ``low .. high`` at every step.
@@ -60,7 +61,7 @@ class Leapfrog(abc.ABC):
         """The end of the trajectory and the momentum there. velocity: ``p -> M^-1 p``."""
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class SequentialLeapfrog(Leapfrog):
     """One step after the other, L gradients one after the other; the number of steps may be drawn.
@@ -88,7 +89,7 @@ class SequentialLeapfrog(Leapfrog):
         return jax.lax.fori_loop(0, length, body, (state, momentum))
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class ParallelLeapfrog(Leapfrog):
     """All L states at once, with the same end as `SequentialLeapfrog` up to rounding.

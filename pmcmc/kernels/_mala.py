@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
+from pmcmc._tree import register_dataclass
 from pmcmc._types import Array, Scalar
 from pmcmc.kernels._base import Info
 from pmcmc.kernels._gradient import GradientKernel, GradientState, accept
@@ -20,7 +20,7 @@ class MALANoise(NamedTuple):
     log_uniform: Array
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class MALA(GradientKernel):
     """Langevin proposal ``y = x + h grad log p(x) + sqrt(2 h) z`` with a Metropolis correction.

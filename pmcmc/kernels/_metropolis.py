@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pmcmc._tree import register_dataclass
 from pmcmc._types import Array, PyTree, Scalar
 
 DIVERGENCE_THRESHOLD = 1000.0  # lost log density (energy) that counts as a divergence: Stan's and BlackJAX's value
@@ -24,7 +25,7 @@ class Surrogate(abc.ABC):
         """The proposal's weight in the tangent, and its derivative in the margin."""
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class BranchTaken(Surrogate):
     """The derivative of the branch taken: w = 1 where accepted, else 0, and w' = 0.
@@ -36,7 +37,7 @@ class BranchTaken(Surrogate):
         return (margin > 0).astype(margin.dtype), jnp.zeros_like(margin)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class StraightThrough(Surrogate):
     """A sigmoid of the margin in place of the step: w = sigmoid(margin / temperature).

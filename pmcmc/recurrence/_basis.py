@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pmcmc._tree import register_dataclass
 from pmcmc._types import Array
 
 
@@ -32,7 +33,7 @@ class Basis(abc.ABC):
         """``dx = L dz``."""
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class StandardBasis(Basis):
     """The state's own coordinates: L = I.
@@ -47,7 +48,7 @@ class StandardBasis(Basis):
         return dz
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class ScaledBasis(Basis):
     """L = diag(scale), scale of shape ``(D,)`` or one number.
@@ -64,7 +65,7 @@ class ScaledBasis(Basis):
         return dz * self.scale
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class LinearBasis(Basis):
     """L is a matrix ``(D, D)``, kept with its inverse.

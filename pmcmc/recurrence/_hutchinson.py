@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
+from pmcmc._tree import register_dataclass
 from pmcmc._types import Array, PRNGKey
 from pmcmc.recurrence._jacobian import Scanned, half_size, pushforward
 
@@ -23,7 +24,7 @@ class ProbeSchedule(abc.ABC):
         """The key of this iteration."""
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class FreshProbes(ProbeSchedule):
     """New probes at every iteration.
@@ -35,7 +36,7 @@ class FreshProbes(ProbeSchedule):
         return jax.random.fold_in(rng_key, iteration)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class FixedProbes(ProbeSchedule):
     """The same probes at every iteration, as the published code of Zoltowski et al. (2025) does.
@@ -52,7 +53,7 @@ def _check(num_probes):
         raise ValueError(f"num_probes must be at least 1, got {num_probes}. Use Zero() for no derivative.")
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class HutchinsonDiagonal(Scanned):
     """Diagonal estimate ``mean over probes of z * (J z)``, one JVP a probe: stochastic quasi-DEER.
@@ -91,7 +92,7 @@ class HutchinsonDiagonal(Scanned):
         return jax.lax.fori_loop(0, self.num_probes, add, jnp.zeros_like(x)) / self.num_probes
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class HutchinsonBlockDiagonal(Scanned):
     """Estimate of `BlockDiagonal`: with ``z`` over one half at a time, ``E[z * (J_pq z)] = diag(J_pq)``.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from pmcmc._tree import register_dataclass
 from pmcmc._types import Array, PyTree
 from pmcmc.recurrence._scan import affine_scan, apply_affine, delayed
 
@@ -41,7 +42,7 @@ class Scanned(JacobianStructure):
         return apply_affine(a, delayed(affine_scan(a, r)))
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Dense(Scanned):
     """The full Jacobian, D JVPs a step: Newton's method, DEER (Lim et al. 2024).
@@ -58,7 +59,7 @@ class Dense(Scanned):
         return jax.vmap(jax.jacfwd(fn))(x, inputs)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Diagonal(Scanned):
     """The exact diagonal of the Jacobian, D JVPs a step one after the other: quasi-DEER (Gonzalez et al. 2024).
@@ -78,7 +79,7 @@ class Diagonal(Scanned):
         return jax.lax.map(column, jnp.arange(x.shape[1])).T
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class BlockDiagonal(Scanned):
     """2x2 blocks of exact diagonals for a state whose vector is (position, momentum) halves, D JVPs a step.
@@ -110,7 +111,7 @@ class BlockDiagonal(Scanned):
         return jnp.moveaxis(jax.lax.map(column, jnp.arange(half)), 0, -1)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Identity(JacobianStructure):
     """A = I: Picard iteration, a cumulative sum (Shih et al. 2023).
@@ -125,7 +126,7 @@ class Identity(JacobianStructure):
         return delayed(jnp.cumsum(r, axis=0))
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Zero(JacobianStructure):
     """A = 0: Jacobi iteration, one evaluation of every step a round.

@@ -93,8 +93,10 @@ def _dense_operator(first, second):
     f, k, h = joint[..., :dim, :dim], joint[..., dim:, :dim], joint[..., dim:, dim:]
     through = a2 @ transposed(_under(f, transposed(u1)))  # A2 U1 F'^-1
     a = a2 @ a1 - through @ (transposed(k) @ a1)
-    u = _triangular(jnp.concatenate([through, u2], axis=-1))
-    return a, u, _triangular(jnp.concatenate([transposed(a1) @ h, z1], axis=-1))
+    # One call for both: two LAPACK calls at once hung XLA on two cores (jaxlib 0.10.2, D = 25), each out of threads.
+    wide = jnp.stack([jnp.concatenate([through, u2], axis=-1), jnp.concatenate([transposed(a1) @ h, z1], axis=-1)])
+    u, z = _triangular(wide)
+    return a, u, z
 
 
 def _elements(a: Array, strength: Array, eye: Array, num_known: Array | int = 0):

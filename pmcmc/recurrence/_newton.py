@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 
 import jax
 
+from pmcmc._tree import register_dataclass
 from pmcmc._types import Scalar
 from pmcmc.recurrence._basis import Basis, StandardBasis
 from pmcmc.recurrence._iterate import NewtonType, drop_overflow
 from pmcmc.recurrence._jacobian import Dense, JacobianStructure
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Newton(NewtonType):
     """Parallel Newton and its relatives, by the structure of the Jacobian.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from pmcmc._tree import finite_rows, leading_true, real_dtype, tree_index
+from pmcmc._tree import finite_rows, leading_true, real_dtype, register_dataclass, tree_index
 from pmcmc._types import Array
 from pmcmc.recurrence._base import RESULTS, Problem, Solution, Stats
 from pmcmc.recurrence._lanes import Lanes, LaneSolver, walk
@@ -16,7 +16,7 @@ from pmcmc.recurrence._lanes import Lanes, LaneSolver, walk
 CHUNK = 128
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Sequential(LaneSolver):
     """Evaluate ``x[t] = fn(x[t-1], inputs[t])`` for t = 1, 2, ..., T in order, by one scan.

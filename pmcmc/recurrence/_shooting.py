@@ -33,7 +33,16 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pmcmc._tree import expand_mask, finite_rows, is_real, leading_true, real_dtype, relative_distance, tree_where
+from pmcmc._tree import (
+    expand_mask,
+    finite_rows,
+    is_real,
+    leading_true,
+    real_dtype,
+    register_dataclass,
+    relative_distance,
+    tree_where,
+)
 from pmcmc._types import Array, PyTree, Scalar
 from pmcmc.recurrence._base import RESULTS, Solution, Stats, default_tolerance, typical_scale
 from pmcmc.recurrence._growth import separates
@@ -43,7 +52,7 @@ from pmcmc.recurrence._lanes import Lanes, LaneSolver, Layout, read_step, walk, 
 CHUNK = 16
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class MultipleShooting(LaneSolver):
     """Run blocks of the path at once and repair them until they join.

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pmcmc._tree import finite_rows
+from pmcmc._tree import finite_rows, register_dataclass
 from pmcmc._types import Array, PyTree, Scalar
 from pmcmc.recurrence import _kalman
 from pmcmc.recurrence._basis import Basis, StandardBasis
@@ -51,7 +51,7 @@ class StepRule(abc.ABC):
         """The step for A ``(T, ...)``, r ``(T, D)`` and lambda; the first num_known increments are Newton's."""
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Filter(StepRule):
     """The filtered mean, as in the published ELK (Gonzalez et al. 2024).
@@ -64,7 +64,7 @@ class Filter(StepRule):
         return Step(carried - pull, pull)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Smoother(StepRule):
     """The smoothed mean, the exact Levenberg-Marquardt step.
@@ -112,7 +112,7 @@ class Regularization(abc.ABC):
         """Whether the step is accepted, the new memory, and whether a rejected step should be tried again."""
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class FixedRegularization(Regularization):
     """One lambda for all iterations, every step accepted, as in the published ELK (there: 1e-8 by default).
@@ -140,7 +140,7 @@ class Adaptation(NamedTuple):
     merits: Array  # (history,) roots of phi of the last iterates that were accepted, zeros before
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class AdaptiveRegularization(Regularization):
     """lambda from how well the linear model predicted the last step, without asking for a decrease each time.
@@ -204,7 +204,7 @@ class AdaptiveRegularization(Regularization):
         return accepted, Adaptation(new, jnp.where(accepted, merits, memory.merits)), lam < self.largest
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class LevenbergMarquardt(NewtonType):
     """ELK and its relatives: Newton-type iterations inside a trust region.

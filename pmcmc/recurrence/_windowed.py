@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pmcmc._tree import leading_true
+from pmcmc._tree import leading_true, register_dataclass
 from pmcmc._types import Array
 from pmcmc.recurrence._iterate import Iterate, NewtonType, VectorSolver, finish, record
 from pmcmc.recurrence._system import Course, Evaluation, System, blocked_at, conclude
@@ -29,7 +29,7 @@ class Slide(NamedTuple):
     iterates: Array | None
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Windowed(VectorSolver):
     """Solve by sliding a window of ``window`` steps past the certified prefix.

@@ -153,7 +153,7 @@ class Engine:
     guesses: a bank of unknowns. scale: of the unknown, or None where it is not known.
     """
 
-    def __init__(self, target: Target, kernel: Kernel, chain_keys: Array, guesses: PyTree, scale: Array | None):
+    def __init__(self, target: Target, kernel: Kernel, chain_keys: Array, guesses: PyTree, scale: PyTree):
         self.target, self.kernel, self.chain_keys = target, kernel, chain_keys
         self.guesses, self.scale = guesses, scale
         self.clock = Clock(0.0, 0.0)

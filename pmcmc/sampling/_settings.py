@@ -74,6 +74,11 @@ class Settings:
                 f"num_warmup=0 tunes nothing, but {type(kernel).__name__}() has no step size: pass step_size=, or "
                 "leave num_warmup at 1000."
             )
+        if num_warmup and not kernel.takes_basis:
+            raise ValueError(
+                "a BlackJAX algorithm that is already built has its own log density and cannot be warmed up. Pass "
+                "num_warmup=0, or its constructor and parameters, as in from_blackjax(blackjax.mala, step_size=None)."
+            )
         solver = None if isinstance(solver, str) else solver
         return cls(kernel, solver, num_warmup, num_samples, num_chains, thinning, tuple(extra_fields), warmup)
 

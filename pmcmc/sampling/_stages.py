@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._types import Array, PRNGKey, PyTree
+from pmcmc._types import PRNGKey, PyTree
 from pmcmc.chain import Chain
 from pmcmc.kernels import Info
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential
@@ -65,12 +65,14 @@ def _chain_starts(tuned: Tuned, settings: Settings) -> np.ndarray:
 
 def _engine(tuned: Tuned, chain_key: PRNGKey, settings: Settings) -> Engine:
     chain_keys = jax.vmap(lambda c: jax.random.fold_in(chain_key, c))(jnp.arange(settings.num_chains))
-    return Engine(tuned.target, tuned.kernel, chain_keys, tuned.states, _scale(tuned.target))
+    return Engine(tuned.target, tuned.kernel, chain_keys, tuned.states, _scale(tuned))
 
 
-def _scale(target: Target) -> Array | None:
-    """The posterior's scale in the target's coordinates: one where a basis was found, else not known."""
-    return None if target.basis is None else jnp.ones(target.dim, target.spec.dtype)
+def _scale(tuned: Tuned) -> PyTree:
+    """Of an unknown: one where it is the coordinates in a basis that warm-up found, else not known (None)."""
+    if tuned.target.basis is None or len(jax.tree.leaves(tuned.states)) > 1:
+        return None
+    return jax.tree.map(lambda x: jnp.ones(x.shape[1:], x.dtype), tuned.states)
 
 
 def _decision(solver: RecurrenceSolver) -> str:
@@ -109,7 +111,7 @@ def _report(
         num_sweeps=per_chain(draws.num_sweeps),
         num_blocks=draws.num_blocks,
         certified_steps=per_chain(draws.certified_steps),
-        near_ties=per_chain(draws.near_ties),
+        near_ties=per_chain(draws.near_ties) if np.isfinite(info.margin).any() else per_chain(np.nan, float),
         lyapunov_exponent=_growth_rate(draws, chains),
         coalescence_steps=np.zeros(0, int) if pilot is None else np.asarray(pilot.steps),
         acceptance_rate=np.asarray(info.acceptance_rate).mean(axis=1),

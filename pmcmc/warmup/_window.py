@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pmcmc._jit import tuned_jit
-from pmcmc._tree import is_real
+from pmcmc._tree import is_real, register_dataclass
 from pmcmc._types import Array, PRNGKey, PyTree, Scalar
 from pmcmc.interop._blackjax import dual_averaging, window_adaptation
 from pmcmc.kernels import HMC, MALA, Kernel
@@ -18,7 +19,7 @@ from pmcmc.warmup._base import LaneTiming, Tuned, Warmup, WarmupError
 NUM_LANES = 32
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class WindowAdaptation(Warmup):
     """Stan's windows with NUTS for location and metric, then dual averaging of the kernel's own step size.
@@ -177,19 +178,33 @@ def _adapt_step(
     # Optimal scaling in whitened coordinates (Roberts & Rosenthal 1998): a start that dual averaging corrects.
     first = target.dim ** (-1 / 3) if isinstance(kernel, MALA) else 0.8 * target.dim ** (-1 / 4)
     as_leaf = lambda x: jnp.asarray(x, target.spec.dtype if is_real(x) else None)
-    third = Third(positions, jax.tree.map(as_leaf, averaging.init(first)), jnp.array(0.0), jnp.array(0.0))
+    averaged = jax.tree.map(as_leaf, averaging.init(first))
     noise = _lane_noise(target, kernel, rng_key, num_lanes=len(positions), num_steps=num_steps)
-    length, seconds = num_steps // 3, 0.0
+    states = _start_lanes(target, _with_step(kernel, target, averaged, averaging, jnp.array(True)), positions)
+    third, length, seconds = Third(states, averaged, jnp.array(0.0), jnp.array(0.0)), num_steps // 3, 0.0
     for number in range(3):
         part = jax.tree.map(lambda x, n=number: x[n * length : (n + 1) * length], noise)
         adapting = jnp.array(number < 2)
         third, (_, seconds) = _run_third.timed(target, kernel, part, third.states, third.averaged, rate, adapting)
-    dtype = target.spec.dtype
-    step_size = kernel.step_size if kernel.step_size is not None else averaging.final(third.averaged)
-    tuned = replace(kernel, step_size=jnp.asarray(step_size, dtype))
+    tuned = _with_step(kernel, target, third.averaged, averaging, jnp.array(False))
     if isinstance(kernel, HMC) and kernel.num_integration_steps is None:
         tuned = replace(tuned, num_integration_steps=tuned.default_length())
     return Stepped(tuned, third.states, third.acceptance_rate, third.moved, seconds / length)
+
+
+def _with_step(kernel: Any, target: Target, averaged: PyTree, averaging: Any, adapting: Array) -> Any:
+    """The kernel with the step size of the moment, or with its own where that is given or where it has none."""
+    if not hasattr(kernel, "step_size"):
+        return kernel
+    step_size = kernel.step_size
+    if step_size is None:
+        step_size = jnp.where(adapting, averaging.step_size(averaged), averaging.final(averaged))
+    return kernel.with_step_size(jnp.asarray(step_size, target.spec.dtype))
+
+
+@tuned_jit()
+def _start_lanes(target: Target, kernel: Any, positions: Array) -> PyTree:
+    return jax.vmap(lambda y: kernel.unknown(kernel.start(target, y)))(positions)
 
 
 @tuned_jit(static_argnames=("num_lanes", "num_steps"))
@@ -203,21 +218,18 @@ def _lane_noise(target: Target, kernel: Kernel, rng_key: PRNGKey, *, num_lanes: 
 def _run_third(
     target: Target, kernel: Any, noise: PyTree, states: PyTree, averaged: PyTree, rate: Scalar, adapting: Array
 ) -> Third:
-    averaging, dtype = dual_averaging(rate), target.spec.dtype
-
-    def step_size(averaged):
-        if kernel.step_size is not None:
-            return jnp.asarray(kernel.step_size, dtype)
-        return jnp.where(adapting, averaging.step_size(averaged), averaging.final(averaged)).astype(dtype)
+    averaging = dual_averaging(rate)
+    coordinates = jax.vmap(lambda state: kernel.coordinates(kernel.unknown(state)))
 
     def body(carry, noise):
         state, averaged = carry
-        now = replace(kernel, step_size=step_size(averaged))
+        now, before = _with_step(kernel, target, averaged, averaging, adapting), coordinates(state)
         state, info = jax.vmap(lambda s, n: now.step(target, s, n))(state, noise)
+        moved = jnp.mean(jnp.any(coordinates(state) != before, axis=1))
         acceptance = jnp.mean(info.acceptance_rate)
         updated = averaging.update(averaged, acceptance)
         averaged = jax.tree.map(lambda new, old: jnp.where(adapting, new, old), updated, averaged)
-        return (state, averaged), (acceptance, jnp.mean(info.margin > 0))
+        return (state, averaged), (acceptance, moved)
 
     state = jax.vmap(lambda unknown: kernel.restore(target, unknown))(states)
     (state, averaged), (acceptance, moved) = jax.lax.scan(body, (state, averaged), noise)
@@ -225,11 +237,16 @@ def _run_third(
 
 
 def _check_tuned(tuned: Stepped) -> None:
+    step_size = np.asarray(getattr(tuned.kernel, "step_size", ()))
+    if np.isnan(step_size).any() and np.isnan(tuned.acceptance_rate):
+        raise WarmupError(
+            "the step size could not be tuned, because the kernel reports no acceptance rate: pass step_size= to it."
+        )
     if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tuned.states)):
         raise WarmupError("warm-up reached states that are not finite: check the density for NaN and its constraints.")
     if float(tuned.moved) == 0.0:
-        step_size = float(getattr(tuned.kernel, "step_size", float("nan")))
+        given = f" (step size {np.max(step_size):.3g})" if step_size.size else ""
         raise WarmupError(
-            f"no move was accepted in the last third of warm-up (step size {step_size:.3g}). Leave step_size=None so "
-            "that it is tuned, take a smaller one, or start elsewhere with init_params."
+            f"no move was accepted in the last third of warm-up{given}. Leave step_size=None so that "
+            "it is tuned, take a smaller one, or start elsewhere with init_params."
         )

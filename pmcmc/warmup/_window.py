@@ -231,7 +231,8 @@ def _run_third(
         averaged = jax.tree.map(lambda new, old: jnp.where(adapting, new, old), updated, averaged)
         return (state, averaged), (acceptance, moved)
 
-    state = jax.vmap(lambda unknown: kernel.restore(target, unknown))(states)
+    ready = _with_step(kernel, target, averaged, averaging, adapting)
+    state = jax.vmap(lambda unknown: ready.restore(target, unknown))(states)
     (state, averaged), (acceptance, moved) = jax.lax.scan(body, (state, averaged), noise)
     return Third(jax.vmap(kernel.unknown)(state), averaged, jnp.mean(acceptance), jnp.mean(moved))
 

@@ -20,8 +20,9 @@ from pmcmc.warmup._base import LaneTiming
 SHORT_SECONDS = 1.0
 # The program of blocks holds the step twice (zeroth sweep and repair), the sequential one once.
 COMPILE_RATIO = 1.8
-# A step of lanes has an overhead near this on a CPU; on other devices lanes are all but free up to some thousands.
-CPU_OVERHEAD, FREE_LANES = 1e-6, 8192
+# A step of lanes has an overhead near this on a CPU, and one of the warm-up, which averages beside it, near that; on
+# other devices lanes are all but free up to some thousands.
+CPU_OVERHEAD, CPU_WARMUP_OVERHEAD, FREE_LANES = 2e-6, 1e-5, 8192
 # A segment may take this many times its predicted merge before it is given up.
 PATIENCE = 4
 
@@ -79,7 +80,7 @@ class Automatic:
         return replace(found, reason=excuse) if excuse else found
 
     def costs(self, head: Head) -> Costs:
-        """Two points of the line ``overhead + lanes * lane``: the chains', where they are lanes, and the warm-up's."""
+        """The chains' own steps in order, and from the warm-up's lanes what a step of many takes."""
         chains, seconds = self.run.engine.num_chains, head.seconds_per_step
         compile_seconds = COMPILE_RATIO * self.run.engine.clock.compile_seconds
         if not self.on_cpu:
@@ -88,11 +89,8 @@ class Automatic:
         if self.timing is None:
             return Costs(seconds, 0.0, seconds / chains, compile_seconds)
         lanes, wide = self.timing
-        if 1 < chains < lanes:
-            lane = max((wide - seconds) / (lanes - chains), 0.5 * wide / lanes)
-            return Costs(seconds, max(wide - lanes * lane, 0.0), lane, compile_seconds)
-        overhead = min(CPU_OVERHEAD, wide / 2)
-        return Costs(seconds, overhead, (wide - overhead) / lanes, compile_seconds)
+        lane = max(wide - CPU_WARMUP_OVERHEAD, 0.25 * wide) / lanes
+        return Costs(seconds, CPU_OVERHEAD, lane, compile_seconds)
 
     def in_blocks(self, planned: Plan, solver: MultipleShooting) -> None:
         """Segments that grow with what was saved; in order where merges do not arrive, or nothing is saved."""

@@ -24,7 +24,7 @@ from pmcmc.stability import Coalescence, wasserstein_bound
 from pmcmc.stability._paths import coalescence_of_paths
 
 # A stretch of sequential sampling this long is timed well enough.
-TIMING_SECONDS = 0.05
+TIMING_SECONDS = 0.2
 # Pairs to couple: the first few say how long a merge takes, the others follow as far as time permits.
 FIRST_PAIRS, NUM_PAIRS = 4, 32
 # The share of the run that partners' steps may take.

@@ -11,10 +11,13 @@ import numpy as np
 
 import pmcmc
 
+# Every so many draws are kept: long chains are quick to sample and slow to summarise.
+THINNING = 10
+
 
 @dataclass(frozen=True)
 class Example:
-    """A model with its data. var_names: what the tables and plots show."""
+    """A model with its data. num_samples: steps per chain, every `THINNING`-th kept. var_names: what is shown."""
 
     title: str
     model: Callable
@@ -40,7 +43,7 @@ def eight_schools() -> Example:
             numpyro.sample("effect", dist.Normal(theta, error), obs=effect)
 
     data = {"error": error, "effect": effect}
-    return Example("Eight schools, non-centred", model, data, 250_000, ["mu", "tau", "theta"])
+    return Example("Eight schools, non-centred", model, data, 1_000_000, ["mu", "tau", "theta"])
 
 
 def logistic() -> Example:
@@ -58,7 +61,7 @@ def logistic() -> Example:
         numpyro.sample("benign", dist.Bernoulli(logits=intercept + features @ beta), obs=benign)
 
     data = {"features": features, "benign": benign}
-    return Example("Logistic regression, breast cancer data", model, data, 25_000, ["intercept", "beta"])
+    return Example("Logistic regression, breast cancer data", model, data, 200_000, ["intercept", "beta"])
 
 
 EXAMPLES = {"eight_schools": eight_schools, "logistic": logistic}
@@ -75,12 +78,12 @@ def run(names: list[str], output: Path, scale: float = 1.0) -> None:
 def show(name: str, example: Example, output: Path, scale: float) -> None:
     """One example: parallel, sequential, NUTS, table, plot."""
     num_samples = max(100, int(example.num_samples * scale))
-    print(f"=== {example.title}: 4 chains of {num_samples:,} draws ===")
+    print(f"=== {example.title}: 4 chains of {num_samples:,} steps, every {THINNING}th kept ===")
 
     def sample(**options: Any) -> tuple[pmcmc.Chain, float]:
         begin = time.perf_counter()
         chain = pmcmc.parallel_chain(
-            example.model, 0, model_kwargs=example.model_kwargs, num_samples=num_samples, **options
+            example.model, 0, model_kwargs=example.model_kwargs, num_samples=num_samples, thinning=THINNING, **options
         )
         return chain, time.perf_counter() - begin
 

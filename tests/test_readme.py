@@ -19,7 +19,7 @@ def test_readme_example_runs_as_printed() -> None:
     assert done.returncode == 0, done.stderr
     assert "Decision: " in done.stdout  # which one it is depends on the machine
     assert "coupled pairs of chains merged" in done.stdout
-    assert done.stdout.strip().endswith("(1000000, 8) True")
+    assert done.stdout.strip().endswith("(400000, 8) True")
 
 
 @pytest.mark.parametrize("name", ["eight_schools", "logistic"])

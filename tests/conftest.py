@@ -19,3 +19,18 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)  # -1: no min
 def rng_key() -> jax.Array:
     """The one fixed seed; tests split it into named keys."""
     return jax.random.key(0)
+
+
+@pytest.fixture
+def free_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs as on a large GPU, whatever this machine is and does beside.
+
+    No run is too short for a plan, a pilot may take a fifth of it, and blocks always pay where chains merge.
+    """
+    from pmcmc.sampling import _auto, _pilot
+    from pmcmc.stability import Costs
+
+    monkeypatch.setattr(_auto, "SHORT_SECONDS", 0.0)
+    monkeypatch.setattr(_pilot, "TIMING_SECONDS", 1e-9)
+    monkeypatch.setattr(_pilot, "SHARE", 0.2)
+    monkeypatch.setattr(_auto.Automatic, "costs", lambda self, head: Costs(1e6, 1e6, 1e4, 0.0))

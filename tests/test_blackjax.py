@@ -10,8 +10,6 @@ import pmcmc
 from pmcmc import NUTS, Target, from_blackjax
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
 from pmcmc.recurrence._base import default_tolerance
-from pmcmc.sampling import _auto, _pilot
-from pmcmc.stability import Costs
 from tests._chains import draw_noise, solve
 from tests._targets import COVARIANCE, gaussian, make_target, start_like
 
@@ -184,20 +182,11 @@ def test_does_not_merge_under_common_keys(name: str) -> None:
     assert np.all(found.dimension_movement > 0)
 
 
-@pytest.fixture
-def lanes_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No run is too short for a pilot, and blocks always pay where they merge."""
-    monkeypatch.setattr(_auto, "SHORT_SECONDS", 0.0)
-    monkeypatch.setattr(_pilot, "TIMING_SECONDS", 0.0)
-    monkeypatch.setattr(_pilot, "SHARE", 0.5)
-    monkeypatch.setattr(_auto.Automatic, "costs", lambda self, head: Costs(1e6, 1e6, 1.0, 0.0))
-
-
 SIZES = dict(num_warmup=100, num_chains=4, progress_bar=False)
 
 
 @pytest.mark.parametrize("name", ["random-walk", "barker"])
-def test_auto_samples_sequentially_what_does_not_merge(name: str, lanes_are_free) -> None:
+def test_auto_samples_sequentially_what_does_not_merge(name: str, free_lanes) -> None:
     chain = pmcmc.sample(gaussian, start_like(gaussian), 0, kernel=CASES[name][0], num_samples=5_000, **SIZES)
     assert chain.report.decision == "sequential"
     assert "of 4 coupled pairs" in chain.report.reason
@@ -205,7 +194,7 @@ def test_auto_samples_sequentially_what_does_not_merge(name: str, lanes_are_free
     assert np.all(chain.report.acceptance_rate > 0.2)
 
 
-def test_nuts_is_tuned_and_sampled_in_blocks(lanes_are_free) -> None:
+def test_nuts_is_tuned_and_sampled_in_blocks(free_lanes) -> None:
     """Shooting under "auto", a step size tuned to 0.8, NumPyro's names for fields and ArviZ's for statistics."""
     names = ("num_steps", "tree_depth", "accept_prob", "energy", "potential_energy")
     chain = pmcmc.sample(

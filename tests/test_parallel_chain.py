@@ -16,9 +16,8 @@ from scipy import stats
 
 import pmcmc
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, deer
-from pmcmc.sampling import _auto, _pilot, _run
+from pmcmc.sampling import _run
 from pmcmc.sampling._engine import Engine
-from pmcmc.stability import Costs
 from tests._statistics import z_bound
 from tests._targets import COVARIANCE, funnel, gaussian, start_like
 
@@ -135,16 +134,7 @@ def compilations() -> Iterator[list]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.fixture
-def lanes_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Costs as on a large GPU, whatever this machine is and does beside: no run is too short, blocks always pay."""
-    monkeypatch.setattr(_auto, "SHORT_SECONDS", 0.0)
-    monkeypatch.setattr(_pilot, "TIMING_SECONDS", 0.0)
-    monkeypatch.setattr(_pilot, "SHARE", 0.2)
-    monkeypatch.setattr(_auto.Automatic, "costs", lambda self, head: Costs(1e6, 1e6, 1e4, 0.0))
-
-
-def test_auto_takes_shooting_where_chains_merge_and_is_right(lanes_are_free) -> None:
+def test_auto_takes_shooting_where_chains_merge_and_is_right(free_lanes) -> None:
     """20,000 steps of a Gaussian: shooting; moments within the bands; a second run compiles nothing."""
     logdensity_fn = lambda x: gaussian(x)  # new to every cache
     run = lambda seed: pmcmc.sample(logdensity_fn, start_like(gaussian), seed, **{**SIZES, "num_samples": 20_000})
@@ -169,7 +159,7 @@ def test_auto_takes_shooting_where_chains_merge_and_is_right(lanes_are_free) -> 
     assert np.max(np.abs(t)) < -stats.t.ppf(stats.norm.sf(z_bound(12)), df=159)
 
 
-def test_auto_takes_sequential_where_chains_do_not_merge(lanes_are_free) -> None:
+def test_auto_takes_sequential_where_chains_do_not_merge(free_lanes) -> None:
     chain = pmcmc.sample(funnel, start_like(funnel), 0, **{**SIZES, "num_samples": 20_000})
     assert chain.report.decision == "sequential"
     assert "of 4 coupled pairs" in chain.report.reason

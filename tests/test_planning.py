@@ -68,6 +68,13 @@ def test_pairs_that_do_not_merge() -> None:
     assert isinstance(plan(10**6, 1, GPU).solver, Sequential)
 
 
+def test_nothing_to_plan() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        plan(0, 1, GPU)
+    with pytest.raises(ValueError, match="at least 2"):
+        plan(1000, 1, GPU, merging([20]))
+
+
 def test_merges_too_long_for_the_run() -> None:
     found = plan(1000, 1, GPU._replace(compile=0.0), merging(np.arange(500, 532)))
     assert isinstance(found.solver, Sequential)
@@ -134,15 +141,6 @@ def test_paths_tell_what_a_run_tells() -> None:
     assert np.all(short.steps == 10)
 
 
-@pytest.fixture
-def free_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No run is too short, a pilot may take a fifth of it, and blocks cost next to nothing."""
-    monkeypatch.setattr(_auto, "SHORT_SECONDS", 0.0)
-    monkeypatch.setattr(_pilot, "TIMING_SECONDS", 0.0)
-    monkeypatch.setattr(_pilot, "SHARE", 0.2)
-    monkeypatch.setattr(_auto.Automatic, "costs", lambda self, head: Costs(1e6, 1e6, 1e4, 0.0))
-
-
 def assert_same(chain: pmcmc.Chain, expected: pmcmc.Chain) -> None:
     np.testing.assert_allclose(chain.get_samples(), expected.get_samples(), rtol=0, atol=1e-9)
 
@@ -171,6 +169,23 @@ def test_blocks_slower_than_planned_are_left(free_lanes, monkeypatch: pytest.Mon
     assert "times as long" in chain.report.fallback
     assert np.all((chain.report.certified_steps > 1000) & (chain.report.certified_steps < 4000))
     assert_same(chain, run(Sequential()))
+
+
+def test_the_pilot_does_not_disturb_the_timing(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps sampled for a partner to follow are few: their overhead is not what a step takes."""
+    seen, real = [], _pilot.couple
+
+    def couple(head, own):
+        done, timed = head.run.done, head.seconds_per_step
+        found = real(head, own)
+        seen.append((head.run.done - done, head.seconds_per_step / timed))
+        return found
+
+    monkeypatch.setattr(_auto, "couple", couple)
+    pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=8000, **SIZES)
+    ((more, ratio),) = seen
+    assert more > 0  # it did sample further
+    assert ratio == 1
 
 
 def test_short_runs_have_no_pilot() -> None:

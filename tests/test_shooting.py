@@ -180,6 +180,26 @@ def test_discrete_leaves_are_equal_at_merges() -> None:
     assert solution.residual > 1e-3  # while the real leaf was spliced
 
 
+@pytest.mark.parametrize("extra", [0, 3, 20, 60])
+def test_prefix_at_the_budget_of_steps_is_exact(extra: int) -> None:
+    """Blocks of 50 steps whose repairs need about 23: stopped before, only the first block stands."""
+    key = jax.random.key(0)
+    inputs, step = jax.random.normal(key, (400,)), lambda x, u: 0.3 * jnp.tanh(x) + u
+    solver = MultipleShooting(num_blocks=8, max_steps=50 + extra)
+    found = solver.solve(step, 0.0, inputs, initial_guess=jnp.full(400, 5.0), scale=1.0)
+    expected = Sequential().solve(step, 0.0, inputs).value
+    certified = int(found.stats.certified_steps)
+    assert found.stats.num_sequential_steps <= 50 + extra
+    np.testing.assert_allclose(found.value[:certified], expected[:certified], rtol=0, atol=1e-12)
+    if extra < 20:
+        assert found.result == RESULTS.max_iters_reached
+        assert certified == 50
+        assert jnp.any(jnp.abs(found.value[50:] - expected[50:]) > 1e-6)
+    elif extra == 60:
+        assert found.result == RESULTS.successful
+        assert certified == 400
+
+
 @pytest.mark.parametrize("max_sweeps", [1, 2, 3])
 def test_prefix_at_the_cap_is_exact(max_sweeps: int) -> None:
     """From a guess far out on the banana, where lanes stick, a sweep repairs one block: max_sweeps + 1 are exact."""

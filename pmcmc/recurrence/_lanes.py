@@ -19,7 +19,7 @@ from pmcmc.recurrence._base import Problem, Recurrence, RecurrenceSolver, Soluti
 class Layout(NamedTuple):
     """How chains are cut into lanes. The first three numbers are static, the others may be traced.
 
-    block_length: S, at most ``capacity``; a multiple of the chunk (see `chunk_of`) where it is traced.
+    block_length: S, at most ``capacity``; see `LaneSolver.unit` for which numbers will do.
     length: steps of each chain, at most P S and more than (P - 1) S.
     """
 

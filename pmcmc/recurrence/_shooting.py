@@ -63,7 +63,7 @@ class MultipleShooting(LaneSolver):
     max_steps: budget of steps one after the other, S for the blocks included. None: no limit.
 
     Raises:
-        ValueError: num_blocks or max_sweeps below 1.
+        ValueError: num_blocks, max_sweeps or max_steps below 1.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -83,6 +83,8 @@ class MultipleShooting(LaneSolver):
             raise ValueError(f"num_blocks must be at least 1, got {self.num_blocks}.")
         if isinstance(self.max_sweeps, int) and self.max_sweeps < 1:
             raise ValueError(f"max_sweeps must be at least 1, got {self.max_sweeps}. Use Sequential() for none.")
+        if isinstance(self.max_steps, int) and self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}. Use None for no limit.")
 
     unit: ClassVar[int] = CHUNK
 

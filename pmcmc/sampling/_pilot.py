@@ -38,20 +38,21 @@ FIRST_STRETCH, MAX_STEPS = 32, 8192
 class Head:
     """The chains' first steps, sampled in order. Their path is kept as far as a pilot may want to see it.
 
-    seconds_per_step: of all chains, as last timed.
+    seconds_per_step: of all chains, over the last and longest of the stretches that were sampled to be timed.
     """
 
     def __init__(self, run: Run):
-        self.run, self.seconds_per_step = run, math.nan
-        self.shape = run.shape_for(Sequential(), run.num_steps)
+        self.run, self.shape = run, run.shape_for(Sequential(), run.num_steps)
         self._paths: list[PyTree] = []
-        wanted = 4 * FIRST_STRETCH
-        while run.left and self.extend(wanted) < TIMING_SECONDS:
+        wanted, seconds, before = 4 * FIRST_STRETCH, 0.0, 0
+        while run.left and seconds < TIMING_SECONDS:
+            before, seconds = run.done, self.extend(wanted)
             wanted *= 8
+        self.seconds_per_step = seconds / (run.done - before)
 
     def extend(self, num_steps: int) -> float:
         """As many more steps; returns the seconds they took."""
-        before, seconds, end = self.run.done, 0.0, min(self.run.done + num_steps, self.run.num_steps)
+        seconds, end = 0.0, min(self.run.done + num_steps, self.run.num_steps)
         while self.run.done < end:
             first = self.run.done
             segment, _, clock = self.run.take(Sequential(), self.shape, end - first)
@@ -59,7 +60,6 @@ class Head:
             if first < LAG + NUM_PAIRS * MAX_STEPS:
                 path, keep = segment.chains(segment.solution.value), self.run.done - first
                 self._paths.append(jax.tree.map(lambda x, n=keep: x[:, :n].copy(), path))
-        self.seconds_per_step = seconds / (end - before)
         return seconds
 
     def path(self, first: int, num_steps: int) -> PyTree:
@@ -122,8 +122,8 @@ def couple(head: Head, own: np.ndarray) -> Pilot:
     starts = _partner_starts(run, own)
     budget = int(SHARE * run.num_steps)
     few = min(len(starts), math.ceil(FIRST_PAIRS / chains))
-    if not few:
-        return Pilot(None, "There is no second state of an ensemble to couple the chain with.", 0.0)
+    if few * chains < 2:
+        return Pilot(None, "There are not enough states of an ensemble to couple the chain with.", 0.0)
     longest = min(budget // few, MAX_STEPS, run.num_steps // (len(starts) + 1) - LAG)
     if longest < FIRST_STRETCH // 2:
         return Pilot(None, f"A run of {run.num_steps:,} steps has no time to couple chains first.", 0.0)

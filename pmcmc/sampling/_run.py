@@ -127,7 +127,7 @@ class Run:
         in_order = isinstance(solver, Sequential)
         draws.critical_path = draws.critical_path + (keep if in_order else np.asarray(stats.num_sequential_steps))
         if keep:
-            self.x = jax.tree.map(lambda v: jnp.asarray(v[:, keep - 1]), path)
+            self.x = jax.tree.map(lambda v: jnp.array(v[:, keep - 1]), path)  # a copy: the path is overwritten
         self.done += keep
         self.progress.update(keep)
         if in_order:

@@ -38,7 +38,12 @@ def diagnose(target: Target, kernel: Kernel, pilot: Coalescence, info: Info) -> 
     """Sites that keep the pairs of a pilot apart, and what may help.
 
     pilot: with pairs that did not merge; states are unknowns of the kernel. info: of the chains' own steps.
+
+    Raises:
+        ValueError: every pair merged.
     """
+    if np.all(pilot.merged):
+        raise ValueError("every pair of this pilot merged: there is nothing to explain.")
     points, last = pilot.checkpoints, int(np.sum(np.asarray(pilot.checkpoints.reached))) - 1
     apart = ~np.asarray(pilot.merged)
     coordinates = jax.vmap(kernel.coordinates)
@@ -49,7 +54,7 @@ def diagnose(target: Target, kernel: Kernel, pilot: Coalescence, info: Info) -> 
     }
     sites = dict(sorted(distances.items(), key=lambda item: -item[1]))
     worst = [name for name, d in sites.items() if d >= SHARE_OF_WORST * max(sites.values())]
-    found = _about_model(target, ends, worst) + _about_steps(kernel, info) + _about_pilot(target, kernel, pilot)
+    found = _about_model(target, ends, worst) + _about_steps(info) + _about_pilot(target, kernel, pilot)
     return Diagnosis(sites, tuple(found))
 
 
@@ -65,9 +70,9 @@ def _about_model(target: Target, ends: list, worst: list[str]) -> list[str]:
     ]
 
 
-def _about_steps(kernel: Kernel, info: Info) -> list[str]:
+def _about_steps(info: Info) -> list[str]:
     rate, divergent = float(np.mean(info.acceptance_rate)), float(np.mean(info.is_divergent))
-    if rate >= LOW_ACCEPTANCE and divergent <= MANY_DIVERGENCES:
+    if not (rate < LOW_ACCEPTANCE or divergent > MANY_DIVERGENCES):  # a kernel that reports no rate has NaN
         return []
     seen = f"acceptance rate {rate:.2f}, {divergent:.1%} of steps divergent"
     return [f"The step size is large for this posterior ({seen}): try WindowAdaptation(target_acceptance_rate=0.95)."]

@@ -9,7 +9,7 @@ import numpy as np
 from pmcmc._types import Scalar
 from pmcmc.recurrence import Dense, Diagonal, MultipleShooting, RecurrenceSolver, Sequential, deer, quasi_deer
 from pmcmc.stability._coalescence import Coalescence
-from pmcmc.stability._predict import Prediction, predict_iterations
+from pmcmc.stability._predict import longest_of, predict_iterations
 from pmcmc.stability._tail import ExponentialTail
 
 # Blocks are whole numbers of this many steps: what the zeroth sweep writes at a time.
@@ -18,6 +18,8 @@ BLOCK_UNIT = 16
 FIRST_SHARE = 1 / 8
 # What a failing segment may cost beyond all that was saved so far, as a share of a sequential run.
 LOSS = 0.1
+# Probability of the intervals.
+LEVEL = 0.9
 # Blocks must promise to save this share of a sequential run: predictions of seconds are off by a quarter at times.
 MARGIN = 0.25
 
@@ -114,11 +116,16 @@ def plan(
     dim: D, real entries of a state; None: do not consider Newton's method.
     max_steps: steps per chain that one segment may hold; None: all.
 
+    Raises:
+        ValueError: num_steps or num_chains below 1, or a pilot of a single pair.
+
     Example:
         >>> from pmcmc.stability import Costs, plan
         >>> plan(10**6, 1, Costs(sequential=2e-6, overhead=2e-6, lane=1e-7, compile=1.0)).reason
         'Nothing is known of how coupled chains merge.'
     """
+    if min(num_steps, num_chains) < 1:
+        raise ValueError(f"num_steps and num_chains must be at least 1, got {num_steps} and {num_chains}.")
     alone = Candidate("sequential", Sequential(), num_steps, num_steps, num_steps, num_steps * costs.sequential)
     conclude = lambda chosen, reason, others=(): Plan(
         chosen, reason, tuple(sorted((alone, *others), key=lambda c: c.seconds)), num_steps, costs, coalescence
@@ -154,12 +161,12 @@ def _block_candidates(
     found = []
     tail = ExponentialTail.fit(np.asarray(coalescence.steps), coalescence.max_steps)
     for num_blocks in (2**i for i in range(1, 15)):
-        merge = _slowest_merge(tail, num_chains * (num_blocks - 1))
-        if num_blocks * max(BLOCK_UNIT, merge.value) > num_steps / 2:  # half of all work would be repair
+        merge, low, high = longest_of(tail, num_chains * (num_blocks - 1), LEVEL)
+        if num_blocks * max(BLOCK_UNIT, merge) > num_steps / 2:  # half of all work would be repair
             break
-        segments = schedule(num_steps, num_blocks, merge.value, costs, num_chains, max_steps)
+        segments = schedule(num_steps, num_blocks, merge, costs, num_chains, max_steps)
         plain = sum(BLOCK_UNIT * -(-s // (num_blocks * BLOCK_UNIT)) for s in segments)
-        path, lower, upper = (plain + len(segments) * steps for steps in merge)
+        path, lower, upper = (plain + len(segments) * steps for steps in (merge, low, high))
         found.append(
             Candidate(
                 f"shooting, {num_blocks} blocks",
@@ -168,7 +175,7 @@ def _block_candidates(
                 lower,
                 upper,
                 path * costs.step(num_blocks * num_chains) + costs.compile,
-                merge.value,
+                merge,
             )
         )
     return found
@@ -188,13 +195,6 @@ def _newton_candidates(
         seconds = count.value * iteration + costs.compile
         found.append(Candidate(name, make(max_iters=budget), *count, seconds))
     return found
-
-
-def _slowest_merge(tail: ExponentialTail, num_repairs: int) -> Prediction:
-    """Steps of the longest of so many repairs, with an interval of 90 %: as `predict_sweeps`, in no time."""
-    mean = tail.expected_maximum(num_repairs)
-    low, high = (tail.quantile(q, num_repairs) for q in (0.05, 0.95))
-    return Prediction(mean, min(low, mean), max(high, mean))
 
 
 def next_segment(num_steps: int, done: int, saved: Scalar, cost: Scalar, max_steps: int) -> int:

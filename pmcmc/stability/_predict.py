@@ -78,7 +78,7 @@ def predict_sweeps(
     if blocks == 1:
         return SweepPrediction(Prediction(0.0, 0.0, 0.0), Prediction(*[float(length)] * 3))
     lanes = num_chains * (blocks - 1)
-    longest = _longest(tail, lanes, level)
+    longest = longest_of(tail, lanes, level)
     path = Prediction(*[min(float(length), block + steps) for steps in longest])
     rounds = [min(blocks - 1.0, float(math.ceil(min(steps, length) / block))) for steps in longest]
     sweeps = sum(_exceeds(tail, k * block, lanes) for k in range(blocks - 1))
@@ -126,7 +126,7 @@ def predict_iterations(
     tail = _merge_tail(pilot)
     whole = Prediction(*[float(length)] * 3)
     capped = lambda steps: min(float(length), steps)
-    merges = _longest(tail, max(1.0, length / max(tail.mean_excess, 1.0)), level)
+    merges = longest_of(tail, max(1.0, length / max(tail.mean_excess, 1.0)), level)
     jacobi = Prediction(*map(capped, merges))
     if isinstance(jacobian, Zero):
         return jacobi
@@ -165,7 +165,7 @@ def extrapolate_iterations(
     if not 1 <= window <= length:
         raise ValueError(f"window must be between 1 and length = {length}, got {window}.")
     tail = ExponentialTail.fit(np.asarray(num_iters), window if limit is None else limit - 1)
-    return Prediction(*[min(float(length), count) for count in _longest(tail, length / window, level)])
+    return Prediction(*[min(float(length), count) for count in longest_of(tail, length / window, level)])
 
 
 def nonlinear_steps(pilot: Coalescence, *, linear_regime: Scalar = LINEAR_REGIME) -> np.ndarray:
@@ -198,7 +198,7 @@ def _merge_tail(pilot: Coalescence) -> ExponentialTail:
     return ExponentialTail.fit(np.asarray(pilot.steps), pilot.max_steps)
 
 
-def _longest(tail: ExponentialTail, count: Scalar, level: Scalar) -> tuple[float, float, float]:
+def longest_of(tail: ExponentialTail, count: Scalar, level: Scalar) -> tuple[float, float, float]:
     """Mean and quantiles of the longest of ``count`` times."""
     mean = tail.expected_maximum(count)
     low, high = (tail.quantile(q, count) for q in ((1 - level) / 2, (1 + level) / 2))

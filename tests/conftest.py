@@ -25,12 +25,14 @@ def rng_key() -> jax.Array:
 def free_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Costs as on a large GPU, whatever this machine is and does beside.
 
-    No run is too short for a plan, a pilot may take a fifth of it, and blocks always pay where chains merge.
+    No run is too short for a plan, a pilot may take a fifth of it, and blocks always pay where chains merge. Programs
+    are waited for, so that what is sampled in order does not depend on how long they take.
     """
     from pmcmc.sampling import _auto, _pilot
     from pmcmc.stability import Costs
 
     monkeypatch.setattr(_auto, "SHORT_SECONDS", 0.0)
+    monkeypatch.setattr(_auto, "num_cores", lambda: 1)
     monkeypatch.setattr(_pilot, "TIMING_SECONDS", 1e-9)
     monkeypatch.setattr(_pilot, "SHARE", 0.2)
     monkeypatch.setattr(_auto.Automatic, "costs", lambda self, head: Costs(1e6, 1e6, 1e4, 0.0))

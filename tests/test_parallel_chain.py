@@ -16,7 +16,7 @@ from scipy import stats
 
 import pmcmc
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, deer
-from pmcmc.sampling import _run
+from pmcmc.sampling import _engine
 from pmcmc.sampling._engine import Engine
 from tests._statistics import z_bound
 from tests._targets import COVARIANCE, funnel, gaussian, start_like
@@ -102,8 +102,8 @@ def test_segments_change_nothing(solver, monkeypatch: pytest.MonkeyPatch) -> Non
     """Memory for some 300 steps a segment, the last one short, thinned across their borders."""
     calls, solve = [], Engine.solve
     monkeypatch.setattr(Engine, "solve", lambda *args: calls.append(args) or solve(*args))
-    monkeypatch.setattr(_run, "SEGMENT_BYTES", 2**17)
-    monkeypatch.setattr(_run, "SEQUENTIAL_BYTES", 2**17)
+    monkeypatch.setattr(_engine, "SEGMENT_BYTES", 2**17)
+    monkeypatch.setattr(_engine, "SEQUENTIAL_BYTES", 2**17)
     chain = gaussian_chain(solver=solver, thinning=3)
     assert len(calls) in (5, 6, 7, 8, 9)
     assert len({args[2] for args in calls}) == 1  # one shape, so one program

@@ -9,11 +9,14 @@ import jax
 import numpy as np
 
 from pmcmc._tree import is_real
-from pmcmc.recurrence import MultipleShooting
+from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Sequential
+from pmcmc.recurrence._shooting import default_num_blocks
+from pmcmc.sampling._ahead import num_cores
+from pmcmc.sampling._engine import Engine, Shape
 from pmcmc.sampling._pilot import Head, bias_after_warmup, couple
 from pmcmc.sampling._run import Run, join
 from pmcmc.stability import Costs, Diagnosis, Plan, check_pilot, diagnose, plan
-from pmcmc.stability._plan import FIRST_SHARE, next_segment
+from pmcmc.stability._plan import FIRST_SHARE, Compiling, next_segment
 from pmcmc.warmup._base import LaneTiming
 
 # Runs that should take less than this sequentially are sampled so, without a pilot.
@@ -25,6 +28,38 @@ COMPILE_RATIO = 1.8
 CPU_OVERHEAD, CPU_WARMUP_OVERHEAD, FREE_LANES = 2e-6, 1e-5, 8192
 # A segment may take this many times its predicted merge before it is given up.
 PATIENCE = 4
+# Steps of all chains from which the program of blocks is compiled beside warm-up, before a step was timed. Shorter runs
+# have it compiled once they prove long.
+AHEAD_STEPS = 100_000
+# Lanes of that program on a CPU: steps of 64 and of 256 took within a third of each other on all posteriors timed.
+CPU_LANES = 128
+# Steps taken in order while that program is not ready come in stretches of so many seconds.
+STRETCH_SECONDS = 0.1
+
+
+def compile_ahead(engine: Engine, solver: RecurrenceSolver | None, num_steps: int) -> None:
+    """Begin with the programs that a run will need, and under "auto" (None) with those of blocks if it is long."""
+    first = Sequential() if solver is None else solver
+    engine.compile_ahead(first, engine.shape_for(first, num_steps))
+    if solver is None and num_steps * engine.num_chains >= AHEAD_STEPS and num_cores() > 1:
+        blocks = likely_blocks(engine, num_steps)
+        engine.compile_ahead(guarded(blocks, 1), block_shape(engine, blocks, num_steps))
+
+
+def likely_blocks(engine: Engine, num_steps: int) -> int:
+    """A number of blocks that is near the best for most posteriors."""
+    if jax.default_backend() != "cpu":
+        return default_num_blocks(num_steps)
+    return max(2, 2 ** round(math.log2(CPU_LANES / engine.num_chains)))
+
+
+def guarded(num_blocks: int, max_steps: int) -> MultipleShooting:
+    return MultipleShooting(num_blocks=num_blocks, max_steps=max_steps)
+
+
+def block_shape(engine: Engine, num_blocks: int, num_steps: int) -> Shape:
+    """Of all segments: only the first is sure to be short of the whole."""
+    return engine.shape_for(guarded(num_blocks, 1), num_steps - int(FIRST_SHARE * num_steps))
 
 
 class Automatic:
@@ -35,8 +70,8 @@ class Automatic:
     was planned, compilation included.
     """
 
-    def __init__(self, run: Run, own: np.ndarray, timing: LaneTiming | None, on_cpu: bool):
-        self.run, self.own, self.timing, self.on_cpu = run, own, timing, on_cpu
+    def __init__(self, run: Run, own: np.ndarray, timing: LaneTiming | None):
+        self.run, self.own, self.timing = run, own, timing
         self.plan: Plan | None = None
         self.find_diagnosis: Callable[[], Diagnosis] | None = None
         self.bias_bound = np.zeros(0)
@@ -53,6 +88,8 @@ class Automatic:
             )
             run.sequentially()
             return
+        if num_cores() > 1:
+            run.engine.compile_ahead(*self.likely_program)
         self.plan = self.make_plan(head)
         self.reason = self.plan.reason
         begin = time.perf_counter()
@@ -61,6 +98,11 @@ class Automatic:
         else:
             run.with_solver(self.plan.solver)
         self.seconds = time.perf_counter() - begin
+
+    @property
+    def likely_program(self) -> tuple[MultipleShooting, Shape]:
+        blocks = likely_blocks(self.run.engine, self.run.num_steps)
+        return guarded(blocks, 1), block_shape(self.run.engine, blocks, self.run.num_steps)
 
     def make_plan(self, head: Head) -> Plan:
         """Pilot, check, plan; and where chains did not merge, why."""
@@ -72,18 +114,29 @@ class Automatic:
             if not np.all(pilot.merged):
                 target, kernel, info = run.engine.target, run.engine.kernel, join(run.draws.info)
                 self.find_diagnosis = lambda: diagnose(target, kernel, pilot, info)
-        limit = run.shape_for(MultipleShooting(2), run.left)
+        limit = run.engine.shape_for(MultipleShooting(2), run.left)
         most = limit.num_blocks * limit.capacity
         leaves = jax.tree.leaves(run.x)
         dim = sum(x[0].size for x in leaves) if all(map(is_real, leaves)) else None
-        found = plan(run.left, run.engine.num_chains, self.costs(head), pilot, dim=dim, max_steps=most)
+        costs = self.costs(head)
+        found = plan(
+            run.left,
+            run.engine.num_chains,
+            costs,
+            pilot,
+            dim=dim,
+            max_steps=most,
+            compiling=self.compiling(costs),
+        )
         return replace(found, reason=excuse) if excuse else found
 
     def costs(self, head: Head) -> Costs:
         """The chains' own steps in order, and from the warm-up's lanes what a step of many takes."""
         chains, seconds = self.run.engine.num_chains, head.seconds_per_step
-        compile_seconds = COMPILE_RATIO * self.run.engine.clock.compile_seconds
-        if not self.on_cpu:
+        engine = self.run.engine
+        ahead = engine.seconds_compiling(Sequential(), head.shape)
+        compile_seconds = COMPILE_RATIO * max(ahead, engine.clock.compile_seconds)
+        if jax.default_backend() != "cpu":
             overhead = seconds if self.timing is None else self.timing.seconds_per_step
             return Costs(seconds, overhead, overhead / FREE_LANES, compile_seconds)
         if self.timing is None:
@@ -92,21 +145,32 @@ class Automatic:
         lane = max(wide - CPU_WARMUP_OVERHEAD, 0.25 * wide) / lanes
         return Costs(seconds, CPU_OVERHEAD, lane, compile_seconds)
 
+    def compiling(self, costs: Costs) -> Compiling | None:
+        """What the program begun ahead still has to wait for."""
+        if num_cores() < 2:
+            return None
+        solver, shape = self.likely_program
+        engine, blocks = self.run.engine, shape.num_blocks
+        if engine.is_ready(solver, shape):
+            return Compiling(blocks, 0.0)
+        return Compiling(blocks, max(STRETCH_SECONDS, costs.compile - engine.seconds_compiling(solver, shape)))
+
     def in_blocks(self, planned: Plan, solver: MultipleShooting) -> None:
         """Segments that grow with what was saved; in order where merges do not arrive, or nothing is saved."""
         run, chosen, sequential = self.run, planned.chosen, planned.costs.sequential
-        blocks, total, start = solver.blocks_for(run.left), run.left, run.done
+        blocks = solver.blocks_for(run.left)
+        shape = block_shape(run.engine, blocks, run.num_steps)
+        self.in_order_until_ready(guarded(blocks, 1), shape, max(1, int(STRETCH_SECONDS / sequential)))
+        total, start = run.left, run.done
         step = planned.costs.step(blocks * run.engine.num_chains) / sequential
-        # only the first segment is sure to be short of the whole
-        shape = run.shape_for(solver, total - int(FIRST_SHARE * total))
         spent = 0.0  # in steps of sequential sampling
         while run.left:
             done = run.done - start
             cost = spent / done if done else step * (1 / blocks + chosen.merge / (FIRST_SHARE * total))
             length = next_segment(total, done, done - spent, cost, shape.capacity * blocks)
             patience = math.ceil(PATIENCE * max(chosen.merge, solver.unit))
-            guarded = MultipleShooting(num_blocks=blocks, max_steps=math.ceil(length / blocks) + patience)
-            _, failed, clock = run.take(guarded, shape, length)
+            attempt = guarded(blocks, math.ceil(length / blocks) + patience)
+            _, failed, clock = run.take(attempt, shape, length)
             done, spent = run.done - start, spent + clock.run_seconds / sequential
             if failed:
                 run.fall_back(failed)
@@ -114,3 +178,10 @@ class Automatic:
                 run.fall_back(
                     f"Blocks took {spent / max(done, 1):.2f} times as long as sequential sampling would have."
                 )
+
+    def in_order_until_ready(self, solver: RecurrenceSolver, shape: Shape, num_steps: int) -> None:
+        """Stretches of ``num_steps`` steps while a program is being compiled."""
+        run = self.run
+        in_order = run.engine.shape_for(Sequential(), run.num_steps)
+        while run.left and not run.engine.is_ready(solver, shape):
+            run.take(Sequential(), in_order, num_steps)

@@ -12,13 +12,18 @@ from pmcmc._jit import tuned_jit
 from pmcmc._threefry import fold_in, key_pair
 from pmcmc._types import Array, PyTree
 from pmcmc.kernels import Kernel
-from pmcmc.recurrence import RecurrenceSolver, Solution
+from pmcmc.recurrence import RecurrenceSolver, Sequential, Solution
 from pmcmc.recurrence._lanes import Lanes, LaneSolver, Layout
+from pmcmc.sampling._ahead import Ahead
 from pmcmc.target import Target
 
 # Noise is drawn in pieces: as many large ones as fit into what is wanted, this share of the capacity each, then small
 # ones of this many steps.
 NOISE_PIECE, SMALL_PIECE = 1 / 8, 256
+# Noise, states and info of one segment, for all chains: what one solve may hold at a time, and what one stretch of
+# sequential sampling does.
+SEGMENT_BYTES = 512 * 2**20
+SEQUENTIAL_BYTES = 64 * 2**20
 
 
 class Shape(NamedTuple):
@@ -150,12 +155,13 @@ class Clock(NamedTuple):
 class Engine:
     """Runs both programs for one set of chains, and reuses their buffers: a segment is overwritten by the next one.
 
-    guesses: a bank of unknowns. scale: of the unknown, or None where it is not known.
+    guesses: a bank of unknowns. scale: of the unknown, or None where it is not known. Of an engine that is only asked
+    to compile, shapes will do. ahead: where programs are compiled that nobody waits for yet.
     """
 
-    def __init__(self, target: Target, kernel: Kernel, chain_keys: Array, guesses: PyTree, scale: PyTree):
+    def __init__(self, target: Target, kernel: Kernel, chain_keys: Array, guesses: PyTree, scale: PyTree, ahead: Ahead):
         self.target, self.kernel, self.chain_keys = target, kernel, chain_keys
-        self.guesses, self.scale = guesses, scale
+        self.guesses, self.scale, self.ahead = guesses, scale, ahead
         self.clock = Clock(0.0, 0.0)
         self._buffers: dict[Shape, tuple[PyTree, PyTree]] = {}
 
@@ -175,12 +181,51 @@ class Engine:
         leaves = jax.tree.leaves((noise, x, x, info))
         return self.num_chains * sum(math.prod(s.shape) * s.dtype.itemsize for s in leaves)
 
+    def shape_for(self, solver: RecurrenceSolver, num_steps: int) -> Shape:
+        """Programs for ``num_steps`` steps at once, or for an even share of them that fits into memory."""
+        budget = SEQUENTIAL_BYTES if isinstance(solver, Sequential) else SEGMENT_BYTES
+        pieces = math.ceil(num_steps * self.bytes_per_step / budget)
+        length = math.ceil(num_steps / pieces)
+        if not isinstance(solver, LaneSolver):
+            return Shape(1, length)
+        blocks = solver.blocks_for(length)
+        capacity = math.ceil(length / blocks)
+        unit = solver.unit if capacity >= 4 * solver.unit else 1
+        return Shape(blocks, math.ceil(capacity / unit) * unit)
+
+    def _buffer_shapes(self, shape: Shape) -> tuple[PyTree, PyTree]:
+        """Of noise, and of (value, aux)."""
+        leading = (self.num_chains * shape.num_blocks, shape.capacity)
+        widen = lambda s: jax.ShapeDtypeStruct((*leading, *s.shape), s.dtype)
+        return jax.tree.map(widen, self._step_shapes)
+
     def _take_buffers(self, shape: Shape) -> tuple[PyTree, PyTree]:
         """Those of the last segment of this shape, or new ones."""
         if shape in self._buffers:
             return self._buffers.pop(shape)
-        leading = (self.num_chains * shape.num_blocks, shape.capacity)
-        return jax.tree.map(lambda s: jnp.zeros((*leading, *s.shape), s.dtype), self._step_shapes)
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self._buffer_shapes(shape))
+
+    def compile_ahead(self, solver: RecurrenceSolver, shape: Shape) -> None:
+        """Have both programs of a solver compiled while something else is done."""
+        self.ahead.begin(_name(solver, shape), lambda: self._compile(solver, shape))
+
+    def is_ready(self, solver: RecurrenceSolver, shape: Shape) -> bool:
+        """Whether nothing is left to wait for of what was begun by `compile_ahead`."""
+        return self.ahead.ready(_name(solver, shape))
+
+    def seconds_compiling(self, solver: RecurrenceSolver, shape: Shape) -> float:
+        """That have gone into what was begun by `compile_ahead`."""
+        return self.ahead.elapsed(_name(solver, shape))
+
+    def _compile(self, solver: RecurrenceSolver, shape: Shape) -> None:
+        noise, record = self._buffer_shapes(shape)
+        record = record if isinstance(solver, LaneSolver) else None
+        number = jax.ShapeDtypeStruct((), jnp.result_type(int))
+        x0 = jax.tree.map(lambda g: jax.ShapeDtypeStruct((self.num_chains, *g.shape[1:]), g.dtype), self.guesses)
+        draw_noise.compile(self.target, self.kernel, self.chain_keys, number, number, noise, shape=shape)
+        solve_noise.compile(
+            self.target, self.kernel, solver, noise, x0, number, number, self.guesses, self.scale, record, shape=shape
+        )
 
     def solve(
         self, solver: RecurrenceSolver, shape: Shape, x0: PyTree, first_step: int, block_length: int
@@ -189,7 +234,8 @@ class Engine:
 
         The segment is overwritten by the next one of this shape: read it first.
         """
-        first, length = jnp.asarray(first_step), jnp.asarray(block_length)
+        waited = self.ahead.wait(_name(solver, shape))
+        first, length = jnp.asarray(first_step, int), jnp.asarray(block_length, int)
         noise, record = self._take_buffers(shape)
         record = record if isinstance(solver, LaneSolver) else None
         noise, drawing = draw_noise.timed(self.target, self.kernel, self.chain_keys, first, length, noise, shape=shape)
@@ -198,6 +244,10 @@ class Engine:
         )
         if record is not None:
             self._buffers[shape] = (noise, (solution.value, solution.aux))
-        clock = Clock(*(a + b for a, b in zip(drawing, solving, strict=True)))
+        clock = Clock(waited + drawing[0] + solving[0], drawing[1] + solving[1])
         self.clock = Clock(*(a + b for a, b in zip(self.clock, clock, strict=True)))
         return Segment(solution, near_ties, self.num_chains, shape.num_blocks, block_length), clock
+
+
+def _name(solver: RecurrenceSolver, shape: Shape) -> tuple:
+    return jax.tree.structure(solver), shape

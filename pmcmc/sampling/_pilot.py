@@ -24,7 +24,7 @@ from pmcmc.stability import Coalescence, wasserstein_bound
 from pmcmc.stability._paths import coalescence_of_paths
 
 # A stretch of sequential sampling this long is timed well enough.
-TIMING_SECONDS = 0.2
+TIMING_SECONDS = 0.1
 # Pairs to couple: the first few say how long a merge takes, the others follow as far as time permits.
 FIRST_PAIRS, NUM_PAIRS = 4, 32
 # The share of the run that partners' steps may take.
@@ -42,7 +42,7 @@ class Head:
     """
 
     def __init__(self, run: Run):
-        self.run, self.shape = run, run.shape_for(Sequential(), run.num_steps)
+        self.run, self.shape = run, run.engine.shape_for(Sequential(), run.num_steps)
         self._paths: list[PyTree] = []
         wanted, seconds, before = 4 * FIRST_STRETCH, 0.0, 0
         while run.left and seconds < TIMING_SECONDS:

@@ -13,11 +13,6 @@ from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequen
 from pmcmc.recurrence._lanes import LaneSolver
 from pmcmc.sampling._engine import Clock, Engine, Segment, Shape
 
-# Noise, states and info of one segment, for all chains: what one solve may hold at a time, and what one stretch of
-# sequential sampling does.
-SEGMENT_BYTES = 512 * 2**20
-SEQUENTIAL_BYTES = 64 * 2**20
-
 
 @dataclass
 class Draws:
@@ -56,7 +51,7 @@ class Run:
         if isinstance(solver, Sequential):
             self.sequentially()
             return
-        shape = self.shape_for(solver, self.left)
+        shape = self.engine.shape_for(solver, self.left)
         while self.left:
             _, failed, _ = self.take(solver, shape, self.left)
             if failed:
@@ -65,7 +60,7 @@ class Run:
 
     def sequentially(self) -> None:
         """The rest of the run in order."""
-        shape = self.shape_for(Sequential(), self.num_steps)
+        shape = self.engine.shape_for(Sequential(), self.num_steps)
         while self.left:
             self.take(Sequential(), shape, self.left)
 
@@ -75,18 +70,6 @@ class Run:
             f"{why} The first {self.done:,} steps were kept; the remaining {self.left:,} were sampled sequentially."
         )
         self.sequentially()
-
-    def shape_for(self, solver: RecurrenceSolver, num_steps: int) -> Shape:
-        """Programs for ``num_steps`` steps at once, or for an even share of them that fits into memory."""
-        budget = SEQUENTIAL_BYTES if isinstance(solver, Sequential) else SEGMENT_BYTES
-        pieces = math.ceil(num_steps * self.engine.bytes_per_step / budget)
-        length = math.ceil(num_steps / pieces)
-        if not isinstance(solver, LaneSolver):
-            return Shape(1, length)
-        blocks = solver.blocks_for(length)
-        capacity = math.ceil(length / blocks)
-        unit = solver.unit if capacity >= 4 * solver.unit else 1
-        return Shape(blocks, math.ceil(capacity / unit) * unit)
 
     def take(self, solver: RecurrenceSolver, shape: Shape, wanted: int) -> tuple[Segment, str, Clock]:
         """Solve for ``wanted`` steps or as many as the shape holds, and keep those that stand.

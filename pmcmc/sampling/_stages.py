@@ -11,7 +11,8 @@ from pmcmc.chain import Chain
 from pmcmc.kernels import Info
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential
 from pmcmc.report import SolveReport
-from pmcmc.sampling._auto import Automatic
+from pmcmc.sampling._ahead import Ahead
+from pmcmc.sampling._auto import Automatic, compile_ahead
 from pmcmc.sampling._engine import Engine
 from pmcmc.sampling._run import Draws, Run, join
 from pmcmc.sampling._settings import Settings
@@ -29,15 +30,19 @@ def run_stages(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Setti
     clock = time.perf_counter()
     with tqdm(total=settings.num_samples, unit="draw", disable=None if progress_bar else True) as progress:
         progress.set_description("warm-up")
+        ahead = Ahead()
+        if settings.num_warmup and (expected := settings.warmup.tuned_shapes(target, settings.kernel)) is not None:
+            compile_ahead(_engine(expected, chain_key, settings, ahead), settings.solver, settings.num_samples)
         tuned = _warm_up(target, warmup_key, starts, settings)
         warmup_seconds = time.perf_counter() - clock
         progress.set_description("sampling")
         own = _chain_starts(tuned, settings)
         x0 = jax.tree.map(lambda x: x[own], tuned.states)
-        run = Run(_engine(tuned, chain_key, settings), x0, settings.num_samples, settings.thinning, progress)
+        engine = _engine(tuned, chain_key, settings, ahead)
+        run = Run(engine, x0, settings.num_samples, settings.thinning, progress)
         automatic = None
         if settings.solver is None:
-            automatic = Automatic(run, own, tuned.timing, jax.default_backend() == "cpu")
+            automatic = Automatic(run, own, tuned.timing)
             automatic.execute()
         else:
             run.with_solver(settings.solver)
@@ -63,9 +68,9 @@ def _chain_starts(tuned: Tuned, settings: Settings) -> np.ndarray:
     return (chains * stride + chains * stride // num_states) % num_states
 
 
-def _engine(tuned: Tuned, chain_key: PRNGKey, settings: Settings) -> Engine:
+def _engine(tuned: Tuned, chain_key: PRNGKey, settings: Settings, ahead: Ahead) -> Engine:
     chain_keys = jax.vmap(lambda c: jax.random.fold_in(chain_key, c))(jnp.arange(settings.num_chains))
-    return Engine(tuned.target, tuned.kernel, chain_keys, tuned.states, _scale(tuned))
+    return Engine(tuned.target, tuned.kernel, chain_keys, tuned.states, _scale(tuned), ahead)
 
 
 def _scale(tuned: Tuned) -> PyTree:

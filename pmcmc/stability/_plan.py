@@ -41,6 +41,13 @@ class Costs(NamedTuple):
         return self.overhead + lanes * self.lane
 
 
+class Compiling(NamedTuple):
+    """Blocks whose program is being compiled beside sequential sampling, and ready in so many seconds."""
+
+    num_blocks: int
+    seconds: float
+
+
 class Candidate(NamedTuple):
     """A way to take the steps, and what it should take.
 
@@ -101,6 +108,7 @@ def plan(
     *,
     dim: int | None = None,
     max_steps: int | None = None,
+    compiling: Compiling | None = None,
 ) -> Plan:
     """Choose among sequential sampling, blocks of any number, DEER and quasi-DEER, by predicted seconds.
 
@@ -115,6 +123,8 @@ def plan(
     coalescence: the pilot; None where nothing is known of how chains merge.
     dim: D, real entries of a state; None: do not consider Newton's method.
     max_steps: steps per chain that one segment may hold; None: all.
+    compiling: a number of blocks that costs no compilation, but waits so many seconds, in which steps are taken in
+        order. Others are compiled while nothing is sampled.
 
     Raises:
         ValueError: num_steps or num_chains below 1, or a pilot of a single pair.
@@ -143,7 +153,7 @@ def plan(
         f"All {merged.size} coupled pairs of chains merged within {int(steps.max()):,} steps (median "
         f"{int(np.median(steps)):,})"
     )
-    others = _block_candidates(num_steps, num_chains, costs, coalescence, max_steps or num_steps)
+    others = _block_candidates(num_steps, num_chains, costs, coalescence, max_steps or num_steps, compiling)
     if dim is not None:
         others += _newton_candidates(num_steps, num_chains, costs, coalescence, dim, max_steps or num_steps)
     if not others:
@@ -156,7 +166,12 @@ def plan(
 
 
 def _block_candidates(
-    num_steps: int, num_chains: int, costs: Costs, coalescence: Coalescence, max_steps: int
+    num_steps: int,
+    num_chains: int,
+    costs: Costs,
+    coalescence: Coalescence,
+    max_steps: int,
+    compiling: Compiling | None,
 ) -> list[Candidate]:
     found = []
     tail = ExponentialTail.fit(np.asarray(coalescence.steps), coalescence.max_steps)
@@ -164,17 +179,20 @@ def _block_candidates(
         merge, low, high = longest_of(tail, num_chains * (num_blocks - 1), LEVEL)
         if num_blocks * max(BLOCK_UNIT, merge) > num_steps / 2:  # half of all work would be repair
             break
-        segments = schedule(num_steps, num_blocks, merge, costs, num_chains, max_steps)
+        beside = compiling is not None and compiling.num_blocks == num_blocks
+        in_order = min(num_steps, int(compiling.seconds / costs.sequential)) if beside and compiling else 0
+        segments = schedule(num_steps - in_order, num_blocks, merge, costs, num_chains, max_steps)
         plain = sum(BLOCK_UNIT * -(-s // (num_blocks * BLOCK_UNIT)) for s in segments)
         path, lower, upper = (plain + len(segments) * steps for steps in (merge, low, high))
+        waiting = in_order * costs.sequential if beside else costs.compile
         found.append(
             Candidate(
                 f"shooting, {num_blocks} blocks",
                 MultipleShooting(num_blocks=num_blocks),
-                path,
-                lower,
-                upper,
-                path * costs.step(num_blocks * num_chains) + costs.compile,
+                in_order + path,
+                in_order + lower,
+                in_order + upper,
+                waiting + path * costs.step(num_blocks * num_chains),
                 merge,
             )
         )

@@ -49,6 +49,14 @@ class Warmup(abc.ABC):
 
     num_starts: int
 
+    def tuned_shapes(self, target: Target, kernel: Kernel) -> Tuned | None:
+        """Shapes of the arrays in what `run` will return; None where they are not known before.
+
+        With them sampling is compiled beside warm-up. They are a promise that saves time: where it is broken, programs
+        are compiled once more.
+        """
+        return None
+
     @abc.abstractmethod
     def run(self, target: Target, kernel: Kernel, rng_key: PRNGKey, starts: PyTree, num_steps: int) -> Tuned:
         """Tune on ``num_steps`` steps from ``starts``, positions with leading axis `num_starts`.

@@ -44,16 +44,32 @@ class WindowAdaptation(Warmup):
         if not 1 <= self.num_starts <= NUM_LANES:
             raise ValueError(f"num_starts must lie in 1..{NUM_LANES}, got {self.num_starts}.")
 
+    def is_dense(self, target: Target) -> bool:
+        """Whether the basis is a full matrix."""
+        return target.dim <= 50 if self.dense is None else self.dense
+
+    def tuned_shapes(self, target: Target, kernel: Kernel) -> Tuned:
+        dtype, dim = target.spec.dtype, target.dim
+        scale = jnp.ones((dim, dim) if self.is_dense(target) else dim, dtype)
+
+        def shapes(scale: Array) -> Tuned:
+            tuned, basis = _take_metric(kernel, jnp.zeros(dim, dtype), scale)
+            whitened = target.with_basis(basis)
+            tuned = _with_length(_take_step(tuned, target, 1.0))
+            states = jax.vmap(lambda y: tuned.unknown(tuned.start(whitened, y)))(jnp.zeros((NUM_LANES, dim), dtype))
+            return Tuned(whitened, tuned, states, scale[0])
+
+        return jax.eval_shape(shapes, scale)
+
     def run(self, target: Target, kernel: Kernel, rng_key: PRNGKey, starts: PyTree, num_steps: int) -> Tuned:
         if num_steps < 20:
             raise ValueError(f"num_warmup must be 0 or at least 20 (windows need room), got {num_steps}.")
         _check_metric(target, kernel)
         metric_key, step_key = jax.random.split(rng_key)
         positions = jax.vmap(target.coordinates)(starts)
-        dense = target.dim <= 50 if self.dense is None else self.dense
-        ensemble = _explore(target, metric_key, positions, num_steps=num_steps, dense=dense)
+        ensemble = _explore(target, metric_key, positions, num_steps=num_steps, dense=self.is_dense(target))
         _check_exploration(target, ensemble)
-        kernel, basis = _take_metric(kernel, ensemble)
+        kernel, basis = _take_metric(kernel, ensemble.mean, ensemble.scale)
         whitened = target.with_basis(basis)
         rate = self.target_acceptance_rate
         if rate is None:
@@ -142,15 +158,13 @@ def _leaf_names(target: Target, flags: Array) -> str:
     return ", ".join(f"position{name}" for name in names)
 
 
-def _take_metric(kernel: Kernel, ensemble: Ensemble) -> tuple[Kernel, Basis]:
+def _take_metric(kernel: Kernel, mean: Array, scale: Array) -> tuple[Kernel, Basis]:
     """The ensemble's basis, or the user's metric made a basis: one place where a metric acts."""
     if isinstance(kernel, HMC) and kernel.inverse_mass_matrix is not None:
-        metric = jnp.asarray(kernel.inverse_mass_matrix, ensemble.mean.dtype)
-        scale = (
-            jnp.linalg.cholesky(metric) if metric.ndim == 2 else jnp.broadcast_to(jnp.sqrt(metric), ensemble.mean.shape)
-        )
-        return replace(kernel, inverse_mass_matrix=None), Basis(ensemble.mean, scale)
-    return kernel, Basis(ensemble.mean, ensemble.scale)
+        metric = jnp.asarray(kernel.inverse_mass_matrix, mean.dtype)
+        scale = jnp.linalg.cholesky(metric) if metric.ndim == 2 else jnp.broadcast_to(jnp.sqrt(metric), mean.shape)
+        return replace(kernel, inverse_mass_matrix=None), Basis(mean, scale)
+    return kernel, Basis(mean, scale)
 
 
 class Stepped(NamedTuple):
@@ -186,20 +200,28 @@ def _adapt_step(
         part = jax.tree.map(lambda x, n=number: x[n * length : (n + 1) * length], noise)
         adapting = jnp.array(number < 2)
         third, (_, seconds) = _run_third.timed(target, kernel, part, third.states, third.averaged, rate, adapting)
-    tuned = _with_step(kernel, target, third.averaged, averaging, jnp.array(False))
-    if isinstance(kernel, HMC) and kernel.num_integration_steps is None:
-        tuned = replace(tuned, num_integration_steps=tuned.default_length())
+    tuned = _with_length(_with_step(kernel, target, third.averaged, averaging, jnp.array(False)))
     return Stepped(tuned, third.states, third.acceptance_rate, third.moved, seconds / length)
 
 
 def _with_step(kernel: Any, target: Target, averaged: PyTree, averaging: Any, adapting: Array) -> Any:
-    """The kernel with the step size of the moment, or with its own where that is given or where it has none."""
+    """The kernel with the step size of the moment."""
+    return _take_step(kernel, target, jnp.where(adapting, averaging.step_size(averaged), averaging.final(averaged)))
+
+
+def _take_step(kernel: Any, target: Target, step_size: Scalar) -> Any:
+    """The kernel with this step size, or with its own where that is given or where it has none."""
     if not hasattr(kernel, "step_size"):
         return kernel
-    step_size = kernel.step_size
-    if step_size is None:
-        step_size = jnp.where(adapting, averaging.step_size(averaged), averaging.final(averaged))
+    step_size = step_size if kernel.step_size is None else kernel.step_size
     return kernel.with_step_size(jnp.asarray(step_size, target.spec.dtype))
+
+
+def _with_length(kernel: Any) -> Any:
+    """The kernel with a number of integration steps that fits its step size, where it has one and was given none."""
+    if isinstance(kernel, HMC) and kernel.num_integration_steps is None:
+        return replace(kernel, num_integration_steps=kernel.default_length())
+    return kernel
 
 
 @tuned_jit()

@@ -1,0 +1,135 @@
+"""Programs compiled beside warm-up are the ones that sampling uses, and change nothing of the result."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pmcmc
+from pmcmc.recurrence import MultipleShooting, Sequential
+from pmcmc.sampling import _ahead, _auto
+from pmcmc.sampling._ahead import Ahead
+from pmcmc.stability import Costs, plan
+from pmcmc.stability._plan import Compiling
+from tests._targets import gaussian, start_like
+from tests.test_planning import CPU, merging
+
+SIZES = dict(num_warmup=200, num_chains=2, progress_bar=False)
+PROGRAMS = ("jit(draw_noise)", "jit(solve_noise)")
+_compiled: list[tuple[str, bool]] = []  # name, and whether sampling waited for it
+
+
+def _listen(event: str, seconds: float, fun_name: str = "", **rest) -> None:
+    if event.endswith("backend_compile_duration"):
+        _compiled.append((fun_name, threading.current_thread() is threading.main_thread()))
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+def test_jobs_run_once_and_in_order() -> None:
+    ahead, seen, gate = Ahead(), [], threading.Event()
+    ahead.begin("first", lambda: (gate.wait(), seen.append(1)))
+    ahead.begin("second", lambda: seen.append(2))
+    ahead.begin("first", lambda: seen.append(3))
+    assert not ahead.ready("first")
+    assert not ahead.ready("second")
+    assert ahead.ready("never begun")
+    assert ahead.wait("never begun") < 1.0
+    assert ahead.elapsed("second") == 0.0
+    gate.set()
+    ahead.wait("second")
+    assert seen == [1, 2]
+    assert ahead.ready("first")
+    assert ahead.elapsed("first") > 0
+
+
+def test_a_failed_job_is_silent() -> None:
+    ahead = Ahead()
+    ahead.begin("broken", lambda: 1 / 0)
+    ahead.wait("broken")
+    assert ahead.ready("broken")
+    ahead.begin("next", lambda: time.sleep(0.01))
+    ahead.wait("next")
+    assert ahead.elapsed("next") >= 0.01
+
+
+KERNELS = {
+    "HMC": pmcmc.HMC(),
+    "HMC-given": pmcmc.HMC(num_integration_steps=3, inverse_mass_matrix=np.ones(3)),
+    "MALA": pmcmc.MALA(step_size=0.3),
+    "NUTS": pmcmc.NUTS(),
+}
+
+
+@pytest.fixture
+def two_cores(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lanes are free, and no program can be waited for but the one compiled ahead."""
+    monkeypatch.setattr(_auto, "AHEAD_STEPS", 0)
+    monkeypatch.setattr(_auto, "num_cores", lambda: 2)
+    monkeypatch.setattr(_auto.Automatic, "costs", lambda self, head: Costs(1e-3, 1e-3, 1e-9, 1e6))
+    monkeypatch.setattr(_auto.Automatic, "compiling", lambda self, costs: Compiling(64, 0.0))
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("solver", ["auto", MultipleShooting(4), Sequential()], ids=["auto", "blocks", "sequential"])
+def test_sampling_waits_for_no_program_twice(kernel, solver, two_cores, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was compiled for shapes is found for arrays: nothing is compiled where it is wanted."""
+    pools, pool = [], ThreadPoolExecutor
+    monkeypatch.setattr(_ahead, "ThreadPoolExecutor", lambda **options: pools.append(pool(**options)) or pools[-1])
+    jax.clear_caches()
+    _compiled.clear()
+    pmcmc.sample(gaussian, start_like(gaussian), 3, kernel=kernel, solver=solver, num_samples=20_000, **SIZES)
+    pools[0].shutdown()  # a program that came too late to be used has ended as well
+    beside = [name for name, waited in _compiled if not waited and name in PROGRAMS]
+    assert sorted(beside) == sorted(PROGRAMS * (2 if solver == "auto" else 1))
+    assert not [name for name, waited in _compiled if waited and name in PROGRAMS]
+
+
+def test_same_chain_whatever_is_compiled_when(two_cores, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps taken in order until the blocks' program is ready, then blocks: the chain is the same."""
+    answers = iter([False, False, True])
+    real = _auto.Engine.is_ready
+    monkeypatch.setattr(_auto.Engine, "is_ready", lambda self, *program: next(answers, True) and real(self, *program))
+    run = lambda solver: pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=100_000, solver=solver, **SIZES)
+    chain, alone = run("auto"), run(Sequential())
+    assert chain.report.decision == "shooting"
+    assert not chain.report.fallback
+    assert chain.report.num_blocks == 64  # the one number whose program is on its way
+    np.testing.assert_allclose(chain.get_samples(), alone.get_samples(), rtol=0, atol=1e-9)
+
+
+def test_a_program_on_its_way_costs_what_is_left() -> None:
+    """In that time steps are taken in order; other numbers of blocks have to be compiled first."""
+    pilot, slow = merging(np.arange(20, 52)), CPU._replace(compile=2.0)
+    alone = plan(2 * 10**6, 1, slow, pilot)
+    assert isinstance(alone.solver, Sequential)
+    found = plan(2 * 10**6, 1, slow, pilot, compiling=Compiling(64, 0.5))
+    assert found.solver.num_blocks == 64
+    chosen = found.chosen
+    in_order = 0.5 / slow.sequential
+    assert chosen.seconds == pytest.approx(0.5 + (chosen.num_steps - in_order) * slow.step(64))
+    assert chosen.num_steps > in_order
+    others = {c.name: c.seconds for c in found.candidates if c is not chosen}
+    assert others == {c.name: c.seconds for c in alone.candidates if c.name != chosen.name}
+    # where it comes too late all is sampled in order, and nothing is promised
+    late = plan(10**6, 1, slow, pilot, compiling=Compiling(64, 30.0))
+    assert isinstance(late.solver, Sequential)
+    assert min(c.seconds for c in late.candidates) == pytest.approx(late.sequential_seconds)
+
+
+def test_shapes_are_those_of_warmup() -> None:
+    target = pmcmc.Target.from_logdensity(gaussian, start_like(gaussian))
+    starts = jnp.zeros((4, 3))
+    for warmup in (pmcmc.WindowAdaptation(), pmcmc.WindowAdaptation(dense=False)):
+        for kernel in KERNELS.values():
+            promised = warmup.tuned_shapes(target, kernel)
+            tuned = warmup.run(target, kernel, jax.random.key(0), starts, 100)
+            for shape, found in zip(promised[:3], tuned[:3], strict=True):
+                assert jax.tree.structure(shape) == jax.tree.structure(found)
+                same = lambda s, x: s.shape == jnp.shape(x) and s.dtype == jnp.result_type(x)
+                assert all(jax.tree.leaves(jax.tree.map(same, shape, found)))

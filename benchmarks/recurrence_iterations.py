@@ -21,7 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks._harness import save
+from benchmarks.targets import CASES
+from pmcmc import HMC, MALA, Kernel, Target
 from pmcmc import recurrence as rec
+from pmcmc.target import Basis
 
 
 class Case(NamedTuple):
@@ -102,8 +105,25 @@ def lorenz(dt: float = 0.01) -> Case:
     return Case(_lorenz_step, jnp.asarray(dt), jnp.array([1.0, 2.0, 20.0]), lambda n: jnp.zeros(n))
 
 
+def _markov_step(params, x, u):
+    target, kernel = params
+    return kernel.transition(target)(x, u)[0]
+
+
+def chain(target: Target, kernel: Kernel, start: jax.Array, key) -> Case:
+    """A Markov chain: its noise as inputs. Newton sees the derivative of the branch that was taken."""
+
+    def noise(n):
+        return jax.vmap(lambda k: kernel.sample_noise(k, target))(jax.random.split(key, n))
+
+    return Case(_markov_step, (target, kernel), start, noise)
+
+
 GAINS = (0.5, 0.7, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)
 ALL = ("DEER", "quasi-DEER", "stochastic quasi-DEER", "ELK", "quasi-ELK", "Picard", "Jacobi")
+# Kernels of the chains, from too small to too large a step.
+KERNELS = {f"MALA {h}": MALA(h) for h in (0.03, 0.1, 0.3, 0.8)}
+KERNELS |= {f"HMC {h} x {steps}": HMC(h, steps) for h, steps in ((0.1, 4), (0.4, 4), (0.4, 12), (0.8, 4))}
 WITHOUT_ELK = tuple(method for method in ALL if method != "ELK")  # its dense covariances take minutes to compile
 
 
@@ -125,6 +145,22 @@ def problems(num_seeds: int) -> dict[str, Problem]:
         for gain in GAINS:
             make = lambda key, gain=gain, dim=dim: mean_field_rnn(gain, key, dim)
             found[f"mean-field RNN, D {dim}, gain {gain}"] = Problem(make, methods, num_seeds)
+    return found | _chains()
+
+
+def _chains() -> dict[str, Problem]:
+    """MALA and HMC on posteriors, in coordinates of scale about one."""
+    found = {}
+    for name, make in CASES.items():
+        posterior = make()
+        target = posterior.target
+        if name in ("mixture", "banana"):
+            target = target.with_basis(Basis(jnp.zeros(2), posterior.scale))
+        methods = tuple(m for m in (ALL if target.dim <= 2 else WITHOUT_ELK) if m not in ("Picard",))
+        start = target.coordinates(target.position(posterior.start(jax.random.key(0), 1)[0]))
+        for label, kernel in KERNELS.items():
+            case = lambda key, target=target, kernel=kernel, start=start: chain(target, kernel, start, key)
+            found[f"{name}, {label}"] = Problem(case, methods, 1)
     return found
 
 

@@ -15,20 +15,12 @@ from pmcmc.sampling import _ahead, _auto
 from pmcmc.sampling._ahead import Ahead
 from pmcmc.stability import Costs, plan
 from pmcmc.stability._plan import Compiling
+from tests._compilations import compilations
 from tests._targets import gaussian, start_like
 from tests.test_planning import CPU, merging
 
 SIZES = dict(num_warmup=200, num_chains=2, progress_bar=False)
 PROGRAMS = ("jit(draw_noise)", "jit(solve_noise)")
-_compiled: list[tuple[str, bool]] = []  # name, and whether sampling waited for it
-
-
-def _listen(event: str, seconds: float, fun_name: str = "", **rest) -> None:
-    if event.endswith("backend_compile_duration"):
-        _compiled.append((fun_name, threading.current_thread() is threading.main_thread()))
-
-
-jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 def test_jobs_run_once_and_in_order() -> None:
@@ -82,12 +74,12 @@ def test_sampling_waits_for_no_program_twice(kernel, solver, two_cores, monkeypa
     pools, pool = [], ThreadPoolExecutor
     monkeypatch.setattr(_ahead, "ThreadPoolExecutor", lambda **options: pools.append(pool(**options)) or pools[-1])
     jax.clear_caches()
-    _compiled.clear()
-    pmcmc.sample(gaussian, start_like(gaussian), 3, kernel=kernel, solver=solver, num_samples=20_000, **SIZES)
-    pools[0].shutdown()  # a program that came too late to be used has ended as well
-    beside = [name for name, waited in _compiled if not waited and name in PROGRAMS]
+    with compilations() as seen:
+        pmcmc.sample(gaussian, start_like(gaussian), 3, kernel=kernel, solver=solver, num_samples=20_000, **SIZES)
+        pools[0].shutdown()  # a program that came too late to be used has ended as well
+    beside = [name for name, waited in seen if not waited and name in PROGRAMS]
     assert sorted(beside) == sorted(PROGRAMS * (2 if solver == "auto" else 1))
-    assert not [name for name, waited in _compiled if waited and name in PROGRAMS]
+    assert not [name for name, waited in seen if waited and name in PROGRAMS]
 
 
 def test_same_chain_whatever_is_compiled_when(two_cores, monkeypatch: pytest.MonkeyPatch) -> None:

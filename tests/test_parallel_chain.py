@@ -1,8 +1,6 @@
 """From a model to draws: one chain whatever the solver, blocks, segments or company, and everything to read it."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
 
@@ -18,6 +16,7 @@ import pmcmc
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, deer
 from pmcmc.sampling import _engine
 from pmcmc.sampling._engine import Engine
+from tests._compilations import compilations
 from tests._statistics import z_bound
 from tests._targets import COVARIANCE, funnel, gaussian, start_like
 
@@ -97,6 +96,22 @@ def test_fallback_keeps_the_prefix() -> None:
     assert "Fallback: max_iters_reached" in str(report)
 
 
+def test_chains_do_not_hold_each_other_back() -> None:
+    """A budget of steps that joins the blocks of some chains only: theirs stand whole, others go on."""
+    paths = gaussian_chain(solver=MultipleShooting(num_blocks=4)).report.num_sequential_steps
+    budget = int(np.sort(paths)[1])
+    chain = gaussian_chain(solver=MultipleShooting(num_blocks=4, max_steps=budget), thinning=3)
+    report, expected = chain.report, reference().get_samples(group_by_chain=True)[:, 2::3]
+    np.testing.assert_allclose(chain.get_samples(group_by_chain=True), expected, rtol=0, atol=1e-9)
+    whole = report.certified_steps == 2000
+    np.testing.assert_array_equal(whole, report.result == RESULTS.successful)
+    np.testing.assert_array_equal(whole, paths <= budget)
+    assert f"The first {report.certified_steps.min():,} to 2,000 steps" in report.fallback
+    # each chain's path: what the blocks took, and what it then had left
+    np.testing.assert_array_equal(report.num_sequential_steps[whole], paths[whole])
+    np.testing.assert_array_equal(report.num_sequential_steps[~whole], budget + 2000 - report.certified_steps[~whole])
+
+
 @pytest.mark.parametrize("solver", [MultipleShooting(4), Sequential()], ids=["shooting", "sequential"])
 def test_segments_change_nothing(solver, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory for some 300 steps a segment, the last one short, thinned across their borders."""
@@ -116,22 +131,6 @@ def test_thinning_is_slicing() -> None:
     chain = gaussian_chain(thinning=7, solver=Sequential())
     expected = reference().get_samples(group_by_chain=True)[:, 6::7]
     np.testing.assert_array_equal(chain.get_samples(group_by_chain=True), expected)
-
-
-@contextmanager
-def compilations() -> Iterator[list]:
-    """Names of the programs that XLA is handed, from its own count."""
-    seen: list = []
-
-    def listen(event: str, duration: float, **details: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(details)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_auto_takes_shooting_where_chains_merge_and_is_right(free_lanes) -> None:

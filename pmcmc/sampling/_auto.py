@@ -14,7 +14,7 @@ from pmcmc.recurrence._shooting import default_num_blocks
 from pmcmc.sampling._ahead import num_cores
 from pmcmc.sampling._engine import Engine, Shape
 from pmcmc.sampling._pilot import Head, bias_after_warmup, couple
-from pmcmc.sampling._run import Run, join
+from pmcmc.sampling._run import Run
 from pmcmc.stability import Costs, Diagnosis, Plan, check_pilot, diagnose, plan
 from pmcmc.stability._plan import FIRST_SHARE, Compiling, next_segment
 from pmcmc.warmup._base import LaneTiming
@@ -112,7 +112,7 @@ class Automatic:
             check_pilot(pilot)
             self.bias_bound = bias_after_warmup(pilot)
             if not np.all(pilot.merged):
-                target, kernel, info = run.engine.target, run.engine.kernel, join(run.draws.info)
+                target, kernel, info = run.engine.target, run.engine.kernel, run.info
                 self.find_diagnosis = lambda: diagnose(target, kernel, pilot, info)
         limit = run.engine.shape_for(MultipleShooting(2), run.left)
         most = limit.num_blocks * limit.capacity

@@ -73,17 +73,17 @@ def draw_noise(
     *,
     shape: Shape,
 ) -> PyTree:
-    """Noise of ``num_blocks * block_length`` steps of all chains from number ``first_step`` on, laid out as lanes.
+    """Noise of ``num_blocks * block_length`` steps of all chains from numbers ``first_step`` on, laid out as lanes.
 
-    chain_keys: (C,) keys. buffer: earlier noise of this shape, overwritten.
+    chain_keys: (C,) keys. first_step: (C,). buffer: earlier noise of this shape, overwritten.
     A program of its own: drawn within `solve_noise` it cost 14 of 61 ms on 10^6 MALA steps.
     """
-    blocks = first_step + jnp.arange(shape.num_blocks) * block_length
+    blocks = first_step[:, None] + (jnp.arange(shape.num_blocks) * block_length)[None]
     draw = lambda key, steps: step_noise(kernel, target, key, steps)
 
     def draw_steps(first: Array, num_steps: int) -> PyTree:
-        steps = blocks[:, None] + (first + jnp.arange(num_steps))[None]
-        noise = jax.vmap(lambda key: jax.vmap(partial(draw, key))(steps))(chain_keys)
+        steps = blocks[:, :, None] + (first + jnp.arange(num_steps))[None, None]
+        noise = jax.vmap(lambda key, steps: jax.vmap(partial(draw, key))(steps))(chain_keys, steps)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), noise)
 
     def run_piece(size: int, start: Array | int, number: Array, noise: PyTree) -> PyTree:
@@ -115,7 +115,7 @@ def solve_noise(
 ) -> tuple[Solution, Array]:
     """The states of all chains under ``noise`` as lanes, and where their accept decisions are near ties.
 
-    x0: unknowns, leading axis C. first_step: number of the first step.
+    x0: unknowns, leading axis C. first_step: (C,) numbers of the chains' first steps.
     guesses: a bank of unknowns, leading axis N, from which initial guesses are drawn (they cannot change the result).
     buffers: (value, aux) of an earlier solution in this shape, overwritten; None for solvers that do not walk.
     """
@@ -124,7 +124,7 @@ def solve_noise(
 
     def guess(index):
         # neighbouring steps get different guesses, and so does the same step of different chains
-        pick = (jnp.arange(num_chains)[:, None] * 7919 + (first_step + index)[None] * 31) % num_guesses
+        pick = (jnp.arange(num_chains)[:, None] * 7919 + (first_step[:, None] + index[None]) * 31) % num_guesses
         return jax.tree.map(lambda x: x[pick], guesses)
 
     transition = kernel.transition(target)
@@ -175,6 +175,11 @@ class Engine:
         return _one_step.eval_shape(self.target, self.kernel, self.chain_keys, self.guesses)
 
     @property
+    def record_shapes(self) -> tuple[PyTree, PyTree]:
+        """Unknown and info of one step of one chain."""
+        return self._step_shapes[1]
+
+    @property
     def bytes_per_step(self) -> int:
         """Noise, states and info of one step of all chains; states twice, for Newton's next iterate."""
         noise, (x, info) = self._step_shapes
@@ -221,16 +226,17 @@ class Engine:
         noise, record = self._buffer_shapes(shape)
         record = record if isinstance(solver, LaneSolver) else None
         number = jax.ShapeDtypeStruct((), jnp.result_type(int))
+        numbers = jax.ShapeDtypeStruct((self.num_chains,), jnp.result_type(int))
         x0 = jax.tree.map(lambda g: jax.ShapeDtypeStruct((self.num_chains, *g.shape[1:]), g.dtype), self.guesses)
-        draw_noise.compile(self.target, self.kernel, self.chain_keys, number, number, noise, shape=shape)
+        draw_noise.compile(self.target, self.kernel, self.chain_keys, numbers, number, noise, shape=shape)
         solve_noise.compile(
-            self.target, self.kernel, solver, noise, x0, number, number, self.guesses, self.scale, record, shape=shape
+            self.target, self.kernel, solver, noise, x0, numbers, number, self.guesses, self.scale, record, shape=shape
         )
 
     def solve(
-        self, solver: RecurrenceSolver, shape: Shape, x0: PyTree, first_step: int, block_length: int
+        self, solver: RecurrenceSolver, shape: Shape, x0: PyTree, first_step: np.ndarray, block_length: int
     ) -> tuple[Segment, Clock]:
-        """``num_blocks * block_length`` steps of all chains from number ``first_step`` on, from ``x0``.
+        """``num_blocks * block_length`` steps of all chains from ``x0``, numbered from ``first_step`` (C,) on.
 
         The segment is overwritten by the next one of this shape: read it first.
         """

@@ -90,7 +90,8 @@ class Couple:
             done = self.num_steps
             x = jax.tree.map(lambda v: jnp.asarray(v[:, -1]), self.path) if done else self.start
             steps = min(num_steps - done, shape.capacity)
-            segment, clock = engine.solve(Sequential(), shape, x, self.first + done, steps)
+            numbers = np.full(engine.num_chains, self.first + done)
+            segment, clock = engine.solve(Sequential(), shape, x, numbers, steps)
             new = segment.chains(segment.solution.value)
             self.path = jax.tree.map(lambda old, v, n=steps: np.concatenate([old, v[:, :n]], axis=1), self.path, new)
             self.seconds += clock.compile_seconds + clock.run_seconds

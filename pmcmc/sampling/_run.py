@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._types import PyTree
+from pmcmc.kernels import Info
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential
 from pmcmc.recurrence._lanes import LaneSolver
 from pmcmc.sampling._engine import Clock, Engine, Segment, Shape
@@ -16,35 +17,72 @@ from pmcmc.sampling._engine import Clock, Engine, Segment, Shape
 
 @dataclass
 class Draws:
-    """What a run collects on its way; counts are per chain."""
+    """What a run collects on its way. Arrays have the chains first; counts are per chain.
 
-    unknowns: list = field(default_factory=list)
-    info: list = field(default_factory=list)
-    near_ties: Any = 0
-    critical_path: Any = 0
-    num_iters: Any = 0
-    num_sweeps: Any = 0
+    unknowns, info: every kept step, of no meaning behind what was collected.
+    """
+
+    unknowns: PyTree
+    info: PyTree
+    num_kept: np.ndarray
+    near_ties: np.ndarray
+    critical_path: np.ndarray
+    num_iters: np.ndarray
+    num_sweeps: np.ndarray
+    certified_steps: np.ndarray
+    residual: np.ndarray
+    result: np.ndarray
     num_blocks: int = 1
-    certified_steps: Any = 0
-    residual: Any = 0.0
     growth: list = field(default_factory=list)
-    result: Any = None
     fallback: str = ""
+
+    @classmethod
+    def empty(cls, engine: Engine, num_kept: int) -> "Draws":
+        """Room for ``num_kept`` states of every chain."""
+        chains = engine.num_chains
+        room = lambda s: np.empty((chains, num_kept, *s.shape), s.dtype)
+        unknowns, info = jax.tree.map(room, engine.record_shapes)
+        zeros = lambda: np.zeros(chains, int)
+        return cls(
+            unknowns,
+            info,
+            num_kept=zeros(),
+            near_ties=zeros(),
+            critical_path=zeros(),
+            num_iters=zeros(),
+            num_sweeps=zeros(),
+            certified_steps=zeros(),
+            residual=np.zeros(chains),
+            result=np.full(chains, RESULTS.successful),
+        )
 
 
 class Run:
-    """Takes ``num_steps`` steps of every chain; ``done`` of them stand, and ``x`` is where they ended.
+    """Takes ``num_steps`` steps of every chain; ``position`` of them stand, and ``x`` is where they ended.
 
-    Every ``thinning``-th state is kept. progress: a bar with ``update(steps)``.
+    Chains stand at the same step until a solve holds longer for some than for others. Every ``thinning``-th state is
+    kept. progress: a bar with ``update(steps)``.
     """
 
     def __init__(self, engine: Engine, x0: PyTree, num_steps: int, thinning: int, progress: Any):
         self.engine, self.x, self.num_steps, self.thinning, self.progress = engine, x0, num_steps, thinning, progress
-        self.done, self.draws = 0, Draws()
+        self.position = np.zeros(engine.num_chains, int)
+        self.draws = Draws.empty(engine, num_steps // thinning)
+
+    @property
+    def done(self) -> int:
+        """Steps that stand of every chain."""
+        return int(self.position.min())
 
     @property
     def left(self) -> int:
+        """Steps that some chain still has to take."""
         return self.num_steps - self.done
+
+    @property
+    def info(self) -> Info:
+        """Of the steps kept so far of every chain."""
+        return jax.tree.map(lambda x: x[:, : self.draws.num_kept.min()], self.draws.info)
 
     def with_solver(self, solver: RecurrenceSolver) -> None:
         """The rest of the run by one solver in as few segments as memory allows, sequentially where it fails."""
@@ -66,13 +104,13 @@ class Run:
 
     def fall_back(self, why: str) -> None:
         """The rest of the run in order, and say so."""
-        self.draws.fallback = (
-            f"{why} The first {self.done:,} steps were kept; the remaining {self.left:,} were sampled sequentially."
-        )
+        least, most = self.done, int(self.position.max())
+        kept = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+        self.draws.fallback = f"{why} The first {kept} steps were kept; the rest was sampled sequentially."
         self.sequentially()
 
     def take(self, solver: RecurrenceSolver, shape: Shape, wanted: int) -> tuple[Segment, str, Clock]:
-        """Solve for ``wanted`` steps or as many as the shape holds, and keep those that stand.
+        """Solve for ``wanted`` steps of every chain or as many as the shape holds, and keep those that stand.
 
         Returns the segment, why it did not stand to its end ("" where it did), and the seconds it took.
 
@@ -84,47 +122,51 @@ class Run:
             unit = math.gcd(shape.capacity, solver.unit)
             block_length = min(shape.capacity, math.ceil(math.ceil(wanted / shape.num_blocks) / unit) * unit)
         wanted = min(wanted, block_length * shape.num_blocks)
-        segment, clock = self.engine.solve(solver, shape, self.x, self.done, block_length)
+        segment, clock = self.engine.solve(solver, shape, self.x, self.position, block_length)
         codes = np.asarray(segment.solution.result)
         stands = np.where(codes == RESULTS.successful, wanted, np.asarray(segment.solution.stats.certified_steps))
-        keep = int(min(wanted, stands.min()))
+        # chains that are ahead of others may have less to do
+        ends = np.minimum(wanted, self.num_steps - self.position)
+        keep = np.minimum(stands, ends)
         self._collect(segment, keep, solver)
-        if keep == wanted:
+        if (keep == ends).all():
             return segment, "", clock
         if isinstance(solver, Sequential):
             raise RuntimeError(
                 f"a chain reached a state that is not finite at step {self.done + 1}. Check the kernel and the density "
                 "there: proposals that are NaN are rejected, so the state itself must have overflowed."
             )
-        worst = RESULTS(int(codes[codes != RESULTS.successful][0]))
+        worst = RESULTS(int(codes[keep < ends][0]))
         return segment, f"{worst.name}: {worst.message}", clock
 
-    def _collect(self, segment: Segment, keep: int, solver: RecurrenceSolver) -> None:
+    def _collect(self, segment: Segment, keep: np.ndarray, solver: RecurrenceSolver) -> None:
+        """Copy the first ``keep`` (C,) steps: the segment's own memory is overwritten by the next one."""
         draws, solution, stats = self.draws, segment.solution, segment.solution.stats
-        first = -(self.done + 1) % self.thinning
         path, info, near_ties = segment.chains((solution.value, solution.aux, segment.near_ties))
-        cut = lambda tree: jax.tree.map(lambda v: v[:, first : keep : self.thinning].copy(), tree)
-        draws.unknowns.append(cut(path))
-        draws.info.append(cut(info))
-        draws.near_ties = draws.near_ties + near_ties[:, :keep].sum(axis=1)
-        in_order = isinstance(solver, Sequential)
-        draws.critical_path = draws.critical_path + (keep if in_order else np.asarray(stats.num_sequential_steps))
-        if keep:
-            self.x = jax.tree.map(lambda v: jnp.array(v[:, keep - 1]), path)  # a copy: the path is overwritten
-        self.done += keep
-        self.progress.update(keep)
-        if in_order:
+        before = self.done
+        for chain, steps in enumerate(keep):
+            first = -(self.position[chain] + 1) % self.thinning
+            begin, end = draws.num_kept[chain], draws.num_kept[chain] + len(range(first, steps, self.thinning))
+
+            def copy(room, x, c=chain, rows=slice(first, steps, self.thinning), begin=begin, end=end):
+                room[c, begin:end] = x[c, rows]
+
+            jax.tree.map(copy, (draws.unknowns, draws.info), (path, info))
+            draws.num_kept[chain] = end
+            draws.near_ties[chain] += near_ties[chain, :steps].sum()
+        last = lambda old, x: jnp.asarray(np.stack([x[c, n - 1] if n else old[c] for c, n in enumerate(keep)]))
+        self.x = jax.tree.map(last, jax.tree.map(np.asarray, self.x), path)
+        self.position += keep
+        self.progress.update(self.done - before)
+        if isinstance(solver, Sequential):
+            draws.critical_path += keep
             return
+        draws.critical_path += np.asarray(stats.num_sequential_steps)
         draws.num_blocks = segment.num_blocks if isinstance(solver, MultipleShooting) else 1
         draws.num_iters = np.maximum(draws.num_iters, np.asarray(stats.num_iters))
         draws.num_sweeps = np.maximum(draws.num_sweeps, np.asarray(stats.num_sweeps))
-        draws.certified_steps = draws.certified_steps + np.full(len(solution.result), keep)
+        draws.certified_steps += keep
         draws.growth.append(np.asarray(stats.growth_rate))
         draws.result = np.asarray(solution.result)
-        if (draws.result == RESULTS.successful).all():
-            draws.residual = np.maximum(draws.residual, np.asarray(solution.residual))
-
-
-def join(parts: list) -> Any:
-    """Segments joined along the draw axis."""
-    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), *parts)
+        residual = np.where(draws.result == RESULTS.successful, np.asarray(solution.residual), 0.0)
+        draws.residual = np.maximum(draws.residual, residual)

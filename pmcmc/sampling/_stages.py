@@ -9,12 +9,12 @@ import numpy as np
 from pmcmc._types import PRNGKey, PyTree
 from pmcmc.chain import Chain
 from pmcmc.kernels import Info
-from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential
+from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Sequential
 from pmcmc.report import SolveReport
 from pmcmc.sampling._ahead import Ahead
 from pmcmc.sampling._auto import Automatic, compile_ahead
 from pmcmc.sampling._engine import Engine
-from pmcmc.sampling._run import Draws, Run, join
+from pmcmc.sampling._run import Draws, Run
 from pmcmc.sampling._settings import Settings
 from pmcmc.target import Target, check_starts
 from pmcmc.warmup import Tuned
@@ -46,7 +46,7 @@ def run_stages(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Setti
             automatic.execute()
         else:
             run.with_solver(settings.solver)
-    unknowns, info = join(run.draws.unknowns), join(run.draws.info)
+    unknowns, info = run.draws.unknowns, run.draws.info
     report = _report(run, automatic, info, settings, warmup_seconds, began)
     return Chain(tuned.target, tuned.kernel, unknowns, info, run.x, report, settings.extra_fields)
 
@@ -107,7 +107,7 @@ def _report(
         reason=reason,
         plan=plan,
         bias_bound=np.zeros(0) if automatic is None else automatic.bias_bound,
-        result=per_chain(RESULTS.successful if draws.result is None else draws.result),
+        result=per_chain(draws.result),
         fallback=draws.fallback,
         residual=per_chain(draws.residual, float),
         num_steps=settings.num_samples,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks._harness import SHARED
-from pmcmc.kernels import HMC, MALA, Kernel
+from pmcmc.kernels import HMC, MALA, Kernel, RandomWalk
 from pmcmc.target import Basis, Target
 
 
@@ -74,6 +74,17 @@ def german_credit(length: int = 10**5) -> Case:
     return Case("German credit, MALA", target, MALA(0.2), start, jnp.ones(25), length)
 
 
+def anisotropic(length: int = 10**6) -> Case:
+    """Ten independent Gaussians with standard deviations from 0.5 to 2 about each axis, random walk of step 0.6.
+
+    Not whitened: neither the directions of the walk nor its independent steps fit the target.
+    """
+    scales = jnp.geomspace(0.5, 2.0, 10)
+    logdensity = lambda x: -0.5 * jnp.sum((x / scales) ** 2)
+    start = lambda key, n: scales * jax.random.normal(key, (n, 10))
+    return Case("anisotropic, walk", _target(logdensity, 10), RandomWalk(0.6), start, scales, length)
+
+
 def german_target() -> tuple[Target, jax.Array, jax.Array]:
     """The logistic regression in its own coordinates, with mode and Cholesky factor of its Laplace approximation."""
     design, good = _german_data()
@@ -115,4 +126,10 @@ def _laplace(design: np.ndarray, good: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return mode, np.linalg.cholesky(np.linalg.inv(hessian))
 
 
-CASES = {"mixture": mixture, "banana": banana, "eight_schools": eight_schools, "german_credit": german_credit}
+CASES = {
+    "mixture": mixture,
+    "banana": banana,
+    "eight_schools": eight_schools,
+    "german_credit": german_credit,
+    "anisotropic": anisotropic,
+}

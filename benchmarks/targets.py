@@ -74,15 +74,14 @@ def german_credit(length: int = 10**5) -> Case:
     return Case("German credit, MALA", target, MALA(0.2), start, jnp.ones(25), length)
 
 
-def anisotropic(length: int = 10**6) -> Case:
-    """Ten independent Gaussians with standard deviations from 0.5 to 2 about each axis, random walk of step 0.6.
-
-    Not whitened: neither the directions of the walk nor its independent steps fit the target.
-    """
-    scales = jnp.geomspace(0.5, 2.0, 10)
-    logdensity = lambda x: -0.5 * jnp.sum((x / scales) ** 2)
-    start = lambda key, n: scales * jax.random.normal(key, (n, 10))
-    return Case("anisotropic, walk", _target(logdensity, 10), RandomWalk(0.6), start, scales, length)
+def correlated(length: int = 10**6) -> Case:
+    """Gaussian in ten dimensions whose neighbours correlate by 0.5, unwhitened; random walk of step 0.6."""
+    distance = np.abs(np.subtract.outer(np.arange(10), np.arange(10)))
+    covariance = 0.5**distance
+    precision, root = jnp.asarray(np.linalg.inv(covariance), float), jnp.asarray(np.linalg.cholesky(covariance), float)
+    logdensity = lambda x: -0.5 * x @ precision @ x
+    start = lambda key, n: jax.random.normal(key, (n, 10)) @ root.T
+    return Case("correlated, walk", _target(logdensity, 10), RandomWalk(0.6), start, jnp.ones(10), length)
 
 
 def german_target() -> tuple[Target, jax.Array, jax.Array]:
@@ -131,5 +130,5 @@ CASES = {
     "banana": banana,
     "eight_schools": eight_schools,
     "german_credit": german_credit,
-    "anisotropic": anisotropic,
+    "correlated": correlated,
 }

@@ -99,7 +99,7 @@ def test_one_cell_proposes_one_point() -> None:
     """Grid proposals are lattice points, and bitwise the same all over a cell."""
     target, kernel = target_of(flat, 2), RandomWalk(STEP, 1.0, None)
     width, offset = np.sqrt(12) * STEP, jnp.array([0.3, 0.8])
-    noise = WalkNoise(offset, jnp.array(0.1), jnp.array(True), None, jnp.array(-1.0))
+    noise = WalkNoise(offset, jnp.array(0.1), jnp.array(True), None, None, jnp.array(-1.0))
     x = jax.random.uniform(jax.random.key(0), (500, 2), minval=-10.0, maxval=10.0)
     y = np.asarray(jax.jit(jax.vmap(lambda x: kernel.step(target, kernel.restore(target, x), noise)[0].position))(x))
     places = y / width - np.asarray(offset)
@@ -113,7 +113,7 @@ def test_one_cell_proposes_one_point() -> None:
 def by_hand(logdensity_fn, x, noise, step_size) -> tuple[np.ndarray, np.ndarray]:
     """Metropolis in numpy, one step after the other, in the order of the textbook."""
     path, accepted, width = [], [], np.sqrt(12) * step_size
-    for vector, radial, is_grid, is_independent, log_uniform in zip(*noise, strict=True):
+    for vector, radial, is_grid, is_independent, _, log_uniform in zip(*noise, strict=True):
         log_hastings = 0.0
         if is_independent:
             y = vector

@@ -24,13 +24,15 @@ class WalkNoise(NamedTuple):
     """vector: (D,) the grid's offset, uniform on (0, 1), in a grid step; else standard normal.
 
     radial: standard normal, the increment's component along the radius. is_grid, is_independent: which of the three
-    proposals it is; independent: None where there are none of this kind. log_uniform: log of a uniform on (0, 1).
+    proposals it is. half_square: |vector|^2 / 2, for independent steps; None, as is_independent, where there are none.
+    log_uniform: log of a uniform on (0, 1).
     """
 
     vector: Array
     radial: Array
     is_grid: Array
     is_independent: Array | None
+    half_square: Array | None
     log_uniform: Array
 
 
@@ -107,25 +109,35 @@ class RandomWalk(PositionKernel):
         u = uniforms(rng_key, target.dim + 3 + (self.independence_share is not None), target.spec.dtype)
         vector, rest = u[: target.dim], u[target.dim :]
         is_grid, is_independent = rest[0] < self._grid_share(target.dim), None
+        half_square = None
         if self.independence_share is not None:
             is_independent = rest[3] < self.independence_share
             is_grid = is_grid & ~is_independent
+        vector = jnp.where(is_grid, vector, normals(vector))
+        if is_independent is not None:
+            half_square = 0.5 * jnp.sum(vector**2)
         return WalkNoise(
-            vector=jnp.where(is_grid, vector, normals(vector)),
+            vector=vector,
             radial=normals(rest[1]),
             is_grid=is_grid,
             is_independent=is_independent,
+            half_square=half_square,
             log_uniform=jnp.log(rest[2]),
         )
 
     def step(self, target, state: WalkState, noise: WalkNoise) -> tuple[WalkState, Info]:
         x, vector = state.position, noise.vector
         step_size = jnp.asarray(self.step_size, x.dtype)
-        y = jnp.where(noise.is_grid, _grid_point(x, vector, step_size), x + step_size * _increment(x, noise))
+        squared = jnp.sum(x**2)
+        # All kinds are a x + b z: one pass over the coordinates. Written one after the other, with a reduction inside
+        # each, a step in ten dimensions took 2.2 instead of 0.2 us on CPU.
+        of_x, of_vector = 1 + step_size * _radial_weight(x, squared, noise), step_size
         log_weight = jnp.zeros((), x.dtype)
         if noise.is_independent is not None:
-            y = jnp.where(noise.is_independent, vector, y)
-            log_weight = jnp.where(noise.is_independent, 0.5 * (jnp.sum(y**2) - jnp.sum(x**2)), 0.0)
+            of_x = jnp.where(noise.is_independent, 0.0, of_x)
+            of_vector = jnp.where(noise.is_independent, 1.0, of_vector)
+            log_weight = jnp.where(noise.is_independent, noise.half_square - 0.5 * squared, 0.0)
+        y = jnp.where(noise.is_grid, _grid_point(x, vector, step_size), of_x * x + of_vector * vector)
         proposal = self.restore(target, y)
         log_ratio = proposal.logdensity - state.logdensity + log_weight
         return decide(self.surrogate, state, proposal, log_ratio, noise.log_uniform)
@@ -134,13 +146,12 @@ class RandomWalk(PositionKernel):
         return min(1.0, 6 * dim**-1.5) if self.grid_share is None else self.grid_share
 
 
-def _increment(x: Array, noise: WalkNoise) -> Array:
-    """N(0, I): the noise's vector with its component along x replaced."""
-    squared = jnp.sum(x**2)
+def _radial_weight(x: Array, squared: Array, noise: WalkNoise) -> Array:
+    """c such that z + c x is z with v for its component along x; 0 where |x|^2 is too small to be accurate."""
     limits = jnp.finfo(x.dtype)
-    usable = squared > limits.tiny / limits.eps  # below it x / |x| is no unit vector to rounding
-    direction = jnp.where(usable, x / jnp.sqrt(jnp.where(usable, squared, 1.0)), 0.0)
-    return noise.vector + (noise.radial - jnp.sum(noise.vector * direction)) * direction
+    usable = squared > limits.tiny / limits.eps
+    squared = jnp.where(usable, squared, 1.0)
+    return jnp.where(usable, noise.radial / jnp.sqrt(squared) - jnp.sum(noise.vector * x) / squared, 0.0)
 
 
 def _grid_point(x: Array, offset: Array, step_size: Array) -> Array:

@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks._harness import save
 from benchmarks.posteriors import POSTERIORS, Posterior
-from pmcmc import HMC, MALA, NUTS, Chain, Kernel, Warmup, WindowAdaptation, from_blackjax
+from pmcmc import HMC, MALA, NUTS, Chain, Kernel, RandomWalk, Warmup, WindowAdaptation, from_blackjax
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential, quasi_deer
 from pmcmc.sampling import _auto
 from pmcmc.stability import predict_sweeps
@@ -68,6 +68,8 @@ def _pairs() -> dict[str, Pair]:
     for name in ("eight_schools", "correlated", "german_credit", "funnel"):
         add(name, "NUTS", NUTS())
     walk = blackjax.additive_step_random_walk.normal_random_walk
+    for name in ("correlated", "eight_schools", "german_credit"):
+        add(name, "RandomWalk", RandomWalk())
     add("correlated", "RWM", from_blackjax(walk, sigma=0.7 * np.ones(10, np.float32)))
     add("correlated", "Barker", from_blackjax(blackjax.barker_proposal, step_size=None))
     for name in ("eight_schools", "anisotropic"):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks._harness import SHARED
-from pmcmc.kernels import HMC, MALA, Kernel
+from pmcmc.kernels import HMC, MALA, Kernel, RandomWalk
 from pmcmc.target import Basis, Target
 
 
@@ -74,6 +74,16 @@ def german_credit(length: int = 10**5) -> Case:
     return Case("German credit, MALA", target, MALA(0.2), start, jnp.ones(25), length)
 
 
+def correlated(length: int = 10**6) -> Case:
+    """Gaussian in ten dimensions whose neighbours correlate by 0.5, unwhitened; random walk of step 0.6."""
+    distance = np.abs(np.subtract.outer(np.arange(10), np.arange(10)))
+    covariance = 0.5**distance
+    precision, root = jnp.asarray(np.linalg.inv(covariance), float), jnp.asarray(np.linalg.cholesky(covariance), float)
+    logdensity = lambda x: -0.5 * x @ precision @ x
+    start = lambda key, n: jax.random.normal(key, (n, 10)) @ root.T
+    return Case("correlated, walk", _target(logdensity, 10), RandomWalk(0.6), start, jnp.ones(10), length)
+
+
 def german_target() -> tuple[Target, jax.Array, jax.Array]:
     """The logistic regression in its own coordinates, with mode and Cholesky factor of its Laplace approximation."""
     design, good = _german_data()
@@ -115,4 +125,10 @@ def _laplace(design: np.ndarray, good: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return mode, np.linalg.cholesky(np.linalg.inv(hessian))
 
 
-CASES = {"mixture": mixture, "banana": banana, "eight_schools": eight_schools, "german_credit": german_credit}
+CASES = {
+    "mixture": mixture,
+    "banana": banana,
+    "eight_schools": eight_schools,
+    "german_credit": german_credit,
+    "correlated": correlated,
+}

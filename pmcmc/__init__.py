@@ -2,7 +2,18 @@
 
 from pmcmc import plots, recurrence, stability
 from pmcmc.chain import Chain
-from pmcmc.kernels import HMC, MALA, NUTS, BranchTaken, Info, Kernel, StraightThrough, UniformLength, from_blackjax
+from pmcmc.kernels import (
+    HMC,
+    MALA,
+    NUTS,
+    BranchTaken,
+    Info,
+    Kernel,
+    RandomWalk,
+    StraightThrough,
+    UniformLength,
+    from_blackjax,
+)
 from pmcmc.recurrence import RESULTS
 from pmcmc.report import SolveReport
 from pmcmc.sampling import parallel_chain, sample
@@ -20,6 +31,7 @@ __all__ = [
     "Chain",
     "Info",
     "Kernel",
+    "RandomWalk",
     "SolveReport",
     "StraightThrough",
     "Target",

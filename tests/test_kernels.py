@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pmcmc import HMC, MALA, BranchTaken, StraightThrough, Target, UniformLength
+from pmcmc import HMC, MALA, BranchTaken, RandomWalk, StraightThrough, Target, UniformLength
 from pmcmc.kernels._metropolis import select
 from pmcmc.target import Model
 from tests._chains import draw_noise
@@ -23,6 +23,7 @@ KERNELS = {
     "HMC-uniform-length": HMC(step_size=0.6, num_integration_steps=UniformLength(1, 4)),
     "HMC-diagonal": HMC(step_size=0.6, num_integration_steps=3, inverse_mass_matrix=jnp.asarray(DIAGONAL)),
     "HMC-dense": HMC(step_size=0.6, num_integration_steps=3, inverse_mass_matrix=jnp.asarray(COVARIANCE)),
+    "RandomWalk": RandomWalk(step_size=0.8, grid_share=0.3, independence_share=0.2),
 }
 every_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 
@@ -133,9 +134,11 @@ bad_values = pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf, 0.0],
 
 
 @bad_values
-@pytest.mark.parametrize("name", ["MALA", "HMC", "HMC-uniform-length"])
+@pytest.mark.parametrize("name", ["MALA", "HMC", "HMC-uniform-length", "RandomWalk"])
 def test_bad_proposals_are_rejected(name: str, value: float) -> None:
     """Rejected, counted as divergent, and without a trace of NaN in state or tangent."""
+    if name == "RandomWalk" and value == 0.0:
+        pytest.skip("reads no gradient")
     kernel, target = KERNELS[name], replace(BAD_REGION, data=jnp.array(value))
     state = kernel.init(target, jnp.array([0.7, 0.1, -0.3]))
     noise = draw_noise(target, kernel, 5, 500)
@@ -188,7 +191,7 @@ def test_scalar_and_pytree_positions(kernel) -> None:
     of_flat, _ = run(flat, kernel, kernel.init(flat, jnp.array([0.1, 0.2, 0.3])), noise)
     of_tree, _ = run(tree, kernel, kernel.init(tree, {"a": 0.1, "b": (jnp.array([0.2, 0.3]),)}), noise)
     np.testing.assert_allclose(of_flat.position, of_tree.position, rtol=0, atol=1e-13)
-    if kernel.__class__ is MALA or kernel.inverse_mass_matrix is None:
+    if getattr(kernel, "inverse_mass_matrix", None) is None:
         scalar = Target.from_logdensity(lambda x: -0.5 * x**2, 0.0)
         state, info = run(scalar, kernel, kernel.init(scalar, 0.3), draw_noise(scalar, kernel, 8, 30))
         assert scalar.position(state.position).shape == ()
@@ -287,6 +290,9 @@ def test_bad_tunables_are_refused() -> None:
         lambda: MALA(step_size=0.0),
         lambda: MALA(step_size=-1),
         lambda: HMC(step_size=float("nan")),
+        lambda: RandomWalk(step_size=0.0),
+        lambda: RandomWalk(grid_share=-0.1),
+        lambda: RandomWalk(independence_share=1.1),
         lambda: HMC(num_integration_steps=0),
         lambda: HMC(step_size_jitter=1.0),
         lambda: UniformLength(0, 3),

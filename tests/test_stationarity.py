@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from pmcmc import HMC, MALA, NUTS, Info, UniformLength, from_blackjax
+from pmcmc import HMC, MALA, NUTS, Info, RandomWalk, UniformLength, from_blackjax
 from pmcmc._tree import register_dataclass
 from pmcmc.kernels._gradient import GradientState
 from tests._chains import draw_noise
@@ -24,6 +24,9 @@ KERNELS = {
     "MALA": MALA(step_size=0.25),
     "HMC": HMC(step_size=0.6, num_integration_steps=2),
     "HMC-uniform-length": HMC(step_size=0.6, num_integration_steps=UniformLength(1, 4), step_size_jitter=0.0),
+    "RandomWalk": RandomWalk(0.6, grid_share=0.3, independence_share=0.2),
+    "RandomWalk-radial": RandomWalk(0.8, grid_share=0.0, independence_share=None),
+    "RandomWalk-grid": RandomWalk(0.6, grid_share=1.0, independence_share=None),
     "NUTS": NUTS(step_size=0.5, max_num_doublings=4),
     "dynamic HMC": from_blackjax(blackjax.dynamic_hmc, step_size=0.4, inverse_mass_matrix=None),
 }
@@ -90,7 +93,24 @@ class FaultyHMC(HMC):
         return faulty.step(target, state, noise)
 
 
-@pytest.mark.parametrize("kernel", [FaultyMALA(0.25), FaultyHMC(0.5)], ids=["MALA", "HMC"])
+@register_dataclass
+@dataclass(frozen=True)
+class FaultyRandomWalk(RandomWalk):
+    """A random walk whose independent steps are accepted as if they were symmetric."""
+
+    def step(self, target, state, noise):
+        independent = noise.is_independent
+        proposal = self.restore(target, jnp.where(independent, noise.vector, state.position + 0.8 * noise.vector))
+        margin = proposal.logdensity - state.logdensity - noise.log_uniform
+        new = jax.tree.map(lambda p, c: jnp.where(margin > 0, p, c), proposal, state)
+        return new, Info(jnp.exp(margin), margin < -1000, margin, new.logdensity)
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [FaultyMALA(0.25), FaultyHMC(0.5), FaultyRandomWalk(0.8, 0.0, 0.2)],
+    ids=["MALA", "HMC", "RandomWalk"],
+)
 def test_sees_a_planted_fault(kernel) -> None:
     z, accepted = scores(kernel, seed=3)
     assert 0.4 < accepted < 0.99

@@ -7,6 +7,7 @@ from pmcmc.kernels._leapfrog import Leapfrog, ParallelLeapfrog, SequentialLeapfr
 from pmcmc.kernels._mala import MALA
 from pmcmc.kernels._metropolis import BranchTaken, StraightThrough, Surrogate
 from pmcmc.kernels._nuts import NUTS
+from pmcmc.kernels._random_walk import RandomWalk
 
 __all__ = [
     "HMC",
@@ -18,6 +19,7 @@ __all__ = [
     "Kernel",
     "Leapfrog",
     "ParallelLeapfrog",
+    "RandomWalk",
     "SequentialLeapfrog",
     "StraightThrough",
     "Surrogate",

@@ -72,6 +72,14 @@ class Kernel(abc.ABC):
         """Whether the kernel can work in the whitened coordinates of warm-up."""
         return True
 
+    def target_acceptance_rate(self, dim: int) -> float:
+        """The mean acceptance rate to which warm-up tunes the step size; 0.8, as in Stan, if nothing else is known."""
+        return 0.8
+
+    def first_step_size(self, dim: int) -> float:
+        """Where that tuning begins in whitened coordinates; 0.8 D^(-1/4), the optimal scaling of HMC."""
+        return 0.8 * dim ** (-1 / 4)
+
     def start(self, target: Target, y: Array) -> Any:
         """State at the target's coordinates y (D,)."""
         return self.init(target, target.position(y))
@@ -85,3 +93,19 @@ class Kernel(abc.ABC):
         """The recurrence ``x[t] = f(x[t-1], noise[t])`` of this kernel on a target."""
         step: Callable = lambda state, noise: self.step(target, state, noise)
         return Recurrence(step, self.unknown, lambda unknown: self.restore(target, unknown))
+
+
+class PositionKernel(Kernel):
+    """A kernel whose unknown is the field ``position`` of its state alone: the rest are caches."""
+
+    def init(self, target, position):
+        return self.restore(target, target.coordinates(position))
+
+    def start(self, target, y):
+        return self.restore(target, y)
+
+    def unknown(self, state: Any) -> Array:
+        return state.position
+
+    def coordinates(self, unknown: Array) -> Array:
+        return unknown

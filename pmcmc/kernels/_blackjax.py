@@ -163,8 +163,9 @@ def from_blackjax(algorithm: Callable | Any, *, caches: tuple[str, ...] | None =
         ``inverse_mass_matrix=None`` is the identity.
 
     The noise of a step is the key handed to ``algorithm.step``, so the chain is the one BlackJAX gives with these keys.
-    NUTS, HMC, slice sampling and MCLMC merge on many posteriors; random walk Metropolis and Barker proposals do not
-    under common keys, and ``solver="auto"`` finds that out and samples them sequentially.
+    NUTS, HMC, slice sampling and MCLMC merge on many posteriors; its random walk and Barker
+    proposals do not under common keys, and ``solver="auto"`` finds that out and samples them sequentially;
+    `pmcmc.RandomWalk` merges.
 
     Acceptance rate, divergences, energy, numbers of leapfrog steps and tree depth are passed on where BlackJAX reports
     them (the energy of HMC-type algorithms is the proposal's, as there), and NaN or False where not; the decision's

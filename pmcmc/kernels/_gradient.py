@@ -2,12 +2,11 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from pmcmc._types import Array
-from pmcmc.kernels._base import Info, Kernel
-from pmcmc.kernels._metropolis import Surrogate, log_acceptance, select
+from pmcmc.kernels._base import Info, PositionKernel
+from pmcmc.kernels._metropolis import Surrogate, decide
 
 
 class GradientState(NamedTuple):
@@ -21,33 +20,13 @@ class GradientState(NamedTuple):
 def accept(
     surrogate: Surrogate, state: GradientState, proposal: GradientState, log_ratio: Array, log_uniform: Array
 ) -> tuple[GradientState, Info]:
-    """The Metropolis decision between a state and a proposal, and what is to be said of it."""
-    log_ratio, is_divergent = log_acceptance(log_ratio, proposal.gradient)
-    # The barrier keeps XLA from computing the margin anew in each of the programs that read it.
-    margin = jax.lax.optimization_barrier(log_ratio - log_uniform)
-    new = select(surrogate, margin, proposal, state)
-    return new, Info(
-        acceptance_rate=jnp.exp(jnp.minimum(log_ratio, 0.0)),
-        is_divergent=is_divergent,
-        margin=margin,
-        logdensity=new.logdensity,
-    )
+    """The Metropolis decision; a proposal whose gradient is not finite is impossible."""
+    usable = jnp.all(jnp.isfinite(proposal.gradient))
+    return decide(surrogate, state, proposal, jnp.where(usable, log_ratio, jnp.nan), log_uniform)
 
 
-class GradientKernel(Kernel):
+class GradientKernel(PositionKernel):
     """A kernel whose unknown is the position alone; log density and gradient are caches."""
-
-    def init(self, target, position):
-        return self.restore(target, target.coordinates(position))
-
-    def start(self, target, y):
-        return self.restore(target, y)
-
-    def unknown(self, state: GradientState) -> Array:
-        return state.position
 
     def restore(self, target, unknown: Array) -> GradientState:
         return GradientState(unknown, *target.value_and_grad(unknown))
-
-    def coordinates(self, unknown: Array) -> Array:
-        return unknown

@@ -50,6 +50,12 @@ class MALA(GradientKernel):
         if isinstance(self.step_size, (int, float)) and not self.step_size > 0:
             raise ValueError(f"step_size must be positive, got {self.step_size}.")
 
+    def target_acceptance_rate(self, dim):
+        return 0.574
+
+    def first_step_size(self, dim):
+        return dim ** (-1 / 3)  # optimal scaling, Roberts & Rosenthal 1998
+
     def sample_noise(self, rng_key, target):
         u = uniforms(rng_key, target.dim + 1, target.spec.dtype)
         return MALANoise(normals(u[1:]), jnp.log(u[0]))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pmcmc._tree import register_dataclass
 from pmcmc._types import Array, PyTree, Scalar
+from pmcmc.kernels._base import Info
 
 DIVERGENCE_THRESHOLD = 1000.0  # lost log density (energy) that counts as a divergence: Stan's and BlackJAX's value
 
@@ -82,11 +83,19 @@ def _select_jvp(primals: Any, tangents: Any) -> Any:
     return out, jax.tree.map(tangent, proposal, current, d_proposal, d_current)
 
 
-def log_acceptance(log_ratio: Array, gradient: Array) -> tuple[Array, Array]:
-    """Log acceptance ratio with impossible proposals at -inf, and whether the proposal diverged.
+def decide(surrogate: Surrogate, state: Any, proposal: Any, log_ratio: Array, log_uniform: Array) -> tuple[Any, Info]:
+    """The Metropolis decision between a state and a proposal (with a field ``logdensity``), and what is to be said.
 
-    NaN, +inf, and a gradient that is not finite are rejections counted as divergences, as NumPyro and Stan do.
+    NaN and +inf are rejections counted as divergences, as NumPyro and Stan do.
     """
-    broken = jnp.isnan(log_ratio) | (log_ratio == jnp.inf) | ~jnp.all(jnp.isfinite(gradient))
+    broken = jnp.isnan(log_ratio) | (log_ratio == jnp.inf)
     log_ratio = jnp.where(broken, -jnp.inf, log_ratio)
-    return log_ratio, broken | (-log_ratio > DIVERGENCE_THRESHOLD)
+    # The barrier keeps XLA from computing the margin anew in each of the programs that read it.
+    margin = jax.lax.optimization_barrier(log_ratio - log_uniform)
+    new = select(surrogate, margin, proposal, state)
+    return new, Info(
+        acceptance_rate=jnp.exp(jnp.minimum(log_ratio, 0.0)),
+        is_divergent=broken | (-log_ratio > DIVERGENCE_THRESHOLD),
+        margin=margin,
+        logdensity=new.logdensity,
+    )

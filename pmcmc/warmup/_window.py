@@ -11,7 +11,7 @@ from pmcmc._jit import tuned_jit
 from pmcmc._tree import is_real, register_dataclass
 from pmcmc._types import Array, PRNGKey, PyTree, Scalar
 from pmcmc.interop._blackjax import dual_averaging, window_adaptation
-from pmcmc.kernels import HMC, MALA, Kernel
+from pmcmc.kernels import HMC, Kernel
 from pmcmc.target import Basis, Target
 from pmcmc.warmup._base import LaneTiming, Tuned, Warmup, WarmupError
 
@@ -30,7 +30,7 @@ class WindowAdaptation(Warmup):
        dual averaging brings their mean acceptance rate to the kernel's target; the rest decorrelates the lanes.
 
     dense: full covariance (True) or its diagonal (False). None: full up to 50 dimensions.
-    target_acceptance_rate: None: 0.574 for MALA (Roberts & Rosenthal 1998), 0.8 for HMC (Stan).
+    target_acceptance_rate: None: the kernel's own, such as 0.574 for MALA and 0.8 for HMC.
     num_starts: size of the first ensemble.
 
     Sources: Hoffman & Gelman 2014 (dual averaging); Stan Development Team (windows).
@@ -73,7 +73,7 @@ class WindowAdaptation(Warmup):
         whitened = target.with_basis(basis)
         rate = self.target_acceptance_rate
         if rate is None:
-            rate = 0.574 if isinstance(kernel, MALA) else 0.8
+            rate = kernel.target_acceptance_rate(target.dim)
         lanes = jax.vmap(basis.to_coordinates)(ensemble.last)
         tuned = _adapt_step(whitened, kernel, step_key, lanes, rate, max(102, num_steps // 4))
         _check_tuned(tuned)
@@ -189,10 +189,8 @@ def _adapt_step(
 ) -> Stepped:
     """Two thirds of the steps adapt the step size, the last third is timed: three runs of one program."""
     averaging = dual_averaging(rate)
-    # Optimal scaling in whitened coordinates (Roberts & Rosenthal 1998): a start that dual averaging corrects.
-    first = target.dim ** (-1 / 3) if isinstance(kernel, MALA) else 0.8 * target.dim ** (-1 / 4)
     as_leaf = lambda x: jnp.asarray(x, target.spec.dtype if is_real(x) else None)
-    averaged = jax.tree.map(as_leaf, averaging.init(first))
+    averaged = jax.tree.map(as_leaf, averaging.init(kernel.first_step_size(target.dim)))
     noise = _lane_noise(target, kernel, rng_key, num_lanes=len(positions), num_steps=num_steps)
     states = _start_lanes(target, _with_step(kernel, target, averaged, averaging, jnp.array(True)), positions)
     third, length, seconds = Third(states, averaged, jnp.array(0.0), jnp.array(0.0)), num_steps // 3, 0.0

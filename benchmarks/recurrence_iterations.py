@@ -166,7 +166,7 @@ def _chains() -> dict[str, Problem]:
 
 def solvers(key, max_iters: int) -> dict[str, rec.RecurrenceSolver]:
     """All methods by paper name."""
-    budget = dict(max_iters=max_iters)
+    budget: dict[str, Any] = dict(max_iters=max_iters)
     return {
         "DEER": rec.deer(**budget),
         "quasi-DEER": rec.quasi_deer(**budget),
@@ -203,7 +203,8 @@ def _solve(solver, step, params, x0, inputs):
 def measure(case: Case, solver: rec.RecurrenceSolver, length: int) -> dict:
     """One row: what the solver did on T = length steps."""
     arguments = jax.tree_util.Partial(case.fn), case.params, case.x0, case.inputs(length)
-    jax.block_until_ready(_solve(replace(solver, max_iters=0), *arguments))  # compiles: max_iters is a number
+    unsolved: Any = replace(solver, max_iters=0)  # type: ignore[type-var]
+    jax.block_until_ready(_solve(unsolved, *arguments))  # compiles: max_iters is a number
     begin = time.perf_counter()
     found = jax.block_until_ready(_solve(solver, *arguments))
     seconds = time.perf_counter() - begin

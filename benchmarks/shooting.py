@@ -56,7 +56,8 @@ def _chain(engine: Engine, solver: LaneSolver, x0, num_steps: int) -> Segment:
     """Noise and solve, as `pmcmc.sample` runs them."""
     num_blocks = solver.blocks_for(num_steps)
     block_length = -(-num_steps // num_blocks)
-    return engine.solve(solver, Shape(num_blocks, block_length), x0, 0, block_length)[0]
+    first = np.zeros(engine.num_chains, int)
+    return engine.solve(solver, Shape(num_blocks, block_length), x0, first, block_length)[0]
 
 
 def _typical_states(case: Case, num_states: int = 64, num_steps: int = 2000) -> jax.Array:

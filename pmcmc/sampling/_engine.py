@@ -159,9 +159,17 @@ class Engine:
     to compile, shapes will do. ahead: where programs are compiled that nobody waits for yet.
     """
 
-    def __init__(self, target: Target, kernel: Kernel, chain_keys: Array, guesses: PyTree, scale: PyTree, ahead: Ahead):
+    def __init__(
+        self,
+        target: Target,
+        kernel: Kernel,
+        chain_keys: Array,
+        guesses: PyTree,
+        scale: PyTree,
+        ahead: Ahead | None = None,
+    ):
         self.target, self.kernel, self.chain_keys = target, kernel, chain_keys
-        self.guesses, self.scale, self.ahead = guesses, scale, ahead
+        self.guesses, self.scale, self.ahead = guesses, scale, ahead or Ahead()
         self.clock = Clock(0.0, 0.0)
         self._buffers: dict[Shape, tuple[PyTree, PyTree]] = {}
 

@@ -30,6 +30,7 @@ NUM_CHAINS, NUM_WARMUP = 4, 1000
 NUMPYRO = ("numpyro vectorized", "numpyro sequential")
 OURS = {
     "pmcmc": lambda pmcmc: None,
+    "ensemble": lambda pmcmc: pmcmc.EnsembleAdaptation(),
     "window": lambda pmcmc: pmcmc.WindowAdaptation(),
 }
 LIMIT_SECONDS = 900
@@ -255,7 +256,9 @@ def main(arguments: list[str] | None = None) -> None:
     for method in options.methods:
         found = [row["runs"][method].get("speedup") for row in rows]
         if method in OURS and None not in found:
-            print(f"{method}: speed-up over NumPyro's faster one: median {np.median(found):.2f}, least {min(found):.2f}")
+            print(
+                f"{method}: speed-up over NumPyro's faster one: median {np.median(found):.2f}, least {min(found):.2f}"
+            )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Warm-up, pilot, solve, report: the stages behind the public functions, timed one by one."""
 
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._types import PRNGKey, PyTree
+from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.chain import Chain
 from pmcmc.kernels import Info
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential
@@ -25,7 +26,7 @@ def run_stages(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Setti
 
     began = time.perf_counter()
     check_starts(target, jax.vmap(target.coordinates)(starts))
-    warmup_key, chain_key = jax.random.split(rng_key)
+    warmup_key, chain_keys = _split_keys(rng_key, num_chains=settings.num_chains)
     clock = time.perf_counter()
     with tqdm(total=settings.num_samples, unit="draw", disable=None if progress_bar else True) as progress:
         progress.set_description("warm-up")
@@ -33,8 +34,8 @@ def run_stages(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Setti
         warmup_seconds = time.perf_counter() - clock
         progress.set_description("sampling")
         own = _chain_starts(tuned, settings)
-        x0 = jax.tree.map(lambda x: x[own], tuned.states)
-        run = Run(_engine(tuned, chain_key, settings), x0, settings.num_samples, settings.thinning, progress)
+        x0 = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[own]), tuned.states)
+        run = Run(_engine(tuned, chain_keys), x0, settings.num_samples, settings.thinning, progress)
         automatic = None
         if settings.solver is None:
             automatic = Automatic(run, own, tuned.timing, jax.default_backend() == "cpu")
@@ -63,8 +64,14 @@ def _chain_starts(tuned: Tuned, settings: Settings) -> np.ndarray:
     return (chains * stride + chains * stride // num_states) % num_states
 
 
-def _engine(tuned: Tuned, chain_key: PRNGKey, settings: Settings) -> Engine:
-    chain_keys = jax.vmap(lambda c: jax.random.fold_in(chain_key, c))(jnp.arange(settings.num_chains))
+@partial(jax.jit, static_argnames="num_chains")
+def _split_keys(rng_key: PRNGKey, *, num_chains: int) -> tuple[PRNGKey, Array]:
+    """For warm-up, and one for each chain that does not depend on how many there are."""
+    warmup_key, chain_key = jax.random.split(rng_key)
+    return warmup_key, jax.vmap(lambda c: jax.random.fold_in(chain_key, c))(jnp.arange(num_chains))
+
+
+def _engine(tuned: Tuned, chain_keys: Array) -> Engine:
     return Engine(tuned.target, tuned.kernel, chain_keys, tuned.states, _scale(tuned))
 
 

@@ -25,9 +25,9 @@ from pmcmc.warmup._lanes import (
     tune,
 )
 
-# A basis stands when draws made in it have standard deviations and means within this factor of 1, and of the old mean.
-SETTLED = 3.0
-# Short windows until then, and repetitions of the last long one, go on for at most so many times the steps foreseen.
+# A basis is settled when draws made in it look standard to within this factor, and have mixed to this share.
+SETTLED, MIXED = 3.0, 0.2
+# The last window is repeated at most so many times where it did not settle the basis.
 MAX_REPEATS = 2
 
 
@@ -148,7 +148,7 @@ class Explorer:
         self.finite = bool(np.all(np.isfinite(path)))
         if self.finite:
             mean, factor = _moments(path, self.dense)
-            self.settled = _near_standard(mean, factor)
+            self.settled = _is_settled(path, mean, factor)
             scale = self.frame.scale @ factor if self.dense else self.frame.scale * factor
             self.frame = Frame(self.frame.to_positions(mean[None])[0], scale)
 
@@ -159,7 +159,7 @@ class Explorer:
 def explore(target: Target, rng_key: PRNGKey, positions: np.ndarray, num_pieces: int, dense: bool) -> Exploration:
     """Location and metric of the posterior, from positions (lanes, D) in the user's coordinates."""
     explorer = Explorer(target, rng_key, positions, dense)
-    for _ in range(num_pieces * MAX_REPEATS):
+    for _ in range(num_pieces):
         explorer.run_window(1)
         if explorer.settled:
             break
@@ -181,13 +181,21 @@ def _window_lengths(num_pieces: int) -> list[int]:
     return [*lengths, left]
 
 
-def _near_standard(mean: np.ndarray, factor: np.ndarray) -> bool:
-    """Whether draws of this mean and Cholesky factor, (D,) or (D, D), look as if the basis they were made in is right.
+def _is_settled(path: np.ndarray, mean: np.ndarray, factor: np.ndarray) -> bool:
+    """Whether a path (steps, lanes, D) of this mean and Cholesky factor, (D,) or (D, D), says that its basis is right.
 
-    A window is short and a posterior no Gaussian: within `SETTLED` times the standard deviation in every direction.
+    Standard deviations and means of the draws lie within a factor `SETTLED` of 1, in every direction; and the spread is
+    each lane's own, not that between lanes still on their way: a share `MIXED` of the variance in every direction.
     """
-    spread = np.linalg.svd(factor, compute_uv=False) if factor.ndim == 2 else factor
-    return bool(np.all((spread < SETTLED) & (spread > 1 / SETTLED)) and np.all(np.abs(mean) < SETTLED))
+    within = (path - path.mean(axis=0)).reshape(-1, path.shape[-1])
+    if factor.ndim == 2:
+        spread = np.linalg.svd(factor, compute_uv=False)
+        whitened = np.linalg.solve(factor, within.T)
+        share = np.linalg.eigvalsh(whitened @ whitened.T / len(within))
+    else:
+        spread, share = factor, np.mean((within / factor) ** 2, axis=0)
+    right = np.all((spread < SETTLED) & (spread > 1 / SETTLED)) and np.all(np.abs(mean) < SETTLED)
+    return bool(right and share.min() > MIXED)
 
 
 def _unstick(path: np.ndarray) -> np.ndarray:

@@ -4,9 +4,9 @@ Every run is a process of its own, so everything is compiled, and all in float64
 steps of warm-up each. Seconds run from the call until the draws, constrained, lie in memory. Posteriors: posteriordb's
 in ``../shared/posteriordb`` (skipped where absent), where the means and standard deviations of the draws are held
 against the reference draws (z-scores), and others without a reference. Methods run in turn, and minima over
-``--repeats`` are reported.
+``--repeats`` are reported; CPU seconds beside them, which a busy machine disturbs less.
 
-    python -m benchmarks.whole_call [--posteriors NAME ...] [--methods NAME ...] [--repeats 1] [--save whole_call] [--quick]
+    python -m benchmarks.whole_call [--posteriors NAME ...] [--methods NAME ...] [--repeats 1] [--save NAME] [--quick]
 """
 
 import argparse
@@ -26,10 +26,12 @@ from benchmarks._harness import SHARED, save
 from benchmarks.posteriors import POSTERIORS
 
 NUM_CHAINS, NUM_WARMUP = 4, 1000
-# Without their own seconds, NumPyro's chains being the yardstick: "sequential" and "vectorized" of these methods.
+# The yardstick, and pmcmc's default beside its warm-ups by name.
 NUMPYRO = ("numpyro vectorized", "numpyro sequential")
 OURS = {
     "pmcmc": lambda pmcmc: None,
+    "chees": lambda pmcmc: pmcmc.ChEESAdaptation(),
+    "pathfinder": lambda pmcmc: pmcmc.Pathfinder(),
     "ensemble": lambda pmcmc: pmcmc.EnsembleAdaptation(),
     "window": lambda pmcmc: pmcmc.WindowAdaptation(),
 }
@@ -103,12 +105,12 @@ def run_ours(method: str, what: Problem, seed: int, num_samples: int) -> tuple[d
 
     options = dict(num_warmup=NUM_WARMUP, num_samples=num_samples, num_chains=NUM_CHAINS, progress_bar=False)
     warmup = OURS[method](pmcmc)
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), time.process_time()
     chain = pmcmc.parallel_chain(
         what.model, seed, model_args=what.args, model_kwargs=what.kwargs, warmup=warmup, **options
     )
     samples = jax.block_until_ready(chain.get_samples(group_by_chain=True))
-    seconds, report = time.perf_counter() - begin, chain.report
+    seconds, cpu, report = time.perf_counter() - begin, time.process_time() - cpu, chain.report
     parts = {
         "warmup_s": report.warmup_seconds,
         "pilot_s": report.pilot_seconds,
@@ -118,6 +120,7 @@ def run_ours(method: str, what: Problem, seed: int, num_samples: int) -> tuple[d
     steps = getattr(chain.kernel, "num_integration_steps", None)
     return samples, {
         "seconds": seconds,
+        "cpu_seconds": cpu,
         **parts,
         "host_s": seconds - sum(parts.values()),
         "decision": report.decision,
@@ -131,12 +134,16 @@ def run_numpyro(method: str, what: Problem, seed: int, num_samples: int) -> tupl
     from numpyro.infer import MCMC, NUTS
 
     options = dict(num_warmup=NUM_WARMUP, num_samples=num_samples, num_chains=NUM_CHAINS, progress_bar=False)
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), time.process_time()
     mcmc = MCMC(NUTS(what.model), chain_method=method.split()[1], **options)
     mcmc.run(jax.random.key(seed), *what.args, **what.kwargs)
     samples = jax.block_until_ready(mcmc.get_samples(group_by_chain=True))
-    seconds = time.perf_counter() - begin
-    return samples, {"seconds": seconds, "num_divergent": int(np.sum(mcmc.get_extra_fields()["diverging"]))}
+    seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    return samples, {
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "num_divergent": int(np.sum(mcmc.get_extra_fields()["diverging"])),
+    }
 
 
 def columns(samples: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -205,11 +212,12 @@ def measure(name: str, methods: list[str], repeats: int, num_samples: int) -> di
         good = [run for run in found if "error" not in run]
         best = min(good, key=lambda run: run["seconds"]) if good else found[0]
         row["runs"][method] = {**best, "num_failed": len(found) - len(good), "num_runs": len(found)}
-    theirs = [row["runs"][m]["seconds"] for m in NUMPYRO if "seconds" in row["runs"].get(m, {})]
+    theirs = [row["runs"][m] for m in NUMPYRO if "seconds" in row["runs"].get(m, {})]
     for run in row["runs"].values():
         if "seconds" in run:
             run["ess_per_s"] = run["min_ess"] / run["seconds"]
-            run["speedup"] = min(theirs) / run["seconds"] if theirs else None
+            for name, key in (("speedup", "seconds"), ("cpu_speedup", "cpu_seconds")):
+                run[name] = min(other[key] for other in theirs) / run[key] if theirs else None
     return row
 
 
@@ -223,10 +231,10 @@ def lines(row: dict[str, Any]) -> str:
         show = lambda key, run=run: f"{run[key]:.1f}" if run.get(key) is not None else "-"
         split = "  ".join(f"{key[:-2]} {show(key)}" for key in run if key.endswith("_s") and key != "ess_per_s")
         text.append(
-            f"  {method:20s} {run['seconds']:6.1f} s  speed-up {show('speedup')}  min ESS {run['min_ess']:8.0f}"
-            f" ({run['ess_per_s']:8.0f} /s)  |z| mean {show('max_z_mean')}, sd {show('max_z_sd')}"
-            f"  rhat {run['max_rhat']:.4f}  divergent {run['num_divergent']}  failed {run['num_failed']}"
-            f"/{run['num_runs']}  {split}"
+            f"  {method:20s} {run['seconds']:6.1f} s ({show('cpu_seconds')} cpu)  speed-up {show('speedup')} "
+            f"({show('cpu_speedup')})  min ESS {run['min_ess']:8.0f} ({run['ess_per_s']:8.0f} /s)"
+            f"  |z| mean {show('max_z_mean')}, sd {show('max_z_sd')}  rhat {run['max_rhat']:.4f}"
+            f"  divergent {run['num_divergent']}  failed {run['num_failed']}/{run['num_runs']}  {split}"
         )
     return "\n".join(text)
 

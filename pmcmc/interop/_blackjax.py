@@ -58,7 +58,8 @@ def chees_adaptation(
     adaptation = blackjax.chees_adaptation(
         logdensity_fn, positions.shape[0], adaptation_info_fn=lambda state, info, adaptation_state: None
     )
-    (states, found), _ = adaptation.run(rng_key, positions, step_size, optax.adam(learning_rate), num_steps)
+    with jax.numpy_rank_promotion("allow"):  # it subtracts means (D,) from positions (lanes, D)
+        (states, found), _ = adaptation.run(rng_key, positions, step_size, optax.adam(learning_rate), num_steps)
     return AdaptedTrajectory(states.position, found["step_size"], found["integration_steps_params"][0])
 
 
@@ -67,8 +68,9 @@ def pathfinder(logdensity_fn: Callable, rng_key: PRNGKey, position: Array) -> tu
     from blackjax.vi.pathfinder import approximate, sample
 
     fit_key, draw_key = jax.random.split(rng_key)
-    state, _ = approximate(fit_key, logdensity_fn, position)
-    draws, _ = sample(draw_key, state, 1)
+    with jax.numpy_rank_promotion("allow"):
+        state, _ = approximate(fit_key, logdensity_fn, position)
+        draws, _ = sample(draw_key, state, 1)
     return draws[0], state.elbo
 
 

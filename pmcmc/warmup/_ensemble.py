@@ -34,12 +34,14 @@ MAX_REPEATS = 2
 @register_dataclass
 @dataclass(frozen=True)
 class EnsembleAdaptation(Warmup):
-    """Windows that double, over an ensemble of 32 lanes of jittered HMC, then dual averaging of the kernel's step size.
+    """Windows over an ensemble of 32 lanes of jittered HMC, then dual averaging of the kernel's own step size.
 
-    1. 32 lanes from starts of their own run HMC for half of ``num_steps``. After 16, 32, 64, ... steps the draws of all
-       lanes since the last time give mean and covariance, in whose basis the lanes go on; dual averaging of their common
-       step size begins anew. A lane that did not move once in a window is put on another's place. The last window, at
-       least half of these steps, gives the target's basis.
+    1. 32 lanes, each from a start of its own, run HMC. After every 16 steps mean and covariance of all their draws
+       become the basis in which they go on, until the basis looks right and the lanes mix (see `SETTLED`, `MIXED`), or
+       for a quarter of ``num_steps``. Then come windows of 32, 64, ... steps, a quarter of ``num_steps`` in all; the
+       last, at least half of these, gives the target's basis. It is repeated, up to twice, where it moved the basis.
+       In each window dual averaging of one step size for all begins anew, and a lane that did not move in it at all
+       is put on another's place.
     2. In that basis the lanes run the kernel for a quarter as many steps (at least 102), as in `WindowAdaptation`.
 
     One program of a few leapfrog steps is compiled, and for HMC both parts run it; NUTS along 4 paths, as in
@@ -174,7 +176,8 @@ def explore(target: Target, rng_key: PRNGKey, positions: np.ndarray, num_pieces:
 
 def _window_lengths(num_pieces: int) -> list[int]:
     """2, 4, 8, ... as long as the last window is at least half of all."""
-    lengths, left = [], num_pieces
+    lengths: list[int] = []
+    left = num_pieces
     while left > 6 * 2 ** len(lengths):
         lengths.append(2 * 2 ** len(lengths))
         left -= lengths[-1]

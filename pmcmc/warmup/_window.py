@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pmcmc._jit import tuned_jit
 from pmcmc._tree import register_dataclass
@@ -50,7 +51,7 @@ class WindowAdaptation(Warmup):
         found = _explore(target, metric_key, positions, num_steps=num_steps, dense=dense)
         check_exploration(target, found)
         kernel, basis = take_metric(target, kernel, found)
-        lanes = jax.vmap(basis.to_coordinates)(found.last)
+        lanes = np.asarray(jax.vmap(basis.to_coordinates)(found.last))
         return tune(
             target.with_basis(basis), kernel, step_key, lanes, self.target_acceptance_rate, max(102, num_steps // 4)
         )

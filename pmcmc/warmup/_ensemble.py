@@ -234,8 +234,13 @@ def _moments(path: np.ndarray, dense: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _as_rows(positions: PyTree) -> np.ndarray:
-    """(lanes, D) in the user's coordinates. The second half moves on by one, away from starts that repeat."""
+    """(lanes, D) in the user's coordinates.
+
+    A pilot pairs lanes of the two halves. Where starts repeat, as those given for four chains do, its first pairs shall
+    have different starts, and later ones others again: blocks of four lanes in the second half are turned.
+    """
     leaves = [np.asarray(x, float) for x in jax.tree.leaves(positions)]
     rows = np.concatenate([x.reshape(len(x), -1) for x in leaves], axis=1)
-    half = len(rows) // 2
-    return np.concatenate([rows[:half], np.roll(rows[half:], 1, axis=0)])
+    half = np.arange(NUM_LANES // 2)
+    turned = 4 * (half // 4) + (half + np.array([2, 1, 3, 0])[half // 4]) % 4
+    return rows[np.concatenate([half, NUM_LANES // 2 + turned])]

@@ -18,7 +18,7 @@ from pmcmc.recurrence import RESULTS
 from pmcmc.report import SolveReport
 from pmcmc.sampling import parallel_chain, sample
 from pmcmc.target import Target
-from pmcmc.warmup import Warmup, WarmupError, WindowAdaptation
+from pmcmc.warmup import ChEESAdaptation, EnsembleAdaptation, Pathfinder, Warmup, WarmupError, WindowAdaptation
 
 __version__ = "0.1.0"
 
@@ -28,9 +28,12 @@ __all__ = [
     "NUTS",
     "RESULTS",
     "BranchTaken",
+    "ChEESAdaptation",
     "Chain",
+    "EnsembleAdaptation",
     "Info",
     "Kernel",
+    "Pathfinder",
     "RandomWalk",
     "SolveReport",
     "StraightThrough",

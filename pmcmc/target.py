@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pmcmc._tree import RavelSpec, is_real, register_dataclass
 from pmcmc._types import Array, ArrayLeaf, Float, PyTree
@@ -163,26 +164,31 @@ def check_starts(target: Target, starts: Float[Array, "num_starts dim"]) -> None
     Raises:
         ValueError: no start is usable, or some are not.
     """
-    values, gradients = _evaluate_starts(target, starts)
-    usable = jnp.isfinite(values) & jnp.all(jnp.isfinite(gradients), axis=1)
-    if bool(jnp.all(usable)):
+    values, gradients, usable = evaluate_starts(target, starts)
+    if usable.all():
         return
-    bad = int(jnp.argmin(usable))
+    bad = int(np.argmin(usable))
     position = target.position(starts[bad])
-    where = "every start" if not bool(jnp.any(usable)) else f"{int(jnp.sum(~usable))} of {len(starts)} starts"
-    if not bool(jnp.isfinite(values[bad])):
+    where = "every start" if not usable.any() else f"{int(np.sum(~usable))} of {len(starts)} starts"
+    if not np.isfinite(values[bad]):
         blame = f"The log density is {float(values[bad])} there. " + target.model.explain(target.data, position)
     else:
         names = [
             jax.tree_util.keystr(path)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(target.spec.unravel(gradients[bad]))
-            if not bool(jnp.all(jnp.isfinite(leaf)))
+            for path, leaf in jax.tree_util.tree_leaves_with_path(target.spec.unravel(jnp.asarray(gradients[bad])))
+            if not np.all(np.isfinite(leaf))
         ]
         blame = f"The gradient is not finite with respect to position{', position'.join(names)}."
     raise ValueError(
         f"the log density cannot be used at {where}. {blame.strip()} Check the model and its data for NaN, a prior "
         "that does not cover the data, or pass starting values by init_params."
     )
+
+
+def evaluate_starts(target: Target, starts: ArrayLeaf) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Log densities (N,) and gradients (N, D) at coordinates (N, D), and where both are finite."""
+    values, gradients = map(np.asarray, _evaluate_starts(target, starts))
+    return values, gradients, np.isfinite(values) & np.all(np.isfinite(gradients), axis=1)
 
 
 @jax.jit

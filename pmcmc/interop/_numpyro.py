@@ -3,14 +3,16 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pmcmc._threefry import key_pair, threefry_2x32
 from pmcmc._types import Array, PRNGKey, PyTree
-from pmcmc.target import Model, Target
+from pmcmc.target import Model, Target, evaluate_starts
 
 # What jax raises when a model asks a traced array for its value: np.unique(group), if n > 3, y[mask].
 _NEEDS_VALUE = (
@@ -147,8 +149,17 @@ def _is_float_array(leaf: Any) -> bool:
     return _is_array(leaf) and np.asarray(leaf).dtype.kind == "f"
 
 
-def _prototype_position(model: Callable, args: tuple, kwargs: dict) -> dict[str, Array]:
-    """Unconstrained values of the latent sites at a random point; checks what NumPyro lets pass in silence."""
+def _prototype_position(model: Callable, args: tuple, kwargs: dict) -> dict[str, np.ndarray]:
+    """Zeros of the latent sites' unconstrained shapes; checks what NumPyro lets pass in silence.
+
+    The model runs on abstract values: on real ones every primitive of it would be compiled by itself.
+    """
+    shapes = jax.eval_shape(lambda key: _traced_position(model, args, kwargs, key), jax.random.key(0))
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def _traced_position(model: Callable, args: tuple, kwargs: dict, rng_key: PRNGKey) -> dict[str, Any]:
+    """Unconstrained values of the latent sites at a random point."""
     from numpyro import handlers, validation_enabled
     from numpyro.distributions.transforms import biject_to
     from numpyro.infer.initialization import init_to_uniform
@@ -156,7 +167,7 @@ def _prototype_position(model: Callable, args: tuple, kwargs: dict) -> dict[str,
 
     with validation_enabled(False):  # values are judged by the density, and named, before anything is sampled
         # as NumPyro starts its own samplers: an improper prior has no draws
-        started = handlers.substitute(handlers.seed(model, jax.random.key(0)), substitute_fn=init_to_uniform)
+        started = handlers.substitute(handlers.seed(model, rng_key), substitute_fn=init_to_uniform)
         trace = handlers.trace(started).get_trace(*args, **kwargs)
     for name, site in trace.items():
         if site["type"] in ("param", "mutable"):
@@ -192,34 +203,36 @@ def numpyro_starts(target: Target, rng_key: PRNGKey, num_starts: int) -> PyTree:
     Raises:
         ValueError: no start with a finite density and gradient was found; says which site is to blame.
     """
-    starts, found = _draw_starts(target, jax.random.split(rng_key, num_starts))
-    if not bool(jnp.all(found)):
-        centre = target.position(jnp.zeros(target.dim, target.spec.dtype))
-        raise ValueError(
-            f"the log density cannot be used at any of {_MAX_TRIES} random starts. "
-            f"{target.model.explain(target.data, centre)} Check the model and its data for NaN and values outside a "
-            "support, or pass starting values by init_params."
-        )
-    return starts
+    starts = np.zeros((num_starts, target.dim), target.spec.dtype)
+    usable = np.zeros(num_starts, bool)
+    for tries in range(_MAX_TRIES):
+        drawn = np.asarray(_draw_starts(target, rng_key, jnp.asarray(tries), num_starts=num_starts))
+        starts = np.where(usable[:, None], starts, drawn)
+        *_, usable = evaluate_starts(target, starts)
+        if usable.all():
+            return _unravel_starts(target, starts)
+    centre = target.position(jnp.zeros(target.dim, target.spec.dtype))
+    raise ValueError(
+        f"the log density cannot be used at any of {_MAX_TRIES} random starts. "
+        f"{target.model.explain(target.data, centre)} Check the model and its data for NaN and values outside a "
+        "support, or pass starting values by init_params."
+    )
 
 
 _MAX_TRIES = 100
 
 
+@partial(jax.jit, static_argnames="num_starts")
+def _draw_starts(target: Target, rng_key: PRNGKey, tries: Array, *, num_starts: int) -> Array:
+    """(num_starts, D) on (-2, 2). Neither the density nor jax.random is in here: each took longer to compile."""
+    numbers = jnp.arange(num_starts * target.dim, dtype=jnp.uint32).reshape(num_starts, target.dim)
+    bits, _ = threefry_2x32(key_pair(rng_key), numbers, tries.astype(jnp.uint32))
+    return 4 * (bits.astype(target.spec.dtype) * 2.0**-32) - 2
+
+
 @jax.jit
-def _draw_starts(target: Target, keys: Array) -> tuple[PyTree, Array]:
-    def one(key):
-        def draw(state):
-            tries, _, _ = state
-            x = jax.random.uniform(jax.random.fold_in(key, tries), (target.dim,), target.spec.dtype, -2, 2)
-            value, gradient = target.value_and_grad(x)
-            return tries + 1, x, jnp.isfinite(value) & jnp.all(jnp.isfinite(gradient))
-
-        begin = (jnp.zeros((), int), jnp.zeros(target.dim, target.spec.dtype), jnp.array(False))
-        _, x, found = jax.lax.while_loop(lambda state: ~state[2] & (state[0] < _MAX_TRIES), draw, begin)
-        return target.spec.unravel(x), found
-
-    return jax.vmap(one)(keys)
+def _unravel_starts(target: Target, starts: Array) -> PyTree:
+    return jax.vmap(target.spec.unravel)(starts)
 
 
 def print_summary(samples: dict, prob: float) -> None:

@@ -44,7 +44,7 @@ def parallel_chain(
     num_samples: steps per chain after warm-up; every ``thinning``-th is kept.
     init_params: unconstrained starting values by site, for all chains or with a leading axis num_chains.
     extra_fields: names for `Chain.get_extra_fields`, as NumPyro spells them.
-    warmup: `WindowAdaptation()` by default.
+    warmup: `EnsembleAdaptation()` by default; its seconds do not depend on num_chains.
 
     Returns:
         A `Chain`; its ``report`` says what was decided and certified.

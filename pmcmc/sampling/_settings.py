@@ -13,7 +13,7 @@ from pmcmc._types import PRNGKey, PyTree
 from pmcmc.kernels import HMC, Kernel
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.target import Target
-from pmcmc.warmup import Warmup, WindowAdaptation
+from pmcmc.warmup import EnsembleAdaptation, Warmup
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Settings:
             ValueError, TypeError: expected, got, fix.
         """
         kernel = HMC() if kernel is None else kernel
-        warmup = WindowAdaptation() if warmup is None else warmup
+        warmup = EnsembleAdaptation() if warmup is None else warmup
         if not isinstance(kernel, Kernel):
             hint = f" Write {kernel.__name__}() instead." if isinstance(kernel, type) else ""
             raise TypeError(f"kernel must be a pmcmc kernel such as HMC() or MALA(), got {kernel!r}.{hint}")
         if not isinstance(warmup, Warmup):
-            raise TypeError(f"warmup must be a Warmup such as WindowAdaptation(), got {warmup!r}.")
+            raise TypeError(f"warmup must be a Warmup such as EnsembleAdaptation(), got {warmup!r}.")
         if not (isinstance(solver, RecurrenceSolver) or (isinstance(solver, str) and solver == "auto")):
             raise TypeError(
                 f'solver must be "auto" or a solver such as pmcmc.recurrence.MultipleShooting(), got {solver!r}.'

@@ -1,12 +1,13 @@
 """Warm-up, pilot, solve, report: the stages behind the public functions, timed one by one."""
 
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._types import PRNGKey, PyTree
+from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.chain import Chain
 from pmcmc.kernels import Info
 from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Sequential
@@ -26,19 +27,19 @@ def run_stages(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Setti
 
     began = time.perf_counter()
     check_starts(target, jax.vmap(target.coordinates)(starts))
-    warmup_key, chain_key = jax.random.split(rng_key)
+    warmup_key, chain_keys = _split_keys(rng_key, num_chains=settings.num_chains)
     clock = time.perf_counter()
     with tqdm(total=settings.num_samples, unit="draw", disable=None if progress_bar else True) as progress:
         progress.set_description("warm-up")
         ahead = Ahead()
         if settings.num_warmup and (expected := settings.warmup.tuned_shapes(target, settings.kernel)) is not None:
-            compile_ahead(_engine(expected, chain_key, settings, ahead), settings.solver, settings.num_samples)
+            compile_ahead(_engine(expected, chain_keys, ahead), settings.solver, settings.num_samples)
         tuned = _warm_up(target, warmup_key, starts, settings)
         warmup_seconds = time.perf_counter() - clock
         progress.set_description("sampling")
         own = _chain_starts(tuned, settings)
-        x0 = jax.tree.map(lambda x: x[own], tuned.states)
-        engine = _engine(tuned, chain_key, settings, ahead)
+        x0 = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[own]), tuned.states)
+        engine = _engine(tuned, chain_keys, ahead)
         run = Run(engine, x0, settings.num_samples, settings.thinning, progress)
         automatic = None
         if settings.solver is None:
@@ -68,8 +69,14 @@ def _chain_starts(tuned: Tuned, settings: Settings) -> np.ndarray:
     return (chains * stride + chains * stride // num_states) % num_states
 
 
-def _engine(tuned: Tuned, chain_key: PRNGKey, settings: Settings, ahead: Ahead) -> Engine:
-    chain_keys = jax.vmap(lambda c: jax.random.fold_in(chain_key, c))(jnp.arange(settings.num_chains))
+@partial(jax.jit, static_argnames="num_chains")
+def _split_keys(rng_key: PRNGKey, *, num_chains: int) -> tuple[PRNGKey, Array]:
+    """For warm-up, and one for each chain that does not depend on how many there are."""
+    warmup_key, chain_key = jax.random.split(rng_key)
+    return warmup_key, jax.vmap(lambda c: jax.random.fold_in(chain_key, c))(jnp.arange(num_chains))
+
+
+def _engine(tuned: Tuned, chain_keys: Array, ahead: Ahead) -> Engine:
     return Engine(tuned.target, tuned.kernel, chain_keys, tuned.states, _scale(tuned), ahead)
 
 
@@ -77,7 +84,7 @@ def _scale(tuned: Tuned) -> PyTree:
     """Of an unknown: one where it is the coordinates in a basis that warm-up found, else not known (None)."""
     if tuned.target.basis is None or len(jax.tree.leaves(tuned.states)) > 1:
         return None
-    return jax.tree.map(lambda x: jnp.ones(x.shape[1:], x.dtype), tuned.states)
+    return jax.tree.map(lambda x: np.ones(x.shape[1:], x.dtype), tuned.states)
 
 
 def _decision(solver: RecurrenceSolver) -> str:

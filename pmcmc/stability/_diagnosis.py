@@ -75,7 +75,7 @@ def _about_steps(info: Info) -> list[str]:
     if not (rate < LOW_ACCEPTANCE or divergent > MANY_DIVERGENCES):  # a kernel that reports no rate has NaN
         return []
     seen = f"acceptance rate {rate:.2f}, {divergent:.1%} of steps divergent"
-    return [f"The step size is large for this posterior ({seen}): try WindowAdaptation(target_acceptance_rate=0.95)."]
+    return [f"The step size is large for this posterior ({seen}): try EnsembleAdaptation(target_acceptance_rate=0.95)."]
 
 
 def _about_pilot(target: Target, kernel: Kernel, pilot: Coalescence) -> list[str]:

@@ -14,15 +14,15 @@ from benchmarks._harness import alternate, ratio, save
 from benchmarks.targets import CASES, Case
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
 from pmcmc.recurrence._lanes import LaneSolver
-from pmcmc.sampling._engine import Segment, Shape, solve_segment
+from pmcmc.sampling._engine import Engine, Segment, Shape
 
 
 def measure(case: Case, blocks: list[int], repeats: int) -> list[dict]:
     """One row per number of blocks: seconds, ratio, certificate, depth and work."""
     bank = _typical_states(case)
-    keys = jax.random.split(jax.random.key(0), 1)
+    engine = Engine(case.target, case.kernel, jax.random.split(jax.random.key(0), 1), bank, case.scale)
 
-    run = lambda solver: _chain(case, solver, keys, bank[:1], bank, case.length)
+    run = lambda solver: _chain(engine, solver, bank[:1], case.length)
 
     solvers = {"sequential": Sequential(), **{str(p): MultipleShooting(num_blocks=p) for p in blocks}}
     timing = alternate({name: partial(run, solver) for name, solver in solvers.items()}, repeats)
@@ -51,19 +51,19 @@ def measure(case: Case, blocks: list[int], repeats: int) -> list[dict]:
     return rows
 
 
-def _chain(case: Case, solver: LaneSolver, keys, x0, bank, num_steps: int) -> Segment:
+def _chain(engine: Engine, solver: LaneSolver, x0, num_steps: int) -> Segment:
     """Noise and solve, as `pmcmc.sample` runs them."""
     num_blocks = solver.blocks_for(num_steps)
     block_length = -(-num_steps // num_blocks)
-    shape = Shape(num_blocks, block_length)
-    return solve_segment(case.target, case.kernel, solver, keys, x0, 0, block_length, bank, case.scale, shape)[0]
+    return engine.solve(solver, Shape(num_blocks, block_length), x0, 0, block_length)[0]
 
 
 def _typical_states(case: Case, num_states: int = 64, num_steps: int = 2000) -> jax.Array:
     """Last states of an ensemble of chains: what warm-up would hand over."""
     starts = case.start(jax.random.key(1), num_states)
     keys = jax.random.split(jax.random.key(2), num_states)
-    segment = _chain(case, Sequential(), keys, starts, starts, num_steps)
+    engine = Engine(case.target, case.kernel, keys, starts, case.scale)
+    segment = _chain(engine, Sequential(), starts, num_steps)
     return jnp.asarray(segment.chains(segment.solution.value)[:, -1])
 
 

@@ -85,8 +85,9 @@ def _select_jvp(primals: Any, tangents: Any) -> Any:
 def log_acceptance(log_ratio: Array, gradient: Array) -> tuple[Array, Array]:
     """Log acceptance ratio with impossible proposals at -inf, and whether the proposal diverged.
 
+    gradient: (D,), or (D, lanes) where log_ratio is (lanes,).
     NaN, +inf, and a gradient that is not finite are rejections counted as divergences, as NumPyro and Stan do.
     """
-    broken = jnp.isnan(log_ratio) | (log_ratio == jnp.inf) | ~jnp.all(jnp.isfinite(gradient))
+    broken = jnp.isnan(log_ratio) | (log_ratio == jnp.inf) | ~jnp.all(jnp.isfinite(gradient), 0)
     log_ratio = jnp.where(broken, -jnp.inf, log_ratio)
     return log_ratio, broken | (-log_ratio > DIVERGENCE_THRESHOLD)

@@ -76,9 +76,7 @@ def measure(posterior: Posterior, lanes: list[int], evaluations: int, repeats: i
                 "step_size": float(ours.step_size),
                 "mean_leapfrogs": float(leapfrogs.mean()),
                 "deepest_over_mean": float(leapfrogs.max(1).mean() / leapfrogs.mean()),
-                "us_per_lane_and_step": {
-                    name: 1e6 * times["median_s"] / steps.size for name, times in timing.items()
-                },
+                "us_per_lane_and_step": {name: 1e6 * times["median_s"] / steps.size for name, times in timing.items()},
                 "compile_and_first_s": {name: times["first_s"] for name, times in timing.items()},
                 "blackjax_over_ours": ratio(timing, "blackjax", "NUTS"),
             }

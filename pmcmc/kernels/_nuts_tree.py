@@ -191,9 +191,7 @@ def _draw_ahead(key: Array, depth: Array, leaf: Array, dtype) -> Drawn:
     direction, leaves, merge = (fold_in(key, jnp.full_like(depth, i)) for i in range(3))
     first_uniform = lambda key: jax_uniforms(key, jnp.zeros_like(depth, jnp.uint32), dtype)
     forwards = first_uniform(direction) < 0.5
-    return Drawn(
-        jnp.where(forwards, 1, -1).astype(dtype), first_uniform(fold_in(leaves, leaf)), first_uniform(merge)
-    )
+    return Drawn(jnp.where(forwards, 1, -1).astype(dtype), first_uniform(fold_in(leaves, leaf)), first_uniform(merge))
 
 
 def _add_leaf(subtree: Subtree, momentum: Array, leaf: Draw, uniform: Array) -> tuple[Subtree, Array]:

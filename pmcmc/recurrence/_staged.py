@@ -17,7 +17,7 @@ from pmcmc.recurrence._base import Staged
 from pmcmc.recurrence._lanes import read_step
 
 # Ended steps are reported and new ones begun when this share of the lanes waits for it.
-SHARE = 0.25
+SHARE = 0.1
 
 
 def walk_apart(

@@ -20,9 +20,8 @@ from pmcmc.sampling._engine import Engine, Segment, Shape
 def measure(case: Case, blocks: list[int], repeats: int) -> list[dict]:
     """One row per number of blocks: seconds, ratio, certificate, depth and work."""
     bank = _typical_states(case)
-    keys = jax.random.split(jax.random.key(0), 1)
+    engine = Engine(case.target, case.kernel, jax.random.split(jax.random.key(0), 1), bank, case.scale)
 
-    engine = Engine(case.target, case.kernel, keys, bank, case.scale)
     run = lambda solver: _chain(engine, solver, bank[:1], case.length)
 
     solvers = {"sequential": Sequential(), **{str(p): MultipleShooting(num_blocks=p) for p in blocks}}

@@ -30,6 +30,21 @@ def uniforms(rng_key: PRNGKey, count: int, dtype) -> Float[Array, " count"]:
     return (((words >> 9).astype(jnp.float32) + 0.5) * 2.0**-23).astype(dtype)
 
 
+def jax_uniforms(pair: Array, index: Array, dtype) -> Array:
+    """``jax.random.uniform(key, shape, dtype)`` on [0, 1) at the flat ``index``."""
+    high, low = threefry_2x32(pair, jnp.zeros_like(index), index)
+    if jnp.finfo(dtype).bits > 32:
+        wide = high.astype(jnp.uint64) << 20 | low.astype(jnp.uint64) >> 12
+        return wide.astype(dtype) * 2.0**-52
+    return (((high ^ low) >> 9).astype(jnp.float32) * 2.0**-23).astype(dtype)
+
+
+def jax_normals(pair: Array, count: int, dtype) -> Float[Array, " count"]:
+    """``jax.random.normal(key, (count,), dtype)``, to the rounding of `normals`."""
+    uniform = jax_uniforms(pair, jnp.arange(count, dtype=jnp.uint32), dtype)
+    return normals(jnp.maximum(uniform, jnp.finfo(dtype).eps / 4))  # 0 would be minus infinity
+
+
 # Coefficients of Giles 2012, table 5 (single precision), highest power first: around w = 2.5, and in sqrt(w) around 3.
 _CENTRAL = (
     2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 0.00021858087, -0.00125372503, -0.00417768164,

@@ -7,6 +7,7 @@ plain loop; with more, every lane waits for the slowest in every step, as lanes 
 """
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 
 import blackjax
@@ -56,24 +57,26 @@ def tune(posterior: Posterior) -> Tuned:
 def measure(posterior: Posterior, lanes: list[int], evaluations: int, repeats: int) -> list[dict]:
     """One row per number of lanes. evaluations: steps times lanes that are timed."""
     tuned = tune(posterior)
-    target, ours = tuned.target, tuned.kernel
+    target, ours, step_size = tuned.target, tuned.kernel, float(getattr(tuned.kernel, "step_size"))  # noqa: B009
     kernels = {
         "NUTS": ours,
-        "blackjax": from_blackjax(blackjax.nuts, step_size=float(ours.step_size), inverse_mass_matrix=None),
+        "blackjax": from_blackjax(blackjax.nuts, step_size=step_size, inverse_mass_matrix=None),
     }
     rows = []
     for n in lanes:
         steps = jnp.arange(max(50, evaluations // n) * n).reshape(-1, n)
         positions = jnp.resize(jax.vmap(ours.coordinates)(tuned.states), (n, target.dim))
         noise = {name: draw(target, kernel, jax.random.key(2), steps) for name, kernel in kernels.items()}
-        runs = {name: partial(walk, target, kernel, positions, noise[name]) for name, kernel in kernels.items()}
+        runs: dict[str, Callable] = {
+            name: partial(walk, target, kernel, positions, noise[name]) for name, kernel in kernels.items()
+        }
         leapfrogs = np.asarray(runs["NUTS"]()).reshape(steps.shape)
         timing = alternate(runs, repeats)
         rows.append(
             {
                 "posterior": posterior.name,
                 "lanes": n,
-                "step_size": float(ours.step_size),
+                "step_size": step_size,
                 "mean_leapfrogs": float(leapfrogs.mean()),
                 "deepest_over_mean": float(leapfrogs.max(1).mean() / leapfrogs.mean()),
                 "us_per_lane_and_step": {name: 1e6 * times["median_s"] / steps.size for name, times in timing.items()},

@@ -13,7 +13,7 @@ METHODS = ["DEER", "ELK", "quasi-DEER", "quasi-ELK", "Jacobi"]
 
 
 def iterations(path: Path) -> None:
-    """Iterations over T against the Lyapunov exponent, of systems and of Markov chains; iterations of DEER against T."""
+    """Iterations over T against the Lyapunov exponent, of systems and chains; DEER against T."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -2,12 +2,31 @@
 
 from pmcmc import plots, recurrence, stability
 from pmcmc.chain import Chain
-from pmcmc.kernels import HMC, MALA, NUTS, BranchTaken, Info, Kernel, StraightThrough, UniformLength, from_blackjax
+from pmcmc.kernels import (
+    HMC,
+    MALA,
+    NUTS,
+    BranchTaken,
+    CategoricalUpdate,
+    Compose,
+    CustomUpdate,
+    DirichletUpdate,
+    DiscreteGibbs,
+    GammaUpdate,
+    Gibbs,
+    Info,
+    InverseGammaUpdate,
+    Kernel,
+    NormalUpdate,
+    StraightThrough,
+    UniformLength,
+    from_blackjax,
+)
 from pmcmc.recurrence import RESULTS
 from pmcmc.report import SolveReport
 from pmcmc.sampling import parallel_chain, sample
 from pmcmc.target import Target
-from pmcmc.warmup import Warmup, WarmupError, WindowAdaptation
+from pmcmc.warmup import BlockAdaptation, Warmup, WarmupError, WindowAdaptation
 
 __version__ = "0.1.0"
 
@@ -16,10 +35,20 @@ __all__ = [
     "MALA",
     "NUTS",
     "RESULTS",
+    "BlockAdaptation",
     "BranchTaken",
+    "CategoricalUpdate",
     "Chain",
+    "Compose",
+    "CustomUpdate",
+    "DirichletUpdate",
+    "DiscreteGibbs",
+    "GammaUpdate",
+    "Gibbs",
     "Info",
+    "InverseGammaUpdate",
     "Kernel",
+    "NormalUpdate",
     "SolveReport",
     "StraightThrough",
     "Target",

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from pmcmc._tree import RavelSpec, all_finite, is_real, register_dataclass
 from pmcmc._types import Array, ArrayLeaf, Float, PyTree
 
-Supports = tuple[tuple[str, tuple[float, ...]], ...]  # (site, its values)
+Supports = tuple[tuple[str, tuple[int | float, ...]], ...]  # (site, its values)
 
 
 class Model(abc.ABC):

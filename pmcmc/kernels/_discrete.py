@@ -53,7 +53,7 @@ class DiscreteGibbs(SiteKernel):
         [-1, 1]
     """
 
-    supports: tuple[tuple[str, tuple[float, ...]], ...] | None = field(metadata=dict(static=True))
+    supports: tuple[tuple[str, tuple[int | float, ...]], ...] | None = field(metadata=dict(static=True))
     independent: tuple[str, ...] = field(metadata=dict(static=True))
 
     def __init__(self, supports: Any = None, independent: Sequence[str] = ()):
@@ -62,7 +62,7 @@ class DiscreteGibbs(SiteKernel):
         object.__setattr__(self, "supports", supports)
         object.__setattr__(self, "independent", (independent,) if isinstance(independent, str) else tuple(independent))
 
-    def _supports(self, target: Target) -> dict[str, tuple[float, ...]]:
+    def _supports(self, target: Target) -> dict[str, tuple[int | float, ...]]:
         """By site, in the order in which they are updated."""
         known = target.model.supports if self.supports is None else self.supports
         sites = site_templates(target)
@@ -178,7 +178,7 @@ def _agree(target: Target, values: Array, position: dict, *, name: str) -> Array
     return jnp.all(jax.vmap(one)(jax.random.split(jax.random.key(0), NUM_TRIALS)))
 
 
-def _values(name: str, support: Any) -> tuple[float, ...]:
+def _values(name: str, support: Any) -> tuple[int | float, ...]:
     try:
         values = tuple(np.asarray(list(support)).tolist())
     except TypeError:

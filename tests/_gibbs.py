@@ -9,34 +9,14 @@ import numpyro
 import numpyro.distributions as dist
 
 import pmcmc
+from benchmarks.gibbs import schools_start
 from tests._targets import EFFECTS, ERRORS
 
 NUM_SCHOOLS, NUM_STUDENTS = 8, 20
 EFFECT, ERROR = jnp.asarray(EFFECTS), jnp.asarray(ERRORS)
 
 
-def schools_loc(x):
-    variance = 1 / (NUM_STUDENTS / x["v"] + 1 / x["tau2"])
-    return variance * (NUM_STUDENTS * EFFECT / x["v"] + x["mu"] / x["tau2"]), jnp.sqrt(variance)
-
-
-def schools_squares(x):
-    return 0.5 * (10.0 + 0.1 * x["mu"] ** 2 + jnp.sum((x["theta"] - x["mu"]) ** 2))
-
-
-# Eight schools with unknown variances (Zoltowski et al. 2025), 18 states; priors as in benchmarks/published.py.
-SCHOOLS = pmcmc.Gibbs(
-    {
-        "tau2": pmcmc.InverseGammaUpdate(0.5 * (0.1 + NUM_SCHOOLS + 1), schools_squares),
-        "mu": pmcmc.NormalUpdate(lambda x: (jnp.sum(x["theta"]) / 8.1, jnp.sqrt(x["tau2"] / 8.1))),
-        "theta": pmcmc.NormalUpdate(schools_loc),
-        "v": pmcmc.InverseGammaUpdate(
-            0.5 * (0.1 + NUM_STUDENTS),
-            lambda x: 0.5 * (1.0 + NUM_STUDENTS * (NUM_STUDENTS * ERROR**2 + (EFFECT - x["theta"]) ** 2)),
-        ),
-    }
-)
-SCHOOLS_START = {"theta": jnp.zeros(8), "v": jnp.full(8, 10.0), "mu": jnp.array(0.0), "tau2": jnp.array(100.0)}
+SCHOOLS_START = schools_start()
 
 
 def schools_logdensity(x):

@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 import pmcmc
+from benchmarks.gibbs import SCHOOLS
 from benchmarks.published import gibbs_step
 from pmcmc.kernels._inverse_cdf import inverse_cdf
 from pmcmc.kernels._noise import gammas
@@ -16,7 +17,6 @@ from tests._chains import draw_noise, solve
 from tests._gibbs import (
     MIXTURE,
     MIXTURE_START,
-    SCHOOLS,
     SCHOOLS_START,
     mixture_exact,
     schools_logdensity,

@@ -1,5 +1,7 @@
 """Discrete values by inverse CDF: one shared uniform moves coupled chains the same way."""
 
+from functools import reduce
+from itertools import accumulate
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -24,12 +26,15 @@ def inverse_cdf(logits: Float[Array, "*dims K"], uniform: Float[Array, "*dims"])
     Monotone in u: under a shared uniform the two draws from two distributions that are ordered keep that order, and
     two that are close differ with a probability near their total variation distance.
     """
-    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    steps = jnp.cumsum(weights, axis=-1)
-    steps = steps[..., :-1] / steps[..., -1:]
-    gap = uniform[..., None] - steps
+    # one array a category: in place of a reduction and a scan over a short axis, XLA makes one pass over the elements
+    columns = [logits[..., k] for k in range(logits.shape[-1])]
+    largest = reduce(jnp.maximum, columns)
+    steps = list(accumulate(jnp.exp(column - largest) for column in columns))
+    total = steps.pop()
+    gaps = [uniform - step / total for step in steps]
+    nearest = reduce(jnp.minimum, (jnp.abs(gap) for gap in gaps), jnp.full_like(uniform, jnp.inf))
     return DiscreteDraw(
-        category=jnp.sum(gap > 0, axis=-1),
-        margin=jnp.min(jnp.abs(gap), initial=jnp.inf),
-        failed=~jnp.all(jnp.isfinite(weights)),
+        category=sum(((gap > 0).astype(int) for gap in gaps), jnp.zeros(uniform.shape, int)),
+        margin=jnp.min(nearest, initial=jnp.inf),
+        failed=~jnp.all(jnp.isfinite(total)),
     )

@@ -14,13 +14,16 @@ from pmcmc.target import Basis, Target
 
 @dataclass(frozen=True)
 class Case:
-    """A target with a tuned kernel and typical states. scale: of each coordinate. length: steps to solve."""
+    """A target with a tuned kernel and typical states.
+
+    scale: of each coordinate, or None: measured on the path. length: steps to solve.
+    """
 
     name: str
     target: Target
     kernel: Kernel
     start: Callable
-    scale: jax.Array
+    scale: jax.Array | None
     length: int
 
 

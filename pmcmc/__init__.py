@@ -7,8 +7,17 @@ from pmcmc.kernels import (
     MALA,
     NUTS,
     BranchTaken,
+    CategoricalUpdate,
+    Compose,
+    CustomUpdate,
+    DirichletUpdate,
+    DiscreteGibbs,
+    GammaUpdate,
+    Gibbs,
     Info,
+    InverseGammaUpdate,
     Kernel,
+    NormalUpdate,
     RandomWalk,
     StraightThrough,
     UniformLength,
@@ -18,7 +27,15 @@ from pmcmc.recurrence import RESULTS
 from pmcmc.report import SolveReport
 from pmcmc.sampling import parallel_chain, sample
 from pmcmc.target import Target
-from pmcmc.warmup import ChEESAdaptation, EnsembleAdaptation, Pathfinder, Warmup, WarmupError, WindowAdaptation
+from pmcmc.warmup import (
+    BlockAdaptation,
+    ChEESAdaptation,
+    EnsembleAdaptation,
+    Pathfinder,
+    Warmup,
+    WarmupError,
+    WindowAdaptation,
+)
 
 __version__ = "0.1.0"
 
@@ -27,12 +44,22 @@ __all__ = [
     "MALA",
     "NUTS",
     "RESULTS",
+    "BlockAdaptation",
     "BranchTaken",
+    "CategoricalUpdate",
     "ChEESAdaptation",
     "Chain",
+    "Compose",
+    "CustomUpdate",
+    "DirichletUpdate",
+    "DiscreteGibbs",
     "EnsembleAdaptation",
+    "GammaUpdate",
+    "Gibbs",
     "Info",
+    "InverseGammaUpdate",
     "Kernel",
+    "NormalUpdate",
     "Pathfinder",
     "RandomWalk",
     "SolveReport",

@@ -159,7 +159,7 @@ class Chain:
 
 @jax.jit
 def _constrain(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
-    return jax.vmap(lambda unknown: target.constrain(kernel.coordinates(unknown)))(unknowns)
+    return jax.vmap(lambda unknown: target.model.constrain(target.data, kernel.position(target, unknown)))(unknowns)
 
 
 def _named_leaves(samples: PyTree) -> dict[str, Array]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pmcmc._tree import tree_index
 from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.chain import Chain
 from pmcmc.kernels import Info
@@ -26,7 +27,9 @@ def run_stages(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Setti
     from tqdm.auto import tqdm
 
     began = time.perf_counter()
-    check_starts(target, jax.vmap(target.coordinates)(starts))
+    settings.kernel.check(target)
+    check_starts(target, starts)
+    settings.kernel.check_start(target, tree_index(starts, 0))
     warmup_key, chain_keys = _split_keys(rng_key, num_chains=settings.num_chains)
     clock = time.perf_counter()
     with tqdm(total=settings.num_samples, unit="draw", disable=None if progress_bar else True) as progress:

@@ -1,5 +1,6 @@
 """Settings of every test: float64, no silent broadcasting over ranks, checked annotations, a compilation cache."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -13,6 +14,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)  # -1: no minimum, whatever the backend's default
+
+
+MAX_MAPS = 30_000  # Linux lets a process have 65,530, of which each compiled program takes some
+
+
+@pytest.fixture(autouse=True)
+def few_programs() -> Iterator[None]:
+    """Forget compiled programs before a worker has more of them than its memory maps allow, which ends in a crash."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAX_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture

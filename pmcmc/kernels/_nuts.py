@@ -1,7 +1,9 @@
 """The No-U-Turn sampler."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, NamedTuple
+from functools import cache
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from pmcmc.kernels._base import Info
 from pmcmc.kernels._gradient import GradientKernel, GradientState
 from pmcmc.kernels._noise import jax_normals
 from pmcmc.recurrence import Staged
+from pmcmc.target import Target
 
 
 class NUTSNoise(NamedTuple):
@@ -63,19 +66,26 @@ class NUTS(GradientKernel):
         return NUTSNoise(jax_normals(momentum, target.dim, target.spec.dtype), trajectory)
 
     def step(self, target, state: GradientState, noise: NUTSNoise) -> tuple[GradientState, Info]:
+        leaves, treedef = jax.tree.flatten((target, self, state, noise))
+        return _step_of(treedef)(*leaves)
+
+    def step_alone(self, target: Target, state: GradientState, noise: NUTSNoise) -> tuple[GradientState, Info]:
+        """`step` by a loop over one transition."""
         advance = lambda tree: self._advance(target.value_and_grad, tree)
         return self._conclude(jax.lax.while_loop(lambda tree: ~tree.finished, advance, self._begin(state, noise)))
 
-    def transition(self, target):
-        """In stages too, so that lanes need not wait for each other's trees."""
+    def stages(self, target: Target) -> Staged:
+        """`step` of a batch of lanes, which need not wait for each other's trees."""
         value_and_grad = jax.vmap(target.value_and_grad, in_axes=-1, out_axes=-1)
-        staged = Staged(
+        return Staged(
             begin=lambda state, noise: self._begin(*_lanes_last((state, noise))),
             advance=lambda tree: self._advance(value_and_grad, tree),
             finished=lambda tree: tree.finished,
             conclude=lambda tree: _lanes_first(self._conclude(tree)),
         )
-        return replace(super().transition(target), staged=staged)
+
+    def transition(self, target):
+        return replace(super().transition(target), staged=self.stages(target))
 
     def _begin(self, state: GradientState, noise: NUTSNoise) -> machine.Tree:
         return machine.begin(state, noise.momentum, noise.key, self.max_num_doublings)
@@ -95,6 +105,44 @@ class NUTS(GradientKernel):
             num_integration_steps=tree.num_steps,
             tree_depth=tree.depth,
         )
+
+
+@cache
+def _step_of(treedef: Any) -> Callable:
+    """``step`` of the leaves of (target, kernel, state, noise), which may be mapped over.
+
+    Of leaves, since jax 0.10 cannot differentiate a custom_vmap whose arguments hold a None.
+    """
+
+    def alone(*leaves: Array) -> tuple[GradientState, Info]:
+        target, kernel, state, noise = jax.tree.unflatten(treedef, leaves)
+        return kernel.step_alone(target, state, noise)
+
+    def lanes(axis_size: int, in_batched: Any, *leaves: Array) -> Any:
+        """Lanes last, until the deepest tree of all is done: what `jax.vmap` makes of `alone` is several times slower.
+
+        Lanes with data or step sizes of their own are left to it.
+        """
+        if not any(in_batched):  # only derivatives are mapped
+            out = alone(*leaves)
+            return out, jax.tree.map(lambda _: False, out)
+        target, kernel, _, _ = jax.tree.unflatten(treedef, in_batched)
+        if any(jax.tree.leaves((target, kernel))):
+            axes = [0 if batched else None for batched in in_batched]
+            out = jax.vmap(alone, axes, axis_size=axis_size)(*leaves)
+        else:
+            target, kernel, _, _ = jax.tree.unflatten(treedef, leaves)
+            widen = lambda x, batched: x if batched else jnp.broadcast_to(x, (axis_size, *jnp.shape(x)))
+            wide = [widen(x, batched) for x, batched in zip(leaves, in_batched, strict=True)]
+            _, _, state, noise = jax.tree.unflatten(treedef, wide)
+            stages = kernel.stages(target)
+            some_left = lambda work: jnp.any(~stages.finished(work))
+            out = stages.conclude(jax.lax.while_loop(some_left, stages.advance, stages.begin(state, noise)))
+        return out, jax.tree.map(lambda _: True, out)
+
+    step = jax.custom_batching.custom_vmap(alone)
+    step.def_vmap(lanes)
+    return step
 
 
 def _lanes_last(tree: PyTree) -> PyTree:

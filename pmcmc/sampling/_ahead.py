@@ -21,6 +21,13 @@ class Ahead:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pmcmc-compile")
         self._jobs: dict[Hashable, _Job] = {}
 
+    def __enter__(self) -> "Ahead":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """What has not begun is not wanted any more; what has, ends by itself."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
     def begin(self, name: Hashable, compilation: Callable[[], None]) -> None:
         """Once for each name."""
         if name not in self._jobs:

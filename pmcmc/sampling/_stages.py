@@ -32,9 +32,9 @@ def run_stages(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Setti
     settings.kernel.check_start(target, tree_index(starts, 0))
     warmup_key, chain_keys = _split_keys(rng_key, num_chains=settings.num_chains)
     clock = time.perf_counter()
-    with tqdm(total=settings.num_samples, unit="draw", disable=None if progress_bar else True) as progress:
+    bar = tqdm(total=settings.num_samples, unit="draw", disable=None if progress_bar else True)
+    with bar as progress, Ahead() as ahead:
         progress.set_description("warm-up")
-        ahead = Ahead()
         if settings.num_warmup and (expected := settings.warmup.tuned_shapes(target, settings.kernel)) is not None:
             compile_ahead(_engine(expected, chain_keys, ahead), settings.solver, settings.num_samples)
         tuned = _warm_up(target, warmup_key, starts, settings)

@@ -1,7 +1,7 @@
 """Sample one exact Markov chain in parallel across its length."""
 
 from pmcmc import plots, recurrence, stability
-from pmcmc.chain import Chain
+from pmcmc.chain import Chain, ChainState
 from pmcmc.kernels import (
     HMC,
     MALA,
@@ -16,7 +16,7 @@ from pmcmc.kernels import (
 )
 from pmcmc.recurrence import RESULTS
 from pmcmc.report import SolveReport
-from pmcmc.sampling import parallel_chain, sample
+from pmcmc.sampling import load, parallel_chain, sample
 from pmcmc.target import Target
 from pmcmc.warmup import Warmup, WarmupError, WindowAdaptation
 
@@ -29,6 +29,7 @@ __all__ = [
     "RESULTS",
     "BranchTaken",
     "Chain",
+    "ChainState",
     "Info",
     "Kernel",
     "RandomWalk",
@@ -40,6 +41,7 @@ __all__ = [
     "WarmupError",
     "WindowAdaptation",
     "from_blackjax",
+    "load",
     "parallel_chain",
     "plots",
     "recurrence",

@@ -45,7 +45,9 @@ def test_near_ties_are_counted() -> None:
     for constant in (0.0, 1e5):
         target = Target.from_logdensity(lambda x: mixture(x) + jnp.float32(constant), jnp.zeros(2, jnp.float32))  # noqa: B023
         kernel = MALA(step_size=0.8)
-        segment, _ = Engine(target, kernel, keys, x0, None).solve(Sequential(), Shape(1, 3000), x0, np.zeros(2, int), 3000)
+        segment, _ = Engine(target, kernel, keys, x0, None).solve(
+            Sequential(), Shape(1, 3000), x0, np.zeros(2, int), 3000
+        )
         info = segment.solution.aux
         assert info.margin.dtype == jnp.float32
         bound = 4 * EPS * np.maximum(1.0, np.abs(info.logdensity))

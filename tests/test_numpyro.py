@@ -143,7 +143,9 @@ def test_same_shapes_compile_once() -> None:
         x0 = jnp.zeros((1, 3))
         del traces[:]
         keys = jax.random.split(jax.random.key(0), 1)
-        segment, _ = Engine(target, kernel, keys, x0, None).solve(Sequential(), Shape(1, 10), x0, np.zeros(len(keys), int), 10)
+        segment, _ = Engine(target, kernel, keys, x0, None).solve(
+            Sequential(), Shape(1, 10), x0, np.zeros(len(keys), int), 10
+        )
         return len(traces), segment.solution.value
 
     first, path = solve(Y, GROUP)

@@ -157,6 +157,7 @@ class Engine:
 
     guesses: a bank of unknowns. scale: of the unknown, or None where it is not known. Of an engine that is only asked
     to compile, shapes will do. ahead: where programs are compiled that nobody waits for yet.
+    origin: steps that the chains took before; what is step 0 here draws the noise of that number.
     """
 
     def __init__(
@@ -167,9 +168,11 @@ class Engine:
         guesses: PyTree,
         scale: PyTree,
         ahead: Ahead | None = None,
+        origin: int = 0,
     ):
         self.target, self.kernel, self.chain_keys = target, kernel, chain_keys
         self.guesses, self.scale, self.ahead = guesses, scale, ahead or Ahead()
+        self.origin = origin
         self.clock = Clock(0.0, 0.0)
         self._buffers: dict[Shape, tuple[PyTree, PyTree]] = {}
 
@@ -249,7 +252,7 @@ class Engine:
         The segment is overwritten by the next one of this shape: read it first.
         """
         waited = self.ahead.wait(_name(solver, shape))
-        first, length = jnp.asarray(first_step, int), jnp.asarray(block_length, int)
+        first, length = jnp.asarray(self.origin + first_step, int), jnp.asarray(block_length, int)
         noise, record = self._take_buffers(shape)
         record = record if isinstance(solver, LaneSolver) else None
         noise, drawing = draw_noise.timed(self.target, self.kernel, self.chain_keys, first, length, noise, shape=shape)

@@ -1,13 +1,15 @@
 """Warm-up, pilot, solve, report: the stages behind the public functions, timed one by one."""
 
 import time
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._types import PRNGKey, PyTree
-from pmcmc.chain import Chain
+from pmcmc.chain import Chain, ChainState
 from pmcmc.kernels import Info
 from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Sequential
 from pmcmc.report import SolveReport
@@ -22,36 +24,82 @@ from pmcmc.warmup import Tuned
 
 def run_stages(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings, progress_bar: bool) -> Chain:
     """Draws from ``starts`` (positions, leading axis num_starts, or num_chains without warm-up)."""
-    from tqdm.auto import tqdm
-
     began = time.perf_counter()
+    with _progress(settings, progress_bar) as progress:
+        ahead = Ahead()
+        state = warm_up(target, rng_key, starts, settings, progress, ahead)
+        return _sample(state, settings, progress, ahead, began, time.perf_counter() - began)
+
+
+def sample_from(state: ChainState, settings: Settings, progress_bar: bool) -> Chain:
+    """Draws that follow a state; the chain holds these alone."""
+    with _progress(settings, progress_bar) as progress:
+        return _sample(state, settings, progress, Ahead(), time.perf_counter(), 0.0)
+
+
+def extend(chain: Chain, num_samples: int, progress_bar: bool) -> Chain:
+    """See `Chain.extend`."""
+    solver = "auto" if chain.solver is None else chain.solver
+    settings = Settings.check(
+        chain.kernel, solver, 0, num_samples, chain.num_chains, chain.thinning, chain.extra_fields, None
+    )
+    more = sample_from(chain.state, settings, progress_bar)
+    join = lambda old, new: np.concatenate([old, new], axis=1)
+    both = jax.tree.map(join, (chain.unknowns, chain.info), (more.unknowns, more.info))
+    return replace(more, unknowns=both[0], info=both[1])
+
+
+def warm_up(
+    target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings, progress: Any, ahead: Ahead
+) -> ChainState:
+    """From ``starts`` to where the chains begin, programs for sampling being compiled beside."""
     check_starts(target, jax.vmap(target.coordinates)(starts))
     warmup_key, chain_key = jax.random.split(rng_key)
-    clock = time.perf_counter()
-    with tqdm(total=settings.num_samples, unit="draw", disable=None if progress_bar else True) as progress:
-        progress.set_description("warm-up")
-        ahead = Ahead()
-        if settings.num_warmup and (expected := settings.warmup.tuned_shapes(target, settings.kernel)) is not None:
-            compile_ahead(_engine(expected, chain_key, settings, ahead), settings.solver, settings.num_samples)
-        tuned = _warm_up(target, warmup_key, starts, settings)
-        warmup_seconds = time.perf_counter() - clock
-        progress.set_description("sampling")
-        own = _chain_starts(tuned, settings)
-        x0 = jax.tree.map(lambda x: x[own], tuned.states)
-        engine = _engine(tuned, chain_key, settings, ahead)
-        run = Run(engine, x0, settings.num_samples, settings.thinning, progress)
-        automatic = None
-        if settings.solver is None:
-            automatic = Automatic(run, own, tuned.timing)
-            automatic.execute()
-        else:
-            run.with_solver(settings.solver)
-    unknowns, info = run.draws.unknowns, run.draws.info
-    report = _report(run, automatic, info, settings, warmup_seconds, began)
-    return Chain(tuned.target, tuned.kernel, unknowns, info, run.x, report, settings.extra_fields)
+    progress.set_description("warm-up")
+
+    if settings.num_warmup and (expected := settings.warmup.tuned_shapes(target, settings.kernel)) is not None:
+        compile_ahead(_engine(_begin(expected, chain_key, settings), ahead), settings.solver, settings.num_samples)
+    state = _begin(_tune(target, warmup_key, starts, settings), chain_key, settings)
+    return state._replace(unknown=jax.tree.map(lambda x: x[state.own], state.ensemble))
 
 
-def _warm_up(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings) -> Tuned:
+def _begin(tuned: Tuned, chain_key: PRNGKey, settings: Settings) -> ChainState:
+    """Arrays, or shapes where that is all there is yet; ``unknown`` is still to be filled in."""
+    own = _chain_starts(tuned, settings)
+    return ChainState(tuned.target, tuned.kernel, None, chain_key, 0, tuned.states, own, tuned.timing)
+
+
+def _progress(settings: Settings, progress_bar: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=settings.num_samples, unit="draw", disable=None if progress_bar else True)
+
+
+def _sample(
+    state: ChainState, settings: Settings, progress: Any, ahead: Ahead, began: float, warmup_seconds: float
+) -> Chain:
+    progress.set_description("sampling")
+    engine = _engine(state, ahead)
+    run = Run(engine, state.unknown, settings.num_samples, settings.thinning, progress)
+    automatic = None
+    if settings.solver is None:
+        automatic = Automatic(run, state.own, state.timing)
+        automatic.execute()
+    else:
+        run.with_solver(settings.solver)
+    return Chain(
+        state._replace(unknown=run.x, num_steps=state.num_steps + settings.num_samples),
+        run.draws.unknowns,
+        run.draws.info,
+        _report(run, automatic, run.draws.info, settings, warmup_seconds, began),
+        settings.thinning,
+        settings.solver,
+        extend,
+        settings.extra_fields,
+    )
+
+
+def _tune(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings) -> Tuned:
     if settings.num_warmup:
         tuned = settings.warmup.run(target, settings.kernel, rng_key, starts, settings.num_warmup)
         return jax.block_until_ready(tuned)
@@ -68,16 +116,17 @@ def _chain_starts(tuned: Tuned, settings: Settings) -> np.ndarray:
     return (chains * stride + chains * stride // num_states) % num_states
 
 
-def _engine(tuned: Tuned, chain_key: PRNGKey, settings: Settings, ahead: Ahead) -> Engine:
-    chain_keys = jax.vmap(lambda c: jax.random.fold_in(chain_key, c))(jnp.arange(settings.num_chains))
-    return Engine(tuned.target, tuned.kernel, chain_keys, tuned.states, _scale(tuned), ahead)
+def _engine(state: ChainState, ahead: Ahead) -> Engine:
+    """With a key for every chain. Of a state that is only compiled for, shapes will do."""
+    keys = jax.vmap(lambda c: jax.random.fold_in(state.rng_key, c))(jnp.arange(len(state.own)))
+    return Engine(state.target, state.kernel, keys, state.ensemble, _scale(state), ahead, state.num_steps)
 
 
-def _scale(tuned: Tuned) -> PyTree:
+def _scale(state: ChainState) -> PyTree:
     """Of an unknown: one where it is the coordinates in a basis that warm-up found, else not known (None)."""
-    if tuned.target.basis is None or len(jax.tree.leaves(tuned.states)) > 1:
+    if state.target.basis is None or len(jax.tree.leaves(state.ensemble)) > 1:
         return None
-    return jax.tree.map(lambda x: jnp.ones(x.shape[1:], x.dtype), tuned.states)
+    return jax.tree.map(lambda x: jnp.ones(x.shape[1:], x.dtype), state.ensemble)
 
 
 def _decision(solver: RecurrenceSolver) -> str:

@@ -1,5 +1,7 @@
 """Sample one exact Markov chain in parallel across its length."""
 
+from typing import TYPE_CHECKING, Any
+
 from pmcmc import plots, recurrence, stability
 from pmcmc.chain import Chain, ChainState
 from pmcmc.kernels import (
@@ -20,6 +22,9 @@ from pmcmc.sampling import load, parallel_chain, sample
 from pmcmc.target import Target
 from pmcmc.warmup import Warmup, WarmupError, WindowAdaptation
 
+if TYPE_CHECKING:
+    from pmcmc.drop_in import ParallelMCMC
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -32,6 +37,7 @@ __all__ = [
     "ChainState",
     "Info",
     "Kernel",
+    "ParallelMCMC",
     "RandomWalk",
     "SolveReport",
     "StraightThrough",
@@ -48,3 +54,12 @@ __all__ = [
     "sample",
     "stability",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`ParallelMCMC` on first use: it is a subclass of NumPyro's, and NumPyro is slow to import."""
+    if name != "ParallelMCMC":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from pmcmc.drop_in import ParallelMCMC
+
+    return ParallelMCMC

@@ -29,7 +29,7 @@ class ChainState(NamedTuple):
     target, kernel: as tuned by warm-up.
     unknown: the kernel's state, leading axis num_chains.
     rng_key: of the noise: that of step t of chain c is a function of (rng_key, c, t).
-    num_steps: taken since warm-up.
+    num_steps: taken since warm-up. num_unkept: of these, those behind the last one that thinning kept.
     ensemble: last unknowns of warm-up, from which block starts are guessed. own: (num_chains,) those where the chains
         started. timing: of a step on many lanes, for the planner. None of the three changes a draw.
     """
@@ -39,6 +39,7 @@ class ChainState(NamedTuple):
     unknown: PyTree
     rng_key: PRNGKey
     num_steps: int
+    num_unkept: int
     ensemble: PyTree
     own: np.ndarray
     timing: LaneTiming | None
@@ -268,6 +269,7 @@ def _header(chain: Chain, writer: Writer) -> dict[str, Any]:
         "key_impl": str(jax.random.key_impl(state.rng_key)),
         "timing": None if state.timing is None else [jax.default_backend(), *state.timing],
         "num_steps": state.num_steps,
+        "num_unkept": state.num_unkept,
         "thinning": chain.thinning,
         "extra_fields": list(chain.extra_fields),
     }

@@ -136,7 +136,26 @@ def numpyro_target(model: Callable, model_args: tuple, model_kwargs: dict) -> Ta
             return Target.build(NumpyroModel(model, treedef, constants), prototype, data)
         except _NEEDS_VALUE as error:
             failure = error
+        except ValueError as error:
+            raise ValueError(f"{_refusing_site(model, model_args, model_kwargs)}{error}") from error
     raise ValueError(f"the model cannot be traced by JAX: {failure}") from failure
+
+
+def _refusing_site(model: Callable, args: tuple, kwargs: dict) -> str:
+    """The site whose distribution NumPyro does not allow, as the beginning of a sentence; "" for other faults."""
+    from numpyro import handlers, validation_enabled
+    from numpyro.infer.initialization import init_to_uniform
+
+    started = handlers.substitute(handlers.seed(model, jax.random.key(0)), substitute_fn=init_to_uniform)
+    with validation_enabled(False):
+        names = list(handlers.trace(started).get_trace(*args, **kwargs))
+    checked = handlers.trace(started)
+    try:
+        with validation_enabled(True):
+            checked.get_trace(*args, **kwargs)
+    except ValueError:
+        return f"check the parameters of the distribution at site {names[len(checked.trace)]!r}: "
+    return ""
 
 
 def _is_array(leaf: Any) -> bool:

@@ -100,6 +100,7 @@ def _state(reader: Reader, target: Target, kernel: Any) -> ChainState:
         arrays("unknown"),
         jax.random.wrap_key_data(jnp.asarray(reader.leaves("key", 0)), impl=header["key_impl"]),
         header["num_steps"],
+        header["num_unkept"],
         arrays("ensemble"),
         reader.leaves("own", 0),
         timing,

@@ -27,8 +27,14 @@ def run_stages(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Setti
     began = time.perf_counter()
     with _progress(settings, progress_bar) as progress:
         ahead = Ahead()
-        state = warm_up(target, rng_key, starts, settings, progress, ahead)
+        state = _warm_up(target, rng_key, starts, settings, progress, ahead)
         return _sample(state, settings, progress, ahead, began, time.perf_counter() - began)
+
+
+def warm_up(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings, progress_bar: bool) -> ChainState:
+    """Where the chains of `run_stages` with the same arguments begin."""
+    with _progress(settings, progress_bar) as progress:
+        return _warm_up(target, rng_key, starts, settings, progress, Ahead())
 
 
 def sample_from(state: ChainState, settings: Settings, progress_bar: bool) -> Chain:
@@ -49,7 +55,7 @@ def extend(chain: Chain, num_samples: int, progress_bar: bool) -> Chain:
     return replace(more, unknowns=both[0], info=both[1])
 
 
-def warm_up(
+def _warm_up(
     target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings, progress: Any, ahead: Ahead
 ) -> ChainState:
     """From ``starts`` to where the chains begin, programs for sampling being compiled beside."""
@@ -66,7 +72,7 @@ def warm_up(
 def _begin(tuned: Tuned, chain_key: PRNGKey, settings: Settings) -> ChainState:
     """Arrays, or shapes where that is all there is yet; ``unknown`` is still to be filled in."""
     own = _chain_starts(tuned, settings)
-    return ChainState(tuned.target, tuned.kernel, None, chain_key, 0, tuned.states, own, tuned.timing)
+    return ChainState(tuned.target, tuned.kernel, None, chain_key, 0, 0, tuned.states, own, tuned.timing)
 
 
 def _progress(settings: Settings, progress_bar: bool) -> Any:
@@ -80,7 +86,7 @@ def _sample(
 ) -> Chain:
     progress.set_description("sampling")
     engine = _engine(state, ahead)
-    run = Run(engine, state.unknown, settings.num_samples, settings.thinning, progress)
+    run = Run(engine, state.unknown, settings.num_samples, settings.thinning, progress, state.num_unkept)
     automatic = None
     if settings.solver is None:
         automatic = Automatic(run, state.own, state.timing)
@@ -88,7 +94,11 @@ def _sample(
     else:
         run.with_solver(settings.solver)
     return Chain(
-        state._replace(unknown=run.x, num_steps=state.num_steps + settings.num_samples),
+        state._replace(
+            unknown=run.x,
+            num_steps=state.num_steps + settings.num_samples,
+            num_unkept=(state.num_unkept + settings.num_samples) % settings.thinning,
+        ),
         run.draws.unknowns,
         run.draws.info,
         _report(run, automatic, run.draws.info, settings, warmup_seconds, began),

@@ -11,7 +11,7 @@ import numpy as np
 
 from pmcmc._storage import Writer
 from pmcmc._types import Array, PRNGKey, PyTree
-from pmcmc.interop._arviz import to_arviz
+from pmcmc.interop._arviz import predictive_groups, to_arviz
 from pmcmc.interop._numpyro import print_summary
 from pmcmc.kernels import Info, Kernel
 from pmcmc.recurrence import RecurrenceSolver
@@ -21,6 +21,8 @@ from pmcmc.warmup._base import LaneTiming
 
 # Draws constrained at a time: bounds the memory of models with large deterministic sites.
 _CONSTRAIN_BATCH = 65_536
+# The same for log likelihoods, in observations times draws.
+_LIKELIHOOD_BATCH = 2**22
 
 
 class ChainState(NamedTuple):
@@ -156,18 +158,22 @@ class Chain:
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), grouped)
 
     def _constrained(self) -> PyTree:
+        return jax.tree.map(jnp.asarray, self._of_each_draw(_constrain, _CONSTRAIN_BATCH))
+
+    def _of_each_draw(self, compiled: Callable, most: int) -> PyTree:
+        """``compiled(target, kernel, unknowns)`` of all draws, at most so many at a time; (num_chains, draws, ...)."""
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), self.unknowns)
         total = self.num_chains * self.num_samples
-        batch = min(total, _CONSTRAIN_BATCH)
+        batch = min(total, most)
 
-        def constrained(start: int) -> PyTree:
+        def some(start: int) -> PyTree:
             rows = np.minimum(np.arange(start, start + batch), total - 1)  # one shape, so one compilation
-            part = _constrain(self.target, self.kernel, jax.tree.map(lambda x: x[rows], flat))
+            part = compiled(self.target, self.kernel, jax.tree.map(lambda x: x[rows], flat))
             return jax.tree.map(lambda x: np.asarray(x)[: total - start], part)
 
-        parts = [constrained(start) for start in range(0, total, batch)]
+        parts = [some(start) for start in range(0, total, batch)]
         joined = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
-        return jax.tree.map(lambda x: jnp.asarray(x.reshape(self.num_chains, self.num_samples, *x.shape[1:])), joined)
+        return jax.tree.map(lambda x: x.reshape(self.num_chains, self.num_samples, *x.shape[1:]), joined)
 
     def get_extra_fields(self, group_by_chain: bool = False) -> dict[str, Any]:
         """Fields of the transitions under NumPyro's names: ``diverging``, and those asked for by ``extra_fields``.
@@ -211,18 +217,71 @@ class Chain:
         print_summary(samples if isinstance(samples, dict) else {"x": samples}, prob)
         print(f"Number of divergences: {int(np.sum(self.info.is_divergent))}")
 
-    def to_arviz(self) -> Any:
+    def to_arviz(
+        self,
+        *,
+        log_likelihood: bool = False,
+        prior: dict[str, Array] | None = None,
+        posterior_predictive: dict[str, Array] | None = None,
+        coords: dict[str, Any] | None = None,
+        dims: dict[str, list[str]] | None = None,
+    ) -> Any:
         """ArviZ's container: InferenceData on ArviZ 0.x, DataTree on 1.x.
 
         Groups: posterior; sample_stats with ``lp``, ``acceptance_rate``, ``diverging``, ``step_size``, ``energy``,
-        ``n_steps`` and ``tree_depth`` as far as the kernel has them, and ``accept_margin`` (log alpha - log u).
+        ``n_steps`` and ``tree_depth`` as far as the kernel has them, and ``accept_margin`` (log alpha - log u). For a
+        NumPyro model also observed_data, and constant_data with the other arrays among its arguments; dimensions are
+        named after plates. What the solver did is in the attributes.
+
+        log_likelihood: of every observation at every draw, for ``arviz.loo`` and ``compare``; draws x observations of
+            memory, so not unless asked for. Masked observations have 0; drop them where ArviZ 1.x refuses a constant.
+        prior, posterior_predictive: draws of ``numpyro.infer.Predictive``; what of the prior's is not in the posterior
+            is prior_predictive.
+        coords, dims: ArviZ's labels, added to those of the plates.
+
+        Raises:
+            ValueError: ``log_likelihood`` of a plain log density; predictive draws of another number.
+
+        Example:
+            >>> import jax.numpy as jnp, pmcmc
+            >>> logdensity = lambda x: -0.5 * jnp.sum(x["a"] ** 2)
+            >>> chain = pmcmc.sample(logdensity, {"a": jnp.zeros(2)}, 0, num_samples=100, progress_bar=False)
+            >>> chain.to_arviz(dims={"a": ["side"]}, coords={"side": ["left", "right"]}).posterior["a"].dims
+            ('chain', 'draw', 'side')
         """
         samples = self.get_samples(group_by_chain=True)
         if not isinstance(samples, dict):
             samples = _named_leaves(samples)
-        return to_arviz(
-            samples, self._sample_stats(), {"inference_library": "pmcmc", "kernel": type(self.kernel).__name__}
-        )
+        target, report = self.target, self.report
+        described = target.model.describe(target.data, target.position(jnp.zeros(target.dim, target.spec.dtype)))
+        groups = {
+            "posterior": samples,
+            "sample_stats": self._sample_stats(),
+            "log_likelihood": self._log_likelihood() if log_likelihood else {},
+            **predictive_groups(prior, posterior_predictive, samples),
+            "observed_data": described.observed,
+            "constant_data": described.constant,
+        }
+        attrs = {
+            "inference_library": "pmcmc",
+            "kernel": type(self.kernel).__name__,
+            "decision": report.decision,
+            "num_sequential_steps": int(np.max(report.num_sequential_steps)),
+            "residual": float(np.max(report.residual)),
+            "sampling_time": float(report.total_seconds),
+        }
+        return to_arviz(groups, attrs, dims={**described.dims, **(dims or {})}, coords=coords or {})
+
+    def _log_likelihood(self) -> PyTree:
+        one = lambda x: _log_likelihoods(self.target, self.kernel, x)
+        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0, :1], self.unknowns))
+        if not shapes:
+            raise ValueError(
+                "log_likelihood=True needs a NumPyro model with observed sites: a plain log density does not tell its "
+                "observations apart."
+            )
+        size = sum(x.size for x in jax.tree.leaves(shapes))
+        return self._of_each_draw(_log_likelihoods, max(1, _LIKELIHOOD_BATCH // size))
 
     def _sample_stats(self) -> dict[str, Any]:
         """The same fields under ArviZ's names."""
@@ -290,6 +349,12 @@ def _logdensity(target: Target, kernel: Kernel, unknown: PyTree) -> Array:
 def last_logdensity(state: ChainState) -> np.ndarray:
     """(num_chains,) log densities where the chains stand."""
     return np.asarray(_logdensity(state.target, state.kernel, state.unknown))
+
+
+@jax.jit
+def _log_likelihoods(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
+    one = lambda unknown: target.model.log_likelihood(target.data, target.position(kernel.coordinates(unknown)))
+    return jax.vmap(one)(unknowns)
 
 
 @jax.jit

@@ -1,6 +1,7 @@
 """NumPyro models as targets. NumPyro is imported when a function here runs, not before."""
 
 import hashlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._types import Array, PRNGKey, PyTree
-from pmcmc.target import Model, Target
+from pmcmc.target import Described, Model, Target
 
 # What jax raises when a model asks a traced array for its value: np.unique(group), if n > 3, y[mask].
 _NEEDS_VALUE = (
@@ -103,6 +104,37 @@ class NumpyroModel(Model):
                 found[name] = jnp.asarray(fn.scale)
         return found
 
+    def describe(self, data, position):
+        dims, observed = {}, {}
+        for name, site in self._trace(data, position).items():
+            if site["type"] not in ("sample", "deterministic"):
+                continue
+            plates = sorted(site["cond_indep_stack"], key=lambda frame: frame.dim)
+            # a deterministic site in a plate need not have the plate's axis
+            if jnp.shape(site["value"])[: len(plates)] == tuple(frame.size for frame in plates):
+                dims[name] = [frame.name for frame in plates] + list(site.get("infer", {}).get("event_dims", []))
+            if _is_observation(site):
+                observed[name] = jnp.asarray(site["value"])
+        return Described(dims, observed, self._constants(data, observed))
+
+    def _constants(self, data: list, observed: dict) -> dict[str, Array]:
+        """Array arguments of the model that are no observations, by the names of its parameters."""
+        _, args, kwargs = self._call(data)
+        try:
+            arguments = inspect.signature(self.model).bind(*args, **kwargs).arguments
+        except (TypeError, ValueError):  # a callable that does not tell
+            return {}
+        same = lambda a, b: jnp.shape(a) == jnp.shape(b) and bool(jnp.all(a == b))
+        arrays = {name: value for name, value in arguments.items() if _is_array(value)}
+        return {name: x for name, x in arrays.items() if not any(same(x, y) for y in observed.values())}
+
+    def log_likelihood(self, data, position):
+        from numpyro.handlers import substitute, trace
+
+        model, args, kwargs = self._call(data)
+        sites = trace(substitute(model, data=self.constrain(data, position))).get_trace(*args, **kwargs)
+        return {name: site["fn"].log_prob(site["value"]) for name, site in sites.items() if _is_observation(site)}
+
     def explain(self, data, position) -> str:
         trace = self._trace(data, position)
         sites = [
@@ -111,6 +143,11 @@ class NumpyroModel(Model):
             if site["type"] == "sample" and not bool(jnp.all(jnp.isfinite(site["fn"].log_prob(site["value"]))))
         ]
         return f"Its terms are not finite at site {', '.join(map(repr, sites))}." if sites else ""
+
+
+def _is_observation(site: dict) -> bool:
+    """Data, and not a factor, whose value is empty."""
+    return site["type"] == "sample" and site.get("is_observed", False) and jnp.size(site["value"]) > 0
 
 
 def numpyro_target(model: Callable, model_args: tuple, model_kwargs: dict) -> Target:

@@ -12,7 +12,7 @@ def to_arviz(
     """`InferenceData` (ArviZ 0.x) or `xarray.DataTree` (ArviZ 1.x) from arrays by group; empty groups are left out."""
     import arviz as az
 
-    arrays = {
+    arrays: dict[str, Any] = {
         group: {name: np.asarray(value) for name, value in values.items()} for group, values in groups.items() if values
     }
     # ArviZ 1.0 replaced one keyword per group by one dict of groups.

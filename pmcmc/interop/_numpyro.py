@@ -2,8 +2,10 @@
 
 import hashlib
 import inspect
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import jax
@@ -21,6 +23,22 @@ _NEEDS_VALUE = (
     jax.errors.TracerIntegerConversionError,
     jax.errors.NonConcreteBooleanIndexError,
 )
+
+
+# NumPyro's stack of handlers is one for all threads, and programs are traced in a second one: two models that run at
+# once would see each other's sites.
+_ONE_AT_A_TIME = threading.RLock()
+
+
+def _alone(method: Callable) -> Callable:
+    """Decorator: no other model runs meanwhile."""
+
+    @wraps(method)
+    def run(*args: Any) -> Any:
+        with _ONE_AT_A_TIME:
+            return method(*args)
+
+    return run
 
 
 class _Constant:
@@ -66,16 +84,19 @@ class NumpyroModel(Model):
         # A fixed key: only subsampling plates draw anything here, and they must draw the same at every step.
         return numpyro.handlers.seed(self.model, jax.random.key(0)), args, kwargs
 
+    @_alone
     def logdensity(self, data, position):
         from numpyro.infer.util import potential_energy
 
         return -potential_energy(*self._call(data), position)
 
+    @_alone
     def constrain(self, data, position):
         from numpyro.infer.util import constrain_fn
 
         return constrain_fn(*self._call(data), position, return_deterministic=True)
 
+    @_alone
     def _trace(self, data: list, position: PyTree) -> dict:
         """The model's sites at a position."""
         from numpyro import handlers, validation_enabled
@@ -128,6 +149,7 @@ class NumpyroModel(Model):
         arrays = {name: value for name, value in arguments.items() if _is_array(value)}
         return {name: x for name, x in arrays.items() if not any(same(x, y) for y in observed.values())}
 
+    @_alone
     def log_likelihood(self, data, position):
         from numpyro.handlers import substitute, trace
 

@@ -1,6 +1,7 @@
 """Warm-up, pilot, solve, report: the stages behind the public functions, timed one by one."""
 
 import time
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -25,22 +26,21 @@ from pmcmc.warmup import Tuned
 def run_stages(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings, progress_bar: bool) -> Chain:
     """Draws from ``starts`` (positions, leading axis num_starts, or num_chains without warm-up)."""
     began = time.perf_counter()
-    with _progress(settings, progress_bar) as progress:
-        ahead = Ahead()
+    with _progress(settings, progress_bar) as progress, closing(Ahead()) as ahead:
         state = _warm_up(target, rng_key, starts, settings, progress, ahead)
         return _sample(state, settings, progress, ahead, began, time.perf_counter() - began)
 
 
 def warm_up(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings, progress_bar: bool) -> ChainState:
     """Where the chains of `run_stages` with the same arguments begin."""
-    with _progress(settings, progress_bar) as progress:
-        return _warm_up(target, rng_key, starts, settings, progress, Ahead())
+    with _progress(settings, progress_bar) as progress, closing(Ahead()) as ahead:
+        return _warm_up(target, rng_key, starts, settings, progress, ahead)
 
 
 def sample_from(state: ChainState, settings: Settings, progress_bar: bool) -> Chain:
     """Draws that follow a state; the chain holds these alone."""
-    with _progress(settings, progress_bar) as progress:
-        return _sample(state, settings, progress, Ahead(), time.perf_counter(), 0.0)
+    with _progress(settings, progress_bar) as progress, closing(Ahead()) as ahead:
+        return _sample(state, settings, progress, ahead, time.perf_counter(), 0.0)
 
 
 def extend(chain: Chain, num_samples: int, progress_bar: bool) -> Chain:

@@ -13,23 +13,28 @@ METHODS = ["DEER", "ELK", "quasi-DEER", "quasi-ELK", "Jacobi"]
 
 
 def iterations(path: Path) -> None:
-    """Iterations over T against the Lyapunov exponent, and iterations of DEER against T."""
+    """Iterations over T against the Lyapunov exponent, of systems and chains; DEER against T."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = json.loads((RESULTS / "recurrence_iterations.json").read_text())["rows"]
-    rows = [row for row in rows if row["result"] == "successful"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    _against_exponent(left, rows)
-    _against_length(right, rows)
+    systems, chains = _converged("recurrence_iterations"), _converged("chain_iterations")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    _against_exponent(left, systems, "Systems")
+    _against_exponent(middle, chains, "MALA and HMC chains")
+    _against_length(right, systems)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _against_exponent(axes: Any, rows: list[dict]) -> None:
+def _converged(name: str) -> list[dict]:
+    rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    return [row for row in rows if row["result"] == "successful"]
+
+
+def _against_exponent(axes: Any, rows: list[dict], title: str) -> None:
     """At the T of most rows, one marker a method, each system at its own exponent."""
     length = 256
     for method in METHODS:
@@ -40,7 +45,7 @@ def _against_exponent(axes: Any, rows: list[dict]) -> None:
     axes.set(xlabel="largest Lyapunov exponent a step", ylabel="iterations / T", yscale="log")
     axes.set_xscale("symlog", linthresh=0.05)
     axes.set_xticks([-0.5, -0.1, 0, 0.1, 0.5], ["-0.5", "-0.1", "0", "0.1", "0.5"])
-    axes.set_title(f"All recurrences, T = {length}")
+    axes.set_title(f"{title}, T = {length}")
     axes.legend(frameon=False, fontsize="small")
 
 

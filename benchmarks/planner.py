@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks._harness import save
 from benchmarks.posteriors import POSTERIORS, Posterior
-from pmcmc import HMC, MALA, NUTS, Chain, Kernel, RandomWalk, Warmup, WindowAdaptation, from_blackjax
+from pmcmc import HMC, MALA, NUTS, Chain, EnsembleAdaptation, Kernel, RandomWalk, Warmup, from_blackjax
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential, quasi_deer
 from pmcmc.sampling import _auto
 from pmcmc.stability import predict_sweeps
@@ -86,10 +86,10 @@ QUICK = ("mixture/MALA", "funnel/HMC", "correlated/resonant", "eight_schools/HMC
 
 @dataclass
 class Stopwatch(Warmup):
-    """`WindowAdaptation` that notes when it was done: what comes after it is what "auto" decides about."""
+    """`EnsembleAdaptation` that notes when it was done: what comes after it is what "auto" decides about."""
 
-    inner: WindowAdaptation = field(default_factory=WindowAdaptation)
-    num_starts: int = 4
+    inner: EnsembleAdaptation = field(default_factory=EnsembleAdaptation)
+    num_starts: int = EnsembleAdaptation().num_starts
     end: float = 0.0
 
     def run(self, *arguments: Any) -> Any:

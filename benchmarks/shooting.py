@@ -4,32 +4,37 @@
 """
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import gibbs, targets
 from benchmarks._harness import alternate, ratio, save
-from benchmarks.targets import CASES, Case
+from benchmarks.targets import Case
+from pmcmc._types import PyTree
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
 from pmcmc.recurrence._lanes import LaneSolver
-from pmcmc.sampling._engine import Engine, Segment, Shape
+from pmcmc.sampling._engine import Clock, Engine, Segment, Shape
+
+CASES = {**targets.CASES, **gibbs.CASES}
 
 
 def measure(case: Case, blocks: list[int], repeats: int) -> list[dict]:
     """One row per number of blocks: seconds, ratio, certificate, depth and work."""
     bank = _typical_states(case)
-    keys = jax.random.split(jax.random.key(0), 1)
-
-    engine = Engine(case.target, case.kernel, keys, bank, case.scale)
-    run = lambda solver: _chain(engine, solver, bank[:1], case.length)
-
+    engine = Engine(case.target, case.kernel, jax.random.split(jax.random.key(0), 1), bank, case.scale)
+    x0 = jax.tree.map(lambda x: x[:1], bank)
+    run = lambda solver: _chain(engine, solver, x0, case.length)
     solvers = {"sequential": Sequential(), **{str(p): MultipleShooting(num_blocks=p) for p in blocks}}
-    timing = alternate({name: partial(run, solver) for name, solver in solvers.items()}, repeats)
+    # the engine's own clock: looking its programs up takes some 50 ms a call, on either side
+    runs: dict[str, Callable] = {name: partial(run, solver) for name, solver in solvers.items()}
+    timing = alternate(runs, repeats, seconds_of=lambda result: result[1].run_seconds)
     rows = []
     for p in blocks:
-        solution = run(solvers[str(p)]).solution
+        solution = run(solvers[str(p)])[0].solution
         stats = jax.tree.map(lambda x: x[0], solution.stats)
         rows.append(
             {
@@ -52,21 +57,20 @@ def measure(case: Case, blocks: list[int], repeats: int) -> list[dict]:
     return rows
 
 
-def _chain(engine: Engine, solver: LaneSolver, x0, num_steps: int) -> Segment:
+def _chain(engine: Engine, solver: LaneSolver, x0: PyTree, num_steps: int) -> tuple[Segment, Clock]:
     """Noise and solve, as `pmcmc.sample` runs them."""
     num_blocks = solver.blocks_for(num_steps)
-    block_length = -(-num_steps // num_blocks)
-    first = np.zeros(engine.num_chains, int)
-    return engine.solve(solver, Shape(num_blocks, block_length), x0, first, block_length)[0]
+    unit = solver.unit if num_steps >= 4 * solver.unit * num_blocks else 1
+    block_length = -(-num_steps // (num_blocks * unit)) * unit
+    return engine.solve(solver, Shape(num_blocks, block_length), x0, np.zeros(engine.num_chains, int), block_length)
 
 
-def _typical_states(case: Case, num_states: int = 64, num_steps: int = 2000) -> jax.Array:
+def _typical_states(case: Case, num_states: int = 64, num_steps: int = 2000) -> PyTree:
     """Last states of an ensemble of chains: what warm-up would hand over."""
     starts = case.start(jax.random.key(1), num_states)
-    keys = jax.random.split(jax.random.key(2), num_states)
-    engine = Engine(case.target, case.kernel, keys, starts, case.scale)
-    segment = _chain(engine, Sequential(), starts, num_steps)
-    return jnp.asarray(segment.chains(segment.solution.value)[:, -1])
+    engine = Engine(case.target, case.kernel, jax.random.split(jax.random.key(2), num_states), starts, case.scale)
+    segment, _ = _chain(engine, Sequential(), starts, num_steps)
+    return jax.tree.map(lambda x: jnp.asarray(x[:, -1]), segment.chains(segment.solution.value))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,26 +1,29 @@
 """Targets and kernels of the benchmarks, as published where a source is named."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks._harness import SHARED
-from pmcmc.kernels import HMC, MALA, Kernel, RandomWalk
+from pmcmc.kernels import HMC, MALA, NUTS, Kernel, RandomWalk
 from pmcmc.target import Basis, Target
 
 
 @dataclass(frozen=True)
 class Case:
-    """A target with a tuned kernel and typical states. scale: of each coordinate. length: steps to solve."""
+    """A target with a tuned kernel and typical states.
+
+    scale: of each coordinate, or None: measured on the path. length: steps to solve.
+    """
 
     name: str
     target: Target
     kernel: Kernel
     start: Callable
-    scale: jax.Array
+    scale: jax.Array | None
     length: int
 
 
@@ -125,10 +128,22 @@ def _laplace(design: np.ndarray, good: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return mode, np.linalg.cholesky(np.linalg.inv(hessian))
 
 
+def eight_schools_nuts(length: int = 10**5) -> Case:
+    """NUTS of step 0.5: acceptance rate 0.86."""
+    return replace(eight_schools(length), name="eight schools, NUTS", kernel=NUTS(0.5))
+
+
+def german_credit_nuts(length: int = 10**5) -> Case:
+    """NUTS of step 0.7: acceptance rate 0.82."""
+    return replace(german_credit(length), name="German credit, NUTS", kernel=NUTS(0.7))
+
+
 CASES = {
     "mixture": mixture,
     "banana": banana,
     "eight_schools": eight_schools,
     "german_credit": german_credit,
     "correlated": correlated,
+    "eight_schools_nuts": eight_schools_nuts,
+    "german_credit_nuts": german_credit_nuts,
 }

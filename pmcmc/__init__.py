@@ -9,8 +9,17 @@ from pmcmc.kernels import (
     MALA,
     NUTS,
     BranchTaken,
+    CategoricalUpdate,
+    Compose,
+    CustomUpdate,
+    DirichletUpdate,
+    DiscreteGibbs,
+    GammaUpdate,
+    Gibbs,
     Info,
+    InverseGammaUpdate,
     Kernel,
+    NormalUpdate,
     RandomWalk,
     StraightThrough,
     UniformLength,
@@ -20,7 +29,15 @@ from pmcmc.recurrence import RESULTS
 from pmcmc.report import SolveReport
 from pmcmc.sampling import load, parallel_chain, sample
 from pmcmc.target import Target
-from pmcmc.warmup import Warmup, WarmupError, WindowAdaptation
+from pmcmc.warmup import (
+    BlockAdaptation,
+    ChEESAdaptation,
+    EnsembleAdaptation,
+    Pathfinder,
+    Warmup,
+    WarmupError,
+    WindowAdaptation,
+)
 
 if TYPE_CHECKING:
     from pmcmc.drop_in import ParallelMCMC
@@ -32,12 +49,25 @@ __all__ = [
     "MALA",
     "NUTS",
     "RESULTS",
+    "BlockAdaptation",
     "BranchTaken",
+    "CategoricalUpdate",
+    "ChEESAdaptation",
     "Chain",
     "ChainState",
+    "Compose",
+    "CustomUpdate",
+    "DirichletUpdate",
+    "DiscreteGibbs",
+    "EnsembleAdaptation",
+    "GammaUpdate",
+    "Gibbs",
     "Info",
+    "InverseGammaUpdate",
     "Kernel",
+    "NormalUpdate",
     "ParallelMCMC",
+    "Pathfinder",
     "RandomWalk",
     "SolveReport",
     "StraightThrough",

@@ -18,11 +18,13 @@ import numpy as np
 
 from pmcmc import kernels, recurrence
 from pmcmc._types import PyTree
+from pmcmc.kernels._compose import Block
+from pmcmc.target import Basis
 
 FORMAT, VERSION = "pmcmc.Chain", 1
 
 # By name: the only classes that are made out of what a file says.
-_CLASSES = {
+_CLASSES: dict[str, type] = {"Basis": Basis, "Block": Block} | {
     name: getattr(room, name)
     for room in (kernels, recurrence)
     for name in room.__all__
@@ -139,7 +141,10 @@ class Reader:
                 f"the {what} of this chain is a {kind}, which pmcmc does not have: pass {what}= as when the chain was "
                 f"made{'' if given is None else f', not a {type(given).__name__}'}."
             )
-        return cls(**items)
+        made: Any = object.__new__(cls)  # as pytrees are rebuilt: a constructor may take something else
+        for field, item in items.items():
+            object.__setattr__(made, field, item)
+        return made
 
 
 def _part(given: Any, key: str) -> Any:

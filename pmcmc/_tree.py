@@ -51,7 +51,7 @@ def register_dataclass(cls: type) -> type:
 
 @dataclass(frozen=True)
 class RavelSpec:
-    """How a pytree of real arrays maps to one vector and back; hashable, so it can be static in a jit.
+    """How a pytree of arrays maps to one real vector and back; hashable, so it can be static in a jit.
 
     Unlike ``jax.flatten_util.ravel_pytree`` the inverse is a value that compares equal across calls,
     which is what keeps two calls with the same shapes at one compilation.
@@ -72,7 +72,14 @@ class RavelSpec:
 
     @property
     def dtype(self) -> Any:
-        return jnp.result_type(*self.dtypes)
+        """The widest floating dtype among the leaves (the default float where there is none)."""
+        return real_dtype(self.template)
+
+    @property
+    def template(self) -> PyTree:
+        """Shapes and dtypes in the place of the leaves."""
+        leaves = [jax.ShapeDtypeStruct(*leaf) for leaf in zip(self.shapes, self.dtypes, strict=True)]
+        return jax.tree.unflatten(self.treedef, leaves)
 
     def ravel(self, tree: PyTree) -> Array:
         """The leaves of ``tree``, flattened and joined: shape ``(size,)``."""

@@ -16,7 +16,7 @@ from pmcmc.interop._numpyro import print_summary
 from pmcmc.kernels import Info, Kernel
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.report import SolveReport
-from pmcmc.target import LogDensity, Target
+from pmcmc.target import LogDensity, Target, WithoutDensity
 from pmcmc.warmup._base import LaneTiming
 
 # Draws constrained at a time: bounds the memory of models with large deterministic sites.
@@ -253,7 +253,8 @@ class Chain:
         if not isinstance(samples, dict):
             samples = _named_leaves(samples)
         target, report = self.target, self.report
-        described = target.model.describe(target.data, target.position(jnp.zeros(target.dim, target.spec.dtype)))
+        place = self.kernel.position(target, jax.tree.map(lambda x: jnp.asarray(x)[0], self.last_state))
+        described = target.model.describe(target.data, place)
         groups = {
             "posterior": samples,
             "sample_stats": self._sample_stats(),
@@ -317,9 +318,9 @@ def _header(chain: Chain, writer: Writer) -> dict[str, Any]:
         writer.leaves(name, tree)
     told = {f.name: getattr(report, f.name) for f in fields(report) if f.name not in ("plan", "find_diagnosis")}
     return {
-        "is_model": not isinstance(target.model, LogDensity),
+        "is_model": not isinstance(target.model, (LogDensity, WithoutDensity)),
         "sites": describe_sites(target),
-        "position": writer.encode("position", target.spec.unravel(jnp.zeros(target.dim, target.spec.dtype))),
+        "position": writer.encode("position", jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), target.spec.template)),
         "basis": writer.encode("basis", target.basis and {"loc": target.basis.loc, "scale": target.basis.scale}),
         "kernel": writer.encode("kernel", chain.kernel),
         "solver": writer.encode("solver", chain.solver),
@@ -336,14 +337,13 @@ def _header(chain: Chain, writer: Writer) -> dict[str, Any]:
 
 def describe_sites(target: Target) -> dict[str, list]:
     """Shape and dtype of every leaf of the target's positions, by its place."""
-    position = target.spec.unravel(jnp.zeros(target.dim, target.spec.dtype))
-    leaves = jax.tree_util.tree_leaves_with_path(position)
+    leaves = jax.tree_util.tree_leaves_with_path(target.spec.template)
     return {jax.tree_util.keystr(path): [list(x.shape), str(x.dtype)] for path, x in leaves}
 
 
 @jax.jit
 def _logdensity(target: Target, kernel: Kernel, unknown: PyTree) -> Array:
-    return jax.vmap(lambda x: target.logdensity_fn(kernel.coordinates(x)))(unknown)
+    return jax.vmap(lambda x: target.model.logdensity(target.data, kernel.position(target, x)))(unknown)
 
 
 def last_logdensity(state: ChainState) -> np.ndarray:
@@ -353,13 +353,13 @@ def last_logdensity(state: ChainState) -> np.ndarray:
 
 @jax.jit
 def _log_likelihoods(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
-    one = lambda unknown: target.model.log_likelihood(target.data, target.position(kernel.coordinates(unknown)))
+    one = lambda unknown: target.model.log_likelihood(target.data, kernel.position(target, unknown))
     return jax.vmap(one)(unknowns)
 
 
 @jax.jit
 def _constrain(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
-    return jax.vmap(lambda unknown: target.constrain(kernel.coordinates(unknown)))(unknowns)
+    return jax.vmap(lambda unknown: target.model.constrain(target.data, kernel.position(target, unknown)))(unknowns)
 
 
 def _named_leaves(samples: PyTree) -> dict[str, Array]:

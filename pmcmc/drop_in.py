@@ -24,7 +24,7 @@ from pmcmc.sampling._api import model_starts
 from pmcmc.sampling._settings import Settings, as_key
 from pmcmc.sampling._stages import run_stages, sample_from, warm_up
 from pmcmc.target import Target
-from pmcmc.warmup import Warmup, WindowAdaptation
+from pmcmc.warmup import EnsembleAdaptation, Warmup
 
 __all__ = ["ParallelMCMC", "ParallelState"]
 
@@ -124,7 +124,6 @@ class ParallelMCMC(MCMC):
         )
         self._kernel, self._solver, self._warmup = kernel, solver, warmup
         self._chain: Chain | None = None
-        self._settings(())
 
     @property
     def chain(self) -> Chain:
@@ -182,11 +181,12 @@ class ParallelMCMC(MCMC):
             if rng_key.ndim == (1 if typed else 2) and len(rng_key) == self.num_chains:
                 rng_key = rng_key[0]
         _check_sites(target, extra_fields)
-        settings = self._settings([name for name in extra_fields if not (_site(name) or name == _STEP_SIZE)])
+        settings = self._settings(target, [name for name in extra_fields if not (_site(name) or name == _STEP_SIZE)])
         return target, as_key(rng_key), settings
 
-    def _settings(self, extra_fields: Sequence[str]) -> Settings:
+    def _settings(self, target: Target, extra_fields: Sequence[str]) -> Settings:
         return Settings.check(
+            target,
             self._kernel,
             self._solver,
             self.num_warmup,
@@ -237,8 +237,8 @@ def _site(field: str) -> str:
 
 def _check_sites(target: Target, extra_fields: Sequence[str]) -> None:
     """Raise where a field names a site that the model does not have, before anything is sampled."""
-    origin = jnp.zeros(target.dim, target.spec.dtype)
-    latent, every = set(target.position(origin)), set(jax.eval_shape(target.constrain, origin))
+    latent = set(target.spec.template)
+    every = set(jax.eval_shape(target.model.constrain, target.data, target.spec.template))
     for name in filter(_site, extra_fields):
         sites = every if name.startswith("~") else latent
         if _site(name) not in sites:
@@ -246,7 +246,7 @@ def _check_sites(target: Target, extra_fields: Sequence[str]) -> None:
 
 
 def _standing(state: ChainState) -> ParallelState:
-    positions = jax.vmap(lambda x: state.target.position(state.kernel.coordinates(x)))(state.unknown)
+    positions = jax.vmap(lambda x: state.kernel.position(state.target, x))(state.unknown)
     potential = jnp.asarray(-last_logdensity(state))
     if len(state.own) == 1:
         positions, potential = jax.tree.map(lambda x: x[0], (positions, potential))
@@ -271,11 +271,11 @@ def _states(chain: Chain, extra_fields: Sequence[str]) -> dict[str, Any]:
 
 def _positions(chain: Chain) -> dict[str, Array]:
     """Unconstrained draws."""
-    one = lambda x: chain.target.position(chain.kernel.coordinates(x))
+    one = lambda x: chain.kernel.position(chain.target, x)
     return jax.jit(jax.vmap(jax.vmap(one)))(chain.unknowns)
 
 
-def _translate(sampler: Any, num_warmup: int) -> tuple[Kernel, WindowAdaptation]:
+def _translate(sampler: Any, num_warmup: int) -> tuple[Kernel, EnsembleAdaptation]:
     """The pmcmc kernel and warm-up that stand for a NumPyro kernel.
 
     Raises:
@@ -291,7 +291,7 @@ def _translate(sampler: Any, num_warmup: int) -> tuple[Kernel, WindowAdaptation]
     metric = None if sampler._adapt_mass_matrix and num_warmup else sampler._inverse_mass_matrix
     if metric is None and num_warmup and not sampler._adapt_mass_matrix:
         metric = 1.0
-    warmup = WindowAdaptation(dense=sampler._dense_mass, target_acceptance_rate=sampler._target_accept_prob)
+    warmup = EnsembleAdaptation(dense=sampler._dense_mass, target_acceptance_rate=sampler._target_accept_prob)
     if type(sampler) is NumpyroHMC:
         length = _length(sampler, step_size)
         return HMC(step_size=step_size, num_integration_steps=length, inverse_mass_matrix=metric), warmup

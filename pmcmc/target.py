@@ -1,4 +1,4 @@
-"""What is sampled: a log density over a vector, made from any model over any pytree.
+"""What is sampled: a model over any pytree, and its log density over a vector.
 
 A `Target` is a pytree whose leaves are the model's data and the basis; the model itself is static and compared by
 the user's function. So two calls with the same function and the same shapes compile once, whatever the numbers.
@@ -11,9 +11,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pmcmc._tree import RavelSpec, is_real, register_dataclass
 from pmcmc._types import Array, ArrayLeaf, Float, PyTree
+
+Supports = tuple[tuple[str, tuple[int | float, ...]], ...]  # (site, its values)
 
 
 class Described(NamedTuple):
@@ -28,7 +31,14 @@ class Described(NamedTuple):
 
 
 class Model(abc.ABC):
-    """The static half of a target: hashable, compared by the user's function."""
+    """The static half of a target: hashable, compared by the user's function.
+
+    has_density: False where only the kernel knows what is sampled; then `logdensity` is NaN.
+    supports: values of each discrete site, as far as the model knows them.
+    """
+
+    has_density: bool = True
+    supports: "Supports" = ()
 
     @abc.abstractmethod
     def logdensity(self, data: PyTree, position: PyTree) -> Array:
@@ -41,6 +51,23 @@ class Model(abc.ABC):
     def explain(self, data: PyTree, position: PyTree) -> str:
         """A sentence that says which part of the density is not finite at ``position``, or nothing."""
         return ""
+
+    def sites(self, data: PyTree, position: PyTree) -> PyTree:
+        """Values of all sites of the model: those of the position, and others that the data may hold."""
+        return position
+
+    def element_logdensities(self, data: PyTree, position: PyTree, site: str, values: Array) -> Array:
+        """Log densities of each element of a discrete site at each value, up to constants: (*shape, K).
+
+        For elements that are independent of each other given all other sites.
+
+        Raises:
+            ValueError: the model does not know which of its terms belong to which element.
+        """
+        raise ValueError(
+            f"independent=[{site!r}] needs a NumPyro model with {site!r} in a plate. Write CategoricalUpdate for a "
+            "log density of your own, or leave the option out: then elements are drawn one after the other."
+        )
 
     def centred_sites(self, data: PyTree, position: PyTree, other: PyTree) -> list[str]:
         """Latent sites whose scale differs between two positions, as far as the model has sites."""
@@ -66,6 +93,49 @@ class LogDensity(Model):
 
     def constrain(self, data, position):
         return position
+
+
+@dataclass(frozen=True)
+class WithoutDensity(Model):
+    """Nothing but a kernel that samples it by itself, such as Gibbs."""
+
+    has_density = False
+
+    def logdensity(self, data, position):
+        return jnp.asarray(jnp.nan, RavelSpec.of(position).dtype)
+
+    def constrain(self, data, position):
+        return position
+
+
+@dataclass(frozen=True)
+class Conditional(Model):
+    """Some sites of a model given the others. Its data are (the model's data, {other site: value})."""
+
+    model: Model
+
+    @property
+    def has_density(self) -> bool:  # type: ignore[override]
+        return self.model.has_density
+
+    @property
+    def supports(self) -> Supports:  # type: ignore[override]
+        return self.model.supports
+
+    def logdensity(self, data, position):
+        return self.model.logdensity(data[0], {**data[1], **position})
+
+    def constrain(self, data, position):
+        return self.model.constrain(data[0], {**data[1], **position})
+
+    def explain(self, data, position) -> str:
+        return self.model.explain(data[0], {**data[1], **position})
+
+    def sites(self, data, position):
+        return self.model.sites(data[0], {**data[1], **position})
+
+    def element_logdensities(self, data, position, site, values):
+        return self.model.element_logdensities(data[0], {**data[1], **position}, site, values)
 
 
 @register_dataclass
@@ -98,6 +168,8 @@ class Basis:
 class Target:
     """A log density over vectors of length D, with the way back to the user's pytree.
 
+    Kernels that update named sites work on the pytree itself, whose leaves may then be integers.
+
     model: the static half, compared by the user's function.
     spec: how positions map to vectors.
     data: arrays the model reads, as leaves.
@@ -116,13 +188,17 @@ class Target:
     basis: Basis | None = None
 
     @classmethod
-    def from_logdensity(cls, logdensity_fn: Callable, position: PyTree) -> "Target":
+    def from_logdensity(cls, logdensity_fn: Callable | None, position: PyTree) -> "Target":
         """A target from ``logdensity_fn(position) -> scalar`` over pytrees like ``position``.
 
+        logdensity_fn: None for kernels that evaluate no density, such as `Gibbs`.
+
         Raises:
-            TypeError: ``logdensity_fn`` is not callable, or a leaf of ``position`` is not floating.
+            TypeError: ``logdensity_fn`` is not callable.
             ValueError: ``position`` is empty, or the density is not a scalar.
         """
+        if logdensity_fn is None:
+            return cls.build(WithoutDensity(), position, None)
         if not callable(logdensity_fn):
             raise TypeError(f"logdensity_fn must be callable as fn(position), got {type(logdensity_fn).__name__}.")
         return cls.build(LogDensity(logdensity_fn), position, None)
@@ -132,12 +208,6 @@ class Target:
         """A target from a `Model`; checks shapes and dtypes without evaluating anything."""
         if not jax.tree.leaves(position):
             raise ValueError("the position has no leaves: there is nothing to sample.")
-        for path, leaf in jax.tree_util.tree_leaves_with_path(position):
-            if not is_real(leaf):
-                raise TypeError(
-                    f"the position{jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}: gradient-based "
-                    "kernels need floating leaves. Convert it, or marginalise discrete variables out."
-                )
         out = jax.eval_shape(model.logdensity, data, position)
         if jnp.shape(out) != () or not jnp.issubdtype(jnp.result_type(out), jnp.floating):
             raise ValueError(
@@ -149,6 +219,16 @@ class Target:
     @property
     def dim(self) -> int:
         return self.spec.size
+
+    def check_real(self) -> None:
+        """Raise where the position has leaves that are not floating, and so no gradient."""
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.spec.template):
+            if not is_real(leaf):
+                raise TypeError(
+                    f"the position{jax.tree_util.keystr(path)} has dtype {leaf.dtype}: gradient-based "
+                    "kernels need floating leaves. Convert it, marginalise discrete variables out, or update them by "
+                    "Gibbs(...) or DiscreteGibbs(...), in a Compose([...]) with a kernel for the others."
+                )
 
     def logdensity_fn(self, y: Float[Array, " dim"]) -> Float[Array, ""]:
         """Log density at coordinates ``y``, (D,); the basis' constant Jacobian is left out."""
@@ -170,32 +250,38 @@ class Target:
         """What the user sees of coordinates ``y``: constrained and deterministic sites of a NumPyro model."""
         return self.model.constrain(self.data, self.position(y))
 
+    def given(self, names: tuple[str, ...], others: PyTree, basis: Basis | None = None) -> "Target":
+        """The sites ``names`` of a dict position given the others, whose values may be left out until needed."""
+        spec = RavelSpec.of({name: self.spec.template[name] for name in names})
+        return Target(Conditional(self.model), spec, (self.data, others), basis)
+
     def with_basis(self, basis: Basis | None) -> "Target":
         return replace(self, basis=basis)
 
 
-def check_starts(target: Target, starts: Float[Array, "num_starts dim"]) -> None:
-    """Raise where the density or its gradient is not finite at every start; name what is to blame.
+def check_starts(target: Target, starts: PyTree) -> None:
+    """Raise where the density or its gradient is not finite at some start; name what is to blame.
 
-    starts: (N, D) coordinates.
+    starts: positions, leading axis N. Without a density they need only be finite; gradients are those of real leaves.
 
     Raises:
-        ValueError: no start is usable, or some are not.
+        ValueError: some starts, or all, are not usable.
     """
-    values, gradients = _evaluate_starts(target, starts)
-    usable = jnp.isfinite(values) & jnp.all(jnp.isfinite(gradients), axis=1)
-    if bool(jnp.all(usable)):
+    values, gradients, usable = evaluate_starts(target, starts)
+    if usable.all():
         return
-    bad = int(jnp.argmin(usable))
-    position = target.position(starts[bad])
-    where = "every start" if not bool(jnp.any(usable)) else f"{int(jnp.sum(~usable))} of {len(starts)} starts"
-    if not bool(jnp.isfinite(values[bad])):
+    if not target.model.has_density:
+        raise ValueError("the initial position is not finite: start from other values.")
+    bad = int(np.argmin(usable))
+    position = jax.tree.map(lambda x: x[bad], starts)
+    where = "every start" if not usable.any() else f"{int(np.sum(~usable))} of {len(usable)} starts"
+    if not np.isfinite(values[bad]):
         blame = f"The log density is {float(values[bad])} there. " + target.model.explain(target.data, position)
     else:
         names = [
             jax.tree_util.keystr(path)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(target.spec.unravel(gradients[bad]))
-            if not bool(jnp.all(jnp.isfinite(leaf)))
+            for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)
+            if not np.all(np.isfinite(leaf[bad]))
         ]
         blame = f"The gradient is not finite with respect to position{', position'.join(names)}."
     raise ValueError(
@@ -204,6 +290,31 @@ def check_starts(target: Target, starts: Float[Array, "num_starts dim"]) -> None
     )
 
 
+def evaluate_starts(target: Target, starts: PyTree) -> tuple[np.ndarray, PyTree, np.ndarray]:
+    """Log densities (N,), gradients of real leaves (N, ...) at positions, and where both are finite.
+
+    Without a density the first two mean nothing, and positions need only be finite themselves.
+    """
+    if target.model.has_density:
+        values, gradients = jax.tree.map(np.asarray, _evaluate_starts(target, starts))
+        judged = [values, *jax.tree.leaves(gradients)]
+    else:
+        values, gradients = np.full(len(jax.tree.leaves(starts)[0]), np.nan), None
+        judged = [np.asarray(x) for x in jax.tree.leaves(starts) if is_real(x)]
+    finite = [np.isfinite(x).reshape(len(x), -1).all(axis=1) for x in judged]
+    return values, gradients, np.all(finite, axis=0) if finite else np.ones(len(values), bool)
+
+
 @jax.jit
-def _evaluate_starts(target: Target, starts: Array) -> Any:
-    return jax.vmap(target.value_and_grad)(starts)
+def _evaluate_starts(target: Target, starts: PyTree) -> Any:
+    """Log densities, and gradients with respect to real leaves (None in the place of others)."""
+    split = lambda keep: jax.tree.map(lambda x: x if is_real(x) == keep else None, starts)
+
+    def one(real, discrete):
+        merge = lambda a, b: b if a is None else a
+        logdensity = lambda x: target.model.logdensity(
+            target.data, jax.tree.map(merge, x, discrete, is_leaf=lambda leaf: leaf is None)
+        )
+        return jax.value_and_grad(logdensity)(real)
+
+    return jax.vmap(one)(split(True), split(False))

@@ -159,8 +159,9 @@ def test_a_program_on_its_way_costs_what_is_left() -> None:
 
 def test_shapes_are_those_of_warmup() -> None:
     target = pmcmc.Target.from_logdensity(gaussian, start_like(gaussian))
-    starts = jnp.zeros((4, 3))
-    for warmup in (pmcmc.WindowAdaptation(), pmcmc.WindowAdaptation(dense=False)):
+    warmups = pmcmc.WindowAdaptation(), pmcmc.EnsembleAdaptation(), pmcmc.EnsembleAdaptation(dense=False)
+    for warmup in warmups:
+        starts = jnp.zeros((warmup.num_starts, 3))
         for kernel in KERNELS.values():
             promised = warmup.tuned_shapes(target, kernel)
             tuned = warmup.run(target, kernel, jax.random.key(0), starts, 100)

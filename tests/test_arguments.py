@@ -11,6 +11,7 @@ from pmcmc.sampling._settings import Settings
 from tests._targets import ERRORS, eight_schools_model, gaussian, start_like
 
 GOOD = dict(
+    target=pmcmc.Target.from_logdensity(gaussian, start_like(gaussian)),
     kernel=None,
     solver="auto",
     num_warmup=1000,

@@ -114,7 +114,7 @@ def test_starts_are_numpyros_and_usable() -> None:
         coordinates = jax.vmap(target.coordinates)(starts)
         assert coordinates.shape == (3, target.dim)
         assert len(np.unique(coordinates[:, 0])) == 3
-        check_starts(target, coordinates)
+        check_starts(target, starts)
         back = jax.vmap(target.position)(coordinates)
         jax.tree.map(np.testing.assert_array_equal, back, starts)
 
@@ -166,9 +166,18 @@ def with_param(y):
     numpyro.sample("x", dist.Normal(mu, 1))
 
 
-def with_discrete(y):
+def with_counts(y):
     numpyro.sample("x", dist.Normal(0, 1))
-    numpyro.sample("cluster", dist.Categorical(jnp.ones(3) / 3))
+    numpyro.sample("count", dist.Poisson(3.0))
+
+
+def with_uneven_counts(y):
+    numpyro.sample("count", dist.Binomial(jnp.array([2, 3]), 0.5).to_event(1))
+
+
+def with_moving_support(y):
+    x = numpyro.sample("x", dist.Normal(0, 1))
+    numpyro.sample("k", dist.DiscreteUniform(0, 2 + (x > 0)))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +185,9 @@ def with_discrete(y):
     [
         (no_latents, "no latent sample sites"),
         (with_param, "site 'guide_loc' is a param site.*give it a prior"),
-        (with_discrete, "latent site 'cluster' is discrete.*marginalise"),
+        (with_counts, "latent site 'count' is discrete without a finite support.*marginalise"),
+        (with_uneven_counts, "latent site 'count' is discrete without a finite support that all its elements share"),
+        (with_moving_support, r"support of \['k'\] depends on other latent sites"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -239,7 +239,7 @@ def test_resonant_length_does_not_contract(free_lanes) -> None:
 
 def test_a_pilot_that_stands_still_is_an_error(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps so long that none is accepted: no evidence of contraction, and no result either."""
-    monkeypatch.setattr("pmcmc.warmup._window._check_tuned", lambda tuned: None)
+    monkeypatch.setattr("pmcmc.warmup._lanes.check_tuned", lambda *found: None)
     with pytest.raises(PilotError, match="no chain moved"):
         pmcmc.sample(gaussian, start_like(gaussian), 3, kernel=pmcmc.MALA(step_size=1e6), num_samples=4000, **SIZES)
 

@@ -10,16 +10,24 @@ import pytest
 from pmcmc.__main__ import main
 
 README = Path(__file__).parents[1] / "README.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def test_readme_example_runs_as_printed() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    code = EXAMPLES[0]
     code += '\nprint(chain.get_samples()["theta"].shape, "sample_stats" in str(idata))\n'
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Decision: " in done.stdout  # which one it is depends on the machine
     assert "coupled pairs of chains merged" in done.stdout
     assert done.stdout.strip().endswith("(400000, 8) True")
+
+
+@pytest.mark.parametrize("code", EXAMPLES[1:], ids=["gibbs", "discrete"])
+def test_readme_examples_of_discrete_sites(code: str) -> None:
+    code += '\nassert chain.get_samples()["z"].shape[1:] == (6,) and chain.get_samples()["z"].dtype.kind == "i"\n'
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ["eight_schools", "logistic"])

@@ -10,6 +10,8 @@ import blackjax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 
 import pmcmc
@@ -81,6 +83,34 @@ def test_another_process_goes_on(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     expected = plain_chain().extend(60, progress_bar=False).get_samples()
     np.testing.assert_allclose(np.load(tmp_path / "draws.npy"), expected, rtol=0, atol=1e-9)
+
+
+def mixture(y):
+    rate = numpyro.sample("rate", dist.Beta(2.0, 2.0))
+    with numpyro.plate("rows", len(y)):
+        side = numpyro.sample("side", dist.Bernoulli(rate))
+        numpyro.sample("y", dist.Normal(2.0 * side, 1.0), obs=y)
+
+
+def test_composed_kernels_over_discrete_sites_come_back(tmp_path: Path) -> None:
+    """The kernel was composed for the caller, who could not pass it again."""
+    y = jnp.array([-0.5, 2.2, 1.9])
+    with jax.numpy_rank_promotion("allow"):
+        chain = pmcmc.parallel_chain(mixture, 0, model_args=(y,), solver=Sequential(), **SIZES)
+        chain.save(tmp_path / "chain.npz")
+        back = pmcmc.load(tmp_path / "chain.npz", mixture, model_args=(y,))
+        assert_equal(back.extend(20, progress_bar=False), chain.extend(20, progress_bar=False))
+
+
+def test_no_log_density_comes_back(tmp_path: Path) -> None:
+    kernel = pmcmc.Gibbs(
+        {"x": pmcmc.NormalUpdate(lambda p: (p["y"], 1.0)), "y": pmcmc.NormalUpdate(lambda p: (0.5 * p["x"], 1.0))}
+    )
+    start = {"x": jnp.array(0.0), "y": jnp.array(0.0)}
+    chain = pmcmc.sample(None, start, 0, kernel=kernel, solver=Sequential(), **SIZES)
+    chain.save(tmp_path / "chain.npz")
+    back = pmcmc.load(tmp_path / "chain.npz", None, kernel=kernel)
+    assert_equal(back.extend(20, progress_bar=False), chain.extend(20, progress_bar=False))
 
 
 def elliptical(logdensity_fn, mean, cov):

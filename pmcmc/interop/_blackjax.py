@@ -34,6 +34,46 @@ def window_adaptation(
     return AdaptedPath(positions, result.parameters["step_size"], acceptance_rate)
 
 
+class AdaptedTrajectory(NamedTuple):
+    """positions: (lanes, D) where the ensemble ended. step_size; num_integration_steps: mean of the longest, real."""
+
+    positions: Array
+    step_size: Array
+    num_integration_steps: Array
+
+
+def chees_adaptation(
+    logdensity_fn: Callable,
+    rng_key: PRNGKey,
+    positions: Array,
+    num_steps: int,
+    *,
+    step_size: float,
+    learning_rate: float,
+) -> AdaptedTrajectory:
+    """ChEES (Hoffman, Radul & Sountsov 2021): step size and trajectory length of jittered HMC on an ensemble."""
+    import blackjax
+    import optax
+
+    adaptation = blackjax.chees_adaptation(
+        logdensity_fn, positions.shape[0], adaptation_info_fn=lambda state, info, adaptation_state: None
+    )
+    with jax.numpy_rank_promotion("allow"):  # it subtracts means (D,) from positions (lanes, D)
+        (states, found), _ = adaptation.run(rng_key, positions, step_size, optax.adam(learning_rate), num_steps)
+    return AdaptedTrajectory(states.position, found["step_size"], found["integration_steps_params"][0])
+
+
+def pathfinder(logdensity_fn: Callable, rng_key: PRNGKey, position: Array) -> tuple[Array, Array]:
+    """One draw (D,) of Pathfinder's approximation (Zhang et al. 2022) along L-BFGS from ``position``, and its ELBO."""
+    from blackjax.vi.pathfinder import approximate, sample
+
+    fit_key, draw_key = jax.random.split(rng_key)
+    with jax.numpy_rank_promotion("allow"):
+        state, _ = approximate(fit_key, logdensity_fn, position)
+        draws, _ = sample(draw_key, state, 1)
+    return draws[0], state.elbo
+
+
 class DualAveraging(NamedTuple):
     """BlackJAX's dual averaging of a step size (Nesterov 2009) towards an acceptance rate."""
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pmcmc._types import Array, PRNGKey, PyTree, Scalar
+from pmcmc._types import Array, PRNGKey, PyTree
 
 KEY_FIELD = "random_generator_arg"
 # Algorithms that are given a likelihood, and multiply it by a Gaussian prior of their own.
@@ -43,13 +43,6 @@ def as_function(constructor: Any) -> Callable:
     except TypeError:
         return constructor.__call__
     return constructor
-
-
-def nuts(logdensity_fn: Callable, step_size: Scalar, metric: Array, max_num_doublings: int) -> Any:
-    """BlackJAX's NUTS on a log density."""
-    import blackjax
-
-    return blackjax.nuts(logdensity_fn, step_size, metric, max_num_doublings=max_num_doublings)
 
 
 def init_state(algorithm: Any, position: PyTree, rng_key: PRNGKey) -> Any:

@@ -16,7 +16,8 @@ class Info(NamedTuple):
     acceptance_rate: min(1, alpha); NaN where the kernel has none.
     is_divergent: the proposal was NaN, +inf, or lost more than 1,000 units of log density (energy).
     margin: log alpha - log u. The proposal is accepted where it is positive; within rounding of zero the decision is
-        a near tie. NaN where the kernel does not tell: its near ties are not counted.
+        a near tie. For draws of discrete values by inverse CDF the distance of u to the nearest step of the CDF. NaN
+        where the kernel does not tell, and inf where it decides nothing: near ties are not counted.
     logdensity: of the new state.
     energy: potential plus kinetic energy at the state kept, as NumPyro and Stan report it; None for kernels without
         momentum.
@@ -66,6 +67,33 @@ class Kernel(abc.ABC):
     @abc.abstractmethod
     def coordinates(self, unknown: PyTree) -> Array:
         """The target's coordinates (D,) within an unknown."""
+
+    def check(self, target: Target) -> None:
+        """Raise where this kernel cannot sample the target; called once, before anything else.
+
+        Raises:
+            TypeError, ValueError: expected, got, fix.
+        """
+        if not target.model.has_density:
+            raise TypeError(f"{type(self).__name__} needs a log density: pass logdensity_fn, not None.")
+        target.check_real()
+
+    def check_start(self, target: Target, position: PyTree) -> None:
+        """Raise where what the kernel was told of the target is wrong at a position; called once, after `check`.
+
+        Raises:
+            ValueError: what does not hold.
+        """
+        return None
+
+    def position(self, target: Target, unknown: PyTree) -> PyTree:
+        """The user's unconstrained position within an unknown."""
+        return target.position(self.coordinates(unknown))
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether the kernel can step without warm-up."""
+        return getattr(self, "step_size", 0.0) is not None
 
     @property
     def takes_basis(self) -> bool:

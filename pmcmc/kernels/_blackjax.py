@@ -159,7 +159,7 @@ def from_blackjax(algorithm: Callable | Any, *, caches: tuple[str, ...] | None =
         key in the state (dynamic HMC) is drawn anew in every step.
     parameters: of the constructor, by name. Floats and arrays are leaves of the kernel (another value compiles
         nothing anew); integers, functions and other hashable objects are static. ``step_size=None`` is tuned by
-        warm-up, where the algorithm reports acceptance rates, to 0.8 or what `WindowAdaptation` was told;
+        warm-up, where the algorithm reports acceptance rates, to 0.8 or what `EnsembleAdaptation` was told;
         ``inverse_mass_matrix=None`` is the identity.
 
     The noise of a step is the key handed to ``algorithm.step``, so the chain is the one BlackJAX gives with these keys.

@@ -83,19 +83,25 @@ def _select_jvp(primals: Any, tangents: Any) -> Any:
     return out, jax.tree.map(tangent, proposal, current, d_proposal, d_current)
 
 
+def log_acceptance(log_ratio: Array) -> tuple[Array, Array]:
+    """Log acceptance ratio with impossible proposals at -inf, and whether the proposal diverged."""
+    broken = jnp.isnan(log_ratio) | (log_ratio == jnp.inf)
+    log_ratio = jnp.where(broken, -jnp.inf, log_ratio)
+    return log_ratio, broken | (-log_ratio > DIVERGENCE_THRESHOLD)
+
+
 def decide(surrogate: Surrogate, state: Any, proposal: Any, log_ratio: Array, log_uniform: Array) -> tuple[Any, Info]:
     """The Metropolis decision between a state and a proposal (with a field ``logdensity``), and what is to be said.
 
     NaN and +inf are rejections counted as divergences, as NumPyro and Stan do.
     """
-    broken = jnp.isnan(log_ratio) | (log_ratio == jnp.inf)
-    log_ratio = jnp.where(broken, -jnp.inf, log_ratio)
+    log_ratio, is_divergent = log_acceptance(log_ratio)
     # The barrier keeps XLA from computing the margin anew in each of the programs that read it.
     margin = jax.lax.optimization_barrier(log_ratio - log_uniform)
     new = select(surrogate, margin, proposal, state)
     return new, Info(
         acceptance_rate=jnp.exp(jnp.minimum(log_ratio, 0.0)),
-        is_divergent=broken | (-log_ratio > DIVERGENCE_THRESHOLD),
+        is_divergent=is_divergent,
         margin=margin,
         logdensity=new.logdensity,
     )

@@ -23,11 +23,50 @@ def uniforms(rng_key: PRNGKey, count: int, dtype) -> Float[Array, " count"]:
     counter = jnp.arange(count if double else -(-count // 2), dtype=jnp.uint32)
     high, low = threefry_2x32(key_pair(rng_key), counter, jnp.zeros_like(counter))
     if double:
-        wide = high.astype(jnp.uint64) << 20 | low.astype(jnp.uint64) >> 12
-        return (wide.astype(dtype) + 0.5) * 2.0**-52
-    # The centre of a cell, (n + 1/2) 2^-23 with n < 2^23, has 24 bits: exact in float32.
+        return _from_words(high, low, dtype)
     words = jnp.concatenate([high, low])[:count]
-    return (((words >> 9).astype(jnp.float32) + 0.5) * 2.0**-23).astype(dtype)
+    return _from_word(words, dtype)
+
+
+def _from_word(word: Array, dtype) -> Array:
+    # The centre of a cell, (n + 1/2) 2^-23 with n < 2^23, has 24 bits: exact in float32.
+    return (((word >> 9).astype(jnp.float32) + 0.5) * 2.0**-23).astype(dtype)
+
+
+def _from_words(high: Array, low: Array, dtype) -> Array:
+    wide = high.astype(jnp.uint64) << 20 | low.astype(jnp.uint64) >> 12
+    return (wide.astype(dtype) + 0.5) * 2.0**-52
+
+
+def _uniform_pair(rng_key: PRNGKey, shape: tuple[int, ...], dtype, stream: Array | int) -> tuple[Array, Array]:
+    """Two arrays of uniforms as those of `uniforms`, from other hashes the larger ``stream``, which starts at 1.
+
+    Elementwise throughout: halves of one longer array are hashed twice over by XLA, at twice the time.
+    """
+    size = math.prod(shape)
+    counter = jnp.arange(size, dtype=jnp.uint32).reshape(shape)
+    second = jnp.full_like(counter, stream)
+    high, low = threefry_2x32(key_pair(rng_key), counter, second)
+    if jnp.finfo(dtype).bits <= 32:
+        return _from_word(high, dtype), _from_word(low, dtype)
+    return _from_words(high, low, dtype), _from_words(
+        *threefry_2x32(key_pair(rng_key), counter + jnp.uint32(size), second), dtype
+    )
+
+
+def jax_uniforms(pair: Array, index: Array, dtype) -> Array:
+    """``jax.random.uniform(key, shape, dtype)`` on [0, 1) at the flat ``index``."""
+    high, low = threefry_2x32(pair, jnp.zeros_like(index), index)
+    if jnp.finfo(dtype).bits > 32:
+        wide = high.astype(jnp.uint64) << 20 | low.astype(jnp.uint64) >> 12
+        return wide.astype(dtype) * 2.0**-52
+    return (((high ^ low) >> 9).astype(jnp.float32) * 2.0**-23).astype(dtype)
+
+
+def jax_normals(pair: Array, count: int, dtype) -> Float[Array, " count"]:
+    """``jax.random.normal(key, (count,), dtype)``, to the rounding of `normals`."""
+    uniform = jax_uniforms(pair, jnp.arange(count, dtype=jnp.uint32), dtype)
+    return normals(jnp.maximum(uniform, jnp.finfo(dtype).eps / 4))  # 0 would be minus infinity
 
 
 # Coefficients of Giles 2012, table 5 (single precision), highest power first: around w = 2.5, and in sqrt(w) around 3.
@@ -54,6 +93,41 @@ def normals(uniform: Array) -> Array:
     w = -jnp.log(4 * uniform * (1 - uniform))
     central, tail = _horner(_CENTRAL, w - 2.5), _horner(_TAIL, jnp.sqrt(w) - 3)
     return root_two * (2 * uniform - 1) * jnp.where(w < 5, central, tail)
+
+
+def gammas(rng_key: PRNGKey, shape: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
+    """Gamma variates of unit rate by the method of Marsaglia & Tsang (2000), all elements side by side.
+
+    With d = a - 1/3, c = 1 / sqrt(9 d): ``d (1 + c z)^3`` for a normal z is accepted with a probability that is above
+    0.95 for every a >= 1, else drawn again; below 1 by ``G(a) = G(a + 1) U^(1/a)``. `jax.random.gamma` runs one
+    element after the other on CPU, at 680 ns a draw.
+
+    Differentiable forward in the shape: the derivative is that of the proposal accepted.
+    """
+    small = shape < 1
+    d = jnp.where(small, shape + 1, shape) - jnp.asarray(1 / 3, shape.dtype)
+    c = 1 / jnp.sqrt(9 * d)
+
+    def propose(stream: Array | int) -> tuple[Array, Array]:
+        u, v = _uniform_pair(rng_key, shape.shape, shape.dtype, stream)
+        z = normals(u)
+        cube = (1 + c * z) ** 3
+        log_cube = jnp.log(jnp.where(cube > 0, cube, 1.0))
+        return d * cube, (cube > 0) & (jnp.log(v) < 0.5 * z**2 + d * (1 - cube + log_cube))
+
+    def again(state: tuple) -> tuple:
+        stream, value, accepted = state
+        new, found = propose(stream)
+        return stream + 1, jnp.where(accepted, value, new), accepted | found
+
+    first = (jnp.asarray(2, jnp.uint32), *propose(1))
+    _, value, _ = jax.lax.while_loop(lambda state: ~jnp.all(state[2]), again, first)
+
+    def boost(value: Array) -> Array:
+        power, _ = _uniform_pair(rng_key, shape.shape, shape.dtype, 2**32 - 1)  # a stream that no round will reach
+        return jnp.where(small, value * jnp.exp(jnp.log(power) / shape), value)
+
+    return jax.lax.cond(jnp.any(small), boost, lambda value: value, value)
 
 
 def _horner(coefficients: tuple[float, ...], x: Array) -> Array:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from pmcmc._types import PyTree
-from pmcmc.recurrence._base import RESULTS, Recurrence, RecurrenceSolver, Solution, Stats
+from pmcmc.recurrence._base import RESULTS, Recurrence, RecurrenceSolver, Solution, Staged, Stats
 from pmcmc.recurrence._basis import Basis, LinearBasis, ScaledBasis, StandardBasis
 from pmcmc.recurrence._hutchinson import FixedProbes, FreshProbes, HutchinsonBlockDiagonal, HutchinsonDiagonal
 from pmcmc.recurrence._jacobian import BlockDiagonal, Dense, Diagonal, Identity, JacobianStructure, Zero
@@ -47,6 +47,7 @@ __all__ = [
     "Sequential",
     "Smoother",
     "Solution",
+    "Staged",
     "StandardBasis",
     "Stats",
     "StepRule",

@@ -108,17 +108,38 @@ def _identity(x):
 
 
 @dataclass(frozen=True)
+class Staged:
+    """A step taken in stages, their number a function of carry and input: begin, advance until finished, conclude.
+
+    All four take and give a batch of lanes at once. The work, all that is known of a step under way, has the lanes on
+    the last axis of every leaf, where what is per lane is contiguous; carries, inputs and aux have them first.
+
+    begin: ``(carry, input) -> work``. advance: ``work -> work``; what conclude reads of a finished lane must stay.
+    finished: ``work -> (lanes,)``. conclude: ``work -> (carry, aux)``.
+
+    Source: Dance et al. 2025, "Efficiently vectorized MCMC on modern accelerators".
+    """
+
+    begin: Callable
+    advance: Callable
+    finished: Callable
+    conclude: Callable
+
+
+@dataclass(frozen=True)
 class Recurrence:
     """A recurrence whose step carries more than the unknown, such as a cached gradient.
 
     step: ``(carry, input) -> (carry, aux)``, one step.
     unknown: ``carry -> x``, what is solved for, compared and stored.
     restore: ``x -> carry``, rebuilds the caches.
+    staged: the same step in stages, where its length varies; solvers that walk lanes then let none wait. Else None.
     """
 
     step: Callable
     unknown: Callable = _identity
     restore: Callable = _identity
+    staged: Staged | None = None
 
     def __call__(self, x: PyTree, u: PyTree) -> tuple[PyTree, PyTree]:
         """``x[t], aux[t]`` from ``x[t-1]`` without caches."""

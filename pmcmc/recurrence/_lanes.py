@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pmcmc._tree import tree_where
 from pmcmc._types import Array, PyTree
 from pmcmc.recurrence._base import Problem, Recurrence, RecurrenceSolver, Solution
 
@@ -107,13 +108,26 @@ class LaneSolver(RecurrenceSolver):
 
 
 def read_step(buffer: PyTree, step: Array | int) -> PyTree:
-    """One step of every lane of ``(lanes, S, ...)`` buffers."""
+    """One step of every lane of ``(lanes, S, ...)`` buffers, the same or each its own, (lanes,)."""
+    if jnp.ndim(step):
+        return jax.tree.map(lambda b: b.at[jnp.arange(b.shape[0]), step].get(mode="clip"), buffer)
     return jax.tree.map(lambda b: jax.lax.dynamic_index_in_dim(b, step, 1, keepdims=False), buffer)
 
 
 def write_step(buffer: PyTree, new: PyTree, step: Array | int) -> PyTree:
-    """Inverse of `read_step`."""
+    """Inverse of `read_step`, for a step that all lanes share."""
     return jax.tree.map(lambda b, n: jax.lax.dynamic_update_index_in_dim(b, n, step, 1), buffer, new)
+
+
+def write_where(mask: Array, buffer: PyTree, new: PyTree, step: Array | int) -> PyTree:
+    """`write_step` for the lanes of a mask; steps may be each lane's own."""
+    if jnp.ndim(step):
+
+        def leaf(b, n):
+            return b.at[jnp.arange(b.shape[0]), jnp.where(mask, step, b.shape[1])].set(n, mode="drop")
+
+        return jax.tree.map(leaf, buffer, new)
+    return write_step(buffer, tree_where(mask, new, read_step(buffer, step)), step)
 
 
 def walk(step: Callable, carry: PyTree, lanes: Lanes, chunk: int) -> tuple[PyTree, PyTree]:
@@ -122,13 +136,18 @@ def walk(step: Callable, carry: PyTree, lanes: Lanes, chunk: int) -> tuple[PyTre
     step: ``(carry, input) -> (carry, record)`` of all lanes at once. The record is (lanes, capacity, ...), of no
     meaning where nothing was written.
     """
-    layout, inputs, record = lanes.layout, lanes.inputs, lanes.buffers
-    if record is None:
-        _, shapes = jax.eval_shape(step, carry, read_step(inputs, 0))
-        record = jax.tree.map(lambda x: jnp.zeros((x.shape[0], layout.capacity, *x.shape[1:]), x.dtype), shapes)
+    layout, inputs, record = lanes.layout, lanes.inputs, record_for(step, carry, lanes)
     run_chunk = _run_alone if layout.num_blocks == 1 else _run_abreast
     body = lambda number, state: run_chunk(step, inputs, number * chunk, chunk, *state)
     return jax.lax.fori_loop(0, -(-layout.block_length // chunk), body, (carry, record))
+
+
+def record_for(step: Callable, carry: PyTree, lanes: Lanes) -> PyTree:
+    """The buffers to be overwritten by `walk`, or new ones."""
+    if lanes.buffers is not None:
+        return lanes.buffers
+    _, shapes = jax.eval_shape(step, carry, read_step(lanes.inputs, 0))
+    return jax.tree.map(lambda x: jnp.zeros((x.shape[0], lanes.layout.capacity, *x.shape[1:]), x.dtype), shapes)
 
 
 def _run_alone(step, inputs, first, chunk, carry, record):

@@ -44,9 +44,10 @@ from pmcmc._tree import (
     tree_where,
 )
 from pmcmc._types import Array, PyTree, Scalar
-from pmcmc.recurrence._base import RESULTS, Solution, Stats, default_tolerance, typical_scale
+from pmcmc.recurrence._base import RESULTS, Solution, Staged, Stats, default_tolerance, typical_scale
 from pmcmc.recurrence._growth import separates
-from pmcmc.recurrence._lanes import Lanes, LaneSolver, Layout, read_step, walk, write_step
+from pmcmc.recurrence._lanes import Lanes, LaneSolver, Layout, read_step, record_for, walk, write_where
+from pmcmc.recurrence._staged import walk_apart
 
 # Steps of the zeroth sweep between writes to the path, where they divide the capacity.
 CHUNK = 16
@@ -143,11 +144,17 @@ class Sweep(NamedTuple):
     depth: Array  # steps one after the other so far
 
 
-class Pass(NamedTuple):
-    """State within a repair sweep, one step of all lanes at a time."""
+class Filled(NamedTuple):
+    """State within the zeroth sweep of lanes that advance apart."""
 
-    step: Array
-    carry: PyTree
+    step: Array  # (lanes,)
+    record: PyTree
+
+
+class Pass(NamedTuple):
+    """State within a repair sweep."""
+
+    step: Array  # that all lanes are in, or (lanes,) each its own
     active: Array
     ran_out: Array  # active and not merged so far
     distance: Array  # to the recording, at the previous step
@@ -186,7 +193,10 @@ def _fill(lanes: Lanes) -> Sweep:
         carry, aux = step(carry, u)
         return carry, (unknown(carry), aux)
 
-    end, (path, aux) = walk(body, start, lanes, math.gcd(layout.capacity, CHUNK))
+    if recurrence.staged is None:
+        end, (path, aux) = walk(body, start, lanes, math.gcd(layout.capacity, CHUNK))
+    else:
+        end, (path, aux) = _fill_apart(recurrence.staged, unknown, start, lanes, record_for(body, start, lanes))
     zeros = jnp.zeros(layout.num_lanes, real_dtype(lanes.x0))
     none = jnp.zeros(layout.num_chains, int)
     return _hand_over(
@@ -206,6 +216,19 @@ def _fill(lanes: Lanes) -> Sweep:
     )
 
 
+def _fill_apart(staged: Staged, unknown, start: PyTree, lanes: Lanes, record: PyTree) -> tuple[PyTree, PyTree]:
+    """As `walk`, each lane at a step of its own."""
+
+    def visit(now: Filled, carry, aux, arrived) -> Filled:
+        record = write_where(arrived, now.record, (unknown(carry), aux), now.step)
+        return Filled(now.step + arrived, record)
+
+    going = lambda now: now.step < lanes.layout.block_length
+    first = Filled(jnp.zeros(lanes.layout.num_lanes, int), record)
+    end, filled = walk_apart(staged, lanes.inputs, start, first, going, visit)
+    return end, filled.record
+
+
 def _hand_over(layout: Layout, ran_out: Array, sweep: Sweep) -> Sweep:
     """Restart block p+1 from the end of block p, if and only if block p ran to its end unmerged."""
     active = layout.by_chain(layout.shift(ran_out)).at[:, 0].set(False)
@@ -215,7 +238,7 @@ def _hand_over(layout: Layout, ran_out: Array, sweep: Sweep) -> Sweep:
 def _repair(lanes: Lanes, tol: Array, max_steps: Scalar, sweep: Sweep) -> Sweep:
     """One pass over the active lanes, then hand the new ends to their successors."""
     layout = lanes.layout
-    done = _run_pass(lanes, tol, max_steps - sweep.depth, sweep)
+    carry, done = _run_pass(lanes, tol, max_steps - sweep.depth, sweep)
     had_work = jnp.any(layout.by_chain(sweep.active), axis=1)
     handed = _hand_over(
         layout,
@@ -224,60 +247,68 @@ def _repair(lanes: Lanes, tol: Array, max_steps: Scalar, sweep: Sweep) -> Sweep:
             number=sweep.number + 1,
             start=sweep.start,
             active=sweep.active,
-            end=tree_where(done.ran_out, done.carry, sweep.end),
+            end=tree_where(done.ran_out, carry, sweep.end),
             # a block overwritten to its end has no splice left
             recording=done.recording._replace(splice=jnp.where(done.ran_out, 0.0, done.recording.splice)),
             num_sweeps=sweep.num_sweeps + had_work,
             critical_path=sweep.critical_path + jnp.max(layout.by_chain(done.taken), axis=1),
             evaluations=sweep.evaluations + done.taken,
-            depth=sweep.depth + done.step,
+            depth=sweep.depth + jnp.max(done.taken),
         ),
     )
     # stopped by the budget on its way: its block does not hold
     return handed._replace(active=handed.active | done.active)
 
 
-def _run_pass(lanes: Lanes, tol: Array, budget: Array, sweep: Sweep) -> Pass:
-    """Step all lanes until every active one has merged, the blocks end or the budget does."""
-    layout, recurrence = lanes.layout, lanes.recurrence
-    valid = layout.valid_steps()
-    step_lanes, unknown_lanes = jax.vmap(recurrence.step), jax.vmap(recurrence.unknown)
-
-    def body(now: Pass) -> Pass:
-        carry, aux = step_lanes(now.carry, read_step(lanes.inputs, now.step))
-        x = unknown_lanes(carry)
-        distance = relative_distance(x, read_step(now.recording.path, now.step), lanes.scale).astype(tol.dtype)
-        live = now.active & (now.step < valid)
-        merged = live & (distance <= tol)
-        overwrite = live & ~merged
-        lost = overwrite & ~finite_rows(x)  # from a state that is not finite there is nothing to repair
-        return Pass(
-            step=now.step + 1,
-            carry=carry,
-            active=overwrite & ~lost & (now.step + 1 < valid),
-            ran_out=now.ran_out & ~merged & ~lost,
-            distance=distance,
-            recording=_write(now, x, aux, distance, live, merged, overwrite, tol),
-            taken=now.taken + live,
-        )
-
+def _run_pass(lanes: Lanes, tol: Array, budget: Array, sweep: Sweep) -> tuple[PyTree, Pass]:
+    """Step all lanes until every active one has merged, the blocks end or the budget does; also their last carries."""
+    layout, staged = lanes.layout, lanes.recurrence.staged
+    none = jnp.zeros(layout.num_lanes, int)
     begin = Pass(
-        step=jnp.zeros((), int),
-        carry=sweep.start,
-        active=sweep.active & (valid > 0),
+        step=jnp.zeros((), int) if staged is None else none,
+        active=sweep.active & (layout.valid_steps() > 0),
         ran_out=sweep.active,
         distance=jnp.full(layout.num_lanes, jnp.inf, tol.dtype),
         recording=sweep.recording,
-        taken=jnp.zeros(layout.num_lanes, int),
+        taken=none,
     )
-    return jax.lax.while_loop(lambda now: (now.step < budget) & jnp.any(now.active), body, begin)
+    going = lambda now: now.active & (now.step < budget)
+    if staged is not None:
+        visit = lambda now, carry, aux, arrived: _compare(lanes, tol, now, carry, aux, arrived)
+        return walk_apart(staged, lanes.inputs, sweep.start, begin, going, visit)
+    step_lanes, everyone = jax.vmap(lanes.recurrence.step), jnp.array(True)
+
+    def body(state):
+        carry, now = state
+        carry, aux = step_lanes(carry, read_step(lanes.inputs, now.step))
+        return carry, _compare(lanes, tol, now, carry, aux, everyone)
+
+    return jax.lax.while_loop(lambda state: jnp.any(going(state[1])), body, (sweep.start, begin))
+
+
+def _compare(lanes: Lanes, tol: Array, now: Pass, carry: PyTree, aux: PyTree, arrived: Array) -> Pass:
+    """The rule, for the lanes that have arrived at the end of a step."""
+    valid = lanes.layout.valid_steps()
+    x = jax.vmap(lanes.recurrence.unknown)(carry)
+    distance = relative_distance(x, read_step(now.recording.path, now.step), lanes.scale).astype(tol.dtype)
+    live = now.active & arrived & (now.step < valid)
+    merged = live & (distance <= tol)
+    overwrite = live & ~merged
+    lost = overwrite & ~finite_rows(x)  # from a state that is not finite there is nothing to repair
+    return Pass(
+        step=now.step + arrived,
+        active=jnp.where(arrived, overwrite & ~lost & (now.step + 1 < valid), now.active),
+        ran_out=now.ran_out & ~merged & ~lost,
+        distance=jnp.where(arrived, distance, now.distance),
+        recording=_write(now, x, aux, distance, live, merged, overwrite, tol),
+        taken=now.taken + live,
+    )
 
 
 def _write(now: Pass, x, aux, distance, live, merged, overwrite, tol) -> Recording:
     """Overwrite the recording on lanes that have not merged; account for merges and for small distances."""
     recording = now.recording
-
-    write = lambda buffer, new: write_step(buffer, tree_where(overwrite, new, read_step(buffer, now.step)), now.step)
+    write = lambda buffer, new: write_where(overwrite, buffer, new, now.step)
     # Small: within the square root of the tolerance, where a distance behaves linearly. By optional stopping the
     # mean growth per step is unbiased although a lane enters this regime from above and leaves it by merging.
     small = live & (now.distance < jnp.sqrt(tol)) & (now.distance > 0)

@@ -35,16 +35,19 @@ def parallel_chain(
 ) -> Chain:
     """Sample a NumPyro model's posterior, each chain solved in parallel across its length.
 
-    model: a NumPyro model with continuous latent sites. model_args, model_kwargs: its arguments, data included.
+    model: a NumPyro model. model_args, model_kwargs: its arguments, data included. Its latent sites are continuous, or
+        discrete with finite support; the latter are drawn by `DiscreteGibbs` and returned as integers.
     rng_key: a JAX key, or an int seed. The draws are a function of it, whatever solver or blocks are used.
-    kernel: `HMC()` by default; tunables left None are set by warm-up.
+    kernel: `HMC()` by default; tunables left None are set by warm-up. Where there are discrete sites, one that needs
+        gradients becomes ``Compose([DiscreteGibbs(), (kernel, continuous sites)])``.
     solver: "auto" takes blocks of the chain (`MultipleShooting`) where a short pilot of coupled chains merges well
         within the run, and sequential sampling elsewhere; or any `RecurrenceSolver`.
     num_warmup: steps of warm-up, 0 for none (then the kernel's tunables must be given).
     num_samples: steps per chain after warm-up; every ``thinning``-th is kept.
     init_params: unconstrained starting values by site, for all chains or with a leading axis num_chains.
     extra_fields: names for `Chain.get_extra_fields`, as NumPyro spells them.
-    warmup: `WindowAdaptation()` by default.
+    warmup: `EnsembleAdaptation()` by default, `BlockAdaptation()` for `Gibbs`, `DiscreteGibbs` and `Compose`; its
+        seconds do not depend on num_chains.
 
     Returns:
         A `Chain`; its ``report`` says what was decided and certified.
@@ -63,9 +66,11 @@ def parallel_chain(
         (4, 200)
     """
     model_kwargs = {} if model_kwargs is None else model_kwargs
-    settings = Settings.check(kernel, solver, num_warmup, num_samples, num_chains, thinning, extra_fields, warmup)
     key = as_key(rng_key)
     target = numpyro_target(model, model_args, model_kwargs)
+    settings = Settings.check(
+        target, kernel, solver, num_warmup, num_samples, num_chains, thinning, extra_fields, warmup
+    )
     return run_stages(target, key, model_starts(target, key, init_params, settings), settings, progress_bar)
 
 
@@ -78,7 +83,7 @@ def model_starts(target: Target, rng_key: PRNGKey, init_params: PyTree, settings
 
 
 def sample(
-    logdensity_fn: Callable,
+    logdensity_fn: Callable | None,
     initial_position: PyTree,
     rng_key: PRNGKey | int,
     *,
@@ -94,8 +99,10 @@ def sample(
 ) -> Chain:
     """Sample ``exp(logdensity_fn(position))`` over unconstrained positions, each chain parallel across its length.
 
-    logdensity_fn: ``position -> scalar``. Pass the same function object again and nothing is compiled again.
-    initial_position: any pytree of floating arrays; every chain's warm-up starts there.
+    logdensity_fn: ``position -> scalar``. Pass the same function object again and nothing is compiled again. None for
+        kernels that evaluate none: `Gibbs`.
+    initial_position: any pytree of floating arrays; every chain's warm-up starts there. For `Gibbs`, `DiscreteGibbs`
+        and `Compose` a dict of sites, integers among them if need be.
     Other arguments, result and errors as in `parallel_chain`. ``get_samples()`` has the position's own pytree.
 
     Example:
@@ -105,8 +112,10 @@ def sample(
         >>> chain.get_samples()["a"].shape
         (400, 3)
     """
-    settings = Settings.check(kernel, solver, num_warmup, num_samples, num_chains, thinning, extra_fields, warmup)
     target = Target.from_logdensity(logdensity_fn, initial_position)
+    settings = Settings.check(
+        target, kernel, solver, num_warmup, num_samples, num_chains, thinning, extra_fields, warmup
+    )
     num_starts = settings.warmup.num_starts if num_warmup else num_chains
     starts = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x)[None], num_starts, axis=0), initial_position)
     return run_stages(target, as_key(rng_key), starts, settings, progress_bar)

@@ -23,7 +23,7 @@ from pmcmc.warmup._base import LaneTiming
 
 def load(
     path: str | Path,
-    model: Callable,
+    model: Callable | None,
     *,
     model_args: tuple = (),
     model_kwargs: dict | None = None,
@@ -34,8 +34,8 @@ def load(
     """A chain from a file of `Chain.save`: to read its draws, or to `Chain.extend` it with the same result as there.
 
     path: of the file.
-    model: the NumPyro model or log density that the chain was made with: no code is stored. It must have the same
-        sites, and the same density where the chains stood last.
+    model: the NumPyro model or log density that the chain was made with (None where there was none): no code is
+        stored. It must have the same sites, and the same density where the chains stood last.
     model_args, model_kwargs: the model's arguments, data included; for a NumPyro model.
     initial_position: for a log density over pytrees with classes of your own; dicts, lists and tuples are stored.
     kernel, solver: those that the chain was made with, where they hold functions or classes of your own, as
@@ -60,6 +60,8 @@ def load(
     reader = Reader(path)
     header = reader.header
     if header["is_model"]:
+        if model is None:
+            raise TypeError(f"{reader.path} is a chain of a NumPyro model: pass that model, got None.")
         target = numpyro_target(model, model_args, {} if model_kwargs is None else model_kwargs)
     else:
         target = Target.from_logdensity(model, reader.decode("initial_position", header["position"], initial_position))
@@ -88,8 +90,7 @@ def load(
 
 def _state(reader: Reader, target: Target, kernel: Any) -> ChainState:
     header = reader.header
-    start = jax.ShapeDtypeStruct((target.dim,), target.spec.dtype)
-    template = jax.eval_shape(lambda y: kernel.unknown(kernel.start(target, y)), start)
+    template = jax.eval_shape(lambda x: kernel.unknown(kernel.init(target, x)), target.spec.template)
     arrays = lambda name: jax.tree.map(jnp.asarray, reader.leaves(name, template))
     timing = None
     if header["timing"] is not None and header["timing"][0] == jax.default_backend():
@@ -143,7 +144,7 @@ def _check_density(reader: Reader, state: ChainState) -> None:
     """Another machine rounds differently; other data or another model are far further away."""
     stored, found = np.asarray(reader.header["logdensity"]), last_logdensity(state)
     tolerance = np.sqrt(np.finfo(np.float32).eps) * np.maximum(1.0, np.abs(stored))
-    if not np.all(np.abs(stored - found) <= tolerance):
+    if np.any(np.abs(stored - found) > tolerance) or np.any(np.isnan(stored) != np.isnan(found)):
         raise ValueError(
             f"the model's log density where the chains stood last is {found}, and was {stored} when {reader.path} was "
             "saved: pass the model, its arguments and data as they were."

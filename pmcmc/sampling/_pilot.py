@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pmcmc._tree import real_dtype
 from pmcmc._types import PyTree
 from pmcmc.recurrence import Sequential
 from pmcmc.recurrence._base import default_tolerance
@@ -159,8 +160,8 @@ def _compare_after(couples: list[Couple], num_steps: int, run: Run) -> tuple[Coa
     both = [one.pairs(num_steps) for one in couples]
     chains, partners = (jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), *side) for side in zip(*both, strict=True))
     scale = _spread(chains) if run.engine.scale is None else run.engine.scale
-    dtype = jax.tree.leaves(chains)[0].dtype
-    return coalescence_of_paths(chains, partners, scale=scale, tol=default_tolerance(dtype)), num_steps
+    tol = default_tolerance(real_dtype(chains))
+    return coalescence_of_paths(chains, partners, scale=scale, tol=tol), num_steps
 
 
 def bias_after_warmup(pilot: Coalescence) -> np.ndarray:

@@ -10,10 +10,17 @@ import jax
 import jax.numpy as jnp
 
 from pmcmc._types import PRNGKey, PyTree
-from pmcmc.kernels import HMC, Kernel
+from pmcmc.kernels import HMC, Compose, DiscreteGibbs, Kernel, SiteKernel
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.target import Target
-from pmcmc.warmup import Warmup, WindowAdaptation
+from pmcmc.warmup import (
+    BlockAdaptation,
+    ChEESAdaptation,
+    EnsembleAdaptation,
+    Pathfinder,
+    Warmup,
+    WindowAdaptation,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,7 @@ class Settings:
     @classmethod
     def check(
         cls,
+        target: Target,
         kernel: Any,
         solver: Any,
         num_warmup: Any,
@@ -47,12 +55,11 @@ class Settings:
             ValueError, TypeError: expected, got, fix.
         """
         kernel = HMC() if kernel is None else kernel
-        warmup = WindowAdaptation() if warmup is None else warmup
         if not isinstance(kernel, Kernel):
             hint = f" Write {kernel.__name__}() instead." if isinstance(kernel, type) else ""
             raise TypeError(f"kernel must be a pmcmc kernel such as HMC() or MALA(), got {kernel!r}.{hint}")
-        if not isinstance(warmup, Warmup):
-            raise TypeError(f"warmup must be a Warmup such as WindowAdaptation(), got {warmup!r}.")
+        if not (warmup is None or isinstance(warmup, Warmup)):
+            raise TypeError(f"warmup must be a Warmup such as EnsembleAdaptation(), got {warmup!r}.")
         if not (isinstance(solver, RecurrenceSolver) or (isinstance(solver, str) and solver == "auto")):
             raise TypeError(
                 f'solver must be "auto" or a solver such as pmcmc.recurrence.MultipleShooting(), got {solver!r}.'
@@ -69,7 +76,7 @@ class Settings:
                 f"{type(kernel).__name__} has no extra_fields {sorted(unknown)}: expected names out of "
                 f"{list(kernel.extra_fields)}."
             )
-        if num_warmup == 0 and getattr(kernel, "step_size", 0.0) is None:
+        if num_warmup == 0 and not kernel.is_tuned:
             raise ValueError(
                 f"num_warmup=0 tunes nothing, but {type(kernel).__name__}() has no step size: pass step_size=, or "
                 "leave num_warmup at 1000."
@@ -79,8 +86,37 @@ class Settings:
                 "a BlackJAX algorithm that is already built has its own log density and cannot be warmed up. Pass "
                 "num_warmup=0, or its constructor and parameters, as in from_blackjax(blackjax.mala, step_size=None)."
             )
+        kernel = _with_discrete_sites(kernel, target)
+        warmup = _fitting_warmup(warmup, kernel)
         solver = None if isinstance(solver, str) else solver
         return cls(kernel, solver, num_warmup, num_samples, num_chains, thinning, tuple(extra_fields), warmup)
+
+
+def _with_discrete_sites(kernel: Kernel, target: Target) -> Kernel:
+    """The kernel, with updates of the target's discrete sites where it has none."""
+    discrete = [name for name, _ in target.model.supports]
+    if not discrete or isinstance(kernel, SiteKernel):
+        return kernel
+    continuous = [name for name in target.spec.template if name not in discrete]
+    return Compose([DiscreteGibbs(), (kernel, continuous)]) if continuous else DiscreteGibbs()
+
+
+def _fitting_warmup(warmup: Warmup | None, kernel: Kernel) -> Warmup:
+    """The one given, or the one that suits the kernel.
+
+    Raises:
+        TypeError: it cannot tune the kernel.
+    """
+    by_sites = isinstance(kernel, SiteKernel)
+    if warmup is None:
+        return BlockAdaptation() if by_sites else EnsembleAdaptation()
+    of_vectors = (EnsembleAdaptation, WindowAdaptation, ChEESAdaptation, Pathfinder)
+    if isinstance(warmup, of_vectors if by_sites else BlockAdaptation):
+        fitting = "BlockAdaptation()" if by_sites else "EnsembleAdaptation()"
+        raise TypeError(
+            f"{type(warmup).__name__} cannot warm up {type(kernel).__name__}: pass warmup={fitting}, or leave it out."
+        )
+    return warmup
 
 
 def _size(name: str, value: Any, least: int) -> int:
@@ -121,15 +157,16 @@ def spread_starts(target: Target, init_params: PyTree, num_chains: int, num_star
     Raises:
         ValueError: other names or shapes than the target's.
     """
-    template = target.spec.unravel(jnp.zeros(target.dim, target.spec.dtype))
+    template = target.spec.template
     shapes = lambda tree: jax.tree.map(jnp.shape, tree)
     if jax.tree.structure(init_params) == jax.tree.structure(template):
         given, one = shapes(init_params), shapes(template)
         pick = jnp.arange(num_starts)
         if given == one:
-            return jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x, float)[None], num_starts, axis=0), init_params)
+            every = lambda x, like: jnp.repeat(jnp.asarray(x, like.dtype)[None], num_starts, axis=0)
+            return jax.tree.map(every, init_params, template)
         if given == jax.tree.map(lambda s: (num_chains, *s.shape), template):
-            return jax.tree.map(lambda x: jnp.asarray(x, float)[pick % num_chains], init_params)
+            return jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype)[pick % num_chains], init_params, template)
     raise ValueError(
         "init_params must hold unconstrained values of the latent sites. Expected shapes "
         f"{shapes(template)}, with or without a leading axis num_chains={num_chains}, got {shapes(init_params)}."

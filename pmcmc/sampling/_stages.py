@@ -3,13 +3,15 @@
 import time
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._types import PRNGKey, PyTree
+from pmcmc._tree import tree_index
+from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.chain import Chain, ChainState
 from pmcmc.kernels import Info
 from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Sequential
@@ -47,7 +49,7 @@ def extend(chain: Chain, num_samples: int, progress_bar: bool) -> Chain:
     """See `Chain.extend`."""
     solver = "auto" if chain.solver is None else chain.solver
     settings = Settings.check(
-        chain.kernel, solver, 0, num_samples, chain.num_chains, chain.thinning, chain.extra_fields, None
+        chain.target, chain.kernel, solver, 0, num_samples, chain.num_chains, chain.thinning, chain.extra_fields, None
     )
     more = sample_from(chain.state, settings, progress_bar)
     join = lambda old, new: np.concatenate([old, new], axis=1)
@@ -59,14 +61,15 @@ def _warm_up(
     target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings, progress: Any, ahead: Ahead
 ) -> ChainState:
     """From ``starts`` to where the chains begin, programs for sampling being compiled beside."""
-    check_starts(target, jax.vmap(target.coordinates)(starts))
-    warmup_key, chain_key = jax.random.split(rng_key)
+    settings.kernel.check(target)
+    check_starts(target, starts)
+    settings.kernel.check_start(target, tree_index(starts, 0))
+    warmup_key, chain_key = _split_keys(rng_key)
     progress.set_description("warm-up")
-
     if settings.num_warmup and (expected := settings.warmup.tuned_shapes(target, settings.kernel)) is not None:
         compile_ahead(_engine(_begin(expected, chain_key, settings), ahead), settings.solver, settings.num_samples)
     state = _begin(_tune(target, warmup_key, starts, settings), chain_key, settings)
-    return state._replace(unknown=jax.tree.map(lambda x: x[state.own], state.ensemble))
+    return state._replace(unknown=jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[state.own]), state.ensemble))
 
 
 def _begin(tuned: Tuned, chain_key: PRNGKey, settings: Settings) -> ChainState:
@@ -126,9 +129,22 @@ def _chain_starts(tuned: Tuned, settings: Settings) -> np.ndarray:
     return (chains * stride + chains * stride // num_states) % num_states
 
 
+@jax.jit
+def _split_keys(rng_key: PRNGKey) -> tuple[PRNGKey, PRNGKey]:
+    """For warm-up, and for the chains."""
+    warmup_key, chain_key = jax.random.split(rng_key)
+    return warmup_key, chain_key
+
+
+@partial(jax.jit, static_argnames="num_chains")
+def _chain_keys(rng_key: PRNGKey, *, num_chains: int) -> Array:
+    """One for each chain, that does not depend on how many there are."""
+    return jax.vmap(lambda c: jax.random.fold_in(rng_key, c))(jnp.arange(num_chains))
+
+
 def _engine(state: ChainState, ahead: Ahead) -> Engine:
-    """With a key for every chain. Of a state that is only compiled for, shapes will do."""
-    keys = jax.vmap(lambda c: jax.random.fold_in(state.rng_key, c))(jnp.arange(len(state.own)))
+    """Of a state that is only compiled for, shapes will do."""
+    keys = _chain_keys(state.rng_key, num_chains=len(state.own))
     return Engine(state.target, state.kernel, keys, state.ensemble, _scale(state), ahead, state.num_steps)
 
 
@@ -136,7 +152,7 @@ def _scale(state: ChainState) -> PyTree:
     """Of an unknown: one where it is the coordinates in a basis that warm-up found, else not known (None)."""
     if state.target.basis is None or len(jax.tree.leaves(state.ensemble)) > 1:
         return None
-    return jax.tree.map(lambda x: jnp.ones(x.shape[1:], x.dtype), state.ensemble)
+    return jax.tree.map(lambda x: np.ones(x.shape[1:], x.dtype), state.ensemble)
 
 
 def _decision(solver: RecurrenceSolver) -> str:

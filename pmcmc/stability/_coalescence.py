@@ -12,7 +12,7 @@ from pmcmc._types import Array, ArrayLeaf, PyTree, Scalar
 from pmcmc.recurrence import Recurrence
 from pmcmc.recurrence._base import as_recurrence, default_tolerance
 from pmcmc.stability._checkpoints import Checkpoints, checkpoint_steps, empty_checkpoints, store_checkpoint
-from pmcmc.stability._distance import coordinate_distances
+from pmcmc.stability._distance import coordinate_distances, judged_movement
 
 
 class Coalescence(NamedTuple):
@@ -32,7 +32,7 @@ class Coalescence(NamedTuple):
     growth_error: its standard error, from the differences between pairs; NaN with fewer than two.
     movement: (max_steps, 2, pairs) mean over coordinates of |x[t] - x[t-1]| / scale (1 for an integer that changed);
         NaN behind the last step run.
-    dimension_movement: (D,) the same by coordinate, a mean over steps and paths.
+    dimension_movement: (D,) the same by coordinate, a mean over steps and paths; NaN for an integer that never changed.
     finite: (pairs,) whether all states were finite.
     num_steps: steps run; fewer than max_steps once every pair has merged or is not finite.
     tol: the merge tolerance.
@@ -274,7 +274,7 @@ def _conclude(run: _Run, num_pairs: int, tol: Array, grid: np.ndarray) -> Coales
         growth_rate=rate,
         growth_error=jnp.where(seen > 1, error, jnp.nan),
         movement=run.movement.reshape(max_steps, 2, num_pairs),
-        dimension_movement=run.dimension_movement / jnp.maximum(run.step, 1),
+        dimension_movement=judged_movement(run.dimension_movement / jnp.maximum(run.step, 1), run.x, 1),
         finite=run.finite,
         num_steps=run.step,
         tol=tol,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc.kernels import HMC, Info, Kernel
+from pmcmc.kernels import HMC, Info, Kernel, SiteKernel
 from pmcmc.stability._coalescence import Coalescence
 from pmcmc.stability._distance import site_distances
 from pmcmc.target import Target
@@ -46,7 +46,7 @@ def diagnose(target: Target, kernel: Kernel, pilot: Coalescence, info: Info) -> 
         raise ValueError("every pair of this pilot merged: there is nothing to explain.")
     points, last = pilot.checkpoints, int(np.sum(np.asarray(pilot.checkpoints.reached))) - 1
     apart = ~np.asarray(pilot.merged)
-    coordinates = jax.vmap(kernel.coordinates)
+    coordinates = jax.vmap(lambda unknown: target.coordinates(kernel.position(target, unknown)))
     ends = [coordinates(jax.tree.map(lambda x: jnp.asarray(x[last][apart]), x)) for x in (points.first, points.second)]
     distances = {
         name: float(np.median(np.max(np.reshape(np.asarray(d), (apart.sum(), -1)), axis=1)))
@@ -75,7 +75,7 @@ def _about_steps(info: Info) -> list[str]:
     if not (rate < LOW_ACCEPTANCE or divergent > MANY_DIVERGENCES):  # a kernel that reports no rate has NaN
         return []
     seen = f"acceptance rate {rate:.2f}, {divergent:.1%} of steps divergent"
-    return [f"The step size is large for this posterior ({seen}): try WindowAdaptation(target_acceptance_rate=0.95)."]
+    return [f"The step size is large for this posterior ({seen}): try EnsembleAdaptation(target_acceptance_rate=0.95)."]
 
 
 def _about_pilot(target: Target, kernel: Kernel, pilot: Coalescence) -> list[str]:
@@ -88,7 +88,7 @@ def _about_pilot(target: Target, kernel: Kernel, pilot: Coalescence) -> list[str
         )
     if movement <= CRAWL:
         found.append(f"Chains move {movement:.2g} sd a step only: try longer trajectories, or another kernel.")
-    if target.basis is None:
+    if target.basis is None and not isinstance(kernel, SiteKernel):  # blocks have coordinates of their own
         found.append("The kernel works in the model's own coordinates: run warm-up, which whitens them.")
     rate, error = float(pilot.growth_rate), float(pilot.growth_error)
     if rate + 2 * error < 0:

@@ -1,10 +1,13 @@
 """Distances coordinate by coordinate, and of the sites of a model."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pmcmc._tree import is_real
-from pmcmc._types import Array, PyTree
+from pmcmc._types import Array, ArrayLeaf, PyTree
 from pmcmc.target import Target
 
 
@@ -34,6 +37,17 @@ def coordinate_distances(
         return ratio.reshape(*x.shape[:num_axes], -1)
 
     return jnp.concatenate(jax.tree.leaves(jax.tree.map(leaf, first, second, scale)), axis=-1)
+
+
+def judged_movement(movement: ArrayLeaf, states: PyTree, num_axes: int) -> ArrayLeaf:
+    """Movement by coordinate, (D,), NaN for integers that never changed: a discrete variable may well keep its value.
+
+    states: with ``num_axes`` leading axes.
+    """
+    leaves = jax.tree.leaves(states)
+    real = np.concatenate([np.full(math.prod(x.shape[num_axes:]), is_real(x)) for x in leaves])
+    where = np.where if isinstance(movement, np.ndarray) else jnp.where
+    return where((movement == 0) & ~real, np.nan, movement)
 
 
 def site_distances(target: Target, first: Array, second: Array, *, scale: PyTree = None) -> dict[str, Array]:

@@ -9,6 +9,7 @@ from pmcmc._tree import is_real
 from pmcmc._types import PyTree
 from pmcmc.stability._checkpoints import Checkpoints, checkpoint_steps
 from pmcmc.stability._coalescence import Coalescence
+from pmcmc.stability._distance import judged_movement
 
 
 def coalescence_of_paths(first: PyTree, second: PyTree, *, scale: PyTree, tol: float) -> Coalescence:
@@ -33,7 +34,7 @@ def coalescence_of_paths(first: PyTree, second: PyTree, *, scale: PyTree, tol: f
     before, after = distances[:-1], distances[1:]
     small = until[:-1] & (before < np.sqrt(tol)) & (before > 0)
     floor = tol * 2.0**-10
-    growth = np.where(small, np.log(np.maximum(np.minimum(after, 1.0), floor) / np.maximum(before, floor)), 0.0)
+    growth = np.where(small, np.log(np.clip(after, floor, 1.0) / np.clip(before, floor, 1.0)), 0.0)
     rate, error = _ratio(growth.sum(axis=0), small.sum(axis=0))
     moves = [_by_dimension(_rows(x, slice(1, None)), _rows(x, slice(-1)), scale, 1.0) for x in (first, second)]
     grid = checkpoint_steps(num_steps, 16)
@@ -46,7 +47,7 @@ def coalescence_of_paths(first: PyTree, second: PyTree, *, scale: PyTree, tol: f
         growth_rate=rate,
         growth_error=error,
         movement=np.stack([m.mean(axis=2) for m in moves], axis=1),
-        dimension_movement=np.mean([m.mean(axis=(0, 1)) for m in moves], axis=0),
+        dimension_movement=judged_movement(np.mean([m.mean(axis=(0, 1)) for m in moves], axis=0), first, 2),
         finite=finite,
         num_steps=num_steps,
         tol=tol,

@@ -45,7 +45,7 @@ def check_pilot(pilot: Coalescence) -> None:
             f"no chain moved in the {num_steps} steps of the pilot, so nothing is known of how chains merge. Lower the "
             "step size or run a longer warm-up; if every proposal diverges, check the model."
         )
-    still = ~(np.asarray(pilot.dimension_movement) > 0)
+    still = np.asarray(pilot.dimension_movement) == 0  # NaN: a discrete one, which may well keep its value
     if still.any():
         raise PilotError(
             f"coordinate(s) {', '.join(map(str, np.flatnonzero(still)[:8]))} of the state never moved in the "

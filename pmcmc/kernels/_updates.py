@@ -1,0 +1,271 @@
+"""Conditional updates of one site: maps of the state and of noise drawn first."""
+
+import abc
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from pmcmc._threefry import key_pair
+from pmcmc._tree import register_dataclass
+from pmcmc._types import Array, ArrayLeaf, PRNGKey, PyTree
+from pmcmc.kernels._inverse_cdf import inverse_cdf
+from pmcmc.kernels._noise import gammas, normals, uniforms
+
+
+class Site(NamedTuple):
+    """What an update knows of its site. like: shapes and dtypes of its value. dtype: of noise, floating."""
+
+    like: PyTree
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.like.shape
+
+
+class Drawn(NamedTuple):
+    """value: of the site. margin, failed: of discrete draws, see `DiscreteDraw`; inf and False elsewhere."""
+
+    value: PyTree
+    margin: Array | float = jnp.inf
+    failed: Array | bool = False
+
+
+class Update(abc.ABC):
+    """How one site is drawn given all the others, ``x' = g(state, noise)``; a frozen dataclass and a pytree.
+
+    Example:
+        >>> import pmcmc
+        >>> isinstance(pmcmc.GammaUpdate(2.0, rate=1.0), Update)
+        True
+    """
+
+    @abc.abstractmethod
+    def draw_noise(self, rng_key: PRNGKey, site: Site) -> PyTree:
+        """All the randomness of one update."""
+
+    @abc.abstractmethod
+    def draw(self, state: PyTree, noise: PyTree, site: Site) -> Drawn:
+        """The new value of the site. state: the values of all sites, this one included."""
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class FromState:
+    """A parameter that is a function of the state."""
+
+    fn: Callable = field(metadata=dict(static=True))
+
+
+def _read(parameter: Any, state: PyTree, shape: tuple[int, ...], dtype: Any) -> Array:
+    value = parameter.fn(state) if isinstance(parameter, FromState) else parameter
+    return jnp.broadcast_to(jnp.asarray(value, dtype), shape)
+
+
+def _wrap(update: Any, *names: str) -> None:
+    """Functions among the parameters become `FromState`, so that numbers can be leaves."""
+    for name in names:
+        if callable(value := getattr(update, name)) and not isinstance(value, FromState):
+            object.__setattr__(update, name, FromState(value))
+
+
+def _uniforms(rng_key: PRNGKey, shape: tuple[int, ...], dtype: Any) -> Array:
+    return uniforms(rng_key, math.prod(shape), dtype).reshape(shape)
+
+
+def _gamma_noise(shape: Any, rng_key: PRNGKey, site: Site) -> Array:
+    """Standard gammas where the shape is known beforehand, else the key to draw them by."""
+    if isinstance(shape, FromState):
+        return key_pair(rng_key)
+    return gammas(rng_key, _read(shape, None, site.shape, site.dtype))
+
+
+def _gamma(shape: Any, state: PyTree, noise: Array, site: Site) -> Array:
+    if isinstance(shape, FromState):
+        return gammas(noise, _read(shape, state, site.shape, site.dtype))
+    return noise
+
+
+def _check_callable(update: Any, name: str, form: str) -> None:
+    if not callable(getattr(update, name)):
+        raise TypeError(f"{type(update).__name__} needs {name} as a function, {form}, got {getattr(update, name)!r}.")
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class NormalUpdate(Update):
+    """``x' = loc + scale z``, z standard normal.
+
+    conditional: ``state -> (loc, scale)``, each of the site's shape or broadcast to it.
+
+    Source: Gelfand & Smith 1990 (Gibbs sampling from full conditionals).
+
+    Example:
+        >>> import pmcmc
+        >>> update = pmcmc.NormalUpdate(lambda x: (0.9 * x["y"], 0.44))
+    """
+
+    conditional: Callable = field(metadata=dict(static=True))
+
+    def __post_init__(self):
+        _check_callable(self, "conditional", "state -> (loc, scale)")
+
+    def draw_noise(self, rng_key, site):
+        return normals(_uniforms(rng_key, site.shape, site.dtype))
+
+    def draw(self, state, noise, site):
+        loc, scale = (_read(value, state, site.shape, site.dtype) for value in self.conditional(state))
+        return Drawn(loc + scale * noise)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class GammaUpdate(Update):
+    """``x' = g / rate``, g ~ Gamma(shape, 1): density proportional to ``x^(shape - 1) exp(-rate x)``.
+
+    shape, rate: numbers, arrays that broadcast to the site, or functions of the state. A shape that is a number is
+        smooth: g is drawn beforehand. One that is a function of the state is drawn within the step by its key.
+
+    Source: Gelfand & Smith 1990; Zoltowski et al. 2025 (drawn beforehand); Marsaglia & Tsang 2000 (the draws).
+
+    Example:
+        >>> import jax.numpy as jnp, pmcmc
+        >>> update = pmcmc.GammaUpdate(2.5, rate=lambda x: 1 + 0.5 * jnp.sum(x["y"] ** 2))
+    """
+
+    shape: ArrayLeaf | FromState
+    rate: ArrayLeaf | FromState
+
+    def __post_init__(self):
+        _wrap(self, "shape", "rate")
+
+    def draw_noise(self, rng_key, site):
+        return _gamma_noise(self.shape, rng_key, site)
+
+    def draw(self, state, noise, site):
+        return Drawn(_gamma(self.shape, state, noise, site) / _read(self.rate, state, site.shape, site.dtype))
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class InverseGammaUpdate(Update):
+    """``x' = scale / g``, g ~ Gamma(shape, 1): density proportional to ``x^(-shape - 1) exp(-scale / x)``.
+
+    shape, scale: as `GammaUpdate`. A scaled inverse chi-squared with nu degrees and scale s^2 has shape ``nu / 2`` and
+        scale ``nu s^2 / 2``.
+
+    Source: as `GammaUpdate`.
+
+    Example:
+        >>> import jax.numpy as jnp, pmcmc
+        >>> update = pmcmc.InverseGammaUpdate(4.5, scale=lambda x: 0.5 * jnp.sum((x["theta"] - x["mu"]) ** 2))
+    """
+
+    shape: ArrayLeaf | FromState
+    scale: ArrayLeaf | FromState
+
+    def __post_init__(self):
+        _wrap(self, "shape", "scale")
+
+    def draw_noise(self, rng_key, site):
+        return _gamma_noise(self.shape, rng_key, site)
+
+    def draw(self, state, noise, site):
+        return Drawn(_read(self.scale, state, site.shape, site.dtype) / _gamma(self.shape, state, noise, site))
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class DirichletUpdate(Update):
+    """``x' = g / sum(g)`` over the last axis, g ~ Gamma(concentration, 1).
+
+    concentration: a number, an array that broadcasts to the site, or a function of the state, as the shape of
+        `GammaUpdate`. Beta variates are the case of two components.
+
+    Source: as `GammaUpdate`.
+
+    Example:
+        >>> import jax.numpy as jnp, pmcmc
+        >>> update = pmcmc.DirichletUpdate(lambda x: 1.0 + jnp.bincount(x["cluster"], length=3))
+    """
+
+    concentration: ArrayLeaf | FromState
+
+    def __post_init__(self):
+        _wrap(self, "concentration")
+
+    def draw_noise(self, rng_key, site):
+        return _gamma_noise(self.concentration, rng_key, site)
+
+    def draw(self, state, noise, site):
+        g = _gamma(self.concentration, state, noise, site)
+        return Drawn(g / jnp.sum(g, axis=-1, keepdims=True))
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class CategoricalUpdate(Update):
+    """``x' = least k with p[0] + ... + p[k] >= u``, p = softmax(logits), one uniform u an element.
+
+    logits: ``state -> (..., K)``, the site's shape and an axis of the K values 0..K-1; constants are free. Elements
+        are drawn side by side, so they must be independent of each other given the other sites.
+
+    Under a shared u two copies of the chain draw the same value with a probability near that of the best coupling, and
+    in the same order where their distributions are ordered. Where logits are not finite the old value is kept and the
+    step counted as divergent.
+
+    Source: Gelfand & Smith 1990; the monotone coupling of Propp & Wilson 1996.
+
+    Example:
+        >>> import pmcmc
+        >>> update = pmcmc.CategoricalUpdate(lambda x: -0.5 * (x["y"][:, None] - x["centre"][None]) ** 2)
+    """
+
+    logits: Callable = field(metadata=dict(static=True))
+
+    def __post_init__(self):
+        _check_callable(self, "logits", "state -> array (..., K)")
+
+    def draw_noise(self, rng_key, site):
+        return _uniforms(rng_key, site.shape, site.dtype)
+
+    def draw(self, state, noise, site):
+        logits = jnp.asarray(self.logits(state), site.dtype)
+        if logits.ndim == 0 or logits.shape[:-1] != site.shape:
+            raise ValueError(
+                f"logits must have the site's shape {site.shape} and a last axis for its values, got {logits.shape}."
+            )
+        drawn = inverse_cdf(logits, noise)
+        return Drawn(drawn.category.astype(site.like.dtype), drawn.margin, drawn.failed)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class CustomUpdate(Update):
+    """``x' = update(state, noise)``, the user's own map of the user's own noise.
+
+    sample_noise: ``rng_key -> noise``, any pytree. update: ``(state, noise) -> value`` of the site's shape.
+
+    It must leave the conditional distribution of its site unchanged. Its decisions, if any, are not counted as near
+    ties.
+
+    Example:
+        >>> import jax, pmcmc
+        >>> update = pmcmc.CustomUpdate(lambda key: jax.random.normal(key), lambda x, z: 0.5 * x["y"] + z)
+    """
+
+    sample_noise: Callable = field(metadata=dict(static=True))
+    update: Callable = field(metadata=dict(static=True))
+
+    def __post_init__(self):
+        _check_callable(self, "sample_noise", "rng_key -> noise")
+        _check_callable(self, "update", "(state, noise) -> value")
+
+    def draw_noise(self, rng_key, site):
+        return self.sample_noise(rng_key)
+
+    def draw(self, state, noise, site):
+        return Drawn(self.update(state, noise), jnp.nan)

@@ -1,0 +1,252 @@
+"""Lanes of one kernel, run in short pieces by one compiled program; a step size tuned on them.
+
+Every warm-up ends here: its exploration gives a basis and positions, and on lanes that start there dual averaging sets
+the step size of the kernel at hand. `run_piece` takes a fixed number of steps, so one program serves warm-ups of any
+length, and exploration and tuning alike where both use the same kind of kernel.
+"""
+
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pmcmc._jit import tuned_jit
+from pmcmc._threefry import fold_in, key_pair
+from pmcmc._tree import is_real
+from pmcmc._types import Array, PRNGKey, PyTree, Scalar
+from pmcmc.interop._blackjax import dual_averaging
+from pmcmc.kernels import HMC, Kernel
+from pmcmc.target import Basis, Target
+from pmcmc.warmup._base import LaneTiming, Tuned, WarmupError
+
+# Lanes on which the kernel's own step size is adapted and whose last states seed chains and blocks.
+NUM_LANES = 32
+# Steps of one run of the program.
+PIECE = 16
+
+
+class Piece(NamedTuple):
+    """`PIECE` steps on all lanes. averaged: state of the dual averaging. path: (steps, lanes, D) coordinates."""
+
+    states: PyTree
+    averaged: PyTree
+    path: Array
+    acceptance_rate: Array
+    moved: Array
+
+
+def _with_step(kernel: Any, target: Target, averaged: PyTree, averaging: Any, adapting: Array) -> Any:
+    """The kernel with the step size of the moment, or with its own where that is given or where it has none."""
+    if not hasattr(kernel, "step_size"):
+        return kernel
+    step_size = kernel.step_size
+    if step_size is None:
+        step_size = jnp.where(adapting, averaging.step_size(averaged), averaging.final(averaged))
+    return kernel.with_step_size(jnp.asarray(step_size, target.spec.dtype))
+
+
+@tuned_jit()
+def _start_lanes(target: Target, kernel: Any, positions: Array, averaged: PyTree, rate: Scalar) -> PyTree:
+    ready = _with_step(kernel, target, averaged, dual_averaging(rate), jnp.array(True))
+    return jax.vmap(lambda y: ready.unknown(ready.start(target, y)))(positions)
+
+
+@tuned_jit()
+def run_piece(
+    target: Target,
+    kernel: Any,
+    rng_key: PRNGKey,
+    number: Array,
+    states: PyTree,
+    averaged: PyTree,
+    rate: Scalar,
+    adapting: Array,
+) -> Piece:
+    """`PIECE` steps of all lanes from unknowns ``states``, under noise that belongs to the piece of this number."""
+    averaging = dual_averaging(rate)
+    num_lanes = jax.tree.leaves(states)[0].shape[0]
+    numbers = number * PIECE * num_lanes + jnp.arange(PIECE * num_lanes)
+    keys = jax.vmap(lambda n: fold_in(key_pair(rng_key), n))(numbers)
+    noise = jax.vmap(lambda key: kernel.sample_noise(key, target))(keys)
+    noise = jax.tree.map(lambda x: x.reshape(PIECE, num_lanes, *x.shape[1:]), noise)
+    coordinates = jax.vmap(lambda state: kernel.coordinates(kernel.unknown(state)))
+
+    def body(carry, noise):
+        state, averaged = carry
+        now, before = _with_step(kernel, target, averaged, averaging, adapting), coordinates(state)
+        state, info = jax.vmap(lambda s, n: now.step(target, s, n))(state, noise)
+        after = coordinates(state)
+        acceptance = jnp.mean(info.acceptance_rate)
+        updated = averaging.update(averaged, acceptance)
+        averaged = jax.tree.map(lambda new, old: jnp.where(adapting, new, old), updated, averaged)
+        return (state, averaged), (after, acceptance, jnp.mean(jnp.any(after != before, axis=1)))
+
+    ready = _with_step(kernel, target, averaged, averaging, adapting)
+    state = jax.vmap(lambda unknown: ready.restore(target, unknown))(states)
+    (state, averaged), (path, acceptance, moved) = jax.lax.scan(body, (state, averaged), noise)
+    return Piece(jax.vmap(kernel.unknown)(state), averaged, path, jnp.mean(acceptance), jnp.mean(moved))
+
+
+class LaneEnsemble:
+    """Lanes of one kernel, carried from piece to piece. rate: acceptance rate to tune to."""
+
+    def __init__(self, kernel: Any, rng_key: PRNGKey | None, rate: Scalar):
+        self.kernel, self.rng_key, self.rate = kernel, rng_key, float(rate)
+        self._averaging, self._number = dual_averaging(self.rate), 0
+
+    def enter(self, target: Target, positions: np.ndarray) -> None:
+        """Put the lanes at coordinates (lanes, D) of a target; dual averaging begins anew."""
+        self.target, self.averaged = target, self.first_average(target)
+        positions = np.asarray(positions, target.spec.dtype)
+        self.states = _start_lanes(target, self.kernel, positions, self.averaged, self.rate)
+
+    def first_average(self, target: Target) -> PyTree:
+        """The state that dual averaging begins with."""
+        as_leaf = lambda x: np.asarray(x, target.spec.dtype if is_real(x) else int)
+        return jax.tree.map(as_leaf, self._averaging.init(self.kernel.first_step_size(target.dim)))
+
+    def run(self, adapting: bool) -> tuple[Piece, float]:
+        """One more piece, and the seconds that its run took."""
+        arguments = (self.states, self.averaged, self.rate, np.asarray(adapting))
+        piece, (_, seconds) = run_piece.timed(
+            self.target, self.kernel, self.rng_key, np.asarray(self._number), *arguments
+        )
+        self._number += 1
+        self.states, self.averaged = piece.states, piece.averaged
+        return piece, seconds
+
+    def tuned_kernel(self) -> Any:
+        return _tuned_kernel(self.target, self.kernel, self.averaged, self.rate)
+
+
+@tuned_jit()
+def _tuned_kernel(target: Target, kernel: Any, averaged: PyTree, rate: Scalar) -> Any:
+    tuned = _with_step(kernel, target, averaged, dual_averaging(rate), jnp.array(False))
+    if isinstance(kernel, HMC) and kernel.num_integration_steps is None:
+        tuned = replace(tuned, num_integration_steps=tuned.default_length())
+    return tuned
+
+
+def tune(
+    target: Target, kernel: Kernel, rng_key: PRNGKey, positions: np.ndarray, rate: Scalar | None, num_steps: int
+) -> Tuned:
+    """The kernel's step size, on lanes from ``positions`` (lanes, D): two thirds of the steps adapt, the rest is timed.
+
+    The last third decorrelates the lanes. rate: None for the kernel's own.
+
+    Raises:
+        WarmupError: no step size can be found, states are not finite, or nothing moved in the last third.
+    """
+    lanes = LaneEnsemble(kernel, rng_key, kernel.target_acceptance_rate(target.dim) if rate is None else rate)
+    lanes.enter(target, positions)
+    third = math.ceil(num_steps / (3 * PIECE))
+    for _ in range(2 * third):
+        lanes.run(adapting=True)
+    last, seconds = zip(*(lanes.run(adapting=False) for _ in range(third)), strict=True)
+    tuned = lanes.tuned_kernel()
+    acceptance_rate = np.mean([piece.acceptance_rate for piece in last])
+    check_tuned(tuned, lanes.states, acceptance_rate, np.mean([piece.moved for piece in last]))
+    timing = LaneTiming(len(positions), float(np.median(seconds)) / PIECE)
+    return Tuned(target, tuned, lanes.states, jnp.asarray(acceptance_rate), timing)
+
+
+def check_tuned(kernel: Kernel, states: PyTree, acceptance_rate: Any, moved: Any) -> None:
+    """Raise where the lanes are not fit to sample from; moved: share of moves that were accepted."""
+    step_size = np.asarray(getattr(kernel, "step_size", ()))
+    if np.isnan(step_size).any() and np.isnan(acceptance_rate):
+        raise WarmupError(
+            "the step size could not be tuned, because the kernel reports no acceptance rate: pass step_size= to it."
+        )
+    if not all(np.all(np.isfinite(x)) for x in jax.tree.leaves(states) if is_real(x)):
+        raise WarmupError("warm-up reached states that are not finite: check the density for NaN and its constraints.")
+    if float(moved) == 0.0:
+        given = f" (step size {np.max(step_size):.3g})" if step_size.size else ""
+        raise WarmupError(
+            f"no move was accepted in the last third of warm-up{given}. Leave step_size=None so that "
+            "it is tuned, take a smaller one, or start elsewhere with init_params."
+        )
+
+
+class Exploration(NamedTuple):
+    """Pooled moments, in the target's coordinates.
+
+    mean: (D,). scale: (D,) standard deviations or (D, D) Cholesky factor. last: (lanes, D).
+    movement: (D,) largest spread within one path. acceptance_rate: mean.
+    """
+
+    mean: Any
+    scale: Any
+    last: Any
+    movement: Any
+    acceptance_rate: Any
+
+
+def check_exploration(target: Target, found: Exploration) -> None:
+    """Raise where the posterior cannot be explored: improper, or stuck in some coordinate."""
+    if not all(np.all(np.isfinite(x)) for x in (found.last, found.mean, found.movement)):
+        raise WarmupError(
+            "warm-up reached positions, or a spread of them, that are not finite. The posterior may be improper: give "
+            "every parameter a proper prior."
+        )
+    stuck = np.asarray(found.movement) == 0
+    if stuck.any():
+        names = _leaf_names(target, stuck)
+        raise WarmupError(
+            f"warm-up never moved {names} (mean acceptance rate {float(found.acceptance_rate):.2f}). Start it "
+            "elsewhere with init_params, lengthen num_warmup, or check the density for steps and constraints that its "
+            "support does not state."
+        )
+
+
+def _leaf_names(target: Target, flags: np.ndarray) -> str:
+    tree = target.spec.unravel(jnp.asarray(flags, target.spec.dtype))
+    names = [jax.tree_util.keystr(p) for p, x in jax.tree_util.tree_leaves_with_path(tree) if bool(jnp.any(x > 0))]
+    return ", ".join(f"position{name}" for name in names)
+
+
+def is_dense(target: Target, dense: bool | None) -> bool:
+    """Whether the basis is a full matrix: as told, else up to 50 dimensions."""
+    return target.dim <= 50 if dense is None else dense
+
+
+def check_metric(target: Target, kernel: Kernel) -> None:
+    """The user's metric must fit the target and be positive definite: said before an hour of warm-up, not after."""
+    metric = getattr(kernel, "inverse_mass_matrix", None)
+    if metric is None:
+        return
+    metric = np.asarray(metric)
+    if metric.shape not in ((), (target.dim,), (target.dim, target.dim)):
+        raise ValueError(
+            f"inverse_mass_matrix has shape {metric.shape}: expected ({target.dim},) or ({target.dim}, {target.dim}), "
+            "the number of unconstrained parameters."
+        )
+    values = np.linalg.eigvalsh(metric) if metric.ndim == 2 else metric
+    if not np.all(np.isfinite(values) & (values > 0)):
+        raise ValueError("inverse_mass_matrix is not positive definite: it stands for the posterior's covariance.")
+
+
+def take_metric(target: Target, kernel: Kernel, found: Exploration) -> tuple[Kernel, Basis]:
+    """The basis explored, or the user's metric made a basis: one place where a metric acts."""
+    dtype, scale = target.spec.dtype, found.scale
+    if isinstance(kernel, HMC) and kernel.inverse_mass_matrix is not None:
+        metric = np.asarray(kernel.inverse_mass_matrix, float)
+        scale = np.linalg.cholesky(metric) if metric.ndim == 2 else np.broadcast_to(np.sqrt(metric), found.mean.shape)
+        kernel = replace(kernel, inverse_mass_matrix=None)
+    return kernel, Basis(jnp.asarray(found.mean, dtype), jnp.asarray(scale, dtype))
+
+
+def tuned_shapes(target: Target, kernel: Kernel, dense: bool) -> Tuned:
+    """What `tune` will return in a basis of this shape, as far as its shapes are concerned."""
+    dtype, dim = target.spec.dtype, target.dim
+    scale = np.eye(dim, dtype=dtype) if dense else np.ones(dim, dtype)
+    none = np.zeros(dim, dtype)
+    kernel, basis = take_metric(target, kernel, Exploration(none, scale, none, none, none))
+    whitened, lanes = target.with_basis(basis), LaneEnsemble(kernel, None, 1.0)
+    averaged = lanes.first_average(whitened)
+    tuned = jax.eval_shape(_tuned_kernel.jitted, whitened, kernel, averaged, lanes.rate)
+    positions = np.zeros((NUM_LANES, dim), dtype)
+    states = jax.eval_shape(_start_lanes.jitted, whitened, kernel, positions, averaged, lanes.rate)
+    return Tuned(whitened, tuned, states, jnp.zeros((), dtype))

@@ -1,0 +1,201 @@
+"""Warm-up: what it finds is right on targets with known answers, badly scaled ones too, and it says where it fails."""
+
+import functools
+import itertools
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpyro.diagnostics import effective_sample_size
+
+import pmcmc
+from pmcmc import ChEESAdaptation, EnsembleAdaptation, Pathfinder, UniformLength, WindowAdaptation
+from pmcmc.recurrence import MultipleShooting, Sequential
+from pmcmc.warmup import _ensemble
+from tests._statistics import z_bound
+from tests._targets import COVARIANCE, gaussian, logistic, mixture, start_like
+
+SIZES = dict(num_warmup=400, num_samples=1000, num_chains=4, progress_bar=False, solver=Sequential())
+SCHEMES = {
+    "ensemble": EnsembleAdaptation(),
+    "window": WindowAdaptation(),
+    "chees": ChEESAdaptation(),
+    "pathfinder": Pathfinder(),
+}
+
+
+@functools.cache
+def gaussian_chain(scheme: str) -> pmcmc.Chain:
+    return pmcmc.sample(gaussian, start_like(gaussian), 0, warmup=SCHEMES[scheme], **SIZES)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_basis_and_step_size_of_a_gaussian(scheme: str) -> None:
+    """The covariance; and on 32 lanes the acceptance rate asked for (ChEES: a harmonic mean of 0.651)."""
+    chain = gaussian_chain(scheme)
+    np.testing.assert_allclose(chain.target.basis.covariance, COVARIANCE, atol=0.35)
+    rate = float(np.mean(chain.report.acceptance_rate))
+    assert (0.6 if scheme == "chees" else 0.7) < rate < 0.93
+    # whitened, an HMC of two steps or so: a step size near one, never tiny
+    assert 0.3 < float(chain.kernel.step_size) < 2
+    assert chain.report.num_divergent.sum() == 0
+
+
+def test_chees_finds_the_length_of_a_gaussian() -> None:
+    """Uniform lengths on (0, T) on N(0, I): the criterion is 2 (1 - sin(2T) / 2T), largest at T = 2.247."""
+    kernel = gaussian_chain("chees").kernel
+    steps = kernel.num_integration_steps
+    assert isinstance(steps, UniformLength)
+    assert int(steps.low) == 1
+    step_size = float(kernel.step_size)
+    assert 2.247 * 0.6 < step_size * int(steps.high) < 2.247 * 1.5 + step_size  # whole steps: up to one too long
+
+
+@pytest.mark.parametrize("scheme", ["ensemble", "chees"])
+def test_same_chain_whatever_the_solver(scheme: str) -> None:
+    """The tuned kernel, drawn lengths included, is one deterministic map."""
+    options = {**SIZES, "solver": MultipleShooting(8)}
+    chain = pmcmc.sample(gaussian, start_like(gaussian), 0, warmup=SCHEMES[scheme], **options)
+    np.testing.assert_allclose(chain.get_samples(), gaussian_chain(scheme).get_samples(), rtol=0, atol=1e-9)
+
+
+def test_chees_keeps_a_given_step_size() -> None:
+    chain = pmcmc.sample(logistic, jnp.zeros(4), 0, kernel=pmcmc.HMC(0.25), warmup=ChEESAdaptation(), **SIZES)
+    assert chain.kernel.step_size == 0.25
+    assert 3 <= int(chain.kernel.num_integration_steps.high) <= 30
+
+
+LOCS, SCALES = np.array([0.0, 1e4, -50.0]), np.array([1e-6, 1.0, 1e3])
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kind"),
+    [
+        ("ensemble", "shift"),
+        ("ensemble", "tiny"),
+        ("ensemble", "scales"),
+        ("chees", "scales"),
+        ("pathfinder", "scales"),
+    ],
+)
+def test_bad_scales(scheme: str, kind: str) -> None:
+    """A mean 10,000 standard deviations away, standard deviations of 1e-6, scales nine orders of magnitude apart."""
+    loc, scale = {"shift": (1e4, np.ones(3)), "tiny": (0.0, np.full(3, 1e-6)), "scales": (LOCS, SCALES)}[kind]
+    logdensity = lambda x: -0.5 * jnp.sum(((x - loc) / scale) ** 2)
+    chain = pmcmc.sample(logdensity, jnp.zeros(3), 0, warmup=SCHEMES[scheme], **{**SIZES, "num_warmup": 1000})
+    z = (np.asarray(chain.get_samples(group_by_chain=True)) - loc) / scale
+    ess = effective_sample_size(z)
+    assert np.all(ess > 400)
+    assert np.all(np.abs(z.mean((0, 1))) * np.sqrt(ess) < z_bound(15))
+    np.testing.assert_allclose(z.std((0, 1)), 1, atol=0.2)
+
+
+def test_modes_that_communicate_stay_occupied() -> None:
+    """All four modes are among the 32 states that seed chains and blocks."""
+    target = pmcmc.Target.from_logdensity(mixture, jnp.zeros(2))
+    starts = jax.random.uniform(jax.random.key(1), (32, 2), minval=-2, maxval=2)
+    tuned = EnsembleAdaptation().run(target, pmcmc.HMC(), jax.random.key(0), starts, 400)
+    x = np.asarray(jax.vmap(tuned.target.position)(tuned.states))
+    assert len({tuple(signs) for signs in np.sign(x)}) == 4
+    assert tuned.timing.num_lanes == 32
+    assert tuned.timing.seconds_per_step > 0
+
+
+def test_pairs_of_lanes_come_from_different_starts_and_from_the_same() -> None:
+    """One of each half, where four starts repeat; all 32 starts are used once."""
+    rows = _ensemble._as_rows({"a": np.arange(32.0) % 4})[:, 0]
+    assert np.all(rows[:12] != rows[16:28])
+    np.testing.assert_array_equal(rows[12:16], rows[28:])
+    np.testing.assert_array_equal(np.sort(_ensemble._as_rows(np.arange(32.0))[:, 0]), np.arange(32))
+
+
+def test_a_stuck_lane_takes_the_place_of_one_that_moves() -> None:
+    path = np.cumsum(np.ones((5, 4, 2)), axis=0) + np.arange(4.0)[None, :, None]
+    path[:, 2] = -7.0
+    last = _ensemble._unstick(path)
+    assert not np.any(last == -7.0)
+    np.testing.assert_array_equal(last[[0, 1, 3]], path[-1, [0, 1, 3]])
+    np.testing.assert_array_equal(_ensemble._unstick(np.full((5, 4, 2), -7.0)), np.full((4, 2), -7.0))
+
+
+def test_moments_and_when_they_are_settled() -> None:
+    rng = np.random.default_rng(0)
+    factor = np.array([[1.0, 0.0], [0.999, np.sqrt(1 - 0.999**2)]])
+    path = rng.standard_normal((200, 32, 2))
+    mean, found = _ensemble._moments(path @ factor.T + 3, dense=True)
+    np.testing.assert_allclose(mean, 3, atol=0.1)
+    np.testing.assert_allclose(found, factor, atol=0.03)  # hardly shrunk: 0.999 must stay 0.999
+    assert _ensemble._is_settled(path, *_ensemble._moments(path, dense=True))
+    assert not _ensemble._is_settled(path @ factor.T, *_ensemble._moments(path @ factor.T, dense=True))
+    assert not _ensemble._is_settled(path + 4, *_ensemble._moments(path + 4, dense=False))
+    still = rng.standard_normal((1, 32, 2)) + 0.05 * path  # spread of the starts, not of the target
+    for dense in (True, False):
+        assert not _ensemble._is_settled(still, *_ensemble._moments(still, dense=dense))
+    few = _ensemble._moments(rng.standard_normal((16, 32, 1)) + np.zeros(8), dense=True)[1]
+    assert np.all(np.isfinite(few))
+
+
+@pytest.mark.parametrize("num_pieces", [1, 2, 5, 6, 7, 16, 21, 100])
+def test_windows_double_and_the_last_is_half(num_pieces: int) -> None:
+    lengths = _ensemble._window_lengths(num_pieces)
+    assert sum(lengths) == num_pieces
+    assert 2 * lengths[-1] >= num_pieces
+    assert all(b >= 2 * a for a, b in itertools.pairwise(lengths))
+
+
+@pytest.mark.parametrize("kernel", [pmcmc.MALA(), pmcmc.HMC(num_integration_steps=4)], ids=["MALA", "fixed length"])
+def test_chees_takes_hmc_alone(kernel) -> None:
+    with pytest.raises(ValueError, match="tunes the trajectory length of HMC"):
+        pmcmc.sample(gaussian, start_like(gaussian), 0, kernel=kernel, warmup=ChEESAdaptation(), **SIZES)
+
+
+def test_pathfinder_leaves_errors_to_what_follows() -> None:
+    spike = lambda x: jnp.where(x[0] == 0, 0.0, -jnp.inf) - 0.5 * x[1] ** 2
+    with pytest.raises(pmcmc.WarmupError, match="warm-up never moved"):
+        pmcmc.sample(spike, jnp.zeros(2), 0, warmup=Pathfinder(), **SIZES)
+
+
+POSTERIORDB = Path(__file__).parents[2] / "shared" / "posteriordb"
+NAMES = [
+    "kidiq-kidscore_momiq",
+    "nes1972-nes",
+    "mesquite-mesquite",
+    "earnings-earn_height",
+    "kidiq_with_mom_work-kidscore_interaction_z",
+]
+
+
+@functools.cache
+def posteriors() -> dict[str, Any]:
+    path = POSTERIORDB / "posteriors.py"
+    if not path.exists():
+        pytest.skip(f"posteriordb's posteriors are not at ../shared/{POSTERIORDB.name}")
+    spec: Any = spec_from_file_location("posteriordb_posteriors", path)
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.POSTERIORS
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_draws_agree_with_posteriordb(name: str) -> None:
+    """Means against the reference draws, behind warm-up from dispersed starts; chains agree with each other."""
+    posterior = posteriors()[name]
+    reference = posterior.reference()
+    options = {**SIZES, "num_warmup": 1000, "num_samples": 4000}
+    chain = pmcmc.parallel_chain(
+        posterior.model, 5, model_args=posterior.model_args, model_kwargs=posterior.model_kwargs, **options
+    )
+    draws = chain.get_samples(group_by_chain=True)
+    for i, label in enumerate(map(str, reference["names"])):
+        site, _, index = label.partition("[")
+        x = np.asarray(draws[site])
+        x = x[..., int(index[:-1]) - 1] if index else x
+        ess = effective_sample_size(x)
+        assert ess > 1000
+        error = np.hypot(x.std() / np.sqrt(ess), reference["mcse_mean"][i])
+        assert abs(x.mean() - reference["mean"][i]) / error < z_bound(30)

@@ -1,7 +1,9 @@
 """Sample one exact Markov chain in parallel across its length."""
 
+from typing import TYPE_CHECKING, Any
+
 from pmcmc import plots, recurrence, stability
-from pmcmc.chain import Chain
+from pmcmc.chain import Chain, ChainState
 from pmcmc.kernels import (
     HMC,
     MALA,
@@ -25,7 +27,7 @@ from pmcmc.kernels import (
 )
 from pmcmc.recurrence import RESULTS
 from pmcmc.report import SolveReport
-from pmcmc.sampling import parallel_chain, sample
+from pmcmc.sampling import load, parallel_chain, sample
 from pmcmc.target import Target
 from pmcmc.warmup import (
     BlockAdaptation,
@@ -36,6 +38,9 @@ from pmcmc.warmup import (
     WarmupError,
     WindowAdaptation,
 )
+
+if TYPE_CHECKING:
+    from pmcmc.drop_in import ParallelMCMC
 
 __version__ = "0.1.0"
 
@@ -49,6 +54,7 @@ __all__ = [
     "CategoricalUpdate",
     "ChEESAdaptation",
     "Chain",
+    "ChainState",
     "Compose",
     "CustomUpdate",
     "DirichletUpdate",
@@ -60,6 +66,7 @@ __all__ = [
     "InverseGammaUpdate",
     "Kernel",
     "NormalUpdate",
+    "ParallelMCMC",
     "Pathfinder",
     "RandomWalk",
     "SolveReport",
@@ -70,9 +77,19 @@ __all__ = [
     "WarmupError",
     "WindowAdaptation",
     "from_blackjax",
+    "load",
     "parallel_chain",
     "plots",
     "recurrence",
     "sample",
     "stability",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`ParallelMCMC` on first use: it is a subclass of NumPyro's, and NumPyro is slow to import."""
+    if name != "ParallelMCMC":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from pmcmc.drop_in import ParallelMCMC
+
+    return ParallelMCMC

@@ -43,9 +43,13 @@ class TunedJit:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.jitted(*args, **kwargs)
 
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        """Traced for these arguments; ``compile()`` it, and a later call with the same shapes finds the program."""
+        return self.jitted.lower(*args, **kwargs)
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile for these arguments; a later call with the same shapes finds the program."""
-        self.jitted.lower(*args, **kwargs).compile()
+        self.lower(*args, **kwargs).compile()
 
     def timed(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[float, float]]:
         """The finished result, with the seconds of compiling and of running."""

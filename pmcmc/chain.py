@@ -1,33 +1,62 @@
 """The draws, with everything needed to read them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._types import Array, PyTree
-from pmcmc.interop._arviz import to_arviz
+from pmcmc._storage import Writer
+from pmcmc._types import Array, PRNGKey, PyTree
+from pmcmc.interop._arviz import predictive_groups, to_arviz
 from pmcmc.interop._numpyro import print_summary
 from pmcmc.kernels import Info, Kernel
+from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.report import SolveReport
-from pmcmc.target import Target
+from pmcmc.target import LogDensity, Target, WithoutDensity
+from pmcmc.warmup._base import LaneTiming
 
 # Draws constrained at a time: bounds the memory of models with large deterministic sites.
 _CONSTRAIN_BATCH = 65_536
+# The same for log likelihoods, in observations times draws.
+_LIKELIHOOD_BATCH = 2**22
+
+
+class ChainState(NamedTuple):
+    """Where chains stand, and all they need to go on as one long run would.
+
+    target, kernel: as tuned by warm-up.
+    unknown: the kernel's state, leading axis num_chains.
+    rng_key: of the noise: that of step t of chain c is a function of (rng_key, c, t).
+    num_steps: taken since warm-up. num_unkept: of these, those behind the last one that thinning kept.
+    ensemble: last unknowns of warm-up, from which block starts are guessed. own: (num_chains,) those where the chains
+        started. timing: of a step on many lanes, for the planner. None of the three changes a draw.
+    """
+
+    target: Target
+    kernel: Kernel
+    unknown: PyTree
+    rng_key: PRNGKey
+    num_steps: int
+    num_unkept: int
+    ensemble: PyTree
+    own: np.ndarray
+    timing: LaneTiming | None
 
 
 @dataclass(frozen=True)
 class Chain:
     """Draws of one or more Markov chains, each the chain that sequential sampling with the same key would give.
 
-    target, kernel: as tuned by warm-up.
+    state: where the chains stand after the last step; ``target``, ``kernel`` and ``last_state`` are parts of it.
     unknowns: the kernel's states, numpy arrays (num_chains, num_samples, ...), in the target's coordinates.
     info: the kernel's `Info` for every draw, numpy arrays (num_chains, num_samples).
-    last_state: unknowns after the last step, leading axis num_chains.
-    report: what was decided, why, and what it cost.
+    report: what was decided, why, and what it cost; of the last extension where there were any.
+    thinning: of every so many steps the last was kept. solver: that was asked for; None for "auto".
+    continue_fn: what `extend` calls, from a room above this one.
     extra_fields: names that `get_extra_fields` returns beside ``diverging``.
 
     Example:
@@ -37,14 +66,30 @@ class Chain:
         (400, 2)
     """
 
-    target: Target
-    kernel: Kernel
+    state: ChainState
     unknowns: PyTree
     info: Info
-    last_state: PyTree
     report: SolveReport
+    thinning: int
+    solver: RecurrenceSolver | None
+    continue_fn: Callable[["Chain", int, bool], "Chain"] = field(repr=False, compare=False)
     extra_fields: Sequence[str] = ()
-    _samples: dict = field(default_factory=dict, repr=False, compare=False)
+    _samples: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def target(self) -> Target:
+        """As tuned by warm-up."""
+        return self.state.target
+
+    @property
+    def kernel(self) -> Kernel:
+        """As tuned by warm-up."""
+        return self.state.kernel
+
+    @property
+    def last_state(self) -> PyTree:
+        """Unknowns after the last step, leading axis num_chains."""
+        return self.state.unknown
 
     @property
     def num_chains(self) -> int:
@@ -54,6 +99,50 @@ class Chain:
     def num_samples(self) -> int:
         """Draws kept per chain."""
         return jax.tree.leaves(self.unknowns)[0].shape[1]
+
+    def extend(self, num_samples: int, *, progress_bar: bool = True) -> "Chain":
+        """These draws and ``num_samples`` more steps of every chain: the chain that one long run would have given.
+
+        Kernel, solver, thinning and noise go on where they stopped, without another warm-up; under "auto" the steps to
+        come are planned anew. Thinning goes on counting, so at least ``thinning`` steps are needed.
+
+        num_samples: steps per chain.
+
+        Returns:
+            A new `Chain` with all draws. Its ``report`` is that of the extension alone.
+
+        Raises:
+            ValueError, TypeError: ``num_samples`` is no integer of at least ``thinning``.
+
+        Example:
+            >>> import jax.numpy as jnp, pmcmc
+            >>> logdensity = lambda x: -0.5 * jnp.sum(x**2)
+            >>> chain = pmcmc.sample(logdensity, jnp.zeros(2), 0, num_samples=100, progress_bar=False)
+            >>> chain.extend(50, progress_bar=False).num_samples
+            150
+        """
+        return self.continue_fn(self, num_samples, progress_bar)
+
+    def save(self, path: str | Path) -> None:
+        """Write the chain to one file, so that `pmcmc.load` can read it and `extend` go on, here or elsewhere.
+
+        Stored are draws, tuned kernel, key and report (without its plan), as arrays and JSON in a ``.npz`` archive.
+        The model and its data are not: they are given to `pmcmc.load` again. A file that exists is replaced once the
+        new one is whole.
+
+        path: of the file, taken as it is.
+
+        Example:
+            >>> import jax.numpy as jnp, pathlib, pmcmc, tempfile
+            >>> logdensity = lambda x: -0.5 * jnp.sum(x**2)
+            >>> chain = pmcmc.sample(logdensity, jnp.zeros(2), 0, num_samples=100, progress_bar=False)
+            >>> path = pathlib.Path(tempfile.mkdtemp()) / "chain.npz"
+            >>> chain.save(path)
+            >>> pmcmc.load(path, logdensity).num_samples
+            100
+        """
+        writer = Writer()
+        writer.write(path, _header(self, writer))
 
     def get_samples(self, group_by_chain: bool = False) -> PyTree:
         """Draws as the user's model names them: constrained latent and deterministic sites of a NumPyro model, or
@@ -69,18 +158,22 @@ class Chain:
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), grouped)
 
     def _constrained(self) -> PyTree:
+        return jax.tree.map(jnp.asarray, self._of_each_draw(_constrain, _CONSTRAIN_BATCH))
+
+    def _of_each_draw(self, compiled: Callable, most: int) -> PyTree:
+        """``compiled(target, kernel, unknowns)`` of all draws, at most so many at a time; (num_chains, draws, ...)."""
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), self.unknowns)
         total = self.num_chains * self.num_samples
-        batch = min(total, _CONSTRAIN_BATCH)
+        batch = min(total, most)
 
-        def constrained(start: int) -> PyTree:
+        def some(start: int) -> PyTree:
             rows = np.minimum(np.arange(start, start + batch), total - 1)  # one shape, so one compilation
-            part = _constrain(self.target, self.kernel, jax.tree.map(lambda x: x[rows], flat))
+            part = compiled(self.target, self.kernel, jax.tree.map(lambda x: x[rows], flat))
             return jax.tree.map(lambda x: np.asarray(x)[: total - start], part)
 
-        parts = [constrained(start) for start in range(0, total, batch)]
+        parts = [some(start) for start in range(0, total, batch)]
         joined = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
-        return jax.tree.map(lambda x: jnp.asarray(x.reshape(self.num_chains, self.num_samples, *x.shape[1:])), joined)
+        return jax.tree.map(lambda x: x.reshape(self.num_chains, self.num_samples, *x.shape[1:]), joined)
 
     def get_extra_fields(self, group_by_chain: bool = False) -> dict[str, Any]:
         """Fields of the transitions under NumPyro's names: ``diverging``, and those asked for by ``extra_fields``.
@@ -124,18 +217,72 @@ class Chain:
         print_summary(samples if isinstance(samples, dict) else {"x": samples}, prob)
         print(f"Number of divergences: {int(np.sum(self.info.is_divergent))}")
 
-    def to_arviz(self) -> Any:
+    def to_arviz(
+        self,
+        *,
+        log_likelihood: bool = False,
+        prior: dict[str, Array] | None = None,
+        posterior_predictive: dict[str, Array] | None = None,
+        coords: dict[str, Any] | None = None,
+        dims: dict[str, list[str]] | None = None,
+    ) -> Any:
         """ArviZ's container: InferenceData on ArviZ 0.x, DataTree on 1.x.
 
         Groups: posterior; sample_stats with ``lp``, ``acceptance_rate``, ``diverging``, ``step_size``, ``energy``,
-        ``n_steps`` and ``tree_depth`` as far as the kernel has them, and ``accept_margin`` (log alpha - log u).
+        ``n_steps`` and ``tree_depth`` as far as the kernel has them, and ``accept_margin`` (log alpha - log u). For a
+        NumPyro model also observed_data, and constant_data with the other arrays among its arguments; dimensions are
+        named after plates. What the solver did is in the attributes.
+
+        log_likelihood: of every observation at every draw, for ``arviz.loo`` and ``compare``; draws x observations of
+            memory, so not unless asked for. Masked observations have 0; drop them where ArviZ 1.x refuses a constant.
+        prior, posterior_predictive: draws of ``numpyro.infer.Predictive``; what of the prior's is not in the posterior
+            is prior_predictive.
+        coords, dims: ArviZ's labels, added to those of the plates.
+
+        Raises:
+            ValueError: ``log_likelihood`` of a plain log density; predictive draws of another number.
+
+        Example:
+            >>> import jax.numpy as jnp, pmcmc
+            >>> logdensity = lambda x: -0.5 * jnp.sum(x["a"] ** 2)
+            >>> chain = pmcmc.sample(logdensity, {"a": jnp.zeros(2)}, 0, num_samples=100, progress_bar=False)
+            >>> chain.to_arviz(dims={"a": ["side"]}, coords={"side": ["left", "right"]}).posterior["a"].dims
+            ('chain', 'draw', 'side')
         """
         samples = self.get_samples(group_by_chain=True)
         if not isinstance(samples, dict):
             samples = _named_leaves(samples)
-        return to_arviz(
-            samples, self._sample_stats(), {"inference_library": "pmcmc", "kernel": type(self.kernel).__name__}
-        )
+        target, report = self.target, self.report
+        place = self.kernel.position(target, jax.tree.map(lambda x: jnp.asarray(x)[0], self.last_state))
+        described = target.model.describe(target.data, place)
+        groups = {
+            "posterior": samples,
+            "sample_stats": self._sample_stats(),
+            "log_likelihood": self._log_likelihood() if log_likelihood else {},
+            **predictive_groups(prior, posterior_predictive, samples),
+            "observed_data": described.observed,
+            "constant_data": described.constant,
+        }
+        attrs = {
+            "inference_library": "pmcmc",
+            "kernel": type(self.kernel).__name__,
+            "decision": report.decision,
+            "num_sequential_steps": int(np.max(report.num_sequential_steps)),
+            "residual": float(np.max(report.residual)),
+            "sampling_time": float(report.total_seconds),
+        }
+        return to_arviz(groups, attrs, dims={**described.dims, **(dims or {})}, coords=coords or {})
+
+    def _log_likelihood(self) -> PyTree:
+        one = lambda x: _log_likelihoods(self.target, self.kernel, x)
+        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0, :1], self.unknowns))
+        if not shapes:
+            raise ValueError(
+                "log_likelihood=True needs a NumPyro model with observed sites: a plain log density does not tell its "
+                "observations apart."
+            )
+        size = sum(x.size for x in jax.tree.leaves(shapes))
+        return self._of_each_draw(_log_likelihoods, max(1, _LIKELIHOOD_BATCH // size))
 
     def _sample_stats(self) -> dict[str, Any]:
         """The same fields under ArviZ's names."""
@@ -155,6 +302,59 @@ class Chain:
         if "tree_depth" in fields:
             stats["tree_depth"] = fields["tree_depth"]
         return stats
+
+
+def _header(chain: Chain, writer: Writer) -> dict[str, Any]:
+    """What a file says of a chain beside its arrays, which go to the writer; `pmcmc.load` is the other half."""
+    state, target, report = chain.state, chain.target, chain.report
+    for name, tree in {
+        "unknowns": chain.unknowns,
+        "info": chain.info,
+        "unknown": state.unknown,
+        "ensemble": state.ensemble,
+        "own": state.own,
+        "key": jax.random.key_data(state.rng_key),
+    }.items():
+        writer.leaves(name, tree)
+    told = {f.name: getattr(report, f.name) for f in fields(report) if f.name not in ("plan", "find_diagnosis")}
+    return {
+        "is_model": not isinstance(target.model, (LogDensity, WithoutDensity)),
+        "sites": describe_sites(target),
+        "position": writer.encode("position", jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), target.spec.template)),
+        "basis": writer.encode("basis", target.basis and {"loc": target.basis.loc, "scale": target.basis.scale}),
+        "kernel": writer.encode("kernel", chain.kernel),
+        "solver": writer.encode("solver", chain.solver),
+        "report": writer.encode("report", told),
+        "logdensity": last_logdensity(state).tolist(),
+        "key_impl": str(jax.random.key_impl(state.rng_key)),
+        "timing": None if state.timing is None else [jax.default_backend(), *state.timing],
+        "num_steps": state.num_steps,
+        "num_unkept": state.num_unkept,
+        "thinning": chain.thinning,
+        "extra_fields": list(chain.extra_fields),
+    }
+
+
+def describe_sites(target: Target) -> dict[str, list]:
+    """Shape and dtype of every leaf of the target's positions, by its place."""
+    leaves = jax.tree_util.tree_leaves_with_path(target.spec.template)
+    return {jax.tree_util.keystr(path): [list(x.shape), str(x.dtype)] for path, x in leaves}
+
+
+@jax.jit
+def _logdensity(target: Target, kernel: Kernel, unknown: PyTree) -> Array:
+    return jax.vmap(lambda x: target.model.logdensity(target.data, kernel.position(target, x)))(unknown)
+
+
+def last_logdensity(state: ChainState) -> np.ndarray:
+    """(num_chains,) log densities where the chains stand."""
+    return np.asarray(_logdensity(state.target, state.kernel, state.unknown))
+
+
+@jax.jit
+def _log_likelihoods(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
+    one = lambda unknown: target.model.log_likelihood(target.data, kernel.position(target, unknown))
+    return jax.vmap(one)(unknowns)
 
 
 @jax.jit

@@ -7,7 +7,7 @@ the user's function. So two calls with the same function and the same shapes com
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,17 @@ from pmcmc._tree import RavelSpec, is_real, register_dataclass
 from pmcmc._types import Array, ArrayLeaf, Float, PyTree
 
 Supports = tuple[tuple[str, tuple[int | float, ...]], ...]  # (site, its values)
+
+
+class Described(NamedTuple):
+    """What a model's sites say of themselves, for whoever labels draws.
+
+    dims: names of the leading axes of a site's values. observed, constant: the data, by site and by argument.
+    """
+
+    dims: dict[str, list[str]]
+    observed: dict[str, Array]
+    constant: dict[str, Array]
 
 
 class Model(abc.ABC):
@@ -61,6 +72,14 @@ class Model(abc.ABC):
     def centred_sites(self, data: PyTree, position: PyTree, other: PyTree) -> list[str]:
         """Latent sites whose scale differs between two positions, as far as the model has sites."""
         return []
+
+    def describe(self, data: PyTree, position: PyTree) -> Described:
+        """Sites with their dimensions and data, as far as the model has sites."""
+        return Described({}, {}, {})
+
+    def log_likelihood(self, data: PyTree, position: PyTree) -> dict[str, Array]:
+        """Of each observation by observed site, as far as the model has sites."""
+        return {}
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 
 import pmcmc
+from pmcmc.interop._numpyro import numpyro_target
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.sampling import _ahead, _auto
 from pmcmc.sampling._ahead import Ahead
@@ -25,7 +28,7 @@ PROGRAMS = ("jit(draw_noise)", "jit(solve_noise)")
 
 def test_jobs_run_once_and_in_order() -> None:
     ahead, seen, gate = Ahead(), [], threading.Event()
-    ahead.begin("first", lambda: (gate.wait(), seen.append(1)))
+    ahead.begin("first", lambda: gate.wait() and seen.append(1))
     ahead.begin("second", lambda: seen.append(2))
     ahead.begin("first", lambda: seen.append(3))
     assert not ahead.ready("first")
@@ -48,6 +51,46 @@ def test_a_failed_job_is_silent() -> None:
     ahead.begin("next", lambda: time.sleep(0.01))
     ahead.wait("next")
     assert ahead.elapsed("next") >= 0.01
+
+
+def test_closing_waits_for_what_reads_the_model_alone() -> None:
+    """Jobs that were not begun never are; a program that is being compiled may take its time."""
+    ahead, seen, read, compiled = Ahead(), [], threading.Event(), threading.Event()
+
+    def job():
+        read.wait()
+        seen.append("read")
+        return lambda: compiled.wait() and seen.append("compiled")
+
+    ahead.begin("first", job)
+    ahead.begin("second", lambda: seen.append("second"))
+    while not ahead.elapsed("first"):
+        time.sleep(0.001)
+    with ThreadPoolExecutor() as pool:
+        closed = pool.submit(ahead.close)
+        assert not closed.done()
+        read.set()
+        closed.result(timeout=60)
+    assert seen == ["read"]
+    compiled.set()
+    ahead.wait("first")
+    assert seen == ["read", "compiled"]
+
+
+def test_models_run_one_at_a_time() -> None:
+    """NumPyro's handlers are one stack for all threads: two models at once would see each other's sites."""
+
+    def slow(y):
+        mu = numpyro.sample("mu", dist.Normal(0, 1))
+        time.sleep(0.01)
+        numpyro.sample("y", dist.Normal(mu, 1), obs=y)
+
+    targets = [numpyro_target(slow, (jnp.array(float(y)),), {}) for y in range(4)]
+    place = jnp.array([0.5])
+    expected = [float(target.logdensity_fn(place)) for target in targets]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda target: float(target.logdensity_fn(place)), targets * 5))
+    assert found == expected * 5
 
 
 KERNELS = {

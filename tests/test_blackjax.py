@@ -1,5 +1,7 @@
 """BlackJAX's algorithms as kernels: its chain with its keys, the same in blocks, and what does not merge is seen."""
 
+from dataclasses import replace
+
 import blackjax
 import jax
 import jax.numpy as jnp
@@ -234,14 +236,10 @@ def test_step_size_of_a_constructor_is_tuned() -> None:
     chain = pmcmc.sample(gaussian, start_like(gaussian), 0, kernel=kernel, warmup=warmup, num_samples=500, **SIZES)
     assert abs(np.mean(chain.report.acceptance_rate) - 0.6) < 0.1
     with pytest.raises(ValueError, match=r"does not report \['energy'\]"):
-        replace_fields(chain, ("energy",)).get_extra_fields()
+        replace(chain, extra_fields=("energy",)).get_extra_fields()
     untunable = from_blackjax(blackjax.mclmc, L=1.0, step_size=None)
     with pytest.raises(pmcmc.WarmupError, match="reports no acceptance rate"):
         pmcmc.sample(gaussian, start_like(gaussian), 0, kernel=untunable, num_samples=10, **SIZES)
-
-
-def replace_fields(chain, names):
-    return pmcmc.Chain(chain.target, chain.kernel, chain.unknowns, chain.info, chain.last_state, chain.report, names)
 
 
 def test_an_algorithm_already_built() -> None:

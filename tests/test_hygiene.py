@@ -30,7 +30,7 @@ LEVELS = [
     {"interop"},
     {"kernels"},
     {"warmup", "stability"},
-    {"report"},
+    {"report", "_storage"},
     {"chain"},
     {"sampling"},
     {"drop_in", "plots"},

@@ -5,18 +5,46 @@ from typing import Any
 
 import numpy as np
 
-from pmcmc._types import PyTree
 
-
-def to_arviz(posterior: dict[str, PyTree], sample_stats: dict[str, np.ndarray], attrs: dict[str, Any]) -> Any:
-    """`InferenceData` (ArviZ 0.x) or `xarray.DataTree` (ArviZ 1.x) from arrays with axes (chain, draw, ...)."""
+def to_arviz(
+    groups: dict[str, dict[str, Any]], attrs: dict[str, Any], *, dims: dict[str, list[str]], coords: dict[str, Any]
+) -> Any:
+    """`InferenceData` (ArviZ 0.x) or `xarray.DataTree` (ArviZ 1.x) from arrays by group; empty groups are left out."""
     import arviz as az
 
-    groups: dict[str, Any] = {
-        "posterior": {name: np.asarray(value) for name, value in posterior.items()},
-        "sample_stats": {name: np.asarray(value) for name, value in sample_stats.items()},
+    arrays: dict[str, Any] = {
+        group: {name: np.asarray(value) for name, value in values.items()} for group, values in groups.items() if values
     }
     # ArviZ 1.0 replaced one keyword per group by one dict of groups.
     if "data" in inspect.signature(az.from_dict).parameters:
-        return az.from_dict(groups, attrs={"/": attrs, **{name: attrs for name in groups}})
-    return az.from_dict(**groups, attrs=attrs)
+        by_group = {"/": attrs, **{name: attrs for name in arrays}}
+        return az.from_dict(arrays, attrs=by_group, dims=dims, coords=coords)
+    return az.from_dict(**arrays, attrs=attrs, dims=dims, coords=coords)
+
+
+def predictive_groups(
+    prior: dict[str, Any] | None, posterior_predictive: dict[str, Any] | None, posterior: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Groups from the draws of NumPyro's `Predictive`, given the posterior's (chain, draw, ...).
+
+    Raises:
+        ValueError: posterior predictive draws that are not as many as the posterior has.
+    """
+    num_chains, num_draws = np.shape(next(iter(posterior.values())))[:2]
+    one_chain = {name: np.asarray(x)[None] for name, x in (prior or {}).items()}
+    groups: dict[str, dict[str, Any]] = {
+        "prior": {name: x for name, x in one_chain.items() if name in posterior},
+        "prior_predictive": {name: x for name, x in one_chain.items() if name not in posterior},
+        "posterior_predictive": {},
+    }
+    for name, given in (posterior_predictive or {}).items():
+        x = np.asarray(given)
+        if x.shape[:1] == (num_chains * num_draws,):
+            x = x.reshape(num_chains, num_draws, *x.shape[1:])
+        if x.shape[:2] != (num_chains, num_draws):
+            raise ValueError(
+                f"posterior_predictive has {name!r} of shape {x.shape}: expected {num_chains * num_draws} draws, or "
+                f"{num_chains} chains of {num_draws}. Pass Predictive(model, chain.get_samples()) of all draws."
+            )
+        groups["posterior_predictive"][name] = x
+    return groups

@@ -1,10 +1,12 @@
 """NumPyro models as targets. NumPyro is imported when a function here runs, not before."""
 
 import hashlib
+import inspect
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -13,7 +15,7 @@ import numpy as np
 
 from pmcmc._threefry import key_pair, threefry_2x32
 from pmcmc._types import Array, PRNGKey, PyTree
-from pmcmc.target import Model, Supports, Target, evaluate_starts
+from pmcmc.target import Described, Model, Supports, Target, evaluate_starts
 
 # What jax raises when a model asks a traced array for its value: np.unique(group), if n > 3, y[mask].
 _NEEDS_VALUE = (
@@ -23,6 +25,22 @@ _NEEDS_VALUE = (
     jax.errors.TracerIntegerConversionError,
     jax.errors.NonConcreteBooleanIndexError,
 )
+
+
+# NumPyro's stack of handlers is one for all threads, and programs are traced in a second one: two models that run at
+# once would see each other's sites.
+_ONE_AT_A_TIME = threading.RLock()
+
+
+def _alone(method: Callable) -> Callable:
+    """Decorator: no other model runs meanwhile."""
+
+    @wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _ONE_AT_A_TIME:
+            return method(*args, **kwargs)
+
+    return run
 
 
 class _Constant:
@@ -81,12 +99,14 @@ class NumpyroModel(Model):
             model = handlers.substitute(model, data=discrete)
         return (model, args, kwargs), discrete, {k: v for k, v in position.items() if k not in discrete}
 
+    @_alone
     def logdensity(self, data, position):
         from numpyro.infer.util import potential_energy
 
         call, _, continuous = self._call_at(data, position)
         return -potential_energy(*call, continuous)
 
+    @_alone
     def constrain(self, data, position):
         return self._constrained(data, position, return_deterministic=True)
 
@@ -96,6 +116,7 @@ class NumpyroModel(Model):
         call, discrete, continuous = self._call_at(data, position)
         return {**discrete, **constrain_fn(*call, continuous, return_deterministic=return_deterministic)}
 
+    @_alone
     def element_logdensities(self, data, position, site, values):
         from numpyro.infer.util import compute_log_probs
 
@@ -108,6 +129,7 @@ class NumpyroModel(Model):
 
         return jnp.moveaxis(jax.vmap(at)(values), 0, -1)
 
+    @_alone
     def _trace(self, data: list, position: PyTree) -> dict:
         """The model's sites at a position."""
         from numpyro import handlers, validation_enabled
@@ -136,6 +158,38 @@ class NumpyroModel(Model):
                 found[name] = jnp.asarray(fn.scale)
         return found
 
+    def describe(self, data, position):
+        dims, observed = {}, {}
+        for name, site in self._trace(data, position).items():
+            if site["type"] not in ("sample", "deterministic"):
+                continue
+            plates = sorted(site["cond_indep_stack"], key=lambda frame: frame.dim)
+            # a deterministic site in a plate need not have the plate's axis
+            if jnp.shape(site["value"])[: len(plates)] == tuple(frame.size for frame in plates):
+                dims[name] = [frame.name for frame in plates] + list(site.get("infer", {}).get("event_dims", []))
+            if _is_observation(site):
+                observed[name] = jnp.asarray(site["value"])
+        return Described(dims, observed, self._constants(data, observed))
+
+    def _constants(self, data: list, observed: dict) -> dict[str, Array]:
+        """Array arguments of the model that are no observations, by the names of its parameters."""
+        _, args, kwargs = self._call(data)
+        try:
+            arguments = inspect.signature(self.model).bind(*args, **kwargs).arguments
+        except (TypeError, ValueError):  # a callable that does not tell
+            return {}
+        same = lambda a, b: jnp.shape(a) == jnp.shape(b) and bool(jnp.all(a == b))
+        arrays = {name: value for name, value in arguments.items() if _is_array(value)}
+        return {name: x for name, x in arrays.items() if not any(same(x, y) for y in observed.values())}
+
+    @_alone
+    def log_likelihood(self, data, position):
+        from numpyro.handlers import substitute, trace
+
+        model, args, kwargs = self._call(data)
+        sites = trace(substitute(model, data=self.constrain(data, position))).get_trace(*args, **kwargs)
+        return {name: site["fn"].log_prob(site["value"]) for name, site in sites.items() if _is_observation(site)}
+
     def explain(self, data, position) -> str:
         trace = self._trace(data, position)
         sites = [
@@ -144,6 +198,11 @@ class NumpyroModel(Model):
             if site["type"] == "sample" and not bool(jnp.all(jnp.isfinite(site["fn"].log_prob(site["value"]))))
         ]
         return f"Its terms are not finite at site {', '.join(map(repr, sites))}." if sites else ""
+
+
+def _is_observation(site: dict) -> bool:
+    """Data, and not a factor, whose value is empty."""
+    return site["type"] == "sample" and site.get("is_observed", False) and jnp.size(site["value"]) > 0
 
 
 def _by_element(trace: dict, terms: dict, name: str) -> Array:
@@ -191,7 +250,26 @@ def numpyro_target(model: Callable, model_args: tuple, model_kwargs: dict) -> Ta
             return Target.build(NumpyroModel(model, treedef, constants, supports), prototype, data)
         except _NEEDS_VALUE as error:
             failure = error
+        except ValueError as error:
+            raise ValueError(f"{_refusing_site(model, model_args, model_kwargs)}{error}") from error
     raise ValueError(f"the model cannot be traced by JAX: {failure}") from failure
+
+
+def _refusing_site(model: Callable, args: tuple, kwargs: dict) -> str:
+    """The site whose distribution NumPyro does not allow, as the beginning of a sentence; "" for other faults."""
+    from numpyro import handlers, validation_enabled
+    from numpyro.infer.initialization import init_to_uniform
+
+    key = jax.random.key(0)
+    names = list(_random_trace(model, args, kwargs, key))
+    started = handlers.substitute(handlers.seed(model, key), substitute_fn=init_to_uniform)
+    checked = handlers.trace(started)
+    try:
+        with validation_enabled(True):
+            checked.get_trace(*args, **kwargs)
+    except ValueError:
+        return f"check the parameters of the distribution at site {names[len(checked.trace)]!r}: "
+    return ""
 
 
 def _is_array(leaf: Any) -> bool:

@@ -1,6 +1,7 @@
 """Programs compiled in a second thread, beside what need not wait for them: warm-up, or steps taken in order."""
 
 import os
+import threading
 import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,15 +22,8 @@ class Ahead:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pmcmc-compile")
         self._jobs: dict[Hashable, _Job] = {}
 
-    def __enter__(self) -> "Ahead":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """What has not begun is not wanted any more; what has, ends by itself."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def begin(self, name: Hashable, compilation: Callable[[], None]) -> None:
-        """Once for each name."""
+    def begin(self, name: Hashable, compilation: Callable[[], Callable[[], None] | None]) -> None:
+        """Once for each name. What reads the user's model is done when ``compilation`` returns; the rest it returns."""
         if name not in self._jobs:
             job = self._jobs[name] = _Job(compilation)
             job.future = self._pool.submit(job.run)
@@ -48,14 +42,22 @@ class Ahead:
             self._jobs[name].future.exception()
         return time.perf_counter() - begin
 
+    def close(self) -> None:
+        """Begin nothing more, and wait until no model is being read: the caller may go on to use it."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for job in self._jobs.values():
+            if not job.future.cancelled():
+                job.traced.wait()
+
     def elapsed(self, name: Hashable) -> float:
         """Seconds that it has been running, or ran in all; 0 where it was never begun."""
         return self._jobs[name].elapsed() if name in self._jobs else 0.0
 
 
 class _Job:
-    def __init__(self, compilation: Callable[[], None]):
+    def __init__(self, compilation: Callable[[], Callable[[], None] | None]):
         self._compilation = compilation
+        self.traced = threading.Event()
         self._began: float | None = None
         self._ended: float | None = None
         self.future: Future
@@ -63,8 +65,12 @@ class _Job:
     def run(self) -> None:
         self._began = time.perf_counter()
         try:
-            self._compilation()
+            rest = self._compilation()
+            self.traced.set()
+            if rest is not None:
+                rest()
         finally:
+            self.traced.set()
             self._ended = time.perf_counter()
 
     def elapsed(self) -> float:

@@ -71,13 +71,15 @@ def parallel_chain(
     settings = Settings.check(
         target, kernel, solver, num_warmup, num_samples, num_chains, thinning, extra_fields, warmup
     )
-    num_starts = settings.warmup.num_starts if num_warmup else num_chains
+    return run_stages(target, key, model_starts(target, key, init_params, settings), settings, progress_bar)
+
+
+def model_starts(target: Target, rng_key: PRNGKey, init_params: PyTree, settings: Settings) -> PyTree:
+    """Positions where warm-up starts, or the chains without one: drawn as NumPyro does, or those given."""
+    num_starts = settings.warmup.num_starts if settings.num_warmup else settings.num_chains
     if init_params is None:
-        start_key = jax.random.fold_in(key, 0)
-        starts = numpyro_starts(target, start_key, num_starts)
-    else:
-        starts = spread_starts(target, init_params, num_chains, num_starts)
-    return run_stages(target, key, starts, settings, progress_bar)
+        return numpyro_starts(target, jax.random.fold_in(rng_key, 0), num_starts)
+    return spread_starts(target, init_params, settings.num_chains, num_starts)
 
 
 def sample(

@@ -1,6 +1,7 @@
 """Two compiled programs, one that draws the noise of a stretch of steps and one that solves for its states."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -157,6 +158,7 @@ class Engine:
 
     guesses: a bank of unknowns. scale: of the unknown, or None where it is not known. Of an engine that is only asked
     to compile, shapes will do. ahead: where programs are compiled that nobody waits for yet.
+    origin: steps that the chains took before; what is step 0 here draws the noise of that number.
     """
 
     def __init__(
@@ -167,9 +169,11 @@ class Engine:
         guesses: PyTree,
         scale: PyTree,
         ahead: Ahead | None = None,
+        origin: int = 0,
     ):
         self.target, self.kernel, self.chain_keys = target, kernel, chain_keys
         self.guesses, self.scale, self.ahead = guesses, scale, ahead or Ahead()
+        self.origin = origin
         self.clock = Clock(0.0, 0.0)
         self._buffers: dict[Shape, tuple[PyTree, PyTree]] = {}
 
@@ -220,7 +224,7 @@ class Engine:
 
     def compile_ahead(self, solver: RecurrenceSolver, shape: Shape) -> None:
         """Have both programs of a solver compiled while something else is done."""
-        self.ahead.begin(_name(solver, shape), lambda: self._compile(solver, shape))
+        self.ahead.begin(_name(solver, shape), lambda: self._trace(solver, shape))
 
     def is_ready(self, solver: RecurrenceSolver, shape: Shape) -> bool:
         """Whether nothing is left to wait for of what was begun by `compile_ahead`."""
@@ -230,16 +234,35 @@ class Engine:
         """That have gone into what was begun by `compile_ahead`."""
         return self.ahead.elapsed(_name(solver, shape))
 
-    def _compile(self, solver: RecurrenceSolver, shape: Shape) -> None:
+    def _trace(self, solver: RecurrenceSolver, shape: Shape) -> Callable[[], None]:
+        """Trace both programs; returns their compilation, which reads the model no more."""
         noise, record = self._buffer_shapes(shape)
         record = record if isinstance(solver, LaneSolver) else None
         number = jax.ShapeDtypeStruct((), jnp.result_type(int))
         numbers = jax.ShapeDtypeStruct((self.num_chains,), jnp.result_type(int))
         x0 = jax.tree.map(lambda g: jax.ShapeDtypeStruct((self.num_chains, *g.shape[1:]), g.dtype), self.guesses)
-        draw_noise.compile(self.target, self.kernel, self.chain_keys, numbers, number, noise, shape=shape)
-        solve_noise.compile(
-            self.target, self.kernel, solver, noise, x0, numbers, number, self.guesses, self.scale, record, shape=shape
-        )
+        programs = [
+            draw_noise.lower(self.target, self.kernel, self.chain_keys, numbers, number, noise, shape=shape),
+            solve_noise.lower(
+                self.target,
+                self.kernel,
+                solver,
+                noise,
+                x0,
+                numbers,
+                number,
+                self.guesses,
+                self.scale,
+                record,
+                shape=shape,
+            ),
+        ]
+
+        def compile_programs() -> None:
+            for program in programs:
+                program.compile()
+
+        return compile_programs
 
     def solve(
         self, solver: RecurrenceSolver, shape: Shape, x0: PyTree, first_step: np.ndarray, block_length: int
@@ -249,7 +272,7 @@ class Engine:
         The segment is overwritten by the next one of this shape: read it first.
         """
         waited = self.ahead.wait(_name(solver, shape))
-        first, length = jnp.asarray(first_step, int), jnp.asarray(block_length, int)
+        first, length = jnp.asarray(self.origin + first_step, int), jnp.asarray(block_length, int)
         noise, record = self._take_buffers(shape)
         record = record if isinstance(solver, LaneSolver) else None
         noise, drawing = draw_noise.timed(self.target, self.kernel, self.chain_keys, first, length, noise, shape=shape)

@@ -61,13 +61,14 @@ class Run:
     """Takes ``num_steps`` steps of every chain; ``position`` of them stand, and ``x`` is where they ended.
 
     Chains stand at the same step until a solve holds longer for some than for others. Every ``thinning``-th state is
-    kept. progress: a bar with ``update(steps)``.
+    kept; ``num_unkept`` steps went by since the last such one. progress: a bar with ``update(steps)``.
     """
 
-    def __init__(self, engine: Engine, x0: PyTree, num_steps: int, thinning: int, progress: Any):
+    def __init__(self, engine: Engine, x0: PyTree, num_steps: int, thinning: int, progress: Any, num_unkept: int = 0):
         self.engine, self.x, self.num_steps, self.thinning, self.progress = engine, x0, num_steps, thinning, progress
+        self.num_unkept = num_unkept
         self.position = np.zeros(engine.num_chains, int)
-        self.draws = Draws.empty(engine, num_steps // thinning)
+        self.draws = Draws.empty(engine, (num_unkept + num_steps) // thinning)
 
     @property
     def done(self) -> int:
@@ -145,7 +146,7 @@ class Run:
         path, info, near_ties = segment.chains((solution.value, solution.aux, segment.near_ties))
         before = self.done
         for chain, steps in enumerate(keep):
-            first = -(self.position[chain] + 1) % self.thinning
+            first = -(self.num_unkept + self.position[chain] + 1) % self.thinning
             begin, end = draws.num_kept[chain], draws.num_kept[chain] + len(range(first, steps, self.thinning))
 
             def copy(room, x, c=chain, rows=slice(first, steps, self.thinning), begin=begin, end=end):

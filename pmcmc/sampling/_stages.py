@@ -1,7 +1,10 @@
 """Warm-up, pilot, solve, report: the stages behind the public functions, timed one by one."""
 
 import time
+from contextlib import closing
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,7 @@ import numpy as np
 
 from pmcmc._tree import tree_index
 from pmcmc._types import Array, PRNGKey, PyTree
-from pmcmc.chain import Chain
+from pmcmc.chain import Chain, ChainState
 from pmcmc.kernels import Info
 from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Sequential
 from pmcmc.report import SolveReport
@@ -24,38 +27,92 @@ from pmcmc.warmup import Tuned
 
 def run_stages(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings, progress_bar: bool) -> Chain:
     """Draws from ``starts`` (positions, leading axis num_starts, or num_chains without warm-up)."""
-    from tqdm.auto import tqdm
-
     began = time.perf_counter()
+    with _progress(settings, progress_bar) as progress, closing(Ahead()) as ahead:
+        state = _warm_up(target, rng_key, starts, settings, progress, ahead)
+        return _sample(state, settings, progress, ahead, began, time.perf_counter() - began)
+
+
+def warm_up(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings, progress_bar: bool) -> ChainState:
+    """Where the chains of `run_stages` with the same arguments begin."""
+    with _progress(settings, progress_bar) as progress, closing(Ahead()) as ahead:
+        return _warm_up(target, rng_key, starts, settings, progress, ahead)
+
+
+def sample_from(state: ChainState, settings: Settings, progress_bar: bool) -> Chain:
+    """Draws that follow a state; the chain holds these alone."""
+    with _progress(settings, progress_bar) as progress, closing(Ahead()) as ahead:
+        return _sample(state, settings, progress, ahead, time.perf_counter(), 0.0)
+
+
+def extend(chain: Chain, num_samples: int, progress_bar: bool) -> Chain:
+    """See `Chain.extend`."""
+    solver = "auto" if chain.solver is None else chain.solver
+    settings = Settings.check(
+        chain.target, chain.kernel, solver, 0, num_samples, chain.num_chains, chain.thinning, chain.extra_fields, None
+    )
+    more = sample_from(chain.state, settings, progress_bar)
+    join = lambda old, new: np.concatenate([old, new], axis=1)
+    both = jax.tree.map(join, (chain.unknowns, chain.info), (more.unknowns, more.info))
+    return replace(more, unknowns=both[0], info=both[1])
+
+
+def _warm_up(
+    target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings, progress: Any, ahead: Ahead
+) -> ChainState:
+    """From ``starts`` to where the chains begin, programs for sampling being compiled beside."""
     settings.kernel.check(target)
     check_starts(target, starts)
     settings.kernel.check_start(target, tree_index(starts, 0))
-    warmup_key, chain_keys = _split_keys(rng_key, num_chains=settings.num_chains)
-    clock = time.perf_counter()
-    bar = tqdm(total=settings.num_samples, unit="draw", disable=None if progress_bar else True)
-    with bar as progress, Ahead() as ahead:
-        progress.set_description("warm-up")
-        if settings.num_warmup and (expected := settings.warmup.tuned_shapes(target, settings.kernel)) is not None:
-            compile_ahead(_engine(expected, chain_keys, ahead), settings.solver, settings.num_samples)
-        tuned = _warm_up(target, warmup_key, starts, settings)
-        warmup_seconds = time.perf_counter() - clock
-        progress.set_description("sampling")
-        own = _chain_starts(tuned, settings)
-        x0 = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[own]), tuned.states)
-        engine = _engine(tuned, chain_keys, ahead)
-        run = Run(engine, x0, settings.num_samples, settings.thinning, progress)
-        automatic = None
-        if settings.solver is None:
-            automatic = Automatic(run, own, tuned.timing)
-            automatic.execute()
-        else:
-            run.with_solver(settings.solver)
-    unknowns, info = run.draws.unknowns, run.draws.info
-    report = _report(run, automatic, info, settings, warmup_seconds, began)
-    return Chain(tuned.target, tuned.kernel, unknowns, info, run.x, report, settings.extra_fields)
+    warmup_key, chain_key = _split_keys(rng_key)
+    progress.set_description("warm-up")
+    if settings.num_warmup and (expected := settings.warmup.tuned_shapes(target, settings.kernel)) is not None:
+        compile_ahead(_engine(_begin(expected, chain_key, settings), ahead), settings.solver, settings.num_samples)
+    state = _begin(_tune(target, warmup_key, starts, settings), chain_key, settings)
+    return state._replace(unknown=jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[state.own]), state.ensemble))
 
 
-def _warm_up(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings) -> Tuned:
+def _begin(tuned: Tuned, chain_key: PRNGKey, settings: Settings) -> ChainState:
+    """Arrays, or shapes where that is all there is yet; ``unknown`` is still to be filled in."""
+    own = _chain_starts(tuned, settings)
+    return ChainState(tuned.target, tuned.kernel, None, chain_key, 0, 0, tuned.states, own, tuned.timing)
+
+
+def _progress(settings: Settings, progress_bar: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=settings.num_samples, unit="draw", disable=None if progress_bar else True)
+
+
+def _sample(
+    state: ChainState, settings: Settings, progress: Any, ahead: Ahead, began: float, warmup_seconds: float
+) -> Chain:
+    progress.set_description("sampling")
+    engine = _engine(state, ahead)
+    run = Run(engine, state.unknown, settings.num_samples, settings.thinning, progress, state.num_unkept)
+    automatic = None
+    if settings.solver is None:
+        automatic = Automatic(run, state.own, state.timing)
+        automatic.execute()
+    else:
+        run.with_solver(settings.solver)
+    return Chain(
+        state._replace(
+            unknown=run.x,
+            num_steps=state.num_steps + settings.num_samples,
+            num_unkept=(state.num_unkept + settings.num_samples) % settings.thinning,
+        ),
+        run.draws.unknowns,
+        run.draws.info,
+        _report(run, automatic, run.draws.info, settings, warmup_seconds, began),
+        settings.thinning,
+        settings.solver,
+        extend,
+        settings.extra_fields,
+    )
+
+
+def _tune(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings) -> Tuned:
     if settings.num_warmup:
         tuned = settings.warmup.run(target, settings.kernel, rng_key, starts, settings.num_warmup)
         return jax.block_until_ready(tuned)
@@ -72,22 +129,30 @@ def _chain_starts(tuned: Tuned, settings: Settings) -> np.ndarray:
     return (chains * stride + chains * stride // num_states) % num_states
 
 
-@partial(jax.jit, static_argnames="num_chains")
-def _split_keys(rng_key: PRNGKey, *, num_chains: int) -> tuple[PRNGKey, Array]:
-    """For warm-up, and one for each chain that does not depend on how many there are."""
+@jax.jit
+def _split_keys(rng_key: PRNGKey) -> tuple[PRNGKey, PRNGKey]:
+    """For warm-up, and for the chains."""
     warmup_key, chain_key = jax.random.split(rng_key)
-    return warmup_key, jax.vmap(lambda c: jax.random.fold_in(chain_key, c))(jnp.arange(num_chains))
+    return warmup_key, chain_key
 
 
-def _engine(tuned: Tuned, chain_keys: Array, ahead: Ahead) -> Engine:
-    return Engine(tuned.target, tuned.kernel, chain_keys, tuned.states, _scale(tuned), ahead)
+@partial(jax.jit, static_argnames="num_chains")
+def _chain_keys(rng_key: PRNGKey, *, num_chains: int) -> Array:
+    """One for each chain, that does not depend on how many there are."""
+    return jax.vmap(lambda c: jax.random.fold_in(rng_key, c))(jnp.arange(num_chains))
 
 
-def _scale(tuned: Tuned) -> PyTree:
+def _engine(state: ChainState, ahead: Ahead) -> Engine:
+    """Of a state that is only compiled for, shapes will do."""
+    keys = _chain_keys(state.rng_key, num_chains=len(state.own))
+    return Engine(state.target, state.kernel, keys, state.ensemble, _scale(state), ahead, state.num_steps)
+
+
+def _scale(state: ChainState) -> PyTree:
     """Of an unknown: one where it is the coordinates in a basis that warm-up found, else not known (None)."""
-    if tuned.target.basis is None or len(jax.tree.leaves(tuned.states)) > 1:
+    if state.target.basis is None or len(jax.tree.leaves(state.ensemble)) > 1:
         return None
-    return jax.tree.map(lambda x: np.ones(x.shape[1:], x.dtype), tuned.states)
+    return jax.tree.map(lambda x: np.ones(x.shape[1:], x.dtype), state.ensemble)
 
 
 def _decision(solver: RecurrenceSolver) -> str:

@@ -1,0 +1,347 @@
+"""``numpyro.infer.MCMC`` whose chains are sampled in parallel across their length."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro.infer import HMC as NumpyroHMC
+from numpyro.infer import MCMC
+from numpyro.infer import NUTS as NumpyroNUTS
+from numpyro.infer.hmc_util import euclidean_kinetic_energy
+from numpyro.infer.initialization import init_to_uniform
+from numpyro.infer.mcmc import MCMCKernel
+from numpyro.infer.util import initialize_model
+
+from pmcmc._types import Array, PRNGKey, PyTree
+from pmcmc.chain import Chain, ChainState, last_logdensity
+from pmcmc.interop._numpyro import numpyro_target
+from pmcmc.kernels import HMC, NUTS, Kernel
+from pmcmc.recurrence import RecurrenceSolver
+from pmcmc.sampling._api import model_starts
+from pmcmc.sampling._settings import Settings, as_key
+from pmcmc.sampling._stages import run_stages, sample_from, warm_up
+from pmcmc.target import Target
+from pmcmc.warmup import EnsembleAdaptation, Warmup
+
+__all__ = ["ParallelMCMC", "ParallelState"]
+
+_STEP_SIZE = "adapt_state.step_size"
+
+
+class ParallelState(NamedTuple):
+    """Where a `ParallelMCMC` stands: its ``last_state`` and ``post_warmup_state``.
+
+    z: unconstrained values by site, with a leading axis num_chains where there are several, as NumPyro has them.
+    potential_energy: there. rng_key: `ParallelMCMC.run` with this key goes on as one long run would.
+    chains: everything else that the chains need to go on.
+    """
+
+    z: PyTree
+    potential_energy: Array
+    rng_key: PRNGKey
+    chains: ChainState
+
+
+class ParallelMCMC(MCMC):
+    """``numpyro.infer.MCMC`` with each chain solved in parallel across its length; change the one line that makes it.
+
+    sampler: ``numpyro.infer.NUTS(model, ...)`` or ``HMC(model, ...)``, translated as described below; or the model
+        itself, sampled by ``kernel``.
+    num_warmup, num_samples, thinning, num_chains: as NumPyro has them: ``num_samples`` counts steps before thinning.
+    chain_method, progress_rate, jit_model_args: accepted without effect. Chains always run side by side, and new data
+        of the same shapes never compile anew.
+    progress_bar: quiet when not in a terminal, whatever this says.
+    kernel: a pmcmc kernel, `HMC()` by default, where ``sampler`` is a model.
+    solver, warmup: as in `pmcmc.parallel_chain`.
+
+    Everything that reads draws is NumPyro's own: ``get_samples``, ``get_extra_fields``, ``print_summary``,
+    ``Predictive``, ``log_likelihood``, ``arviz.from_numpyro``. ``chain`` is the `Chain` behind them, with its report.
+
+    Of the options of NUTS and HMC these are kept: ``model``, ``target_accept_prob``, ``dense_mass`` (True or False),
+    ``max_tree_depth``, ``num_steps``, ``init_strategy``, and ``step_size`` and ``inverse_mass_matrix`` where they are
+    not adapted. Where they are, NumPyro only starts from them, and pmcmc starts elsewhere. HMC's trajectories are
+    a quarter of a period long, with jittered steps, instead of a fixed 2 pi. What cannot be kept is refused.
+
+    Raises:
+        TypeError, ValueError: for samplers and options without a counterpart, with what to write instead.
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist, pmcmc
+        >>> def model(y):
+        ...     mu = numpyro.sample("mu", dist.Normal(0, 1))
+        ...     numpyro.sample("y", dist.Normal(mu, 1), obs=y)
+        >>> mcmc = pmcmc.ParallelMCMC(numpyro.infer.NUTS(model), num_warmup=200, num_samples=100)
+        >>> mcmc.run(jax.random.key(0), 1.0)
+        >>> mcmc.get_samples()["mu"].shape
+        (100,)
+    """
+
+    def __init__(
+        self,
+        sampler: MCMCKernel | Callable,
+        *,
+        num_warmup: int,
+        num_samples: int,
+        num_chains: int = 1,
+        thinning: int = 1,
+        postprocess_fn: Callable | None = None,
+        chain_method: str | Callable = "parallel",
+        progress_bar: bool = True,
+        progress_rate: int | None = None,
+        jit_model_args: bool = False,
+        kernel: Kernel | None = None,
+        solver: RecurrenceSolver | str = "auto",
+        warmup: Warmup | None = None,
+    ):
+        if postprocess_fn is not None:
+            raise ValueError(
+                "postprocess_fn cannot be used: make derived values numpyro.deterministic sites, or compute them from "
+                "get_samples()."
+            )
+        if not isinstance(sampler, MCMCKernel):
+            if not callable(sampler):
+                raise TypeError(f"sampler must be numpyro.infer.NUTS(model), HMC(model) or the model, got {sampler!r}.")
+            sampler = NumpyroNUTS(sampler)  # stands for the model, where NumPyro and ArviZ look for it
+        else:
+            if kernel is not None:
+                raise ValueError(
+                    f"both {type(sampler).__name__} and kernel= say how to sample: pass the model instead of the "
+                    "former, or leave kernel= out."
+                )
+            kernel, adaptation = _translate(sampler, num_warmup)
+            warmup = adaptation if warmup is None else warmup
+        super().__init__(
+            sampler,
+            num_warmup=num_warmup,
+            num_samples=num_samples,
+            num_chains=num_chains,
+            thinning=thinning,
+            chain_method="vectorized",
+            progress_bar=progress_bar,
+        )
+        self._kernel, self._solver, self._warmup = kernel, solver, warmup
+        self._chain: Chain | None = None
+
+    @property
+    def chain(self) -> Chain:
+        """The `Chain` of the last `run`.
+
+        Raises:
+            ValueError: `run` was not called yet.
+        """
+        if self._chain is None:
+            raise ValueError("there is no chain yet: call run() first.")
+        return self._chain
+
+    def warmup(self, rng_key, *args, extra_fields=(), collect_warmup=False, init_params=None, **kwargs) -> None:
+        """Tune only: `run` then starts from ``post_warmup_state``. Arguments as in `run`.
+
+        Raises:
+            ValueError: ``collect_warmup``: warm-up runs an ensemble of its own, which is not kept.
+        """
+        if collect_warmup:
+            raise ValueError(
+                "collect_warmup=True is not possible: warm-up runs an ensemble of its own and keeps no draws. Use "
+                "num_warmup=0 and a step size to see a chain from its start."
+            )
+        self._args, self._kwargs, self._warmup_state = args, kwargs, None
+        target, key, settings = self._prepare(rng_key, extra_fields)
+        starts = model_starts(target, key, self._init_params(key, init_params), settings)
+        state = warm_up(target, key, starts, settings, self.progress_bar)
+        self._last_state = self._warmup_state = _standing(state)
+
+    def run(self, rng_key, *args, extra_fields=(), init_params=None, **kwargs) -> None:
+        """Warm up, unless there is a ``post_warmup_state``, and sample.
+
+        rng_key: a key; of a batch with one for each chain, the first counts. Where it is
+            ``post_warmup_state.rng_key``, the chains go on as one long run would; any other key gives new noise.
+        args, kwargs: of the model.
+        extra_fields: as NumPyro spells them: names of the kernel's fields, ``"adapt_state.step_size"``, ``"z.site"``
+            for unconstrained values, ``"~z.site"`` to leave a site out.
+        init_params: unconstrained starting values by site, with a leading axis num_chains where there are several.
+        """
+        self._args, self._kwargs = args, kwargs
+        target, key, settings = self._prepare(rng_key, extra_fields)
+        if self._warmup_state is None:
+            starts = model_starts(target, key, self._init_params(key, init_params), settings)
+            chain = run_stages(target, key, starts, settings, self.progress_bar)
+        else:
+            chain = sample_from(self._go_on(target, key), settings, self.progress_bar)
+        self._chain = chain
+        self._last_state = _standing(chain.state)
+        self._states, self._states_flat = _states(chain, extra_fields), None
+
+    def _prepare(self, rng_key: Any, extra_fields: Sequence[str]) -> tuple[Target, PRNGKey, Settings]:
+        target = numpyro_target(self.sampler.model, self._args, self._kwargs)
+        if isinstance(rng_key, jax.Array) and rng_key.shape:
+            typed = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
+            if rng_key.ndim == (1 if typed else 2) and len(rng_key) == self.num_chains:
+                rng_key = rng_key[0]
+        _check_sites(target, extra_fields)
+        settings = self._settings(target, [name for name in extra_fields if not (_site(name) or name == _STEP_SIZE)])
+        return target, as_key(rng_key), settings
+
+    def _settings(self, target: Target, extra_fields: Sequence[str]) -> Settings:
+        return Settings.check(
+            target,
+            self._kernel,
+            self._solver,
+            self.num_warmup,
+            self.num_samples,
+            self.num_chains,
+            self.thinning,
+            extra_fields,
+            self._warmup,
+        )
+
+    def _init_params(self, rng_key: PRNGKey, given: PyTree) -> PyTree:
+        """Those given, or what the sampler's strategy finds; None for NumPyro's default, which is pmcmc's too."""
+        strategy = self.sampler._init_strategy
+        if given is not None or strategy is init_to_uniform:
+            return given
+        keys = jax.random.split(jax.random.fold_in(rng_key, 0), self.num_chains)
+        found = initialize_model(
+            keys, self.sampler.model, init_strategy=strategy, model_args=self._args, model_kwargs=self._kwargs
+        )
+        return found.param_info.z
+
+    def _go_on(self, target: Target, rng_key: PRNGKey) -> ChainState:
+        """From ``post_warmup_state``, with the model's arguments of this run."""
+        state = self._warmup_state
+        if not isinstance(state, ParallelState):
+            raise TypeError(
+                f"post_warmup_state must be None or the last_state of a ParallelMCMC, got {type(state).__name__}: "
+                "states of NumPyro's own samplers do not hold what is needed. Pass init_params= instead."
+            )
+        chains = state.chains
+        if len(chains.own) != self.num_chains or target.spec != chains.target.spec:
+            raise ValueError(
+                "post_warmup_state has another number of chains, or latent sites of other names or shapes: set it to "
+                "None to warm up again."
+            )
+        data = jax.random.key_data
+        if not np.array_equal(data(rng_key), data(chains.rng_key)):
+            # not the key itself: it may have drawn these steps before, and chains that share noise would merge
+            rng_key = jax.random.fold_in(rng_key, chains.num_steps + 1)
+        # as in NumPyro each run keeps num_samples // thinning draws
+        return chains._replace(target=target.with_basis(chains.target.basis), rng_key=rng_key, num_unkept=0)
+
+
+def _site(field: str) -> str:
+    """The site that an extra field such as ``"z.mu"`` or ``"~z.mu"`` names, or ""."""
+    return field.removeprefix("~")[2:] if field.removeprefix("~").startswith("z.") else ""
+
+
+def _check_sites(target: Target, extra_fields: Sequence[str]) -> None:
+    """Raise where a field names a site that the model does not have, before anything is sampled."""
+    latent = set(target.spec.template)
+    every = set(jax.eval_shape(target.model.constrain, target.data, target.spec.template))
+    for name in filter(_site, extra_fields):
+        sites = every if name.startswith("~") else latent
+        if _site(name) not in sites:
+            raise ValueError(f"extra_fields: {name!r} names no site of the model: expected one out of {sorted(sites)}.")
+
+
+def _standing(state: ChainState) -> ParallelState:
+    positions = jax.vmap(lambda x: state.kernel.position(state.target, x))(state.unknown)
+    potential = jnp.asarray(-last_logdensity(state))
+    if len(state.own) == 1:
+        positions, potential = jax.tree.map(lambda x: x[0], (positions, potential))
+    return ParallelState(positions, potential, state.rng_key, state)
+
+
+def _states(chain: Chain, extra_fields: Sequence[str]) -> dict[str, Any]:
+    """What NumPyro's methods read: arrays (num_chains, draws, ...) by field, the samples under ``z``."""
+    samples = dict(chain.get_samples(group_by_chain=True))
+    for name in extra_fields:
+        if name.startswith("~z."):
+            del samples[name[3:]]
+    states = {"z": samples, **chain.get_extra_fields(group_by_chain=True)}
+    if any(name.startswith("z.") for name in extra_fields):
+        positions = _positions(chain)
+        states |= {name: positions[name[2:]] for name in extra_fields if name.startswith("z.")}
+    if _STEP_SIZE in extra_fields:
+        step_size = jnp.asarray(getattr(chain.kernel, "step_size", jnp.nan))
+        states[_STEP_SIZE] = jnp.broadcast_to(step_size, (chain.num_chains, chain.num_samples))
+    return states
+
+
+def _positions(chain: Chain) -> dict[str, Array]:
+    """Unconstrained draws."""
+    one = lambda x: chain.kernel.position(chain.target, x)
+    return jax.jit(jax.vmap(jax.vmap(one)))(chain.unknowns)
+
+
+def _translate(sampler: Any, num_warmup: int) -> tuple[Kernel, EnsembleAdaptation]:
+    """The pmcmc kernel and warm-up that stand for a NumPyro kernel.
+
+    Raises:
+        TypeError, ValueError: there are none.
+    """
+    if type(sampler) not in (NumpyroHMC, NumpyroNUTS):
+        raise TypeError(
+            f"{type(sampler).__name__} has no counterpart that is sampled in parallel: expected numpyro.infer.NUTS or "
+            "HMC. Pass the model and a pmcmc kernel, as in ParallelMCMC(model, kernel=pmcmc.HMC(), ...)."
+        )
+    _refuse(sampler)
+    step_size = None if sampler._adapt_step_size and num_warmup else sampler._step_size
+    metric = None if sampler._adapt_mass_matrix and num_warmup else sampler._inverse_mass_matrix
+    if metric is None and num_warmup and not sampler._adapt_mass_matrix:
+        metric = 1.0
+    warmup = EnsembleAdaptation(dense=sampler._dense_mass, target_acceptance_rate=sampler._target_accept_prob)
+    if type(sampler) is NumpyroHMC:
+        length = _length(sampler, step_size)
+        return HMC(step_size=step_size, num_integration_steps=length, inverse_mass_matrix=metric), warmup
+    if metric is not None:
+        raise ValueError(
+            "NUTS takes its metric from warm-up: leave adapt_mass_matrix=True and num_warmup positive, or use "
+            "numpyro.infer.HMC with inverse_mass_matrix=."
+        )
+    depth = sampler._max_tree_depth
+    return NUTS(step_size=step_size, max_num_doublings=depth if isinstance(depth, int) else depth[1]), warmup
+
+
+def _length(sampler: Any, step_size: Any) -> int | None:
+    """Leapfrog steps of a trajectory; None for pmcmc's own choice."""
+    if sampler._num_steps is not None:
+        return sampler._num_steps
+    if step_size is not None:
+        return max(1, math.ceil(sampler._trajectory_length / float(step_size)))
+    if sampler._trajectory_length != 2 * math.pi:
+        raise ValueError(
+            "trajectory_length= cannot be kept while the step size is adapted: pass num_steps=, or leave it out for "
+            "a quarter of a period."
+        )
+    return None
+
+
+def _refuse(sampler: Any) -> None:
+    """Options of NumPyro's HMC and NUTS that nothing here corresponds to."""
+    metric = sampler._inverse_mass_matrix
+    for unusable, message in (
+        (
+            sampler.model is None,
+            "potential_fn has no model: use pmcmc.sample(lambda x: -potential_fn(x), initial_position, rng_key).",
+        ),
+        (
+            sampler._kinetic_fn is not euclidean_kinetic_energy,
+            "kinetic_fn must be the Euclidean one: leave it out.",
+        ),
+        (
+            not isinstance(sampler._dense_mass, bool),
+            "dense_mass by blocks of sites is not available: pass True or False.",
+        ),
+        (
+            isinstance(metric, dict),
+            "inverse_mass_matrix by blocks of sites is not available: pass an array (D,) or (D, D) over all sites.",
+        ),
+        (
+            sampler._forward_mode_differentiation,
+            "forward_mode_differentiation is not available: write loops of the model with numpyro's or jax's scan.",
+        ),
+    ):
+        if unusable:
+            raise ValueError(message)

@@ -1,0 +1,338 @@
+"""`pmcmc.ParallelMCMC` where NumPyro's MCMC was: what reads its draws, how runs go on, and what is refused."""
+
+import inspect
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.infer import HMC, MCMC, NUTS, BarkerMH, Predictive, init_to_value, log_likelihood
+
+import pmcmc
+from pmcmc.drop_in import ParallelMCMC, _translate
+from pmcmc.recurrence import MultipleShooting, Sequential
+
+
+@pytest.fixture(autouse=True)
+def numpyro_broadcasts_over_ranks():
+    """NumPyro's own code promotes ranks."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+Y = np.array([0.8, 1.4, -0.2, 1.1, 0.9])
+SIZES = dict(num_warmup=100, num_samples=90, num_chains=2, progress_bar=False)
+
+
+def model(y=None, num=5):
+    mu = numpyro.sample("mu", dist.Normal(0, 1))
+    sigma = numpyro.sample("sigma", dist.HalfNormal(1.0))
+    numpyro.deterministic("twice", 2 * mu)
+    with numpyro.plate("data", num):
+        numpyro.sample("y", dist.Normal(mu, sigma), obs=y)
+
+
+def make(**options) -> ParallelMCMC:
+    return ParallelMCMC(model, **{**SIZES, "kernel": pmcmc.HMC(), "solver": Sequential(), **options})
+
+
+@cache
+def finished() -> ParallelMCMC:
+    mcmc = make(thinning=3)
+    mcmc.run(jax.random.key(0), Y, extra_fields=("accept_prob", "energy", "z.sigma", "adapt_state.step_size"))
+    return mcmc
+
+
+def test_is_a_numpyro_mcmc() -> None:
+    """The canary: the private names by which NumPyro's methods, and ArviZ, read what a run left."""
+    mcmc = finished()
+    assert isinstance(mcmc, MCMC)
+    assert pmcmc.ParallelMCMC is ParallelMCMC
+    theirs = MCMC(NUTS(model), num_warmup=5, num_samples=6, num_chains=1, progress_bar=False)
+    theirs.run(jax.random.key(0), Y)
+    read = ("_states", "_states_flat", "_last_state", "_args", "_kwargs", "_warmup_state", "_sample_field")
+    for name in (*read, "num_chains", "num_samples", "thinning", "sampler"):
+        assert hasattr(mcmc, name), name
+        assert hasattr(theirs, name), name
+    assert theirs._sample_field == mcmc._sample_field == "z"
+    assert set(theirs._states) == {"z", "diverging"}
+    assert theirs._states["z"]["mu"].shape == (1, 6)
+    assert set(mcmc._states["z"]) == set(theirs._states["z"])
+    assert theirs._last_state.z.keys() == mcmc.last_state.z.keys()
+    ours, names = inspect.signature(ParallelMCMC).parameters, inspect.signature(MCMC).parameters
+    assert {name: p.default for name, p in names.items()}.items() <= {n: p.default for n, p in ours.items()}.items()
+    for method in ("run", "warmup"):
+        assert set(inspect.signature(getattr(MCMC, method)).parameters) == set(
+            inspect.signature(getattr(ParallelMCMC, method)).parameters
+        )
+
+
+def test_draws_and_fields() -> None:
+    mcmc, chain = finished(), finished().chain
+    samples, grouped = mcmc.get_samples(), mcmc.get_samples(group_by_chain=True)
+    assert set(samples) == {"mu", "sigma", "twice"}
+    assert samples["mu"].shape == (60,)
+    for name, x in grouped.items():
+        assert x.shape == (2, 30)
+        np.testing.assert_array_equal(x, chain.get_samples(group_by_chain=True)[name])
+        np.testing.assert_array_equal(x.reshape(-1), samples[name])
+    fields = mcmc.get_extra_fields(group_by_chain=True)
+    assert set(fields) == {"diverging", "accept_prob", "energy", "z.sigma", "adapt_state.step_size"}
+    assert all(x.shape == (2, 30) for x in fields.values())
+    np.testing.assert_allclose(jnp.exp(fields["z.sigma"]), grouped["sigma"])
+    assert np.all(fields["adapt_state.step_size"] == chain.kernel.step_size)
+
+
+def test_same_key_same_chain_as_parallel_chain() -> None:
+    chain = pmcmc.parallel_chain(
+        model, jax.random.key(0), model_args=(Y,), kernel=pmcmc.HMC(), solver=Sequential(), thinning=3, **SIZES
+    )
+    jax.tree.map(np.testing.assert_array_equal, finished().get_samples(), chain.get_samples())
+
+
+def test_a_site_left_out() -> None:
+    mcmc = make(num_warmup=0, kernel=pmcmc.HMC(step_size=0.1))
+    mcmc.run(jax.random.key(0), Y, extra_fields=("~z.twice",))
+    assert set(mcmc.get_samples()) == {"mu", "sigma"}
+
+
+def test_print_summary(capsys: pytest.CaptureFixture) -> None:
+    finished().print_summary()
+    shown = capsys.readouterr().out
+    assert "mu" in shown
+    assert "r_hat" in shown
+    assert "Number of divergences" in shown
+    assert "twice" not in shown  # as NumPyro: no deterministic sites
+    finished().print_summary(exclude_deterministic=False)
+    assert "twice" in capsys.readouterr().out
+
+
+def test_predictive_and_log_likelihood() -> None:
+    mcmc = finished()
+    samples = mcmc.get_samples()
+    predicted = Predictive(model, samples)(jax.random.key(1))
+    assert predicted["y"].shape == (60, 5)
+    found = log_likelihood(model, samples, Y)["y"]
+    expected = dist.Normal(samples["mu"][:, None], samples["sigma"][:, None]).log_prob(Y[None])
+    np.testing.assert_allclose(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # ArviZ's own dependencies
+def test_arviz_from_numpyro() -> None:
+    az = pytest.importorskip("arviz")
+    data = az.from_numpyro(finished(), log_likelihood=True)
+    assert dict(data.posterior.sizes) == {"chain": 2, "draw": 30}
+    assert set(data.posterior.data_vars) == {"mu", "sigma", "twice"}
+    assert data.log_likelihood["y"].dims == ("chain", "draw", "data")
+    assert {"diverging", "acceptance_rate", "step_size", "energy"} <= set(data.sample_stats.data_vars)
+    assert data.observed_data["y"].dims == ("data",)
+    assert np.isfinite(az.loo(data).elpd_loo if hasattr(az.loo(data), "elpd_loo") else az.loo(data).elpd)
+
+
+def test_going_on_with_its_own_key_is_one_long_run() -> None:
+    """As in NumPyro's documentation of post_warmup_state; each run returns its own draws."""
+    mcmc = make()
+    mcmc.run(jax.random.key(0), Y)
+    first = mcmc.get_samples(group_by_chain=True)
+    mcmc.post_warmup_state = mcmc.last_state
+    mcmc.run(mcmc.post_warmup_state.rng_key, Y)
+    second = mcmc.get_samples(group_by_chain=True)
+    long = make(num_samples=180)
+    long.run(jax.random.key(0), Y)
+    both = jax.tree.map(lambda a, b: np.concatenate([a, b], axis=1), first, second)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9)
+    jax.tree.map(close, both, long.get_samples(group_by_chain=True))
+
+
+def test_going_on_with_any_other_key_draws_new_noise() -> None:
+    """Even with the key of the first run: with the same noise the chains would merge with their own past."""
+    mcmc = make(thinning=4)
+    mcmc.run(jax.random.key(0), Y)
+    first = mcmc.get_samples()["mu"]
+    mcmc.post_warmup_state = mcmc.last_state
+    mcmc.run(jax.random.key(0), Y)
+    assert len(mcmc.get_samples()["mu"]) == len(first) == 44  # 90 // 4 in each chain and run
+    assert not np.any(np.isclose(mcmc.get_samples()["mu"], first, atol=1e-6))
+    assert mcmc.chain.report.warmup_seconds == 0
+
+
+def test_warmup_then_run() -> None:
+    mcmc = make()
+    mcmc.warmup(jax.random.key(0), Y)
+    assert mcmc.post_warmup_state is mcmc.last_state
+    mcmc.run(mcmc.post_warmup_state.rng_key, Y)
+    whole = make()
+    whole.run(jax.random.key(0), Y)
+    jax.tree.map(np.testing.assert_array_equal, mcmc.get_samples(), whole.get_samples())
+    mcmc.run(mcmc.post_warmup_state.rng_key, Y + 1)  # new data, the same tuned kernel
+    assert mcmc.get_samples()["mu"].mean() > whole.get_samples()["mu"].mean() + 0.3
+
+
+def test_states_that_do_not_fit() -> None:
+    mcmc = make(num_chains=1)
+    mcmc.warmup(jax.random.key(0), Y)
+    assert jnp.shape(mcmc.last_state.z["mu"]) == ()  # one chain has no leading axis, as in NumPyro
+    other = make()
+    other.post_warmup_state = mcmc.last_state
+    with pytest.raises(ValueError, match=r"another number of chains.*set it to None"):
+        other.run(jax.random.key(0), Y)
+    other.post_warmup_state = ("a", "state")
+    with pytest.raises(TypeError, match=r"last_state of a ParallelMCMC.*init_params"):
+        other.run(jax.random.key(0), Y)
+    with pytest.raises(ValueError, match="collect_warmup=True is not possible"):
+        mcmc.warmup(jax.random.key(0), Y, collect_warmup=True)
+    with pytest.raises(ValueError, match=r"call run\(\) first"):
+        _ = make().chain
+
+
+def test_keys_and_starts() -> None:
+    """A batch of keys; starting values given, or found by the sampler's strategy: tiny steps stay there."""
+    tiny = dict(num_warmup=0, num_samples=2)
+    sampler = lambda **options: NUTS(model, step_size=1e-9, max_tree_depth=1, **options)
+    start = {"mu": jnp.array([0.1, 0.2]), "sigma": jnp.array([0.0, 0.3])}
+    mcmc = ParallelMCMC(sampler(), **{**SIZES, **tiny})
+    mcmc.run(jax.random.split(jax.random.key(0), 2), Y, init_params=start)
+    np.testing.assert_allclose(mcmc.get_samples(group_by_chain=True)["mu"][:, -1], start["mu"], atol=1e-6)
+    value = ParallelMCMC(sampler(init_strategy=init_to_value(values={"mu": 0.7, "sigma": 2.0})), **{**SIZES, **tiny})
+    value.run(jax.random.PRNGKey(0), Y)
+    np.testing.assert_allclose(value.get_samples()["sigma"], 2.0, rtol=1e-6)
+
+
+def test_what_numpyros_kernels_become() -> None:
+    kernel, warmup = _translate(NUTS(model, target_accept_prob=0.9, dense_mass=True, max_tree_depth=7), 100)
+    assert kernel == pmcmc.NUTS(max_num_doublings=7)
+    assert (warmup.dense, warmup.target_acceptance_rate) == (True, 0.9)
+    assert _translate(NUTS(model), 100) == (pmcmc.NUTS(), pmcmc.EnsembleAdaptation(False, 0.8))
+    assert _translate(NUTS(model, step_size=0.3), 100)[0].step_size is None
+    assert _translate(NUTS(model, step_size=0.3, adapt_step_size=False), 100)[0].step_size == 0.3
+    assert _translate(NUTS(model, step_size=0.3), 0)[0].step_size == 0.3
+    assert _translate(NUTS(model, max_tree_depth=(5, 8)), 100)[0].max_num_doublings == 8
+    assert _translate(HMC(model), 100)[0] == pmcmc.HMC()
+    assert _translate(HMC(model, num_steps=5, trajectory_length=None), 100)[0].num_integration_steps == 5
+    fixed = HMC(model, step_size=0.5, adapt_step_size=False, trajectory_length=1.2)
+    assert _translate(fixed, 100)[0] == pmcmc.HMC(step_size=0.5, num_integration_steps=3)
+    metric = jnp.array([1.0, 2.0])
+    kept = _translate(HMC(model, inverse_mass_matrix=metric, adapt_mass_matrix=False), 100)[0]
+    np.testing.assert_array_equal(kept.inverse_mass_matrix, metric)
+    assert _translate(HMC(model, adapt_mass_matrix=False), 100)[0].inverse_mass_matrix == 1.0
+
+
+def quadratic(inverse_mass_matrix, r):
+    return 0.5 * jnp.sum(r**2)
+
+
+@pytest.mark.parametrize(
+    ("make_sampler", "error", "words"),
+    [
+        (lambda: BarkerMH(model), TypeError, r"BarkerMH has no counterpart.*Pass the model and a pmcmc kernel"),
+        (lambda: NUTS(potential_fn=lambda z: z**2), ValueError, r"use pmcmc.sample\(lambda"),
+        (lambda: NUTS(model, dense_mass=[("mu", "sigma")]), ValueError, "dense_mass by blocks.*True or False"),
+        (lambda: NUTS(model, kinetic_fn=quadratic), ValueError, "kinetic_fn must be the Euclidean one: leave it out"),
+        (lambda: NUTS(model, forward_mode_differentiation=True), ValueError, "numpyro's or jax's scan"),
+        (lambda: NUTS(model, adapt_mass_matrix=False), ValueError, "metric from warm-up: leave adapt_mass_matrix"),
+        (lambda: HMC(model, inverse_mass_matrix={("mu",): jnp.ones(1)}), ValueError, r"pass an array \(D,\)"),
+        (lambda: HMC(model, trajectory_length=1.0), ValueError, "pass num_steps="),
+        (lambda: 3.0, TypeError, r"sampler must be numpyro.infer.NUTS\(model\)"),
+    ],
+)
+def test_samplers_without_a_counterpart(make_sampler, error, words) -> None:
+    options = {**SIZES, "num_samples": 10}
+    if words.startswith("sampler must"):
+        with pytest.raises(TypeError):  # by the annotation here, by a message of its own in production
+            ParallelMCMC(make_sampler(), **options)
+        return
+    with pytest.raises(error, match=words):
+        ParallelMCMC(make_sampler(), **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(sampler=NUTS(model)), "both NUTS and kernel= say how to sample"),
+        (dict(postprocess_fn=lambda z: z), "numpyro.deterministic"),
+        (dict(num_warmup=0), "pass step_size="),
+        (dict(num_samples=2, thinning=3), "greater than thinning"),
+    ],
+)
+def test_options_that_do_not_go_together(change, words) -> None:
+    sampler = change.get("sampler", model)
+    with pytest.raises(ValueError, match=words):
+        ParallelMCMC(**{**SIZES, "kernel": pmcmc.HMC(), **change, "sampler": sampler}).run(jax.random.key(0), Y)
+
+
+def test_fields_that_are_not_there() -> None:
+    with pytest.raises(ValueError, match=r"HMC has no extra_fields \['tree'\]: expected"):
+        make().run(jax.random.key(0), Y, extra_fields=("tree",))
+    with pytest.raises(
+        ValueError, match=r"'z.twice' names no site of the model: expected one out of \['mu', 'sigma'\]"
+    ):
+        make().run(jax.random.key(0), Y, extra_fields=("z.twice",))
+
+
+def no_latents(y):
+    numpyro.sample("y", dist.Normal(0, 1), obs=y)
+
+
+def with_param(y):
+    numpyro.sample("x", dist.Normal(numpyro.param("guide_loc", 0.0), 1))
+
+
+def with_mutable(y):
+    numpyro.primitives.mutable("counter", 0.0)
+    numpyro.sample("x", dist.Normal(0, 1))
+
+
+def with_discrete(y):
+    numpyro.sample("x", dist.Normal(0, 1))
+    numpyro.sample("cluster", dist.Categorical(jnp.ones(3) / 3))
+
+
+def nan_data(y):
+    mu = numpyro.sample("mu", dist.Normal(0, 1))
+    numpyro.sample("count", dist.Normal(mu, 1.0), obs=np.where(y > 1, np.nan, y))
+
+
+def invalid_scale(y):
+    mu = numpyro.sample("mu", dist.Normal(0, 1))
+    numpyro.sample("count", dist.Normal(mu, -1.0), obs=y)
+
+
+def same_name_twice(y):
+    numpyro.sample("mu", dist.Normal(0, 1))
+    numpyro.sample("mu", dist.Normal(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("broken", "error", "words"),
+    [
+        (no_latents, ValueError, "no latent sample sites: there is nothing to sample. Check"),
+        (with_param, ValueError, "site 'guide_loc' is a param site.*give it a prior"),
+        (with_mutable, ValueError, "site 'counter' is a mutable site.*give it a prior"),
+        (with_discrete, TypeError, "EnsembleAdaptation cannot warm up Compose: pass warmup="),
+        (invalid_scale, ValueError, "check the parameters of the distribution at site 'count'.*invalid scale"),
+        (nan_data, ValueError, "not finite at site 'count'.*init_params"),
+        (same_name_twice, AssertionError, "all sites must have unique names but got `mu` duplicated"),  # NumPyro's own
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@pytest.mark.filterwarnings("ignore:.*Out-of-support")
+def test_models_that_cannot_be_sampled(broken, error, words: str) -> None:
+    mcmc = ParallelMCMC(NUTS(broken), **SIZES)
+    with pytest.raises(error, match=words):
+        mcmc.run(jax.random.key(0), Y)
+
+
+def test_no_accepted_move_is_an_error() -> None:
+    """NumPyro returns a chain that never moved."""
+    with pytest.raises(pmcmc.WarmupError, match=r"no move was accepted.*Leave step_size=None"):
+        make(kernel=pmcmc.HMC(step_size=1e9)).run(jax.random.key(0), Y)
+
+
+def test_blocks_and_auto_give_the_same_draws() -> None:
+    blocks = make(solver=MultipleShooting(4), thinning=3)
+    blocks.run(jax.random.key(0), Y)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9)
+    jax.tree.map(close, blocks.get_samples(), finished().get_samples())

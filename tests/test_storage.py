@@ -1,0 +1,190 @@
+"""A chain saved in one process and loaded in another goes on as if nothing had been; what does not fit is refused."""
+
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import blackjax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+
+import pmcmc
+from pmcmc.recurrence import MultipleShooting, Sequential
+from tests._targets import EFFECTS, ERRORS, eight_schools_model, gaussian, start_like
+
+MODEL = dict(model_args=(ERRORS,), model_kwargs={"effects": EFFECTS})
+SIZES = dict(num_warmup=100, num_samples=60, num_chains=2, progress_bar=False)
+
+
+@cache
+def model_chain() -> pmcmc.Chain:
+    return pmcmc.parallel_chain(
+        eight_schools_model, 0, **MODEL, extra_fields=("energy",), thinning=2, solver=MultipleShooting(4), **SIZES
+    )
+
+
+@cache
+def plain_chain() -> pmcmc.Chain:
+    return pmcmc.sample(gaussian, start_like(gaussian), jax.random.key(3, impl="rbg"), solver=Sequential(), **SIZES)
+
+
+def assert_equal(chain: pmcmc.Chain, expected: pmcmc.Chain) -> None:
+    for name in ("unknowns", "info", "last_state"):
+        ours, theirs = getattr(chain, name), getattr(expected, name)
+        assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert jax.tree.structure(chain.kernel) == jax.tree.structure(expected.kernel)
+    jax.tree.map(np.testing.assert_array_equal, chain.kernel, expected.kernel)
+    assert (chain.thinning, chain.extra_fields) == (expected.thinning, expected.extra_fields)
+    assert jax.tree.structure(chain.solver) == jax.tree.structure(expected.solver)
+
+
+def test_a_model_comes_back(tmp_path: Path) -> None:
+    chain = model_chain()
+    chain.save(tmp_path / "chain.npz")
+    back = pmcmc.load(tmp_path / "chain.npz", eight_schools_model, **MODEL)
+    assert_equal(back, chain)
+    assert str(back.report) == str(chain.report)
+    fields = back.get_extra_fields()
+    jax.tree.map(np.testing.assert_array_equal, fields, chain.get_extra_fields())
+    jax.tree.map(np.testing.assert_array_equal, back.get_samples(), chain.get_samples())
+    assert_equal(back.extend(61, progress_bar=False), chain.extend(61, progress_bar=False))
+    assert [file.name for file in tmp_path.iterdir()] == ["chain.npz"]
+
+
+def test_a_log_density_and_its_key_come_back(tmp_path: Path) -> None:
+    plain_chain().save(tmp_path / "chain")
+    back = pmcmc.load(str(tmp_path / "chain"), gaussian)
+    assert_equal(back, plain_chain())
+    assert_equal(back.extend(60, progress_bar=False), plain_chain().extend(60, progress_bar=False))
+
+
+ELSEWHERE = """
+import sys, jax
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+import numpy as np, pmcmc
+from tests._targets import gaussian
+chain = pmcmc.load(sys.argv[1], gaussian).extend(60, progress_bar=False)
+np.save(sys.argv[2], chain.get_samples())
+"""
+
+
+def test_another_process_goes_on(tmp_path: Path) -> None:
+    plain_chain().save(tmp_path / "chain.npz")
+    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "chain.npz"), str(tmp_path / "draws.npy")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = plain_chain().extend(60, progress_bar=False).get_samples()
+    np.testing.assert_allclose(np.load(tmp_path / "draws.npy"), expected, rtol=0, atol=1e-9)
+
+
+def mixture(y):
+    rate = numpyro.sample("rate", dist.Beta(2.0, 2.0))
+    with numpyro.plate("rows", len(y)):
+        side = numpyro.sample("side", dist.Bernoulli(rate))
+        numpyro.sample("y", dist.Normal(2.0 * side, 1.0), obs=y)
+
+
+def test_composed_kernels_over_discrete_sites_come_back(tmp_path: Path) -> None:
+    """The kernel was composed for the caller, who could not pass it again."""
+    y = jnp.array([-0.5, 2.2, 1.9])
+    with jax.numpy_rank_promotion("allow"):
+        chain = pmcmc.parallel_chain(mixture, 0, model_args=(y,), solver=Sequential(), **SIZES)
+        chain.save(tmp_path / "chain.npz")
+        back = pmcmc.load(tmp_path / "chain.npz", mixture, model_args=(y,))
+        assert_equal(back.extend(20, progress_bar=False), chain.extend(20, progress_bar=False))
+
+
+def test_no_log_density_comes_back(tmp_path: Path) -> None:
+    kernel = pmcmc.Gibbs(
+        {"x": pmcmc.NormalUpdate(lambda p: (p["y"], 1.0)), "y": pmcmc.NormalUpdate(lambda p: (0.5 * p["x"], 1.0))}
+    )
+    start = {"x": jnp.array(0.0), "y": jnp.array(0.0)}
+    chain = pmcmc.sample(None, start, 0, kernel=kernel, solver=Sequential(), **SIZES)
+    chain.save(tmp_path / "chain.npz")
+    back = pmcmc.load(tmp_path / "chain.npz", None, kernel=kernel)
+    assert_equal(back.extend(20, progress_bar=False), chain.extend(20, progress_bar=False))
+
+
+def elliptical(logdensity_fn, mean, cov):
+    return blackjax.elliptical_slice(lambda x: logdensity_fn(x) + 0.5 * jnp.sum(x**2), mean=mean, cov=cov)
+
+
+def test_what_is_not_stored_is_asked_for(tmp_path: Path) -> None:
+    """A kernel with the user's function: its arrays are stored, the function is not."""
+    kernel = pmcmc.from_blackjax(elliptical, mean=jnp.zeros(3), cov=jnp.ones(3))
+    chain = pmcmc.sample(gaussian, start_like(gaussian), 0, kernel=kernel, solver=Sequential(), **SIZES)
+    chain.save(tmp_path / "chain.npz")
+    with pytest.raises(ValueError, match="holds a function, which is not stored in the file: pass kernel="):
+        pmcmc.load(tmp_path / "chain.npz", gaussian)
+    with pytest.raises(ValueError, match="made with the kernel BlackJAX, got HMC"):
+        pmcmc.load(tmp_path / "chain.npz", gaussian, kernel=pmcmc.HMC())
+    back = pmcmc.load(tmp_path / "chain.npz", gaussian, kernel=kernel)
+    assert_equal(back.extend(20, progress_bar=False), chain.extend(20, progress_bar=False))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    model_chain().save(tmp_path / "chain.npz")
+    return tmp_path / "chain.npz"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
+def test_a_file_cut_short(saved: Path, share: float) -> None:
+    content = saved.read_bytes()
+    saved.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=r"not a whole file of Chain.save.*Copy it again"):
+        pmcmc.load(saved, eight_schools_model, **MODEL)
+
+
+def test_a_damaged_file(saved: Path) -> None:
+    content = bytearray(saved.read_bytes())
+    content[content.find(np.asarray(model_chain().unknowns).tobytes()[:64]) + 20] ^= 1
+    saved.write_bytes(content)
+    with pytest.raises(ValueError, match="not a whole file"):
+        pmcmc.load(saved, eight_schools_model, **MODEL)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(version=2), "has version 2 of the format.*reads version 1"),
+        (dict(format="x"), "not written by Chain.save"),
+    ],
+)
+def test_another_version(saved: Path, change: dict, words: str) -> None:
+    with np.load(saved) as file:
+        arrays = dict(file)
+    header = json.dumps({**json.loads(str(arrays.pop("header"))), **change})
+    np.savez(saved, header=np.array(header), **arrays)
+    with pytest.raises(ValueError, match=words):
+        pmcmc.load(saved, eight_schools_model, **MODEL)
+
+
+def test_another_file(tmp_path: Path) -> None:
+    np.savez(tmp_path / "draws.npz", x=np.zeros(3))
+    with pytest.raises(ValueError, match="of another program"):
+        pmcmc.load(tmp_path / "draws.npz", gaussian)
+    with pytest.raises(FileNotFoundError):
+        pmcmc.load(tmp_path / "none.npz", gaussian)
+
+
+def test_another_model(saved: Path, tmp_path: Path) -> None:
+    seven = dict(model_args=(ERRORS[:7],), model_kwargs={"effects": EFFECTS[:7]})
+    with pytest.raises(ValueError, match=r"differ at \['z'\]: expected .*\[8\].* got .*\[7\].*Pass the model"):
+        pmcmc.load(saved, eight_schools_model, **seven)
+    with pytest.raises(ValueError, match=r"where the chains stood last is .* data as they were"):
+        pmcmc.load(saved, eight_schools_model, model_args=(ERRORS,), model_kwargs={"effects": EFFECTS + 1})
+    plain_chain().save(tmp_path / "plain.npz")
+    with (
+        (jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64)(False),
+        pytest.raises(ValueError, match=r"sampled in \['float64'\].*jax_enable_x64"),
+    ):
+        pmcmc.load(tmp_path / "plain.npz", gaussian, initial_position=jnp.zeros(3, jnp.float32))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pmcmc._threefry import fold_in, key_pair
 from pmcmc._tree import register_dataclass
-from pmcmc._types import Array, PyTree, Scalar
+from pmcmc._types import Array, ArrayLeaf, PyTree, Scalar
 from pmcmc.kernels import _nuts_tree as machine
 from pmcmc.kernels._base import Info
 from pmcmc.kernels._gradient import GradientKernel, GradientState
@@ -114,11 +114,11 @@ def _step_of(treedef: Any) -> Callable:
     Of leaves, since jax 0.10 cannot differentiate a custom_vmap whose arguments hold a None.
     """
 
-    def alone(*leaves: Array) -> tuple[GradientState, Info]:
+    def alone(*leaves: ArrayLeaf) -> tuple[GradientState, Info]:
         target, kernel, state, noise = jax.tree.unflatten(treedef, leaves)
         return kernel.step_alone(target, state, noise)
 
-    def lanes(axis_size: int, in_batched: Any, *leaves: Array) -> Any:
+    def lanes(axis_size: int, in_batched: Any, *leaves: ArrayLeaf) -> Any:
         """Lanes last, until the deepest tree of all is done: what `jax.vmap` makes of `alone` is several times slower.
 
         Lanes with data or step sizes of their own are left to it.

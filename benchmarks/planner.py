@@ -92,6 +92,9 @@ class Stopwatch(Warmup):
     num_starts: int = EnsembleAdaptation().num_starts
     end: float = 0.0
 
+    def tuned_shapes(self, *arguments: Any) -> Any:
+        return self.inner.tuned_shapes(*arguments)
+
     def run(self, *arguments: Any) -> Any:
         tuned = jax.block_until_ready(self.inner.run(*arguments))
         self.end = time.perf_counter()

@@ -17,7 +17,6 @@ from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.sampling import _ahead, _auto
 from pmcmc.sampling._ahead import Ahead
 from pmcmc.stability import Costs, plan
-from pmcmc.stability._plan import Compiling
 from tests._compilations import compilations
 from tests._targets import gaussian, start_like
 from tests.test_planning import CPU, merging
@@ -103,11 +102,9 @@ KERNELS = {
 
 @pytest.fixture
 def two_cores(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lanes are free, and no program can be waited for but the one compiled ahead."""
-    monkeypatch.setattr(_auto, "AHEAD_STEPS", 0)
+    """Lanes are free, and programs are compiled in the second thread."""
     monkeypatch.setattr(_auto, "num_cores", lambda: 2)
-    monkeypatch.setattr(_auto.Automatic, "costs", lambda self, head: Costs(1e-3, 1e-3, 1e-9, 1e6))
-    monkeypatch.setattr(_auto.Automatic, "compiling", lambda self, costs: Compiling(64, 0.0))
+    monkeypatch.setattr(_auto.Automatic, "costs", lambda self, head: Costs(1e-3, 1e-3, 1e-9, 0.0))
 
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
@@ -118,11 +115,15 @@ def test_sampling_waits_for_no_program_twice(kernel, solver, two_cores, monkeypa
     monkeypatch.setattr(_ahead, "ThreadPoolExecutor", lambda **options: pools.append(pool(**options)) or pools[-1])
     jax.clear_caches()
     with compilations() as seen:
-        pmcmc.sample(gaussian, start_like(gaussian), 3, kernel=kernel, solver=solver, num_samples=20_000, **SIZES)
+        arguments = dict(kernel=kernel, solver=solver, num_samples=20_000, **SIZES)
+        chain = pmcmc.sample(gaussian, start_like(gaussian), 3, **arguments)
         pools[0].shutdown()  # a program that came too late to be used has ended as well
     beside = [name for name, waited in seen if not waited and name in PROGRAMS]
-    assert sorted(beside) == sorted(PROGRAMS * (2 if solver == "auto" else 1))
-    assert not [name for name, waited in seen if waited and name in PROGRAMS]
+    both = solver == "auto" and chain.report.decision == "shooting"
+    assert sorted(beside) == sorted(PROGRAMS * (2 if both else 1))
+    assert both or solver != "auto" or kernel != KERNELS["HMC"]
+    if chain.report.decision != "newton":  # which is compiled where it is wanted
+        assert not [name for name, waited in seen if waited and name in PROGRAMS]
 
 
 def test_same_chain_whatever_is_compiled_when(two_cores, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,27 +135,24 @@ def test_same_chain_whatever_is_compiled_when(two_cores, monkeypatch: pytest.Mon
     chain, alone = run("auto"), run(Sequential())
     assert chain.report.decision == "shooting"
     assert not chain.report.fallback
-    assert chain.report.num_blocks == 64  # the one number whose program is on its way
+    assert chain.report.num_blocks > 1
     np.testing.assert_allclose(chain.get_samples(), alone.get_samples(), rtol=0, atol=1e-9)
 
 
-def test_a_program_on_its_way_costs_what_is_left() -> None:
-    """In that time steps are taken in order; other numbers of blocks have to be compiled first."""
-    pilot, slow = merging(np.arange(20, 52)), CPU._replace(compile=2.0)
-    alone = plan(2 * 10**6, 1, slow, pilot)
-    assert isinstance(alone.solver, Sequential)
-    found = plan(2 * 10**6, 1, slow, pilot, compiling=Compiling(64, 0.5))
-    assert found.solver.num_blocks == 64
-    chosen = found.chosen
-    in_order = 0.5 / slow.sequential
-    assert chosen.seconds == pytest.approx(0.5 + (chosen.num_steps - in_order) * slow.step(64))
-    assert chosen.num_steps > in_order
-    others = {c.name: c.seconds for c in found.candidates if c is not chosen}
-    assert others == {c.name: c.seconds for c in alone.candidates if c.name != chosen.name}
-    # where it comes too late all is sampled in order, and nothing is promised
-    late = plan(10**6, 1, slow, pilot, compiling=Compiling(64, 30.0))
+def test_steps_in_order_beside_a_compilation() -> None:
+    """Part of what a program takes to compile goes into steps, which the blocks then need not take."""
+    pilot, alone = merging(np.arange(20, 52)), CPU._replace(compile=2.0)
+    beside = alone._replace(overlap=0.5)
+    first, second = (plan(5 * 10**6, 1, costs, pilot).candidates for costs in (alone, beside))
+    in_order = 1.0 / CPU.sequential
+    assert min(c.seconds for c in second) < min(c.seconds for c in first)
+    for c in second:
+        if c.name.startswith("shooting"):
+            assert c.seconds == pytest.approx(2.0 + (c.num_steps - in_order) * CPU.step(c.solver.num_blocks))
+    # where the run would end meanwhile, blocks promise nothing
+    late = plan(10**6, 1, CPU._replace(compile=30.0, overlap=1.0), pilot)
     assert isinstance(late.solver, Sequential)
-    assert min(c.seconds for c in late.candidates) == pytest.approx(late.sequential_seconds)
+    assert all(c.num_steps == 10**6 for c in late.candidates if "DEER" not in c.name)
 
 
 def test_shapes_are_those_of_warmup() -> None:

@@ -10,13 +10,12 @@ import numpy as np
 
 from pmcmc._tree import is_real
 from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Sequential
-from pmcmc.recurrence._shooting import default_num_blocks
 from pmcmc.sampling._ahead import num_cores
 from pmcmc.sampling._engine import Engine, Shape
 from pmcmc.sampling._pilot import Head, bias_after_warmup, couple
 from pmcmc.sampling._run import Run
 from pmcmc.stability import Costs, Diagnosis, Plan, check_pilot, diagnose, plan
-from pmcmc.stability._plan import FIRST_SHARE, Compiling, next_segment
+from pmcmc.stability._plan import FIRST_SHARE, next_segment
 from pmcmc.warmup._base import LaneTiming
 
 # Runs that should take less than this sequentially are sampled so, without a pilot.
@@ -28,38 +27,21 @@ COMPILE_RATIO = 1.8
 CPU_OVERHEAD, CPU_WARMUP_OVERHEAD, FREE_LANES = 2e-6, 1e-5, 8192
 # A segment may take this many times its predicted merge before it is given up.
 PATIENCE = 4
-# Steps of all chains from which the program of blocks is compiled beside warm-up, before a step was timed. Shorter runs
-# have it compiled once they prove long.
-AHEAD_STEPS = 100_000
-# Lanes of that program on a CPU: steps of 64 and of 256 took within a third of each other on all posteriors timed.
-CPU_LANES = 128
-# Steps taken in order while that program is not ready come in stretches of so many seconds.
-STRETCH_SECONDS = 0.1
+# Steps taken in order while the program of blocks is compiled come in stretches of so many seconds: between them the
+# two threads wait for each other.
+STRETCH_SECONDS = 0.25
+# Share of that time which goes into steps: the tracing of the program, and what a second core gives, take the rest.
+OVERLAP = 0.6
 
 
-def compile_ahead(engine: Engine, solver: RecurrenceSolver | None, num_steps: int) -> None:
-    """Begin with the programs that a run will need, and under "auto" (None) with those of blocks if it is long."""
+def compile_first(engine: Engine, solver: RecurrenceSolver | None, num_steps: int) -> None:
+    """Begin with the programs that a run needs for certain; None is "auto", which begins in order."""
     first = Sequential() if solver is None else solver
     engine.compile_ahead(first, engine.shape_for(first, num_steps))
-    if solver is None and num_steps * engine.num_chains >= AHEAD_STEPS and num_cores() > 1:
-        blocks = likely_blocks(engine, num_steps)
-        engine.compile_ahead(guarded(blocks, 1), block_shape(engine, blocks, num_steps))
-
-
-def likely_blocks(engine: Engine, num_steps: int) -> int:
-    """A number of blocks that is near the best for most posteriors."""
-    if jax.default_backend() != "cpu":
-        return default_num_blocks(num_steps)
-    return max(2, 2 ** round(math.log2(CPU_LANES / engine.num_chains)))
 
 
 def guarded(num_blocks: int, max_steps: int) -> MultipleShooting:
     return MultipleShooting(num_blocks=num_blocks, max_steps=max_steps)
-
-
-def block_shape(engine: Engine, num_blocks: int, num_steps: int) -> Shape:
-    """Of all segments: only the first is sure to be short of the whole."""
-    return engine.shape_for(guarded(num_blocks, 1), num_steps - int(FIRST_SHARE * num_steps))
 
 
 class Automatic:
@@ -88,8 +70,6 @@ class Automatic:
             )
             run.sequentially()
             return
-        if num_cores() > 1:
-            run.engine.compile_ahead(*self.likely_program)
         self.plan = self.make_plan(head)
         self.reason = self.plan.reason
         begin = time.perf_counter()
@@ -98,11 +78,6 @@ class Automatic:
         else:
             run.with_solver(self.plan.solver)
         self.seconds = time.perf_counter() - begin
-
-    @property
-    def likely_program(self) -> tuple[MultipleShooting, Shape]:
-        blocks = likely_blocks(self.run.engine, self.run.num_steps)
-        return guarded(blocks, 1), block_shape(self.run.engine, blocks, self.run.num_steps)
 
     def make_plan(self, head: Head) -> Plan:
         """Pilot, check, plan; and where chains did not merge, why."""
@@ -118,16 +93,7 @@ class Automatic:
         most = limit.num_blocks * limit.capacity
         leaves = jax.tree.leaves(run.x)
         dim = sum(x[0].size for x in leaves) if all(map(is_real, leaves)) else None
-        costs = self.costs(head)
-        found = plan(
-            run.left,
-            run.engine.num_chains,
-            costs,
-            pilot,
-            dim=dim,
-            max_steps=most,
-            compiling=self.compiling(costs),
-        )
+        found = plan(run.left, run.engine.num_chains, self.costs(head), pilot, dim=dim, max_steps=most)
         return replace(found, reason=excuse) if excuse else found
 
     def costs(self, head: Head) -> Costs:
@@ -136,31 +102,25 @@ class Automatic:
         engine = self.run.engine
         ahead = engine.seconds_compiling(Sequential(), head.shape)
         compile_seconds = COMPILE_RATIO * max(ahead, engine.clock.compile_seconds)
+        overlap = OVERLAP if num_cores() > 1 else 0.0
         if jax.default_backend() != "cpu":
             overhead = seconds if self.timing is None else self.timing.seconds_per_step
-            return Costs(seconds, overhead, overhead / FREE_LANES, compile_seconds)
+            return Costs(seconds, overhead, overhead / FREE_LANES, compile_seconds, overlap)
         if self.timing is None:
-            return Costs(seconds, 0.0, seconds / chains, compile_seconds)
+            return Costs(seconds, 0.0, seconds / chains, compile_seconds, overlap)
         lanes, wide = self.timing
         lane = max(wide - CPU_WARMUP_OVERHEAD, 0.25 * wide) / lanes
-        return Costs(seconds, CPU_OVERHEAD, lane, compile_seconds)
-
-    def compiling(self, costs: Costs) -> Compiling | None:
-        """What the program begun ahead still has to wait for."""
-        if num_cores() < 2:
-            return None
-        solver, shape = self.likely_program
-        engine, blocks = self.run.engine, shape.num_blocks
-        if engine.is_ready(solver, shape):
-            return Compiling(blocks, 0.0)
-        return Compiling(blocks, max(STRETCH_SECONDS, costs.compile - engine.seconds_compiling(solver, shape)))
+        return Costs(seconds, CPU_OVERHEAD, lane, compile_seconds, overlap)
 
     def in_blocks(self, planned: Plan, solver: MultipleShooting) -> None:
         """Segments that grow with what was saved; in order where merges do not arrive, or nothing is saved."""
         run, chosen, sequential = self.run, planned.chosen, planned.costs.sequential
         blocks = solver.blocks_for(run.left)
-        shape = block_shape(run.engine, blocks, run.num_steps)
-        self.in_order_until_ready(guarded(blocks, 1), shape, max(1, int(STRETCH_SECONDS / sequential)))
+        # only the first segment is sure to be short of the whole
+        shape = run.engine.shape_for(solver, run.left - int(FIRST_SHARE * run.left))
+        if num_cores() > 1:
+            run.engine.compile_ahead(guarded(blocks, 1), shape)
+            self.in_order_until_ready(guarded(blocks, 1), shape, max(1, int(STRETCH_SECONDS / sequential)))
         total, start = run.left, run.done
         step = planned.costs.step(blocks * run.engine.num_chains) / sequential
         spent = 0.0  # in steps of sequential sampling

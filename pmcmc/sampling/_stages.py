@@ -17,7 +17,7 @@ from pmcmc.kernels import Info
 from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Sequential
 from pmcmc.report import SolveReport
 from pmcmc.sampling._ahead import Ahead
-from pmcmc.sampling._auto import Automatic, compile_ahead
+from pmcmc.sampling._auto import Automatic, compile_first
 from pmcmc.sampling._engine import Engine
 from pmcmc.sampling._run import Draws, Run
 from pmcmc.sampling._settings import Settings
@@ -67,7 +67,7 @@ def _warm_up(
     warmup_key, chain_key = _split_keys(rng_key)
     progress.set_description("warm-up")
     if settings.num_warmup and (expected := settings.warmup.tuned_shapes(target, settings.kernel)) is not None:
-        compile_ahead(_engine(_begin(expected, chain_key, settings), ahead), settings.solver, settings.num_samples)
+        compile_first(_engine(_begin(expected, chain_key, settings), ahead), settings.solver, settings.num_samples)
     state = _begin(_tune(target, warmup_key, starts, settings), chain_key, settings)
     return state._replace(unknown=jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[state.own]), state.ensemble))
 

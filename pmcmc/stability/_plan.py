@@ -28,24 +28,18 @@ class Costs(NamedTuple):
     """Seconds, measured on the device at hand.
 
     sequential: a step of all chains, one after the other. overhead, lane: a step of n lanes takes
-    ``overhead + n lane``. compile: of one more program.
+    ``overhead + n lane``. compile: of one more program. overlap: share of that time in which steps are taken in order.
     """
 
     sequential: float
     overhead: float
     lane: float
     compile: float
+    overlap: float = 0.0
 
     def step(self, lanes: Scalar) -> float:
         """One step of this many lanes."""
         return self.overhead + lanes * self.lane
-
-
-class Compiling(NamedTuple):
-    """Blocks whose program is being compiled beside sequential sampling, and ready in so many seconds."""
-
-    num_blocks: int
-    seconds: float
 
 
 class Candidate(NamedTuple):
@@ -108,13 +102,13 @@ def plan(
     *,
     dim: int | None = None,
     max_steps: int | None = None,
-    compiling: Compiling | None = None,
 ) -> Plan:
     """Choose among sequential sampling, blocks of any number, DEER and quasi-DEER, by predicted seconds.
 
-    A sequential run takes ``T s`` seconds. P blocks take one compilation and, for each segment of S P steps,
-    ``(S + M) (a + C P b)`` seconds, where M is the merge time of the slowest of C P lanes (as `predict_sweeps`). Blocks
-    are chosen if every pair of the pilot merged and they should save a quarter of the sequential run.
+    A sequential run takes ``T s`` seconds. P blocks take one compilation, beside which some steps are taken in order,
+    and for each segment of S P steps ``(S + M) (a + C P b)`` seconds, where M is the merge time of the slowest of C P
+    lanes (as `predict_sweeps`). Blocks are chosen if every pair of the pilot merged and they should save a quarter of
+    the sequential run.
 
     DEER and quasi-DEER take their predicted iterations (`predict_iterations`), each a step of C T (1 + D) lanes, for
     the map and its D tangents, and log2(T) overheads for the scan. They are considered where T steps fit into memory.
@@ -123,8 +117,6 @@ def plan(
     coalescence: the pilot; None where nothing is known of how chains merge.
     dim: D, real entries of a state; None: do not consider Newton's method.
     max_steps: steps per chain that one segment may hold; None: all.
-    compiling: a number of blocks that costs no compilation, but waits so many seconds, in which steps are taken in
-        order. Others are compiled while nothing is sampled.
 
     Raises:
         ValueError: num_steps or num_chains below 1, or a pilot of a single pair.
@@ -153,7 +145,7 @@ def plan(
         f"All {merged.size} coupled pairs of chains merged within {int(steps.max()):,} steps (median "
         f"{int(np.median(steps)):,})"
     )
-    others = _block_candidates(num_steps, num_chains, costs, coalescence, max_steps or num_steps, compiling)
+    others = _block_candidates(num_steps, num_chains, costs, coalescence, max_steps or num_steps)
     if dim is not None:
         others += _newton_candidates(num_steps, num_chains, costs, coalescence, dim, max_steps or num_steps)
     if not others:
@@ -166,25 +158,18 @@ def plan(
 
 
 def _block_candidates(
-    num_steps: int,
-    num_chains: int,
-    costs: Costs,
-    coalescence: Coalescence,
-    max_steps: int,
-    compiling: Compiling | None,
+    num_steps: int, num_chains: int, costs: Costs, coalescence: Coalescence, max_steps: int
 ) -> list[Candidate]:
     found = []
+    in_order = min(num_steps, int(costs.overlap * costs.compile / costs.sequential))
     tail = ExponentialTail.fit(np.asarray(coalescence.steps), coalescence.max_steps)
     for num_blocks in (2**i for i in range(1, 15)):
         merge, low, high = longest_of(tail, num_chains * (num_blocks - 1), LEVEL)
         if num_blocks * max(BLOCK_UNIT, merge) > num_steps / 2:  # half of all work would be repair
             break
-        beside = compiling is not None and compiling.num_blocks == num_blocks
-        in_order = min(num_steps, int(compiling.seconds / costs.sequential)) if beside and compiling else 0
         segments = schedule(num_steps - in_order, num_blocks, merge, costs, num_chains, max_steps)
         plain = sum(BLOCK_UNIT * -(-s // (num_blocks * BLOCK_UNIT)) for s in segments)
         path, lower, upper = (plain + len(segments) * steps for steps in (merge, low, high))
-        waiting = in_order * costs.sequential if beside else costs.compile
         found.append(
             Candidate(
                 f"shooting, {num_blocks} blocks",
@@ -192,7 +177,7 @@ def _block_candidates(
                 in_order + path,
                 in_order + lower,
                 in_order + upper,
-                waiting + path * costs.step(num_blocks * num_chains),
+                costs.compile + path * costs.step(num_blocks * num_chains),
                 merge,
             )
         )

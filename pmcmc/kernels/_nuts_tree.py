@@ -167,6 +167,7 @@ def choose(mask: Array, on_true: PyTree, on_false: PyTree) -> PyTree:
 
 
 def kinetic(momentum: Array) -> Array:
+    """``|p|^2 / 2`` of momenta (D, ...)."""
     return 0.5 * jnp.sum(momentum * momentum, 0)
 
 

@@ -41,6 +41,7 @@ def compile_first(engine: Engine, solver: RecurrenceSolver | None, num_steps: in
 
 
 def guarded(num_blocks: int, max_steps: int) -> MultipleShooting:
+    """Blocks whose repair stops after so many steps one after the other."""
     return MultipleShooting(num_blocks=num_blocks, max_steps=max_steps)
 
 

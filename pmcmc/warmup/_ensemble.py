@@ -29,7 +29,7 @@ from pmcmc.warmup._lanes import (
 # A basis is settled when draws made in it look standard to within this factor, and have mixed to this share.
 SETTLED, MIXED = 3.0, 0.2
 # The last window is repeated at most so many times where it did not settle the basis.
-MAX_REPEATS = 2
+MAX_REPEATS = 8
 
 
 @register_dataclass
@@ -40,7 +40,7 @@ class EnsembleAdaptation(Warmup):
     1. 32 lanes, each from a start of its own, run HMC. After every 16 steps mean and covariance of all their draws
        become the basis in which they go on, until the basis looks right and the lanes mix (see `SETTLED`, `MIXED`), or
        for a quarter of ``num_steps``. Then come windows of 32, 64, ... steps, a quarter of ``num_steps`` in all; the
-       last, at least half of these, gives the target's basis. It is repeated, up to twice, where it moved the basis.
+       last, at least half of these, gives the target's basis. It is repeated, up to eight times, where it moved it.
        In each window dual averaging of one step size for all begins anew, and a lane that did not move in it at all
        is put on another's place.
     2. In that basis the lanes run the kernel for a quarter as many steps (at least 102), as in `WindowAdaptation`.

@@ -27,6 +27,7 @@ from benchmarks.posteriors import POSTERIORS, Posterior
 from pmcmc import HMC, MALA, NUTS, Chain, EnsembleAdaptation, Kernel, RandomWalk, Warmup, from_blackjax
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential, quasi_deer
 from pmcmc.sampling import _auto
+from pmcmc.sampling._engine import forget_programs
 from pmcmc.stability import predict_sweeps
 
 BLOCKS = (16, 64, 256)
@@ -165,6 +166,7 @@ def timed_call(
 ) -> tuple[dict[str, Any], Any]:
     """One whole call from nothing compiled, and its plan where it has one."""
     jax.clear_caches()
+    forget_programs()
     gc.collect()
     sample, watch = posterior.sampler(), Stopwatch()
     options: dict[str, Any] = dict(kernel=pair.kernel, num_chains=pair.num_chains, progress_bar=False, warmup=watch)

@@ -7,6 +7,7 @@ the user's function. So two calls with the same function and the same shapes com
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -232,10 +233,10 @@ class Target:
 
     def logdensity_fn(self, y: Float[Array, " dim"]) -> Float[Array, ""]:
         """Log density at coordinates ``y``, (D,); the basis' constant Jacobian is left out."""
-        return self.model.logdensity(self.data, self.position(y)).astype(self.spec.dtype)
+        return _logdensity(self, y)
 
     def value_and_grad(self, y: Float[Array, " dim"]) -> tuple[Float[Array, ""], Float[Array, " dim"]]:
-        return jax.value_and_grad(self.logdensity_fn)(y)
+        return _value_and_grad(self, y)
 
     def position(self, y: Float[Array, " dim"]) -> PyTree:
         """The user's unconstrained pytree at coordinates ``y``."""
@@ -257,6 +258,18 @@ class Target:
 
     def with_basis(self, basis: Basis | None) -> "Target":
         return replace(self, basis=basis)
+
+
+# Within other programs these two are calls that XLA inlines: the user's model is traced once, and not again by each
+# program and each loop within it that evaluates it.
+@jax.jit
+def _logdensity(target: Target, y: Array) -> Array:
+    return target.model.logdensity(target.data, target.position(y)).astype(target.spec.dtype)
+
+
+@jax.jit
+def _value_and_grad(target: Target, y: Array) -> tuple[Array, Array]:
+    return jax.value_and_grad(partial(_logdensity, target))(y)
 
 
 def check_starts(target: Target, starts: PyTree) -> None:

@@ -49,21 +49,14 @@ class Ahead:
             if not job.future.cancelled():
                 job.traced.wait()
 
-    def elapsed(self, name: Hashable) -> float:
-        """Seconds that it has been running, or ran in all; 0 where it was never begun."""
-        return self._jobs[name].elapsed() if name in self._jobs else 0.0
-
 
 class _Job:
     def __init__(self, compilation: Callable[[], Callable[[], None] | None]):
         self._compilation = compilation
         self.traced = threading.Event()
-        self._began: float | None = None
-        self._ended: float | None = None
         self.future: Future
 
     def run(self) -> None:
-        self._began = time.perf_counter()
         try:
             rest = self._compilation()
             self.traced.set()
@@ -71,9 +64,3 @@ class _Job:
                 rest()
         finally:
             self.traced.set()
-            self._ended = time.perf_counter()
-
-    def elapsed(self) -> float:
-        if self._began is None:
-            return 0.0
-        return (self._ended or time.perf_counter()) - self._began

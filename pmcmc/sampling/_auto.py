@@ -15,13 +15,13 @@ from pmcmc.sampling._engine import Engine, Shape
 from pmcmc.sampling._pilot import Head, bias_after_warmup, couple
 from pmcmc.sampling._run import Run
 from pmcmc.stability import Costs, Diagnosis, Plan, check_pilot, diagnose, plan
-from pmcmc.stability._plan import FIRST_SHARE, next_segment
+from pmcmc.stability._plan import BLOCK_COUNTS, FIRST_SHARE, next_segment
 from pmcmc.warmup._base import LaneTiming
 
 # Runs that should take less than this sequentially are sampled so, without a pilot.
 SHORT_SECONDS = 1.0
 # The program of blocks holds the step twice (zeroth sweep and repair), the sequential one once.
-COMPILE_RATIO = 1.8
+COMPILE_RATIO = 1.5
 # A step of lanes has an overhead near this on a CPU, and one of the warm-up, which averages beside it, near that; on
 # other devices lanes are all but free up to some thousands.
 CPU_OVERHEAD, CPU_WARMUP_OVERHEAD, FREE_LANES = 2e-6, 1e-5, 8192
@@ -31,7 +31,7 @@ PATIENCE = 4
 # two threads wait for each other.
 STRETCH_SECONDS = 0.25
 # Share of that time which goes into steps: the tracing of the program, and what a second core gives, take the rest.
-OVERLAP = 0.6
+OVERLAP = 0.7
 
 
 def compile_first(engine: Engine, solver: RecurrenceSolver | None, num_steps: int) -> None:
@@ -94,15 +94,15 @@ class Automatic:
         most = limit.num_blocks * limit.capacity
         leaves = jax.tree.leaves(run.x)
         dim = sum(x[0].size for x in leaves) if all(map(is_real, leaves)) else None
-        found = plan(run.left, run.engine.num_chains, self.costs(head), pilot, dim=dim, max_steps=most)
+        costs, ready = self.costs(head), self.compiled_blocks()
+        found = plan(run.left, run.engine.num_chains, costs, pilot, dim=dim, max_steps=most, ready=ready)
         return replace(found, reason=excuse) if excuse else found
 
     def costs(self, head: Head) -> Costs:
         """The chains' own steps in order, and from the warm-up's lanes what a step of many takes."""
         chains, seconds = self.run.engine.num_chains, head.seconds_per_step
         engine = self.run.engine
-        ahead = engine.seconds_compiling(Sequential(), head.shape)
-        compile_seconds = COMPILE_RATIO * max(ahead, engine.clock.compile_seconds)
+        compile_seconds = COMPILE_RATIO * (engine.compile_seconds(Sequential(), head.shape) or 0.0)
         overlap = OVERLAP if num_cores() > 1 else 0.0
         if jax.default_backend() != "cpu":
             overhead = seconds if self.timing is None else self.timing.seconds_per_step
@@ -113,12 +113,21 @@ class Automatic:
         lane = max(wide - CPU_WARMUP_OVERHEAD, 0.25 * wide) / lanes
         return Costs(seconds, CPU_OVERHEAD, lane, compile_seconds, overlap)
 
+    def block_shape(self, solver: MultipleShooting) -> Shape:
+        """For most of a run: its first segment is sure to be short of the whole. Another run of its length shares it."""
+        num_steps = self.run.num_steps
+        return self.run.engine.shape_for(solver, num_steps - int(FIRST_SHARE * num_steps))
+
+    def compiled_blocks(self) -> set[int]:
+        """Numbers of blocks whose program is there from an earlier run."""
+        known = lambda p: self.run.engine.compile_seconds(guarded(p, 1), self.block_shape(guarded(p, 1))) is not None
+        return {p for p in BLOCK_COUNTS if known(p)}
+
     def in_blocks(self, planned: Plan, solver: MultipleShooting) -> None:
         """Segments that grow with what was saved; in order where merges do not arrive, or nothing is saved."""
         run, chosen, sequential = self.run, planned.chosen, planned.costs.sequential
         blocks = solver.blocks_for(run.left)
-        # only the first segment is sure to be short of the whole
-        shape = run.engine.shape_for(solver, run.left - int(FIRST_SHARE * run.left))
+        shape = self.block_shape(solver)
         if num_cores() > 1:
             run.engine.compile_ahead(guarded(blocks, 1), shape)
             self.in_order_until_ready(guarded(blocks, 1), shape, max(1, int(STRETCH_SECONDS / sequential)))

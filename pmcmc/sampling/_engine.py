@@ -1,7 +1,8 @@
 """Two compiled programs, one that draws the noise of a stretch of steps and one that solves for its states."""
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,11 +21,14 @@ from pmcmc.target import Target
 
 # Noise is drawn in pieces: as many large ones as fit into what is wanted, this share of the capacity each, then small
 # ones of this many steps.
-NOISE_PIECE, SMALL_PIECE = 1 / 8, 256
+NOISE_PIECE, SMALL_PIECE = 1 / 8, 64
 # Noise, states and info of one segment, for all chains: what one solve may hold at a time, and what one stretch of
 # sequential sampling does.
 SEGMENT_BYTES = 512 * 2**20
 SEQUENTIAL_BYTES = 64 * 2**20
+# Seconds that programs took to compile in this process, the newest of them: who plans must know what is there already.
+MAX_NOTES = 256
+_compile_seconds: dict[Hashable, float] = {}
 
 
 class Shape(NamedTuple):
@@ -146,6 +150,11 @@ def _one_step(target: Target, kernel: Kernel, chain_keys: Array, guesses: PyTree
     return noise, kernel.transition(target)(jax.tree.map(lambda x: x[0], guesses), noise)
 
 
+@partial(jax.jit, static_argnums=0)
+def _new_buffers(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> list[Array]:
+    return [jnp.zeros(s.shape, s.dtype) for s in shapes]
+
+
 class Clock(NamedTuple):
     """Seconds spent in compiling and in running."""
 
@@ -220,7 +229,8 @@ class Engine:
         """Those of the last segment of this shape, or new ones."""
         if shape in self._buffers:
             return self._buffers.pop(shape)
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self._buffer_shapes(shape))
+        leaves, structure = jax.tree.flatten(self._buffer_shapes(shape))
+        return jax.tree.unflatten(structure, _new_buffers(tuple(leaves)))
 
     def compile_ahead(self, solver: RecurrenceSolver, shape: Shape) -> None:
         """Have both programs of a solver compiled while something else is done."""
@@ -230,18 +240,30 @@ class Engine:
         """Whether nothing is left to wait for of what was begun by `compile_ahead`."""
         return self.ahead.ready(_name(solver, shape))
 
-    def seconds_compiling(self, solver: RecurrenceSolver, shape: Shape) -> float:
-        """That have gone into what was begun by `compile_ahead`."""
-        return self.ahead.elapsed(_name(solver, shape))
+    def compile_seconds(self, solver: RecurrenceSolver, shape: Shape) -> float | None:
+        """That the programs took when this process compiled them; None where it never did."""
+        return _compile_seconds.get(self._program(solver, shape))
+
+    def _program(self, solver: RecurrenceSolver, shape: Shape) -> Hashable:
+        return _name(solver, shape), jax.tree.structure((self.target, self.kernel)), self.num_chains
+
+    def _note(self, solver: RecurrenceSolver, shape: Shape, seconds: float) -> None:
+        """The first time counts: later ones find the programs."""
+        if self._program(solver, shape) not in _compile_seconds:
+            while len(_compile_seconds) >= MAX_NOTES:
+                del _compile_seconds[next(iter(_compile_seconds))]
+            _compile_seconds[self._program(solver, shape)] = seconds
 
     def _trace(self, solver: RecurrenceSolver, shape: Shape) -> Callable[[], None]:
-        """Trace both programs; returns their compilation, which reads the model no more."""
-        noise, record = self._buffer_shapes(shape)
+        """Trace the programs; returns their compilation, which reads the model no more."""
+        begin = time.perf_counter()
+        noise, record = buffers = self._buffer_shapes(shape)
         record = record if isinstance(solver, LaneSolver) else None
         number = jax.ShapeDtypeStruct((), jnp.result_type(int))
         numbers = jax.ShapeDtypeStruct((self.num_chains,), jnp.result_type(int))
         x0 = jax.tree.map(lambda g: jax.ShapeDtypeStruct((self.num_chains, *g.shape[1:]), g.dtype), self.guesses)
         programs = [
+            _new_buffers.lower(tuple(jax.tree.leaves(buffers))),
             draw_noise.lower(self.target, self.kernel, self.chain_keys, numbers, number, noise, shape=shape),
             solve_noise.lower(
                 self.target,
@@ -261,6 +283,7 @@ class Engine:
         def compile_programs() -> None:
             for program in programs:
                 program.compile()
+            self._note(solver, shape, time.perf_counter() - begin)
 
         return compile_programs
 
@@ -272,7 +295,8 @@ class Engine:
         The segment is overwritten by the next one of this shape: read it first.
         """
         waited = self.ahead.wait(_name(solver, shape))
-        first, length = jnp.asarray(self.origin + first_step, int), jnp.asarray(block_length, int)
+        integer = jnp.result_type(int)
+        first, length = np.asarray(self.origin + first_step, integer), np.asarray(block_length, integer)
         noise, record = self._take_buffers(shape)
         record = record if isinstance(solver, LaneSolver) else None
         noise, drawing = draw_noise.timed(self.target, self.kernel, self.chain_keys, first, length, noise, shape=shape)
@@ -282,8 +306,14 @@ class Engine:
         if record is not None:
             self._buffers[shape] = (noise, (solution.value, solution.aux))
         clock = Clock(waited + drawing[0] + solving[0], drawing[1] + solving[1])
+        self._note(solver, shape, clock.compile_seconds)
         self.clock = Clock(*(a + b for a, b in zip(self.clock, clock, strict=True)))
         return Segment(solution, near_ties, self.num_chains, shape.num_blocks, block_length), clock
+
+
+def forget_programs() -> None:
+    """After `jax.clear_caches`: nothing is compiled any more."""
+    _compile_seconds.clear()
 
 
 def _name(solver: RecurrenceSolver, shape: Shape) -> tuple:

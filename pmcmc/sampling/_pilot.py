@@ -13,7 +13,6 @@ import math
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._tree import real_dtype
@@ -29,11 +28,11 @@ TIMING_SECONDS = 0.1
 # Pairs to couple: the first few say how long a merge takes, the others follow as far as time permits.
 FIRST_PAIRS, NUM_PAIRS = 4, 32
 # The share of the run that partners' steps may take.
-SHARE = 0.04
+SHARE = 0.03
 # Steps that the chains are ahead of their partners.
 LAG = 32
-# A pair is followed in stretches that double from here, and no further than this.
-FIRST_STRETCH, MAX_STEPS = 32, 8192
+# A pair is followed in stretches that double from the fewest steps that one program takes, and no further than this.
+FIRST_STRETCH, MAX_STEPS = Sequential.unit, 8192
 
 
 class Head:
@@ -45,7 +44,7 @@ class Head:
     def __init__(self, run: Run):
         self.run, self.shape = run, run.engine.shape_for(Sequential(), run.num_steps)
         self._paths: list[PyTree] = []
-        wanted, seconds, before = 4 * FIRST_STRETCH, 0.0, 0
+        wanted, seconds, before = FIRST_STRETCH, 0.0, 0
         while run.left and seconds < TIMING_SECONDS:
             before, seconds = run.done, self.extend(wanted)
             wanted *= 8
@@ -89,7 +88,7 @@ class Couple:
         engine, shape = self.head.run.engine, self.head.shape
         while self.num_steps < num_steps:
             done = self.num_steps
-            x = jax.tree.map(lambda v: jnp.asarray(v[:, -1]), self.path) if done else self.start
+            x = jax.tree.map(lambda v: v[:, -1], self.path) if done else self.start
             steps = min(num_steps - done, shape.capacity)
             numbers = np.full(engine.num_chains, self.first + done)
             segment, clock = engine.solve(Sequential(), shape, x, numbers, steps)
@@ -145,7 +144,7 @@ def couple(head: Head, own: np.ndarray) -> Pilot:
 
 def _partner_starts(run: Run, own: np.ndarray) -> list[PyTree]:
     """Other states of the ensemble for all chains, as many sets as there should be partners."""
-    guesses = run.engine.guesses
+    guesses = jax.tree.map(np.asarray, run.engine.guesses)
     bank = jax.tree.leaves(guesses)[0].shape[0]
     wanted = min(math.ceil(NUM_PAIRS / run.engine.num_chains), bank - 1)
     # halfway round the bank first: lanes of its two halves descend from different starts

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._types import PyTree
@@ -155,7 +154,7 @@ class Run:
             jax.tree.map(copy, (draws.unknowns, draws.info), (path, info))
             draws.num_kept[chain] = end
             draws.near_ties[chain] += near_ties[chain, :steps].sum()
-        last = lambda old, x: jnp.asarray(np.stack([x[c, n - 1] if n else old[c] for c, n in enumerate(keep)]))
+        last = lambda old, x: np.stack([x[c, n - 1] if n else old[c] for c, n in enumerate(keep)])
         self.x = jax.tree.map(last, jax.tree.map(np.asarray, self.x), path)
         self.position += keep
         self.progress.update(self.done - before)

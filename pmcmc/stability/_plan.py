@@ -1,6 +1,7 @@
 """What would each way of sampling cost here, and which one is worth it? Arithmetic on measurements; nothing is run."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from pmcmc.stability._tail import ExponentialTail
 
 # Blocks are whole numbers of this many steps: what the zeroth sweep writes at a time.
 BLOCK_UNIT = 16
+# Numbers of blocks to choose from.
+BLOCK_COUNTS = tuple(2**i for i in range(1, 15))
 # The first segment is at most this share of a run.
 FIRST_SHARE = 1 / 8
 # What a failing segment may cost beyond all that was saved so far, as a share of a sequential run.
@@ -102,6 +105,7 @@ def plan(
     *,
     dim: int | None = None,
     max_steps: int | None = None,
+    ready: Collection[int] = (),
 ) -> Plan:
     """Choose among sequential sampling, blocks of any number, DEER and quasi-DEER, by predicted seconds.
 
@@ -117,6 +121,7 @@ def plan(
     coalescence: the pilot; None where nothing is known of how chains merge.
     dim: D, real entries of a state; None: do not consider Newton's method.
     max_steps: steps per chain that one segment may hold; None: all.
+    ready: numbers of blocks whose program need not be compiled any more.
 
     Raises:
         ValueError: num_steps or num_chains below 1, or a pilot of a single pair.
@@ -145,7 +150,7 @@ def plan(
         f"All {merged.size} coupled pairs of chains merged within {int(steps.max()):,} steps (median "
         f"{int(np.median(steps)):,})"
     )
-    others = _block_candidates(num_steps, num_chains, costs, coalescence, max_steps or num_steps)
+    others = _block_candidates(num_steps, num_chains, costs, coalescence, max_steps or num_steps, ready)
     if dim is not None:
         others += _newton_candidates(num_steps, num_chains, costs, coalescence, dim, max_steps or num_steps)
     if not others:
@@ -158,15 +163,21 @@ def plan(
 
 
 def _block_candidates(
-    num_steps: int, num_chains: int, costs: Costs, coalescence: Coalescence, max_steps: int
+    num_steps: int,
+    num_chains: int,
+    costs: Costs,
+    coalescence: Coalescence,
+    max_steps: int,
+    ready: Collection[int],
 ) -> list[Candidate]:
     found = []
-    in_order = min(num_steps, int(costs.overlap * costs.compile / costs.sequential))
     tail = ExponentialTail.fit(np.asarray(coalescence.steps), coalescence.max_steps)
-    for num_blocks in (2**i for i in range(1, 15)):
+    for num_blocks in BLOCK_COUNTS:
         merge, low, high = longest_of(tail, num_chains * (num_blocks - 1), LEVEL)
         if num_blocks * max(BLOCK_UNIT, merge) > num_steps / 2:  # half of all work would be repair
             break
+        compilation = 0.0 if num_blocks in ready else costs.compile
+        in_order = min(num_steps, int(costs.overlap * compilation / costs.sequential))
         segments = schedule(num_steps - in_order, num_blocks, merge, costs, num_chains, max_steps)
         plain = sum(BLOCK_UNIT * -(-s // (num_blocks * BLOCK_UNIT)) for s in segments)
         path, lower, upper = (plain + len(segments) * steps for steps in (merge, low, high))
@@ -177,7 +188,7 @@ def _block_candidates(
                 in_order + path,
                 in_order + lower,
                 in_order + upper,
-                costs.compile + path * costs.step(num_blocks * num_chains),
+                compilation + path * costs.step(num_blocks * num_chains),
                 merge,
             )
         )

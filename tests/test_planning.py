@@ -188,6 +188,24 @@ def test_the_pilot_does_not_disturb_the_timing(free_lanes, monkeypatch: pytest.M
     assert ratio == 1
 
 
+def test_slow_pairs_are_followed_to_their_merge(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pair slower than the first ones does not end the pilot, and what has merged need not be followed."""
+    couples, real = [], _pilot.Couple
+    monkeypatch.setattr(_pilot, "Couple", lambda *arguments: couples.append(real(*arguments)) or couples[-1])
+    monkeypatch.setattr(_pilot, "FIRST_STRETCH", 2)
+    options = dict(kernel=pmcmc.RandomWalk(), num_samples=60_000, num_warmup=200, num_chains=1, progress_bar=False)
+    run = lambda: pmcmc.sample(gaussian, start_like(gaussian), 1, **options).report
+    found = run()
+    lengths = [one.num_steps for one in couples]
+    assert len(set(lengths)) > 2
+    assert np.all(found.plan.coalescence.merged)
+    couples.clear()
+    monkeypatch.setattr(real, "merged", property(lambda self: False, lambda self, value: None), raising=False)
+    whole = run()
+    assert min(one.num_steps for one in couples) >= max(lengths)
+    np.testing.assert_array_equal(found.coalescence_steps, whole.coalescence_steps)
+
+
 def test_short_runs_have_no_pilot() -> None:
     chain = pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=500, **SIZES)
     assert chain.report.plan is None

@@ -114,7 +114,7 @@ class Automatic:
         return Costs(seconds, CPU_OVERHEAD, lane, compile_seconds, overlap)
 
     def block_shape(self, solver: MultipleShooting) -> Shape:
-        """For most of a run: its first segment is sure to be short of the whole. Another run of its length shares it."""
+        """For most of a run: its first segment is sure to be short of the whole. Runs of one length share it."""
         num_steps = self.run.num_steps
         return self.run.engine.shape_for(solver, num_steps - int(FIRST_SHARE * num_steps))
 

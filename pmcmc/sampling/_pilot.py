@@ -73,10 +73,13 @@ class Head:
 
 
 class Couple:
-    """Partners of all chains over one window of steps, from number ``first`` on. path: (C, steps, ...)."""
+    """Partners of all chains over one window of steps, from number ``first`` on, until all have ``merged``.
+
+    path: (C, steps, ...). What follows a merge is the chain's own path, and is not run.
+    """
 
     def __init__(self, head: Head, first: int, start: PyTree):
-        self.head, self.first, self.start, self.seconds = head, first, start, 0.0
+        self.head, self.first, self.start, self.seconds, self.merged = head, first, start, 0.0, False
         self.path = jax.tree.map(lambda x: np.asarray(x)[:, None][:, :0], start)
 
     @property
@@ -99,9 +102,9 @@ class Couple:
     def pairs(self, num_steps: int) -> tuple[PyTree, PyTree]:
         """Chains and partners, (num_steps + 1, C, ...): where they stand before the window, then its steps."""
         before = jax.tree.map(lambda x: np.asarray(x)[:, None], self.start)
-        steps = jax.tree.map(lambda x: x[:, :num_steps], self.path)
-        partners = jax.tree.map(lambda a, b: np.concatenate([a, b], axis=1), before, steps)
         chains = self.head.path(self.first - 1, num_steps + 1)
+        follow = lambda a, b, c: np.concatenate([a, b[:, :num_steps], c[:, 1 + b.shape[1] :]], axis=1)
+        partners = jax.tree.map(follow, before, self.path, chains)
         steps_first = lambda tree: jax.tree.map(lambda x: np.swapaxes(x, 0, 1), tree)
         return steps_first(chains), steps_first(partners)
 
@@ -133,12 +136,14 @@ def couple(head: Head, own: np.ndarray) -> Pilot:
     found, steps = _compare_after(couples, min(FIRST_STRETCH, longest), run)
     while steps < longest and not np.all(found.merged):
         found, steps = _compare_after(couples, min(2 * steps, longest), run)
-    budget -= few * steps
-    if np.all(found.merged):  # now that a merge has a length, more pairs of twice that
+    left = lambda: budget - sum(one.num_steps for one in couples)
+    if np.all(found.merged):  # now that a merge has a length, more pairs of twice that, and the slowest to their end
         steps = min(2 * steps, longest)
-        more = starts[few : few + max(0, budget // steps)]
+        more = starts[few : few + max(0, int(0.75 * left()) // steps)]
         couples += [Couple(head, window(few, longest) + k * steps, start) for k, start in enumerate(more)]
-        found, _ = _compare_after(couples, steps, run)
+        found, steps = _compare_after(couples, steps, run)
+        while steps < longest and 0 < sum(not one.merged for one in couples) * steps <= left():
+            found, steps = _compare_after(couples, min(2 * steps, longest), run)
     return Pilot(found, "", sum(one.seconds for one in couples))
 
 
@@ -155,12 +160,16 @@ def _partner_starts(run: Run, own: np.ndarray) -> list[PyTree]:
 def _compare_after(couples: list[Couple], num_steps: int, run: Run) -> tuple[Coalescence, int]:
     """All pairs, (partners * C), after so many steps."""
     for one in couples:
-        one.follow(num_steps)
+        if not one.merged:
+            one.follow(num_steps)
     both = [one.pairs(num_steps) for one in couples]
     chains, partners = (jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), *side) for side in zip(*both, strict=True))
     scale = _spread(chains) if run.engine.scale is None else run.engine.scale
     tol = default_tolerance(real_dtype(chains))
-    return coalescence_of_paths(chains, partners, scale=scale, tol=tol), num_steps
+    found = coalescence_of_paths(chains, partners, scale=scale, tol=tol)
+    for one, merged in zip(couples, found.merged.reshape(len(couples), -1), strict=True):
+        one.merged = bool(merged.all())
+    return found, num_steps
 
 
 def bias_after_warmup(pilot: Coalescence) -> np.ndarray:

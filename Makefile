@@ -4,7 +4,7 @@ PYTEST_ARGS ?= -n 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow lint notebooks bench clean
+.PHONY: demo test test-slow lint notebooks counts bench clean
 
 demo: $(STAMP)
 	$(BIN)/python -m pmcmc demo
@@ -23,6 +23,10 @@ lint: $(STAMP)
 # Runs every notebook from top to bottom; the committed outputs stay as they are.
 notebooks: $(STAMP)
 	$(BIN)/python -m nbconvert --log-level WARN --execute --to notebook --output-dir build/notebooks notebooks/*.ipynb
+
+# A gate: fails where a critical path, a number of compilations or a program's memory has grown.
+counts: $(STAMP)
+	$(BIN)/python -m benchmarks.counts
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

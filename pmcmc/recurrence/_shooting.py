@@ -350,7 +350,8 @@ def _conclude(lanes: Lanes, tol: Array, sweep: Sweep) -> Solution:
     known = steps < jnp.reshape(finite_prefix[:, None] - first, (-1, 1))
     return Solution(
         # behind a state that is not finite nothing is known: a block there may still be the run of a guess
-        value=jax.lax.cond(jnp.all(all_finite), lambda: recording.path, lambda: _blank(known, recording.path)),
+        # (a loop of one turn or none: unlike a branch it needs no second path)
+        value=jax.lax.fori_loop(0, jnp.where(jnp.all(all_finite), 0, 1), lambda _, x: _blank(known, x), recording.path),
         aux=recording.aux,
         result=jnp.select(
             [~all_finite, ~complete, separating],

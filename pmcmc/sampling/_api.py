@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pmcmc._types import PRNGKey, PyTree
 from pmcmc.chain import Chain
@@ -117,5 +118,6 @@ def sample(
         target, kernel, solver, num_warmup, num_samples, num_chains, thinning, extra_fields, warmup
     )
     num_starts = settings.warmup.num_starts if num_warmup else num_chains
-    starts = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x)[None], num_starts, axis=0), initial_position)
+    # by numpy, as all that happens between programs: every operation of jax's own is one more program to compile
+    starts = jax.tree.map(lambda x: np.repeat(np.asarray(jnp.asarray(x))[None], num_starts, axis=0), initial_position)
     return run_stages(target, as_key(rng_key), starts, settings, progress_bar)

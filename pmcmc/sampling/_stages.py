@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._tree import tree_index
 from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.chain import Chain, ChainState
 from pmcmc.kernels import Info
@@ -63,7 +62,7 @@ def _warm_up(
     """From ``starts`` to where the chains begin, programs for sampling being compiled beside."""
     settings.kernel.check(target)
     check_starts(target, starts)
-    settings.kernel.check_start(target, tree_index(starts, 0))
+    settings.kernel.check_start(target, jax.tree.map(lambda x: np.asarray(x)[0], starts))
     warmup_key, chain_key = _split_keys(rng_key)
     progress.set_description("warm-up")
     if settings.num_warmup and (expected := settings.warmup.tuned_shapes(target, settings.kernel)) is not None:

@@ -235,7 +235,7 @@ def take_metric(target: Target, kernel: Kernel, found: Exploration) -> tuple[Ker
         metric = np.asarray(kernel.inverse_mass_matrix, float)
         scale = np.linalg.cholesky(metric) if metric.ndim == 2 else np.broadcast_to(np.sqrt(metric), found.mean.shape)
         kernel = replace(kernel, inverse_mass_matrix=None)
-    return kernel, Basis(jnp.asarray(found.mean, dtype), jnp.asarray(scale, dtype))
+    return kernel, Basis(*(jnp.asarray(np.asarray(x, dtype)) for x in (found.mean, scale)))
 
 
 def tuned_shapes(target: Target, kernel: Kernel, dense: bool) -> Tuned:
@@ -249,4 +249,4 @@ def tuned_shapes(target: Target, kernel: Kernel, dense: bool) -> Tuned:
     tuned = jax.eval_shape(_tuned_kernel.jitted, whitened, kernel, averaged, lanes.rate)
     positions = np.zeros((NUM_LANES, dim), dtype)
     states = jax.eval_shape(_start_lanes.jitted, whitened, kernel, positions, averaged, lanes.rate)
-    return Tuned(whitened, tuned, states, jnp.zeros((), dtype))
+    return Tuned(whitened, tuned, states, jnp.asarray(np.zeros((), dtype)))

@@ -35,6 +35,7 @@ class SolveReport:
     acceptance_rate: mean over the draws. *_seconds: wall time; pilot_seconds: of steps that are no draws;
         total_seconds: of everything, copies included; planned_seconds: of what followed the plan, compilation
         included, to hold beside `predicted_seconds`.
+    warmup_remark: what is doubtful about warm-up and what may help; "" where nothing is. It is a warning, too.
     """
 
     decision: str
@@ -61,6 +62,7 @@ class SolveReport:
     solve_seconds: float
     total_seconds: float
     planned_seconds: float
+    warmup_remark: str = ""
     find_diagnosis: Callable[[], Diagnosis] | None = field(default=None, repr=False, compare=False)
 
     @cached_property
@@ -95,6 +97,8 @@ class SolveReport:
             lines.append(f"Fallback: {self.fallback}")
         if self.decision != "sequential":
             lines += self._certificate()
+        if self.warmup_remark:
+            lines.append(self.warmup_remark)
         lines += self._contraction()
         rate = np.mean(self.acceptance_rate)
         accepted = "" if np.isnan(rate) else f"Acceptance rate {rate:.3f}; "

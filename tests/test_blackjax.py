@@ -10,8 +10,7 @@ import pytest
 
 import pmcmc
 from pmcmc import NUTS, Target, from_blackjax
-from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
-from pmcmc.recurrence._base import default_tolerance
+from pmcmc.recurrence import Sequential
 from tests._chains import draw_noise, solve
 from tests._targets import COVARIANCE, gaussian, make_target, start_like
 
@@ -141,24 +140,6 @@ def test_noise_is_the_key_typed_or_raw() -> None:
 def starts_of(kernel, seed: int, count: int):
     y = 2 * jax.random.normal(jax.random.key(seed), (count, 3))
     return jax.vmap(lambda y: kernel.unknown(kernel.start(TARGET, y)))(y)
-
-
-@pytest.mark.parametrize("name", ["nuts", "elliptical", "dynamic-hmc", "mclmc"])
-def test_blocks_give_the_sequential_chain(name: str) -> None:
-    """Kernels whose paths merge: 8 blocks from guesses far off, certified, equal to one pass."""
-    kernel, num_steps = CASES[name][0], 3072
-    noise = draw_noise(TARGET, kernel, 5, num_steps)
-    x0 = jax.tree.map(lambda x: x[0], starts_of(kernel, 0, 1))
-    guess = starts_of(kernel, 1, num_steps)
-    scale = jax.tree.map(jnp.ones_like, x0)
-    one = solve(TARGET, kernel, Sequential(), x0, noise)
-    blocks = solve(TARGET, kernel, MultipleShooting(8), x0, noise, guess, scale)
-    assert blocks.result == RESULTS.successful
-    assert blocks.stats.certified_steps == num_steps
-    assert 0 < blocks.residual <= default_tolerance(float)
-    assert blocks.stats.num_sweeps >= 1
-    assert blocks.stats.num_sequential_steps < num_steps // 2
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10), blocks.value, one.value)
 
 
 def couple(name: str, num_steps: int):

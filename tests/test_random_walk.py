@@ -9,7 +9,7 @@ from scipy import stats
 import pmcmc
 from pmcmc import HMC, MALA, RandomWalk, Target
 from pmcmc.kernels._random_walk import WalkNoise
-from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
+from pmcmc.recurrence import Sequential
 from tests._chains import draw_noise, solve
 from tests._statistics import z_bound
 from tests._targets import COVARIANCE, gaussian, make_target, start_like
@@ -182,23 +182,6 @@ def test_radial_alone() -> None:
 @pytest.mark.parametrize("dim", [25, 100])
 def test_independent_steps_merge_in_many_dimensions(dim: int) -> None:
     assert np.all(merge_times(normal, dim, optimal(dim), 400).distance == 0)
-
-
-@pytest.mark.parametrize("shares", [(), (None, None)], ids=["default", "random walk alone"])
-def test_shooting_equals_sequential(shares: tuple) -> None:
-    """20,000 steps in ten dimensions whose scales the walk does not know."""
-    length, dim = 20_000, 10
-    scales = jnp.linspace(0.7, 1.4, dim)
-    target = target_of(lambda x: -0.5 * jnp.sum((x / scales) ** 2), dim)
-    kernel = optimal(dim, *shares)
-    noise, x0 = draw_noise(target, kernel, 5, length), jnp.ones(dim)
-    guess = jax.random.normal(jax.random.key(6), (length, dim))
-    chain = solve(target, kernel, Sequential(), x0, noise)
-    blocks = solve(target, kernel, MultipleShooting(num_blocks=16), x0, noise, guess, scales)
-    assert blocks.result == RESULTS.successful
-    assert int(blocks.stats.num_sequential_steps) < length / 4
-    assert 0.1 < float(jnp.mean(chain.aux.acceptance_rate)) < 0.5
-    np.testing.assert_allclose(blocks.value, chain.value, rtol=0, atol=1e-12)
 
 
 def test_rates_that_warmup_tunes_to() -> None:

@@ -95,6 +95,22 @@ def test_bad_scales(scheme: str, kind: str) -> None:
     np.testing.assert_allclose(z.std((0, 1)), 1, atol=0.2)
 
 
+def test_warm_up_that_did_not_settle_says_so() -> None:
+    """Scales ten orders of magnitude apart in 60 dimensions: too much for 20 steps, and not for 400."""
+    scale = np.logspace(-5, 5, 60)
+    logdensity = lambda x: -0.5 * jnp.sum((x / scale) ** 2)
+    run = lambda **options: pmcmc.sample(logdensity, jnp.zeros(60), 0, **options)
+    options = {**SIZES, "num_samples": 20}
+    with pytest.warns(UserWarning, match=r"did not settle.*Raise num_warmup \(it was 20\)") as caught:
+        chain = run(**{**options, "num_warmup": 20})
+    for report in (chain.report, chain.extend(20, progress_bar=False).report):
+        assert report.warmup_remark == str(caught[0].message)
+        assert report.warmup_remark in str(report)
+    enough = run(**options).report
+    assert enough.warmup_remark == ""
+    assert "settle" not in str(enough)
+
+
 def test_modes_that_communicate_stay_occupied() -> None:
     """All four modes are among the 32 states that seed chains and blocks."""
     target = pmcmc.Target.from_logdensity(mixture, jnp.zeros(2))

@@ -1,7 +1,6 @@
 """Conditional updates of one site: maps of the state and of noise drawn first."""
 
 import abc
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from pmcmc._threefry import key_pair
 from pmcmc._tree import register_dataclass
 from pmcmc._types import Array, ArrayLeaf, PRNGKey, PyTree
 from pmcmc.kernels._inverse_cdf import inverse_cdf
-from pmcmc.kernels._noise import gammas, normals, uniforms
+from pmcmc.kernels._noise import gammas, normals, uniform_array
 
 
 class Site(NamedTuple):
@@ -72,10 +71,6 @@ def _wrap(update: Any, *names: str) -> None:
             object.__setattr__(update, name, FromState(value))
 
 
-def _uniforms(rng_key: PRNGKey, shape: tuple[int, ...], dtype: Any) -> Array:
-    return uniforms(rng_key, math.prod(shape), dtype).reshape(shape)
-
-
 def _gamma_noise(shape: Any, rng_key: PRNGKey, site: Site) -> Array:
     """Standard gammas where the shape is known beforehand, else the key to draw them by."""
     if isinstance(shape, FromState):
@@ -114,7 +109,7 @@ class NormalUpdate(Update):
         _check_callable(self, "conditional", "state -> (loc, scale)")
 
     def draw_noise(self, rng_key, site):
-        return normals(_uniforms(rng_key, site.shape, site.dtype))
+        return normals(uniform_array(rng_key, site.shape, site.dtype))
 
     def draw(self, state, noise, site):
         loc, scale = (_read(value, state, site.shape, site.dtype) for value in self.conditional(state))
@@ -230,7 +225,7 @@ class CategoricalUpdate(Update):
         _check_callable(self, "logits", "state -> array (..., K)")
 
     def draw_noise(self, rng_key, site):
-        return _uniforms(rng_key, site.shape, site.dtype)
+        return uniform_array(rng_key, site.shape, site.dtype)
 
     def draw(self, state, noise, site):
         logits = jnp.asarray(self.logits(state), site.dtype)

@@ -306,17 +306,19 @@ def _compare(lanes: Lanes, tol: Array, now: Pass, carry: PyTree, aux: PyTree, ar
 
 
 def _write(now: Pass, x, aux, distance, live, merged, overwrite, tol) -> Recording:
-    """Overwrite the recording on lanes that have not merged; account for merges and for small distances."""
+    """Overwrite the recording on lanes that have not merged; account for merges and for small distances.
+
+    Where a lane merges, the recorded state stands, but aux is that of the step just taken: its predecessor has changed.
+    """
     recording = now.recording
-    write = lambda buffer, new: write_where(overwrite, buffer, new, now.step)
     # Small: within the square root of the tolerance, where a distance behaves linearly. By optional stopping the
     # mean growth per step is unbiased although a lane enters this regime from above and leaves it by merging.
     small = live & (now.distance < jnp.sqrt(tol)) & (now.distance > 0)
     floor = tol * 2.0**-10
     growth = jnp.log(jnp.maximum(jnp.minimum(distance, 1.0), floor) / jnp.maximum(now.distance, floor))
     return Recording(
-        path=write(recording.path, x),
-        aux=write(recording.aux, aux),
+        path=write_where(overwrite, recording.path, x, now.step),
+        aux=write_where(live, recording.aux, aux, now.step),
         splice=jnp.where(merged, jnp.maximum(recording.splice, distance), recording.splice),
         residual=jnp.where(merged, jnp.maximum(recording.residual, distance), recording.residual),
         growth=recording.growth + jnp.where(small, growth, 0.0),

@@ -1,6 +1,7 @@
 """Warm-up, pilot, solve, report: the stages behind the public functions, timed one by one."""
 
 import time
+import warnings
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,6 @@ import numpy as np
 
 from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.chain import Chain, ChainState
-from pmcmc.kernels import Info
 from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Sequential
 from pmcmc.report import SolveReport
 from pmcmc.sampling._ahead import Ahead
@@ -28,14 +28,14 @@ def run_stages(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Setti
     """Draws from ``starts`` (positions, leading axis num_starts, or num_chains without warm-up)."""
     began = time.perf_counter()
     with _progress(settings, progress_bar) as progress, closing(Ahead()) as ahead:
-        state = _warm_up(target, rng_key, starts, settings, progress, ahead)
-        return _sample(state, settings, progress, ahead, began, time.perf_counter() - began)
+        state, remark = _warm_up(target, rng_key, starts, settings, progress, ahead)
+        return _sample(state, settings, progress, ahead, began, time.perf_counter() - began, remark)
 
 
 def warm_up(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings, progress_bar: bool) -> ChainState:
     """Where the chains of `run_stages` with the same arguments begin."""
     with _progress(settings, progress_bar) as progress, closing(Ahead()) as ahead:
-        return _warm_up(target, rng_key, starts, settings, progress, ahead)
+        return _warm_up(target, rng_key, starts, settings, progress, ahead)[0]
 
 
 def sample_from(state: ChainState, settings: Settings, progress_bar: bool) -> Chain:
@@ -53,13 +53,14 @@ def extend(chain: Chain, num_samples: int, progress_bar: bool) -> Chain:
     more = sample_from(chain.state, settings, progress_bar)
     join = lambda old, new: np.concatenate([old, new], axis=1)
     both = jax.tree.map(join, (chain.unknowns, chain.info), (more.unknowns, more.info))
-    return replace(more, unknowns=both[0], info=both[1])
+    report = replace(more.report, warmup_remark=chain.report.warmup_remark)
+    return replace(more, unknowns=both[0], info=both[1], report=report)
 
 
 def _warm_up(
     target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings, progress: Any, ahead: Ahead
-) -> ChainState:
-    """From ``starts`` to where the chains begin, programs for sampling being compiled beside."""
+) -> tuple[ChainState, str]:
+    """From ``starts`` to where the chains begin, with warm-up's remark; programs for sampling are compiled beside."""
     settings.kernel.check(target)
     check_starts(target, starts)
     settings.kernel.check_start(target, jax.tree.map(lambda x: np.asarray(x)[0], starts))
@@ -67,8 +68,10 @@ def _warm_up(
     progress.set_description("warm-up")
     if settings.num_warmup and (expected := settings.warmup.tuned_shapes(target, settings.kernel)) is not None:
         compile_first(_engine(_begin(expected, chain_key, settings), ahead), settings.solver, settings.num_samples)
-    state = _begin(_tune(target, warmup_key, starts, settings), chain_key, settings)
-    return state._replace(unknown=jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[state.own]), state.ensemble))
+    tuned = _tune(target, warmup_key, starts, settings)
+    state = _begin(tuned, chain_key, settings)
+    unknown = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[state.own]), state.ensemble)
+    return state._replace(unknown=unknown), tuned.remark
 
 
 def _begin(tuned: Tuned, chain_key: PRNGKey, settings: Settings) -> ChainState:
@@ -84,7 +87,13 @@ def _progress(settings: Settings, progress_bar: bool) -> Any:
 
 
 def _sample(
-    state: ChainState, settings: Settings, progress: Any, ahead: Ahead, began: float, warmup_seconds: float
+    state: ChainState,
+    settings: Settings,
+    progress: Any,
+    ahead: Ahead,
+    began: float,
+    warmup_seconds: float,
+    warmup_remark: str = "",
 ) -> Chain:
     progress.set_description("sampling")
     engine = _engine(state, ahead)
@@ -103,7 +112,7 @@ def _sample(
         ),
         run.draws.unknowns,
         run.draws.info,
-        _report(run, automatic, run.draws.info, settings, warmup_seconds, began),
+        _report(run, automatic, warmup_remark, settings, warmup_seconds, began),
         settings.thinning,
         settings.solver,
         extend,
@@ -114,6 +123,8 @@ def _sample(
 def _tune(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings) -> Tuned:
     if settings.num_warmup:
         tuned = settings.warmup.run(target, settings.kernel, rng_key, starts, settings.num_warmup)
+        if tuned.remark:
+            warnings.warn(tuned.remark, stacklevel=5)  # the caller of `parallel_chain` and `sample`
         return jax.block_until_ready(tuned)
     kernel = settings.kernel
     states = jax.vmap(lambda position: kernel.unknown(kernel.init(target, position)))(starts)
@@ -166,9 +177,9 @@ def _growth_rate(draws: Draws, num_chains: int) -> np.ndarray:
 
 
 def _report(
-    run: Run, automatic: Automatic | None, info: Info, settings: Settings, warmup_seconds: float, began: float
+    run: Run, automatic: Automatic | None, warmup_remark: str, settings: Settings, warmup_seconds: float, began: float
 ) -> SolveReport:
-    draws, chains, clock = run.draws, settings.num_chains, run.engine.clock
+    draws, info, chains, clock = run.draws, run.draws.info, settings.num_chains, run.engine.clock
     per_chain = lambda value, dtype=int: np.broadcast_to(np.asarray(value, dtype), (chains,))
     plan = None if automatic is None else automatic.plan
     solver, reason = settings.solver or Sequential(), "Chosen by the caller."
@@ -201,5 +212,6 @@ def _report(
         solve_seconds=clock.run_seconds - pilot_seconds,
         total_seconds=time.perf_counter() - began,
         planned_seconds=0.0 if automatic is None else automatic.seconds,
+        warmup_remark=warmup_remark,
         find_diagnosis=None if automatic is None else automatic.find_diagnosis,
     )

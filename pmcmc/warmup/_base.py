@@ -31,6 +31,7 @@ class Tuned(NamedTuple):
         here. Lanes of different halves descend from different starts.
     acceptance_rate: of the tuned kernel over the last steps of warm-up.
     timing: of its lanes, for the planner; None where it was not taken.
+    remark: what is doubtful about all this and what may help, in sentences; "" where nothing is.
     """
 
     target: Target
@@ -38,6 +39,7 @@ class Tuned(NamedTuple):
     states: PyTree
     acceptance_rate: Array
     timing: LaneTiming | None = None
+    remark: str = ""
 
 
 class Warmup(abc.ABC):

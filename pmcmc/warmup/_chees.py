@@ -68,12 +68,13 @@ class ChEESAdaptation(Warmup):
         if not isinstance(kernel.leapfrog, SequentialLeapfrog):
             raise ValueError(f"ChEESAdaptation draws the number of steps, which {kernel.leapfrog!r} cannot take.")
         explore_key, chees_key, step_key = split_key(rng_key, number=3)
-        basis_kernel, basis, lanes = explore_basis(target, kernel, explore_key, starts, num_steps, self.dense)
-        whitened, num_tuning = target.with_basis(basis), max(102, num_steps // 4)
-        found = _find_length(whitened, chees_key, jnp.asarray(lanes, target.spec.dtype), num_steps=num_tuning)
-        return tune(
-            whitened, _take_length(target, basis_kernel, found), step_key, np.asarray(found.positions), None, num_tuning
-        )
+        explored = explore_basis(target, kernel, explore_key, starts, num_steps, self.dense)
+        whitened, num_tuning = target.with_basis(explored.basis), max(102, num_steps // 4)
+        lanes = jnp.asarray(explored.lanes, target.spec.dtype)
+        found = _find_length(whitened, chees_key, lanes, num_steps=num_tuning)
+        kernel = _take_length(target, explored.kernel, found)
+        tuned = tune(whitened, kernel, step_key, np.asarray(found.positions), None, num_tuning)
+        return tuned._replace(remark=explored.remark)
 
 
 @tuned_jit(static_argnames="num_steps")

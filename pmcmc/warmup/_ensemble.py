@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -30,6 +30,11 @@ from pmcmc.warmup._lanes import (
 SETTLED, MIXED = 3.0, 0.2
 # The last window is repeated at most so many times where it did not settle the basis.
 MAX_REPEATS = 8
+UNSETTLED = (
+    "Warm-up did not settle: the last window still moved the posterior's location and scales, so chains may start off "
+    "it and move and merge slowly. Raise num_warmup (it was {num_steps}), or try warmup=pmcmc.WindowAdaptation(); "
+    "where neither helps, separate modes or a funnel leave no one scale to find: reparametrise."
+)
 
 
 @register_dataclass
@@ -76,9 +81,10 @@ class EnsembleAdaptation(Warmup):
 
     def run(self, target: Target, kernel: Kernel, rng_key: PRNGKey, starts: PyTree, num_steps: int) -> Tuned:
         explore_key, step_key = split_key(rng_key, number=2)
-        kernel, basis, lanes = explore_basis(target, kernel, explore_key, starts, num_steps, self.dense)
-        num_tuning = max(102, num_steps // 4)
-        return tune(target.with_basis(basis), kernel, step_key, lanes, self.target_acceptance_rate, num_tuning)
+        found = explore_basis(target, kernel, explore_key, starts, num_steps, self.dense)
+        num_tuning, whitened = max(102, num_steps // 4), target.with_basis(found.basis)
+        tuned = tune(whitened, found.kernel, step_key, found.lanes, self.target_acceptance_rate, num_tuning)
+        return tuned._replace(remark=found.remark)
 
 
 @partial(jax.jit, static_argnames="number")
@@ -87,10 +93,19 @@ def split_key(rng_key: PRNGKey, *, number: int) -> tuple[PRNGKey, ...]:
     return tuple(jax.random.split(rng_key, number))
 
 
+class Explored(NamedTuple):
+    """The kernel without its metric, the basis, the lanes (lanes, D) in it, and a remark as in `Tuned`."""
+
+    kernel: Any
+    basis: Basis
+    lanes: np.ndarray
+    remark: str
+
+
 def explore_basis(
     target: Target, kernel: Kernel, rng_key: PRNGKey, starts: PyTree, num_steps: int, dense: bool | None
-) -> tuple[Any, Basis, np.ndarray]:
-    """The basis found on half of ``num_steps``, the kernel without its metric, and the lanes (lanes, D) in that basis.
+) -> Explored:
+    """The basis found on half of ``num_steps``.
 
     Raises:
         ValueError: too few steps, or a metric that does not fit.
@@ -102,9 +117,11 @@ def explore_basis(
     num_pieces = max(2, math.ceil(num_steps / (4 * PIECE)))
     found = explore(target, rng_key, _as_rows(starts), num_pieces, is_dense(target, dense))
     check_exploration(target, found)
+    is_given = getattr(kernel, "inverse_mass_matrix", None) is not None
     kernel, basis = take_metric(target, kernel, found)
     frame = Frame(np.asarray(basis.loc, float), np.asarray(basis.scale, float))
-    return kernel, basis, frame.to_coordinates(found.last)
+    remark = "" if found.settled or is_given else UNSETTLED.format(num_steps=num_steps)
+    return Explored(kernel, basis, frame.to_coordinates(found.last), remark)
 
 
 class Frame:
@@ -158,7 +175,10 @@ class Explorer:
             self.frame = Frame(self.frame.to_positions(mean[None])[0], scale)
 
     def found(self) -> Exploration:
-        return Exploration(self.frame.loc, self.frame.scale, self.positions, self.movement, self.acceptance_rate)
+        frame = self.frame
+        return Exploration(
+            frame.loc, frame.scale, self.positions, self.movement, self.acceptance_rate, settled=self.settled
+        )
 
 
 def explore(target: Target, rng_key: PRNGKey, positions: np.ndarray, num_pieces: int, dense: bool) -> Exploration:

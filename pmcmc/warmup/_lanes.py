@@ -175,6 +175,7 @@ class Exploration(NamedTuple):
 
     mean: (D,). scale: (D,) standard deviations or (D, D) Cholesky factor. last: (lanes, D).
     movement: (D,) largest spread within one path. acceptance_rate: mean.
+    settled: whether more steps would hardly move the moments, as far as anybody looked.
     """
 
     mean: Any
@@ -182,6 +183,7 @@ class Exploration(NamedTuple):
     last: Any
     movement: Any
     acceptance_rate: Any
+    settled: bool = True
 
 
 def check_exploration(target: Target, found: Exploration) -> None:

@@ -60,6 +60,12 @@ def test_gammas_are_smooth_in_their_shape() -> None:
         assert close.sum() >= 498
 
 
+def test_a_gamma_of_no_shape_is_not_a_number() -> None:
+    """No try would ever be accepted: without a way out the loop never ended."""
+    drawn = gammas(jax.random.key(4), jnp.array([2.0, jnp.nan, jnp.inf, 0.0, -1.0]))
+    np.testing.assert_array_equal(jnp.isfinite(drawn), [True, False, False, False, False])
+
+
 LOGITS = jnp.array([[0.0, 1.0, -1.0], [-2.0, -jnp.inf, 0.5]])
 FLAT = {"x": jnp.zeros(2)}
 LAWS = {

@@ -108,8 +108,11 @@ def gammas(rng_key: PRNGKey, shape: Float[Array, "*dims"]) -> Float[Array, "*dim
     0.95 for every a >= 1, else drawn again; below 1 by ``G(a) = G(a + 1) U^(1/a)``. `jax.random.gamma` runs one
     element after the other on CPU, at 680 ns a draw.
 
-    Differentiable forward in the shape: the derivative is that of the proposal accepted.
+    Differentiable forward in the shape: the derivative is that of the proposal accepted. NaN where the shape is not a
+    positive number, for which no try would ever be accepted.
     """
+    valid = (shape > 0) & jnp.isfinite(shape)
+    shape = jnp.where(valid, shape, 1.0)
     small = shape < 1
     d = jnp.where(small, shape + 1, shape) - jnp.asarray(1 / 3, shape.dtype)
     c = 1 / jnp.sqrt(9 * d)
@@ -134,7 +137,8 @@ def gammas(rng_key: PRNGKey, shape: Float[Array, "*dims"]) -> Float[Array, "*dim
         power, _ = _uniform_pair(rng_key, shape.shape, shape.dtype, 2**32 - 1)  # a stream that no round will reach
         return jnp.where(small, value * jnp.exp(jnp.log(power) / shape), value)
 
-    return jax.lax.cond(jnp.any(small), boost, lambda value: value, value)
+    drawn = jax.lax.cond(jnp.any(small), boost, lambda value: value, value)
+    return jnp.where(valid, drawn, jnp.nan)
 
 
 def _horner(coefficients: tuple[float, ...], x: Array) -> Array:

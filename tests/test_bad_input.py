@@ -116,3 +116,12 @@ def test_float32_positions_stay_float32() -> None:
     assert chain.get_samples().dtype == jnp.float32
     assert chain.info.logdensity.dtype == np.float32
     assert chain.verify()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1e-9, 1e9])
+def test_warmup_finds_any_scale(size: float) -> None:
+    """From the mode, with no idea of the scale."""
+    chain = sample(lambda x: squares(x / size), jnp.zeros(2), kernel=None, num_warmup=400, solver=Sequential())
+    assert 0.5 < float(np.std(chain.get_samples()) / size) < 2
+    assert chain.verify()

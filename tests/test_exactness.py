@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import pmcmc
 from pmcmc._tree import finite_rows, relative_distance
-from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, deer
+from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, Windowed, deer, quasi_deer, quasi_elk
 from tests._problems import DIM, Numbers, random_numbers, target_of
 
 LENGTH = 160
@@ -99,18 +99,26 @@ def check(found: Any, sequential_result: Any, residuals: Any, gaps: Any, finite:
 
 
 HMC, MALA = pmcmc.HMC(step_size=1.0, num_integration_steps=2), pmcmc.MALA(step_size=1.0)
-WALK = pmcmc.RandomWalk(step_size=1.0)
+WALK, NUTS = pmcmc.RandomWalk(step_size=1.0), pmcmc.NUTS(step_size=1.0, max_num_doublings=3)
 FAMILIES = {
     "HMC-7": (HMC, MultipleShooting(7), LENGTH),
     "MALA-16": (MALA, MultipleShooting(16), LENGTH),
     "walk-5": (WALK, MultipleShooting(5), LENGTH),
     "MALA-deer": (MALA, deer(max_iters=80), 40),
 }
+SLOW_FAMILIES = {
+    "HMC-160": (HMC, MultipleShooting(160), LENGTH),
+    "HMC-tolerant": (HMC, MultipleShooting(8, max_sweeps=2), LENGTH),
+    "NUTS-7": (NUTS, MultipleShooting(7), 80),
+    "MALA-quasi-deer": (MALA, quasi_deer(max_iters=60), 40),
+    "HMC-quasi-elk": (HMC, quasi_elk(max_iters=60), 40),
+    "MALA-windowed": (MALA, Windowed(deer(max_iters=80), window=8), 40),
+}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_FAMILIES)])
 def test_certified_is_sequential(name: str) -> None:
-    kernel, solver, length = FAMILIES[name]
+    kernel, solver, length = (FAMILIES | SLOW_FAMILIES)[name]
     reached = set()
 
     @FIXED

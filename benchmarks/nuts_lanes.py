@@ -19,7 +19,7 @@ from benchmarks._harness import alternate, ratio, save
 from benchmarks.posteriors import POSTERIORS, Posterior
 from pmcmc import NUTS, Kernel, Target, WindowAdaptation, from_blackjax
 from pmcmc._jit import tuned_jit
-from pmcmc.sampling._engine import step_noise
+from pmcmc.kernels._stream import step_noise
 from pmcmc.warmup import Tuned
 
 

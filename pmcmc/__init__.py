@@ -27,8 +27,9 @@ from pmcmc.kernels import (
 )
 from pmcmc.recurrence import RESULTS
 from pmcmc.report import SolveReport
-from pmcmc.sampling import load, parallel_chain, sample
+from pmcmc.sampling import Interrupted, load, parallel_chain, sample
 from pmcmc.target import Target
+from pmcmc.verification import Verification
 from pmcmc.warmup import (
     BlockAdaptation,
     ChEESAdaptation,
@@ -63,6 +64,7 @@ __all__ = [
     "GammaUpdate",
     "Gibbs",
     "Info",
+    "Interrupted",
     "InverseGammaUpdate",
     "Kernel",
     "NormalUpdate",
@@ -73,6 +75,7 @@ __all__ = [
     "StraightThrough",
     "Target",
     "UniformLength",
+    "Verification",
     "Warmup",
     "WarmupError",
     "WindowAdaptation",

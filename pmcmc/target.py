@@ -207,8 +207,8 @@ class Target:
     @classmethod
     def build(cls, model: Model, position: PyTree, data: PyTree) -> "Target":
         """A target from a `Model`; checks shapes and dtypes without evaluating anything."""
-        if not jax.tree.leaves(position):
-            raise ValueError("the position has no leaves: there is nothing to sample.")
+        if not sum(jnp.size(x) for x in jax.tree.leaves(position)):
+            raise ValueError("the position holds no numbers: there is nothing to sample.")
         out = jax.eval_shape(model.logdensity, data, position)
         if jnp.shape(out) != () or not jnp.issubdtype(jnp.result_type(out), jnp.floating):
             raise ValueError(
@@ -279,8 +279,12 @@ def check_starts(target: Target, starts: PyTree) -> None:
 
     Raises:
         ValueError: some starts, or all, are not usable.
+        TypeError: the density has no gradient, or cannot be mapped over positions.
     """
-    values, gradients, usable = evaluate_starts(target, starts)
+    try:
+        values, gradients, usable = evaluate_starts(target, starts)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise TypeError(f"the log density works at one position, but {_obstacle(target, starts)} ({error})") from error
     if usable.all():
         return
     if not target.model.has_density:
@@ -303,6 +307,21 @@ def check_starts(target: Target, starts: PyTree) -> None:
     )
 
 
+def _obstacle(target: Target, starts: PyTree) -> str:
+    """Why densities and gradients cannot be had at many starts."""
+    try:
+        jax.eval_shape(_evaluate_start, target, jax.tree.map(lambda x: x[0], starts))
+    except (TypeError, ValueError, NotImplementedError):
+        return (
+            "jax cannot differentiate it. Write it with operations of jax that have a derivative (scan in place of "
+            "while_loop), or give it one by jax.custom_jvp."
+        )
+    return (
+        "jax.vmap cannot map it over several, as chains and blocks are. Use operations of jax, or tell how they are "
+        "mapped, as by vmap_method= of jax.pure_callback."
+    )
+
+
 def evaluate_starts(target: Target, starts: PyTree) -> tuple[np.ndarray, PyTree, np.ndarray]:
     """Log densities (N,), gradients of real leaves (N, ...) at positions, and where both are finite.
 
@@ -318,16 +337,17 @@ def evaluate_starts(target: Target, starts: PyTree) -> tuple[np.ndarray, PyTree,
     return values, gradients, np.all(finite, axis=0) if finite else np.ones(len(values), bool)
 
 
+def _evaluate_start(target: Target, position: PyTree) -> tuple[Array, PyTree]:
+    """Log density, and its gradient with respect to real leaves (None in the place of others)."""
+    split = lambda keep: jax.tree.map(lambda x: x if is_real(x) == keep else None, position)
+    real, discrete = split(True), split(False)
+    merge = lambda a, b: b if a is None else a
+    logdensity = lambda x: target.model.logdensity(
+        target.data, jax.tree.map(merge, x, discrete, is_leaf=lambda leaf: leaf is None)
+    )
+    return jax.value_and_grad(logdensity)(real)
+
+
 @jax.jit
 def _evaluate_starts(target: Target, starts: PyTree) -> Any:
-    """Log densities, and gradients with respect to real leaves (None in the place of others)."""
-    split = lambda keep: jax.tree.map(lambda x: x if is_real(x) == keep else None, starts)
-
-    def one(real, discrete):
-        merge = lambda a, b: b if a is None else a
-        logdensity = lambda x: target.model.logdensity(
-            target.data, jax.tree.map(merge, x, discrete, is_leaf=lambda leaf: leaf is None)
-        )
-        return jax.value_and_grad(logdensity)(real)
-
-    return jax.vmap(one)(split(True), split(False))
+    return jax.vmap(lambda position: _evaluate_start(target, position))(starts)

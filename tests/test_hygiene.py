@@ -30,7 +30,7 @@ LEVELS = [
     {"interop"},
     {"kernels"},
     {"warmup", "stability"},
-    {"report", "_storage"},
+    {"report", "verification", "_storage"},
     {"chain"},
     {"sampling"},
     {"drop_in", "plots"},

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
+import jax.numpy as jnp
+
 from pmcmc._types import Array, PRNGKey, PyTree, Scalar
 from pmcmc.recurrence import Recurrence
 from pmcmc.target import Target
@@ -32,6 +34,12 @@ class Info(NamedTuple):
     energy: Array | None = None
     num_integration_steps: Array | None = None
     tree_depth: Array | None = None
+
+
+def near_tie_bound(info: Info) -> Array:
+    """The |margin| up to which rounding decides: log alpha is a difference of log densities and carries a few
+    roundings at their size. Without a log density (NaN) they are taken to be of order one."""
+    return 4 * jnp.finfo(info.margin.dtype).eps * jnp.fmax(1.0, jnp.abs(info.logdensity))
 
 
 class Kernel(abc.ABC):
@@ -89,6 +97,14 @@ class Kernel(abc.ABC):
     def position(self, target: Target, unknown: PyTree) -> PyTree:
         """The user's unconstrained position within an unknown."""
         return target.position(self.coordinates(unknown))
+
+    def nudge(self, noise: PyTree, amount: Array) -> PyTree:
+        """The noise with ``amount`` added to what decisions are made by, on the scale of `Info.margin`.
+
+        Near ties then come out the other way and all else stays as it is. A kernel without a margin has nothing to add
+        to.
+        """
+        return noise
 
     @property
     def is_tuned(self) -> bool:

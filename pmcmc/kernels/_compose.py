@@ -128,6 +128,9 @@ class Compose(SiteKernel):
             for number, block in enumerate(self.blocks)
         )
 
+    def nudge(self, noise, amount):
+        return tuple(block.kernel.nudge(u, amount) for block, u in zip(self.blocks, noise, strict=True))
+
     def step(self, target: Target, state: tuple, noise: tuple) -> tuple[tuple, Info]:
         state, infos = self.step_blocks(target, state, noise)
         return state, _combine(infos, target.spec.dtype)

@@ -106,6 +106,9 @@ class DiscreteGibbs(SiteKernel):
         u = uniforms(rng_key, sum(sizes), dtype)
         return tuple(jnp.split(u, np.cumsum(sizes)[:-1]))
 
+    def nudge(self, noise, amount):
+        return tuple(u + amount for u in noise)
+
     def step(self, target: Target, state: dict, noise: tuple) -> tuple[dict, Info]:
         dtype = target.spec.dtype
         margin, failed = jnp.asarray(jnp.inf, dtype), jnp.array(False)

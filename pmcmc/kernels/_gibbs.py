@@ -82,6 +82,9 @@ class Gibbs(SiteKernel):
             for number, (name, update) in enumerate(zip(self.sites, self.updates, strict=True))
         )
 
+    def nudge(self, noise, amount):
+        return tuple(update.nudge(u, amount) for update, u in zip(self.updates, noise, strict=True))
+
     def step(self, target: Target, state: dict, noise: tuple) -> tuple[dict, Info]:
         dtype = target.spec.dtype
         margin, failed = jnp.asarray(jnp.inf, dtype), jnp.array(False)

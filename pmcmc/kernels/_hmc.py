@@ -85,6 +85,9 @@ class HMC(GradientKernel):
             length=u[2] if drawn else None,
         )
 
+    def nudge(self, noise, amount):
+        return noise._replace(log_uniform=noise.log_uniform + amount)
+
     def step(self, target, state: GradientState, noise: HMCNoise) -> tuple[GradientState, Info]:
         dtype = state.position.dtype
         base_step = jnp.asarray(self.step_size, dtype)

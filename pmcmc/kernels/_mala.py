@@ -60,6 +60,9 @@ class MALA(GradientKernel):
         u = uniforms(rng_key, target.dim + 1, target.spec.dtype)
         return MALANoise(normals(u[1:]), jnp.log(u[0]))
 
+    def nudge(self, noise, amount):
+        return noise._replace(log_uniform=noise.log_uniform + amount)
+
     def step(self, target, state: GradientState, noise: MALANoise) -> tuple[GradientState, Info]:
         h = jnp.asarray(self.step_size, state.position.dtype)
         position = state.position + h * state.gradient + jnp.sqrt(2 * h) * noise.normal

@@ -125,6 +125,9 @@ class RandomWalk(PositionKernel):
             log_uniform=jnp.log(rest[2]),
         )
 
+    def nudge(self, noise, amount):
+        return noise._replace(log_uniform=noise.log_uniform + amount)
+
     def step(self, target, state: WalkState, noise: WalkNoise) -> tuple[WalkState, Info]:
         x, vector = state.position, noise.vector
         step_size = jnp.asarray(self.step_size, x.dtype)

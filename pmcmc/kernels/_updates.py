@@ -50,6 +50,10 @@ class Update(abc.ABC):
     def draw(self, state: PyTree, noise: PyTree, site: Site) -> Drawn:
         """The new value of the site. state: the values of all sites, this one included."""
 
+    def nudge(self, noise: PyTree, amount: Array) -> PyTree:
+        """See `Kernel.nudge`."""
+        return noise
+
 
 @register_dataclass
 @dataclass(frozen=True)
@@ -226,6 +230,9 @@ class CategoricalUpdate(Update):
 
     def draw_noise(self, rng_key, site):
         return uniform_array(rng_key, site.shape, site.dtype)
+
+    def nudge(self, noise, amount):
+        return noise + amount
 
     def draw(self, state, noise, site):
         logits = jnp.asarray(self.logits(state), site.dtype)

@@ -56,6 +56,8 @@ def parallel_chain(
     Raises:
         ValueError, TypeError: before any sampling, for sizes, shapes, models and densities that cannot be used.
         WarmupError: warm-up found nothing to sample with.
+        MemoryError: the draws do not fit into memory; before any sampling.
+        Interrupted: Ctrl-C; what was sampled so far is its ``chain``.
 
     Example:
         >>> import numpyro, numpyro.distributions as dist, pmcmc

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._jit import tuned_jit
-from pmcmc._threefry import fold_in, key_pair
+from pmcmc._threefry import key_pair
 from pmcmc._types import Array, PyTree
 from pmcmc.kernels import Kernel
+from pmcmc.kernels._base import near_tie_bound
+from pmcmc.kernels._stream import step_noise
 from pmcmc.recurrence import RecurrenceSolver, Sequential, Solution
 from pmcmc.recurrence._lanes import Lanes, LaneSolver, Layout
 from pmcmc.sampling._ahead import Ahead
@@ -59,12 +61,6 @@ class Segment(NamedTuple):
             return lanes.reshape(self.num_chains, -1, *lanes.shape[2:])
 
         return jax.tree.map(leaf, tree)
-
-
-def step_noise(kernel: Kernel, target: Target, chain_key: Array, steps: Array) -> PyTree:
-    """Noise of the given steps: a function of the chain's key and the step's number alone."""
-    keys = jax.vmap(partial(fold_in, key_pair(chain_key)))(steps)
-    return jax.vmap(lambda key: kernel.sample_noise(key, target))(keys)
 
 
 @tuned_jit(static_argnames="shape", donate_argnames="buffer")
@@ -138,10 +134,7 @@ def solve_noise(
         solution = solver.solve_lanes(Lanes(transition, x0, noise, guess, scale, layout, buffers))
     else:
         solution = solver.solve_batch(transition, x0, noise, initial_guess=guess, scale=scale)
-    info = solution.aux
-    eps = jnp.finfo(info.margin.dtype).eps
-    # log alpha is a difference of log densities: it carries a few roundings at their size
-    return solution, jnp.abs(info.margin) <= 4 * eps * jnp.maximum(1.0, jnp.abs(info.logdensity))
+    return solution, jnp.abs(solution.aux.margin) <= near_tie_bound(solution.aux)
 
 
 @jax.jit

@@ -4,24 +4,49 @@ import time
 import warnings
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._types import Array, PRNGKey, PyTree
+from pmcmc._types import PRNGKey, PyTree
 from pmcmc.chain import Chain, ChainState
+from pmcmc.kernels._stream import chain_keys
 from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Sequential
 from pmcmc.report import SolveReport
 from pmcmc.sampling._ahead import Ahead
 from pmcmc.sampling._auto import Automatic, compile_first
 from pmcmc.sampling._engine import Engine
+from pmcmc.sampling._memory import check_memory
 from pmcmc.sampling._run import Draws, Run
 from pmcmc.sampling._settings import Settings
 from pmcmc.target import Target, check_starts
 from pmcmc.warmup import Tuned
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while draws were taken: those that stand are kept in ``chain``.
+
+    A program that has begun is not stopped: the interruption comes when the segment under way has ended. Before the
+    first draw was kept, during warm-up for instance, there is nothing to keep and a plain KeyboardInterrupt is raised.
+
+    chain: a `Chain` of the draws so far, which `Chain.extend` continues as if nothing had been.
+
+    Example:
+        >>> import jax.numpy as jnp, pmcmc
+        >>> try:
+        ...     chain = pmcmc.sample(lambda x: -jnp.sum(x**2), jnp.zeros(2), 0, num_samples=100, progress_bar=False)
+        ... except pmcmc.Interrupted as stopped:
+        ...     chain = stopped.chain
+    """
+
+    def __init__(self, chain: Chain, num_wanted: int):
+        self.chain, self.num_wanted = chain, num_wanted
+        super().__init__(
+            f"stopped after {chain.report.num_steps:,} of {num_wanted:,} steps. They are the attribute `chain` of this "
+            "exception: chain.extend(...) goes on from there."
+        )
 
 
 def run_stages(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings, progress_bar: bool) -> Chain:
@@ -50,7 +75,14 @@ def extend(chain: Chain, num_samples: int, progress_bar: bool) -> Chain:
     settings = Settings.check(
         chain.target, chain.kernel, solver, 0, num_samples, chain.num_chains, chain.thinning, chain.extra_fields, None
     )
-    more = sample_from(chain.state, settings, progress_bar)
+    try:
+        return _join(chain, sample_from(chain.state, settings, progress_bar))
+    except Interrupted as stopped:
+        raise Interrupted(_join(chain, stopped.chain), num_samples) from stopped
+
+
+def _join(chain: Chain, more: Chain) -> Chain:
+    """One chain of both; what is not draws is that of the second."""
     join = lambda old, new: np.concatenate([old, new], axis=1)
     both = jax.tree.map(join, (chain.unknowns, chain.info), (more.unknowns, more.info))
     report = replace(more.report, warmup_remark=chain.report.warmup_remark)
@@ -67,7 +99,9 @@ def _warm_up(
     warmup_key, chain_key = _split_keys(rng_key)
     progress.set_description("warm-up")
     if settings.num_warmup and (expected := settings.warmup.tuned_shapes(target, settings.kernel)) is not None:
-        compile_first(_engine(_begin(expected, chain_key, settings), ahead), settings.solver, settings.num_samples)
+        engine = _engine(_begin(expected, chain_key, settings), ahead)
+        check_memory(engine, settings.num_samples, settings.num_samples // settings.thinning)
+        compile_first(engine, settings.solver, settings.num_samples)
     tuned = _tune(target, warmup_key, starts, settings)
     state = _begin(tuned, chain_key, settings)
     unknown = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[state.own]), state.ensemble)
@@ -97,27 +131,41 @@ def _sample(
 ) -> Chain:
     progress.set_description("sampling")
     engine = _engine(state, ahead)
+    total = state.num_unkept + settings.num_samples
+    check_memory(engine, settings.num_samples, total // settings.thinning)
     run = Run(engine, state.unknown, settings.num_samples, settings.thinning, progress, state.num_unkept)
-    automatic = None
-    if settings.solver is None:
-        automatic = Automatic(run, state.own, state.timing)
-        automatic.execute()
-    else:
-        run.with_solver(settings.solver)
-    return Chain(
-        state._replace(
-            unknown=run.x,
-            num_steps=state.num_steps + settings.num_samples,
-            num_unkept=(state.num_unkept + settings.num_samples) % settings.thinning,
-        ),
-        run.draws.unknowns,
-        run.draws.info,
-        _report(run, automatic, warmup_remark, settings, warmup_seconds, began),
-        settings.thinning,
-        settings.solver,
-        extend,
-        settings.extra_fields,
-    )
+    automatic = Automatic(run, state.own, state.timing) if settings.solver is None else None
+
+    def chain(unknown: PyTree, num_kept: int, num_steps: int, num_unkept: int) -> Chain:
+        """The first ``num_kept`` draws; the chains stand at ``unknown``, after ``num_steps`` steps."""
+        draws = run.draws
+        draws.unknowns, draws.info = jax.tree.map(lambda x: x[:, :num_kept], (draws.unknowns, draws.info))
+        after = state._replace(unknown=unknown, num_steps=state.num_steps + num_steps, num_unkept=num_unkept)
+        taken = replace(settings, num_samples=num_steps)
+        return Chain(
+            after,
+            draws.unknowns,
+            draws.info,
+            _report(run, automatic, warmup_remark, taken, warmup_seconds, began),
+            settings.thinning,
+            settings.solver,
+            extend,
+            settings.extra_fields,
+        )
+
+    try:
+        if settings.solver is not None:
+            run.with_solver(settings.solver)
+        elif automatic is not None:
+            automatic.execute()
+    except KeyboardInterrupt as stopped:
+        # back to the last draw that every chain has kept
+        if not (kept := int(run.draws.num_kept.min())):
+            raise
+        x = jax.tree.map(lambda draws: jnp.asarray(draws[:, kept - 1]), run.draws.unknowns)
+        steps = kept * settings.thinning - state.num_unkept
+        raise Interrupted(chain(x, kept, steps, 0), settings.num_samples) from stopped
+    return chain(run.x, total // settings.thinning, settings.num_samples, total % settings.thinning)
 
 
 def _tune(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings) -> Tuned:
@@ -146,15 +194,9 @@ def _split_keys(rng_key: PRNGKey) -> tuple[PRNGKey, PRNGKey]:
     return warmup_key, chain_key
 
 
-@partial(jax.jit, static_argnames="num_chains")
-def _chain_keys(rng_key: PRNGKey, *, num_chains: int) -> Array:
-    """One for each chain, that does not depend on how many there are."""
-    return jax.vmap(lambda c: jax.random.fold_in(rng_key, c))(jnp.arange(num_chains))
-
-
 def _engine(state: ChainState, ahead: Ahead) -> Engine:
     """Of a state that is only compiled for, shapes will do."""
-    keys = _chain_keys(state.rng_key, num_chains=len(state.own))
+    keys = chain_keys(state.rng_key, num_chains=len(state.own))
     return Engine(state.target, state.kernel, keys, state.ensemble, _scale(state), ahead, state.num_steps)
 
 

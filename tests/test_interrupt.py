@@ -1,0 +1,121 @@
+"""Ctrl-C loses nothing that was certified, and too large a request is refused before anything is sampled."""
+
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+
+import pmcmc
+from pmcmc.recurrence import MultipleShooting, Sequential
+from pmcmc.sampling import _engine, _memory
+from pmcmc.sampling._engine import Engine
+from tests._targets import gaussian, start_like
+
+KERNEL = pmcmc.HMC(step_size=0.9, num_integration_steps=2)
+
+
+def run(num_samples: int, **options) -> pmcmc.Chain:
+    sizes = dict(kernel=KERNEL, num_warmup=0, num_chains=2, progress_bar=False, thinning=3)
+    return pmcmc.sample(gaussian, start_like(gaussian), 0, num_samples=num_samples, **{**sizes, **options})
+
+
+@cache
+def whole() -> pmcmc.Chain:
+    return run(2000, solver=Sequential())
+
+
+@pytest.fixture
+def interrupted_after(monkeypatch: pytest.MonkeyPatch):
+    """Segments of some 300 steps, and Ctrl-C in one of them."""
+    monkeypatch.setattr(_engine, "SEGMENT_BYTES", 2**16)
+    monkeypatch.setattr(_engine, "SEQUENTIAL_BYTES", 2**16)
+    solve, calls = Engine.solve, []
+
+    def interrupt(number: int) -> None:
+        def counted(*args):
+            calls.append(1)
+            if len(calls) == number:
+                raise KeyboardInterrupt
+            return solve(*args)
+
+        monkeypatch.setattr(Engine, "solve", counted)
+
+    return interrupt
+
+
+@pytest.mark.parametrize("solver", [MultipleShooting(4), Sequential(), "auto"], ids=["shooting", "sequential", "auto"])
+def test_what_stands_is_kept_and_goes_on(solver, interrupted_after) -> None:
+    interrupted_after(3)
+    with pytest.raises(pmcmc.Interrupted, match=r"stopped after \d+ of 2,000 steps.*chain.extend") as stopped:
+        run(2000, solver=solver)
+    chain = stopped.value.chain
+    done = chain.state.num_steps
+    assert 100 < done < 1900
+    assert done == 3 * chain.num_samples == chain.report.num_steps
+    assert chain.verify()
+    longer = chain.extend(2000 - done, progress_bar=False)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9)
+    jax.tree.map(close, (longer.unknowns, longer.last_state), (whole().unknowns, whole().last_state))
+
+
+def test_an_extension_keeps_the_draws_before(interrupted_after) -> None:
+    first = run(500, solver=Sequential())
+    interrupted_after(2)
+    with pytest.raises(pmcmc.Interrupted, match="of 1,500 steps") as stopped:
+        first.extend(1500, progress_bar=False)
+    chain = stopped.value.chain
+    assert chain.num_samples > first.num_samples
+    np.testing.assert_allclose(chain.unknowns, whole().unknowns[:, : chain.num_samples], rtol=0, atol=1e-9)
+    assert chain.verify()
+
+
+def test_chains_that_stand_at_different_steps_go_back_to_the_last_common_draw(interrupted_after) -> None:
+    """A budget that joins the blocks of one chain only, then Ctrl-C before the other has caught up."""
+    wide = dict(num_samples=300, num_chains=4, thinning=1)
+    paths = run(solver=MultipleShooting(4), **wide).report.num_sequential_steps
+    interrupted_after(2)
+    with pytest.raises(pmcmc.Interrupted) as stopped:
+        run(solver=MultipleShooting(4, max_steps=int(np.sort(paths)[1])), **wide)
+    chain = stopped.value.chain
+    assert 0 < chain.num_samples < 300
+    assert chain.verify()
+
+
+def test_before_the_first_draw_there_is_nothing_to_keep(interrupted_after, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted_after(1)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run(2000, solver=Sequential())
+    assert type(stopped.value) is KeyboardInterrupt
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pmcmc.EnsembleAdaptation, "run", interrupt)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run(2000, num_warmup=100)
+    assert type(stopped.value) is KeyboardInterrupt
+
+
+@pytest.mark.parametrize("num_warmup", [0, 100])
+def test_more_than_memory_holds(num_warmup: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before warm-up; 24 + 41 bytes a draw of position and info."""
+    monkeypatch.setattr(pmcmc.EnsembleAdaptation, "run", lambda *args: pytest.fail("warm-up has begun"))
+    with pytest.raises(MemoryError, match=r"draws of 2 chain\(s\) need about .* GiB .*are available.*thinning="):
+        run(10**14, num_warmup=num_warmup)
+    monkeypatch.setattr(_memory, "available_bytes", lambda: 1000.0)
+    with pytest.raises(MemoryError, match="draws"):
+        run(100, solver=Sequential())
+
+
+def test_available_memory_is_the_least_of_system_and_group(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    assert _memory.available_bytes() > 2**20
+    limit, use = tmp_path / "limit", tmp_path / "use"
+    monkeypatch.setattr(_memory, "_GROUPS", ((str(limit), str(use)),))
+    limit.write_text("5000\n")
+    use.write_text("2000\n")
+    assert _memory.available_bytes() == 3000
+    limit.write_text("max\n")
+    assert _memory.available_bytes() > 2**20
+    monkeypatch.setattr(_memory, "_read", lambda path: "")
+    assert _memory.available_bytes() == float("inf")

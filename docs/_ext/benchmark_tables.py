@@ -78,7 +78,7 @@ def iterations(length: int) -> Callable[[Rows], Table]:
         for row in rows:
             exponents.setdefault(row["problem"], []).append(row["lyapunov_exponent"])
         found = pivot([row for row in rows if row["length"] == length], "solver", cell, "problem")
-        mean = lambda name: f"{sum(exponents[name]) / len(exponents[name]):.3f}"
+        mean = lambda name: f"{round(sum(exponents[name]) / len(exponents[name]), 3) + 0.0:.3f}"  # no minus at zero
         return [["problem", "LLE", *found[0][1:]], *([row[0], mean(row[0]), *row[1:]] for row in found[1:])]
 
     return table

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from docutils.statemachine import StringList
 from sphinx.util.docutils import SphinxDirective
 
 REFERENCE = Path(__file__).parents[1] / "api"
@@ -55,15 +54,7 @@ class Public(SphinxDirective):
         for name in names:
             kind = "autoclass" if inspect.isclass(getattr(module, name)) else "autofunction"
             lines += ["", f".. {kind}:: {module.__name__}.{name}"]
-        return self.parse_content_to_nodes_of(lines)
-
-    def parse_content_to_nodes_of(self, lines: list[str]) -> list:
-        from docutils import nodes
-
-        source, _ = self.get_source_info()
-        container = nodes.Element()
-        self.state.nested_parse(StringList(lines, source=source), self.content_offset, container)
-        return container.children
+        return self.parse_text_to_nodes("\n".join(lines))
 
 
 def inline(text: str) -> str:

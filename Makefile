@@ -4,7 +4,7 @@ PYTEST_ARGS ?= -n 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow lint notebooks counts bench clean
+.PHONY: demo test test-slow lint notebooks docs counts bench clean
 
 demo: $(STAMP)
 	$(BIN)/python -m pmcmc demo
@@ -27,6 +27,10 @@ notebooks: $(STAMP)
 # A gate: fails where a critical path, a number of compilations or a program's memory has grown.
 counts: $(STAMP)
 	$(BIN)/python -m benchmarks.counts
+
+# Strict: any warning, a broken link or an unknown name among them, fails. Nothing is executed or fetched.
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html -d build/doctrees docs build/docs
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from pmcmc import plots, recurrence, stability
+from pmcmc._tree import register_dataclass
 from pmcmc.chain import Chain, ChainState
 from pmcmc.kernels import (
     HMC,
@@ -84,6 +85,7 @@ __all__ = [
     "parallel_chain",
     "plots",
     "recurrence",
+    "register_dataclass",
     "sample",
     "stability",
 ]

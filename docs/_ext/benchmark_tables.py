@@ -1,0 +1,213 @@
+"""Tables out of benchmarks/results/*.json, made while the site is built: no figure is typed into a page.
+
+A page says ``{benchmark} name``, and ``{benchmark-others}`` for the files that no page names. What a table shows is one
+function of the rows, in `TABLES`; files without one show their plain values.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from docutils import nodes
+from sphinx.util.docutils import SphinxDirective
+
+DOCS = Path(__file__).parents[1]
+RESULTS = DOCS.parent / "benchmarks" / "results"
+NAMED = re.compile(r"^```\{benchmark\} (\w+)$", re.MULTILINE)
+
+Rows = list[dict[str, Any]]
+Table = list[list[str]]  # the header first
+
+
+def number(value: Any) -> str:
+    """Whole numbers with commas, others with three digits."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool | str):
+        return str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:#.3g}".rstrip(".")
+
+
+def columns(**fields: str | Callable[[dict], Any]) -> Callable[[Rows], Table]:
+    """A table with a row for each row; fields: header (underscores for blanks) = key, or function of the row."""
+
+    def table(rows: Rows) -> Table:
+        read = lambda row, field: row.get(field) if isinstance(field, str) else field(row)
+        header = [name.replace("_", " ") for name in fields]
+        return [header, *([number(read(row, field)) for field in fields.values()] for row in rows)]
+
+    return table
+
+
+def milliseconds(key: str) -> Callable[[dict], Any]:
+    return lambda row: 1000 * row[key]["median_s"]
+
+
+def span(key: str) -> Callable[[dict], str]:
+    """A list of smallest, median, largest."""
+    return lambda row: " / ".join(number(x) for x in row[key])
+
+
+def pivot(rows: Rows, across: str, cell: Callable[[Rows], str], *down: str) -> Table:
+    """One row for each combination of the fields ``down``, one column for each value of the field ``across``."""
+    header = list(dict.fromkeys(row[across] for row in rows))
+    groups: dict[tuple, dict[str, Rows]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in down), {}).setdefault(row[across], []).append(row)
+    body = [
+        [*map(number, key), *(cell(group[name]) if name in group else "" for name in header)]
+        for key, group in groups.items()
+    ]
+    return [[name.replace("_", " ") for name in (*down, *header)], *body]
+
+
+def iterations(length: int) -> Callable[[Rows], Table]:
+    """Median iterations over seeds by problem and solver, at one T, beside the mean Lyapunov exponent."""
+
+    def cell(group: Rows) -> str:
+        solved = [row["num_iters"] for row in group if row["result"] == "successful"]
+        return number(int(median(solved))) if len(solved) == len(group) else "-"
+
+    def table(rows: Rows) -> Table:
+        exponents: dict[str, list[float]] = {}
+        for row in rows:
+            exponents.setdefault(row["problem"], []).append(row["lyapunov_exponent"])
+        found = pivot([row for row in rows if row["length"] == length], "solver", cell, "problem")
+        mean = lambda name: f"{round(sum(exponents[name]) / len(exponents[name]), 3) + 0.0:.3f}"  # no minus at zero
+        return [["problem", "LLE", *found[0][1:]], *([row[0], mean(row[0]), *row[1:]] for row in found[1:])]
+
+    return table
+
+
+def merge_times(rows: Rows) -> Table:
+    """Median and largest merge time of the pairs, by kernel and posterior."""
+
+    def cell(group: Rows) -> str:
+        (row,) = group
+        if row["merged"] == len(row["steps"]):
+            return f"{number(int(median(row['steps'])))} / {number(max(row['steps']))}"
+        return f"{row['merged']} of {len(row['steps'])} merged"
+
+    return pivot(rows, "posterior", cell, "kernel")
+
+
+def whole_calls(rows: Rows) -> Table:
+    """One row for each posterior and sampler."""
+    table = [["posterior", "sampler", "seconds", "min ESS", "ESS a second", "against NumPyro vectorized"]]
+    for row in rows:
+        for name, run in row["runs"].items():
+            figures = [run.get(key) for key in ("seconds", "min_ess", "ess_per_s", "speedup")]
+            table.append([row["posterior"].replace("_", " "), name, *map(number, figures)])
+    return table
+
+
+TABLES: dict[str, Callable[[Rows], Table]] = {
+    "shooting_cpu": columns(
+        case="case",
+        T="length",
+        blocks="num_blocks",
+        critical_path="num_sequential_steps",
+        steps_evaluated_per_step="evaluations_per_step",
+        sequential_ms=milliseconds("sequential"),
+        shooting_ms=milliseconds("shooting"),
+        speed_up="speedup",
+    ),
+    "planner_cpu": columns(
+        posterior="posterior",
+        kernel="kernel",
+        steps="num_samples",
+        auto_took=lambda row: row["runs"]["auto"]["decision"],
+        regret="regret",
+        speed_up="speedup",
+        whole_call_regret="regret_with_warmup",
+        whole_call_speed_up="speedup_with_warmup",
+        best="best",
+    ),
+    "whole_call_cpu": whole_calls,
+    "solvers": columns(
+        problem="problem",
+        method="method",
+        T="length",
+        seeds=lambda row: "{} to {}".format(*row["seeds"]),
+        here=span("min_median_max"),
+        published=span("published"),
+        chains_unsolved="unsolved",
+    ),
+    "coalescence": merge_times,
+    "recurrence_iterations": iterations(256),
+    "chain_iterations": iterations(256),
+}
+
+
+# Benchmarks whose runs are processes of their own, in another precision than the one that wrote the file.
+PRECISION = {"whole_call_cpu": "float64"}
+
+
+def plain(rows: Rows) -> Table:
+    """The values that are no lists or dicts, under their own names."""
+    keys = list(dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, list | dict)))
+    return columns(**{key: key for key in keys})(rows)
+
+
+def render(path: Path) -> tuple[Table, str]:
+    """The table of a file, and the sentence that says where its figures come from."""
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    where = stored["environment"]
+    precision = PRECISION.get(path.stem, "float64" if where.get("x64") else "float32")
+    machine = f"{where['device']}, {where['cores']} cores, {where['machine']}"
+    versions = f"Python {where['python']}, jax {where['jax']}, {precision}"
+    return TABLES.get(path.stem, plain)(stored["rows"]), f"{machine}; {versions}; benchmarks/results/{path.name}"
+
+
+def unnamed() -> list[Path]:
+    """Result files that no page names."""
+    named = {name for page in DOCS.glob("*.md") for name in NAMED.findall(page.read_text(encoding="utf-8"))}
+    return sorted(path for path in RESULTS.glob("*.json") if path.stem not in named)
+
+
+class Benchmark(SphinxDirective):
+    """``{benchmark} name``: the table of one file."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        return show(self, RESULTS / f"{self.arguments[0]}.json")
+
+
+class Others(SphinxDirective):
+    """``{benchmark-others}``: the tables of all files that no page names."""
+
+    def run(self) -> list[nodes.Node]:
+        found: list[nodes.Node] = []
+        for path in unnamed():
+            found += [nodes.rubric("", path.stem.replace("_", " ")), *show(self, path)]
+        return found
+
+
+def show(directive: SphinxDirective, path: Path) -> list[nodes.Node]:
+    directive.env.note_dependency(str(path))
+    table, source = render(path)
+    caption = nodes.paragraph("", "", nodes.emphasis("", source), classes=["source"])
+    return [nodes.container("", as_table(table), classes=["wide"]), caption]
+
+
+def as_table(rows: Table) -> nodes.table:
+    group = nodes.tgroup("", *(nodes.colspec(colwidth=1) for _ in rows[0]), cols=len(rows[0]))
+    for part, content in ((nodes.thead, rows[:1]), (nodes.tbody, rows[1:])):
+        group += part("", *(nodes.row("", *map(as_entry, row)) for row in content))
+    return nodes.table("", group, classes=["figures"])
+
+
+def as_entry(text: str) -> nodes.entry:
+    return nodes.entry("", nodes.paragraph("", text.replace("_", " ")))
+
+
+def setup(app: Any) -> dict[str, bool]:
+    app.add_directive("benchmark", Benchmark)
+    app.add_directive("benchmark-others", Others)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

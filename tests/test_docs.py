@@ -1,0 +1,113 @@
+"""The site: every public name has its entry, every example runs, and tables show what the result files say."""
+
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pmcmc
+from pmcmc.recurrence import MultipleShooting
+
+DOCS = Path(__file__).parents[1] / "docs"
+sys.path.append(str(DOCS / "_ext"))
+pytest.importorskip("sphinx", reason="the docs extra is not installed")
+
+import benchmark_tables  # noqa: E402
+import public_names  # noqa: E402
+
+# Its examples are run by tests/test_from_numpyro.py.
+ELSEWHERE = {"from-numpyro"}
+TEXTS = {page.stem: page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("*.md"))}
+EXAMPLES = {name: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for name, text in TEXTS.items()}
+
+
+def missing(modules: list, entries: list[str]) -> list[str]:
+    """Public names of the modules that no entry shows; a name that several modules share needs one."""
+    shown = [getattr(importlib.import_module(e.rpartition(".")[0]), e.rpartition(".")[2]) for e in entries]
+    names = [(f"{module.__name__}.{name}", getattr(module, name)) for module in modules for name in module.__all__]
+    return [name for name, value in names if not (type(value) is type(pmcmc) or any(value is s for s in shown))]
+
+
+def public_modules() -> list:
+    rooms = [m.name for m in pkgutil.iter_modules(pmcmc.__path__) if not m.name.startswith("_")]
+    modules = [pmcmc, *(importlib.import_module(f"pmcmc.{room}") for room in rooms)]
+    return [module for module in modules if hasattr(module, "__all__")]
+
+
+def public_functions_of_plots() -> list[str]:
+    return [f"pmcmc.plots.{n}" for n, v in vars(pmcmc.plots).items() if getattr(v, "__module__", "") == "pmcmc.plots"]
+
+
+def test_every_public_name_has_one_entry() -> None:
+    entries = public_names.documented()
+    assert missing(public_modules(), entries) == []
+    assert len(entries) == len(set(entries))
+    assert {name for name in public_functions_of_plots() if not name.split(".")[-1].startswith("_")} <= set(entries)
+
+
+def test_missing_entries_are_seen() -> None:
+    entries = public_names.documented()
+    entries.remove("pmcmc.recurrence.Newton")
+    assert missing(public_modules(), entries) == ["pmcmc.recurrence.Newton"]
+
+
+@pytest.mark.parametrize("page", [name for name, codes in EXAMPLES.items() if codes and name not in ELSEWHERE])
+def test_examples_run_as_printed(page: str, tmp_path: Path) -> None:
+    code = "\n".join(EXAMPLES[page])
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_report_page_explains_every_line() -> None:
+    page = (DOCS / "report.md").read_text(encoding="utf-8").lower()
+    chain = pmcmc.sample(
+        lambda x: -0.5 * (x**2), 0.0, 0, num_samples=2_000, solver=MultipleShooting(num_blocks=8), progress_bar=False
+    )
+    fresh = str(chain.report)
+    shown = (DOCS / "reports" / "eight_schools.txt").read_text(encoding="utf-8")
+    for line in fresh.splitlines() + shown.splitlines():
+        label = re.match(r"[A-Z][a-z]+( [a-z]+)*", line)[0].lower()
+        assert label in page, line
+
+
+def test_tables_show_what_the_files_say() -> None:
+    for path in benchmark_tables.RESULTS.glob("*.json"):
+        (header, *body), source = benchmark_tables.render(path)
+        assert body
+        assert all(len(row) == len(header) for row in body)
+        assert path.name in source
+    rows = json.loads((benchmark_tables.RESULTS / "shooting_cpu.json").read_text(encoding="utf-8"))["rows"]
+    (header, *body), _ = benchmark_tables.render(benchmark_tables.RESULTS / "shooting_cpu.json")
+    assert [row[header.index("speed up")] for row in body] == [f"{row['speedup']:#.3g}".rstrip(".") for row in rows]
+
+
+def test_docstrings_become_markup() -> None:
+    lines = public_names.to_rst(
+        [
+            "A step of size h_0, `Newton` or `other`, ``|x|``s.",
+            "",
+            "tol: largest residual,",
+            "    relative. None: by dtype.",
+            "a, b: two.",
+            "",
+            "    x = y",
+            "",
+            "Raises:",
+            "    ValueError: tol is *odd*.",
+            "",
+            "Example:",
+            "    >>> 1 + 1",
+            "    2",
+        ]
+    )
+    text = "\n".join(lines)
+    assert "h\\_0, :py:obj:`Newton <pmcmc.recurrence.Newton>` or ``other``, ``|x|``\\ s." in text
+    assert ":tol: largest residual,\n   relative. None: by dtype.\n:a, b: two." in text
+    assert "::\n\n    x = y" in text
+    assert ":Raises: ``ValueError``: tol is \\*odd\\*." in text
+    assert ".. rubric:: Example\n\n::\n\n   >>> 1 + 1\n   2" in text

@@ -4,7 +4,7 @@ PYTEST_ARGS ?= -n 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow lint notebooks docs counts bench clean
+.PHONY: demo test test-slow test-legs lint notebooks docs counts bench clean
 
 demo: $(STAMP)
 	$(BIN)/python -m pmcmc demo
@@ -14,6 +14,11 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# A short file of tests under other Pythons and packages, where this machine has them.
+test-legs: leg-newest leg-colab
+leg-%:
+	.ci/leg $*
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

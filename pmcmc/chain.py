@@ -59,6 +59,7 @@ class Chain:
     thinning: of every so many steps the last was kept. solver: that was asked for; None for "auto".
     continue_fn: what `extend` calls, from a room above this one.
     extra_fields: names that `get_extra_fields` returns beside ``diverging``.
+    warmup_path: (lanes, steps, D) unconstrained positions of warm-up's lanes; None unless ``save_warmup`` was set.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -75,6 +76,7 @@ class Chain:
     solver: RecurrenceSolver | None
     continue_fn: Callable[["Chain", int, bool], "Chain"] = field(repr=False, compare=False)
     extra_fields: Sequence[str] = ()
+    warmup_path: np.ndarray | None = field(default=None, repr=False)
     _samples: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -161,8 +163,8 @@ class Chain:
         """Write the chain to one file, so that `pmcmc.load` can read it and `extend` go on, here or elsewhere.
 
         Stored are draws, tuned kernel, key and report (without its plan), as arrays and JSON in a ``.npz`` archive.
-        The model and its data are not: they are given to `pmcmc.load` again. A file that exists is replaced once the
-        new one is whole.
+        The model and its data are not: they are given to `pmcmc.load` again. Nor are warm-up's draws. A file that
+        exists is replaced once the new one is whole.
 
         path: of the file, taken as it is.
 
@@ -196,18 +198,38 @@ class Chain:
 
     def _of_each_draw(self, compiled: Callable, most: int) -> PyTree:
         """``compiled(target, kernel, unknowns)`` of all draws, at most so many at a time; (num_chains, draws, ...)."""
-        flat = jax.tree.map(_ungroup, self.unknowns)
-        total = self.num_chains * self.num_samples
-        batch = min(total, most)
+        return _in_batches(lambda rows: compiled(self.target, self.kernel, rows), self.unknowns, most)
 
-        def some(start: int) -> PyTree:
-            rows = np.minimum(np.arange(start, start + batch), total - 1)  # one shape, so one compilation
-            part = compiled(self.target, self.kernel, jax.tree.map(lambda x: x[rows], flat))
-            return jax.tree.map(lambda x: np.asarray(x)[: total - start], part)
+    def get_warmup_samples(self) -> PyTree:
+        """Draws of warm-up as `get_samples` names them, leading axes (lanes, steps), in the order they were made.
 
-        parts = [some(start) for start in range(0, total, batch)]
-        joined = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
-        return jax.tree.map(lambda x: x.reshape(self.num_chains, self.num_samples, *x.shape[1:]), joined)
+        The lanes are an ensemble of its own, 32 by default, and not the start of the chains: first HMC that looks for
+        location and metric from dispersed starts (lanes that never moved are put on others' places), then the kernel
+        itself, whose step size is tuned. They tell whether warm-up was long enough, and nothing else: no chain with the
+        posterior as its law.
+
+        Raises:
+            ValueError: ``save_warmup`` was not set.
+
+        Example:
+            >>> import jax.numpy as jnp, pmcmc
+            >>> logdensity = lambda x: -0.5 * jnp.sum(x**2)
+            >>> chain = pmcmc.sample(logdensity, jnp.zeros(2), 0, num_samples=9, save_warmup=True, progress_bar=False)
+            >>> chain.get_warmup_samples().shape[0]
+            32
+        """
+        if self.warmup_path is None:
+            raise ValueError("warm-up was not kept: pass save_warmup=True to parallel_chain or sample.")
+        return _in_batches(lambda rows: _constrain_rows(self.target, rows), self.warmup_path, _CONSTRAIN_BATCH)
+
+    def _warmup_groups(self) -> dict[str, Any]:
+        """For ArviZ; empty where warm-up was not kept."""
+        if self.warmup_path is None:
+            return {}
+        draws = self.get_warmup_samples()
+        lp = _in_batches(lambda rows: _logdensity_rows(self.target, rows), self.warmup_path, _CONSTRAIN_BATCH)
+        named = draws if isinstance(draws, dict) else _named_leaves(draws)
+        return {"warmup_posterior": named, "warmup_sample_stats": {"lp": lp}}
 
     def get_extra_fields(self, group_by_chain: bool = False) -> dict[str, Any]:
         """Fields of the transitions under NumPyro's names: ``diverging``, and those asked for by ``extra_fields``.
@@ -265,7 +287,8 @@ class Chain:
         Groups: posterior; sample_stats with ``lp``, ``acceptance_rate``, ``diverging``, ``step_size``, ``energy``,
         ``n_steps`` and ``tree_depth`` as far as the kernel has them, and ``accept_margin`` (log alpha - log u). For a
         NumPyro model also observed_data, and constant_data with the other arrays among its arguments; dimensions are
-        named after plates. What the solver did is in the attributes.
+        named after plates. With ``save_warmup`` also warmup_posterior, where each lane is a chain (see
+        `get_warmup_samples`), and warmup_sample_stats with ``lp``. What the solver did is in the attributes.
 
         log_likelihood: of every observation at every draw, for ``arviz.loo`` and ``compare``; draws x observations of
             memory, so not unless asked for. Masked observations have 0; drop them where ArviZ 1.x refuses a constant.
@@ -294,6 +317,7 @@ class Chain:
             "sample_stats": self._sample_stats(),
             "log_likelihood": self._log_likelihood() if log_likelihood else {},
             **predictive_groups(prior, posterior_predictive, samples),
+            **self._warmup_groups(),
             "observed_data": described.observed,
             "constant_data": described.constant,
         }
@@ -394,6 +418,34 @@ def last_logdensity(state: ChainState) -> np.ndarray:
 def _log_likelihoods(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
     one = lambda unknown: target.model.log_likelihood(target.data, kernel.position(target, unknown))
     return jax.vmap(one)(unknowns)
+
+
+def _in_batches(compiled: Callable, tree: PyTree, most: int) -> PyTree:
+    """``compiled`` of all rows of leaves (A, B, ...), at most so many at a time; numpy arrays (A, B, ...)."""
+    first, second = jax.tree.leaves(tree)[0].shape[:2]
+    flat = jax.tree.map(_ungroup, tree)
+    total = first * second
+    batch = min(total, most)
+
+    def some(start: int) -> PyTree:
+        rows = np.minimum(np.arange(start, start + batch), total - 1)  # one shape, so one compilation
+        part = compiled(jax.tree.map(lambda x: x[rows], flat))
+        return jax.tree.map(lambda x: np.asarray(x)[: total - start], part)
+
+    parts = [some(start) for start in range(0, total, batch)]
+    joined = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+    return jax.tree.map(lambda x: x.reshape(first, second, *x.shape[1:]), joined)
+
+
+@jax.jit
+def _constrain_rows(target: Target, rows: Array) -> PyTree:
+    """Of unconstrained positions (N, D) as the user's model has them, without a basis."""
+    return jax.vmap(lambda row: target.model.constrain(target.data, target.spec.unravel(row)))(rows)
+
+
+@jax.jit
+def _logdensity_rows(target: Target, rows: Array) -> Array:
+    return jax.vmap(lambda row: target.model.logdensity(target.data, target.spec.unravel(row)))(rows)
 
 
 @jax.jit

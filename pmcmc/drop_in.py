@@ -53,7 +53,7 @@ class ParallelMCMC(MCMC):
     num_warmup, num_samples, thinning, num_chains: as NumPyro has them: ``num_samples`` counts steps before thinning.
     chain_method, progress_rate, jit_model_args: accepted without effect. Chains always run side by side, and new data
         of the same shapes never compile anew.
-    progress_bar: quiet when not in a terminal, whatever this says.
+    progress_bar: shown in terminals and notebooks only, whatever this says.
     kernel: a pmcmc kernel, `HMC()` by default, where ``sampler`` is a model.
     solver, warmup: as in `pmcmc.parallel_chain`.
 
@@ -140,12 +140,13 @@ class ParallelMCMC(MCMC):
         """Tune only: `run` then starts from ``post_warmup_state``. Arguments as in `run`.
 
         Raises:
-            ValueError: ``collect_warmup``: warm-up runs an ensemble of its own, which is not kept.
+            ValueError: ``collect_warmup``: warm-up runs an ensemble of its own, which is no chain.
         """
         if collect_warmup:
             raise ValueError(
-                "collect_warmup=True is not possible: warm-up runs an ensemble of its own and keeps no draws. Use "
-                "num_warmup=0 and a step size to see a chain from its start."
+                "collect_warmup=True is not possible: warm-up runs an ensemble of its own, whose draws are no chain's. "
+                "To see them use pmcmc.parallel_chain(model, ..., save_warmup=True).get_warmup_samples(); to see a "
+                "chain from its start, num_warmup=0 and a step size."
             )
         self._args, self._kwargs, self._warmup_state = args, kwargs, None
         target, key, settings = self._prepare(rng_key, extra_fields)

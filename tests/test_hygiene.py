@@ -34,12 +34,12 @@ LEVELS = [
     {"chain"},
     {"sampling"},
     {"drop_in", "plots"},
-    {"demo"},
+    {"demo", "doctor"},
     {"__main__"},
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FACE = "__init__"  # may import any room; only these may import it:
-FACE_USERS = {"demo", "__main__"}
+FACE_USERS = {"demo", "doctor", "__main__"}
 ROOMS_OF_FOREIGN = {
     "numpyro": {"interop", "drop_in", "demo"},
     "blackjax": {"interop", "drop_in"},

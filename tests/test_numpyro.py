@@ -166,6 +166,11 @@ def with_param(y):
     numpyro.sample("x", dist.Normal(mu, 1))
 
 
+def with_mutable(y):
+    numpyro.primitives.mutable("counter", 0.0)
+    numpyro.sample("x", dist.Normal(0, 1))
+
+
 def with_counts(y):
     numpyro.sample("x", dist.Normal(0, 1))
     numpyro.sample("count", dist.Poisson(3.0))
@@ -185,6 +190,7 @@ def with_moving_support(y):
     [
         (no_latents, "no latent sample sites"),
         (with_param, "site 'guide_loc' is a param site.*give it a prior"),
+        (with_mutable, "site 'counter' is a mutable site.*give it a prior"),
         (with_counts, "latent site 'count' is discrete without a finite support.*marginalise"),
         (with_uneven_counts, "latent site 'count' is discrete without a finite support that all its elements share"),
         (with_moving_support, r"support of \['k'\] depends on other latent sites"),
@@ -207,6 +213,16 @@ def test_wrong_arguments_of_the_model() -> None:
         pmcmc.parallel_chain(eight_schools_model, 0)
     with pytest.raises(TypeError, match="bogus"):
         pmcmc.parallel_chain(eight_schools_model, 0, model_args=(ERRORS,), model_kwargs={"bogus": 1})
+
+
+def test_a_chain_that_never_moves_is_an_error() -> None:
+    """NumPyro returns it; here also where no warm-up looked."""
+    options = dict(num_warmup=0, num_samples=200, num_chains=2, solver=Sequential(), progress_bar=False)
+    run = lambda **more: pmcmc.parallel_chain(fine, 0, model_args=(Y,), **{**options, **more})
+    with pytest.raises(RuntimeError, match=r"chain\(s\) 0, 1 accepted no move in 200 draws.*step_size=None"):
+        run(kernel=pmcmc.MALA(step_size=1e9))
+    few = run(kernel=pmcmc.MALA(step_size=1e9), num_samples=20)  # too few to tell
+    assert few.report.acceptance_rate.max() == 0
 
 
 def negative_scale(y):

@@ -312,8 +312,7 @@ def test_picture_of_merges(free_lanes) -> None:
 
     matplotlib.use("Agg")
     chain = pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=20_000, **SIZES)
-    figure = pmcmc.plots.merge_distances(chain)
-    left, right = figure.axes
+    left, right = pmcmc.plots.merge_distances(chain)
     pilot = chain.report.plan.coalescence
     merges = np.asarray(pilot.steps)
     shown = np.stack([line.get_ydata() for line in left.lines[: merges.size]], axis=1)
@@ -321,4 +320,4 @@ def test_picture_of_merges(free_lanes) -> None:
         np.testing.assert_allclose(shown[: steps + 1, pair], pilot.distances[: steps + 1, pair])
         assert np.all(np.isnan(shown[steps + 1 :, pair]))
     assert [text.get_text() for text in right.get_legend().get_texts()] == ["position"]
-    matplotlib.pyplot.close(figure)
+    matplotlib.pyplot.close(left.figure)

@@ -15,11 +15,12 @@ def to_arviz(
     arrays: dict[str, Any] = {
         group: {name: np.asarray(value) for name, value in values.items()} for group, values in groups.items() if values
     }
+    labels: dict[str, Any] = dict(dims=dims, coords=coords, save_warmup=any(g.startswith("warmup_") for g in arrays))
     # ArviZ 1.0 replaced one keyword per group by one dict of groups.
     if "data" in inspect.signature(az.from_dict).parameters:
         by_group = {"/": attrs, **{name: attrs for name in arrays}}
-        return az.from_dict(arrays, attrs=by_group, dims=dims, coords=coords)
-    return az.from_dict(**arrays, attrs=attrs, dims=dims, coords=coords)
+        return az.from_dict(arrays, attrs=by_group, **labels)
+    return az.from_dict(**arrays, attrs=attrs, **labels)
 
 
 def predictive_groups(

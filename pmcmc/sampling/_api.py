@@ -11,6 +11,7 @@ from pmcmc.chain import Chain
 from pmcmc.interop._numpyro import numpyro_starts, numpyro_target
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver
+from pmcmc.sampling._progress import WarmupRecord
 from pmcmc.sampling._settings import Settings, as_key, spread_starts
 from pmcmc.sampling._stages import run_stages
 from pmcmc.target import Target
@@ -31,6 +32,7 @@ def parallel_chain(
     thinning: int = 1,
     init_params: PyTree = None,
     extra_fields: Sequence[str] = (),
+    save_warmup: bool = False,
     warmup: Warmup | None = None,
     progress_bar: bool = True,
 ) -> Chain:
@@ -49,6 +51,8 @@ def parallel_chain(
     extra_fields: names for `Chain.get_extra_fields`, as NumPyro spells them.
     warmup: `EnsembleAdaptation()` by default, `BlockAdaptation()` for `Gibbs`, `DiscreteGibbs` and `Compose`; its
         seconds do not depend on num_chains.
+    save_warmup: keep the draws of warm-up's lanes for `Chain.get_warmup_samples` and `Chain.to_arviz`.
+    progress_bar: draws that stand, sweeps and the time left, in terminals and notebooks; elsewhere nothing is shown.
 
     Returns:
         A `Chain`; its ``report`` says what was decided and certified.
@@ -58,6 +62,7 @@ def parallel_chain(
         WarmupError: warm-up found nothing to sample with.
         MemoryError: the draws do not fit into memory; before any sampling.
         Interrupted: Ctrl-C; what was sampled so far is its ``chain``.
+        RuntimeError: a chain accepted no move, or reached a state that is not finite.
 
     Example:
         >>> import numpyro, numpyro.distributions as dist, pmcmc
@@ -74,7 +79,26 @@ def parallel_chain(
     settings = Settings.check(
         target, kernel, solver, num_warmup, num_samples, num_chains, thinning, extra_fields, warmup
     )
-    return run_stages(target, key, model_starts(target, key, init_params, settings), settings, progress_bar)
+    record = _warmup_record(settings, save_warmup)
+    return run_stages(target, key, model_starts(target, key, init_params, settings), settings, progress_bar, record)
+
+
+def _warmup_record(settings: Settings, save_warmup: bool) -> WarmupRecord | None:
+    """Where warm-up's draws go; None where they are not wanted.
+
+    Raises:
+        ValueError: they are, and there are none to be had.
+    """
+    if not save_warmup:
+        return None
+    if not settings.num_warmup:
+        raise ValueError("save_warmup=True with num_warmup=0: there is no warm-up to save. Leave one of them out.")
+    if not settings.warmup.shows_path:
+        raise ValueError(
+            f"save_warmup=True is not possible with {type(settings.warmup).__name__}, whose draws never leave its "
+            "program: use EnsembleAdaptation(), the default for kernels that take gradients, or leave it out."
+        )
+    return WarmupRecord()
 
 
 def model_starts(target: Target, rng_key: PRNGKey, init_params: PyTree, settings: Settings) -> PyTree:
@@ -97,6 +121,7 @@ def sample(
     num_chains: int = 4,
     thinning: int = 1,
     extra_fields: Sequence[str] = (),
+    save_warmup: bool = False,
     warmup: Warmup | None = None,
     progress_bar: bool = True,
 ) -> Chain:
@@ -122,4 +147,5 @@ def sample(
     num_starts = settings.warmup.num_starts if num_warmup else num_chains
     # by numpy, as all that happens between programs: every operation of jax's own is one more program to compile
     starts = jax.tree.map(lambda x: np.repeat(np.asarray(jnp.asarray(x))[None], num_starts, axis=0), initial_position)
-    return run_stages(target, as_key(rng_key), starts, settings, progress_bar)
+    record = _warmup_record(settings, save_warmup)
+    return run_stages(target, as_key(rng_key), starts, settings, progress_bar, record)

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +11,7 @@ from pmcmc.kernels import Info
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential
 from pmcmc.recurrence._lanes import LaneSolver
 from pmcmc.sampling._engine import Clock, Engine, Segment, Shape
+from pmcmc.sampling._progress import Progress
 
 
 @dataclass
@@ -60,10 +60,12 @@ class Run:
     """Takes ``num_steps`` steps of every chain; ``position`` of them stand, and ``x`` is where they ended.
 
     Chains stand at the same step until a solve holds longer for some than for others. Every ``thinning``-th state is
-    kept; ``num_unkept`` steps went by since the last such one. progress: a bar with ``update(steps)``.
+    kept; ``num_unkept`` steps went by since the last such one.
     """
 
-    def __init__(self, engine: Engine, x0: PyTree, num_steps: int, thinning: int, progress: Any, num_unkept: int = 0):
+    def __init__(
+        self, engine: Engine, x0: PyTree, num_steps: int, thinning: int, progress: Progress, num_unkept: int = 0
+    ):
         self.engine, self.x, self.num_steps, self.thinning, self.progress = engine, x0, num_steps, thinning, progress
         self.num_unkept = num_unkept
         self.position = np.zeros(engine.num_chains, int)
@@ -122,6 +124,7 @@ class Run:
             unit = math.gcd(shape.capacity, solver.unit)
             block_length = min(shape.capacity, math.ceil(math.ceil(wanted / shape.num_blocks) / unit) * unit)
         wanted = min(wanted, block_length * shape.num_blocks)
+        self.progress.solve((jax.tree.structure(solver), shape))
         segment, clock = self.engine.solve(solver, shape, self.x, self.position, block_length)
         codes = np.asarray(segment.solution.result)
         stands = np.where(codes == RESULTS.successful, wanted, np.asarray(segment.solution.stats.certified_steps))
@@ -157,7 +160,7 @@ class Run:
         last = lambda old, x: np.stack([x[c, n - 1] if n else old[c] for c, n in enumerate(keep)])
         self.x = jax.tree.map(last, jax.tree.map(np.asarray, self.x), path)
         self.position += keep
-        self.progress.update(self.done - before)
+        self.progress.update(self.done - before, int(np.max(stats.num_sweeps)))
         if isinstance(solver, Sequential):
             draws.critical_path += keep
             return

@@ -4,14 +4,14 @@ import time
 import warnings
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._types import PRNGKey, PyTree
+from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.chain import Chain, ChainState
+from pmcmc.kernels import Info
 from pmcmc.kernels._stream import chain_keys
 from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Sequential
 from pmcmc.report import SolveReport
@@ -19,10 +19,16 @@ from pmcmc.sampling._ahead import Ahead
 from pmcmc.sampling._auto import Automatic, compile_first
 from pmcmc.sampling._engine import Engine
 from pmcmc.sampling._memory import check_memory
+from pmcmc.sampling._progress import Progress, WarmupRecord
 from pmcmc.sampling._run import Draws, Run
 from pmcmc.sampling._settings import Settings
 from pmcmc.target import Target, check_starts
 from pmcmc.warmup import Tuned
+from pmcmc.warmup._base import Watch
+
+# A chain whose acceptance probabilities add up to less than this over all of its draws has not moved, unless there are
+# too few of them to tell.
+STUCK, FEW_DRAWS = 1e-3, 100
 
 
 class Interrupted(KeyboardInterrupt):
@@ -49,23 +55,34 @@ class Interrupted(KeyboardInterrupt):
         )
 
 
-def run_stages(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings, progress_bar: bool) -> Chain:
-    """Draws from ``starts`` (positions, leading axis num_starts, or num_chains without warm-up)."""
+def run_stages(
+    target: Target,
+    rng_key: PRNGKey,
+    starts: PyTree,
+    settings: Settings,
+    progress_bar: bool,
+    record: WarmupRecord | None = None,
+) -> Chain:
+    """Draws from ``starts`` (positions, leading axis num_starts, or num_chains without warm-up).
+
+    record: keeps warm-up's draws for the chain.
+    """
     began = time.perf_counter()
-    with _progress(settings, progress_bar) as progress, closing(Ahead()) as ahead:
-        state, remark = _warm_up(target, rng_key, starts, settings, progress, ahead)
-        return _sample(state, settings, progress, ahead, began, time.perf_counter() - began, remark)
+    with Progress(settings.num_samples, progress_bar) as progress, closing(Ahead()) as ahead:
+        state, remark = _warm_up(target, rng_key, starts, settings, progress, ahead, record)
+        chain = _sample(state, settings, progress, ahead, began, time.perf_counter() - began, remark)
+    return chain if record is None else replace(chain, warmup_path=record.path())
 
 
 def warm_up(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings, progress_bar: bool) -> ChainState:
     """Where the chains of `run_stages` with the same arguments begin."""
-    with _progress(settings, progress_bar) as progress, closing(Ahead()) as ahead:
+    with Progress(settings.num_samples, progress_bar) as progress, closing(Ahead()) as ahead:
         return _warm_up(target, rng_key, starts, settings, progress, ahead)[0]
 
 
 def sample_from(state: ChainState, settings: Settings, progress_bar: bool) -> Chain:
     """Draws that follow a state; the chain holds these alone."""
-    with _progress(settings, progress_bar) as progress, closing(Ahead()) as ahead:
+    with Progress(settings.num_samples, progress_bar) as progress, closing(Ahead()) as ahead:
         return _sample(state, settings, progress, ahead, time.perf_counter(), 0.0)
 
 
@@ -86,23 +103,34 @@ def _join(chain: Chain, more: Chain) -> Chain:
     join = lambda old, new: np.concatenate([old, new], axis=1)
     both = jax.tree.map(join, (chain.unknowns, chain.info), (more.unknowns, more.info))
     report = replace(more.report, warmup_remark=chain.report.warmup_remark)
-    return replace(more, unknowns=both[0], info=both[1], report=report)
+    return replace(more, unknowns=both[0], info=both[1], report=report, warmup_path=chain.warmup_path)
 
 
 def _warm_up(
-    target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings, progress: Any, ahead: Ahead
+    target: Target,
+    rng_key: PRNGKey,
+    starts: PyTree,
+    settings: Settings,
+    progress: Progress,
+    ahead: Ahead,
+    record: WarmupRecord | None = None,
 ) -> tuple[ChainState, str]:
     """From ``starts`` to where the chains begin, with warm-up's remark; programs for sampling are compiled beside."""
     settings.kernel.check(target)
     check_starts(target, starts)
     settings.kernel.check_start(target, jax.tree.map(lambda x: np.asarray(x)[0], starts))
     warmup_key, chain_key = _split_keys(rng_key)
-    progress.set_description("warm-up")
     if settings.num_warmup and (expected := settings.warmup.tuned_shapes(target, settings.kernel)) is not None:
         engine = _engine(_begin(expected, chain_key, settings), ahead)
         check_memory(engine, settings.num_samples, settings.num_samples // settings.thinning)
         compile_first(engine, settings.solver, settings.num_samples)
-    tuned = _tune(target, warmup_key, starts, settings)
+
+    def watch(target: Target, path: Array) -> None:
+        progress.warmed(target, path)
+        if record is not None:
+            record(target, path)
+
+    tuned = _tune(target, warmup_key, starts, settings, watch)
     state = _begin(tuned, chain_key, settings)
     unknown = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[state.own]), state.ensemble)
     return state._replace(unknown=unknown), tuned.remark
@@ -114,22 +142,16 @@ def _begin(tuned: Tuned, chain_key: PRNGKey, settings: Settings) -> ChainState:
     return ChainState(tuned.target, tuned.kernel, None, chain_key, 0, 0, tuned.states, own, tuned.timing)
 
 
-def _progress(settings: Settings, progress_bar: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=settings.num_samples, unit="draw", disable=None if progress_bar else True)
-
-
 def _sample(
     state: ChainState,
     settings: Settings,
-    progress: Any,
+    progress: Progress,
     ahead: Ahead,
     began: float,
     warmup_seconds: float,
     warmup_remark: str = "",
 ) -> Chain:
-    progress.set_description("sampling")
+    progress.sample()
     engine = _engine(state, ahead)
     total = state.num_unkept + settings.num_samples
     check_memory(engine, settings.num_samples, total // settings.thinning)
@@ -165,12 +187,28 @@ def _sample(
         x = jax.tree.map(lambda draws: jnp.asarray(draws[:, kept - 1]), run.draws.unknowns)
         steps = kept * settings.thinning - state.num_unkept
         raise Interrupted(chain(x, kept, steps, 0), settings.num_samples) from stopped
+    _check_moved(run.draws.info)
     return chain(run.x, total // settings.thinning, settings.num_samples, total % settings.thinning)
 
 
-def _tune(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings) -> Tuned:
+def _check_moved(info: Info) -> None:
+    """Raise where a chain accepted nothing: such draws are one point, however many they are.
+
+    Judged by the probabilities, not by the moves: a few draws may stand still by chance.
+    """
+    rates = np.asarray(info.acceptance_rate)
+    stuck = np.flatnonzero(rates.sum(axis=1) < STUCK)
+    if stuck.size and rates.shape[1] >= FEW_DRAWS:
+        raise RuntimeError(
+            f"chain(s) {', '.join(map(str, stuck))} accepted no move in {rates.shape[1]:,} draws. Leave the step size "
+            "and num_warmup to pmcmc (step_size=None, num_warmup=1000), take a smaller step size, or start elsewhere "
+            "with init_params."
+        )
+
+
+def _tune(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings, watch: Watch) -> Tuned:
     if settings.num_warmup:
-        tuned = settings.warmup.run(target, settings.kernel, rng_key, starts, settings.num_warmup)
+        tuned = settings.warmup.run(target, settings.kernel, rng_key, starts, settings.num_warmup, watch)
         if tuned.remark:
             warnings.warn(tuned.remark, stacklevel=5)  # the caller of `parallel_chain` and `sample`
         return jax.block_until_ready(tuned)
@@ -198,6 +236,14 @@ def _engine(state: ChainState, ahead: Ahead) -> Engine:
     """Of a state that is only compiled for, shapes will do."""
     keys = chain_keys(state.rng_key, num_chains=len(state.own))
     return Engine(state.target, state.kernel, keys, state.ensemble, _scale(state), ahead, state.num_steps)
+
+
+def restarted(state: ChainState, number: int) -> tuple[Engine, PyTree]:
+    """An engine of one of the chains, for its steps from the first on, and its unknown before it (1, ...)."""
+    keys = chain_keys(state.rng_key, num_chains=len(state.own))[number : number + 1]
+    own = state.own[number : number + 1]
+    x0 = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[own]), state.ensemble)
+    return Engine(state.target, state.kernel, keys, state.ensemble, _scale(state)), x0
 
 
 def _scale(state: ChainState) -> PyTree:

@@ -1,7 +1,8 @@
 """The seam of warm-up: from dispersed starts to a tuned kernel, a basis, and states near the posterior."""
 
 import abc
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
 from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.kernels import Kernel
@@ -21,6 +22,15 @@ class LaneTiming(NamedTuple):
 
     num_lanes: int
     seconds_per_step: float
+
+
+# Told what warm-up does: the target in the coordinates of the moment, and where the lanes stood in them after each
+# step, (steps, lanes, D).
+Watch = Callable[[Target, Array], None]
+
+
+def ignore(target: Target, path: Array) -> None:
+    """The `Watch` that looks away."""
 
 
 class Tuned(NamedTuple):
@@ -50,6 +60,8 @@ class Warmup(abc.ABC):
     """
 
     num_starts: int
+    # whether `run` shows its watch all steps of all lanes, so that they can be kept as draws
+    shows_path: ClassVar[bool] = False
 
     def tuned_shapes(self, target: Target, kernel: Kernel) -> Tuned | None:
         """Shapes of the arrays in what `run` will return; None where they are not known before.
@@ -60,8 +72,18 @@ class Warmup(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def run(self, target: Target, kernel: Kernel, rng_key: PRNGKey, starts: PyTree, num_steps: int) -> Tuned:
+    def run(
+        self,
+        target: Target,
+        kernel: Kernel,
+        rng_key: PRNGKey,
+        starts: PyTree,
+        num_steps: int,
+        watch: Watch = ignore,
+    ) -> Tuned:
         """Tune on ``num_steps`` steps from ``starts``, positions with leading axis `num_starts`.
+
+        watch: called with the steps of lanes as they are taken, as far as they are known one by one.
 
         Raises:
             WarmupError: with what was seen and a remedy.

@@ -13,7 +13,7 @@ from pmcmc._types import Array, PRNGKey, PyTree, Scalar
 from pmcmc.interop._blackjax import dual_averaging
 from pmcmc.kernels import HMC, Block, Compose, Kernel, SiteKernel
 from pmcmc.target import Basis, Target
-from pmcmc.warmup._base import LaneTiming, Tuned, Warmup, WarmupError
+from pmcmc.warmup._base import LaneTiming, Tuned, Warmup, WarmupError, Watch, ignore
 
 NUM_WINDOWS = 4
 
@@ -48,7 +48,15 @@ class BlockAdaptation(Warmup):
         if self.num_starts < 2:
             raise ValueError(f"num_starts must be at least 2, got {self.num_starts}.")
 
-    def run(self, target: Target, kernel: Kernel, rng_key: PRNGKey, starts: PyTree, num_steps: int) -> Tuned:
+    def run(
+        self,
+        target: Target,
+        kernel: Kernel,
+        rng_key: PRNGKey,
+        starts: PyTree,
+        num_steps: int,
+        watch: Watch = ignore,
+    ) -> Tuned:
         if num_steps < 20:
             raise ValueError(f"num_warmup must be 0 or at least 20 (windows need room), got {num_steps}.")
         if not isinstance(kernel, SiteKernel):

@@ -12,7 +12,7 @@ from pmcmc._types import Array, PRNGKey, PyTree, Scalar
 from pmcmc.interop._blackjax import AdaptedTrajectory, chees_adaptation
 from pmcmc.kernels import HMC, Kernel, SequentialLeapfrog, UniformLength
 from pmcmc.target import Target
-from pmcmc.warmup._base import Tuned, Warmup, WarmupError
+from pmcmc.warmup._base import Tuned, Warmup, WarmupError, Watch, ignore
 from pmcmc.warmup._ensemble import explore_basis, split_key
 from pmcmc.warmup._lanes import NUM_LANES, tune
 
@@ -59,7 +59,15 @@ class ChEESAdaptation(Warmup):
     def num_starts(self) -> int:  # type: ignore[override]
         return NUM_LANES
 
-    def run(self, target: Target, kernel: Kernel, rng_key: PRNGKey, starts: PyTree, num_steps: int) -> Tuned:
+    def run(
+        self,
+        target: Target,
+        kernel: Kernel,
+        rng_key: PRNGKey,
+        starts: PyTree,
+        num_steps: int,
+        watch: Watch = ignore,
+    ) -> Tuned:
         if not isinstance(kernel, HMC) or kernel.num_integration_steps is not None:
             raise ValueError(
                 f"ChEESAdaptation tunes the trajectory length of HMC(), got {kernel!r}. Leave num_integration_steps "
@@ -68,12 +76,12 @@ class ChEESAdaptation(Warmup):
         if not isinstance(kernel.leapfrog, SequentialLeapfrog):
             raise ValueError(f"ChEESAdaptation draws the number of steps, which {kernel.leapfrog!r} cannot take.")
         explore_key, chees_key, step_key = split_key(rng_key, number=3)
-        explored = explore_basis(target, kernel, explore_key, starts, num_steps, self.dense)
+        explored = explore_basis(target, kernel, explore_key, starts, num_steps, self.dense, watch)
         whitened, num_tuning = target.with_basis(explored.basis), max(102, num_steps // 4)
         lanes = jnp.asarray(explored.lanes, target.spec.dtype)
         found = _find_length(whitened, chees_key, lanes, num_steps=num_tuning)
         kernel = _take_length(target, explored.kernel, found)
-        tuned = tune(whitened, kernel, step_key, np.asarray(found.positions), None, num_tuning)
+        tuned = tune(whitened, kernel, step_key, np.asarray(found.positions), None, num_tuning, watch)
         return tuned._replace(remark=explored.remark)
 
 

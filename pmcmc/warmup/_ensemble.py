@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from pmcmc._tree import register_dataclass
 from pmcmc._types import PRNGKey, PyTree, Scalar
 from pmcmc.kernels import HMC, Kernel
 from pmcmc.target import Basis, Target
-from pmcmc.warmup._base import Tuned, Warmup
+from pmcmc.warmup._base import Tuned, Warmup, Watch, ignore
 from pmcmc.warmup._lanes import (
     NUM_LANES,
     PIECE,
@@ -71,6 +71,7 @@ class EnsembleAdaptation(Warmup):
 
     dense: bool | None = field(default=None, metadata=dict(static=True))
     target_acceptance_rate: Scalar | None = None
+    shows_path: ClassVar[bool] = True
 
     @property
     def num_starts(self) -> int:  # type: ignore[override]
@@ -79,11 +80,19 @@ class EnsembleAdaptation(Warmup):
     def tuned_shapes(self, target: Target, kernel: Kernel) -> Tuned:
         return tuned_shapes(target, kernel, is_dense(target, self.dense))
 
-    def run(self, target: Target, kernel: Kernel, rng_key: PRNGKey, starts: PyTree, num_steps: int) -> Tuned:
+    def run(
+        self,
+        target: Target,
+        kernel: Kernel,
+        rng_key: PRNGKey,
+        starts: PyTree,
+        num_steps: int,
+        watch: Watch = ignore,
+    ) -> Tuned:
         explore_key, step_key = split_key(rng_key, number=2)
-        found = explore_basis(target, kernel, explore_key, starts, num_steps, self.dense)
+        found = explore_basis(target, kernel, explore_key, starts, num_steps, self.dense, watch)
         num_tuning, whitened = max(102, num_steps // 4), target.with_basis(found.basis)
-        tuned = tune(whitened, found.kernel, step_key, found.lanes, self.target_acceptance_rate, num_tuning)
+        tuned = tune(whitened, found.kernel, step_key, found.lanes, self.target_acceptance_rate, num_tuning, watch)
         return tuned._replace(remark=found.remark)
 
 
@@ -103,7 +112,13 @@ class Explored(NamedTuple):
 
 
 def explore_basis(
-    target: Target, kernel: Kernel, rng_key: PRNGKey, starts: PyTree, num_steps: int, dense: bool | None
+    target: Target,
+    kernel: Kernel,
+    rng_key: PRNGKey,
+    starts: PyTree,
+    num_steps: int,
+    dense: bool | None,
+    watch: Watch = ignore,
 ) -> Explored:
     """The basis found on half of ``num_steps``.
 
@@ -115,7 +130,7 @@ def explore_basis(
         raise ValueError(f"num_warmup must be 0 or at least 20 (windows need room), got {num_steps}.")
     check_metric(target, kernel)
     num_pieces = max(2, math.ceil(num_steps / (4 * PIECE)))
-    found = explore(target, rng_key, _as_rows(starts), num_pieces, is_dense(target, dense))
+    found = explore(target, rng_key, _as_rows(starts), num_pieces, is_dense(target, dense), watch)
     check_exploration(target, found)
     is_given = getattr(kernel, "inverse_mass_matrix", None) is not None
     kernel, basis = take_metric(target, kernel, found)
@@ -147,12 +162,12 @@ class Explorer:
     The first window runs in the target's own basis, where it has one.
     """
 
-    def __init__(self, target: Target, rng_key: PRNGKey, positions: np.ndarray, dense: bool):
+    def __init__(self, target: Target, rng_key: PRNGKey, positions: np.ndarray, dense: bool, watch: Watch = ignore):
         self.target, self.positions, self.dense = target, positions, dense
         self.frame = Frame(np.zeros(target.dim), np.eye(target.dim) if dense else np.ones(target.dim))
         if target.basis is not None:
             self.frame = Frame(np.asarray(target.basis.loc, float), np.asarray(target.basis.scale, float))
-        self.lanes = LaneEnsemble(HMC(), rng_key, HMC().target_acceptance_rate(target.dim))
+        self.lanes = LaneEnsemble(HMC(), rng_key, HMC().target_acceptance_rate(target.dim), watch)
         self.finite, self.settled = True, False
         self.movement, self.acceptance_rate = np.zeros(target.dim), 0.0
 
@@ -181,9 +196,11 @@ class Explorer:
         )
 
 
-def explore(target: Target, rng_key: PRNGKey, positions: np.ndarray, num_pieces: int, dense: bool) -> Exploration:
+def explore(
+    target: Target, rng_key: PRNGKey, positions: np.ndarray, num_pieces: int, dense: bool, watch: Watch = ignore
+) -> Exploration:
     """Location and metric of the posterior, from positions (lanes, D) in the user's coordinates."""
-    explorer = Explorer(target, rng_key, positions, dense)
+    explorer = Explorer(target, rng_key, positions, dense, watch)
     for _ in range(num_pieces):
         explorer.run_window(1)
         if explorer.settled:

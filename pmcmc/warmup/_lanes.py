@@ -20,7 +20,7 @@ from pmcmc._types import Array, PRNGKey, PyTree, Scalar
 from pmcmc.interop._blackjax import dual_averaging
 from pmcmc.kernels import HMC, Kernel
 from pmcmc.target import Basis, Target
-from pmcmc.warmup._base import LaneTiming, Tuned, WarmupError
+from pmcmc.warmup._base import LaneTiming, Tuned, WarmupError, Watch, ignore
 
 # Lanes on which the kernel's own step size is adapted and whose last states seed chains and blocks.
 NUM_LANES = 32
@@ -93,8 +93,8 @@ def run_piece(
 class LaneEnsemble:
     """Lanes of one kernel, carried from piece to piece. rate: acceptance rate to tune to."""
 
-    def __init__(self, kernel: Any, rng_key: PRNGKey | None, rate: Scalar):
-        self.kernel, self.rng_key, self.rate = kernel, rng_key, float(rate)
+    def __init__(self, kernel: Any, rng_key: PRNGKey | None, rate: Scalar, watch: Watch = ignore):
+        self.kernel, self.rng_key, self.rate, self.watch = kernel, rng_key, float(rate), watch
         self._averaging, self._number = dual_averaging(self.rate), 0
 
     def enter(self, target: Target, positions: np.ndarray) -> None:
@@ -116,6 +116,7 @@ class LaneEnsemble:
         )
         self._number += 1
         self.states, self.averaged = piece.states, piece.averaged
+        self.watch(self.target, piece.path)
         return piece, seconds
 
     def tuned_kernel(self) -> Any:
@@ -131,7 +132,13 @@ def _tuned_kernel(target: Target, kernel: Any, averaged: PyTree, rate: Scalar) -
 
 
 def tune(
-    target: Target, kernel: Kernel, rng_key: PRNGKey, positions: np.ndarray, rate: Scalar | None, num_steps: int
+    target: Target,
+    kernel: Kernel,
+    rng_key: PRNGKey,
+    positions: np.ndarray,
+    rate: Scalar | None,
+    num_steps: int,
+    watch: Watch = ignore,
 ) -> Tuned:
     """The kernel's step size, on lanes from ``positions`` (lanes, D): two thirds of the steps adapt, the rest is timed.
 
@@ -140,7 +147,8 @@ def tune(
     Raises:
         WarmupError: no step size can be found, states are not finite, or nothing moved in the last third.
     """
-    lanes = LaneEnsemble(kernel, rng_key, kernel.target_acceptance_rate(target.dim) if rate is None else rate)
+    rate = kernel.target_acceptance_rate(target.dim) if rate is None else rate
+    lanes = LaneEnsemble(kernel, rng_key, rate, watch)
     lanes.enter(target, positions)
     third = math.ceil(num_steps / (3 * PIECE))
     for _ in range(2 * third):

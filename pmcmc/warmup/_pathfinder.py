@@ -11,7 +11,7 @@ from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.interop._blackjax import pathfinder
 from pmcmc.kernels import Kernel
 from pmcmc.target import Target
-from pmcmc.warmup._base import Tuned, Warmup
+from pmcmc.warmup._base import Tuned, Warmup, Watch, ignore
 from pmcmc.warmup._ensemble import EnsembleAdaptation, split_key
 
 
@@ -44,12 +44,24 @@ class Pathfinder(Warmup):
     def num_starts(self) -> int:  # type: ignore[override]
         return self.then.num_starts
 
+    @property
+    def shows_path(self) -> bool:  # type: ignore[override]
+        return self.then.shows_path
+
     def tuned_shapes(self, target: Target, kernel: Kernel) -> Tuned | None:
         return self.then.tuned_shapes(target, kernel)
 
-    def run(self, target: Target, kernel: Kernel, rng_key: PRNGKey, starts: PyTree, num_steps: int) -> Tuned:
+    def run(
+        self,
+        target: Target,
+        kernel: Kernel,
+        rng_key: PRNGKey,
+        starts: PyTree,
+        num_steps: int,
+        watch: Watch = ignore,
+    ) -> Tuned:
         path_key, rest_key = split_key(rng_key, number=2)
-        return self.then.run(target, kernel, rest_key, _move(target, path_key, starts), num_steps)
+        return self.then.run(target, kernel, rest_key, _move(target, path_key, starts), num_steps, watch)
 
 
 @tuned_jit()

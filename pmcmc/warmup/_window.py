@@ -12,7 +12,7 @@ from pmcmc._types import Array, PRNGKey, PyTree, Scalar
 from pmcmc.interop._blackjax import window_adaptation
 from pmcmc.kernels import Kernel
 from pmcmc.target import Target
-from pmcmc.warmup._base import Tuned, Warmup
+from pmcmc.warmup._base import Tuned, Warmup, Watch, ignore
 from pmcmc.warmup._lanes import (
     NUM_LANES,
     Exploration,
@@ -53,7 +53,15 @@ class WindowAdaptation(Warmup):
     def tuned_shapes(self, target: Target, kernel: Kernel) -> Tuned:
         return tuned_shapes(target, kernel, is_dense(target, self.dense))
 
-    def run(self, target: Target, kernel: Kernel, rng_key: PRNGKey, starts: PyTree, num_steps: int) -> Tuned:
+    def run(
+        self,
+        target: Target,
+        kernel: Kernel,
+        rng_key: PRNGKey,
+        starts: PyTree,
+        num_steps: int,
+        watch: Watch = ignore,
+    ) -> Tuned:
         if num_steps < 20:
             raise ValueError(f"num_warmup must be 0 or at least 20 (windows need room), got {num_steps}.")
         check_metric(target, kernel)
@@ -64,9 +72,8 @@ class WindowAdaptation(Warmup):
         check_exploration(target, found)
         kernel, basis = take_metric(target, kernel, found)
         lanes = np.asarray(jax.vmap(basis.to_coordinates)(found.last))
-        return tune(
-            target.with_basis(basis), kernel, step_key, lanes, self.target_acceptance_rate, max(102, num_steps // 4)
-        )
+        num_tuning = max(102, num_steps // 4)
+        return tune(target.with_basis(basis), kernel, step_key, lanes, self.target_acceptance_rate, num_tuning, watch)
 
 
 @tuned_jit(static_argnames=("num_steps", "dense"))

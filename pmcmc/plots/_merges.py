@@ -1,4 +1,4 @@
-"""Pictures of what a run measured. Matplotlib is imported when a function here runs, not before."""
+"""How coupled chains approach each other."""
 
 from typing import Any
 
@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmcmc.chain import Chain
+from pmcmc.plots._axes import axes_for
 from pmcmc.stability import Coalescence, site_distances
 
 
-def merge_distances(chain: Chain, max_sites: int = 6) -> Any:
+def merge_distances(chain: Chain, max_sites: int = 6, *, ax: Any = None) -> Any:
     """How coupled chains approach each other: distance against steps, of every pair and of every site of the model.
 
     Left: the largest coordinate's distance in posterior standard deviations, one line a pair of the pilot; the merge
@@ -18,9 +19,10 @@ def merge_distances(chain: Chain, max_sites: int = 6) -> Any:
     sites that stay apart longest, at the pilot's checkpoints.
 
     chain: from ``solver="auto"``, of a run long enough to be planned.
+    ax: two matplotlib axes to draw into.
 
     Returns:
-        A matplotlib Figure.
+        The two axes.
 
     Raises:
         ValueError: the chain has no pilot.
@@ -38,18 +40,16 @@ def merge_distances(chain: Chain, max_sites: int = 6) -> Any:
             'this chain has no pilot of coupled chains: sample it with solver="auto", and long enough to be planned '
             f"({chain.report.reason})"
         )
-    import matplotlib.pyplot as plt
-
     pilot = plan.coalescence
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    left, right = both = axes_for(ax, 2, figsize=(11, 4), sharey=True)
     _draw_pairs(left, pilot)
     _draw_sites(right, chain, pilot, max_sites)
-    for axes in (left, right):
+    for axes in both:
         axes.axhline(float(pilot.tol), color="0.4", lw=0.8, ls=":")
         axes.set(yscale="log", xlabel="step")
     left.set(ylabel="distance (posterior sd)", title="Pairs of coupled chains")
     right.set(title="Sites of the model, median over pairs")
-    return figure
+    return both
 
 
 def _draw_pairs(axes: Any, pilot: Coalescence) -> None:

@@ -1,0 +1,260 @@
+"""``python -m pmcmc doctor``: what this machine has, what is wrong with it, and what lanes cost on it."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pmcmc
+from pmcmc.kernels import HMC
+from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
+from pmcmc.recurrence._base import default_tolerance
+from pmcmc.sampling._engine import Engine, Shape
+from pmcmc.target import Target
+
+# As in pyproject.toml, which a test compares: a folder on the path has no metadata to ask.
+DEPENDENCIES = {
+    "jax": "0.7.2",
+    "numpy": "1.26",
+    "numpyro": "0.19",
+    "blackjax": "1.2.5",
+    "arviz": "0.21",
+    "jaxtyping": "0.2.34",
+    "tqdm": "4.60",
+}
+OPTIONAL = ("jaxlib", "matplotlib", "scikit-learn", "ipywidgets")
+PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
+# Releases of jaxlib whose GPU scatter-adds are loops of compare-and-swap (jax issue 38806).
+SLOW_SCATTER = ((0, 10, 2), (0, 11, 0))
+# A scatter-add this many times as slow as a sum of the same numbers is such a loop: the reports say 450 to 2,000 times
+# slower than before; on a CPU it is about 3 times as slow as the sum.
+SLOW_RATIO = 100
+# Lanes of the calibration; the last only where there is an accelerator.
+LANES = (1, 16, 64, 256, 1024, 8192)
+
+
+class Finding(NamedTuple):
+    """What was seen, as a sentence, and what to do about it; "" where nothing is wrong."""
+
+    text: str
+    remedy: str = ""
+
+
+def run(seconds: float = 10.0) -> int:
+    """Print all findings, then a calibration of about so many seconds; returns how many things are wrong."""
+    wrong = 0
+    for check in (versions, devices, settings, faults):
+        for finding in check():
+            wrong += bool(finding.remedy)
+            print(f"{'!! ' if finding.remedy else 'ok '} {finding.text}", flush=True)
+            if finding.remedy:
+                print(f"    {finding.remedy}", flush=True)
+    for line in calibration(seconds):
+        print(line, flush=True)
+    print(f"\n{wrong or 'No'} thing{'' if wrong == 1 else 's'} to mend{', see the lines marked !!' if wrong else ''}.")
+    return wrong
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(x) for x in re.findall(r"\d+", version)[:3])
+
+
+def versions(version_of: Callable[[str], str | None] = _version) -> Iterator[Finding]:
+    """Every dependency; those that are missing, too old, or do not belong together."""
+    found = {name: version_of(name) for name in (*DEPENDENCIES, *OPTIONAL, *PLUGINS)}
+    there = ", ".join(f"{name} {version}" for name, version in found.items() if version)
+    yield Finding(f"Python {platform.python_version()}, pmcmc {pmcmc.__version__}, {there}.")
+    for name, least in DEPENDENCIES.items():
+        version = found[name]
+        if version is None:
+            yield Finding(f"{name} is not installed.", f"pip install '{name}>={least}'")
+        elif _numbers(version) < _numbers(least):
+            yield Finding(f"{name} {version} is older than {least}.", f"pip install --upgrade '{name}>={least}'")
+    for name in PLUGINS:
+        if found[name] and found["jaxlib"] and _numbers(found[name] or "") != _numbers(found["jaxlib"]):
+            extra = name.split("-")[1]
+            yield Finding(
+                f"{name} {found[name]} does not belong to jaxlib {found['jaxlib']}: the GPU is not used.",
+                f"Install all of them together: pip install --upgrade 'jax[{extra}]'; in a notebook, restart it then.",
+            )
+
+
+def devices() -> Iterator[Finding]:
+    """What jax computes on, and a GPU that it does not see."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for device in jax.devices():
+        memory = (device.memory_stats() or {}).get("bytes_limit")
+        limit = f", {memory / 2**30:.0f} GiB for jax" if memory else ""
+        yield Finding(f"Device {device.id}: {device.device_kind} ({device.platform}{limit}).")
+    backend, number = jax.default_backend(), jax.device_count()
+    if backend == "cpu":
+        yield Finding(f"{cores} CPU core(s): XLA spreads the lanes of one program over them as it sees fit.")
+    if number > 1:
+        yield Finding(f"Of {number} {backend} devices a run uses the first: the others neither help nor harm.")
+    if backend == "cpu" and (Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi")):
+        yield Finding(
+            "There is an NVIDIA GPU, but jax computes on the CPU.",
+            "pip install 'pmcmc[cuda12]' (or cuda13, after the driver), unless JAX_PLATFORMS=cpu was meant. On Colab, "
+            "install pmcmc with jax held at the version already there: upgrading jax alone loses the GPU.",
+        )
+
+
+def settings() -> Iterator[Finding]:
+    """Of jax, and what they mean here."""
+    dtype = jnp.zeros(()).dtype
+    how = "float32: JAX_ENABLE_X64=1 takes twice the digits" if dtype == jnp.float32 else "64-bit mode is on"
+    yield Finding(
+        f"Chains are computed in {dtype}, and blocks merge within {default_tolerance(dtype):.1e} of the posterior's "
+        f"scale ({how})."
+    )
+    if jax.config.values["jax_disable_jit"]:
+        yield Finding("jax_disable_jit is on: every step is taken in Python.", "Unset JAX_DISABLE_JIT.")
+    if jax.config.values["jax_debug_nans"]:
+        yield Finding(
+            "jax_debug_nans is on: a proposal that is NaN, which a kernel rejects, ends the run instead.",
+            "Unset JAX_DEBUG_NANS.",
+        )
+    if "xla_gpu_deterministic_ops" in os.environ.get("XLA_FLAGS", "") and jax.default_backend() != "cpu":
+        yield Finding(
+            "xla_gpu_deterministic_ops is set: sums repeat to the last bit, and the gradient of alpha[index], which "
+            "hierarchical models take, may become a slow loop (jax issue 17844).",
+            "Leave it out of XLA_FLAGS unless the bits matter: what is certified does not depend on it.",
+        )
+
+
+def faults() -> Iterator[Finding]:
+    """Known faults, looked for by small programs rather than by version."""
+    yield _scatter()
+    yield _maximum()
+    yield _blocks()
+
+
+def _seconds(fn: Callable, *args: object) -> float:
+    jax.block_until_ready(fn(*args))
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        jax.block_until_ready(fn(*args))
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def _scatter() -> Finding:
+    """The gradient of alpha[index]: many numbers added up in few places."""
+    values = jnp.ones(2**18, jnp.float32)
+    index = jnp.arange(2**18) % 16
+    add = jax.jit(lambda i, x: jnp.zeros(16, x.dtype).at[i].add(x))
+    seconds, plain = _seconds(add, index, values), _seconds(jax.jit(jnp.sum), values)
+    seen = f"Adding 2^18 float32 numbers up in 16 places takes {seconds / plain:.0f} times as long as their sum"
+    if jax.default_backend() == "cpu" or seconds < SLOW_RATIO * plain:
+        return Finding(f"{seen}: the gradients of hierarchical models (alpha[index]) are sound.")
+    low, high = (".".join(map(str, v)) for v in SLOW_SCATTER)
+    return Finding(
+        f"{seen}: gradients of hierarchical models (alpha[index]) are a slow loop on this GPU.",
+        f"jaxlib {low} to {high} compile it so (jax issue 38806): take 0.11.1 or newer, or write the sum as a product "
+        "with one_hot(index).",
+    )
+
+
+def _maximum() -> Finding:
+    """On CPU, jax 0.10.2's maximum of a large array forgets NaN."""
+    largest = jax.jit(jnp.max)(jnp.ones(2**13).at[100].set(jnp.nan))
+    if bool(jnp.isnan(largest)):
+        return Finding("The maximum of a large array with a NaN in it is NaN, as it should be.")
+    return Finding(
+        "The maximum of a large array with a NaN in it is not NaN. pmcmc tests with isfinite and is not deceived; your "
+        "model or your own tests may be, if they take max, min or the inf-norm of what may be NaN."
+    )
+
+
+def _eight_schools(x: jax.Array) -> jax.Array:
+    """Log density of Rubin's eight schools (1981), non-centred: mu / 5, log(tau / 5), and the standardised effects."""
+    y = jnp.array([28.0, 8, -3, 7, -1, 1, 18, 12])
+    error = jnp.array([15.0, 10, 16, 11, 9, 11, 10, 18])
+    mu, log_tau, z = x[0], x[1], x[2:]
+    theta = 5 * mu + 5 * jnp.exp(log_tau) * z
+    prior = -0.5 * mu**2 - 0.5 * jnp.sum(z**2) + log_tau - jnp.log1p(jnp.exp(2 * log_tau))
+    return prior - 0.5 * jnp.sum(((y - theta) / error) ** 2)
+
+
+# Tuned by hand: acceptance rate 0.9.
+_KERNEL = HMC(step_size=0.4, num_integration_steps=4)
+
+
+def _blocks(num_steps: int = 2048) -> Finding:
+    """A short chain in blocks and in order."""
+    target = Target.from_logdensity(_eight_schools, jnp.zeros(10))
+    keys = jax.random.split(jax.random.key(0), num_steps)
+    noise = jax.vmap(lambda key: _KERNEL.sample_noise(key, target))(keys)
+    x0, transition = _KERNEL.unknown(_KERNEL.init(target, jnp.zeros(10))), _KERNEL.transition(target)
+    solve = lambda solver: jax.jit(lambda: solver.solve(transition, x0, noise))()
+    blocks, order = solve(MultipleShooting(16)), solve(Sequential())
+    apart = np.max(np.abs(np.asarray(blocks.value) - np.asarray(order.value)), axis=1)
+    share, result = float(np.mean(apart < 1e-2)), RESULTS(int(blocks.result))
+    seen = f"A chain of {num_steps:,} steps in 16 blocks: {result.name}, {share:.1%} of its states as in order"
+    if result == RESULTS.successful and share > 0.9:
+        return Finding(f"{seen}.")
+    return Finding(f"{seen}.", "Lanes round otherwise than single chains here, or worse: please report this line.")
+
+
+class Timing(NamedTuple):
+    """Seconds that a step of so many lanes takes."""
+
+    num_lanes: int
+    seconds: float
+
+
+def time_lanes(num_lanes: int, seconds: float) -> Timing:
+    """A step of the calibration's chain on this many lanes, its noise included, by the program that runs sample."""
+    target = Target.from_logdensity(_eight_schools, jnp.zeros(10))
+    x0 = jnp.zeros((num_lanes, 10))
+    shape = Shape(1, max(64, 2**17 // num_lanes))
+    engine = Engine(target, _KERNEL, jax.random.split(jax.random.key(0), num_lanes), x0, None)
+    took: list[float] = []
+    while sum(took) < seconds or len(took) < 2:
+        _, clock = engine.solve(Sequential(), shape, x0, np.zeros(num_lanes, int), shape.capacity)
+        took.append(clock.run_seconds)
+    engine.ahead.close()
+    return Timing(num_lanes, min(took) / shape.capacity)
+
+
+def calibration(seconds: float) -> Iterator[str]:
+    """A table: what a step costs in order, and on lanes."""
+    lanes = LANES[:-1] if jax.default_backend() == "cpu" else LANES
+    yield f"\nCalibration: eight schools (10 parameters), HMC with 4 leapfrog steps, {jnp.zeros(()).dtype}."
+    yield "  lanes     us a step   million steps a second"
+    timings = []
+    for num_lanes in lanes:
+        timings.append(time_lanes(num_lanes, 0.6 * seconds / len(lanes)))
+        each = timings[-1].seconds
+        yield f"{num_lanes:7,d}  {1e6 * each:12.2f}  {1e-6 * num_lanes / each:23.3f}"
+    rate = lambda timing: timing.num_lanes / timing.seconds
+    best = max(timings, key=rate)
+    gain = rate(best) / rate(timings[0])
+    yield (
+        f"In order a step takes {1e6 * timings[0].seconds:.2f} us; {best.num_lanes:,} lanes give {gain:.1f} times as "
+        "many steps a second."
+    )
+    if gain < 2:
+        yield "Blocks gain little on a model this small here: one chain already fills what the machine has."
+    else:
+        yield (
+            "That is the most that blocks of one chain can gain on such a model here; repairs take their share of it, "
+            "and several chains theirs."
+        )

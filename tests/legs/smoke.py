@@ -1,0 +1,108 @@
+"""What other versions may break, once through: models, kernels, solvers, the drop-in, ArviZ, files.
+
+`.ci/leg` runs it under other Pythons and packages; pytest's own collection leaves it out.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import blackjax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.infer import NUTS, Predictive, log_likelihood
+
+import pmcmc
+from pmcmc import doctor
+from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, deer
+
+SIZES = dict(num_warmup=100, num_samples=400, num_chains=2, progress_bar=False)
+X, GROUP = np.linspace(-1.0, 1.0, 12), np.arange(12) % 3
+Y = 0.5 + 0.8 * X + np.array([-0.3, 0.0, 0.3])[GROUP] + 0.4 * np.cos(7.0 * np.arange(12))
+
+
+def model(x, group, y=None):
+    slope = numpyro.sample("slope", dist.Normal(0, 1))
+    noise = numpyro.sample("noise", dist.HalfNormal(1.0))
+    with numpyro.plate("groups", 3):
+        level = numpyro.sample("level", dist.Normal(0, 1))
+    numpyro.deterministic("twice", 2 * slope)
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("y", dist.Normal(level[group] + slope * x, noise), obs=y)
+
+
+@cache
+def chain() -> pmcmc.Chain:
+    options = dict(model_args=(X, GROUP), model_kwargs={"y": Y}, solver=MultipleShooting(8), save_warmup=True)
+    return pmcmc.parallel_chain(model, 0, **options, **SIZES)
+
+
+def close(a, b) -> None:
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=1e-8)
+
+
+def test_versions() -> None:
+    assert [finding.text for finding in doctor.versions() if finding.remedy] == []
+
+
+def test_blocks_are_the_chain_in_order() -> None:
+    assert np.all(chain().report.result == RESULTS.successful)
+    order = pmcmc.parallel_chain(model, 0, model_args=(X, GROUP), model_kwargs={"y": Y}, solver=Sequential(), **SIZES)
+    for name, draws in order.get_samples().items():
+        close(chain().get_samples()[name], draws)
+
+
+def test_newton() -> None:
+    inputs = jax.random.normal(jax.random.key(0), (200, 3))
+    step = lambda x, u: 0.7 * jnp.tanh(x) + u
+    x0 = jnp.zeros(3)
+    close(deer().solve(step, x0, inputs).value, Sequential().solve(step, x0, inputs).value)
+
+
+def test_kernels() -> None:
+    logdensity = lambda x: -0.5 * jnp.sum(x**2)
+    for kernel in (pmcmc.MALA(), pmcmc.NUTS(), pmcmc.from_blackjax(blackjax.mala, step_size=None)):
+        draws = pmcmc.sample(logdensity, jnp.zeros(2), 0, kernel=kernel, solver=MultipleShooting(4), **SIZES)
+        assert np.all(draws.report.result == RESULTS.successful)
+
+
+@pytest.mark.filterwarnings("ignore")  # ArviZ's own dependencies
+def test_arviz(tmp_path: Path) -> None:
+    import arviz as az
+
+    predicted = Predictive(model, chain().get_samples())(jax.random.key(1), X, GROUP)
+    data = chain().to_arviz(log_likelihood=True, posterior_predictive={"y": predicted["y"]})
+    groups = data.groups() if callable(data.groups) else data.groups
+    names = ("posterior", "sample_stats", "log_likelihood", "observed_data", "constant_data", "warmup_posterior")
+    assert {*names, "posterior_predictive"} <= {name.strip("/") for name in groups}
+    assert data["posterior"]["level"].dims == ("chain", "draw", "groups")
+    loo = az.loo(data)
+    assert np.isfinite(loo.elpd if hasattr(loo, "elpd") else loo.elpd_loo)  # ArviZ 1.x, 0.x
+    assert set(az.summary(data, var_names=["slope"]).index) == {"slope"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_drop_in() -> None:
+    import arviz as az
+
+    mcmc = pmcmc.ParallelMCMC(NUTS(model), num_warmup=100, num_samples=50, num_chains=2, progress_bar=False)
+    mcmc.run(jax.random.key(0), X, GROUP, y=Y, extra_fields=("potential_energy",))
+    mcmc.print_summary()
+    assert mcmc.get_extra_fields()["potential_energy"].shape == (100,)
+    assert log_likelihood(model, mcmc.get_samples(), X, GROUP, y=Y)["y"].shape == (100, 12)
+    data = az.from_numpyro(mcmc)
+    close(data["posterior"]["slope"], mcmc.get_samples(group_by_chain=True)["slope"])
+    before = mcmc.get_samples(group_by_chain=True)["slope"]
+    mcmc.post_warmup_state = mcmc.last_state
+    mcmc.run(mcmc.post_warmup_state.rng_key, X, GROUP, y=Y)
+    assert not np.any(np.asarray(before) == np.asarray(mcmc.get_samples(group_by_chain=True)["slope"]))
+
+
+def test_files(tmp_path: Path) -> None:
+    chain().save(tmp_path / "chain.npz")
+    back = pmcmc.load(tmp_path / "chain.npz", model, model_args=(X, GROUP), model_kwargs={"y": Y})
+    close(back.unknowns, chain().unknowns)
+    assert back.extend(50, progress_bar=False).num_samples == 450

@@ -279,7 +279,7 @@ print(f"in parallel: {cold:.2f} ms from zeros, {warm:.2f} ms from the last state
 print(f"on {device.device_kind} ({device.platform}), T = {LENGTH}, D = {DIM}")
 
 # %% [markdown]
-# The numbers stored here are from two shared CPU cores, where there is little to run side by side and the work of the
+# The numbers stored here are from two busy CPU cores, where there is little to run side by side and the work of the
 # Jacobians counts in full. The case for DEER is a long series, a small state and a GPU: there, set `LENGTH` and look.
 #
 # Does the trained network still forget? Gradients cannot explode where tangents shrink, and the number of Newton iterations

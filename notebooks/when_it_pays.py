@@ -280,7 +280,8 @@ for name in ("eight schools, non-centred", "eight schools, centred"):
         print(chain.report.plan, "\n")
 
 # %% [markdown]
-# The seconds are those of the machine that ran this notebook (stored here: two CPU cores; a GPU has other prices, and
-# often another winner). The draws are the same whatever was chosen.
+# The seconds are those of the machine that ran this notebook: stored here, two CPU cores that were busy with other work,
+# too, so that compiling anything looked dearer than sampling in order. A quiet machine or a GPU may decide otherwise. The
+# draws are the same whatever was chosen.
 #
 # More: [one chain, every solver](every_solver.ipynb).

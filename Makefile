@@ -1,6 +1,7 @@
 # Every target makes .venv from nothing if need be. Other pytest options: make test PYTEST_ARGS="-k newton".
 PYTHON ?= python3
-PYTEST_ARGS ?= -n 2
+# loadfile: tests of one file share programs, which each worker would compile for itself.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 BIN := .venv/bin
 STAMP := .venv/.installed
 

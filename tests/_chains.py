@@ -1,5 +1,7 @@
 """Chains and their certificates for the tests, each compiled once per shape. Import as ``tests._chains``."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -16,6 +18,12 @@ def solve(target, kernel, solver, x0, noise, guess=None, scale=None):
 def solve_batch(target, kernel, solver, x0, noise, guess=None, scale=None):
     """Several chains as lanes."""
     return solver.solve_batch(kernel.transition(target), x0, noise, initial_guess=guess, scale=scale)
+
+
+@partial(jax.jit, static_argnames=("fn", "length"))
+def solve_fn(solver, fn, x0, inputs=None, guess=None, scale=None, length=None):
+    """Any recurrence. Compiled as a whole: operation by operation a solve is some hundred small programs."""
+    return solver.solve(fn, x0, inputs, length=length, initial_guess=guess, scale=scale)
 
 
 def draw_noise(target, kernel, seed: int, num_steps: int):

@@ -74,8 +74,20 @@ def assert_same(found, expected):
     np.testing.assert_array_equal(found.info.margin > 0, expected.info.margin > 0)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("solver", SOLVERS)
+# Compiling dense Jacobians and 25 weights is what takes long; the others on eight schools say as much in half a minute.
+QUICK = [("eight_schools", "deer"), ("eight_schools", "quasi_deer"), ("eight_schools", "quasi_elk")]
+QUICK += [("german_credit", "quasi_deer")]
+every_pair = pytest.mark.parametrize(
+    ("name", "solver"),
+    [
+        pytest.param(name, solver, marks=[] if (name, solver) in QUICK else pytest.mark.slow)
+        for name in MODELS
+        for solver in SOLVERS
+    ],
+)
+
+
+@every_pair
 def test_certified_and_equal_to_the_sequential_chain(name, solver):
     found = chain(name, SOLVERS[solver](max_iters=2 * LENGTH))
     report = found.report
@@ -89,8 +101,7 @@ def test_certified_and_equal_to_the_sequential_chain(name, solver):
     assert np.all((report.num_iters > 0) & (report.num_iters <= 2 * LENGTH))
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("solver", SOLVERS)
+@every_pair
 def test_falls_back_with_the_prefix_kept(name, solver):
     """max_iters is a number, so nothing is compiled again but the sequential rest."""
     found = chain(name, SOLVERS[solver](max_iters=5))

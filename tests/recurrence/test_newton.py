@@ -67,7 +67,7 @@ def test_linear_rate_of_a_fixed_trust_region(strength):
 
 def test_newton_is_quadratic(rng_key):
     fn, x0, inputs = coupled(rng_key, 200, gain=0.9)
-    exact = SEQUENTIAL.solve(fn, x0, inputs).value
+    exact = solve(SEQUENTIAL, fn, x0, inputs).value
     guess = exact + 0.05 * jax.random.normal(rng_key, exact.shape)
     iterates = solve(rec.deer(num_iterates=4), fn, x0, inputs, initial_guess=guess).iterates
     errors = jnp.max(jnp.abs(iterates - exact[None]), axis=(1, 2))
@@ -78,7 +78,7 @@ def test_newton_is_quadratic(rng_key):
 
 def test_prefix_grows_by_one_an_iteration_at_least(rng_key):
     fn, x0, inputs = coupled(rng_key, 30, gain=3.0)
-    exact = np.asarray(SEQUENTIAL.solve(fn, x0, inputs).value)
+    exact = np.asarray(solve(SEQUENTIAL, fn, x0, inputs).value)
     for jacobian in (rec.Dense(), rec.Zero(), rec.Identity(), rec.HutchinsonDiagonal(rng_key)):
         found = solve(Newton(jacobian, num_iterates=12), fn, x0, inputs)
         iterates = np.asarray(found.iterates)  # numpy: no slice of a new size is compiled
@@ -146,7 +146,7 @@ def test_basis_makes_a_diagonal_exact(rng_key):
     plain = solve(rec.quasi_deer(), linear(matrix), x0, inputs)
     based = solve(rec.quasi_deer(basis=rec.LinearBasis.from_matrix(vectors)), linear(matrix), x0, inputs)
     assert int(based.stats.num_iters) <= 3 < int(plain.stats.num_iters)
-    np.testing.assert_allclose(based.value, SEQUENTIAL.solve(linear(matrix), x0, inputs).value, atol=1e-11)
+    np.testing.assert_allclose(based.value, solve(SEQUENTIAL, linear(matrix), x0, inputs).value, atol=1e-11)
     covariance = matrix @ matrix.T + jnp.eye(3)
     for basis in (
         rec.LinearBasis.from_covariance(covariance),

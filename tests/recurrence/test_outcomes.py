@@ -103,7 +103,7 @@ def test_a_path_that_must_switch_wells():
 def test_pseudo_orbit_is_not_called_solved():
     """A chaotic path that satisfies the equation to 1e-9 only is no solution to rely on."""
     fn = lambda x, u: 4.0 * x * (1 - x)
-    orbit = SEQUENTIAL.solve(fn, 0.3, length=60).value
+    orbit = solve(SEQUENTIAL, fn, 0.3, length=60).value
     found = solve(rec.deer(tol=1e-6), fn, 0.3, length=60, initial_guess=orbit + 1e-10)
     assert int(found.result) == RESULTS.not_contracting
     np.testing.assert_allclose(found.stats.growth_rate, np.log(2), rtol=0.2)

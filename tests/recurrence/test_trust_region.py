@@ -17,7 +17,9 @@ def solve(solver, fn, x0, inputs, **options):
 
 
 @pytest.mark.parametrize("jacobian", [rec.Dense(), rec.Diagonal(), rec.BlockDiagonal()], ids=["dense", "diag", "block"])
-@pytest.mark.parametrize("rule", [Filter(), Smoother()], ids=["filter", "smoother"])
+@pytest.mark.parametrize(
+    "rule", [Filter(), pytest.param(Smoother(), marks=pytest.mark.slow)], ids=["filter", "smoother"]
+)
 def test_without_regularization_it_is_newton_to_rounding(jacobian, rule, rng_key):
     fn, x0, inputs = coupled(rng_key, 9, dim=2, gain=1.5)
     newton = solve(rec.Newton(jacobian, num_iterates=6), fn, x0, inputs)
@@ -32,14 +34,19 @@ def cubic(x, u):
 
 
 @pytest.mark.parametrize(
-    ("make", "dtype"), [(rec.elk, jnp.float64), (rec.quasi_elk, jnp.float32), (rec.quasi_elk, jnp.float64)]
+    ("make", "dtype"),
+    [  # the state is one number, where quasi-ELK is ELK
+        pytest.param(rec.elk, jnp.float64, marks=pytest.mark.slow),
+        (rec.quasi_elk, jnp.float32),
+        (rec.quasi_elk, jnp.float64),
+    ],
 )
 def test_unstable_transient(make, dtype):
     """Linearised along the guess the products of A overflow: DEER explodes, the trust region does not."""
     length = 300  # products of the linearisation reach 1.5^300 = 10^53, and f cubes them
     inputs = (0.5 * jnp.sin(jnp.arange(float(length))))[:, None].astype(dtype)
     x0, guess = jnp.zeros(1, dtype), jnp.full((length, 1), 4.0, dtype)
-    exact = SEQUENTIAL.solve(cubic, x0, inputs).value
+    exact = solve(SEQUENTIAL, cubic, x0, inputs).value
     newton = solve(rec.deer(num_iterates=8, max_iters=7), cubic, x0, inputs, initial_guess=guess)
     found = solve(make(num_iterates=40), cubic, x0, inputs, initial_guess=guess)
     assert int(newton.result) != RESULTS.successful
@@ -129,14 +136,14 @@ def test_exact_prefix_grows_by_a_step_an_iteration(regularization, rule):
     fn, x0, inputs, guess = wells(60)
     solver = rec.quasi_elk(regularization=regularization, step_rule=rule, num_iterates=61, max_iters=60)
     found = solve(solver, fn, x0, inputs, initial_guess=guess)
-    exact = np.asarray(SEQUENTIAL.solve(fn, x0, inputs).value)
+    exact = np.asarray(solve(SEQUENTIAL, fn, x0, inputs).value)
     iterates = np.asarray(found.iterates)
     for k in range(1, 61):
         np.testing.assert_allclose(iterates[k, :k], exact[:k], atol=1e-12)
     assert int(found.result) == RESULTS.successful
 
 
-@pytest.mark.parametrize("make", [rec.elk, rec.quasi_elk])
+@pytest.mark.parametrize("make", [pytest.param(rec.elk, marks=pytest.mark.slow), rec.quasi_elk])
 def test_default_solves_what_a_monotone_rule_does_not(make):
     """Folds and flips: the logistic map from a bad guess, two wells, and jumps of the recurrence itself."""
     logistic = lambda x, u: 2.8 * x * (1 - x)
@@ -152,7 +159,7 @@ def test_default_solves_what_a_monotone_rule_does_not(make):
     inputs = jax.random.normal(jax.random.key(2), (200, 1))
     found = solve(make(), jumps, jnp.zeros(1), inputs)
     assert int(found.result) == RESULTS.successful
-    np.testing.assert_allclose(found.value, SEQUENTIAL.solve(jumps, jnp.zeros(1), inputs).value, atol=1e-11)
+    np.testing.assert_allclose(found.value, solve(SEQUENTIAL, jumps, jnp.zeros(1), inputs).value, atol=1e-11)
 
 
 def test_a_region_too_small_to_move_stagnates(rng_key):

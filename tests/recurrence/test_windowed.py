@@ -23,7 +23,7 @@ def test_equals_sequential(solver, window, rng_key):
     found = solve(Windowed(solver, window), fn, x0, inputs)
     assert int(found.result) == RESULTS.successful
     assert int(found.stats.certified_steps) == 53
-    np.testing.assert_allclose(found.value, SEQUENTIAL.solve(fn, x0, inputs).value, atol=1e-11)
+    np.testing.assert_allclose(found.value, solve(SEQUENTIAL, fn, x0, inputs).value, atol=1e-11)
 
 
 def test_stats_count_windows(rng_key):
@@ -41,7 +41,7 @@ def test_budget_keeps_the_prefix(rng_key):
     prefix = int(found.stats.certified_steps)
     assert int(found.result) == RESULTS.max_iters_reached
     assert 5 <= prefix < 53
-    np.testing.assert_allclose(found.value[:prefix], SEQUENTIAL.solve(fn, x0, inputs).value[:prefix], atol=1e-11)
+    np.testing.assert_allclose(found.value[:prefix], solve(SEQUENTIAL, fn, x0, inputs).value[:prefix], atol=1e-11)
     assert np.isinf(found.residual)
     assert np.isinf(found.residual_profile[-1])
     assert found.iterates.shape == (7, 53, 4)
@@ -52,7 +52,7 @@ def test_exploding_iterates_do_not_certify_what_is_wrong():
     """An exploded window inflates the scale, so that anything holds against it; nothing may be left behind then."""
     fn = lambda x, u: 0.9 * x - 0.05 * x**3 + u
     inputs = (0.5 * jnp.sin(jnp.arange(300.0)))[:, None]
-    exact = SEQUENTIAL.solve(fn, jnp.zeros(1), inputs).value
+    exact = solve(SEQUENTIAL, fn, jnp.zeros(1), inputs).value
     found = solve(Windowed(rec.deer(), 32), fn, jnp.zeros(1), inputs, initial_guess=jnp.full((300, 1), 4.0))
     assert int(found.result) == RESULTS.successful
     np.testing.assert_allclose(found.value, exact, atol=1e-11)

@@ -19,14 +19,14 @@ def logdensity(x):
 
 
 def draws(devices) -> np.ndarray:
-    """The chain, extended, in blocks on these devices."""
+    """The chain, tuned and extended, in blocks on these devices."""
     chain = sample(
         logdensity,
         jnp.ones(2),
         0,
-        kernel=HMC(step_size=0.7, num_integration_steps=2),
+        kernel=HMC(num_integration_steps=2),
         solver=MultipleShooting(num_blocks=8),
-        num_warmup=0,
+        num_warmup=200,
         num_chains=1,
         num_samples=400,
         devices=devices,
@@ -39,7 +39,9 @@ def draws(devices) -> np.ndarray:
 
 if __name__ == "__main__":
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"localhost:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))
+    jax.distributed.initialize(
+        f"localhost:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]), heartbeat_timeout_seconds=600
+    )
     assert len(jax.devices()) == 2
     assert len(jax.local_devices()) == 1
     np.testing.assert_allclose(draws(jax.devices()), draws(None), rtol=0, atol=1e-9)

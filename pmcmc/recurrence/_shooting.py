@@ -121,7 +121,7 @@ class MultipleShooting(LaneSolver):
 
         if not self.shared_by:
             return _conclude(lanes, tol, run(AllLanes(lanes.layout), (lanes.inputs, lanes.buffers)))
-        per_lane = Outcome._make((True, True, True, False, False))
+        per_lane = Outcome._make((True, True, True, False, False))  # what is said of chains, every device knows
         outcome = over_devices(self.shared_by, run, (lanes.inputs, lanes.buffers), per_lane, lanes.layout)
         solution = _conclude(lanes, tol, outcome)
         constrain = jax.lax.with_sharding_constraint

@@ -178,7 +178,7 @@ def _one_step(target: Target, kernel: Kernel, chain_keys: Array, guesses: PyTree
 
 @partial(jax.jit, static_argnums=0)
 def _new_buffers(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> list[Array]:
-    return [jnp.zeros(s.shape, s.dtype, device=s.sharding) for s in shapes]
+    return [jnp.zeros(s.shape, s.dtype) for s in shapes]
 
 
 def _read(x: Any) -> np.ndarray:
@@ -263,6 +263,8 @@ class Engine:
         if shape in self._buffers:
             return self._buffers.pop(shape)
         leaves, structure = jax.tree.flatten(self._buffer_shapes(shape))
+        if shape.devices:  # a program's results would be laid out as it likes, and the programs be compiled once more
+            return jax.tree.unflatten(structure, [jnp.zeros(s.shape, s.dtype, device=s.sharding) for s in leaves])
         return jax.tree.unflatten(structure, _new_buffers(tuple(leaves)))
 
     def compile_ahead(self, solver: RecurrenceSolver, shape: Shape) -> None:

@@ -1,7 +1,7 @@
 """The draws, with everything needed to read them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.interop._arviz import predictive_groups, to_arviz
 from pmcmc.interop._numpyro import print_summary
 from pmcmc.kernels import Info, Kernel
-from pmcmc.recurrence import RecurrenceSolver
+from pmcmc.recurrence import MultipleShooting, RecurrenceSolver
 from pmcmc.report import SolveReport
 from pmcmc.target import LogDensity, Target, WithoutDensity
 from pmcmc.verification import Record, Verification, verify
@@ -60,6 +60,7 @@ class Chain:
     continue_fn: what `extend` calls, from a room above this one.
     extra_fields: names that `get_extra_fields` returns beside ``diverging``.
     warmup_path: (lanes, steps, D) unconstrained positions of warm-up's lanes; None unless ``save_warmup`` was set.
+    devices: that share the blocks of what follows; None: the default one. Not stored by `save`.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -77,6 +78,7 @@ class Chain:
     continue_fn: Callable[["Chain", int, bool], "Chain"] = field(repr=False, compare=False)
     extra_fields: Sequence[str] = ()
     warmup_path: np.ndarray | None = field(default=None, repr=False)
+    devices: Sequence[jax.Device] | None = None
     _samples: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -367,6 +369,11 @@ def _ungroup(x: Any) -> Any:
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
+def _anywhere(solver: RecurrenceSolver | None) -> RecurrenceSolver | None:
+    """Without devices, which a file cannot hold and another machine does not have."""
+    return replace(solver, devices=None) if isinstance(solver, MultipleShooting) else solver
+
+
 def _header(chain: Chain, writer: Writer) -> dict[str, Any]:
     """What a file says of a chain beside its arrays, which go to the writer; `pmcmc.load` is the other half."""
     state, target, report = chain.state, chain.target, chain.report
@@ -386,7 +393,7 @@ def _header(chain: Chain, writer: Writer) -> dict[str, Any]:
         "position": writer.encode("position", jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), target.spec.template)),
         "basis": writer.encode("basis", target.basis and {"loc": target.basis.loc, "scale": target.basis.scale}),
         "kernel": writer.encode("kernel", chain.kernel),
-        "solver": writer.encode("solver", chain.solver),
+        "solver": writer.encode("solver", _anywhere(chain.solver)),
         "report": writer.encode("report", told),
         "logdensity": last_logdensity(state).tolist(),
         "key_impl": str(jax.random.key_impl(state.rng_key)),

@@ -6,8 +6,8 @@ compiled program solves any path of up to P * capacity steps, in time proportion
 """
 
 import abc
-from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ class Layout(NamedTuple):
     """How chains are cut into lanes. The first three numbers are static, the others may be traced.
 
     block_length: S, at most ``capacity``; see `LaneSolver.unit` for which numbers will do.
-    length: steps of each chain, at most P S and more than (P - 1) S.
+    length: steps of each chain, at most P S.
     """
 
     num_chains: int
@@ -31,10 +31,10 @@ class Layout(NamedTuple):
     length: int | Array
 
     @classmethod
-    def of(cls, problem: Problem, num_blocks: int) -> "Layout":
-        """Blocks as long as the buffers: every number is static."""
+    def of(cls, problem: Problem, num_blocks: int, num_devices: int = 1) -> "Layout":
+        """Blocks as long as the buffers: every number is static. They are shared out evenly; the last may be empty."""
         block_length = -(-problem.length // num_blocks)
-        blocks = -(-problem.length // block_length)
+        blocks = num_devices * -(-problem.length // (block_length * num_devices))
         return cls(problem.num_chains, blocks, block_length, block_length, problem.length)
 
     @property
@@ -81,6 +81,7 @@ class Lanes(NamedTuple):
     scale: PyTree
     layout: Layout
     buffers: PyTree = None  # (value, aux) of an earlier solution of this layout, overwritten; None: new ones
+    held: Any = None  # by the device at hand, where a solver shares lanes out: see `AllLanes`
 
 
 class LaneSolver(RecurrenceSolver):
@@ -91,6 +92,11 @@ class LaneSolver(RecurrenceSolver):
 
     unit: ClassVar[int] = 1
 
+    @property
+    def shared_by(self) -> Sequence[jax.Device]:
+        """Devices, an even share of the lanes for each; none of them named: the one that JAX uses by default."""
+        return ()
+
     @abc.abstractmethod
     def blocks_for(self, length: int) -> int:
         """P for a path of ``length`` steps."""
@@ -100,7 +106,7 @@ class LaneSolver(RecurrenceSolver):
         """Solve; value and aux of the solution are (lanes, capacity, ...), of no meaning behind S steps."""
 
     def solve_problem(self, problem: Problem) -> Solution:
-        layout = Layout.of(problem, self.blocks_for(problem.length))
+        layout = Layout.of(problem, self.blocks_for(problem.length), max(1, len(self.shared_by)))
         guess_at = None if problem.guess is None else problem.guess_at
         inputs = layout.to_lanes(problem.inputs)
         solution = self.solve_lanes(Lanes(problem.recurrence, problem.x0, inputs, guess_at, problem.scale, layout))

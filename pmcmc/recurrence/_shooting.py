@@ -27,8 +27,9 @@ dissipative systems (Chartier & Philippe 1993).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,12 +46,15 @@ from pmcmc._tree import (
 )
 from pmcmc._types import Array, PyTree, Scalar
 from pmcmc.recurrence._base import RESULTS, Solution, Staged, Stats, default_tolerance, typical_scale
+from pmcmc.recurrence._devices import AllLanes, lane_sharding, over_devices, replicated
 from pmcmc.recurrence._growth import separates
 from pmcmc.recurrence._lanes import Lanes, LaneSolver, Layout, read_step, record_for, walk, write_where
 from pmcmc.recurrence._staged import walk_apart
 
 # Steps of the zeroth sweep between writes to the path, where they divide the capacity.
 CHUNK = 16
+# About so many states say what the scale is, as in `typical_scale`.
+SCALE_STATES = 4096
 
 
 @register_dataclass
@@ -62,9 +66,11 @@ class MultipleShooting(LaneSolver):
     merge_tol: largest accepted |recorded - repaired| / scale. None: 32 eps in float32, 512 eps in float64.
     max_sweeps: budget of repair sweeps. None: P, with which the solve always completes.
     max_steps: budget of steps one after the other, S for the blocks included. None: no limit.
+    devices: that share the blocks evenly, P being rounded up to a multiple of their number; the solution is the same.
+        None: the one device that JAX uses by default.
 
     Raises:
-        ValueError: num_blocks, max_sweeps or max_steps below 1.
+        ValueError: num_blocks, max_sweeps or max_steps below 1, or no or repeated devices.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -78,6 +84,7 @@ class MultipleShooting(LaneSolver):
     merge_tol: Scalar | None = None
     max_sweeps: Scalar | None = None
     max_steps: Scalar | None = None
+    devices: Sequence[jax.Device] | None = field(default=None, metadata=dict(static=True))
 
     def __post_init__(self):
         if self.num_blocks is not None and self.num_blocks < 1:
@@ -86,25 +93,41 @@ class MultipleShooting(LaneSolver):
             raise ValueError(f"max_sweeps must be at least 1, got {self.max_sweeps}. Use Sequential() for none.")
         if isinstance(self.max_steps, int) and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {self.max_steps}. Use None for no limit.")
+        if self.devices is not None:
+            devices = tuple(self.devices)  # hashable, as what is static must be
+            if not devices or len(set(devices)) < len(devices):
+                raise ValueError(f"devices must differ and be at least one, got {devices}. Use jax.devices() for all.")
+            object.__setattr__(self, "devices", devices)
 
     unit: ClassVar[int] = CHUNK
 
+    @property
+    def shared_by(self) -> Sequence[jax.Device]:
+        return self.devices or ()
+
     def blocks_for(self, length):
-        return self.num_blocks or default_num_blocks(length)
+        blocks, shares = self.num_blocks or default_num_blocks(length), max(1, len(self.shared_by))
+        return shares * -(-blocks // shares)
 
     def solve_lanes(self, lanes):
         dtype = real_dtype(lanes.x0)
         tol = jnp.asarray(default_tolerance(dtype) if self.merge_tol is None else self.merge_tol, dtype)
         max_sweeps = lanes.layout.num_blocks if self.max_sweeps is None else self.max_sweeps
         max_steps = jnp.iinfo(jnp.int32).max if self.max_steps is None else self.max_steps
-        sweep = _fill(lanes)
-        lanes = lanes._replace(scale=_scale(lanes, sweep) if lanes.scale is None else lanes.scale)
 
-        def pending(sweep):
-            return jnp.any(sweep.active) & (sweep.number < max_sweeps) & (sweep.depth < max_steps)
+        def run(held: Any, own: tuple[PyTree, PyTree]) -> Outcome:
+            inputs, buffers = own
+            return _run(lanes._replace(held=held, inputs=inputs, buffers=buffers), tol, max_sweeps, max_steps)
 
-        sweep = jax.lax.while_loop(pending, lambda sweep: _repair(lanes, tol, max_steps, sweep), sweep)
-        return _conclude(lanes, tol, sweep)
+        if not self.shared_by:
+            return _conclude(lanes, tol, run(AllLanes(lanes.layout), (lanes.inputs, lanes.buffers)))
+        per_lane = Outcome._make((True, True, True, False, False))  # what is said of chains, every device knows
+        outcome = over_devices(self.shared_by, run, (lanes.inputs, lanes.buffers), per_lane, lanes.layout)
+        solution = _conclude(lanes, tol, outcome)
+        constrain = jax.lax.with_sharding_constraint
+        path = constrain((solution.value, solution.aux), lane_sharding(self.shared_by))
+        rest = constrain(solution._replace(value=None, aux=None), replicated(self.shared_by))
+        return rest._replace(value=path[0], aux=path[1])
 
 
 def default_num_blocks(length: int, max_blocks: int = 4096) -> int:
@@ -136,12 +159,23 @@ class Sweep(NamedTuple):
     number: Array  # of repair sweeps run
     start: PyTree  # carries the active lanes start from
     active: Array  # (lanes,)
+    pending: Array  # any lane of any device is active
     end: PyTree  # carries at the end of each block, as recorded
     recording: Recording
     num_sweeps: Array  # (chains,) repair sweeps in which the chain had work
     critical_path: Array  # (chains,)
     evaluations: Array  # (lanes,) steps taken while active
     depth: Array  # steps one after the other so far
+
+
+class Outcome(NamedTuple):
+    """What is left of the last sweep; see `Sweep`."""
+
+    recording: Recording
+    active: Array
+    evaluations: Array
+    num_sweeps: Array
+    critical_path: Array
 
 
 class Filled(NamedTuple):
@@ -162,6 +196,18 @@ class Pass(NamedTuple):
     taken: Array  # steps taken by each lane in this sweep
 
 
+def _run(lanes: Lanes, tol: Array, max_sweeps: Scalar, max_steps: Scalar) -> Outcome:
+    """The zeroth sweep and as many of repair as it takes, of the lanes that this device holds."""
+    sweep = _fill(lanes)
+    lanes = lanes._replace(scale=_scale(lanes, sweep) if lanes.scale is None else lanes.scale)
+
+    def pending(sweep):
+        return sweep.pending & (sweep.number < max_sweeps) & (sweep.depth < max_steps)
+
+    sweep = jax.lax.while_loop(pending, lambda sweep: _repair(lanes, tol, max_steps, sweep), sweep)
+    return Outcome(sweep.recording, sweep.active, sweep.evaluations, sweep.num_sweeps, sweep.critical_path)
+
+
 def _guessed_starts(lanes: Lanes) -> PyTree:
     """Carries at the block starts: x0 for the first block of a chain, the guess for the others."""
     layout = lanes.layout
@@ -171,19 +217,20 @@ def _guessed_starts(lanes: Lanes) -> PyTree:
         guess = lanes.guess_at(jnp.arange(1, layout.num_blocks) * layout.block_length - 1)
         join = lambda x, g: jnp.concatenate([x[:, None], g], axis=1).reshape(layout.num_lanes, *x.shape[1:])
         starts = jax.tree.map(join, lanes.x0, guess)
-    return jax.vmap(lanes.recurrence.restore)(starts)
+    return jax.vmap(lanes.recurrence.restore)(lanes.held.own(starts))
 
 
 def _scale(lanes: Lanes, sweep: "Sweep") -> PyTree:
     """Scale of each coordinate, from the states of the zeroth sweep."""
-    known = jnp.arange(lanes.layout.capacity)[None] < lanes.layout.valid_steps()[:, None]
-    path = _blank(known, sweep.recording.path)
-    return typical_scale(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), path))
+    layout = lanes.layout
+    known = jnp.arange(layout.capacity)[None] < lanes.held.valid_steps()[:, None]
+    stride = max(1, layout.num_lanes * layout.capacity // SCALE_STATES)
+    return typical_scale(lanes.held.every(stride, _blank(known, sweep.recording.path)))
 
 
 def _fill(lanes: Lanes) -> Sweep:
     """The zeroth sweep: S plain steps of every block."""
-    layout, recurrence = lanes.layout, lanes.recurrence
+    layout, held, recurrence = lanes.layout, lanes.held, lanes.recurrence
     step, unknown = jax.vmap(recurrence.step), jax.vmap(recurrence.unknown)
     start = _guessed_starts(lanes)
     carry, _ = jax.eval_shape(step, start, read_step(lanes.inputs, 0))
@@ -197,22 +244,21 @@ def _fill(lanes: Lanes) -> Sweep:
         end, (path, aux) = walk(body, start, lanes, math.gcd(layout.capacity, CHUNK))
     else:
         end, (path, aux) = _fill_apart(recurrence.staged, unknown, start, lanes, record_for(body, start, lanes))
-    zeros = jnp.zeros(layout.num_lanes, real_dtype(lanes.x0))
+    zeros = jnp.zeros(held.num_lanes, real_dtype(lanes.x0))
     none = jnp.zeros(layout.num_chains, int)
-    return _hand_over(
-        layout,
-        jnp.ones(layout.num_lanes, bool),
-        Sweep(
-            number=jnp.zeros((), int),
-            start=start,
-            active=jnp.ones(layout.num_lanes, bool),
-            end=end,
-            recording=Recording(path, aux, zeros, zeros, zeros, zeros),
-            num_sweeps=none,
-            critical_path=none + layout.block_length,
-            evaluations=layout.valid_steps(),
-            depth=jnp.asarray(layout.block_length),
-        ),
+    everyone = jnp.ones(held.num_lanes, bool)
+    start, active = _hand_over(lanes, end, everyone)
+    return Sweep(
+        number=jnp.zeros((), int),
+        start=start,
+        active=active,
+        pending=jnp.any(held.most(active.astype(int)) > 0),
+        end=end,
+        recording=Recording(path, aux, zeros, zeros, zeros, zeros),
+        num_sweeps=none,
+        critical_path=none + layout.block_length,
+        evaluations=held.valid_steps(),
+        depth=jnp.asarray(layout.block_length),
     )
 
 
@@ -224,51 +270,50 @@ def _fill_apart(staged: Staged, unknown, start: PyTree, lanes: Lanes, record: Py
         return Filled(now.step + arrived, record)
 
     going = lambda now: now.step < lanes.layout.block_length
-    first = Filled(jnp.zeros(lanes.layout.num_lanes, int), record)
+    first = Filled(jnp.zeros(lanes.held.num_lanes, int), record)
     end, filled = walk_apart(staged, lanes.inputs, start, first, going, visit)
     return end, filled.record
 
 
-def _hand_over(layout: Layout, ran_out: Array, sweep: Sweep) -> Sweep:
-    """Restart block p+1 from the end of block p, if and only if block p ran to its end unmerged."""
-    active = layout.by_chain(layout.shift(ran_out)).at[:, 0].set(False)
-    return sweep._replace(start=jax.tree.map(layout.shift, sweep.end), active=active.reshape(-1))
+def _hand_over(lanes: Lanes, end: PyTree, ran_out: Array) -> tuple[PyTree, Array]:
+    """Starts from the ends of the blocks before; active if and only if that block ran to its end unmerged."""
+    start, active = lanes.held.hand_over((end, ran_out))
+    return start, active & ~lanes.held.first_of_chain() & (lanes.held.valid_steps() > 0)
 
 
 def _repair(lanes: Lanes, tol: Array, max_steps: Scalar, sweep: Sweep) -> Sweep:
     """One pass over the active lanes, then hand the new ends to their successors."""
-    layout = lanes.layout
     carry, done = _run_pass(lanes, tol, max_steps - sweep.depth, sweep)
-    had_work = jnp.any(layout.by_chain(sweep.active), axis=1)
-    handed = _hand_over(
-        layout,
-        done.ran_out & ~done.active,
-        Sweep(
-            number=sweep.number + 1,
-            start=sweep.start,
-            active=sweep.active,
-            end=tree_where(done.ran_out, carry, sweep.end),
-            # a block overwritten to its end has no splice left
-            recording=done.recording._replace(splice=jnp.where(done.ran_out, 0.0, done.recording.splice)),
-            num_sweeps=sweep.num_sweeps + had_work,
-            critical_path=sweep.critical_path + jnp.max(layout.by_chain(done.taken), axis=1),
-            evaluations=sweep.evaluations + done.taken,
-            depth=sweep.depth + jnp.max(done.taken),
-        ),
-    )
+    end = tree_where(done.ran_out, carry, sweep.end)
+    start, active = _hand_over(lanes, end, done.ran_out & ~done.active)
     # stopped by the budget on its way: its block does not hold
-    return handed._replace(active=handed.active | done.active)
+    active = active | done.active
+    counts = lanes.held.most(done.taken, sweep.active.astype(int), active.astype(int))
+    taken, had_work, unfinished = counts
+    return Sweep(
+        number=sweep.number + 1,
+        start=start,
+        active=active,
+        pending=jnp.any(unfinished > 0),
+        end=end,
+        # a block overwritten to its end has no splice left
+        recording=done.recording._replace(splice=jnp.where(done.ran_out, 0.0, done.recording.splice)),
+        num_sweeps=sweep.num_sweeps + had_work,
+        critical_path=sweep.critical_path + taken,
+        evaluations=sweep.evaluations + done.taken,
+        depth=sweep.depth + jnp.max(taken),
+    )
 
 
 def _run_pass(lanes: Lanes, tol: Array, budget: Array, sweep: Sweep) -> tuple[PyTree, Pass]:
     """Step all lanes until every active one has merged, the blocks end or the budget does; also their last carries."""
-    layout, staged = lanes.layout, lanes.recurrence.staged
-    none = jnp.zeros(layout.num_lanes, int)
+    staged, num_lanes = lanes.recurrence.staged, lanes.held.num_lanes
+    none = jnp.zeros(num_lanes, int)
     begin = Pass(
         step=jnp.zeros((), int) if staged is None else none,
-        active=sweep.active & (layout.valid_steps() > 0),
+        active=sweep.active,
         ran_out=sweep.active,
-        distance=jnp.full(layout.num_lanes, jnp.inf, tol.dtype),
+        distance=jnp.full(num_lanes, jnp.inf, tol.dtype),
         recording=sweep.recording,
         taken=none,
     )
@@ -288,7 +333,7 @@ def _run_pass(lanes: Lanes, tol: Array, budget: Array, sweep: Sweep) -> tuple[Py
 
 def _compare(lanes: Lanes, tol: Array, now: Pass, carry: PyTree, aux: PyTree, arrived: Array) -> Pass:
     """The rule, for the lanes that have arrived at the end of a step."""
-    valid = lanes.layout.valid_steps()
+    valid = lanes.held.valid_steps()
     x = jax.vmap(lanes.recurrence.unknown)(carry)
     distance = relative_distance(x, read_step(now.recording.path, now.step), lanes.scale).astype(tol.dtype)
     live = now.active & arrived & (now.step < valid)
@@ -331,7 +376,7 @@ def _blank(known: Array, value: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.where(expand_mask(known, x), x, jnp.nan) if is_real(x) else x, value)
 
 
-def _conclude(lanes: Lanes, tol: Array, sweep: Sweep) -> Solution:
+def _conclude(lanes: Lanes, tol: Array, sweep: Outcome) -> Solution:
     recording, layout = sweep.recording, lanes.layout
     valid = layout.valid_steps()
     steps = jnp.arange(layout.capacity)[None]

@@ -34,6 +34,7 @@ def parallel_chain(
     extra_fields: Sequence[str] = (),
     save_warmup: bool = False,
     warmup: Warmup | None = None,
+    devices: Sequence[jax.Device] | None = None,
     progress_bar: bool = True,
 ) -> Chain:
     """Sample a NumPyro model's posterior, each chain solved in parallel across its length.
@@ -52,6 +53,8 @@ def parallel_chain(
     warmup: `EnsembleAdaptation()` by default, `BlockAdaptation()` for `Gibbs`, `DiscreteGibbs` and `Compose`; its
         seconds do not depend on num_chains.
     save_warmup: keep the draws of warm-up's lanes for `Chain.get_warmup_samples` and `Chain.to_arviz`.
+    devices: that share the blocks, such as ``jax.devices()``; the one that JAX uses by default where left out. The
+        draws are the same. For the cores of a CPU call ``numpyro.set_host_device_count`` first (docs/devices.md).
     progress_bar: draws that stand, sweeps and the time left, in terminals and notebooks; elsewhere nothing is shown.
 
     Returns:
@@ -77,7 +80,7 @@ def parallel_chain(
     key = as_key(rng_key)
     target = numpyro_target(model, model_args, model_kwargs)
     settings = Settings.check(
-        target, kernel, solver, num_warmup, num_samples, num_chains, thinning, extra_fields, warmup
+        target, kernel, solver, num_warmup, num_samples, num_chains, thinning, extra_fields, warmup, devices
     )
     record = _warmup_record(settings, save_warmup)
     return run_stages(target, key, model_starts(target, key, init_params, settings), settings, progress_bar, record)
@@ -123,6 +126,7 @@ def sample(
     extra_fields: Sequence[str] = (),
     save_warmup: bool = False,
     warmup: Warmup | None = None,
+    devices: Sequence[jax.Device] | None = None,
     progress_bar: bool = True,
 ) -> Chain:
     """Sample ``exp(logdensity_fn(position))`` over unconstrained positions, each chain parallel across its length.
@@ -142,7 +146,7 @@ def sample(
     """
     target = Target.from_logdensity(logdensity_fn, initial_position)
     settings = Settings.check(
-        target, kernel, solver, num_warmup, num_samples, num_chains, thinning, extra_fields, warmup
+        target, kernel, solver, num_warmup, num_samples, num_chains, thinning, extra_fields, warmup, devices
     )
     num_starts = settings.warmup.num_starts if num_warmup else num_chains
     # by numpy, as all that happens between programs: every operation of jax's own is one more program to compile

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import jax
@@ -40,21 +40,16 @@ def compile_first(engine: Engine, solver: RecurrenceSolver | None, num_steps: in
     engine.compile_ahead(first, engine.shape_for(first, num_steps))
 
 
-def guarded(num_blocks: int, max_steps: int) -> MultipleShooting:
-    """Blocks whose repair stops after so many steps one after the other."""
-    return MultipleShooting(num_blocks=num_blocks, max_steps=max_steps)
-
-
 class Automatic:
     """One run under "auto", and what it found out.
 
     plan, reason: None and why not, where the run was too short to plan. find_diagnosis: where chains did not merge.
     bias_bound: what warm-up left, see `bias_after_warmup`. pilot_seconds: that partners took. seconds: taken by what
-    was planned, compilation included.
+    was planned, compilation included. devices: that share blocks; none: the default one.
     """
 
-    def __init__(self, run: Run, own: np.ndarray, timing: LaneTiming | None):
-        self.run, self.own, self.timing = run, own, timing
+    def __init__(self, run: Run, own: np.ndarray, timing: LaneTiming | None, devices: Sequence[jax.Device] = ()):
+        self.run, self.own, self.timing, self.devices = run, own, timing, devices
         self.plan: Plan | None = None
         self.find_diagnosis: Callable[[], Diagnosis] | None = None
         self.bias_bound = np.zeros(0)
@@ -113,6 +108,10 @@ class Automatic:
         lane = max(wide - CPU_WARMUP_OVERHEAD, 0.25 * wide) / lanes
         return Costs(seconds, CPU_OVERHEAD, lane, compile_seconds, overlap)
 
+    def guarded(self, num_blocks: int | None, max_steps: int) -> MultipleShooting:
+        """Blocks whose repair stops after so many steps one after the other."""
+        return MultipleShooting(num_blocks=num_blocks, max_steps=max_steps, devices=self.devices or None)
+
     def block_shape(self, solver: MultipleShooting) -> Shape:
         """For most of a run: its first segment is sure to be short of the whole. Runs of one length share it."""
         num_steps = self.run.num_steps
@@ -120,17 +119,20 @@ class Automatic:
 
     def compiled_blocks(self) -> set[int]:
         """Numbers of blocks whose program is there from an earlier run."""
-        known = lambda p: self.run.engine.compile_seconds(guarded(p, 1), self.block_shape(guarded(p, 1))) is not None
-        return {p for p in BLOCK_COUNTS if known(p)}
+
+        def known(solver: MultipleShooting) -> bool:
+            return self.run.engine.compile_seconds(solver, self.block_shape(solver)) is not None
+
+        return {p for p in BLOCK_COUNTS if known(self.guarded(p, 1))}
 
     def in_blocks(self, planned: Plan, solver: MultipleShooting) -> None:
         """Segments that grow with what was saved; in order where merges do not arrive, or nothing is saved."""
         run, chosen, sequential = self.run, planned.chosen, planned.costs.sequential
-        blocks = solver.blocks_for(run.left)
-        shape = self.block_shape(solver)
+        solver = self.guarded(solver.num_blocks, 1)
+        blocks, shape = solver.blocks_for(run.left), self.block_shape(solver)
         if num_cores() > 1:
-            run.engine.compile_ahead(guarded(blocks, 1), shape)
-            self.in_order_until_ready(guarded(blocks, 1), shape, max(1, int(STRETCH_SECONDS / sequential)))
+            run.engine.compile_ahead(solver, shape)
+            self.in_order_until_ready(solver, shape, max(1, int(STRETCH_SECONDS / sequential)))
         total, start = run.left, run.done
         step = planned.costs.step(blocks * run.engine.num_chains) / sequential
         spent = 0.0  # in steps of sequential sampling
@@ -139,7 +141,7 @@ class Automatic:
             cost = spent / done if done else step * (1 / blocks + chosen.merge / (FIRST_SHARE * total))
             length = next_segment(total, done, done - spent, cost, shape.capacity * blocks)
             patience = math.ceil(PATIENCE * max(chosen.merge, solver.unit))
-            attempt = guarded(blocks, math.ceil(length / blocks) + patience)
+            attempt = self.guarded(solver.num_blocks, math.ceil(length / blocks) + patience)
             _, failed, clock = run.take(attempt, shape, length)
             done, spent = run.done - start, spent + clock.run_seconds / sequential
             if failed:

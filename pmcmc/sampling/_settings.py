@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pmcmc._types import PRNGKey, PyTree
 from pmcmc.kernels import HMC, Compose, DiscreteGibbs, Kernel, SiteKernel
-from pmcmc.recurrence import RecurrenceSolver
+from pmcmc.recurrence import MultipleShooting, RecurrenceSolver
 from pmcmc.target import Target
 from pmcmc.warmup import (
     BlockAdaptation,
@@ -25,7 +25,7 @@ from pmcmc.warmup import (
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for. solver: None for "auto"."""
+    """What the user asked for. solver: None for "auto". devices: that share blocks; none: the default one."""
 
     kernel: Kernel
     solver: RecurrenceSolver | None
@@ -35,6 +35,7 @@ class Settings:
     thinning: int
     extra_fields: tuple[str, ...]
     warmup: Warmup
+    devices: Sequence[jax.Device] = ()
 
     @classmethod
     def check(
@@ -48,6 +49,7 @@ class Settings:
         thinning: Any,
         extra_fields: Sequence[str],
         warmup: Any,
+        devices: Any = None,
     ) -> "Settings":
         """Validate and fill in the defaults.
 
@@ -89,7 +91,38 @@ class Settings:
         kernel = _with_discrete_sites(kernel, target)
         warmup = _fitting_warmup(warmup, kernel)
         solver = None if isinstance(solver, str) else solver
-        return cls(kernel, solver, num_warmup, num_samples, num_chains, thinning, tuple(extra_fields), warmup)
+        devices = _devices(devices, solver)
+        if devices and solver is not None:
+            solver = replace(solver, devices=devices)
+        return cls(kernel, solver, num_warmup, num_samples, num_chains, thinning, tuple(extra_fields), warmup, devices)
+
+
+def _devices(devices: Any, solver: RecurrenceSolver | None) -> tuple[jax.Device, ...]:
+    """Those that share blocks; of several processes all their devices.
+
+    Raises:
+        ValueError, TypeError: none, no devices, or a solver that cannot use them.
+    """
+    if devices is None:
+        return ()
+    if isinstance(devices, str) or not isinstance(devices, Sequence) or not all(map(_is_device, devices)):
+        raise TypeError(f"devices must be a sequence of JAX devices such as jax.devices(), got {devices!r}.")
+    if not devices:
+        raise ValueError("devices is empty: pass jax.devices(), or leave it out for the default device.")
+    if not isinstance(solver, MultipleShooting | None):
+        raise ValueError(
+            f"{type(solver).__name__} runs on one device: leave devices out, or pass solver=MultipleShooting()."
+        )
+    if solver is None and len({device.process_index for device in devices}) > 1:
+        raise ValueError(
+            'solver="auto" decides by timings, which differ from one process to the next: pass '
+            "solver=MultipleShooting(num_blocks=...) for devices of several processes."
+        )
+    return tuple(devices)
+
+
+def _is_device(value: Any) -> bool:
+    return isinstance(value, jax.Device)
 
 
 def _with_discrete_sites(kernel: Kernel, target: Target) -> Kernel:

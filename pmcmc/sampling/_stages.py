@@ -90,7 +90,16 @@ def extend(chain: Chain, num_samples: int, progress_bar: bool) -> Chain:
     """See `Chain.extend`."""
     solver = "auto" if chain.solver is None else chain.solver
     settings = Settings.check(
-        chain.target, chain.kernel, solver, 0, num_samples, chain.num_chains, chain.thinning, chain.extra_fields, None
+        chain.target,
+        chain.kernel,
+        solver,
+        0,
+        num_samples,
+        chain.num_chains,
+        chain.thinning,
+        chain.extra_fields,
+        None,
+        chain.devices,
     )
     try:
         return _join(chain, sample_from(chain.state, settings, progress_bar))
@@ -156,7 +165,7 @@ def _sample(
     total = state.num_unkept + settings.num_samples
     check_memory(engine, settings.num_samples, total // settings.thinning)
     run = Run(engine, state.unknown, settings.num_samples, settings.thinning, progress, state.num_unkept)
-    automatic = Automatic(run, state.own, state.timing) if settings.solver is None else None
+    automatic = Automatic(run, state.own, state.timing, settings.devices) if settings.solver is None else None
 
     def chain(unknown: PyTree, num_kept: int, num_steps: int, num_unkept: int) -> Chain:
         """The first ``num_kept`` draws; the chains stand at ``unknown``, after ``num_steps`` steps."""
@@ -173,6 +182,7 @@ def _sample(
             settings.solver,
             extend,
             settings.extra_fields,
+            devices=settings.devices or None,
         )
 
     try:

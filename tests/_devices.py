@@ -1,0 +1,128 @@
+"""Checks that need several devices, each to be run in a process of its own: ``python -m tests._devices NAME``.
+
+The caller sets ``XLA_FLAGS=--xla_force_host_platform_device_count=8`` before. See test_devices.py.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pmcmc import HMC, NUTS, sample
+from pmcmc.recurrence import RESULTS, MultipleShooting
+from tests.recurrence.test_staged import APART, IN_STEP, X0, problem
+
+COLLECTIVES = {"ppermute", "pmax", "pmin", "psum", "psum_invariant", "all_gather", "all_to_all", "reduce_scatter"}
+
+
+def solver_for(num_devices: int, **options) -> MultipleShooting:
+    """0: not shared at all."""
+    return MultipleShooting(num_blocks=16, devices=jax.devices()[:num_devices] or None, **options)
+
+
+def solve(solver: MultipleShooting, fn, inputs, guess):
+    starts = jnp.broadcast_to(X0, (guess.shape[0], 2))
+    return solver.solve_batch(fn, starts, inputs, initial_guess=guess)
+
+
+def check_same(theirs, ours) -> None:
+    """Bit for bit."""
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), theirs, ours)
+
+
+def solutions() -> None:
+    """One, two or eight devices: whole and cut short, blocks empty or of one step, with and without stages."""
+    for fn, length, options, shares in [
+        (APART, 401, {}, (1, 2, 8)),
+        (IN_STEP, 21, {}, (8,)),
+        (IN_STEP, 401, {"max_steps": 60}, (2,)),
+    ]:
+        inputs, guess = problem(0, 3, length)
+        run = jax.jit(lambda solver, inputs, guess, fn=fn: solve(solver, fn, inputs, guess))
+        alone = run(solver_for(0, merge_tol=1e-6, **options), inputs, guess)
+        assert np.any(alone.result == RESULTS.max_iters_reached) == bool(options), alone.result
+        assert np.all(np.asarray(alone.stats.num_sweeps) > 0)
+        for num_devices in shares:
+            check_same(alone, run(solver_for(num_devices, merge_tol=1e-6, **options), inputs, guess))
+
+
+def repair_collectives(jaxpr) -> list[Counter]:
+    """Of each loop whose body holds any."""
+    found = []
+    for eqn in jaxpr.eqns:
+        inner = [
+            p.jaxpr if hasattr(p, "jaxpr") else p for p in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)
+        ]
+        inner = [p for p in inner if hasattr(p, "eqns")]
+        if eqn.primitive.name == "while":
+            counts = sum((primitives(one) for one in inner), Counter())
+            found += [counts] if counts else []
+        else:
+            found += [counts for one in inner for counts in repair_collectives(one)]
+    return found
+
+
+def _is_jaxpr(p) -> bool:
+    return hasattr(p, "eqns") or hasattr(p, "jaxpr")
+
+
+def primitives(jaxpr) -> Counter:
+    """Collectives, however deep."""
+    counts: Counter = Counter()
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in COLLECTIVES:
+            counts[eqn.primitive.name] += 1
+        for p in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
+            p = p.jaxpr if hasattr(p, "jaxpr") else p
+            counts += primitives(p) if hasattr(p, "eqns") else Counter()
+    return counts
+
+
+def collectives() -> None:
+    """One exchange and one reduction a sweep; as many in the program, however long the blocks are."""
+    in_program = []
+    for length in (320, 3200):
+        inputs, guess = problem(0, 3, length)
+        run = jax.jit(lambda inputs, guess: solve(solver_for(8), APART, inputs, guess))
+        traced = run.trace(inputs, guess)
+        assert repair_collectives(traced.jaxpr.jaxpr) == [Counter(ppermute=1, pmax=1)]
+        text = traced.lower().compile().as_text()
+        kinds = ("collective-permute", "all-reduce", "all-gather", "all-to-all", "reduce-scatter")
+        in_program.append({kind: text.count(f" {kind}(") + text.count(f" {kind}-start(") for kind in kinds})
+    assert in_program[0] == in_program[1], in_program
+    assert in_program[0]["collective-permute"] == 2, in_program
+
+
+def logdensity(x):
+    return -0.5 * jnp.sum(x**2) - 0.1 * jnp.sum(x**4)
+
+
+def chains() -> None:
+    """`sample`, thinned and extended, on three devices that do not divide the blocks; nothing is compiled twice."""
+    for kernel in (HMC(step_size=0.7, num_integration_steps=2), NUTS(step_size=0.7)):
+        options = dict(kernel=kernel, num_warmup=0, num_chains=2, thinning=2, progress_bar=False)
+        draws: list[np.ndarray] = []
+        for devices in (None, jax.devices()[:3]):
+            chain = sample(
+                logdensity,
+                jnp.ones(2),
+                0,
+                num_samples=600,
+                solver=MultipleShooting(num_blocks=8),
+                devices=devices,
+                **options,
+            )
+            assert np.all(chain.report.result == RESULTS.successful)
+            assert chain.report.num_blocks == (9 if devices else 8)
+            chain = chain.extend(601, progress_bar=False)
+            draws.append(np.asarray(chain.get_samples(group_by_chain=True)))
+        np.testing.assert_allclose(draws[0], draws[1], rtol=0, atol=1e-9)
+
+
+CHECKS: dict[str, Callable[[], None]] = {check.__name__: check for check in (solutions, collectives, chains)}
+
+if __name__ == "__main__":
+    CHECKS[sys.argv[1]]()

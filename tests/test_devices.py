@@ -1,0 +1,88 @@
+"""Blocks shared out to several devices give the chain that one device gives, for two collectives a sweep."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pmcmc import HMC, load, sample
+from pmcmc.recurrence import MultipleShooting, Sequential
+from tests._compilations import compilations
+from tests._targets import gaussian
+
+PROGRAMS = ("jit(draw_noise)", "jit(solve_noise)")
+ROOT = Path(__file__).parents[1]
+
+
+def start(module: str, *arguments: str, num_devices: int) -> subprocess.Popen:
+    """A process of its own: the number of CPU devices is fixed before jax starts."""
+    environment = {
+        **os.environ,
+        "JAX_ENABLE_X64": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+    }
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> None:
+    output, _ = process.communicate()
+    assert process.returncode == 0, output[-4000:]
+
+
+@pytest.mark.parametrize("check", ["solutions", "collectives", pytest.param("chains", marks=pytest.mark.slow)])
+def test_on_eight_devices(check: str) -> None:
+    finish(start("tests._devices", check, num_devices=8))
+
+
+@pytest.mark.slow
+def test_in_two_processes() -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    processes = [start("tests._processes", port, number, num_devices=1) for number in ("0", "1")]
+    for process in processes:
+        finish(process)
+
+
+def test_rejects_devices_that_cannot_be_used() -> None:
+    run = lambda **options: sample(gaussian, jnp.zeros(3), 0, num_samples=100, progress_bar=False, **options)
+    with pytest.raises(TypeError, match="devices"):
+        run(devices=2)
+    with pytest.raises(ValueError, match="devices is empty"):
+        run(devices=[])
+    with pytest.raises(ValueError, match="Sequential runs on one device"):
+        run(devices=jax.devices(), solver=Sequential())
+    with pytest.raises(ValueError, match="differ"):
+        MultipleShooting(devices=2 * jax.devices())
+
+
+def test_auto_shares_blocks(free_lanes) -> None:
+    """On the one device of this process, named: the same way as several. Segments share one program of blocks."""
+    logdensity_fn = lambda x: gaussian(x)  # new to every cache
+    options = dict(kernel=HMC(step_size=0.5, num_integration_steps=3), num_warmup=100, num_chains=2, progress_bar=False)
+    run = lambda devices: sample(logdensity_fn, jnp.zeros(3), 0, num_samples=20_000, devices=devices, **options)
+    alone = run(None)
+    with compilations() as seen:
+        shared = run(jax.devices())
+    assert [c.name for c in seen if c.name in PROGRAMS] == list(PROGRAMS)
+    assert alone.report.decision == shared.report.decision == "shooting"
+    assert shared.report.fallback == ""
+    np.testing.assert_allclose(shared.unknowns, alone.unknowns, rtol=0, atol=1e-9)
+
+
+def test_a_file_holds_no_devices(tmp_path) -> None:
+    solver = MultipleShooting(num_blocks=4, devices=jax.devices())
+    options = dict(kernel=HMC(step_size=0.5, num_integration_steps=3), num_warmup=0, num_chains=1, progress_bar=False)
+    chain = sample(gaussian, jnp.zeros(3), 0, num_samples=100, solver=solver, **options)
+    chain.save(tmp_path / "chain")
+    assert load(tmp_path / "chain", gaussian).solver == MultipleShooting(num_blocks=4)

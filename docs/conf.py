@@ -1,9 +1,15 @@
 """Sphinx configuration; build with `make docs`. Nothing is executed or fetched while the site is built."""
 
+import shutil
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "_ext"))
+
+# Copies, since links between pages are resolved where a page really lies: notebooks must lie among the other pages.
+shutil.rmtree(HERE / "notebooks", ignore_errors=True)
+shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", ignore=shutil.ignore_patterns("*.py", ".*"))
 
 from pmcmc import __version__
 
@@ -13,7 +19,6 @@ copyright = author
 release = __version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "mathml", "public_names", "benchmark_tables"]
-exclude_patterns = ["notebooks/*.md", "notebooks/*.py"]  # jupytext's twins of the notebooks
 
 html_theme = "furo"
 html_title = "pmcmc"

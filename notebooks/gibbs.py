@@ -72,13 +72,13 @@ NUM_PAIRS, MAX_STEPS = (8, 100) if SMALL else (64, 200)
 # The counts are Poisson with one rate up to year $k$ and another after it:
 #
 # $$y_i \sim \text{Poisson}(\lambda_1)\ (i \le k), \quad y_i \sim \text{Poisson}(\lambda_2)\ (i > k), \qquad
-# \lambda_j \sim \text{Gamma}(2, \text{rate } 1), \quad k \sim \text{uniform on } 1, \dots, n - 1.$$
+# \lambda_j \sim \text{Gamma}(2, \text{rate } 1), \quad k \sim \text{uniform on } 1, \ldots, n - 1.$$
 #
 # All conditionals are known:
 #
-# $$\lambda_1 \mid k, y \sim \text{Gamma}\Big(2 + \sum_{i \le k} y_i,\ 1 + k\Big), \quad
-# \lambda_2 \mid k, y \sim \text{Gamma}\Big(2 + \sum_{i > k} y_i,\ 1 + n - k\Big),$$
-# $$p(k \mid \lambda, y) \propto \exp\Big( S_k \log(\lambda_1 / \lambda_2) - k (\lambda_1 - \lambda_2) \Big), \qquad
+# $$\lambda_1 \mid k, y \sim \text{Gamma}(2 + \sum_{i \le k} y_i,\ 1 + k), \quad
+# \lambda_2 \mid k, y \sim \text{Gamma}(2 + \sum_{i > k} y_i,\ 1 + n - k),$$
+# $$p(k \mid \lambda, y) \propto \exp( S_k \log(\lambda_1 / \lambda_2) - k (\lambda_1 - \lambda_2) ), \qquad
 # S_k = \sum_{i \le k} y_i.$$
 
 # %%

@@ -9,7 +9,7 @@ from scipy import stats
 import pmcmc
 from benchmarks.gibbs import SCHOOLS
 from benchmarks.published import gibbs_step
-from pmcmc.kernels._inverse_cdf import inverse_cdf
+from pmcmc.kernels._inverse_cdf import _by_columns, _by_scan, inverse_cdf
 from pmcmc.kernels._noise import gammas
 from pmcmc.kernels._updates import Site
 from pmcmc.recurrence import RESULTS, Sequential, deer
@@ -64,6 +64,18 @@ def test_a_gamma_of_no_shape_is_not_a_number() -> None:
     """No try would ever be accepted: without a way out the loop never ended."""
     drawn = gammas(jax.random.key(4), jnp.array([2.0, jnp.nan, jnp.inf, 0.0, -1.0]))
     np.testing.assert_array_equal(jnp.isfinite(drawn), [True, False, False, False, False])
+
+
+def test_many_categories_are_drawn_as_few_are() -> None:
+    """A category a column, or one scan over all: the same draws and margins, impossible categories among them."""
+    logits = jnp.where(jax.random.uniform(jax.random.key(5), (500, 6)) < 0.2, -jnp.inf, 0.3 * jnp.arange(6.0))
+    uniform = jax.random.uniform(jax.random.key(6), (500,))
+    columns, scan = (jax.vmap(draw)(logits, uniform) for draw in (_by_columns, _by_scan))
+    np.testing.assert_array_equal(columns.category, scan.category)
+    np.testing.assert_allclose(columns.margin, scan.margin, atol=1e-14)
+    assert len(np.unique(columns.category)) == 6
+    assert inverse_cdf(jnp.zeros(100), jnp.array(0.505)).category == 50
+    assert inverse_cdf(jnp.full(100, jnp.nan), jnp.array(0.5)).failed
 
 
 LOGITS = jnp.array([[0.0, 1.0, -1.0], [-2.0, -jnp.inf, 0.5]])

@@ -4,14 +4,14 @@ import shutil
 import sys
 from pathlib import Path
 
+from pmcmc import __version__
+
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_ext"))
 
 # Copies, since links between pages are resolved where a page really lies: notebooks must lie among the other pages.
 shutil.rmtree(HERE / "notebooks", ignore_errors=True)
 shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", ignore=shutil.ignore_patterns("*.py", ".*"))
-
-from pmcmc import __version__
 
 project = "pmcmc"
 author = "the pmcmc authors"

@@ -61,6 +61,7 @@ def end_to_end(rng: np.random.Generator, kernel: pmcmc.Kernel, solver, num_chain
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Warm-up did not settle")  # as it should not in 40 steps
 def test_a_thousand_problems() -> None:
     rng, ends = np.random.default_rng(0), Counter()
     for number in range(NUM_PROBLEMS):

@@ -13,6 +13,8 @@ from pmcmc.target import Target
 
 # A site is to blame where the pairs are this share as far apart as at the worst one.
 SHARE_OF_WORST = 0.5
+# Pairs that stay apart may come close for a moment, so they are looked at this many times.
+LAST_CHECKPOINTS = 4
 # Acceptance rates below which a step size is called large, and shares of divergent steps above which.
 LOW_ACCEPTANCE, MANY_DIVERGENCES = 0.6, 0.001
 # Movement a step, in posterior scales, below which a chain crawls.
@@ -22,8 +24,9 @@ CRAWL = 0.05
 class Diagnosis(NamedTuple):
     """What keeps coupled chains apart.
 
-    sites: distance of the pairs by site at the end of the pilot, in posterior standard deviations (median over the
-        pairs, largest entry of a site), the worst first. suggestions: sentences, each with what it rests on.
+    sites: distance of the pairs by site towards the end of the pilot, in posterior standard deviations (largest entry
+        of a site, largest of the last checkpoints, median over the pairs), the worst first.
+    suggestions: sentences, each with what it rests on.
     """
 
     sites: dict[str, float]
@@ -47,11 +50,13 @@ def diagnose(target: Target, kernel: Kernel, pilot: Coalescence, info: Info) -> 
     points, last = pilot.checkpoints, int(np.sum(np.asarray(pilot.checkpoints.reached))) - 1
     apart = ~np.asarray(pilot.merged)
     coordinates = jax.vmap(lambda unknown: target.coordinates(kernel.position(target, unknown)))
-    ends = [coordinates(jax.tree.map(lambda x: jnp.asarray(x[last][apart]), x)) for x in (points.first, points.second)]
-    distances = {
-        name: float(np.median(np.max(np.reshape(np.asarray(d), (apart.sum(), -1)), axis=1)))
-        for name, d in site_distances(target, *ends).items()
-    }
+    at = lambda t: [
+        coordinates(jax.tree.map(lambda x: jnp.asarray(x[t][apart]), x)) for x in (points.first, points.second)
+    ]
+    ends = at(last)
+    seen = [site_distances(target, *at(t)) for t in range(max(0, last + 1 - LAST_CHECKPOINTS), last + 1)]
+    widest = lambda d: np.max(np.reshape(np.asarray(d), (apart.sum(), -1)), axis=1)
+    distances = {name: float(np.median(np.max([widest(d[name]) for d in seen], axis=0))) for name in seen[-1]}
     sites = dict(sorted(distances.items(), key=lambda item: -item[1]))
     worst = [name for name, d in sites.items() if d >= SHARE_OF_WORST * max(sites.values())]
     found = _about_model(target, ends, worst) + _about_steps(info) + _about_pilot(target, kernel, pilot)

@@ -214,7 +214,7 @@ def test_arviz() -> None:
 
 def test_arviz_1(monkeypatch: pytest.MonkeyPatch) -> None:
     """ArviZ 1.x: one dict of groups, attributes by group."""
-    fake = SimpleNamespace(from_dict=lambda data, *, attrs=None, dims=None, coords=None: (data, attrs))
+    fake = SimpleNamespace(from_dict=lambda data, *, attrs=None, **labels: (data, attrs))
     monkeypatch.setitem(sys.modules, "arviz", fake)
     groups, attrs = reference().to_arviz()
     assert set(groups) == {"posterior", "sample_stats"}

@@ -300,7 +300,7 @@ def test_an_older_splice_is_not_forgotten() -> None:
 
 
 def test_sees_a_planted_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block that is restarted from its predecessor's last state but one: called solved, and seen by both checks."""
+    """A block restarted from the end of the block before its predecessor: called solved, and both checks see it."""
     inputs, guess = affine_inputs(0, 400), np.random.default_rng(1).normal(size=400)
 
     def check() -> tuple[int, float, float]:
@@ -316,10 +316,10 @@ def test_sees_a_planted_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(residual, error) < 1e-12
     right = _shooting._hand_over
 
-    def one_step_early(layout, ran_out, sweep):
-        return right(layout, ran_out, sweep._replace(end=sweep.recording.path[:, -2]))
+    def one_block_early(lanes, end, ran_out):
+        return right(lanes, lanes.held.hand_over(end), ran_out)
 
-    monkeypatch.setattr(_shooting, "_hand_over", one_step_early)
+    monkeypatch.setattr(_shooting, "_hand_over", one_block_early)
     result, residual, error = check()
     assert result == RESULTS.successful
     assert min(residual, error) > 0.01

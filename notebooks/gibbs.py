@@ -218,7 +218,7 @@ print("posterior probability above 1/2:", np.flatnonzero(probability > 0.5), " p
 
 # %% [markdown]
 # All planted outliers are found; one more point, at the left edge, is a doubtful case. (Seconds stored here are from two CPU
-# cores that were busy with other work, too; compilation most of all.)
+# cores.)
 #
 # Without `kernel=`, `parallel_chain` adds `DiscreteGibbs()` by itself when a model has discrete latent sites; then elements
 # are drawn one after the other, which is right whatever depends on what.

@@ -119,9 +119,8 @@ print(f"on {device.device_kind} ({device.platform})")
 
 # %% [markdown]
 # Where a draw differs, float32 rounding decided a near tie somewhere before (one more doubling, or another point of the
-# trajectory); both paths are valid chains, and they merge again. The seconds stored here are from two CPU cores that were
-# busy with other work, too, so warm-up and compilation look worse than they are; the ratio of the two lines is one of the
-# same minute, and no more than an order of magnitude. A GPU has other prices: run it there and look.
+# trajectory); both paths are valid chains, and they merge again. The seconds stored here are from two CPU cores. A GPU
+# has other prices: run it there and look.
 
 # %%
 az.summary(chain.to_arviz(), round_to=3)

@@ -17,7 +17,7 @@ from pmcmc.interop._numpyro import numpyro_target
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.sampling import _ahead, _auto
 from pmcmc.sampling._ahead import Ahead
-from pmcmc.sampling._engine import forget_programs
+from pmcmc.sampling._engine import Engine, forget_programs
 from pmcmc.stability import Costs, plan
 from tests._compilations import compilations
 from tests._targets import gaussian, start_like
@@ -134,6 +134,26 @@ def test_plans_know_what_is_compiled(free_lanes, monkeypatch: pytest.MonkeyPatch
     again, other = sample(4, num_samples=20_000).report, sample(4, num_samples=10_000).report
     assert (again.decision, other.decision) == ("shooting", "sequential")
     assert again.plan.chosen.seconds < 1e15
+
+
+def test_other_data_is_another_program() -> None:
+    """The model and its static halves are equal, so shapes must tell programs apart."""
+
+    def model(y):
+        numpyro.sample("y", dist.Normal(numpyro.sample("mu", dist.Normal(0, 1)), 1), obs=y)
+
+    def engine(length: int) -> Engine:
+        target = numpyro_target(model, (jnp.zeros(length),), {})
+        return Engine(
+            target, pmcmc.MALA(step_size=0.5), jax.random.split(jax.random.key(0), 1), jnp.zeros((2, 1)), None
+        )
+
+    forget_programs()
+    first, shape = engine(3), engine(3).shape_for(Sequential(), 128)
+    assert first.compile_seconds(Sequential(), shape) is None
+    first.solve(Sequential(), shape, jnp.zeros((1, 1)), np.zeros(1, int), 128)
+    assert engine(3).compile_seconds(Sequential(), shape) > 0
+    assert engine(4).compile_seconds(Sequential(), shape) is None
 
 
 def test_same_chain_whatever_is_compiled_when(two_cores, monkeypatch: pytest.MonkeyPatch) -> None:

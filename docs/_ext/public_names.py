@@ -15,7 +15,7 @@ from sphinx.util.docutils import SphinxDirective
 
 REFERENCE = Path(__file__).parents[1] / "api"
 DIRECTIVE = re.compile(r"^\.\. public:: (\S+)\n\n((?:   \w+\n?)+)", re.MULTILINE)
-HEADER = re.compile(r"^(Raises|Returns|Example):(.*)$")
+HEADER = re.compile(r"^(Raises|Warns|Returns|Example):(.*)$")
 PARAMETER = re.compile(r"^([a-z_*][\w*]*(?:, [a-z_*][\w*]*)*): (.*)$")
 CODE = re.compile(r"``(.+?)``|`([^`]+)`", re.DOTALL)
 

@@ -65,7 +65,10 @@ def parallel_chain(
         WarmupError: warm-up found nothing to sample with.
         MemoryError: the draws do not fit into memory; before any sampling.
         Interrupted: Ctrl-C; what was sampled so far is its ``chain``.
-        RuntimeError: a chain accepted no move, or reached a state that is not finite.
+        RuntimeError: a chain reached a state that is not finite.
+
+    Warns:
+        UserWarning: warm-up did not settle, or a chain accepted no move.
 
     Example:
         >>> import numpyro, numpyro.distributions as dist, pmcmc

@@ -280,7 +280,11 @@ class Engine:
         return _compile_seconds.get(self._program(solver, shape))
 
     def _program(self, solver: RecurrenceSolver, shape: Shape) -> Hashable:
-        return _name(solver, shape), jax.tree.structure((self.target, self.kernel)), self.num_chains
+        leaves, structure = jax.tree.flatten((self.target, self.kernel))
+        shapes = tuple(
+            (jnp.shape(x), jnp.result_type(x)) for x in leaves
+        )  # other data of this model is another program
+        return _name(solver, shape), structure, shapes, self.num_chains
 
     def _note(self, solver: RecurrenceSolver, shape: Shape, seconds: float) -> None:
         """The first time counts: later ones find the programs."""

@@ -70,8 +70,7 @@ def run_stages(
     began = time.perf_counter()
     with Progress(settings.num_samples, progress_bar) as progress, closing(Ahead()) as ahead:
         state, remark = _warm_up(target, rng_key, starts, settings, progress, ahead, record)
-        chain = _sample(state, settings, progress, ahead, began, time.perf_counter() - began, remark)
-    return chain if record is None else replace(chain, warmup_path=record.path())
+        return _sample(state, settings, progress, ahead, began, time.perf_counter() - began, remark, record)
 
 
 def warm_up(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings, progress_bar: bool) -> ChainState:
@@ -159,6 +158,7 @@ def _sample(
     began: float,
     warmup_seconds: float,
     warmup_remark: str = "",
+    record: WarmupRecord | None = None,
 ) -> Chain:
     progress.sample()
     engine = _engine(state, ahead)
@@ -182,6 +182,7 @@ def _sample(
             settings.solver,
             extend,
             settings.extra_fields,
+            warmup_path=None if record is None else record.path(),
             devices=settings.devices or None,
         )
 
@@ -197,22 +198,23 @@ def _sample(
         x = jax.tree.map(lambda draws: jnp.asarray(draws[:, kept - 1]), run.draws.unknowns)
         steps = kept * settings.thinning - state.num_unkept
         raise Interrupted(chain(x, kept, steps, 0), settings.num_samples) from stopped
-    _check_moved(run.draws.info)
+    _warn_of_stuck_chains(run.draws.info)
     return chain(run.x, total // settings.thinning, settings.num_samples, total % settings.thinning)
 
 
-def _check_moved(info: Info) -> None:
-    """Raise where a chain accepted nothing: such draws are one point, however many they are.
+def _warn_of_stuck_chains(info: Info) -> None:
+    """Say where a chain accepted nothing: such draws are one point, however many they are.
 
     Judged by the probabilities, not by the moves: a few draws may stand still by chance.
     """
     rates = np.asarray(info.acceptance_rate)
     stuck = np.flatnonzero(rates.sum(axis=1) < STUCK)
     if stuck.size and rates.shape[1] >= FEW_DRAWS:
-        raise RuntimeError(
+        warnings.warn(
             f"chain(s) {', '.join(map(str, stuck))} accepted no move in {rates.shape[1]:,} draws. Leave the step size "
             "and num_warmup to pmcmc (step_size=None, num_warmup=1000), take a smaller step size, or start elsewhere "
-            "with init_params."
+            "with init_params.",
+            stacklevel=5,  # the caller of `parallel_chain` and `sample`
         )
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pmcmc
+from benchmarks._compilations import compilations
 from benchmarks._harness import RESULTS, save
 from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Sequential, deer, quasi_deer
 from pmcmc.sampling import _stages
@@ -80,26 +81,10 @@ def programs() -> dict[str, dict[str, float]]:
 
         for call, shift in (("first call", 0.0), ("second call", 0.5)):
             traces.clear()
-            with _compilations() as seen:
+            with compilations() as seen:
                 _sample(pmcmc.HMC(), solver, 4096, counted, shift)
             found[f"{name}, {call}"] = {"programs compiled": float(len(seen)), "density traced": float(len(traces))}
     return found
-
-
-class _compilations:
-    """XLA's own count of the programs it is handed."""
-
-    def __enter__(self) -> list[str]:
-        self._seen: list[str] = []
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-        return self._seen
-
-    def __exit__(self, *error: object) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._listen)
-
-    def _listen(self, event: str, duration_secs: float, **details: str | int) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            self._seen.append(str(details.get("fun_name", "")))
 
 
 def memory() -> dict[str, dict[str, float]]:

@@ -259,6 +259,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     num_samples = 2000 if options.quick else options.num_samples
     names = options.posteriors or (["eight_schools"] if options.quick else ["eight_schools", *posteriordb()])
+    jax.config.update("jax_enable_x64", True)  # as in the runs, for what the file says of them
     rows: list[dict[str, Any]] = []
     for name in names:
         rows.append(measure(name, options.methods, options.repeats, num_samples))

@@ -13,13 +13,13 @@ import numpyro.distributions as dist
 import pytest
 
 import pmcmc
+from benchmarks._compilations import compilations
 from pmcmc.interop._numpyro import numpyro_target
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.sampling import _ahead, _auto
 from pmcmc.sampling._ahead import Ahead
 from pmcmc.sampling._engine import Engine, forget_programs
 from pmcmc.stability import Costs, plan
-from tests._compilations import compilations
 from tests._targets import gaussian, start_like
 from tests.test_planning import CPU, merging
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks._compilations import compilations
 from pmcmc import HMC, load, sample
 from pmcmc.recurrence import MultipleShooting, Sequential
-from tests._compilations import compilations
 from tests._targets import gaussian
 
 PROGRAMS = ("jit(draw_noise)", "jit(solve_noise)")

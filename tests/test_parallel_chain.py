@@ -13,10 +13,10 @@ import pytest
 from scipy import stats
 
 import pmcmc
+from benchmarks._compilations import compilations
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, deer
 from pmcmc.sampling import _engine
 from pmcmc.sampling._engine import Engine
-from tests._compilations import compilations
 from tests._statistics import z_bound
 from tests._targets import COVARIANCE, funnel, gaussian, start_like
 

@@ -119,7 +119,7 @@ TABLES: dict[str, Callable[[Rows], Table]] = {
     ),
     "planner_cpu": columns(
         posterior="posterior",
-        kernel="kernel",
+        kernel=lambda row: row["pair"].split("/", 1)[1],
         steps="num_samples",
         auto_took=lambda row: row["runs"]["auto"]["decision"],
         regret="regret",
@@ -144,10 +144,6 @@ TABLES: dict[str, Callable[[Rows], Table]] = {
 }
 
 
-# Benchmarks whose runs are processes of their own, in another precision than the one that wrote the file.
-PRECISION = {"whole_call_cpu": "float64"}
-
-
 def plain(rows: Rows) -> Table:
     """The values that are no lists or dicts, under their own names."""
     keys = list(dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, list | dict)))
@@ -158,7 +154,7 @@ def render(path: Path) -> tuple[Table, str]:
     """The table of a file, and the sentence that says where its figures come from."""
     stored = json.loads(path.read_text(encoding="utf-8"))
     where = stored["environment"]
-    precision = PRECISION.get(path.stem, "float64" if where.get("x64") else "float32")
+    precision = "float64" if where.get("x64") else "float32"
     machine = f"{where['device']}, {where['cores']} cores, {where['machine']}"
     versions = f"Python {where['python']}, jax {where['jax']}, {precision}"
     return TABLES.get(path.stem, plain)(stored["rows"]), f"{machine}; {versions}; benchmarks/results/{path.name}"

@@ -1,4 +1,4 @@
-"""What XLA is asked to compile. Import as ``tests._compilations``."""
+"""What XLA is asked to compile, for counts and for tests."""
 
 import threading
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ def compilations() -> Iterator[list[Compilation]]:
     """The programs that XLA is handed, from its own count."""
     seen: list[Compilation] = []
 
-    def listen(event: str, duration: float, fun_name: str = "", **details: object) -> None:
+    def listen(event: str, duration_secs: float, **details: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(Compilation(fun_name, threading.current_thread() is threading.main_thread()))
+            seen.append(Compilation(str(details.get("fun_name", "")), threading.current_thread() is threading.main_thread()))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

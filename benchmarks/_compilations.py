@@ -22,7 +22,9 @@ def compilations() -> Iterator[list[Compilation]]:
 
     def listen(event: str, duration_secs: float, **details: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(Compilation(str(details.get("fun_name", "")), threading.current_thread() is threading.main_thread()))
+            seen.append(
+                Compilation(str(details.get("fun_name", "")), threading.current_thread() is threading.main_thread())
+            )
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

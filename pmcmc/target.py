@@ -17,6 +17,8 @@ import numpy as np
 from pmcmc._tree import RavelSpec, is_real, register_dataclass
 from pmcmc._types import Array, ArrayLeaf, Float, PyTree
 
+# Matrices of this many rows are multiplied without a library.
+SMALL_DIM = 32
 Supports = tuple[tuple[str, tuple[int | float, ...]], ...]  # (site, its values)
 
 
@@ -139,6 +141,13 @@ class Conditional(Model):
         return self.model.element_logdensities(data[0], {**data[1], **position}, site, values)
 
 
+def _product(matrix: Array, vector: Array) -> Array:
+    """``matrix @ vector``; a small one by a sum, which XLA fuses with what is around it (see `in_one_kernel`)."""
+    if len(vector) > SMALL_DIM:
+        return matrix @ vector
+    return jnp.sum(matrix * vector[None, :], axis=1)
+
+
 @register_dataclass
 @dataclass(frozen=True)
 class Basis:
@@ -151,7 +160,7 @@ class Basis:
     scale: ArrayLeaf
 
     def to_position(self, y: Float[Array, " dim"]) -> Float[Array, " dim"]:
-        return self.loc + (self.scale @ y if self.scale.ndim == 2 else self.scale * y)
+        return self.loc + (_product(self.scale, y) if self.scale.ndim == 2 else self.scale * y)
 
     def to_coordinates(self, x: Float[Array, " dim"]) -> Float[Array, " dim"]:
         if self.scale.ndim == 2:

@@ -8,9 +8,9 @@ import numpyro.distributions as dist
 import pytest
 
 import pmcmc
-from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
+from pmcmc.recurrence import RESULTS, Dense, MultipleShooting, Sequential, Windowed
 from pmcmc.sampling import _auto, _pilot
-from pmcmc.stability import Costs, PilotError, coalescence_time, plan
+from pmcmc.stability import Costs, PilotError, coalescence_time, plan, predict_iterations
 from pmcmc.stability._paths import coalescence_of_paths
 from pmcmc.stability._plan import next_segment, schedule
 from tests._targets import funnel, gaussian, start_like
@@ -92,9 +92,25 @@ def test_newton_where_merges_are_long_and_lanes_free() -> None:
     assert found.chosen.num_steps < 20
     assert found.solver.max_iters >= 20
     assert plan(10_000, 1, free, pilot).chosen.name != "DEER"
-    assert "DEER" not in [c.name for c in plan(10_000, 1, free, pilot, dim=100, max_steps=100_000).candidates]
+    assert [c for c in plan(10_000, 1, free, pilot, dim=100, max_steps=9_999).candidates if "DEER" in c.name] == []
     dear = plan(10_000, 1, free._replace(lane=1e-4), pilot, dim=1)
     assert dear.chosen.name == "sequential"
+
+
+def test_jacobians_that_do_not_fit_come_in_windows() -> None:
+    keys = jax.random.split(jax.random.key(1), 2)
+    inputs = jax.random.normal(keys[0], (6000, 32))
+    pilot = coalescence_time(lambda x, u: 0.99 * x + u, jnp.zeros(32), jnp.ones(32), inputs, scale=1.0, tol=1e-13)
+    found = plan(10_000, 1, Costs(1e-4, 1e-4, 1e-12, 0.0), pilot, dim=100, max_steps=100_000)
+    whole, windows = (next(c for c in found.candidates if c.name.startswith(name)) for name in ("quasi-DEER", "DEER"))
+    assert windows.name == "DEER, windows of 1,000 steps"
+    assert isinstance(windows.solver, Windowed)
+    assert windows.solver.window == 1000
+    assert not isinstance(whole.solver, Windowed)
+    assert windows.num_steps == 10 * predict_iterations(Dense(), pilot, length=1000).value
+    # Jacobians of 100 steps at a time: not worth a plan
+    few = plan(10_000, 1, Costs(1e-4, 1e-4, 1e-12, 0.0), pilot, dim=1000, max_steps=100_000)
+    assert not any(c.name.startswith("DEER") for c in few.candidates)
 
 
 def test_segments_risk_a_tenth() -> None:

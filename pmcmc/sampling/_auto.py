@@ -101,7 +101,8 @@ class Automatic:
         overlap = OVERLAP if num_cores() > 1 else 0.0
         if jax.default_backend() != "cpu":
             overhead = seconds if self.timing is None else self.timing.seconds_per_step
-            return Costs(seconds, overhead, overhead / FREE_LANES, compile_seconds, overlap)
+            free = FREE_LANES * max(1, len(self.devices))
+            return Costs(seconds, overhead, overhead / free, compile_seconds, overlap)
         if self.timing is None:
             return Costs(seconds, 0.0, seconds / chains, compile_seconds, overlap)
         lanes, wide = self.timing

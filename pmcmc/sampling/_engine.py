@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from pmcmc._jit import tuned_jit
+from pmcmc._one_kernel import in_one_kernel
 from pmcmc._threefry import key_pair
 from pmcmc._types import Array, PyTree
 from pmcmc.kernels import Kernel
@@ -30,6 +31,8 @@ NOISE_PIECE, SMALL_PIECE = 1 / 8, 64
 # sequential sampling does.
 SEGMENT_BYTES = 512 * 2**20
 SEQUENTIAL_BYTES = 64 * 2**20
+# Chains that one kernel of one thread takes through their steps in order.
+FEW_CHAINS = 8
 # Seconds that programs took to compile in this process, the newest of them: who plans must know what is there already.
 MAX_NOTES = 256
 _compile_seconds: dict[Hashable, float] = {}
@@ -153,6 +156,27 @@ def solve_noise(
     guesses: a bank of unknowns, leading axis N, from which initial guesses are drawn (they cannot change the result).
     buffers: (value, aux) of an earlier solution in this shape, overwritten; None for solvers that do not walk.
     """
+    arrays = (target, kernel, noise, x0, first_step, block_length, guesses, scale, buffers)
+    solve = partial(_solve_noise, solver=solver, shape=shape)
+    if isinstance(solver, Sequential) and len(first_step) <= FEW_CHAINS:
+        return in_one_kernel(solve, *arrays)
+    return solve(*arrays)
+
+
+def _solve_noise(
+    target: Target,
+    kernel: Kernel,
+    noise: PyTree,
+    x0: PyTree,
+    first_step: Array,
+    block_length: Array,
+    guesses: PyTree,
+    scale: PyTree,
+    buffers: PyTree,
+    *,
+    solver: RecurrenceSolver,
+    shape: Shape,
+) -> tuple[Solution, Array]:
     num_chains = jax.tree.leaves(x0)[0].shape[0]
     num_guesses = jax.tree.leaves(guesses)[0].shape[0]
 

@@ -8,9 +8,18 @@ from typing import NamedTuple
 import numpy as np
 
 from pmcmc._types import Scalar
-from pmcmc.recurrence import Dense, Diagonal, MultipleShooting, RecurrenceSolver, Sequential, deer, quasi_deer
+from pmcmc.recurrence import (
+    Dense,
+    Diagonal,
+    MultipleShooting,
+    RecurrenceSolver,
+    Sequential,
+    Windowed,
+    deer,
+    quasi_deer,
+)
 from pmcmc.stability._coalescence import Coalescence
-from pmcmc.stability._predict import longest_of, predict_iterations
+from pmcmc.stability._predict import Prediction, longest_of, predict_iterations
 from pmcmc.stability._tail import ExponentialTail
 
 # Blocks are whole numbers of this many steps: what the zeroth sweep writes at a time.
@@ -21,6 +30,8 @@ BLOCK_COUNTS = tuple(2**i for i in range(1, 15))
 FIRST_SHARE = 1 / 8
 # What a failing segment may cost beyond all that was saved so far, as a share of a sequential run.
 LOSS = 0.1
+# Shorter windows of Newton's method are not considered.
+MIN_WINDOW = 256
 # Probability of the intervals.
 LEVEL = 0.9
 # Blocks must promise to save this share of a sequential run: predictions of seconds are off by a quarter at times.
@@ -115,7 +126,8 @@ def plan(
     the sequential run.
 
     DEER and quasi-DEER take their predicted iterations (`predict_iterations`), each a step of C T (1 + D) lanes, for
-    the map and its D tangents, and log2(T) overheads for the scan. They are considered where T steps fit into memory.
+    the map and its D tangents, and log2(T) overheads for the scan. They are considered where T states fit into memory;
+    where their Jacobians do not, windows of as many steps as do slide along the path (`Windowed`).
 
     num_steps: T, steps per chain that are left. num_chains: C. costs: s, a, b and the seconds of a compilation.
     coalescence: the pilot; None where nothing is known of how chains merge.
@@ -198,16 +210,25 @@ def _block_candidates(
 def _newton_candidates(
     num_steps: int, num_chains: int, costs: Costs, coalescence: Coalescence, dim: int, max_steps: int
 ) -> list[Candidate]:
-    found = []
-    iteration = costs.step(num_chains * num_steps * (1 + dim)) + costs.overhead * math.log2(num_steps)
+    found: list[Candidate] = []
+    if num_steps > max_steps:
+        return found
     for name, make, structure, width in (("DEER", deer, Dense(), dim), ("quasi-DEER", quasi_deer, Diagonal(), 1)):
-        if num_steps * width > max_steps:  # a step of DEER holds D x D entries where one of blocks holds D
+        # a step of DEER holds D x D entries where one of blocks holds D
+        window = min(num_steps, max_steps // width)
+        if window < MIN_WINDOW:
             continue
-        count = predict_iterations(structure, coalescence, length=num_steps)
+        windows = math.ceil(num_steps / window)
+        count = Prediction(*(windows * k for k in predict_iterations(structure, coalescence, length=window)))
+        iteration = costs.step(num_chains * window * (1 + dim)) + costs.overhead * math.log2(window)
         # what may be lost if they do not converge, as in `next_segment`
-        budget = math.ceil(count.value + LOSS * num_steps * costs.sequential / iteration)
+        newton = make(max_iters=math.ceil(count.value + LOSS * num_steps * costs.sequential / iteration))
         seconds = count.value * iteration + costs.compile
-        found.append(Candidate(name, make(max_iters=budget), *count, seconds))
+        if windows == 1:
+            found.append(Candidate(name, newton, *count, seconds))
+        else:
+            name = f"{name}, windows of {window:,} steps"
+            found.append(Candidate(name, Windowed(newton, window), *count, seconds))
     return found
 
 

@@ -5,7 +5,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow test-legs lint notebooks notebook-outputs docs counts bench clean
+.PHONY: demo test test-slow coverage test-legs lint notebooks notebook-outputs docs counts bench clean
 
 demo: $(STAMP)
 	$(BIN)/python -m pmcmc demo
@@ -15,6 +15,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# Which lines the tests of `make test` reach; what they run in processes of their own is not counted.
+coverage: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --cov=pmcmc --cov-report=term-missing:skip-covered
 
 # A short file of tests under other Pythons and packages, where this machine has them.
 test-legs: leg-newest leg-colab

@@ -1,4 +1,6 @@
-"""Same key, same chain: for any blocks, segments and company, given the tuned kernel and the start.
+"""Same key, same chain: for any blocks, segments, windows and company, given the tuned kernel and the start.
+
+For any devices too: see `tests._devices`.
 
 In float64 to 1e-10. In float32 two programs round differently, so two chains may part, but only at an accept decision
 within rounding of a tie; from there each is a chain of the kernel in its own right.
@@ -11,8 +13,9 @@ import numpy as np
 import pytest
 
 import pmcmc
-from pmcmc.recurrence import MultipleShooting, Sequential
+from pmcmc.recurrence import MultipleShooting, Sequential, Windowed, deer
 from pmcmc.sampling import _engine
+from tests._selection import share
 from tests._targets import gaussian, mixture, start_like
 
 KERNEL = pmcmc.HMC(step_size=0.9, num_integration_steps=2)
@@ -37,8 +40,8 @@ def reference() -> pmcmc.Chain:
     return run(Sequential())
 
 
-@pytest.mark.parametrize("num_chains", [1, 3])
-@pytest.mark.parametrize("segment", [2**14, 2**29], ids=["segments", "whole"])
+@pytest.mark.parametrize("num_chains", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("segment", share({"segments": 2**14, "whole": 2**29}, "segments"))
 @pytest.mark.parametrize(
     "solver",
     [
@@ -54,6 +57,13 @@ def test_float64(solver, segment: int, num_chains: int, monkeypatch: pytest.Monk
     chain = run(solver, num_chains)
     np.testing.assert_allclose(chain.unknowns, reference().unknowns[:num_chains], rtol=0, atol=1e-10)
     np.testing.assert_array_equal(chain.info.margin > 0, reference().info.margin[:num_chains] > 0)
+
+
+@pytest.mark.parametrize("window", [40, pytest.param(250, marks=pytest.mark.slow)])
+def test_windows(window: int) -> None:
+    chain = run(Windowed(deer(), window))
+    assert chain.report.fallback == ""
+    np.testing.assert_allclose(chain.unknowns, reference().unknowns, rtol=0, atol=1e-10)
 
 
 @cache
@@ -77,7 +87,10 @@ def with_constant(x):
     return mixture(x) + jnp.float32(1e4)
 
 
-@pytest.mark.parametrize(("num_blocks", "num_chains"), [(1, 1), (1, 4), (12, 1), (12, 4)])
+@pytest.mark.parametrize(
+    ("num_blocks", "num_chains"),
+    [(12, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, 1), (1, 4), (12, 4)])],
+)
 def test_float32_parts_at_near_ties_only(num_blocks: int, num_chains: int) -> None:
     chain, expected = in_float32(num_blocks, num_chains), in_float32(1, 4)
     found = chain.verify()

@@ -20,6 +20,7 @@ from pmcmc.sampling import _ahead, _auto
 from pmcmc.sampling._ahead import Ahead
 from pmcmc.sampling._engine import Engine, forget_programs
 from pmcmc.stability import Costs, plan
+from tests._selection import share
 from tests._targets import gaussian, start_like
 from tests.test_planning import CPU, merging
 
@@ -106,7 +107,7 @@ def two_cores(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_auto.Automatic, "costs", lambda self, head: Costs(1e-3, 1e-3, 1e-9, 0.0))
 
 
-@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("kernel", share(KERNELS, "HMC"))
 @pytest.mark.parametrize("solver", ["auto", MultipleShooting(4), Sequential()], ids=["auto", "blocks", "sequential"])
 def test_sampling_waits_for_no_program_twice(kernel, solver, two_cores, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was compiled for shapes is found for arrays: nothing is compiled where it is wanted."""

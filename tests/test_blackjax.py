@@ -12,6 +12,7 @@ import pmcmc
 from pmcmc import NUTS, Target, from_blackjax
 from pmcmc.recurrence import Sequential
 from tests._chains import draw_noise, solve
+from tests._selection import share
 from tests._targets import COVARIANCE, gaussian, make_target, start_like
 
 ONES = jnp.ones(3)
@@ -73,7 +74,9 @@ def run_blackjax(algorithm, state, keys):
     return jax.jit(lambda state: jax.lax.scan(step, state, keys)[1])(state)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", share(list(CASES), "random-walk", "elliptical", "mclmc", "ghmc", "dynamic-hmc", "nuts-shallow")
+)
 def test_equals_blackjax_with_the_same_keys(name: str) -> None:
     kernel, build = CASES[name]
     keys = jax.random.split(jax.random.key(3), 100)
@@ -162,7 +165,7 @@ def test_merges_under_common_keys() -> None:
     assert found.growth_rate < -0.1
 
 
-@pytest.mark.parametrize("name", ["random-walk", "barker", "ghmc"])
+@pytest.mark.parametrize("name", share(["random-walk", "barker", "ghmc"], "ghmc"))
 def test_does_not_merge_under_common_keys(name: str) -> None:
     """Random increments added to both paths keep them apart; GHMC's slice variable is never drawn anew."""
     found = couple(name, 1000)
@@ -174,7 +177,7 @@ def test_does_not_merge_under_common_keys(name: str) -> None:
 SIZES = dict(num_warmup=100, num_chains=4, progress_bar=False)
 
 
-@pytest.mark.parametrize("name", ["random-walk", "barker"])
+@pytest.mark.parametrize("name", share(["random-walk", "barker"], "random-walk"))
 def test_auto_samples_sequentially_what_does_not_merge(name: str, free_lanes) -> None:
     chain = pmcmc.sample(gaussian, start_like(gaussian), 0, kernel=CASES[name][0], num_samples=5_000, **SIZES)
     assert chain.report.decision == "sequential"

@@ -14,6 +14,7 @@ from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
 from pmcmc.recurrence._base import default_tolerance
 from tests._chains import draw_noise, solve
 from tests._gibbs import SCHOOLS_START
+from tests._selection import share
 from tests._targets import banana, eight_schools, gaussian, logistic, make_target, mixture
 
 LENGTH, NUM_BLOCKS = 20_000, 16
@@ -53,7 +54,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", share(list(CASES), "HMC, jittered", "MCLMC", "Gibbs"))
 def test_blocks_are_the_sequential_chain(name: str) -> None:
     """Blocks start from the chain's own states in reverse order: typical, and far from the right ones."""
     target, kernel, start = CASES[name]

@@ -19,6 +19,7 @@ import pytest
 import pmcmc
 from pmcmc._tree import register_dataclass
 from tests._chains import draw_noise
+from tests._selection import share
 from tests._statistics import z_bound
 from tests._studies import CONJUGATE, NUM_DATA, SCALE, SHAPE, Conjugate, Continuous, Labels, Mixed, Study
 
@@ -142,6 +143,7 @@ def test_joint_law_of_parameters_and_data_stays(name: str) -> None:
     assert np.max(np.abs(z)) < z_bound(NUM_TESTS * z.size)
 
 
+@pytest.mark.slow  # the same program as Geweke's test, which sees more
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_are_uniform(name: str) -> None:
     z = rank_scores(CASES[name])
@@ -222,7 +224,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", share(list(FAULTS), "wrong accept ratio", "noise of another block"))
 def test_sees_a_planted_fault(fault: str) -> None:
     found = {scores.__name__: scores(FAULTS[fault]) for scores in (geweke_scores, rank_scores)}
     print(fault, {name: np.max(np.abs(z)) for name, z in found.items()})

@@ -56,6 +56,7 @@ def test_missing_entries_are_seen() -> None:
     assert missing(public_modules(), entries) == ["pmcmc.recurrence.Newton"]
 
 
+@pytest.mark.slow  # a process for each page
 @pytest.mark.parametrize("page", [name for name, codes in EXAMPLES.items() if codes and name not in ELSEWHERE])
 def test_examples_run_as_printed(page: str, tmp_path: Path) -> None:
     code = "\n".join(EXAMPLES[page])

@@ -13,6 +13,7 @@ from pmcmc import HMC, MALA, BranchTaken, RandomWalk, StraightThrough, Target, U
 from pmcmc.kernels._metropolis import select
 from pmcmc.target import Model
 from tests._chains import draw_noise
+from tests._selection import share
 from tests._targets import COVARIANCE, banana, eight_schools, gaussian, make_target, skewed
 
 DIAGONAL = np.diag(COVARIANCE)
@@ -209,7 +210,7 @@ def blackjax_noise(keys, position):
     return jax.vmap(one)(keys)
 
 
-@pytest.mark.parametrize("logdensity_fn", [gaussian, skewed, banana], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("logdensity_fn", share({f.__name__: f for f in (gaussian, skewed, banana)}, "skewed"))
 @pytest.mark.parametrize("name", ["MALA", "HMC-diagonal", "HMC-dense"])
 def test_parity_with_blackjax(name: str, logdensity_fn) -> None:
     """200 steps, rejections among them, from BlackJAX's own random numbers."""

@@ -66,9 +66,14 @@ CASES = [
     ("MALA", eight_schools, SOLVERS),
     ("HMC", eight_schools, ["deer"]),
 ]
+QUICK = [("HMC", gaussian), ("MALA", banana), ("HMC", skewed)]
+PARAMETERS = [
+    pytest.param(*case, id=f"{case[0]}-{case[1].__name__}", marks=() if case[:2] in QUICK else pytest.mark.slow)
+    for case in CASES
+]
 
 
-@pytest.mark.parametrize(("name", "logdensity_fn", "solvers"), CASES, ids=[f"{n}-{f.__name__}" for n, f, _ in CASES])
+@pytest.mark.parametrize(("name", "logdensity_fn", "solvers"), PARAMETERS)
 def test_equals_sequential(name: str, logdensity_fn, solvers) -> None:
     target, kernel = make_target(logdensity_fn), kernel_of(name, logdensity_fn)
     x0 = jnp.full(target.dim, 0.3)
@@ -88,7 +93,7 @@ def test_equals_sequential(name: str, logdensity_fn, solvers) -> None:
         assert solution.stats.certified_steps == LENGTH
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_undamped_newton_is_not_fooled(seed: int) -> None:
     """float32, 2,000 steps of the banana: whatever is called solved or certified satisfies the equation.
 

@@ -11,6 +11,7 @@ import pytest
 from pmcmc import NUTS, Target
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
 from tests._chains import draw_noise, solve
+from tests._selection import share
 from tests._targets import banana, eight_schools, gaussian, logistic, make_target, mixture
 
 HALF_NORMAL = Target.from_logdensity(lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(1))  # D = 1
@@ -52,7 +53,7 @@ PARITY = {
 }
 
 
-@pytest.mark.parametrize("name", PARITY)
+@pytest.mark.parametrize("name", share(list(PARITY), "gaussian", "one doubling", "one dimension", "logistic"))
 def test_equals_blackjax_with_the_same_keys(name: str) -> None:
     target, kernel = PARITY[name]
     keys, x0 = jax.random.split(jax.random.key(3), 100), jnp.full(target.dim, 0.4)
@@ -69,7 +70,7 @@ def test_equals_blackjax_with_the_same_keys(name: str) -> None:
         assert np.max(info.num_trajectory_expansions) >= 7
 
 
-@pytest.mark.parametrize("name", ["gaussian", "banana", "mixture"])
+@pytest.mark.parametrize("name", share(["gaussian", "banana", "mixture"], "banana"))
 def test_equals_blackjax_where_trajectories_diverge(name: str) -> None:
     """Steps too large for the target, one at a time: unstable trajectories blow rounding up from step to step."""
     target, _ = PARITY[name]
@@ -98,7 +99,7 @@ def solve_in_step(target, kernel, solver, x0, noise, guess, scale):
     return jax.jit(run)(x0, noise, guess)
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", share(list(BLOCKS), "gaussian"))
 def test_lanes_apart_give_the_sequential_chain(name: str) -> None:
     """And what lanes in step give: sweeps, critical path, evaluations, residual."""
     target, kernel = BLOCKS[name]
@@ -120,7 +121,7 @@ def test_lanes_apart_give_the_sequential_chain(name: str) -> None:
         assert getattr(apart.stats, field) == getattr(in_step.stats, field), field
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("bad", share({"nan": jnp.nan, "inf": jnp.inf, "-inf": -jnp.inf}, "nan"))
 def test_bad_regions_are_rejected_and_count_as_divergent(bad: float) -> None:
     """Half the plane has no usable density: no state lies there, from a loop and from lanes alike."""
     target = Target.from_logdensity(lambda x: jnp.where(x[0] > 0.5, bad, -0.5 * jnp.sum(x**2)), jnp.zeros(2))

@@ -22,6 +22,7 @@ from pmcmc.stability import (
 )
 from pmcmc.stability._tail import ExponentialTail
 from tests._chains import draw_noise
+from tests._selection import share
 from tests._statistics import z_bound
 from tests._targets import logistic, make_target
 
@@ -80,8 +81,8 @@ def solve(name: str, solver):
     return jax.jit(lambda u, guess: solver.solve(fn, path[-1], u, scale=scale, initial_guess=guess))
 
 
-@pytest.mark.parametrize("num_blocks", [32, 256])
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("num_blocks", [pytest.param(32, marks=pytest.mark.slow), 256])
+@pytest.mark.parametrize("name", share(list(PROBLEMS), "logistic-MALA", "network"))
 def test_shooting(name: str, num_blocks: int) -> None:
     """Critical path within 1.5, guesses from another path, blocks longer and shorter than a merge time; three seeds.
 
@@ -102,7 +103,7 @@ def test_shooting(name: str, num_blocks: int) -> None:
     assert inside >= 2
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", share(list(PROBLEMS), "network"))
 def test_newton_and_jacobi(name: str) -> None:
     """Jacobi within 1.5, Newton within 3, both inside their intervals; three seeds."""
     _, draw, path, _ = problem(name)

@@ -162,7 +162,10 @@ def optimal(dim: int, *shares) -> RandomWalk:
 
 
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize(("dim", "bound"), [(1, 60), (2, 60), (5, 400), (10, 1200)])
+@pytest.mark.parametrize(
+    ("dim", "bound"),
+    [(1, 60), (5, 400), pytest.param(2, 60, marks=pytest.mark.slow), pytest.param(10, 1200, marks=pytest.mark.slow)],
+)
 def test_random_walk_alone_merges_bitwise(dim: int, bound: int, dtype) -> None:
     """Seen over 32 pairs: at most 10, 17, 113, 262 steps."""
     found = merge_times(normal, dim, optimal(dim, None, None), bound, dtype)
@@ -179,7 +182,7 @@ def test_radial_alone() -> None:
     assert not np.any(merge_times(normal, 2, optimal(2, 0.0, None), 1000).merged)
 
 
-@pytest.mark.parametrize("dim", [25, 100])
+@pytest.mark.parametrize("dim", [25, pytest.param(100, marks=pytest.mark.slow)])
 def test_independent_steps_merge_in_many_dimensions(dim: int) -> None:
     assert np.all(merge_times(normal, dim, optimal(dim), 400).distance == 0)
 

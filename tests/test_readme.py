@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pmcmc.__main__ import main
+from tests._selection import share
 
 README = Path(__file__).parents[1] / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
@@ -23,6 +24,7 @@ def test_readme_example_runs_as_printed() -> None:
     assert done.stdout.strip().endswith("(400000, 8) True")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", EXAMPLES[1:], ids=["gibbs", "discrete"])
 def test_readme_examples_of_discrete_sites(code: str) -> None:
     code += '\nassert chain.get_samples()["z"].shape[1:] == (6,) and chain.get_samples()["z"].dtype.kind == "i"\n'
@@ -30,7 +32,7 @@ def test_readme_examples_of_discrete_sites(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["eight_schools", "logistic"])
+@pytest.mark.parametrize("name", share(["eight_schools", "logistic"], "eight_schools"))
 def test_demo_reports_and_plots(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     main(["demo", name, "--scale", "0.01", "--output", str(tmp_path)])
     printed = capsys.readouterr().out

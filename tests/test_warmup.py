@@ -17,6 +17,7 @@ import pmcmc
 from pmcmc import ChEESAdaptation, EnsembleAdaptation, Pathfinder, UniformLength, WindowAdaptation
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.warmup import _ensemble
+from tests._selection import share
 from tests._statistics import z_bound
 from tests._targets import COVARIANCE, gaussian, logistic, mixture, start_like
 
@@ -34,7 +35,7 @@ def gaussian_chain(scheme: str) -> pmcmc.Chain:
     return pmcmc.sample(gaussian, start_like(gaussian), 0, warmup=SCHEMES[scheme], **SIZES)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", share(list(SCHEMES), "ensemble", "chees"))
 def test_basis_and_step_size_of_a_gaussian(scheme: str) -> None:
     """The covariance; and on 32 lanes the acceptance rate asked for (ChEES: a harmonic mean of 0.651)."""
     chain = gaussian_chain(scheme)
@@ -56,7 +57,7 @@ def test_chees_finds_the_length_of_a_gaussian() -> None:
     assert 2.247 * 0.6 < step_size * int(steps.high) < 2.247 * 1.5 + step_size  # whole steps: up to one too long
 
 
-@pytest.mark.parametrize("scheme", ["ensemble", "chees"])
+@pytest.mark.parametrize("scheme", share(["ensemble", "chees"], "ensemble"))
 def test_same_chain_whatever_the_solver(scheme: str) -> None:
     """The tuned kernel, drawn lengths included, is one deterministic map."""
     options = {**SIZES, "solver": MultipleShooting(8)}
@@ -64,6 +65,7 @@ def test_same_chain_whatever_the_solver(scheme: str) -> None:
     np.testing.assert_allclose(chain.get_samples(), gaussian_chain(scheme).get_samples(), rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_chees_keeps_a_given_step_size() -> None:
     chain = pmcmc.sample(logistic, jnp.zeros(4), 0, kernel=pmcmc.HMC(0.25), warmup=ChEESAdaptation(), **SIZES)
     assert chain.kernel.step_size == 0.25
@@ -76,11 +78,11 @@ LOCS, SCALES = np.array([0.0, 1e4, -50.0]), np.array([1e-6, 1.0, 1e3])
 @pytest.mark.parametrize(
     ("scheme", "kind"),
     [
-        ("ensemble", "shift"),
-        ("ensemble", "tiny"),
         ("ensemble", "scales"),
-        ("chees", "scales"),
-        ("pathfinder", "scales"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("ensemble", "shift"), ("ensemble", "tiny"), ("chees", "scales"), ("pathfinder", "scales")]
+        ),
     ],
 )
 def test_bad_scales(scheme: str, kind: str) -> None:
@@ -170,6 +172,7 @@ def test_chees_takes_hmc_alone(kernel) -> None:
         pmcmc.sample(gaussian, start_like(gaussian), 0, kernel=kernel, warmup=ChEESAdaptation(), **SIZES)
 
 
+@pytest.mark.slow
 def test_pathfinder_leaves_errors_to_what_follows() -> None:
     spike = lambda x: jnp.where(x[0] == 0, 0.0, -jnp.inf) - 0.5 * x[1] ** 2
     with pytest.raises(pmcmc.WarmupError, match="warm-up never moved"):
@@ -197,7 +200,7 @@ def posteriors() -> dict[str, Any]:
     return module.POSTERIORS
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", share(NAMES, "kidiq-kidscore_momiq"))
 def test_draws_agree_with_posteriordb(name: str) -> None:
     """Means against the reference draws, behind warm-up from dispersed starts; chains agree with each other."""
     posterior = posteriors()[name]

@@ -7,6 +7,7 @@ import pytest
 
 from pmcmc import recurrence as rec
 from pmcmc.recurrence import RESULTS, Newton
+from tests._selection import share
 from tests.recurrence.problems import coupled
 
 PROBES = jax.random.key(7)
@@ -27,6 +28,10 @@ SOLVERS = {
 }
 SEQUENTIAL = rec.Sequential()
 every_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
+# One of each kind of solver; their Jacobians take part in the plain test, and in the slow leg in all.
+every_kind = pytest.mark.parametrize(
+    "solver", share(SOLVERS, "sequential", "shooting", "deer", "quasi-deer", "quasi-elk", "windowed")
+)
 
 
 def solve(solver, fn, x0, inputs=None, **options):
@@ -51,7 +56,7 @@ def test_equals_sequential(solver, rng_key):
     check(solve(solver, fn, x0, inputs), solve(SEQUENTIAL, fn, x0, inputs).value, 1e-11)
 
 
-@every_solver
+@every_kind
 def test_float32_under_vmap_with_guess_and_scale(solver, rng_key):
     fn, _, _ = coupled(rng_key, 6, dtype=jnp.float32)
     normal = lambda index, *shape: jax.random.normal(jax.random.fold_in(rng_key, index), shape, jnp.float32)
@@ -63,7 +68,7 @@ def test_float32_under_vmap_with_guess_and_scale(solver, rng_key):
         check(chain_of(found, chain), expected, 3e-5)
 
 
-@every_solver
+@every_kind
 def test_batch_of_pytrees_with_aux(solver, rng_key):
     keys = jax.random.split(rng_key, 3)
     shape = (2, 7)

@@ -53,7 +53,7 @@ def test_linear_rate_is_that_of_the_approximation_error(solver, theory):
     np.testing.assert_allclose(measured_rate(solver, matrix), theory, rtol=1e-3)
 
 
-@pytest.mark.parametrize("strength", [0.05, 1.0])
+@pytest.mark.parametrize("strength", [pytest.param(0.05, marks=pytest.mark.slow), 1.0])
 def test_linear_rate_of_a_fixed_trust_region(strength):
     """With steady gain G = 1 / (1 + lambda P-) and exact A = a, a constant error shrinks by (1 - G) / (1 - G a)."""
     solver = rec.elk(regularization=rec.FixedRegularization(strength), step_rule=rec.Filter(), num_iterates=13)
@@ -205,7 +205,11 @@ def test_iterations_against_length(rng_key):
     assert long <= short + 2
     short, long = (iterations(henon, jnp.zeros(2), None, n) for n in (64, 256))
     assert long > 2 * short
-    # T of 2 and 8 units of time
+
+
+@pytest.mark.slow
+def test_iterations_against_length_of_a_flow():
+    """The Lorenz system over 2 and 8 units of time."""
     short, long = (iterations(lorenz, jnp.array([1.0, 2.0, 20.0]), None, n) for n in (200, 800))
     assert long > 2 * short
 

@@ -318,6 +318,7 @@ sys.exit(any(r.failed for r in results))
 """
 
 
+@pytest.mark.slow  # one process for all
 def test_docstring_examples_run() -> None:
     assert not run_python(DOCTESTS, "pmcmc").startswith("0 examples")
 

@@ -50,6 +50,7 @@ counts: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html -d build/doctrees docs build/docs
 
+# A small subset, about 5 minutes, into build/benchmarks. In full: .venv/bin/python -m benchmarks --help
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
 

@@ -1,7 +1,10 @@
-"""Timing in one process: alternating runs, medians and spreads, success stored beside time, JSON out."""
+"""Timing in one process: alternating runs, medians and spreads, bytes, success stored beside time, JSON out."""
 
 import json
+import os
 import platform
+import re
+import resource
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -12,7 +15,13 @@ import jax
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
+SKETCHES = Path(__file__).parents[1] / "build" / "benchmarks"  # small runs, not to be kept
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+def device_name() -> str:
+    """Of the device that JAX uses by default, as part of a file name: ``cpu``, ``nvidia-h100-80gb-hbm3``."""
+    return re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
 
 
 def environment() -> dict[str, Any]:
@@ -20,7 +29,7 @@ def environment() -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "device": device.device_kind if device.platform != "cpu" else f"cpu, {jax.device_count()} device(s)",
-        "cores": len(__import__("os").sched_getaffinity(0)) if hasattr(__import__("os"), "sched_getaffinity") else None,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "machine": platform.machine(),
         "python": platform.python_version(),
         "jax": jax.__version__,
@@ -29,16 +38,37 @@ def environment() -> dict[str, Any]:
     }
 
 
+def peak_bytes() -> dict[str, int]:
+    """Largest so far: resident memory of this process, and memory of the device where it keeps count."""
+    stats = jax.devices()[0].memory_stats() or {}
+    device = {"device": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
+    return {"resident": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, **device}
+
+
+def program_bytes(program: Any) -> dict[str, int]:
+    """What a compiled program needs: its arguments, and what it takes beside them."""
+    stats = program.memory_analysis()
+    fresh = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return {"arguments": stats.argument_size_in_bytes, "beside them": fresh}
+
+
 def alternate(
-    runs: dict[str, Callable[[], Any]], repeats: int = 5, seconds_of: Callable[[Any], float] | None = None
+    runs: dict[str, Callable[[], Any]],
+    repeats: int = 5,
+    seconds_of: Callable[[Any], float] | None = None,
+    budget: float = float("inf"),
 ) -> dict[str, dict[str, float]]:
     """Time each callable ``repeats`` times, A B A B ..., after one run of each that compiles.
 
     Alternation lets a ratio hold when the machine's speed drifts. Returns first (compile included), median, min, max.
     seconds_of: what a result itself says it took, in place of the wall clock.
+    budget: seconds, after which three runs of each must do.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats + 1):
+    began = time.perf_counter()
+    for number in range(repeats + 1):
+        if number > 3 and time.perf_counter() - began > budget:
+            break
         for name, run in runs.items():
             begin = time.perf_counter()
             result = jax.block_until_ready(run())
@@ -60,9 +90,18 @@ def ratio(timing: dict[str, dict[str, float]], slow: str, fast: str) -> float:
     return timing[slow]["median_s"] / timing[fast]["median_s"]
 
 
-def save(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Write rows with the environment they belong to."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+def with_others(name: str, rows: list[dict[str, Any]], keys: tuple[str, ...], folder: Path = RESULTS) -> list[dict]:
+    """Rows, behind those of the result file that they do not measure anew: that differ from all of them in some key."""
+    path = folder / f"{name}.json"
+    what = lambda row: [row.get(key) for key in keys]
+    new = [what(row) for row in rows]
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in old if what(row) not in new] + rows
+
+
+def save(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS, **facts: Any) -> Path:
+    """Write rows with the environment they belong to, and facts about it."""
+    folder.mkdir(exist_ok=True, parents=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"environment": environment() | facts, "rows": rows}, indent=1) + "\n")
     return path

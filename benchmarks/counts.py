@@ -21,11 +21,11 @@ import numpy as np
 
 import pmcmc
 from benchmarks._compilations import compilations
-from benchmarks._harness import RESULTS, save
+from benchmarks._harness import RESULTS, program_bytes, save
+from benchmarks._runs import solve_program
 from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Sequential, deer, quasi_deer
 from pmcmc.sampling import _stages
 from pmcmc.sampling._ahead import Ahead
-from pmcmc.sampling._engine import solve_noise
 
 # Worse by more than this share fails. Paths differ a little between processors, which round differently.
 TOLERANCE = 0.1
@@ -92,14 +92,9 @@ def memory() -> dict[str, dict[str, float]]:
     chain = _sample(pmcmc.HMC(), Sequential(), 256, density)
     engine, solver = _stages._engine(chain.state, Ahead()), MultipleShooting(64)
     shape = engine.shape_for(solver, 2**17)
-    noise, record = engine._buffer_shapes(shape)
-    number, numbers = np.asarray(0, int), np.zeros(engine.num_chains, int)
-    arguments = (engine.target, engine.kernel, solver, noise, chain.state.unknown, numbers, number)
-    program = solve_noise.lower(*arguments, engine.guesses, engine.scale, record, shape=shape).compile()
-    stats = program.memory_analysis()
+    program = solve_program(engine, solver, shape)
     states = engine.num_chains * shape.num_blocks * shape.capacity
-    fresh = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return {"HMC, 64 blocks": {"arguments": stats.argument_size_in_bytes / states, "beside them": fresh / states}}
+    return {"HMC, 64 blocks": {what: size / states for what, size in program_bytes(program).items()}}
 
 
 SUITES: dict[str, Callable[[], dict[str, dict[str, float]]]] = {

@@ -69,5 +69,30 @@ def _against_length(axes: Any, rows: list[dict]) -> None:
     axes.legend(frameon=False, fontsize="small")
 
 
+def efficiency(name: str, path: Path) -> None:
+    """Efficiency against mean coalescence time of the cases of one result file, a colour for each T."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [r for r in json.loads((RESULTS / f"{name}.json").read_text())["rows"] if r["result"] == "successful"]
+    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    for length in sorted({r["length"] for r in rows}):
+        mine = [r for r in rows if r["length"] == length]
+        x, y = [r["coalescence_mean"] for r in mine], [r["efficiency"] for r in mine]
+        axes.scatter(x, y, s=24, label=f"T = {length:,}")
+        for row in mine:
+            where = (row["coalescence_mean"], row["efficiency"])
+            axes.annotate(row["case"], where, (4, 3), textcoords="offset points", fontsize=6)
+    axes.axvline(100, color="0.4", lw=0.8, ls=":")
+    axes.set(xlabel="mean coalescence time, steps", ylabel="efficiency against the limit", xscale="log", ylim=(0, 1.05))
+    axes.legend(frameon=False, fontsize="small", loc="lower left")
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
     iterations(FIGURES / "iterations.png")
+    efficiency("kernels_cpu", FIGURES / "efficiency.png")

@@ -112,19 +112,19 @@ def separated() -> Posterior:
     return _density("separated modes", 2, lambda x: jax.nn.logsumexp(-0.5 * jnp.sum((x - centres) ** 2, -1)))
 
 
-def irt() -> Posterior:
-    """One-parameter logistic item response (Rasch 1960), priors of Stan's user's guide; 100 students, 20 questions."""
+def irt(students: int = 100, questions: int = 20) -> Posterior:
+    """One-parameter logistic item response (Rasch 1960), priors of Stan's user's guide, synthetic answers."""
     rng = np.random.default_rng(2)
-    logits = 0.75 + rng.standard_normal((100, 1)) - rng.standard_normal(20)
-    correct = (rng.random((100, 20)) < 1 / (1 + np.exp(-logits))).astype(np.int32)
+    logits = 0.75 + rng.standard_normal((students, 1)) - rng.standard_normal(questions)
+    correct = (rng.random((students, questions)) < 1 / (1 + np.exp(-logits))).astype(np.int32)
 
     def model(correct):
         mean = numpyro.sample("mean", dist.Normal(0.75, 1))
-        ability = numpyro.sample("ability", dist.Normal(0, 1).expand([100]).to_event(1))
-        difficulty = numpyro.sample("difficulty", dist.Normal(0, 1).expand([20]).to_event(1))
+        ability = numpyro.sample("ability", dist.Normal(0, 1).expand([students]).to_event(1))
+        difficulty = numpyro.sample("difficulty", dist.Normal(0, 1).expand([questions]).to_event(1))
         numpyro.sample("correct", dist.Bernoulli(logits=mean + ability[:, None] - difficulty), obs=correct)
 
-    return Posterior("IRT 1PL", 121, model, (correct,))
+    return Posterior("IRT 1PL", students + questions + 1, model, (correct,))
 
 
 def stochastic_volatility() -> Posterior:

@@ -10,7 +10,6 @@ keeps the rows of the file that belong to other problems or other seeds.
 """
 
 import argparse
-import json
 import time
 from dataclasses import replace
 from functools import partial
@@ -19,8 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks._harness import RESULTS as FOLDER
-from benchmarks._harness import save
+from benchmarks._harness import save, with_others
 from benchmarks.published import PROBLEMS, Problem
 from pmcmc.recurrence import RESULTS
 
@@ -71,15 +69,6 @@ def measure(problem: Problem, seeds: list[int], budget: int) -> dict:
     }
 
 
-def other_rows(name: str, rows: list[dict]) -> list[dict]:
-    """Rows of a result file that ``rows`` do not measure anew."""
-    path = FOLDER / f"{name}.json"
-    what = lambda row: (row["problem"], row["method"], row["length"], row["seeds"])
-    new = [what(row) for row in rows]
-    old = json.loads(path.read_text())["rows"] if path.exists() else []
-    return [row for row in old if what(row) not in new]
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--problems", nargs="*", default=list(PROBLEMS))
@@ -101,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         rows.append(row)
         if options.save:
-            save(options.save, other_rows(options.save, rows) + rows)
+            save(options.save, with_others(options.save, rows, ("problem", "method", "length", "seeds")))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ class Case:
     """A target with a tuned kernel and typical states.
 
     scale: of each coordinate, or None: measured on the path. length: steps to solve.
+    settle: steps from ``start`` to typical states; none where it draws from the target, or nearly.
     """
 
     name: str
@@ -25,20 +27,27 @@ class Case:
     start: Callable
     scale: jax.Array | None
     length: int
+    settle: int = 200
+
+    @property
+    def dim(self) -> int:
+        """Numbers of a state."""
+        one = jax.eval_shape(lambda key: self.start(key, 1), jax.random.key(0))
+        return sum(x.size for x in jax.tree.leaves(one))
 
 
-def mixture(length: int = 10**6) -> Case:
+def mixture(length: int = 10**5) -> Case:
     """Four standard Gaussians at (+-2, +-2), MALA."""
     centres = jnp.array([[2.0, 2.0], [-2.0, 2.0], [2.0, -2.0], [-2.0, -2.0]])
 
     def logdensity(x):
-        return jax.nn.logsumexp(-0.5 * jnp.sum((x - centres) ** 2, -1))
+        return jax.nn.logsumexp(-0.5 * jnp.sum((x[None] - centres) ** 2, -1))
 
     start = lambda key, n: 2 * jax.random.normal(key, (n, 2))
     return Case("mixture, MALA", _target(logdensity, 2), MALA(0.8), start, jnp.full(2, 2.2), length)
 
 
-def banana(length: int = 10**6) -> Case:
+def banana(length: int = 10**5) -> Case:
     """x0 ~ N(0, 10^2), x1 ~ N(0.03 (x0^2 - 100), 1) (Haario et al. 1999), HMC of 8 steps of 0.5."""
 
     def logdensity(x):
@@ -48,10 +57,10 @@ def banana(length: int = 10**6) -> Case:
         z = jax.random.normal(key, (n, 2))
         return jnp.stack([10 * z[:, 0], z[:, 1] + 3 * (z[:, 0] ** 2 - 1)], 1)
 
-    return Case("banana, HMC", _target(logdensity, 2), HMC(0.5, 8), start, jnp.array([10.0, 4.4]), length)
+    return Case("banana, HMC", _target(logdensity, 2), HMC(0.5, 8), start, jnp.array([10.0, 4.4]), length, 0)
 
 
-def eight_schools(length: int = 10**6) -> Case:
+def eight_schools(length: int = 10**5) -> Case:
     """Rubin 1981, non-centred, tau half-Cauchy(5) on the log scale; HMC of 4 jittered steps of 0.4."""
     effect = jnp.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
     error = jnp.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
@@ -74,17 +83,17 @@ def german_credit(length: int = 10**5) -> Case:
     target, mode, scale_tril = german_target()
     target = target.with_basis(Basis(mode, scale_tril))
     start = lambda key, n: jax.random.normal(key, (n, 25))
-    return Case("German credit, MALA", target, MALA(0.2), start, jnp.ones(25), length)
+    return Case("German credit, MALA", target, MALA(0.2), start, jnp.ones(25), length, 0)
 
 
-def correlated(length: int = 10**6) -> Case:
+def correlated(length: int = 10**5) -> Case:
     """Gaussian in ten dimensions whose neighbours correlate by 0.5, unwhitened; random walk of step 0.6."""
     distance = np.abs(np.subtract.outer(np.arange(10), np.arange(10)))
     covariance = 0.5**distance
     precision, root = jnp.asarray(np.linalg.inv(covariance), float), jnp.asarray(np.linalg.cholesky(covariance), float)
     logdensity = lambda x: -0.5 * x @ precision @ x
     start = lambda key, n: jax.random.normal(key, (n, 10)) @ root.T
-    return Case("correlated, walk", _target(logdensity, 10), RandomWalk(0.6), start, jnp.ones(10), length)
+    return Case("correlated, walk", _target(logdensity, 10), RandomWalk(0.6), start, jnp.ones(10), length, 0)
 
 
 def german_target() -> tuple[Target, jax.Array, jax.Array]:
@@ -128,6 +137,39 @@ def _laplace(design: np.ndarray, good: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return mode, np.linalg.cholesky(np.linalg.inv(hessian))
 
 
+def gaussian(dim: int, length: int = 10**5) -> Case:
+    """N(0, diag(s^2)), s log-spaced from 0.01 to 1, in the basis that warm-up with a diagonal metric would find.
+
+    HMC, about a radian of steps of 1.3 D^(-1/4), jittered.
+    """
+    scales = jnp.logspace(-2, 0, dim)
+    target = _target(lambda x: -0.5 * jnp.sum((x / scales) ** 2), dim).with_basis(Basis(jnp.zeros(dim), scales))
+    step_size = 1.3 * dim**-0.25
+    start = lambda key, n: jax.random.normal(key, (n, dim))
+    kernel = HMC(step_size, max(1, round(1 / step_size)))
+    return Case(f"Gaussian, D = {dim:,}, HMC", target, kernel, start, jnp.ones(dim), length, 0)
+
+
+def german_credit_hmc(length: int = 10**5) -> Case:
+    """HMC of 3 jittered steps of 0.5: acceptance rate 0.97."""
+    return replace(german_credit(length), name="German credit, HMC", kernel=HMC(0.5, 3))
+
+
+def mixture_hmc(length: int = 10**5) -> Case:
+    """HMC of 3 jittered steps of 0.8."""
+    return replace(mixture(length), name="mixture, HMC", kernel=HMC(0.8, 3))
+
+
+def eight_schools_mala(length: int = 10**5) -> Case:
+    """MALA of step size 0.25."""
+    return replace(eight_schools(length), name="eight schools, MALA", kernel=MALA(0.25))
+
+
+def banana_nuts(length: int = 10**5) -> Case:
+    """NUTS of step 0.5."""
+    return replace(banana(length), name="banana, NUTS", kernel=NUTS(0.5))
+
+
 def eight_schools_nuts(length: int = 10**5) -> Case:
     """NUTS of step 0.5: acceptance rate 0.86."""
     return replace(eight_schools(length), name="eight schools, NUTS", kernel=NUTS(0.5))
@@ -138,12 +180,17 @@ def german_credit_nuts(length: int = 10**5) -> Case:
     return replace(german_credit(length), name="German credit, NUTS", kernel=NUTS(0.7))
 
 
-CASES = {
+CASES: dict[str, Callable[..., Case]] = {
     "mixture": mixture,
+    "mixture_hmc": mixture_hmc,
     "banana": banana,
+    "banana_nuts": banana_nuts,
     "eight_schools": eight_schools,
-    "german_credit": german_credit,
-    "correlated": correlated,
+    "eight_schools_mala": eight_schools_mala,
     "eight_schools_nuts": eight_schools_nuts,
+    "german_credit": german_credit,
+    "german_credit_hmc": german_credit_hmc,
     "german_credit_nuts": german_credit_nuts,
+    "correlated": correlated,
+    **{f"gaussian_{dim}": partial(gaussian, dim) for dim in (10, 100, 1000, 10_000)},
 }

@@ -99,12 +99,14 @@ def _flat_model(logdensity: Callable, dim: int) -> None:
     numpyro.factor("density", logdensity(x))
 
 
-def run_ours(method: str, what: Problem, seed: int, num_samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def run_ours(
+    method: str, what: Problem, seed: int, num_samples: int, num_chains: int = NUM_CHAINS
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Draws by site, and the split of the seconds."""
     import pmcmc
 
     options: dict[str, Any] = dict(
-        num_warmup=NUM_WARMUP, num_samples=num_samples, num_chains=NUM_CHAINS, progress_bar=False
+        num_warmup=NUM_WARMUP, num_samples=num_samples, num_chains=num_chains, progress_bar=False
     )
     warmup = OURS[method](pmcmc)
     begin, cpu = time.perf_counter(), time.process_time()
@@ -132,11 +134,13 @@ def run_ours(method: str, what: Problem, seed: int, num_samples: int) -> tuple[d
     }
 
 
-def run_numpyro(method: str, what: Problem, seed: int, num_samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def run_numpyro(
+    method: str, what: Problem, seed: int, num_samples: int, num_chains: int = NUM_CHAINS
+) -> tuple[dict[str, Any], dict[str, Any]]:
     from numpyro.infer import MCMC, NUTS
 
     options: dict[str, Any] = dict(
-        num_warmup=NUM_WARMUP, num_samples=num_samples, num_chains=NUM_CHAINS, progress_bar=False
+        num_warmup=NUM_WARMUP, num_samples=num_samples, num_chains=num_chains, progress_bar=False
     )
     begin, cpu = time.perf_counter(), time.process_time()
     mcmc = MCMC(NUTS(what.model), chain_method=method.split()[1], **options)
@@ -193,9 +197,9 @@ def run_here(name: str, method: str, seed: int, num_samples: int) -> dict[str, A
     return {**facts, **judge(samples, what.reference)}
 
 
-def run_fresh(name: str, method: str, seed: int, num_samples: int) -> dict[str, Any]:
-    """The same in a new interpreter."""
-    command = [sys.executable, "-m", "benchmarks.whole_call", "--one", name, method, str(seed), str(num_samples)]
+def run_fresh(module: str, *arguments: str) -> dict[str, Any]:
+    """What a module prints under ``--one``, in a new interpreter."""
+    command = [sys.executable, "-m", module, "--one", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS)
     except subprocess.TimeoutExpired:
@@ -210,7 +214,7 @@ def measure(name: str, methods: list[str], repeats: int, num_samples: int) -> di
     runs: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     for seed in range(repeats):
         for method in methods:
-            runs[method].append(run_fresh(name, method, seed, num_samples))
+            runs[method].append(run_fresh("benchmarks.whole_call", name, method, str(seed), str(num_samples)))
     row: dict[str, Any] = {"posterior": name, "num_samples": num_samples, "runs": {}}
     for method, found in runs.items():
         good = [run for run in found if "error" not in run]

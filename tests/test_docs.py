@@ -82,8 +82,8 @@ def test_tables_show_what_the_files_say() -> None:
         assert body
         assert all(len(row) == len(header) for row in body)
         assert path.name in source
-    rows = json.loads((benchmark_tables.RESULTS / "shooting_cpu.json").read_text(encoding="utf-8"))["rows"]
-    (header, *body), _ = benchmark_tables.render(benchmark_tables.RESULTS / "shooting_cpu.json")
+    rows = json.loads((benchmark_tables.RESULTS / "kernels_cpu.json").read_text(encoding="utf-8"))["rows"]
+    (header, *body), _ = benchmark_tables.render(benchmark_tables.RESULTS / "kernels_cpu.json")
     assert [row[header.index("speed up")] for row in body] == [f"{row['speedup']:#.3g}".rstrip(".") for row in rows]
 
 

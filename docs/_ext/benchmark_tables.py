@@ -1,7 +1,7 @@
 """Tables out of benchmarks/results/*.json, made while the site is built: no figure is typed into a page.
 
 A page says ``{benchmark} name``, and ``{benchmark-others}`` for the files that no page names. What a table shows is one
-function of the rows, in `TABLES`; files without one show their plain values.
+function of the rows, in `TABLES` by file or in `SUITES` by suite; files without one show their plain values.
 """
 
 import json
@@ -46,6 +46,12 @@ def columns(**fields: str | Callable[[dict], Any]) -> Callable[[Rows], Table]:
 
 def milliseconds(key: str) -> Callable[[dict], Any]:
     return lambda row: 1000 * row[key]["median_s"]
+
+
+def spread(timing: dict[str, float]) -> str:
+    """Median, and smallest to largest, in milliseconds."""
+    middle, low, high = (number(1000 * timing[key]) for key in ("median_s", "min_s", "max_s"))
+    return f"{middle} ({low} to {high})"
 
 
 def span(key: str) -> Callable[[dict], str]:
@@ -107,16 +113,6 @@ def whole_calls(rows: Rows) -> Table:
 
 
 TABLES: dict[str, Callable[[Rows], Table]] = {
-    "shooting_cpu": columns(
-        case="case",
-        T="length",
-        blocks="num_blocks",
-        critical_path="num_sequential_steps",
-        steps_evaluated_per_step="evaluations_per_step",
-        sequential_ms=milliseconds("sequential"),
-        shooting_ms=milliseconds("shooting"),
-        speed_up="speedup",
-    ),
     "planner_cpu": columns(
         posterior="posterior",
         kernel=lambda row: row["pair"].split("/", 1)[1],
@@ -143,6 +139,53 @@ TABLES: dict[str, Callable[[Rows], Table]] = {
     "chain_iterations": iterations(256),
 }
 
+# Of files whose rows name a suite, whatever the device is called.
+SUITES: dict[str, Callable[[Rows], Table]] = {
+    "kernels": columns(
+        case="case",
+        D="dim",
+        T="length",
+        result="result",
+        coalescence=lambda row: f"{number(round(row['coalescence_mean']))} / {number(row['coalescence_longest'])}",
+        blocks="num_blocks",
+        critical_path="num_sequential_steps",
+        work="evaluations_per_step",
+        sequential_ms=milliseconds("sequential"),
+        shooting_ms=lambda row: spread(row["shooting"]),
+        speed_up="speedup",
+        over_best_sequential="speedup_over_best",
+        efficiency="efficiency",
+        of_best_limit=lambda row: f"{number(row['efficiency_at_best'])} (P = {number(row['best_limit_blocks'])})",
+        repair_step_cost="repair_step_cost",
+        bytes_a_draw=lambda row: number(round(row["bytes_per_draw"])),
+        compile_s=lambda row: next(x["compile_s"] for x in row["tried"] if x["num_blocks"] == row["num_blocks"]),
+    ),
+    "scaling": columns(
+        axis="axis",
+        value="value",
+        case="case",
+        T="length",
+        chains="num_chains",
+        blocks="num_blocks",
+        result="result",
+        critical_path="num_sequential_steps",
+        sequential_ms=milliseconds("sequential"),
+        shooting_ms=milliseconds("shooting"),
+        speed_up="speedup",
+        efficiency="efficiency",
+    ),
+    "end-to-end": columns(
+        posterior="posterior",
+        method="method",
+        chains="num_chains",
+        draws_a_chain="num_samples",
+        min_ESS="min_ess",
+        seconds="seconds",
+        reached="reached",
+        failed="error",
+    ),
+}
+
 
 def plain(rows: Rows) -> Table:
     """The values that are no lists or dicts, under their own names."""
@@ -157,7 +200,9 @@ def render(path: Path) -> tuple[Table, str]:
     precision = "float64" if where.get("x64") else "float32"
     machine = f"{where['device']}, {where['cores']} cores, {where['machine']}"
     versions = f"Python {where['python']}, jax {where['jax']}, {precision}"
-    return TABLES.get(path.stem, plain)(stored["rows"]), f"{machine}; {versions}; benchmarks/results/{path.name}"
+    rows = stored["rows"]
+    table = TABLES.get(path.stem) or SUITES.get(rows[0].get("suite", ""), plain)
+    return table(rows), f"{machine}; {versions}; benchmarks/results/{path.name}"
 
 
 def unnamed() -> list[Path]:

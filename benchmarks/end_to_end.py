@@ -1,0 +1,140 @@
+"""Time until the worst parameter has so many effective draws: whole cold calls, warm-up and compilation included.
+
+pmcmc's default beside NumPyro's NUTS, its chains in turn or vectorised, and BlackJAX's. A short run says how many draws
+a chain are needed; a process of its own then takes them, and once more with more of them if they were too few. All in
+float64, 1,000 steps of warm-up a chain. Effective sample sizes are NumPyro's.
+
+    python -m benchmarks.end_to_end [--posteriors NAME ...] [--methods NAME ...] [--ess 10000] [--save NAME]
+"""
+
+import argparse
+import json
+import math
+import time
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks._harness import save, with_others
+from benchmarks.whole_call import (
+    NUM_CHAINS,
+    NUM_WARMUP,
+    Problem,
+    judge,
+    problem,
+    run_fresh,
+    run_numpyro,
+    run_ours,
+)
+
+POSTERIORS = ("eight_schools", "german_credit", "mixture", "stochastic_volatility", "irt")
+MANY = (64, 256, 1024)
+# Chains by method.
+METHODS = {
+    "pmcmc": NUM_CHAINS,
+    "numpyro sequential": NUM_CHAINS,
+    "numpyro vectorized": NUM_CHAINS,
+    **{f"numpyro vectorized, {n} chains": n for n in MANY},
+    "blackjax": NUM_CHAINS,
+}
+# Draws of the short run, all chains, and least draws a chain of any run.
+PILOT, FEWEST = 4000, 50
+MARGIN = 1.15
+
+
+def run_blackjax(what: Problem, seed: int, num_chains: int, num_samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Window adaptation of one chain, then all chains from its end, vectorised."""
+    import blackjax
+    from numpyro.infer.util import initialize_model
+
+    begin = time.perf_counter()
+    init_key, warm_key, run_key = jax.random.split(jax.random.key(seed), 3)
+    model = initialize_model(init_key, what.model, model_args=what.args, model_kwargs=what.kwargs)
+    logdensity = lambda z: -model.potential_fn(z)
+    warmup = blackjax.window_adaptation(blackjax.nuts, logdensity)
+    (state, parameters), _ = jax.jit(warmup.run, static_argnums=2)(warm_key, model.param_info.z, NUM_WARMUP)
+    kernel = blackjax.nuts(logdensity, **parameters)
+
+    @jax.jit
+    def chain(key):
+        def step(state, key):
+            state, info = kernel.step(key, state)
+            return state, (model.postprocess_fn(state.position), info.is_divergent)
+
+        return jax.lax.scan(step, state, jax.random.split(key, num_samples))[1]
+
+    samples, divergent = jax.block_until_ready(jax.vmap(chain)(jax.random.split(run_key, num_chains)))
+    return samples, {"seconds": time.perf_counter() - begin, "num_divergent": int(np.sum(divergent))}
+
+
+def run_here(name: str, method: str, seed: int, num_samples: int) -> dict[str, Any]:
+    """One run in this process."""
+    jax.config.update("jax_enable_x64", True)
+    jax.devices()
+    what, chains = problem(name), METHODS[method]
+    if method == "blackjax":
+        samples, facts = run_blackjax(what, seed, chains, num_samples)
+    else:
+        run = run_ours if method == "pmcmc" else run_numpyro
+        samples, facts = run(method.split(",")[0], what, seed, num_samples, chains)
+    return {**facts, **judge(samples, what.reference), "num_samples": num_samples, "num_chains": chains}
+
+
+def measure(name: str, method: str, target: float) -> dict[str, Any]:
+    """The run that reached the target, or the last that was tried."""
+    row: dict[str, Any] = {"suite": "end-to-end", "posterior": name, "method": method, "ess_wanted": target}
+    chains = METHODS[method]
+    draws = max(FEWEST, PILOT // chains)
+    found: dict[str, Any] = {}
+    for seed in range(4):
+        found = run_fresh("benchmarks.end_to_end", name, method, str(seed), str(draws))
+        if "error" in found:
+            return row | found
+        missing = target / found["min_ess"]
+        if seed and missing <= 1:
+            break
+        draws = max(FEWEST, math.ceil(MARGIN * missing * draws))
+    return row | found | {"reached": found["min_ess"] >= target}
+
+
+def line(row: dict[str, Any]) -> str:
+    """One posterior and method."""
+    start = f"{row['posterior']:24s} {row['method']:32s}"
+    if "error" in row:
+        return f"{start} failed: {row['error']}"
+    return (
+        f"{start} {row['seconds']:6.1f} s  min ESS {row['min_ess']:8.0f}{'' if row['reached'] else ' (too few)'}  "
+        f"{row['num_chains']:,} x {row['num_samples']:,} draws  rhat {row['max_rhat']:.3f}  "
+        f"divergent {row['num_divergent']}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--posteriors", nargs="*", default=list(POSTERIORS), metavar="NAME")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS), metavar="NAME")
+    parser.add_argument("--ess", type=float, default=10_000)
+    parser.add_argument("--save", default=None, help="name of the result file, without .json; written after each run")
+    parser.add_argument("--one", nargs=4, default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.one:
+        name, method, seed, num_samples = options.one
+        print(json.dumps(run_here(name, method, int(seed), int(num_samples))))
+        return
+    jax.config.update("jax_enable_x64", True)  # as in the runs, for what the file says of them
+    rows: list[dict[str, Any]] = []
+    for name in options.posteriors:
+        for method in options.methods:
+            if method == "blackjax" and find_spec("blackjax") is None:
+                print("blackjax is absent: skipped")
+                continue
+            rows.append(measure(name, method, options.ess))
+            print(line(rows[-1]), flush=True)
+            if options.save:
+                save(options.save, with_others(options.save, rows, ("posterior", "method", "ess_wanted")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Bytes: what the compiled programs of each case need a draw, and what whole calls of more and more draws take.
+
+Programs: noise, states and info of a step, and what XLA takes beside them; compiled, never run. Calls: 4 chains of HMC
+on a Gaussian with D = 10, each call a process of its own, whose largest resident memory is read at the end.
+
+    python -m benchmarks.memory [--cases NAME ...] [--draws 100000 1000000 ...] [--save NAME]
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import pmcmc
+from benchmarks._harness import peak_bytes, program_bytes, save
+from benchmarks._runs import in_blocks, in_order, solve_program
+from benchmarks.cases import CASES
+from benchmarks.whole_call import run_fresh
+
+QUICK_CASES = ("mixture", "banana", "eight_schools", "eight_schools_nuts", "schools_gibbs", "german_credit")
+LENGTH, NUM_BLOCKS, DIM = 2**14, 64, 10
+
+
+def programs(name: str) -> list[dict[str, Any]]:
+    """In blocks and in order."""
+    case = replace(CASES[name](), length=LENGTH)
+    bank = case.start(jax.random.key(0), NUM_BLOCKS)
+    rows = []
+    for what, run in (("blocks", in_blocks(case, bank, NUM_BLOCKS)), ("in order", in_order(case, bank))):
+        found = program_bytes(solve_program(run.engine, run.solver, run.shape))
+        states = run.shape.num_blocks * run.shape.capacity
+        rows.append(
+            {
+                "suite": "memory",
+                "what": f"{case.name}, {what}",
+                "dim": case.dim,
+                **{f"bytes_{key.replace(' ', '_')}": size / states for key, size in found.items()},
+            }
+        )
+    return rows
+
+
+def call(num_samples: int) -> dict[str, Any]:
+    """In this process, before anything else."""
+    before = peak_bytes()["resident"]
+    density = lambda x: -0.5 * jnp.sum(x**2)
+    chain = pmcmc.sample(density, jnp.zeros(DIM), 0, num_samples=num_samples, num_chains=4, progress_bar=False)
+    peak = peak_bytes()
+    draws = jax.tree.leaves(chain.get_samples())[0].nbytes
+    return {"resident": peak["resident"], "before": before, "draws": draws, "decision": chain.report.decision}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="*", default=list(QUICK_CASES), choices=list(CASES), metavar="NAME")
+    parser.add_argument("--draws", nargs="*", type=int, default=[25_000, 250_000, 2_500_000], help="of each chain")
+    parser.add_argument("--save", default=None, help="name of the result file, without .json")
+    parser.add_argument("--one", type=int, default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.one:
+        print(json.dumps(call(options.one)))
+        return
+    rows: list[dict[str, Any]] = []
+    for name in options.cases:
+        rows += programs(name)
+        jax.clear_caches()
+    for num_samples in options.draws:
+        found = run_fresh("benchmarks.memory", str(num_samples))
+        rows.append({"suite": "memory", "what": f"4 chains x {num_samples:,} draws, D = {DIM}", "dim": DIM, **found})
+    for row in rows:
+        text = ", ".join(f"{key} {value:,.0f}" for key, value in row.items() if isinstance(value, int | float))
+        print(f"{row['what']:44s} {text}", flush=True)
+    if options.save:
+        save(options.save, rows)
+
+
+if __name__ == "__main__":
+    main()

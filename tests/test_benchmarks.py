@@ -1,0 +1,80 @@
+"""The suites at a tiny size: rows say what the tables need, files keep what is not measured anew."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import gpu, kernels
+from benchmarks._harness import alternate, save, with_others
+from benchmarks.cases import CASES
+
+sys.path.append(str(Path(__file__).parents[1] / "docs" / "_ext"))
+pytest.importorskip("sphinx", reason="the docs extra is not installed")
+
+import benchmark_tables
+
+
+@pytest.fixture(scope="module")
+def row() -> dict:
+    return kernels.measure("mixture", (8,), scale=0.02, effort=kernels.Effort(repeats=3, seconds=0.5))
+
+
+def test_a_case_is_held_against_its_limits(row: dict) -> None:
+    assert row["result"] == "successful"
+    assert row["length"] == 2000
+    assert row["num_blocks"] == 8
+    assert row["num_sequential_steps"] > row["block_length"] == 256  # 250, in whole chunks of 16
+    assert 1 < row["evaluations_per_step"] < 3
+    limit = min(row["blocks_alone"]["median_s"], row["vmapped_chains"]["median_s"])
+    assert row["efficiency"] == pytest.approx(limit / row["shooting"]["median_s"])
+    assert row["efficiency_at_best"] <= row["efficiency"] * (1 + 1e-12)
+    assert row["sequential_steps_timed"] == 2048  # whole chunks of 128
+    assert row["bytes_per_draw"] > 2 * 2 * 8  # state and noise of two numbers
+    assert row["speedup_over_best"] is None  # no second device
+
+
+def test_without_repair_blocks_take_no_further_step() -> None:
+    from benchmarks._runs import in_blocks, typical_states, without_repair
+
+    case = CASES["mixture"](2000)
+    run = in_blocks(case, typical_states(case), 8)
+    both = [run(solver)[0].solution.stats for solver in (None, without_repair(run))]
+    repaired, alone = ((int(s.num_sequential_steps[0]), int(s.num_fn_evals[0])) for s in both)
+    assert alone == (256, 2048)
+    assert repaired > alone
+
+
+def test_beside_another_device_the_cpu_is_timed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    timing = kernels._on_cpu("mixture", 2000, kernels.Effort(repeats=1, seconds=0.1))
+    assert timing is not None
+    assert timing["median_s"] > 0
+
+
+def test_rows_become_a_table_and_a_file(row: dict, tmp_path: Path) -> None:
+    other = row | {"case": "another"}
+    save("here", [row | {"speedup": -1.0}, other], tmp_path)
+    path = save("here", with_others("here", [row], ("case", "length"), tmp_path), tmp_path, faults=["none"])
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    assert stored["environment"]["faults"] == ["none"]
+    assert [r["case"] for r in stored["rows"]] == ["another", row["case"]]
+    assert stored["rows"][1]["speedup"] == row["speedup"]
+    (header, *body), _ = benchmark_tables.render(path)
+    assert len(body) == 2
+    assert body[1][header.index("efficiency")] == benchmark_tables.number(row["efficiency"])
+
+
+def test_names_of_cases_and_suites_exist() -> None:
+    assert set(gpu.CASES) | set(command.QUICK_CASES) <= set(CASES)
+    assert command.file_of("end-to-end").startswith("end_to_end_")
+
+
+def test_a_budget_leaves_three_runs() -> None:
+    calls: list[str] = []
+    timing = alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=9, budget=0.0)
+    assert calls == ["a", "b"] * 4
+    assert set(timing) == {"a", "b"}

@@ -153,6 +153,7 @@ SUITES: dict[str, Callable[[Rows], Table]] = {
         sequential_ms=milliseconds("sequential"),
         shooting_ms=lambda row: spread(row["shooting"]),
         speed_up="speedup",
+        of_T_over_path="share_of_path",
         over_best_sequential="speedup_over_best",
         efficiency="efficiency",
         of_best_limit=lambda row: f"{number(row['efficiency_at_best'])} (P = {number(row['best_limit_blocks'])})",

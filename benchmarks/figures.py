@@ -87,6 +87,7 @@ def efficiency(name: str, path: Path) -> None:
             axes.annotate(row["case"], where, (4, 3), textcoords="offset points", fontsize=6)
     axes.axvline(100, color="0.4", lw=0.8, ls=":")
     axes.set(xlabel="mean coalescence time, steps", ylabel="efficiency against the limit", xscale="log", ylim=(0, 1.05))
+    axes.set_xlim(right=2 * axes.get_xlim()[1])  # room for names
     axes.legend(frameon=False, fontsize="small", loc="lower left")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from pmcmc import plots, recurrence, stability
+from pmcmc._state import ChainState
 from pmcmc._tree import register_dataclass
-from pmcmc.chain import Chain, ChainState
+from pmcmc.chain import Chain
 from pmcmc.kernels import (
     HMC,
     MALA,
@@ -28,7 +29,8 @@ from pmcmc.kernels import (
 )
 from pmcmc.recurrence import RESULTS
 from pmcmc.report import SolveReport
-from pmcmc.sampling import Interrupted, load, parallel_chain, sample
+from pmcmc.sampling import Interrupted, load, parallel_chain, resume, sample
+from pmcmc.stored import StoredChain
 from pmcmc.target import Target
 from pmcmc.verification import Verification
 from pmcmc.warmup import (
@@ -73,6 +75,7 @@ __all__ = [
     "Pathfinder",
     "RandomWalk",
     "SolveReport",
+    "StoredChain",
     "StraightThrough",
     "Target",
     "UniformLength",
@@ -86,6 +89,7 @@ __all__ = [
     "plots",
     "recurrence",
     "register_dataclass",
+    "resume",
     "sample",
     "stability",
 ]

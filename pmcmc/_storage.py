@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,7 +21,24 @@ from pmcmc._types import PyTree
 from pmcmc.kernels._compose import Block
 from pmcmc.target import Basis
 
-FORMAT, VERSION = "pmcmc.Chain", 1
+
+class Format(NamedTuple):
+    """What a file says it is. origin: who writes it. remedy: where it is not whole."""
+
+    name: str
+    version: int
+    origin: str
+    remedy: str
+
+
+CHAIN = Format("pmcmc.Chain", 1, "Chain.save", "Copy it again from where it was saved, or save the chain again.")
+STORE = Format(
+    "pmcmc.StoredChain",
+    1,
+    "Chain.stream",
+    "It is replaced as a whole, so something else has touched it: restore it from a copy. The draws beside it can be "
+    "read by xarray, but not be continued.",
+)
 
 # By name: the only classes that are made out of what a file says.
 _CLASSES: dict[str, type] = {"Basis": Basis, "Block": Block} | {
@@ -61,9 +78,9 @@ class Writer:
             return {"gap": type(value).__name__}
         return {"kind": kind, "items": {str(key): self.encode(f"{name}/{key}", item) for key, item in items}}
 
-    def write(self, path: str | Path, header: dict[str, Any]) -> None:
+    def write(self, path: str | Path, header: dict[str, Any], kind: Format = CHAIN) -> None:
         """Replaces a file at ``path`` only once the new one is whole."""
-        text = json.dumps({"format": FORMAT, "version": VERSION, **header})
+        text = json.dumps({"format": kind.name, "version": kind.version, **header})
         whole, part = Path(path), Path(f"{os.fspath(path)}.part")
         try:
             with part.open("wb") as file:
@@ -76,11 +93,13 @@ class Writer:
 class Reader:
     """A file that `Writer` wrote, read and checked as a whole.
 
+    kind: what it should be.
+
     Raises:
         ValueError: not such a file, not whole, or of another version.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, kind: Format = CHAIN):
         self.path = os.fspath(path)
         try:
             with open(self.path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
@@ -88,15 +107,15 @@ class Reader:
             self.header = json.loads(str(self.arrays.pop("header")))
         except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, AttributeError) as error:
             raise ValueError(
-                f"{self.path} is not a whole file of Chain.save: cut short, damaged, or of another program ({error}). "
-                "Copy it again from where it was saved, or save the chain again."
+                f"{self.path} is not a whole file of {kind.origin}: cut short, damaged, or of another program "
+                f"({error}). {kind.remedy}"
             ) from error
-        if not isinstance(self.header, dict) or self.header.get("format") != FORMAT:
-            raise ValueError(f"{self.path} was not written by Chain.save: pass such a file.")
-        if self.header["version"] != VERSION:
+        if not isinstance(self.header, dict) or self.header.get("format") != kind.name:
+            raise ValueError(f"{self.path} was not written by {kind.origin}: pass such a file.")
+        if self.header["version"] != kind.version:
             raise ValueError(
                 f"{self.path} has version {self.header['version']} of the format, and this pmcmc reads version "
-                f"{VERSION}: read it with the pmcmc that wrote it."
+                f"{kind.version}: read it with the pmcmc that wrote it."
             )
 
     def leaves(self, name: str, template: PyTree) -> PyTree:

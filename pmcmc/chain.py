@@ -1,7 +1,7 @@
 """The draws, with everything needed to read them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,16 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pmcmc._samples import by_name, constrain, fields, in_batches, sample_stats, ungroup
+from pmcmc._state import ChainState, header
 from pmcmc._storage import Writer
-from pmcmc._types import Array, PRNGKey, PyTree
+from pmcmc._types import Array, PyTree
 from pmcmc.interop._arviz import predictive_groups, to_arviz
 from pmcmc.interop._numpyro import print_summary
 from pmcmc.kernels import Info, Kernel
-from pmcmc.recurrence import MultipleShooting, RecurrenceSolver
+from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.report import SolveReport
-from pmcmc.target import LogDensity, Target, WithoutDensity
+from pmcmc.stored import StoredChain
+from pmcmc.target import Target
 from pmcmc.verification import Record, Verification, verify
-from pmcmc.warmup._base import LaneTiming
 
 # Draws constrained at a time: bounds the memory of models with large deterministic sites.
 _CONSTRAIN_BATCH = 65_536
@@ -26,26 +28,11 @@ _CONSTRAIN_BATCH = 65_536
 _LIKELIHOOD_BATCH = 2**22
 
 
-class ChainState(NamedTuple):
-    """Where chains stand, and all they need to go on as one long run would.
+class Continuation(NamedTuple):
+    """What `Chain.extend` and `Chain.stream` call, from a room above this one."""
 
-    target, kernel: as tuned by warm-up.
-    unknown: the kernel's state, leading axis num_chains.
-    rng_key: of the noise: that of step t of chain c is a function of (rng_key, c, t).
-    num_steps: taken since warm-up. num_unkept: of these, those behind the last one that thinning kept.
-    ensemble: last unknowns of warm-up, from which block starts are guessed. own: (num_chains,) those where the chains
-        started. timing: of a step on many lanes, for the planner. None of the three changes a draw.
-    """
-
-    target: Target
-    kernel: Kernel
-    unknown: PyTree
-    rng_key: PRNGKey
-    num_steps: int
-    num_unkept: int
-    ensemble: PyTree
-    own: np.ndarray
-    timing: LaneTiming | None
+    extend: Callable[["Chain", int, bool], "Chain"]
+    stream: Callable[..., StoredChain]
 
 
 @dataclass(frozen=True)
@@ -57,10 +44,11 @@ class Chain:
     info: the kernel's `Info` for every draw, numpy arrays (num_chains, num_samples).
     report: what was decided, why, and what it cost; of the last extension where there were any.
     thinning: of every so many steps the last was kept. solver: that was asked for; None for "auto".
-    continue_fn: what `extend` calls, from a room above this one.
+    continuation: how the chains go on.
     extra_fields: names that `get_extra_fields` returns beside ``diverging``.
     warmup_path: (lanes, steps, D) unconstrained positions of warm-up's lanes; None unless ``save_warmup`` was set.
-    devices: that share the blocks of what follows; None: the default one. Not stored by `save`.
+    devices: that share the blocks of what follows; None: the default one. max_memory: bytes that what follows may take.
+        Neither is stored by `save`.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -75,10 +63,11 @@ class Chain:
     report: SolveReport
     thinning: int
     solver: RecurrenceSolver | None
-    continue_fn: Callable[["Chain", int, bool], "Chain"] = field(repr=False, compare=False)
+    continuation: Continuation = field(repr=False, compare=False)
     extra_fields: Sequence[str] = ()
     warmup_path: np.ndarray | None = field(default=None, repr=False)
     devices: Sequence[jax.Device] | None = None
+    max_memory: int | None = None
     _samples: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -126,7 +115,44 @@ class Chain:
             >>> chain.extend(50, progress_bar=False).num_samples
             150
         """
-        return self.continue_fn(self, num_samples, progress_bar)
+        return self.continuation.extend(self, num_samples, progress_bar)
+
+    def stream(
+        self,
+        path: str | Path,
+        num_samples: int,
+        *,
+        sites: Sequence[str] | None = None,
+        max_memory: int | None = None,
+        progress_bar: bool = True,
+    ) -> StoredChain:
+        """`extend` for chains longer than memory: these draws and those to come go to a folder on disk.
+
+        Draws are written as they are certified, under the model's names, in ArviZ's layout; kernel states are not. A
+        run that is stopped, by Ctrl-C or by ``kill -9``, is finished by `pmcmc.resume`. Memory does not grow with
+        ``num_samples``. Needs ``pip install pmcmc[zarr]``.
+
+        path: of a folder to be made. num_samples: steps per chain.
+        sites: to be kept, latent or deterministic; None: all.
+        max_memory: bytes, as of `pmcmc.parallel_chain`; None: as there.
+
+        Returns:
+            A `StoredChain`. Its ``report`` is of the new steps alone.
+
+        Raises:
+            ValueError, TypeError: ``num_samples`` as for `extend`; sites that the model does not have.
+            FileExistsError: there is something in the folder.
+            MemoryError: the shortest segment does not fit; before any sampling.
+            Interrupted: Ctrl-C; what was certified by then is its ``chain``.
+
+        Example:
+            >>> import jax.numpy as jnp, pmcmc, tempfile
+            >>> logdensity = lambda x: -0.5 * jnp.sum(x**2)
+            >>> chain = pmcmc.sample(logdensity, jnp.zeros(2), 0, num_samples=100, progress_bar=False)
+            >>> chain.stream(tempfile.mkdtemp(), 900, progress_bar=False).num_samples
+            1000
+        """
+        return self.continuation.stream(self, path, num_samples, sites, max_memory, progress_bar)
 
     def verify(self, *, tolerance: float | None = None) -> Verification:
         """Check the draws on the equation: each is computed anew from the one before and the noise of the key.
@@ -180,7 +206,9 @@ class Chain:
             100
         """
         writer = Writer()
-        writer.write(path, _header(self, writer))
+        writer.leaves("unknowns", self.unknowns)
+        writer.leaves("info", self.info)
+        writer.write(path, header(writer, self.state, self.report, self.thinning, self.solver, self.extra_fields))
 
     def get_samples(self, group_by_chain: bool = False) -> PyTree:
         """Draws as the user's model names them: constrained latent and deterministic sites of a NumPyro model, or
@@ -193,14 +221,15 @@ class Chain:
         grouped = self._samples["grouped"]
         if group_by_chain:
             return grouped
-        return jax.tree.map(_ungroup, grouped)
+        return jax.tree.map(ungroup, grouped)
 
     def _constrained(self) -> PyTree:
-        return jax.tree.map(jnp.asarray, self._of_each_draw(_constrain, _CONSTRAIN_BATCH))
+        return jax.tree.map(jnp.asarray, self._of_each_draw(constrain, _CONSTRAIN_BATCH))
 
     def _of_each_draw(self, compiled: Callable, most: int) -> PyTree:
         """``compiled(target, kernel, unknowns)`` of all draws, at most so many at a time; (num_chains, draws, ...)."""
-        return _in_batches(lambda rows: compiled(self.target, self.kernel, rows), self.unknowns, most)
+        batch = min(self.num_chains * self.num_samples, most)
+        return in_batches(lambda rows: compiled(self.target, self.kernel, rows), self.unknowns, batch)
 
     def get_warmup_samples(self) -> PyTree:
         """Draws of warm-up as `get_samples` names them, leading axes (lanes, steps), in the order they were made.
@@ -222,16 +251,19 @@ class Chain:
         """
         if self.warmup_path is None:
             raise ValueError("warm-up was not kept: pass save_warmup=True to parallel_chain or sample.")
-        return _in_batches(lambda rows: _constrain_rows(self.target, rows), self.warmup_path, _CONSTRAIN_BATCH)
+        return self._of_each_warmup_draw(_constrain_rows)
+
+    def _of_each_warmup_draw(self, compiled: Callable) -> PyTree:
+        path: Any = self.warmup_path
+        return in_batches(lambda rows: compiled(self.target, rows), path, min(path[..., 0].size, _CONSTRAIN_BATCH))
 
     def _warmup_groups(self) -> dict[str, Any]:
         """For ArviZ; empty where warm-up was not kept."""
         if self.warmup_path is None:
             return {}
         draws = self.get_warmup_samples()
-        lp = _in_batches(lambda rows: _logdensity_rows(self.target, rows), self.warmup_path, _CONSTRAIN_BATCH)
-        named = draws if isinstance(draws, dict) else _named_leaves(draws)
-        return {"warmup_posterior": named, "warmup_sample_stats": {"lp": lp}}
+        lp = self._of_each_warmup_draw(_logdensity_rows)
+        return {"warmup_posterior": by_name(draws), "warmup_sample_stats": {"lp": lp}}
 
     def get_extra_fields(self, group_by_chain: bool = False) -> dict[str, Any]:
         """Fields of the transitions under NumPyro's names: ``diverging``, and those asked for by ``extra_fields``.
@@ -241,33 +273,15 @@ class Chain:
         Raises:
             ValueError: an algorithm of another package does not report a field.
         """
-        fields = self._fields()
+        found = fields(self.kernel, self.info)
         names = dict.fromkeys(("diverging", *self.extra_fields))
-        missing = [name for name in names if name not in fields]
+        missing = [name for name in names if name not in found]
         if missing:
-            raise ValueError(f"the kernel's algorithm does not report {missing}: expected names out of {list(fields)}.")
-        grouped = {name: np.asarray(fields[name]) for name in names}
+            raise ValueError(f"the kernel's algorithm does not report {missing}: expected names out of {list(found)}.")
+        grouped = {name: np.asarray(found[name]) for name in names}
         if not group_by_chain:
             grouped = {name: x.reshape(-1) for name, x in grouped.items()}
         return {name: jnp.asarray(x) for name, x in grouped.items()}
-
-    def _fields(self) -> dict[str, Any]:
-        info = self.info
-        fields: dict[str, Any] = {
-            "diverging": info.is_divergent,
-            "accept_prob": info.acceptance_rate,
-            "potential_energy": -info.logdensity,
-        }
-        if info.energy is not None:
-            fields["energy"] = info.energy
-        steps = info.num_integration_steps
-        if steps is None:
-            steps = getattr(self.kernel, "num_integration_steps", None)
-        if steps is not None:
-            fields["num_steps"] = np.broadcast_to(np.asarray(steps), info.margin.shape)
-        if info.tree_depth is not None:
-            fields["tree_depth"] = info.tree_depth
-        return fields
 
     def print_summary(self, prob: float = 0.9) -> None:
         """Mean, standard deviation, quantiles, effective sample size and R-hat of every site, by NumPyro."""
@@ -308,15 +322,13 @@ class Chain:
             >>> chain.to_arviz(dims={"a": ["side"]}, coords={"side": ["left", "right"]}).posterior["a"].dims
             ('chain', 'draw', 'side')
         """
-        samples = self.get_samples(group_by_chain=True)
-        if not isinstance(samples, dict):
-            samples = _named_leaves(samples)
+        samples = by_name(self.get_samples(group_by_chain=True))
         target, report = self.target, self.report
         place = self.kernel.position(target, jax.tree.map(lambda x: jnp.asarray(x)[0], self.last_state))
         described = target.model.describe(target.data, place)
         groups = {
             "posterior": samples,
-            "sample_stats": self._sample_stats(),
+            "sample_stats": sample_stats(self.kernel, self.info),
             "log_likelihood": self._log_likelihood() if log_likelihood else {},
             **predictive_groups(prior, posterior_predictive, samples),
             **self._warmup_groups(),
@@ -344,104 +356,11 @@ class Chain:
         size = sum(x.size for x in jax.tree.leaves(shapes))
         return self._of_each_draw(_log_likelihoods, max(1, _LIKELIHOOD_BATCH // size))
 
-    def _sample_stats(self) -> dict[str, Any]:
-        """The same fields under ArviZ's names."""
-        fields = self._fields()
-        stats = {
-            "lp": self.info.logdensity,
-            "acceptance_rate": fields["accept_prob"],
-            "diverging": fields["diverging"],
-            "accept_margin": self.info.margin,
-        }
-        if hasattr(self.kernel, "step_size"):
-            stats["step_size"] = np.broadcast_to(np.asarray(self.kernel.step_size), self.info.margin.shape)
-        if "energy" in fields:
-            stats["energy"] = fields["energy"]
-        if "num_steps" in fields:
-            stats["n_steps"] = fields["num_steps"]
-        if "tree_depth" in fields:
-            stats["tree_depth"] = fields["tree_depth"]
-        return stats
-
-
-def _ungroup(x: Any) -> Any:
-    """Chains one after the other; -1 for their number would not do for arrays that hold nothing."""
-    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
-
-
-def _anywhere(solver: RecurrenceSolver | None) -> RecurrenceSolver | None:
-    """Without devices, which a file cannot hold and another machine does not have."""
-    return replace(solver, devices=None) if isinstance(solver, MultipleShooting) else solver
-
-
-def _header(chain: Chain, writer: Writer) -> dict[str, Any]:
-    """What a file says of a chain beside its arrays, which go to the writer; `pmcmc.load` is the other half."""
-    state, target, report = chain.state, chain.target, chain.report
-    for name, tree in {
-        "unknowns": chain.unknowns,
-        "info": chain.info,
-        "unknown": state.unknown,
-        "ensemble": state.ensemble,
-        "own": state.own,
-        "key": jax.random.key_data(state.rng_key),
-    }.items():
-        writer.leaves(name, tree)
-    told = {f.name: getattr(report, f.name) for f in fields(report) if f.name not in ("plan", "find_diagnosis")}
-    return {
-        "is_model": not isinstance(target.model, (LogDensity, WithoutDensity)),
-        "sites": describe_sites(target),
-        "position": writer.encode("position", jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), target.spec.template)),
-        "basis": writer.encode("basis", target.basis and {"loc": target.basis.loc, "scale": target.basis.scale}),
-        "kernel": writer.encode("kernel", chain.kernel),
-        "solver": writer.encode("solver", _anywhere(chain.solver)),
-        "report": writer.encode("report", told),
-        "logdensity": last_logdensity(state).tolist(),
-        "key_impl": str(jax.random.key_impl(state.rng_key)),
-        "timing": None if state.timing is None else [jax.default_backend(), *state.timing],
-        "num_steps": state.num_steps,
-        "num_unkept": state.num_unkept,
-        "thinning": chain.thinning,
-        "extra_fields": list(chain.extra_fields),
-    }
-
-
-def describe_sites(target: Target) -> dict[str, list]:
-    """Shape and dtype of every leaf of the target's positions, by its place."""
-    leaves = jax.tree_util.tree_leaves_with_path(target.spec.template)
-    return {jax.tree_util.keystr(path): [list(x.shape), str(x.dtype)] for path, x in leaves}
-
-
-@jax.jit
-def _logdensity(target: Target, kernel: Kernel, unknown: PyTree) -> Array:
-    return jax.vmap(lambda x: target.model.logdensity(target.data, kernel.position(target, x)))(unknown)
-
-
-def last_logdensity(state: ChainState) -> np.ndarray:
-    """(num_chains,) log densities where the chains stand."""
-    return np.asarray(_logdensity(state.target, state.kernel, state.unknown))
-
 
 @jax.jit
 def _log_likelihoods(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
     one = lambda unknown: target.model.log_likelihood(target.data, kernel.position(target, unknown))
     return jax.vmap(one)(unknowns)
-
-
-def _in_batches(compiled: Callable, tree: PyTree, most: int) -> PyTree:
-    """``compiled`` of all rows of leaves (A, B, ...), at most so many at a time; numpy arrays (A, B, ...)."""
-    first, second = jax.tree.leaves(tree)[0].shape[:2]
-    flat = jax.tree.map(_ungroup, tree)
-    total = first * second
-    batch = min(total, most)
-
-    def some(start: int) -> PyTree:
-        rows = np.minimum(np.arange(start, start + batch), total - 1)  # one shape, so one compilation
-        part = compiled(jax.tree.map(lambda x: x[rows], flat))
-        return jax.tree.map(lambda x: np.asarray(x)[: total - start], part)
-
-    parts = [some(start) for start in range(0, total, batch)]
-    joined = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
-    return jax.tree.map(lambda x: x.reshape(first, second, *x.shape[1:]), joined)
 
 
 @jax.jit
@@ -453,16 +372,3 @@ def _constrain_rows(target: Target, rows: Array) -> PyTree:
 @jax.jit
 def _logdensity_rows(target: Target, rows: Array) -> Array:
     return jax.vmap(lambda row: target.model.logdensity(target.data, target.spec.unravel(row)))(rows)
-
-
-@jax.jit
-def _constrain(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
-    return jax.vmap(lambda unknown: target.model.constrain(target.data, kernel.position(target, unknown)))(unknowns)
-
-
-def _named_leaves(samples: PyTree) -> dict[str, Array]:
-    """Names for a position that is no dict: ``x`` for a single array, else the path within the pytree."""
-    leaves = jax.tree_util.tree_leaves_with_path(samples)
-    if len(leaves) == 1 and not leaves[0][0]:
-        return {"x": leaves[0][1]}
-    return {"x" + jax.tree_util.keystr(path): leaf for path, leaf in leaves}

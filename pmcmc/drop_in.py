@@ -15,8 +15,9 @@ from numpyro.infer.initialization import init_to_uniform
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import initialize_model
 
+from pmcmc._state import ChainState, last_logdensity
 from pmcmc._types import Array, PRNGKey, PyTree
-from pmcmc.chain import Chain, ChainState, last_logdensity
+from pmcmc.chain import Chain
 from pmcmc.interop._numpyro import numpyro_target
 from pmcmc.kernels import HMC, NUTS, Kernel
 from pmcmc.recurrence import RecurrenceSolver

@@ -24,13 +24,15 @@ PACKAGE = Path(__file__).parents[1] / "pmcmc"
 # A room may import from itself and from the levels before its own; rooms of one level not from each other.
 LEVELS = [
     {"_types"},
-    {"_tree", "_jit", "_one_kernel", "_threefry"},
+    {"_tree", "_jit", "_memory", "_one_kernel", "_threefry"},
     {"recurrence"},
     {"target"},
     {"interop"},
     {"kernels"},
     {"warmup", "stability"},
-    {"report", "verification", "_storage"},
+    {"report", "verification", "_storage", "_samples"},
+    {"_state"},
+    {"stored"},
     {"chain"},
     {"sampling"},
     {"drop_in", "plots"},

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import pmcmc
+from pmcmc import _memory as _host
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.sampling import _engine, _memory
 from pmcmc.sampling._engine import Engine
@@ -101,7 +102,7 @@ def test_before_the_first_draw_there_is_nothing_to_keep(interrupted_after, monke
 def test_more_than_memory_holds(num_warmup: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused before warm-up; 24 + 41 bytes a draw of position and info."""
     monkeypatch.setattr(pmcmc.EnsembleAdaptation, "run", lambda *args: pytest.fail("warm-up has begun"))
-    with pytest.raises(MemoryError, match=r"draws of 2 chain\(s\) need about .* GiB .*are available.*thinning="):
+    with pytest.raises(MemoryError, match=r"steps of 2 chain\(s\) need about .* GiB .*are available.*thinning="):
         run(10**14, num_warmup=num_warmup)
     monkeypatch.setattr(_memory, "available_bytes", lambda: 1000.0)
     with pytest.raises(MemoryError, match="draws"):
@@ -109,13 +110,13 @@ def test_more_than_memory_holds(num_warmup: int, monkeypatch: pytest.MonkeyPatch
 
 
 def test_available_memory_is_the_least_of_system_and_group(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    assert _memory.available_bytes() > 2**20
+    assert _host.available_bytes() > 2**20
     limit, use = tmp_path / "limit", tmp_path / "use"
-    monkeypatch.setattr(_memory, "_GROUPS", ((str(limit), str(use)),))
+    monkeypatch.setattr(_host, "_GROUPS", ((str(limit), str(use)),))
     limit.write_text("5000\n")
     use.write_text("2000\n")
-    assert _memory.available_bytes() == 3000
+    assert _host.available_bytes() == 3000
     limit.write_text("max\n")
-    assert _memory.available_bytes() > 2**20
-    monkeypatch.setattr(_memory, "_read", lambda path: "")
-    assert _memory.available_bytes() == float("inf")
+    assert _host.available_bytes() > 2**20
+    monkeypatch.setattr(_host, "_read", lambda path: "")
+    assert _host.available_bytes() == float("inf")

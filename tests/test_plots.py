@@ -13,7 +13,7 @@ import pmcmc
 from pmcmc import plots
 from pmcmc.plots._shooting import _fronts, _recordings
 from pmcmc.recurrence import MultipleShooting, Sequential, deer, jacobi
-from pmcmc.sampling._stages import restarted
+from pmcmc.sampling._sampling import restarted
 from pmcmc.stability import Costs, plan
 from tests._targets import gaussian, start_like
 

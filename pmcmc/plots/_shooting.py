@@ -11,7 +11,7 @@ from pmcmc._types import PyTree
 from pmcmc.chain import Chain
 from pmcmc.plots._axes import axes_for
 from pmcmc.recurrence import MultipleShooting
-from pmcmc.sampling._stages import restarted
+from pmcmc.sampling._sampling import restarted
 
 
 class Front(NamedTuple):

@@ -176,6 +176,13 @@ class RecurrenceSolver(abc.ABC):
     arguments and call it. It is a frozen dataclass and a pytree: numbers are leaves.
     """
 
+    def numbers_per_step(self, dim: int) -> int:
+        """How many numbers a solve holds for each step of a state of so many, beside inputs, states and aux.
+
+        Whoever cuts long recurrences into segments asks for it. None where nothing but those is written.
+        """
+        return 0
+
     @abc.abstractmethod
     def solve_problem(self, problem: Problem) -> Solution:
         """Solve a validated batch; all fields of the solution have the chain axis first."""

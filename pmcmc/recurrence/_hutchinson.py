@@ -81,6 +81,9 @@ class HutchinsonDiagonal(Scanned):
     def __post_init__(self):
         _check(self.num_probes)
 
+    def num_entries(self, dim):
+        return dim
+
     def linearize(self, fn, x, inputs, iteration):
         key = self.schedule.key(self.rng_key, iteration)
 
@@ -113,6 +116,9 @@ class HutchinsonBlockDiagonal(Scanned):
 
     def __post_init__(self):
         _check(self.num_probes)
+
+    def num_entries(self, dim):
+        return 2 * dim
 
     def linearize(self, fn, x, inputs, iteration):
         key = self.schedule.key(self.rng_key, iteration)

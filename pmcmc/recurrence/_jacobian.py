@@ -30,6 +30,10 @@ class JacobianStructure(abc.ABC):
         iteration: how many iterations went before; only stochastic estimates read it.
         """
 
+    def num_entries(self, dim: int) -> int:
+        """Numbers of one A[t], to tell what fits into memory."""
+        return dim * dim
+
     @abc.abstractmethod
     def recur(self, a: Array | None, r: Array) -> Array:
         """All ``A[t] e[t-1]`` of the recursion ``e[t] = A[t] e[t-1] + r[t]``, e[0] = 0, shape ``(T, D)``."""
@@ -72,6 +76,9 @@ class Diagonal(Scanned):
         [[2.0, 4.0]]
     """
 
+    def num_entries(self, dim):
+        return dim
+
     def linearize(self, fn, x, inputs, iteration):
         def column(i):
             return jax.vmap(lambda x, u: pushforward(fn, x, u, unit(i, x))[i])(x, inputs)
@@ -98,6 +105,9 @@ class BlockDiagonal(Scanned):
         [[0.0, 2.0], [3.0, 0.0]]
     """
 
+    def num_entries(self, dim):
+        return 2 * dim
+
     def linearize(self, fn, x, inputs, iteration):
         half = half_size(x)
 
@@ -119,6 +129,9 @@ class Identity(JacobianStructure):
     No derivative is taken. Suits recurrences whose steps change the state little.
     """
 
+    def num_entries(self, dim):
+        return 0
+
     def linearize(self, fn, x, inputs, iteration):
         return None
 
@@ -133,6 +146,9 @@ class Zero(JacobianStructure):
 
     No derivative is taken. Suits recurrences that forget their state at once.
     """
+
+    def num_entries(self, dim):
+        return 0
 
     def linearize(self, fn, x, inputs, iteration):
         return None

@@ -65,6 +65,9 @@ class Windowed(VectorSolver):
     def tolerance(self):
         return self.solver.tolerance
 
+    def numbers_per_step(self, dim):
+        return 12 * dim + 16  # beside those of the window, whose length is fixed
+
     def run(self, system, guess, guess_given):
         width = min(self.window, system.length)
         slide = _begin(self.solver, system, guess, width)

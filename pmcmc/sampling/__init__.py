@@ -2,6 +2,7 @@
 
 from pmcmc.sampling._api import parallel_chain, sample
 from pmcmc.sampling._load import load
-from pmcmc.sampling._stages import Interrupted
+from pmcmc.sampling._sampling import Interrupted
+from pmcmc.sampling._streaming import resume
 
-__all__ = ["Interrupted", "load", "parallel_chain", "sample"]
+__all__ = ["Interrupted", "load", "parallel_chain", "resume", "sample"]

@@ -35,6 +35,7 @@ def parallel_chain(
     save_warmup: bool = False,
     warmup: Warmup | None = None,
     devices: Sequence[jax.Device] | None = None,
+    max_memory: int | None = None,
     progress_bar: bool = True,
 ) -> Chain:
     """Sample a NumPyro model's posterior, each chain solved in parallel across its length.
@@ -55,6 +56,9 @@ def parallel_chain(
     save_warmup: keep the draws of warm-up's lanes for `Chain.get_warmup_samples` and `Chain.to_arviz`.
     devices: that share the blocks, such as ``jax.devices()``; the one that JAX uses by default where left out. The
         draws are the same. For the cores of a CPU call ``numpyro.set_host_device_count`` first (docs/devices.md).
+    max_memory: bytes for the draws and for what one solve holds (noise, states, info) together: the run is cut into
+        segments that fit. None: 512 MiB a solve, and for draws what the system has. Compiled programs and the model's
+        own intermediates come on top. `Chain.stream` writes draws to disk instead.
     progress_bar: draws that stand, sweeps and the time left, in terminals and notebooks; elsewhere nothing is shown.
 
     Returns:
@@ -63,7 +67,7 @@ def parallel_chain(
     Raises:
         ValueError, TypeError: before any sampling, for sizes, shapes, models and densities that cannot be used.
         WarmupError: warm-up found nothing to sample with.
-        MemoryError: the draws do not fit into memory; before any sampling.
+        MemoryError: the draws and the shortest segment do not fit into memory; before any sampling.
         Interrupted: Ctrl-C; what was sampled so far is its ``chain``.
         RuntimeError: a chain reached a state that is not finite.
 
@@ -83,7 +87,7 @@ def parallel_chain(
     key = as_key(rng_key)
     target = numpyro_target(model, model_args, model_kwargs)
     settings = Settings.check(
-        target, kernel, solver, num_warmup, num_samples, num_chains, thinning, extra_fields, warmup, devices
+        target, kernel, solver, num_warmup, num_samples, num_chains, thinning, extra_fields, warmup, devices, max_memory
     )
     record = _warmup_record(settings, save_warmup)
     return run_stages(target, key, model_starts(target, key, init_params, settings), settings, progress_bar, record)
@@ -130,6 +134,7 @@ def sample(
     save_warmup: bool = False,
     warmup: Warmup | None = None,
     devices: Sequence[jax.Device] | None = None,
+    max_memory: int | None = None,
     progress_bar: bool = True,
 ) -> Chain:
     """Sample ``exp(logdensity_fn(position))`` over unconstrained positions, each chain parallel across its length.
@@ -149,7 +154,7 @@ def sample(
     """
     target = Target.from_logdensity(logdensity_fn, initial_position)
     settings = Settings.check(
-        target, kernel, solver, num_warmup, num_samples, num_chains, thinning, extra_fields, warmup, devices
+        target, kernel, solver, num_warmup, num_samples, num_chains, thinning, extra_fields, warmup, devices, max_memory
     )
     num_starts = settings.warmup.num_starts if num_warmup else num_chains
     # by numpy, as all that happens between programs: every operation of jax's own is one more program to compile

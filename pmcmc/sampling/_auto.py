@@ -83,7 +83,7 @@ class Automatic:
             check_pilot(pilot)
             self.bias_bound = bias_after_warmup(pilot)
             if not np.all(pilot.merged):
-                target, kernel, info = run.engine.target, run.engine.kernel, run.info
+                target, kernel, info = run.engine.target, run.engine.kernel, run.draws.info
                 self.find_diagnosis = lambda: diagnose(target, kernel, pilot, info)
         limit = run.engine.shape_for(MultipleShooting(2), run.left)
         most = limit.num_blocks * limit.capacity

@@ -27,8 +27,8 @@ from pmcmc.target import Target
 # Noise is drawn in pieces: as many large ones as fit into what is wanted, this share of the capacity each, then small
 # ones of this many steps.
 NOISE_PIECE, SMALL_PIECE = 1 / 8, 64
-# Noise, states and info of one segment, for all chains: what one solve may hold at a time, and what one stretch of
-# sequential sampling does.
+# What one solve may hold at a time, for all chains, and what one stretch of sequential sampling does: see
+# `Engine.bytes_per_step`.
 SEGMENT_BYTES = 512 * 2**20
 SEQUENTIAL_BYTES = 64 * 2**20
 # Chains that one kernel of one thread takes through their steps in order.
@@ -225,6 +225,7 @@ class Engine:
     guesses: a bank of unknowns. scale: of the unknown, or None where it is not known. Of an engine that is only asked
     to compile, shapes will do. ahead: where programs are compiled that nobody waits for yet.
     origin: steps that the chains took before; what is step 0 here draws the noise of that number.
+    max_bytes: that one solve may hold in place of `SEGMENT_BYTES`; None: that.
     """
 
     def __init__(
@@ -240,6 +241,7 @@ class Engine:
         self.target, self.kernel, self.chain_keys = target, kernel, chain_keys
         self.guesses, self.scale, self.ahead = guesses, scale, ahead or Ahead()
         self.origin = origin
+        self.max_bytes: int | None = None
         self.clock = Clock(0.0, 0.0)
         self._buffers: dict[Shape, tuple[PyTree, PyTree]] = {}
 
@@ -257,17 +259,23 @@ class Engine:
         """Unknown and info of one step of one chain."""
         return self._step_shapes[1]
 
-    @property
-    def bytes_per_step(self) -> int:
-        """Noise, states and info of one step of all chains; states twice, for Newton's next iterate."""
+    def bytes_per_step(self, solver: RecurrenceSolver) -> int:
+        """Noise, states and info of one step of all chains, the latter two once more for their copies on the host.
+
+        And what the solver holds besides.
+        """
         noise, (x, info) = self._step_shapes
-        leaves = jax.tree.leaves((noise, x, x, info))
-        return self.num_chains * sum(math.prod(s.shape) * s.dtype.itemsize for s in leaves)
+        dim = sum(math.prod(s.shape) for s in jax.tree.leaves(x))
+        held = solver.numbers_per_step(dim) * max(s.dtype.itemsize for s in jax.tree.leaves(x))
+        leaves = jax.tree.leaves((noise, x, x, info, info))
+        return self.num_chains * (held + sum(math.prod(s.shape) * s.dtype.itemsize for s in leaves))
 
     def shape_for(self, solver: RecurrenceSolver, num_steps: int) -> Shape:
         """Programs for ``num_steps`` steps at once, or for an even share of them that fits into memory."""
-        budget = SEQUENTIAL_BYTES if isinstance(solver, Sequential) else SEGMENT_BYTES
-        pieces = math.ceil(num_steps * self.bytes_per_step / budget)
+        budget = SEGMENT_BYTES if self.max_bytes is None else self.max_bytes
+        if isinstance(solver, Sequential):
+            budget = min(budget, SEQUENTIAL_BYTES)
+        pieces = math.ceil(num_steps * self.bytes_per_step(solver) / budget)
         length = math.ceil(num_steps / pieces)
         if not isinstance(solver, LaneSolver):
             return Shape(1, length)
@@ -286,6 +294,7 @@ class Engine:
         """Those of the last segment of this shape, or new ones."""
         if shape in self._buffers:
             return self._buffers.pop(shape)
+        self._buffers.clear()  # one solve's at a time
         leaves, structure = jax.tree.flatten(self._buffer_shapes(shape))
         if shape.devices:  # a program's results would be laid out as it likes, and the programs be compiled once more
             return jax.tree.unflatten(structure, [jnp.zeros(s.shape, s.dtype, device=s.sharding) for s in leaves])

@@ -1,29 +1,26 @@
 """From a tuned kernel to draws: stretches of steps solved one after the other, none of them lost."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 import numpy as np
 
 from pmcmc._types import PyTree
-from pmcmc.kernels import Info
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential
 from pmcmc.recurrence._lanes import LaneSolver
+from pmcmc.sampling._draws import Keeper
 from pmcmc.sampling._engine import Clock, Engine, Segment, Shape
 from pmcmc.sampling._progress import Progress
 
 
 @dataclass
-class Draws:
-    """What a run collects on its way. Arrays have the chains first; counts are per chain.
+class Counts:
+    """What a run counts on its way, per chain.
 
-    unknowns, info: every kept step, of no meaning behind what was collected.
+    growth: sum over segments of the growth rates that they saw. num_growths: how many did.
     """
 
-    unknowns: PyTree
-    info: PyTree
-    num_kept: np.ndarray
     near_ties: np.ndarray
     critical_path: np.ndarray
     num_iters: np.ndarray
@@ -31,28 +28,25 @@ class Draws:
     certified_steps: np.ndarray
     residual: np.ndarray
     result: np.ndarray
+    growth: np.ndarray
+    num_growths: np.ndarray
     num_blocks: int = 1
-    growth: list = field(default_factory=list)
     fallback: str = ""
 
     @classmethod
-    def empty(cls, engine: Engine, num_kept: int) -> "Draws":
-        """Room for ``num_kept`` states of every chain."""
-        chains = engine.num_chains
-        room = lambda s: np.empty((chains, num_kept, *s.shape), s.dtype)
-        unknowns, info = jax.tree.map(room, engine.record_shapes)
-        zeros = lambda: np.zeros(chains, int)
+    def zero(cls, num_chains: int) -> "Counts":
+        """Nothing was solved yet."""
+        count, total = lambda: np.zeros(num_chains, int), lambda: np.zeros(num_chains)
         return cls(
-            unknowns,
-            info,
-            num_kept=zeros(),
-            near_ties=zeros(),
-            critical_path=zeros(),
-            num_iters=zeros(),
-            num_sweeps=zeros(),
-            certified_steps=zeros(),
-            residual=np.zeros(chains),
-            result=np.full(chains, RESULTS.successful),
+            near_ties=count(),
+            critical_path=count(),
+            num_iters=count(),
+            num_sweeps=count(),
+            certified_steps=count(),
+            residual=total(),
+            result=np.full(num_chains, RESULTS.successful),
+            growth=total(),
+            num_growths=count(),
         )
 
 
@@ -61,15 +55,25 @@ class Run:
 
     Chains stand at the same step until a solve holds longer for some than for others. Every ``thinning``-th state is
     kept; ``num_unkept`` steps went by since the last such one.
+    num_planned: steps that a run had of which these are the last; it is cut into segments as that run was.
     """
 
     def __init__(
-        self, engine: Engine, x0: PyTree, num_steps: int, thinning: int, progress: Progress, num_unkept: int = 0
+        self,
+        engine: Engine,
+        x0: PyTree,
+        num_steps: int,
+        thinning: int,
+        progress: Progress,
+        draws: Keeper,
+        num_unkept: int = 0,
+        num_planned: int | None = None,
     ):
         self.engine, self.x, self.num_steps, self.thinning, self.progress = engine, x0, num_steps, thinning, progress
-        self.num_unkept = num_unkept
+        self.draws, self.num_unkept = draws, num_unkept
+        self.num_planned = num_steps if num_planned is None else num_planned
         self.position = np.zeros(engine.num_chains, int)
-        self.draws = Draws.empty(engine, (num_unkept + num_steps) // thinning)
+        self.counts = Counts.zero(engine.num_chains)
 
     @property
     def done(self) -> int:
@@ -81,17 +85,12 @@ class Run:
         """Steps that some chain still has to take."""
         return self.num_steps - self.done
 
-    @property
-    def info(self) -> Info:
-        """Of the steps kept so far of every chain."""
-        return jax.tree.map(lambda x: x[:, : self.draws.num_kept.min()], self.draws.info)
-
     def with_solver(self, solver: RecurrenceSolver) -> None:
         """The rest of the run by one solver in as few segments as memory allows, sequentially where it fails."""
         if isinstance(solver, Sequential):
             self.sequentially()
             return
-        shape = self.engine.shape_for(solver, self.left)
+        shape = self.engine.shape_for(solver, self.num_planned)
         while self.left:
             _, failed, _ = self.take(solver, shape, self.left)
             if failed:
@@ -100,7 +99,7 @@ class Run:
 
     def sequentially(self) -> None:
         """The rest of the run in order."""
-        shape = self.engine.shape_for(Sequential(), self.num_steps)
+        shape = self.engine.shape_for(Sequential(), self.num_planned)
         while self.left:
             self.take(Sequential(), shape, self.left)
 
@@ -108,7 +107,7 @@ class Run:
         """The rest of the run in order, and say so."""
         least, most = self.done, int(self.position.max())
         kept = f"{least:,}" if least == most else f"{least:,} to {most:,}"
-        self.draws.fallback = f"{why} The first {kept} steps were kept; the rest was sampled sequentially."
+        self.counts.fallback = f"{why} The first {kept} steps were kept; the rest was sampled sequentially."
         self.sequentially()
 
     def take(self, solver: RecurrenceSolver, shape: Shape, wanted: int) -> tuple[Segment, str, Clock]:
@@ -130,46 +129,44 @@ class Run:
         stands = np.where(codes == RESULTS.successful, wanted, np.asarray(segment.solution.stats.certified_steps))
         # chains that are ahead of others may have less to do
         ends = np.minimum(wanted, self.num_steps - self.position)
-        keep = np.minimum(stands, ends)
+        failed, keep = codes[stands < ends], np.minimum(stands, ends)
+        if self.draws.in_step:
+            keep = np.full_like(keep, keep.min())
         self._collect(segment, keep, solver)
-        if (keep == ends).all():
+        self.draws.settle(self)
+        if not failed.size:
             return segment, "", clock
         if isinstance(solver, Sequential):
             raise RuntimeError(
                 f"a chain reached a state that is not finite at step {self.done + 1}. Check the kernel and the density "
                 "there: proposals that are NaN are rejected, so the state itself must have overflowed."
             )
-        worst = RESULTS(int(codes[keep < ends][0]))
+        worst = RESULTS(int(failed[0]))
         return segment, f"{worst.name}: {worst.message}", clock
 
     def _collect(self, segment: Segment, keep: np.ndarray, solver: RecurrenceSolver) -> None:
         """Copy the first ``keep`` (C,) steps: the segment's own memory is overwritten by the next one."""
-        draws, solution, stats = self.draws, segment.solution, segment.solution.stats
+        counts, solution, stats = self.counts, segment.solution, segment.solution.stats
         path, info, near_ties = segment.chains((solution.value, solution.aux, segment.near_ties))
         before = self.done
-        for chain, steps in enumerate(keep):
-            first = -(self.num_unkept + self.position[chain] + 1) % self.thinning
-            begin, end = draws.num_kept[chain], draws.num_kept[chain] + len(range(first, steps, self.thinning))
-
-            def copy(room, x, c=chain, rows=slice(first, steps, self.thinning), begin=begin, end=end):
-                room[c, begin:end] = x[c, rows]
-
-            jax.tree.map(copy, (draws.unknowns, draws.info), (path, info))
-            draws.num_kept[chain] = end
-            draws.near_ties[chain] += near_ties[chain, :steps].sum()
+        first = -(self.num_unkept + self.position + 1) % self.thinning
+        self.draws.add(path, info, [slice(f, n, self.thinning) for f, n in zip(first, keep, strict=True)])
+        counts.near_ties += [ties[:steps].sum() for ties, steps in zip(near_ties, keep, strict=True)]
         last = lambda old, x: np.stack([x[c, n - 1] if n else old[c] for c, n in enumerate(keep)])
         self.x = jax.tree.map(last, jax.tree.map(np.asarray, self.x), path)
         self.position += keep
         self.progress.update(self.done - before, int(np.max(stats.num_sweeps)))
         if isinstance(solver, Sequential):
-            draws.critical_path += keep
+            counts.critical_path += keep
             return
-        draws.critical_path += np.asarray(stats.num_sequential_steps)
-        draws.num_blocks = segment.num_blocks if isinstance(solver, MultipleShooting) else 1
-        draws.num_iters = np.maximum(draws.num_iters, np.asarray(stats.num_iters))
-        draws.num_sweeps = np.maximum(draws.num_sweeps, np.asarray(stats.num_sweeps))
-        draws.certified_steps += keep
-        draws.growth.append(np.asarray(stats.growth_rate))
-        draws.result = np.asarray(solution.result)
-        residual = np.where(draws.result == RESULTS.successful, np.asarray(solution.residual), 0.0)
-        draws.residual = np.maximum(draws.residual, residual)
+        counts.critical_path += np.asarray(stats.num_sequential_steps)
+        counts.num_blocks = segment.num_blocks if isinstance(solver, MultipleShooting) else 1
+        counts.num_iters = np.maximum(counts.num_iters, np.asarray(stats.num_iters))
+        counts.num_sweeps = np.maximum(counts.num_sweeps, np.asarray(stats.num_sweeps))
+        counts.certified_steps += keep
+        growth = np.asarray(stats.growth_rate)
+        counts.growth += np.where(np.isfinite(growth), growth, 0.0)
+        counts.num_growths += np.isfinite(growth)
+        counts.result = np.asarray(solution.result)
+        residual = np.where(counts.result == RESULTS.successful, np.asarray(solution.residual), 0.0)
+        counts.residual = np.maximum(counts.residual, residual)

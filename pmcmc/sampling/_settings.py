@@ -25,7 +25,11 @@ from pmcmc.warmup import (
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for. solver: None for "auto". devices: that share blocks; none: the default one."""
+    """What the user asked for.
+
+    solver: None for "auto". devices: that share blocks; none: the default one. max_memory: bytes; None: no limit of the
+    user's own.
+    """
 
     kernel: Kernel
     solver: RecurrenceSolver | None
@@ -36,6 +40,7 @@ class Settings:
     extra_fields: tuple[str, ...]
     warmup: Warmup
     devices: Sequence[jax.Device] = ()
+    max_memory: int | None = None
 
     @classmethod
     def check(
@@ -50,6 +55,7 @@ class Settings:
         extra_fields: Sequence[str],
         warmup: Any,
         devices: Any = None,
+        max_memory: Any = None,
     ) -> "Settings":
         """Validate and fill in the defaults.
 
@@ -70,31 +76,52 @@ class Settings:
         num_chains = _size("num_chains", num_chains, 1)
         thinning = _size("thinning", thinning, 1)
         num_warmup = _size("num_warmup", num_warmup, 0)
+        max_memory = None if max_memory is None else _size("max_memory", max_memory, 1)
         if thinning > num_samples:
             raise ValueError(f"thinning={thinning} keeps none of num_samples={num_samples} steps: make it smaller.")
-        unknown = set(extra_fields) - set(kernel.extra_fields)
-        if unknown:
-            raise ValueError(
-                f"{type(kernel).__name__} has no extra_fields {sorted(unknown)}: expected names out of "
-                f"{list(kernel.extra_fields)}."
-            )
-        if num_warmup == 0 and not kernel.is_tuned:
-            raise ValueError(
-                f"num_warmup=0 tunes nothing, but {type(kernel).__name__}() has no step size: pass step_size=, or "
-                "leave num_warmup at 1000."
-            )
-        if num_warmup and not kernel.takes_basis:
-            raise ValueError(
-                "a BlackJAX algorithm that is already built has its own log density and cannot be warmed up. Pass "
-                "num_warmup=0, or its constructor and parameters, as in from_blackjax(blackjax.mala, step_size=None)."
-            )
+        _check_kernel(kernel, extra_fields, num_warmup)
         kernel = _with_discrete_sites(kernel, target)
         warmup = _fitting_warmup(warmup, kernel)
         solver = None if isinstance(solver, str) else solver
         devices = _devices(devices, solver)
         if devices and solver is not None:
             solver = replace(solver, devices=devices)
-        return cls(kernel, solver, num_warmup, num_samples, num_chains, thinning, tuple(extra_fields), warmup, devices)
+        return cls(
+            kernel,
+            solver,
+            num_warmup,
+            num_samples,
+            num_chains,
+            thinning,
+            tuple(extra_fields),
+            warmup,
+            devices,
+            max_memory,
+        )
+
+
+def _check_kernel(kernel: Kernel, extra_fields: Sequence[str], num_warmup: int) -> None:
+    """Raise where it cannot do what is asked of it.
+
+    Raises:
+        ValueError: it has no such fields, or cannot be warmed up or do without.
+    """
+    unknown = set(extra_fields) - set(kernel.extra_fields)
+    if unknown:
+        raise ValueError(
+            f"{type(kernel).__name__} has no extra_fields {sorted(unknown)}: expected names out of "
+            f"{list(kernel.extra_fields)}."
+        )
+    if num_warmup == 0 and not kernel.is_tuned:
+        raise ValueError(
+            f"num_warmup=0 tunes nothing, but {type(kernel).__name__}() has no step size: pass step_size=, or "
+            "leave num_warmup at 1000."
+        )
+    if num_warmup and not kernel.takes_basis:
+        raise ValueError(
+            "a BlackJAX algorithm that is already built has its own log density and cannot be warmed up. Pass "
+            "num_warmup=0, or its constructor and parameters, as in from_blackjax(blackjax.mala, step_size=None)."
+        )
 
 
 def _devices(devices: Any, solver: RecurrenceSolver | None) -> tuple[jax.Device, ...]:

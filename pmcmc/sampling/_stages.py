@@ -1,4 +1,4 @@
-"""Warm-up, pilot, solve, report: the stages behind the public functions, timed one by one."""
+"""Warm-up and sampling: the stages behind the public functions, timed one by one."""
 
 import time
 import warnings
@@ -9,50 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pmcmc._state import ChainState
 from pmcmc._types import Array, PRNGKey, PyTree
-from pmcmc.chain import Chain, ChainState
-from pmcmc.kernels import Info
-from pmcmc.kernels._stream import chain_keys
-from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Sequential
-from pmcmc.report import SolveReport
+from pmcmc.chain import Chain, Continuation
 from pmcmc.sampling._ahead import Ahead
-from pmcmc.sampling._auto import Automatic, compile_first
-from pmcmc.sampling._engine import Engine
-from pmcmc.sampling._memory import check_memory
+from pmcmc.sampling._auto import compile_first
+from pmcmc.sampling._draws import Draws, draw_bytes
+from pmcmc.sampling._memory import fit_memory
 from pmcmc.sampling._progress import Progress, WarmupRecord
-from pmcmc.sampling._run import Draws, Run
+from pmcmc.sampling._sampling import Interrupted, Sampling, engine_of, settings_of
 from pmcmc.sampling._settings import Settings
+from pmcmc.sampling._streaming import stream
 from pmcmc.target import Target, check_starts
 from pmcmc.warmup import Tuned
 from pmcmc.warmup._base import Watch
-
-# A chain whose acceptance probabilities add up to less than this over all of its draws has not moved, unless there are
-# too few of them to tell.
-STUCK, FEW_DRAWS = 1e-3, 100
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while draws were taken: those that stand are kept in ``chain``.
-
-    A program that has begun is not stopped: the interruption comes when the segment under way has ended. Before the
-    first draw was kept, during warm-up for instance, there is nothing to keep and a plain KeyboardInterrupt is raised.
-
-    chain: a `Chain` of the draws so far, which `Chain.extend` continues as if nothing had been.
-
-    Example:
-        >>> import jax.numpy as jnp, pmcmc
-        >>> try:
-        ...     chain = pmcmc.sample(lambda x: -jnp.sum(x**2), jnp.zeros(2), 0, num_samples=100, progress_bar=False)
-        ... except pmcmc.Interrupted as stopped:
-        ...     chain = stopped.chain
-    """
-
-    def __init__(self, chain: Chain, num_wanted: int):
-        self.chain, self.num_wanted = chain, num_wanted
-        super().__init__(
-            f"stopped after {chain.report.num_steps:,} of {num_wanted:,} steps. They are the attribute `chain` of this "
-            "exception: chain.extend(...) goes on from there."
-        )
 
 
 def run_stages(
@@ -79,39 +49,29 @@ def warm_up(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings
         return _warm_up(target, rng_key, starts, settings, progress, ahead)[0]
 
 
-def sample_from(state: ChainState, settings: Settings, progress_bar: bool) -> Chain:
+def sample_from(state: ChainState, settings: Settings, progress_bar: bool, warmup_remark: str = "") -> Chain:
     """Draws that follow a state; the chain holds these alone."""
     with Progress(settings.num_samples, progress_bar) as progress, closing(Ahead()) as ahead:
-        return _sample(state, settings, progress, ahead, time.perf_counter(), 0.0)
+        return _sample(state, settings, progress, ahead, time.perf_counter(), 0.0, warmup_remark)
 
 
 def extend(chain: Chain, num_samples: int, progress_bar: bool) -> Chain:
     """See `Chain.extend`."""
-    solver = "auto" if chain.solver is None else chain.solver
-    settings = Settings.check(
-        chain.target,
-        chain.kernel,
-        solver,
-        0,
-        num_samples,
-        chain.num_chains,
-        chain.thinning,
-        chain.extra_fields,
-        None,
-        chain.devices,
-    )
+    settings = settings_of(chain, num_samples, chain.max_memory)
     try:
-        return _join(chain, sample_from(chain.state, settings, progress_bar))
+        return _join(chain, sample_from(chain.state, settings, progress_bar, chain.report.warmup_remark))
     except Interrupted as stopped:
         raise Interrupted(_join(chain, stopped.chain), num_samples) from stopped
+
+
+CONTINUATION = Continuation(extend, stream)
 
 
 def _join(chain: Chain, more: Chain) -> Chain:
     """One chain of both; what is not draws is that of the second."""
     join = lambda old, new: np.concatenate([old, new], axis=1)
     both = jax.tree.map(join, (chain.unknowns, chain.info), (more.unknowns, more.info))
-    report = replace(more.report, warmup_remark=chain.report.warmup_remark)
-    return replace(more, unknowns=both[0], info=both[1], report=report, warmup_path=chain.warmup_path)
+    return replace(more, unknowns=both[0], info=both[1], warmup_path=chain.warmup_path)
 
 
 def _warm_up(
@@ -129,8 +89,8 @@ def _warm_up(
     settings.kernel.check_start(target, jax.tree.map(lambda x: np.asarray(x)[0], starts))
     warmup_key, chain_key = _split_keys(rng_key)
     if settings.num_warmup and (expected := settings.warmup.tuned_shapes(target, settings.kernel)) is not None:
-        engine = _engine(_begin(expected, chain_key, settings), ahead)
-        check_memory(engine, settings.num_samples, settings.num_samples // settings.thinning)
+        engine = engine_of(_begin(expected, chain_key, settings), ahead)
+        fit_memory(engine, settings, draw_bytes(engine) * (settings.num_samples // settings.thinning))
         compile_first(engine, settings.solver, settings.num_samples)
 
     def watch(target: Target, path: Array) -> None:
@@ -160,62 +120,38 @@ def _sample(
     warmup_remark: str = "",
     record: WarmupRecord | None = None,
 ) -> Chain:
-    progress.sample()
-    engine = _engine(state, ahead)
-    total = state.num_unkept + settings.num_samples
-    check_memory(engine, settings.num_samples, total // settings.thinning)
-    run = Run(engine, state.unknown, settings.num_samples, settings.thinning, progress, state.num_unkept)
-    automatic = Automatic(run, state.own, state.timing, settings.devices) if settings.solver is None else None
+    num_kept = (state.num_unkept + settings.num_samples) // settings.thinning
+    engine = engine_of(state, ahead)
+    fit_memory(engine, settings, draw_bytes(engine) * num_kept)
+    draws = Draws(engine, num_kept)
+    sampling = Sampling(state, settings, engine, draws, progress, began, warmup_seconds, warmup_remark)
 
-    def chain(unknown: PyTree, num_kept: int, num_steps: int, num_unkept: int) -> Chain:
-        """The first ``num_kept`` draws; the chains stand at ``unknown``, after ``num_steps`` steps."""
-        draws = run.draws
-        draws.unknowns, draws.info = jax.tree.map(lambda x: x[:, :num_kept], (draws.unknowns, draws.info))
-        after = state._replace(unknown=unknown, num_steps=state.num_steps + num_steps, num_unkept=num_unkept)
-        taken = replace(settings, num_samples=num_steps)
+    def chain(x: PyTree, num_steps: int) -> Chain:
+        after, report = sampling.standing(x, num_steps)
         return Chain(
             after,
-            draws.unknowns,
-            draws.info,
-            _report(run, automatic, warmup_remark, taken, warmup_seconds, began),
+            *draws.kept,
+            report,
             settings.thinning,
             settings.solver,
-            extend,
+            CONTINUATION,
             settings.extra_fields,
             warmup_path=None if record is None else record.path(),
             devices=settings.devices or None,
+            max_memory=settings.max_memory,
         )
 
     try:
-        if settings.solver is not None:
-            run.with_solver(settings.solver)
-        elif automatic is not None:
-            automatic.execute()
+        sampling.execute()
     except KeyboardInterrupt as stopped:
-        # back to the last draw that every chain has kept
-        if not (kept := int(run.draws.num_kept.min())):
+        draws.cut()
+        if not (kept := draws.info.margin.shape[1]):
             raise
-        x = jax.tree.map(lambda draws: jnp.asarray(draws[:, kept - 1]), run.draws.unknowns)
-        steps = kept * settings.thinning - state.num_unkept
-        raise Interrupted(chain(x, kept, steps, 0), settings.num_samples) from stopped
-    _warn_of_stuck_chains(run.draws.info)
-    return chain(run.x, total // settings.thinning, settings.num_samples, total % settings.thinning)
-
-
-def _warn_of_stuck_chains(info: Info) -> None:
-    """Say where a chain accepted nothing: such draws are one point, however many they are.
-
-    Judged by the probabilities, not by the moves: a few draws may stand still by chance.
-    """
-    rates = np.asarray(info.acceptance_rate)
-    stuck = np.flatnonzero(rates.sum(axis=1) < STUCK)
-    if stuck.size and rates.shape[1] >= FEW_DRAWS:
-        warnings.warn(
-            f"chain(s) {', '.join(map(str, stuck))} accepted no move in {rates.shape[1]:,} draws. Leave the step size "
-            "and num_warmup to pmcmc (step_size=None, num_warmup=1000), take a smaller step size, or start elsewhere "
-            "with init_params.",
-            stacklevel=5,  # the caller of `parallel_chain` and `sample`
-        )
+        x = jax.tree.map(lambda rows: jnp.asarray(rows[:, -1]), draws.kept[0])
+        there = chain(x, kept * settings.thinning - state.num_unkept)
+        raise Interrupted(there, settings.num_samples) from stopped
+    sampling.warn_of_stuck_chains()
+    return chain(sampling.run.x, settings.num_samples)
 
 
 def _tune(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings, watch: Watch) -> Tuned:
@@ -242,76 +178,3 @@ def _split_keys(rng_key: PRNGKey) -> tuple[PRNGKey, PRNGKey]:
     """For warm-up, and for the chains."""
     warmup_key, chain_key = jax.random.split(rng_key)
     return warmup_key, chain_key
-
-
-def _engine(state: ChainState, ahead: Ahead) -> Engine:
-    """Of a state that is only compiled for, shapes will do."""
-    keys = chain_keys(state.rng_key, num_chains=len(state.own))
-    return Engine(state.target, state.kernel, keys, state.ensemble, _scale(state), ahead, state.num_steps)
-
-
-def restarted(state: ChainState, number: int) -> tuple[Engine, PyTree]:
-    """An engine of one of the chains, for its steps from the first on, and its unknown before it (1, ...)."""
-    keys = chain_keys(state.rng_key, num_chains=len(state.own))[number : number + 1]
-    own = state.own[number : number + 1]
-    x0 = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[own]), state.ensemble)
-    return Engine(state.target, state.kernel, keys, state.ensemble, _scale(state)), x0
-
-
-def _scale(state: ChainState) -> PyTree:
-    """Of an unknown: one where it is the coordinates in a basis that warm-up found, else not known (None)."""
-    if state.target.basis is None or len(jax.tree.leaves(state.ensemble)) > 1:
-        return None
-    return jax.tree.map(lambda x: np.ones(x.shape[1:], x.dtype), state.ensemble)
-
-
-def _decision(solver: RecurrenceSolver) -> str:
-    return {MultipleShooting: "shooting", Sequential: "sequential"}.get(type(solver), "newton")
-
-
-def _growth_rate(draws: Draws, num_chains: int) -> np.ndarray:
-    """Mean over segments, where any saw a small distance."""
-    growth = np.stack(draws.growth) if draws.growth else np.full((1, num_chains), np.nan)
-    observed = np.isfinite(growth)
-    return np.where(observed, growth, 0.0).sum(0) / np.where(observed.any(0), observed.sum(0), np.nan)
-
-
-def _report(
-    run: Run, automatic: Automatic | None, warmup_remark: str, settings: Settings, warmup_seconds: float, began: float
-) -> SolveReport:
-    draws, info, chains, clock = run.draws, run.draws.info, settings.num_chains, run.engine.clock
-    per_chain = lambda value, dtype=int: np.broadcast_to(np.asarray(value, dtype), (chains,))
-    plan = None if automatic is None else automatic.plan
-    solver, reason = settings.solver or Sequential(), "Chosen by the caller."
-    if automatic is not None:
-        solver, reason = (Sequential() if plan is None else plan.solver), automatic.reason
-    pilot = None if plan is None else plan.coalescence
-    pilot_seconds = 0.0 if automatic is None else automatic.pilot_seconds
-    return SolveReport(
-        decision=_decision(solver),
-        reason=reason,
-        plan=plan,
-        bias_bound=np.zeros(0) if automatic is None else automatic.bias_bound,
-        result=per_chain(draws.result),
-        fallback=draws.fallback,
-        residual=per_chain(draws.residual, float),
-        num_steps=settings.num_samples,
-        num_sequential_steps=per_chain(draws.critical_path),
-        num_iters=per_chain(draws.num_iters),
-        num_sweeps=per_chain(draws.num_sweeps),
-        num_blocks=draws.num_blocks,
-        certified_steps=per_chain(draws.certified_steps),
-        near_ties=per_chain(draws.near_ties) if np.isfinite(info.margin).any() else per_chain(np.nan, float),
-        lyapunov_exponent=_growth_rate(draws, chains),
-        coalescence_steps=np.zeros(0, int) if pilot is None else np.asarray(pilot.steps),
-        acceptance_rate=np.asarray(info.acceptance_rate).mean(axis=1),
-        num_divergent=np.asarray(info.is_divergent).sum(axis=1),
-        warmup_seconds=warmup_seconds,
-        pilot_seconds=pilot_seconds,
-        compile_seconds=clock.compile_seconds,
-        solve_seconds=clock.run_seconds - pilot_seconds,
-        total_seconds=time.perf_counter() - began,
-        planned_seconds=0.0 if automatic is None else automatic.seconds,
-        warmup_remark=warmup_remark,
-        find_diagnosis=None if automatic is None else automatic.find_diagnosis,
-    )

@@ -1,0 +1,206 @@
+"""One run of tuned chains, wherever its draws go, and what can be told of it."""
+
+import time
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pmcmc._state import ChainState
+from pmcmc._types import PyTree
+from pmcmc.chain import Chain
+from pmcmc.kernels._stream import chain_keys
+from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Sequential
+from pmcmc.report import SolveReport
+from pmcmc.sampling._ahead import Ahead
+from pmcmc.sampling._auto import Automatic
+from pmcmc.sampling._draws import Keeper
+from pmcmc.sampling._engine import Engine
+from pmcmc.sampling._progress import Progress
+from pmcmc.sampling._run import Counts, Run
+from pmcmc.sampling._settings import Settings
+from pmcmc.stored import StoredChain
+
+# A chain whose acceptance probabilities add up to less than this over all of its draws has not moved, unless there are
+# too few of them to tell.
+STUCK, FEW_DRAWS = 1e-3, 100
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while draws were taken: those that stand are kept in ``chain``.
+
+    A program that has begun is not stopped: the interruption comes when the segment under way has ended. Before the
+    first draw was kept, during warm-up for instance, there is nothing to keep and a plain KeyboardInterrupt is raised.
+
+    chain: a `Chain` of the draws so far, which `Chain.extend` continues as if nothing had been; with ``store=`` the
+        `StoredChain` of the last checkpoint, from which `resume` goes on, too.
+
+    Example:
+        >>> import jax.numpy as jnp, pmcmc
+        >>> try:
+        ...     chain = pmcmc.sample(lambda x: -jnp.sum(x**2), jnp.zeros(2), 0, num_samples=100, progress_bar=False)
+        ... except pmcmc.Interrupted as stopped:
+        ...     chain = stopped.chain
+    """
+
+    def __init__(self, chain: Chain | StoredChain, num_wanted: int):
+        self.chain: Any = chain
+        self.num_wanted = num_wanted
+        super().__init__(
+            f"stopped after {chain.report.num_steps:,} of {num_wanted:,} steps. They are the attribute `chain` of this "
+            "exception: chain.extend(...) goes on from there."
+        )
+
+
+def settings_of(chain: Chain | StoredChain, num_samples: Any, max_memory: Any) -> Settings:
+    """For steps that follow a chain."""
+    return Settings.check(
+        chain.state.target,
+        chain.state.kernel,
+        "auto" if chain.solver is None else chain.solver,
+        0,
+        num_samples,
+        chain.num_chains,
+        chain.thinning,
+        chain.extra_fields if isinstance(chain, Chain) else (),
+        None,
+        chain.devices,
+        max_memory,
+    )
+
+
+def engine_of(state: ChainState, ahead: Ahead) -> Engine:
+    """Of a state that is only compiled for, shapes will do."""
+    keys = chain_keys(state.rng_key, num_chains=len(state.own))
+    return Engine(state.target, state.kernel, keys, state.ensemble, scale_of(state), ahead, state.num_steps)
+
+
+def restarted(state: ChainState, number: int) -> tuple[Engine, PyTree]:
+    """An engine of one of the chains, for its steps from the first on, and its unknown before it (1, ...)."""
+    keys = chain_keys(state.rng_key, num_chains=len(state.own))[number : number + 1]
+    own = state.own[number : number + 1]
+    x0 = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[own]), state.ensemble)
+    return Engine(state.target, state.kernel, keys, state.ensemble, scale_of(state)), x0
+
+
+def scale_of(state: ChainState) -> PyTree:
+    """Of an unknown: one where it is the coordinates in a basis that warm-up found, else not known (None)."""
+    if state.target.basis is None or len(jax.tree.leaves(state.ensemble)) > 1:
+        return None
+    return jax.tree.map(lambda x: np.ones(x.shape[1:], x.dtype), state.ensemble)
+
+
+class Sampling:
+    """Steps of all chains from a state on.
+
+    num_planned: see `Run`. began, warmup_seconds, warmup_remark: for the report.
+    """
+
+    def __init__(
+        self,
+        state: ChainState,
+        settings: Settings,
+        engine: Engine,
+        draws: Keeper,
+        progress: Progress,
+        began: float,
+        warmup_seconds: float,
+        warmup_remark: str,
+        num_planned: int | None = None,
+    ):
+        progress.sample()
+        self.state, self.settings = state, settings
+        self.began, self.warmup_seconds, self.warmup_remark = began, warmup_seconds, warmup_remark
+        self.run = Run(
+            engine,
+            state.unknown,
+            settings.num_samples,
+            settings.thinning,
+            progress,
+            draws,
+            state.num_unkept,
+            num_planned,
+        )
+        self.automatic: Automatic | None = None
+        if settings.solver is None:
+            self.automatic = Automatic(self.run, state.own, state.timing, settings.devices)
+
+    def execute(self) -> None:
+        """Take all steps."""
+        if self.settings.solver is not None:
+            self.run.with_solver(self.settings.solver)
+        elif self.automatic is not None:
+            self.automatic.execute()
+
+    def standing(self, x: PyTree, num_steps: int) -> tuple[ChainState, SolveReport]:
+        """The chains stand at ``x``, after so many of the steps."""
+        state = self.state
+        num_unkept = (state.num_unkept + num_steps) % self.settings.thinning
+        after = state._replace(unknown=x, num_steps=state.num_steps + num_steps, num_unkept=num_unkept)
+        return after, self._report(num_steps)
+
+    def warn_of_stuck_chains(self) -> None:
+        """Say where a chain accepted nothing: such draws are one point, however many they are.
+
+        Judged by the probabilities, not by the moves: a few draws may stand still by chance.
+        """
+        moves = self.run.draws.moves
+        num_draws = int(moves.num_draws[0])
+        stuck = np.flatnonzero(moves.acceptance_rate * num_draws < STUCK)
+        if stuck.size and num_draws >= FEW_DRAWS:
+            warnings.warn(
+                f"chain(s) {', '.join(map(str, stuck))} accepted no move in {num_draws:,} draws. Leave the step size "
+                "and num_warmup to pmcmc (step_size=None, num_warmup=1000), take a smaller step size, or start "
+                "elsewhere with init_params.",
+                stacklevel=5,  # the caller of `parallel_chain` and `sample`
+            )
+
+    def _report(self, num_steps: int) -> SolveReport:
+        run, automatic, settings = self.run, self.automatic, self.settings
+        counts, moves, chains, clock = run.counts, run.draws.moves, settings.num_chains, run.engine.clock
+        per_chain = lambda value, dtype=int: np.broadcast_to(np.asarray(value, dtype), (chains,))
+        plan = None if automatic is None else automatic.plan
+        solver, reason = settings.solver or Sequential(), "Chosen by the caller."
+        if automatic is not None:
+            solver, reason = (Sequential() if plan is None else plan.solver), automatic.reason
+        pilot = None if plan is None else plan.coalescence
+        pilot_seconds = 0.0 if automatic is None else automatic.pilot_seconds
+        return SolveReport(
+            decision=_decision(solver),
+            reason=reason,
+            plan=plan,
+            bias_bound=np.zeros(0) if automatic is None else automatic.bias_bound,
+            result=per_chain(counts.result),
+            fallback=counts.fallback,
+            residual=per_chain(counts.residual, float),
+            num_steps=num_steps,
+            num_sequential_steps=per_chain(counts.critical_path),
+            num_iters=per_chain(counts.num_iters),
+            num_sweeps=per_chain(counts.num_sweeps),
+            num_blocks=counts.num_blocks,
+            certified_steps=per_chain(counts.certified_steps),
+            near_ties=per_chain(counts.near_ties) if moves.has_margin else per_chain(np.nan, float),
+            lyapunov_exponent=_growth_rate(counts),
+            coalescence_steps=np.zeros(0, int) if pilot is None else np.asarray(pilot.steps),
+            acceptance_rate=moves.acceptance_rate,
+            num_divergent=moves.num_divergent,
+            warmup_seconds=self.warmup_seconds,
+            pilot_seconds=pilot_seconds,
+            compile_seconds=clock.compile_seconds,
+            solve_seconds=clock.run_seconds - pilot_seconds,
+            total_seconds=time.perf_counter() - self.began,
+            planned_seconds=0.0 if automatic is None else automatic.seconds,
+            warmup_remark=self.warmup_remark,
+            find_diagnosis=None if automatic is None else automatic.find_diagnosis,
+        )
+
+
+def _decision(solver: RecurrenceSolver) -> str:
+    return {MultipleShooting: "shooting", Sequential: "sequential"}.get(type(solver), "newton")
+
+
+def _growth_rate(counts: Counts) -> np.ndarray:
+    """Mean over segments, where any saw a small distance."""
+    return np.where(counts.num_growths > 0, counts.growth, np.nan) / np.maximum(counts.num_growths, 1)

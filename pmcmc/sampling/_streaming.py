@@ -1,0 +1,155 @@
+"""Chains that go on: in memory, to a folder on disk, and there again after they were stopped."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+
+from pmcmc._storage import STORE, Reader
+from pmcmc._types import PyTree
+from pmcmc.chain import Chain
+from pmcmc.kernels import Kernel
+from pmcmc.recurrence import RecurrenceSolver
+from pmcmc.sampling._ahead import Ahead
+from pmcmc.sampling._memory import fit_memory
+from pmcmc.sampling._progress import Progress
+from pmcmc.sampling._rebuild import read_report, rebuild
+from pmcmc.sampling._sampling import Interrupted, Sampling, engine_of, settings_of
+from pmcmc.sampling._settings import Settings
+from pmcmc.sampling._store import Store, check_sites, held_bytes
+from pmcmc.stored import CHECKPOINT, StoredChain
+
+
+def stream(
+    chain: Chain,
+    path: str | Path,
+    num_samples: int,
+    sites: Sequence[str] | None,
+    max_memory: int | None,
+    progress_bar: bool,
+) -> StoredChain:
+    """See `Chain.stream`."""
+    settings = settings_of(chain, num_samples, chain.max_memory if max_memory is None else max_memory)
+    kept = check_sites(chain.target, sites)
+    with closing(Store.new(Path(path))) as store:
+        stored = StoredChain(
+            store.path,
+            kept,
+            0,
+            chain.state,
+            chain.report,
+            chain.thinning,
+            chain.solver,
+            extend_stored,
+            settings.max_memory,
+            chain.devices,
+        )
+        return _to_store(store, stored, settings, progress_bar, chain)
+
+
+def extend_stored(chain: StoredChain, num_samples: int, progress_bar: bool) -> StoredChain:
+    """See `StoredChain.extend`."""
+    settings = settings_of(chain, num_samples, chain.max_memory)
+    with closing(Store(chain.path)) as store:
+        return _to_store(store, chain, settings, progress_bar)
+
+
+def _to_store(
+    store: Store,
+    chain: StoredChain,
+    settings: Settings,
+    progress_bar: bool,
+    first: Chain | None = None,
+    num_planned: int | None = None,
+) -> StoredChain:
+    """The steps that follow a chain, behind its draws. first: a chain whose draws come before them, too."""
+    state, began = chain.state, time.perf_counter()
+    with Progress(settings.num_samples, progress_bar) as progress, closing(Ahead()) as ahead:
+        engine = engine_of(state, ahead)
+        fit_memory(engine, settings, held_bytes(settings.max_memory))
+        remark = chain.report.warmup_remark
+        sampling = Sampling(state, settings, engine, store, progress, began, 0.0, remark, num_planned)
+        num_before, run = chain.num_samples if first is None else first.num_samples, sampling.run
+
+        def there() -> StoredChain:
+            num_samples = num_before + (state.num_unkept + run.done) // settings.thinning
+            after, report = sampling.standing(run.x, run.done)
+            return replace(chain, num_samples=num_samples, state=after, report=report)
+
+        store.begin(run, chain, there, None if first is None else (first.unknowns, first.info))
+        try:
+            sampling.execute()
+        except KeyboardInterrupt as stopped:
+            store.cut()
+            raise Interrupted(store.last, settings.num_samples) from stopped
+        sampling.warn_of_stuck_chains()
+        return store.last
+
+
+def resume(
+    path: str | Path,
+    model: Callable | None,
+    *,
+    model_args: tuple = (),
+    model_kwargs: dict | None = None,
+    initial_position: PyTree = None,
+    kernel: Kernel | None = None,
+    solver: RecurrenceSolver | None = None,
+    max_memory: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    progress_bar: bool = True,
+) -> StoredChain:
+    """Finish a `Chain.stream` that was killed or interrupted; of a finished one just return the chain.
+
+    Draws behind the last checkpoint, which is some seconds or one segment old, are taken again. The chain is that of a
+    run that was never stopped: with a solver of your own and on the same machine to the last bit, since the segments
+    are the same; under "auto" up to the tolerance of merges, as with any other blocks.
+
+    path: of the folder.
+    model, model_args, model_kwargs, initial_position, kernel, solver: as of `load`; no code is stored.
+    max_memory: in place of that of the run. devices: that share the blocks; not stored.
+
+    Returns:
+        The `StoredChain` with all draws that were wanted; its ``report`` is of the steps taken now.
+
+    Raises:
+        FileNotFoundError: no run streamed there.
+        ValueError, TypeError: as of `load`.
+        RuntimeError: another process is writing to it.
+        MemoryError: as of `Chain.stream`.
+
+    Example:
+        >>> import jax.numpy as jnp, pmcmc, tempfile
+        >>> folder, logdensity = tempfile.mkdtemp(), lambda x: -0.5 * jnp.sum(x**2)
+        >>> chain = pmcmc.sample(logdensity, jnp.zeros(2), 0, num_samples=100, progress_bar=False)
+        >>> chain = chain.stream(folder, 900, progress_bar=False)
+        >>> pmcmc.resume(folder, logdensity).num_samples
+        1000
+    """
+    path = Path(path)
+    if not (path / CHECKPOINT).exists():
+        raise FileNotFoundError(f"{path} holds no {CHECKPOINT}: no Chain.stream has begun there.")
+    with closing(Store(path)) as store:
+        reader = Reader(path / CHECKPOINT, STORE)
+        header = reader.header
+        state, solver = rebuild(reader, model, model_args, model_kwargs, initial_position, kernel, solver)
+        chain = StoredChain(
+            path,
+            tuple(header["kept_sites"]),
+            header["num_samples"],
+            state,
+            read_report(reader),
+            header["thinning"],
+            solver,
+            extend_stored,
+            header["max_memory"] if max_memory is None else max_memory,
+            devices,
+        )
+        settings = settings_of(chain, header["num_wanted"], chain.max_memory)
+        if not (left := header["num_wanted"] - state.num_steps):
+            return chain
+        num_planned = None if solver is None else header["num_planned"]  # "auto" plans anew
+        return _to_store(store, chain, replace(settings, num_samples=left), progress_bar, num_planned=num_planned)

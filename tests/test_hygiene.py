@@ -48,6 +48,8 @@ ROOMS_OF_FOREIGN = {
     "arviz": {"interop", "drop_in", "demo"},
     "matplotlib": {"plots", "demo"},
     "sklearn": {"demo"},
+    "xarray": {"interop"},
+    "zarr": {"interop"},
 }
 LAZY = {"tqdm"}  # anywhere, inside functions only
 DYNAMIC_IMPORTS = {"import_module", "__import__", "find_spec"}

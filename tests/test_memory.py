@@ -46,7 +46,7 @@ def test_a_budget_that_holds_nothing(num_warmup: int, monkeypatch: pytest.Monkey
         run(num_warmup=num_warmup, max_memory=30_000)
 
 
-@pytest.mark.parametrize(("given", "error"), [(0, ValueError), (1e9, TypeError), (True, TypeError)])
+@pytest.mark.parametrize(("given", "error"), [(0, ValueError), (True, TypeError)])
 def test_what_is_no_budget(given, error) -> None:
     with pytest.raises(error, match="max_memory must be"):
         run(max_memory=given)

@@ -186,6 +186,7 @@ def test_auto_samples_sequentially_what_does_not_merge(name: str, free_lanes) ->
     assert np.all(chain.report.acceptance_rate > 0.2)
 
 
+@pytest.mark.slow
 def test_nuts_is_tuned_and_sampled_in_blocks(free_lanes) -> None:
     """Shooting under "auto", a step size tuned to 0.8, NumPyro's names for fields and ArviZ's for statistics."""
     names = ("num_steps", "tree_depth", "accept_prob", "energy", "potential_energy")

@@ -12,6 +12,7 @@ from pmcmc.kernels._compose import _combine
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
 from tests._chains import draw_noise, solve
 from tests._gibbs import z_scores
+from tests._selection import share
 from tests._statistics import z_bound
 from tests._targets import COVARIANCE, gaussian
 
@@ -50,7 +51,7 @@ def sample(kernel, **options):
     return pmcmc.sample(joint, START, 1, kernel=kernel, **options)
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", share(list(BLOCKS), "HMC and Gibbs"))
 def test_blocks_sample_the_joint(name: str) -> None:
     """First and second moments; warm-up gives every block of vectors its coordinates."""
     chain = sample(pmcmc.Compose(BLOCKS[name]), num_chains=256)

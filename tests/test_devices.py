@@ -66,6 +66,7 @@ def test_rejects_devices_that_cannot_be_used() -> None:
         MultipleShooting(devices=2 * jax.devices())
 
 
+@pytest.mark.slow
 def test_auto_shares_blocks(free_lanes) -> None:
     """On the one device of this process, named: the same way as several. Segments share one program of blocks."""
     logdensity_fn = lambda x: gaussian(x)  # new to every cache

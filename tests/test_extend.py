@@ -9,6 +9,7 @@ import pytest
 
 import pmcmc
 from pmcmc.recurrence import MultipleShooting, Sequential, deer
+from tests._selection import share
 from tests._targets import gaussian, start_like
 
 SIZES = dict(num_warmup=200, num_chains=2, progress_bar=False)
@@ -33,8 +34,12 @@ def assert_same(chain: pmcmc.Chain, expected: pmcmc.Chain) -> None:
 
 @pytest.mark.parametrize(
     "solver",
-    [Sequential(), MultipleShooting(4), deer(max_iters=300), "auto"],
-    ids=["sequential", "4 blocks", "deer", "auto"],
+    share(
+        {"sequential": Sequential(), "4 blocks": MultipleShooting(4), "deer": deer(max_iters=300), "auto": "auto"},
+        "sequential",
+        "4 blocks",
+        "auto",
+    ),
 )
 def test_two_runs_are_one(solver) -> None:
     first = run(600, solver=solver)
@@ -62,6 +67,7 @@ def test_auto_plans_the_steps_to_come(free_lanes) -> None:
     assert_same(both, long)
 
 
+@pytest.mark.slow
 def test_kernels_with_more_than_a_position() -> None:
     kernel = pmcmc.NUTS(step_size=0.5)
     options = dict(kernel=kernel, num_warmup=0, solver=MultipleShooting(4))

@@ -18,6 +18,7 @@ def standard_errors(grouped: np.ndarray) -> np.ndarray:
     return np.asarray(grouped).std(axis=(0, 1)) / np.sqrt(effective_sample_size(np.asarray(grouped)))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # ArviZ's own dependencies
 def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)

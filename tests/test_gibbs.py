@@ -155,6 +155,7 @@ def test_schools_step_is_the_published_one() -> None:
     assert np.isinf(info.margin)
 
 
+@pytest.mark.slow
 def test_schools_by_newton() -> None:
     """Newton gives the sequential chain: the map is smooth and contracts."""
     target, length = pmcmc.Target.from_logdensity(None, SCHOOLS_START), 20_000
@@ -169,6 +170,7 @@ def test_schools_by_newton() -> None:
     assert float(found.stats.growth_rate) < 0
 
 
+@pytest.mark.slow
 def test_schools_satisfy_stein() -> None:
     """E d log p = 0 for real sites and E x d log p = -1 for positive ones, under the joint density itself."""
     draws = sample(SCHOOLS, SCHOOLS_START, num_chains=256, num_samples=400).get_samples(group_by_chain=True)

@@ -75,8 +75,7 @@ def assert_same(found, expected):
 
 
 # Compiling dense Jacobians and 25 weights is what takes long; the others on eight schools say as much in half a minute.
-QUICK = [("eight_schools", "deer"), ("eight_schools", "quasi_deer"), ("eight_schools", "quasi_elk")]
-QUICK += [("german_credit", "quasi_deer")]
+QUICK = [("eight_schools", "deer"), ("eight_schools", "quasi_deer")]
 every_pair = pytest.mark.parametrize(
     ("name", "solver"),
     [

@@ -181,6 +181,7 @@ def test_derivative_is_that_of_the_branch_taken() -> None:
     np.testing.assert_allclose(tangent[same], ((above - below) / 2e-6)[same], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_float32() -> None:
     """Blocks of a float32 chain are certified, and nearly every state is the sequential one."""
     target, kernel, length = make_target(mixture, jnp.float32), NUTS(0.6), 4000

@@ -114,13 +114,13 @@ def test_chains_do_not_hold_each_other_back() -> None:
 
 @pytest.mark.parametrize("solver", [MultipleShooting(4), Sequential()], ids=["shooting", "sequential"])
 def test_segments_change_nothing(solver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory for some 300 steps a segment, the last one short, thinned across their borders."""
+    """Memory for some 200 to 400 steps a segment, the last one short, thinned across their borders."""
     calls, solve = [], Engine.solve
     monkeypatch.setattr(Engine, "solve", lambda *args: calls.append(args) or solve(*args))
     monkeypatch.setattr(_engine, "SEGMENT_BYTES", 2**17)
     monkeypatch.setattr(_engine, "SEQUENTIAL_BYTES", 2**17)
     chain = gaussian_chain(solver=solver, thinning=3)
-    assert len(calls) in (5, 6, 7, 8, 9)
+    assert len(calls) in range(5, 12)
     assert len({args[2] for args in calls}) == 1  # one shape, so one program
     assert chain.num_samples == 666
     expected = reference().get_samples(group_by_chain=True)[:, 2::3]

@@ -92,6 +92,7 @@ def mixture(y):
         numpyro.sample("y", dist.Normal(2.0 * side, 1.0), obs=y)
 
 
+@pytest.mark.slow
 def test_composed_kernels_over_discrete_sites_come_back(tmp_path: Path) -> None:
     """The kernel was composed for the caller, who could not pass it again."""
     y = jnp.array([-0.5, 2.2, 1.9])

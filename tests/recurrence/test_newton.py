@@ -196,6 +196,7 @@ def iterations(fn, x0, inputs, length=None):
     return int(solve(rec.deer(max_iters=10_000), fn, x0, inputs, length=length).stats.num_iters)
 
 
+@pytest.mark.slow
 def test_iterations_against_length(rng_key):
     """LLE < 0: they stay; LLE > 0: they grow in proportion to T."""
     keys = jax.random.split(rng_key, 2)

@@ -66,6 +66,7 @@ def test_published_form_converges_where_newton_explodes():
     assert int(found.stats.num_iters) < 120
 
 
+@pytest.mark.slow
 def test_float32_steps_agree_with_float64(rng_key):
     run = jax.jit(lambda solver, w, x0, inputs: solver.solve(lambda x, u: jnp.tanh(w @ x + u), x0, inputs).iterates[1])
     keys = jax.random.split(rng_key, 3)
@@ -143,6 +144,7 @@ def test_exact_prefix_grows_by_a_step_an_iteration(regularization, rule):
     assert int(found.result) == RESULTS.successful
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [pytest.param(rec.elk, marks=pytest.mark.slow), rec.quasi_elk])
 def test_default_solves_what_a_monotone_rule_does_not(make):
     """Folds and flips: the logistic map from a bad guess, two wells, and jumps of the recurrence itself."""

@@ -8,15 +8,21 @@ from typing import Any
 import jax
 
 
+def default_platform() -> str:
+    """Of the device that computes unless told otherwise: that of `jax.default_device`, or else the default backend."""
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    return jax.default_backend() if device is None else getattr(device, "platform", device)
+
+
 @cache
-def compiler_options() -> dict[str, Any] | None:
-    """Options for XLA, for this process's default backend; None where it knows nothing better than its defaults.
+def compiler_options(platform: str) -> dict[str, Any] | None:
+    """Options for XLA on a platform; None where nothing is known to be better than its defaults.
 
     On CPU jaxlib 0.10 hands small reductions to a library that takes 5 times as long as XLA's own loops once there
     are a few hundred lanes (mixture, MALA: 100 against 20 us a step of 1,024 lanes). A jaxlib that does not know the
     option needs none.
     """
-    if jax.default_backend() != "cpu":
+    if platform != "cpu":
         return None
     options = {"xla_cpu_experimental_ynn_fusion_type": ""}
     try:
@@ -27,18 +33,20 @@ def compiler_options() -> dict[str, Any] | None:
 
 
 class TunedJit:
-    """``jax.jit`` that reads `compiler_options` on first use, not on import."""
+    """``jax.jit`` that reads `compiler_options` on use, not on import."""
 
     def __init__(self, fn: Callable, **jit_options: Any):
         self._fn, self._jit_options = fn, jit_options
-        self._jitted: Any = None
+        self._jitted: dict[str, Any] = {}  # by platform
         update_wrapper(self, fn)
 
     @property
     def jitted(self) -> Any:
-        if self._jitted is None:
-            self._jitted = jax.jit(self._fn, compiler_options=compiler_options(), **self._jit_options)
-        return self._jitted
+        platform = default_platform()
+        if platform not in self._jitted:
+            options = compiler_options(platform)
+            self._jitted[platform] = jax.jit(self._fn, compiler_options=options, **self._jit_options)
+        return self._jitted[platform]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.jitted(*args, **kwargs)

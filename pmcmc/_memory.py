@@ -40,4 +40,5 @@ def _read(path: str) -> str:
 
 
 def size_text(number: float | int) -> str:
+    """For people: a number of bytes in MiB, or in GiB from half of one on."""
     return f"{number / 2**30:,.1f} GiB" if number >= 2**29 else f"{number / 2**20:,.1f} MiB"

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from pmcmc._jit import default_platform
 from pmcmc._types import PyTree
 
 # What the pass itself would leave alone are matrix products, convolutions, scatters, collectives and calls of
@@ -38,7 +39,7 @@ def in_one_kernel(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
     jitted = jax.jit(fn)
     out = jitted(*args)
     # traced once: the second time finds the program
-    if jax.default_backend() != "cpu" or not _is_simple(jax.make_jaxpr(jitted)(*jax.tree.map(jax.typeof, args)).jaxpr):
+    if default_platform() != "cpu" or not _is_simple(jax.make_jaxpr(jitted)(*jax.tree.map(jax.typeof, args)).jaxpr):
         return out
     return jax.tree.map(_mark, out)
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from pmcmc._jit import default_platform
 from pmcmc._storage import Writer
 from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.kernels import Kernel
@@ -66,7 +67,7 @@ def header(
         "report": writer.encode("report", {name: getattr(report, name) for name in names}),
         "logdensity": last_logdensity(state).tolist(),
         "key_impl": str(jax.random.key_impl(state.rng_key)),
-        "timing": None if state.timing is None else [jax.default_backend(), *state.timing],
+        "timing": None if state.timing is None else [default_platform(), *state.timing],
         "num_steps": state.num_steps,
         "num_unkept": state.num_unkept,
         "thinning": thinning,

@@ -53,6 +53,15 @@ def test_the_function_is_traced_once():
     assert len(traced) == 1
 
 
+def test_the_default_device_decides_and_not_the_default_backend(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    lowered = lambda: jax.jit(lambda *a: in_one_kernel(_loop, *a)).lower(jnp.eye(3), jnp.arange(3.0), 50).as_text()
+    assert MARK not in lowered()
+    for cpu in ("cpu", jax.devices("cpu")[0]):
+        with jax.default_device(cpu):
+            assert MARK in lowered()
+
+
 @pytest.mark.parametrize("kernel", [HMC(0.1, 3), MALA(0.1), NUTS(0.1), RandomWalk(0.1)], ids=lambda k: type(k).__name__)
 def test_sampling_a_small_model_in_order_is_one_kernel(kernel, monkeypatch):
     """A primitive that is not listed would quietly cost a factor of three."""

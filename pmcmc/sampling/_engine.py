@@ -156,42 +156,28 @@ def solve_noise(
     guesses: a bank of unknowns, leading axis N, from which initial guesses are drawn (they cannot change the result).
     buffers: (value, aux) of an earlier solution in this shape, overwritten; None for solvers that do not walk.
     """
-    arrays = (target, kernel, noise, x0, first_step, block_length, guesses, scale, buffers)
-    solve = partial(_solve_noise, solver=solver, shape=shape)
-    if isinstance(solver, Sequential) and len(first_step) <= FEW_CHAINS:
-        return in_one_kernel(solve, *arrays)
-    return solve(*arrays)
-
-
-def _solve_noise(
-    target: Target,
-    kernel: Kernel,
-    noise: PyTree,
-    x0: PyTree,
-    first_step: Array,
-    block_length: Array,
-    guesses: PyTree,
-    scale: PyTree,
-    buffers: PyTree,
-    *,
-    solver: RecurrenceSolver,
-    shape: Shape,
-) -> tuple[Solution, Array]:
     num_chains = jax.tree.leaves(x0)[0].shape[0]
     num_guesses = jax.tree.leaves(guesses)[0].shape[0]
+    arrays = (target, kernel, noise, x0, first_step, block_length, guesses, scale, buffers)
 
-    def guess(index):
-        # neighbouring steps get different guesses, and so does the same step of different chains
-        pick = (jnp.arange(num_chains)[:, None] * 7919 + (first_step[:, None] + index[None]) * 31) % num_guesses
-        return jax.tree.map(lambda x: x[pick], guesses)
+    # of all arrays, as in_one_kernel wants it
+    def solve(target, kernel, noise, x0, first_step, block_length, guesses, scale, buffers):
+        def guess(index):
+            # neighbouring steps get different guesses, and so does the same step of different chains
+            pick = (jnp.arange(num_chains)[:, None] * 7919 + (first_step[:, None] + index[None]) * 31) % num_guesses
+            return jax.tree.map(lambda x: x[pick], guesses)
 
-    transition = kernel.transition(target)
-    if isinstance(solver, LaneSolver):
-        layout = shape.layout(num_chains, block_length)
-        solution = solver.solve_lanes(Lanes(transition, x0, noise, guess, scale, layout, buffers))
-    else:
-        solution = solver.solve_batch(transition, x0, noise, initial_guess=guess, scale=scale)
-    return solution, jnp.abs(solution.aux.margin) <= near_tie_bound(solution.aux)
+        transition = kernel.transition(target)
+        if isinstance(solver, LaneSolver):
+            layout = shape.layout(num_chains, block_length)
+            solution = solver.solve_lanes(Lanes(transition, x0, noise, guess, scale, layout, buffers))
+        else:
+            solution = solver.solve_batch(transition, x0, noise, initial_guess=guess, scale=scale)
+        return solution, jnp.abs(solution.aux.margin) <= near_tie_bound(solution.aux)
+
+    if isinstance(solver, Sequential) and num_chains <= FEW_CHAINS:
+        return in_one_kernel(solve, *arrays)
+    return solve(*arrays)
 
 
 @jax.jit

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pmcmc._jit import default_platform
 from pmcmc._state import ChainState, describe_sites, last_logdensity
 from pmcmc._storage import Reader
 from pmcmc._types import PyTree
@@ -62,7 +63,7 @@ def _state(reader: Reader, target: Target, kernel: Any) -> ChainState:
     template = jax.eval_shape(lambda x: kernel.unknown(kernel.init(target, x)), target.spec.template)
     arrays = lambda name: jax.tree.map(jnp.asarray, reader.leaves(name, template))
     timing = None
-    if header["timing"] is not None and header["timing"][0] == jax.default_backend():
+    if header["timing"] is not None and header["timing"][0] == default_platform():
         timing = LaneTiming(*header["timing"][1:])
     return ChainState(
         target,

@@ -34,7 +34,7 @@ class Interrupted(KeyboardInterrupt):
     A program that has begun is not stopped: the interruption comes when the segment under way has ended. Before the
     first draw was kept, during warm-up for instance, there is nothing to keep and a plain KeyboardInterrupt is raised.
 
-    chain: a `Chain` of the draws so far, which `Chain.extend` continues as if nothing had been; with ``store=`` the
+    chain: a `Chain` of the draws so far, which `Chain.extend` continues as if nothing had been; from `Chain.stream` the
         `StoredChain` of the last checkpoint, from which `resume` goes on, too.
 
     Example:

@@ -8,7 +8,6 @@ float64, 1,000 steps of warm-up a chain. Effective sample sizes are NumPyro's.
 """
 
 import argparse
-import json
 import math
 import time
 from importlib.util import find_spec
@@ -22,6 +21,7 @@ from benchmarks.whole_call import (
     NUM_CHAINS,
     NUM_WARMUP,
     Problem,
+    answer,
     judge,
     problem,
     run_fresh,
@@ -120,8 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--one", nargs=4, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one:
-        name, method, seed, num_samples = options.one
-        print(json.dumps(run_here(name, method, int(seed), int(num_samples))))
+        answer(run_here, options.one)
         return
     jax.config.update("jax_enable_x64", True)  # as in the runs, for what the file says of them
     rows: list[dict[str, Any]] = []

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks._harness import save
+from benchmarks._harness import save, with_others
 from benchmarks.posteriors import POSTERIORS, Posterior
 from pmcmc import HMC, MALA, NUTS, Chain, EnsembleAdaptation, Kernel, RandomWalk, Warmup, from_blackjax
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential, quasi_deer
@@ -282,16 +282,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", nargs="*", default=None, choices=list(PAIRS), metavar="PAIR", help=", ".join(PAIRS))
     parser.add_argument("--seconds", type=float, default=None, help="of sequential solving; 3, or 0.3 with --quick")
-    parser.add_argument("--save", default=None, help="name of the result file, without .json; written after each pair")
+    parser.add_argument(
+        "--save", default=None, help="name of the result file, without .json; what it holds of others stays"
+    )
     parser.add_argument("--quick", action="store_true", help="four pairs, three solvers, 0.3 s each")
     options = parser.parse_args(arguments)
     seconds = options.seconds or (0.3 if options.quick else 3.0)
     short, _auto.SHORT_SECONDS = _auto.SHORT_SECONDS, min(_auto.SHORT_SECONDS, seconds / 3)
     solvers = {name: solver for name, solver in _solvers().items() if not options.quick or name in QUICK_SOLVERS}
-    rows: list[dict[str, Any]] = []
+    rows = with_others(options.save, [], ("pair",)) if options.save else []
     try:
         for name in options.pairs or (QUICK if options.quick else PAIRS):
-            rows.append(measure(name, PAIRS[name], seconds, solvers))
+            rows = [row for row in rows if row["pair"] != name] + [measure(name, PAIRS[name], seconds, solvers)]
             print(line(rows[-1]), flush=True)
             if options.save:
                 save(options.save, rows)

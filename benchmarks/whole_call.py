@@ -209,6 +209,12 @@ def run_fresh(module: str, *arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def answer(run: Callable[[str, str, int, int], dict[str, Any]], one: list[str]) -> None:
+    """The other side of `run_fresh`: prints a run of a posterior, a method, a seed and a number of draws."""
+    name, method, seed, num_samples = one
+    print(json.dumps(run(name, method, int(seed), int(num_samples))))
+
+
 def measure(name: str, methods: list[str], repeats: int, num_samples: int) -> dict[str, Any]:
     """All methods on one posterior, in turn; of each the fastest run, with the worst failure beside it."""
     runs: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
@@ -258,8 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--one", nargs=4, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one:
-        name, method, seed, num_samples = options.one
-        print(json.dumps(run_here(name, method, int(seed), int(num_samples))))
+        answer(run_here, options.one)
         return
     num_samples = 2000 if options.quick else options.num_samples
     names = options.posteriors or (["eight_schools"] if options.quick else ["eight_schools", *posteriordb()])

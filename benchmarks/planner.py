@@ -6,7 +6,8 @@ the end of warm-up to the end of the call (pilot, compilation and solve; set-up 
     regret = auto / best of all,    speed-up = sequential / auto    (at least 0.9 wanted)
     path   = actual / predicted critical path                       (within a factor 1.5 wanted, in 90 %)
 
-Runs that cannot pay are not run, and say why.
+Of sequential sampling and "auto", run in turn, the run of median seconds stands. Runs that cannot pay are not run, and
+say why.
 
     python -m benchmarks.planner [--pairs funnel/HMC ...] [--seconds 3] [--save planner_cpu] [--quick]
 """
@@ -17,6 +18,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -81,7 +83,8 @@ def _pairs() -> dict[str, Pair]:
 
 
 PAIRS = _pairs()
-QUICK_SOLVERS = ("sequential", "auto", "64 blocks")
+COMPARED = ("sequential", "auto")
+QUICK_SOLVERS = (*COMPARED, "64 blocks")
 QUICK = ("mixture/MALA", "funnel/HMC", "correlated/resonant", "eight_schools/HMC/4")
 
 
@@ -102,8 +105,13 @@ class Stopwatch(Warmup):
         return tuned
 
 
-def measure(name: str, pair: Pair, seconds: float, solvers: dict[str, RecurrenceSolver | str]) -> dict[str, Any]:
-    """One run of a pair for each solver, and what they say about "auto"."""
+def measure(
+    name: str, pair: Pair, seconds: float, solvers: dict[str, RecurrenceSolver | str], repeats: int
+) -> dict[str, Any]:
+    """Runs of a pair with each solver, and what they say about "auto".
+
+    Sequential sampling and "auto" differ by some percent, and so do two runs of either: they are run in turn.
+    """
     posterior = pair.posterior()
     per_step = _seconds_per_step(posterior, pair, seconds)
     num_steps = min(int(float(f"{seconds / per_step:.2g}")), MAX_STEPS)
@@ -120,14 +128,28 @@ def measure(name: str, pair: Pair, seconds: float, solvers: dict[str, Recurrence
         "seconds_per_step": per_step,
         "runs": runs,
     }
-    plan = None
+    call = partial(timed_call, posterior, pair, num_steps=num_steps, thinning=thinning)
+    compared = {label: solvers[label] for label in COMPARED}
+    found = [{label: call(solver) for label, solver in compared.items()} for _ in range(repeats)]
+    for label in COMPARED:
+        runs[label] = _typical([one[label][0] for one in found])
+    plan = found[0]["auto"][1]
     for label, solver in solvers.items():
-        runs[label] = {"not_run": _pointless(label, posterior.dim, num_steps, runs)}
-        if not runs[label]["not_run"]:
-            runs[label], found = timed_call(posterior, pair, solver, num_steps, thinning)
-            plan = found or plan
+        if label not in COMPARED:
+            excuse = _pointless(label, posterior.dim, num_steps, runs)
+            runs[label] = {"not_run": excuse} if excuse else call(solver)[0]
     row.update(_judge(runs, plan, pair.num_chains))
     return row
+
+
+def _typical(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run of median seconds, with those of all; one that failed, if any did."""
+    failed = [run for run in runs if "error" in run]
+    if failed:
+        return failed[0]
+    runs = sorted(runs, key=lambda run: run["seconds"])
+    every = {f"all_{key}": [run[key] for run in runs] for key in ("seconds", "wall_seconds")}
+    return runs[len(runs) // 2] | every
 
 
 def _solvers() -> dict[str, RecurrenceSolver | str]:
@@ -162,7 +184,7 @@ def _pointless(label: str, dim: int, num_steps: int, runs: dict[str, dict[str, A
 
 
 def timed_call(
-    posterior: Posterior, pair: Pair, solver: RecurrenceSolver | str, num_steps: int, thinning: int
+    posterior: Posterior, pair: Pair, solver: RecurrenceSolver | str, *, num_steps: int, thinning: int
 ) -> tuple[dict[str, Any], Any]:
     """One whole call from nothing compiled, and its plan where it has one."""
     jax.clear_caches()
@@ -282,6 +304,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", nargs="*", default=None, choices=list(PAIRS), metavar="PAIR", help=", ".join(PAIRS))
     parser.add_argument("--seconds", type=float, default=None, help="of sequential solving; 3, or 0.3 with --quick")
+    parser.add_argument("--repeats", type=int, default=3, help="of sequential sampling and of auto")
     parser.add_argument(
         "--save", default=None, help="name of the result file, without .json; what it holds of others stays"
     )
@@ -293,7 +316,9 @@ def main(arguments: list[str] | None = None) -> None:
     rows = with_others(options.save, [], ("pair",)) if options.save else []
     try:
         for name in options.pairs or (QUICK if options.quick else PAIRS):
-            rows = [row for row in rows if row["pair"] != name] + [measure(name, PAIRS[name], seconds, solvers)]
+            rows = [row for row in rows if row["pair"] != name] + [
+                measure(name, PAIRS[name], seconds, solvers, options.repeats)
+            ]
             print(line(rows[-1]), flush=True)
             if options.save:
                 save(options.save, rows)

@@ -130,9 +130,9 @@ def open_lazily(path: Path) -> Any:
     import xarray as xr
 
     tree = xr.open_datatree(str(path), engine="zarr", chunks=None)
-    if hasattr(az, "InferenceData"):  # ArviZ 0.x; from 1.0 on the tree is what it works with
-        return az.InferenceData.from_datatree(tree)
-    return tree
+    # ArviZ 0.x has a class of its own; from 1.0 on the tree is what it works with, which 1.3 calls by that name, too
+    container: Any = getattr(az, "InferenceData", xr.DataTree)
+    return tree if container is xr.DataTree else container.from_datatree(tree)
 
 
 def read_arrays(path: Path, group: str, names: Sequence[str]) -> dict[str, Any]:

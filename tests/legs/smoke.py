@@ -109,6 +109,20 @@ def test_files(tmp_path: Path) -> None:
     assert back.extend(50, progress_bar=False).num_samples == 450
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_streams(tmp_path: Path) -> None:
+    chain().stream(tmp_path / "run", 50, progress_bar=False)
+    stored = pmcmc.resume(tmp_path / "run", model, model_args=(X, GROUP), model_kwargs={"y": Y})
+    assert stored.num_samples == 450
+    opened, expected = stored.to_arviz(), chain().extend(50, progress_bar=False).to_arviz()
+    assert type(opened) is type(expected)
+    for group in ("posterior", "sample_stats", "observed_data", "constant_data"):
+        assert set(opened[group].data_vars) == set(expected[group].data_vars)
+        for name, found in opened[group].data_vars.items():
+            assert found.dims == expected[group][name].dims
+            close(found, expected[group][name])
+
+
 def test_sampling_in_order_is_one_kernel(monkeypatch) -> None:
     """Primitives that a version of JAX names anew would quietly cost a factor of three: list them."""
     unlisted = []

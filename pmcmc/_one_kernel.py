@@ -14,6 +14,8 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from pmcmc._jit import default_platform
 from pmcmc._types import PyTree
 
+# Chains, or copies of one, that one kernel of one thread takes through their steps no slower than other programs would.
+FEW_LANES = 8
 # What the pass itself would leave alone are matrix products, convolutions, scatters, collectives and calls of
 # libraries. Packages may add primitives that are such calls, so those known to be none are listed.
 _ELEMENTWISE = """abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil clamp clz

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._jit import tuned_jit
+from pmcmc._one_kernel import FEW_LANES, in_one_kernel
 from pmcmc._tree import is_real
 from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.kernels import Info, Kernel
@@ -132,7 +133,9 @@ def verify(
     found = found.join(checker.hold(tail, record.num_unkept, lanes, 0))
     places = np.concatenate([places, tail])
     agrees, ties = found.agrees.copy(), np.zeros(len(places), bool)
-    others = [(lanes, -1), (lanes, 1)] if has_margin else [(num_chains, 0)]  # in order they went in that shape
+    others = [(lanes, -1), (lanes, 1)]
+    if not has_margin:  # in order they went in the first of these shapes; the other is another rounding
+        others = [(other, 0) for other in (num_chains, ABREAST) if other != lanes]
     for other_lanes, sign in others:
         for steps, own in ((record.thinning, places[:, 1] < num_draws), (record.num_unkept, places[:, 1] == num_draws)):
             left = np.flatnonzero(~agrees & own)
@@ -235,28 +238,35 @@ def _follow(
     """The unknown after ``num_steps`` steps from each of (groups, lanes, ...), and whether the last was accepted.
 
     chain, first_step: (groups, lanes), whose noise is drawn. sign: which way near ties are resolved; 0: as they come.
+    Few lanes go in one kernel, as sampling in order does, which rounds differently from XLA's other programs.
     """
-    transition = kernel.transition(target)
+    arrays = (target, kernel, keys, chain, first_step, unknown, num_steps, sign)
 
-    def one(chain: Array, first: Array, x: PyTree) -> tuple[PyTree, Array]:
-        def step(number: Array, carry: tuple) -> tuple:
-            state, _ = carry
-            noise = jax.tree.map(lambda u: u[0], step_noise(kernel, target, keys[chain], (first + number)[None]))
+    # of all arrays, as in_one_kernel wants it
+    def follow(target, kernel, keys, chain, first_step, unknown, num_steps, sign):
+        transition = kernel.transition(target)
 
-            def attempt(_: Array, tried: tuple) -> tuple:
-                new, info = transition.step(state, kernel.nudge(noise, tried[2]))
-                new = jax.tree.map(lambda a, b: jnp.asarray(a, jnp.result_type(b)), new, state)
-                return new, info.margin > 0, sign * near_tie_bound(info)
+        def one(chain: Array, first: Array, x: PyTree) -> tuple[PyTree, Array]:
+            def step(number: Array, carry: tuple) -> tuple:
+                state, _ = carry
+                noise = jax.tree.map(lambda u: u[0], step_noise(kernel, target, keys[chain], (first + number)[None]))
 
-            # the bound is known only once the step was taken, so where ties are resolved it is taken twice
-            none = jnp.zeros((), target.spec.dtype)
-            new, accepted, _ = jax.lax.fori_loop(0, 1 + (sign != 0), attempt, (state, jnp.array(False), none))
-            return new, accepted
+                def attempt(_: Array, tried: tuple) -> tuple:
+                    new, info = transition.step(state, kernel.nudge(noise, tried[2]))
+                    new = jax.tree.map(lambda a, b: jnp.asarray(a, jnp.result_type(b)), new, state)
+                    return new, info.margin > 0, sign * near_tie_bound(info)
 
-        state, accepted = jax.lax.fori_loop(0, num_steps, step, (transition.restore(x), jnp.array(False)))
-        return transition.unknown(state), accepted
+                # the bound is known only once the step was taken, so where ties are resolved it is taken twice
+                none = jnp.zeros((), target.spec.dtype)
+                new, accepted, _ = jax.lax.fori_loop(0, 1 + (sign != 0), attempt, (state, jnp.array(False), none))
+                return new, accepted
 
-    return jax.lax.map(lambda group: jax.vmap(one)(*group), (chain, first_step, unknown))
+            state, accepted = jax.lax.fori_loop(0, num_steps, step, (transition.restore(x), jnp.array(False)))
+            return transition.unknown(state), accepted
+
+        return jax.lax.map(lambda group: jax.vmap(one)(*group), (chain, first_step, unknown))
+
+    return in_one_kernel(follow, *arrays) if chain.shape[1] <= FEW_LANES else follow(*arrays)
 
 
 def _spread(x: np.ndarray) -> np.ndarray:

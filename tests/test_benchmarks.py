@@ -19,11 +19,26 @@ import benchmark_tables
 
 
 @pytest.fixture(scope="module")
-def row() -> dict:
-    return kernels.measure("mixture", (8,), scale=0.02, effort=kernels.Effort(repeats=3, seconds=0.5))
+def measured() -> tuple[dict, list]:
+    """A row, and the timings behind it."""
+    timings: list[dict] = []
+
+    def remember(*args, **options):
+        timings.append(alternate(*args, **options))
+        return dict(timings[-1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "alternate", remember)
+        return kernels.measure("mixture", (8,), scale=0.02, effort=kernels.Effort(repeats=3, seconds=0.5)), timings
 
 
-def test_a_case_is_held_against_its_limits(row: dict) -> None:
+@pytest.fixture
+def row(measured: tuple) -> dict:
+    return measured[0]
+
+
+def test_a_case_is_held_against_its_limits(measured: tuple) -> None:
+    row, timings = measured
     assert row["result"] == "successful"
     assert row["length"] == 2000
     assert row["num_blocks"] == 8
@@ -33,7 +48,9 @@ def test_a_case_is_held_against_its_limits(row: dict) -> None:
     assert row["efficiency"] == pytest.approx(limit / row["shooting"]["median_s"])
     (tried,) = row["tried"]
     assert row["efficiency_at_best"] == pytest.approx(tried["limit"]["median_s"] / tried["shooting"]["median_s"])
+    assert tried["merge_longest"] == tried["num_sequential_steps"] - tried["block_length"]
     assert row["sequential_steps_timed"] == 2048  # whole chunks of 128
+    assert row["sequential"]["median_s"] == pytest.approx(timings[-1]["sequential"]["median_s"] * 2000 / 2048)
     assert row["bytes_per_draw"] > 2 * 2 * 8  # state and noise of two numbers
     assert row["speedup_over_best"] is None  # no second device
 
@@ -79,3 +96,9 @@ def test_a_budget_leaves_three_runs() -> None:
     timing = alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=9, budget=0.0)
     assert calls == ["a", "b"] * 4
     assert set(timing) == {"a", "b"}
+
+
+def test_the_run_that_compiles_is_told_apart() -> None:
+    seconds = iter([100.0, 1.0, 5.0, 2.0])
+    timing = alternate({"a": lambda: next(seconds)}, repeats=3, seconds_of=lambda s: s)
+    assert timing == {"a": {"first_s": 100.0, "median_s": 2.0, "min_s": 1.0, "max_s": 5.0}}

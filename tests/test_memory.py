@@ -1,5 +1,7 @@
 """A budget in bytes is kept, whatever it is, or refused before anything runs."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +27,8 @@ def test_segments_fit(solver, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, solve, held = run(solver=solver), Engine.solve, []
 
     def solve_and_weigh(engine, solver, shape, *rest):
-        held.append(engine.bytes_per_step(solver) * shape.num_blocks * shape.capacity)
+        noise, record = engine._buffer_shapes(shape)
+        held.append(sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((noise, record, record))))
         return solve(engine, solver, shape, *rest)
 
     monkeypatch.setattr(Engine, "solve", solve_and_weigh)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -24,14 +25,19 @@ SIZES = dict(num_warmup=100, num_samples=60, num_chains=2, progress_bar=False)
 
 @cache
 def model_chain() -> pmcmc.Chain:
+    odd = {**SIZES, "num_samples": 61}  # one step behind the last kept draw
     return pmcmc.parallel_chain(
-        eight_schools_model, 0, **MODEL, extra_fields=("energy",), thinning=2, solver=MultipleShooting(4), **SIZES
+        eight_schools_model, 0, **MODEL, extra_fields=("energy",), thinning=2, solver=MultipleShooting(4), **odd
     )
 
 
 @cache
 def plain_chain() -> pmcmc.Chain:
     return pmcmc.sample(gaussian, start_like(gaussian), jax.random.key(3, impl="rbg"), solver=Sequential(), **SIZES)
+
+
+def state_arrays(chain: pmcmc.Chain) -> tuple:
+    return chain.state._replace(target=None, kernel=None, rng_key=jax.random.key_data(chain.state.rng_key))
 
 
 def assert_equal(chain: pmcmc.Chain, expected: pmcmc.Chain) -> None:
@@ -41,6 +47,7 @@ def assert_equal(chain: pmcmc.Chain, expected: pmcmc.Chain) -> None:
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     assert jax.tree.structure(chain.kernel) == jax.tree.structure(expected.kernel)
     jax.tree.map(np.testing.assert_array_equal, chain.kernel, expected.kernel)
+    jax.tree.map(np.testing.assert_array_equal, state_arrays(chain), state_arrays(expected))
     assert (chain.thinning, chain.extra_fields) == (expected.thinning, expected.extra_fields)
     assert jax.tree.structure(chain.solver) == jax.tree.structure(expected.solver)
 
@@ -135,6 +142,24 @@ def test_what_is_not_stored_is_asked_for(tmp_path: Path) -> None:
 def saved(tmp_path: Path) -> Path:
     model_chain().save(tmp_path / "chain.npz")
     return tmp_path / "chain.npz"
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = saved.read_bytes()
+    with saved.open("rb") as held:
+        replace(model_chain(), extra_fields=()).save(saved)
+        assert held.read() == before  # whoever reads has the old one still
+    before = saved.read_bytes()
+
+    def run_out(file, **arrays):
+        file.write(b"begun")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(np, "savez", run_out)
+    with pytest.raises(OSError, match="no space left"):
+        model_chain().save(saved)
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.999])

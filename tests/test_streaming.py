@@ -13,6 +13,7 @@ import numpyro.distributions as dist
 import pytest
 
 import pmcmc
+from pmcmc._storage import Writer
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.sampling import _engine, _store
 from pmcmc.sampling._engine import Engine
@@ -74,6 +75,8 @@ def test_a_streamed_chain_is_the_extended_one(solver, tmp_path: Path) -> None:
     extended = first.extend(NUM_MORE, progress_bar=False).report
     for name in ("num_steps", "num_divergent", "num_sweeps", "num_sequential_steps", "certified_steps", "near_ties"):
         np.testing.assert_array_equal(getattr(chain.report, name), getattr(extended, name))
+    if isinstance(solver, MultipleShooting):
+        assert np.all(chain.report.certified_steps == NUM_MORE)
     np.testing.assert_allclose(chain.report.acceptance_rate, extended.acceptance_rate, rtol=1e-12)
     np.testing.assert_allclose(chain.report.lyapunov_exponent, extended.lyapunov_exponent, rtol=1e-12)
 
@@ -173,35 +176,49 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     assert_whole(pmcmc.resume(str(tmp_path / "run"), gaussian, progress_bar=False), exactly=steady)
 
 
-def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, solve, calls = start(), Engine.solve, []
+@pytest.mark.parametrize("owner", [Engine, Writer], ids=["in a segment", "before its checkpoint"])
+def test_an_interrupted_run_goes_on(owner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, full, solve, calls, shapes = start(), whole(), Engine.solve, [], []
+
+    def solve_and_tell(engine, solver, shape, *rest):
+        shapes.append(shape)
+        return solve(engine, solver, shape, *rest)
+
+    monkeypatch.setattr(Engine, "solve", solve_and_tell)
+    name = "solve" if owner is Engine else "write"
+    method = getattr(owner, name)
 
     def interrupt(*args):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return solve(*args)
+        return method(*args)
 
-    monkeypatch.setattr(Engine, "solve", interrupt)
+    monkeypatch.setattr(owner, name, interrupt)
     with pytest.raises(pmcmc.Interrupted, match=f"of {NUM_MORE:,} steps") as stopped:
         first.stream(tmp_path / "run", NUM_MORE, progress_bar=False)
     chain = stopped.value.chain
     assert chain.report.num_steps == chain.state.num_steps - 100 > 0
-    expected = whole().get_samples(group_by_chain=True)[:, : chain.num_samples]
+    assert xarray.open_zarr(tmp_path / "run" / "draws.zarr", group="posterior").sizes["draw"] == chain.num_samples
+    expected = full.get_samples(group_by_chain=True)[:, : chain.num_samples]
     np.testing.assert_allclose(chain.get_samples(group_by_chain=True)["x"], expected, rtol=0, atol=1e-9)
     assert_whole(pmcmc.resume(tmp_path / "run", gaussian, progress_bar=False))
+    assert len(set(shapes)) == 1  # cut into segments as before it was stopped
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("finished") / "run"
-    start(Sequential()).stream(path, 300, progress_bar=False)
+    start(Sequential()).stream(path, 300, max_memory=2**24, progress_bar=False)
     return path
 
 
-def test_what_is_there_is_not_overwritten(finished: Path) -> None:
+def test_what_is_there_is_not_overwritten(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=r"holds something already: pmcmc.resume"):
         start(Sequential()).stream(finished, 300, progress_bar=False)
+    (tmp_path / "another's").touch()
+    with pytest.raises(FileExistsError, match="holds something already"):
+        start(Sequential()).stream(tmp_path, 300, progress_bar=False)
 
 
 def test_no_store(tmp_path: Path, finished: Path) -> None:
@@ -234,7 +251,8 @@ def test_one_process_at_a_time(finished: Path) -> None:
     with pytest.raises(RuntimeError, match="another process is writing"):
         pmcmc.resume(finished, gaussian)
     store.close()
-    assert pmcmc.resume(finished, gaussian).num_samples == 400 // 3
+    chain = pmcmc.resume(finished, gaussian)
+    assert (chain.num_samples, chain.max_memory) == (400 // 3, 2**24)
 
 
 def slashed():

@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 
 import pmcmc
+from pmcmc import verification
+from pmcmc._one_kernel import in_one_kernel
+from pmcmc.kernels._stream import chain_keys, step_noise
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
 from pmcmc.sampling import _engine
 from tests._targets import gaussian, mixture, start_like
@@ -56,7 +59,9 @@ def test_thinned_chains_are_followed_from_draw_to_draw() -> None:
     assert thinned.extend(50, progress_bar=False).verify().num_steps == 700
     draws = thinned.unknowns.copy()
     draws[0, 20, 1] += 1e-9
-    assert with_draws(thinned, draws).verify().num_mismatched == 2
+    draws[1, 10, 1] += 1e-9
+    found = with_draws(thinned, draws).verify()
+    assert (found.num_mismatched, found.first_mismatch) == (4, (1, 10))  # the earliest of all chains
 
 
 def test_a_loaded_chain(tmp_path: Path) -> None:
@@ -108,8 +113,8 @@ def test_start_end_key_kernel_and_density_are_checked() -> None:
     state = chain().state
     moved = jax.tree.map(lambda x: x + 1e-9, state.unknown)
     assert replace(chain(), state=state._replace(unknown=moved)).verify().first_mismatch == (0, 300)
-    elsewhere = jax.tree.map(lambda x: x + 1e-6, state.ensemble)
-    assert replace(chain(), state=state._replace(ensemble=elsewhere)).verify().first_mismatch == (0, 0)
+    elsewhere = jax.tree.map(lambda x: x.at[state.own[1]].add(1e-6), state.ensemble)
+    assert replace(chain(), state=state._replace(ensemble=elsewhere)).verify().first_mismatch == (1, 0)
     other = replace(chain(), state=state._replace(rng_key=jax.random.key(1)))
     assert other.verify().num_mismatched > 400  # but for steps rejected under both
     tuned = replace(state.kernel, step_size=0.9 * (1 + 1e-9))
@@ -173,17 +178,43 @@ def test_near_ties_of_float32_may_go_either_way() -> None:
     info = found.info._replace(margin=flipped)
     seen = replace(found, unknowns=other, info=info).verify()
     assert seen.num_near_ties == found.verify().num_near_ties + 1
+    assert seen.max_difference < seen.tolerance  # of the outcome that agrees
     assert (seen.num_mismatched, seen.first_mismatch) == (1, (1, tie[1] + 1))
     third = found.unknowns.copy()
     third[1, tie[1]] += 0.01  # neither branch
     assert replace(found, unknowns=third, info=info).verify().first_mismatch == (1, tie[1])
+    lost = int(np.argmax((np.abs(margin[1]) < 0.3 * bound[1]) & (margin[1] < 0) & (np.arange(3000) > 0)))
+    state = found.state
+    key = chain_keys(state.rng_key, num_chains=2)[1]
+    noise = jax.tree.map(lambda u: u[0], step_noise(state.kernel, state.target, key, jnp.array([lost])))
+    transition, before = state.kernel.transition(state.target), jnp.asarray(found.unknowns[1, lost - 1])
+    won, _ = transition.step(transition.restore(before), noise._replace(log_uniform=jnp.float32(-np.inf)))
+    other = found.unknowns.copy()
+    other[1, lost] = transition.unknown(won)
+    flipped = margin.copy()
+    flipped[1, lost] = 1e-6
+    seen = replace(found, unknowns=other, info=found.info._replace(margin=flipped)).verify()
+    assert (seen.num_mismatched, seen.first_mismatch) == (1, (1, lost + 1))
 
 
-def test_kernels_that_do_not_tell_ties_say_so() -> None:
-    """In float32 in the batch shape of the run: two chains of four blocks."""
-    custom = pmcmc.CustomUpdate(lambda key: jax.random.normal(key, dtype=jnp.float32), lambda x, z: 0.5 * x["a"] + z)
-    found = run(None, {"a": jnp.zeros((), jnp.float32)}, kernel=pmcmc.Gibbs({"a": custom})).verify()
+def test_kernels_that_do_not_tell_ties_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 in the batch shape of the run: two chains of four blocks; few lanes as the engine takes them."""
+    lanes: list[int] = []
+
+    def spy(fn, *args):
+        lanes.append(args[3].shape[1])
+        return in_one_kernel(fn, *args)
+
+    monkeypatch.setattr(verification, "in_one_kernel", spy)
+    draw = lambda key: jax.random.normal(key, dtype=jnp.float32)
+    custom = pmcmc.CustomUpdate(draw, lambda x, z: 0.5 * x["a"] + 1e-6 * z)
+    chain = run(None, {"a": jnp.zeros((), jnp.float32)}, kernel=pmcmc.Gibbs({"a": custom}))
+    found = chain.verify()
     assert found
     assert not found.has_margin
     assert found.batch_shape == 8
+    draws = chain.unknowns["a"].copy()
+    draws[0, 100] += 1e-8
+    assert with_draws(chain, {"a": draws}).verify().first_mismatch == (0, 100)  # a hundredth of a standard deviation
+    assert lanes == [8, 2]  # as they were taken in blocks, and once more as in order
     assert "does not tell near ties; steps were taken in the batch shape of the run (8 side by side)" in str(found)

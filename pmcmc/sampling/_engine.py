@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from pmcmc._jit import tuned_jit
-from pmcmc._one_kernel import in_one_kernel
+from pmcmc._one_kernel import FEW_LANES, in_one_kernel
 from pmcmc._threefry import key_pair
 from pmcmc._types import Array, PyTree
 from pmcmc.kernels import Kernel
@@ -31,8 +31,6 @@ NOISE_PIECE, SMALL_PIECE = 1 / 8, 64
 # `Engine.bytes_per_step`.
 SEGMENT_BYTES = 512 * 2**20
 SEQUENTIAL_BYTES = 64 * 2**20
-# Chains that one kernel of one thread takes through their steps in order.
-FEW_CHAINS = 8
 # Seconds that programs took to compile in this process, the newest of them: who plans must know what is there already.
 MAX_NOTES = 256
 _compile_seconds: dict[Hashable, float] = {}
@@ -175,7 +173,7 @@ def solve_noise(
             solution = solver.solve_batch(transition, x0, noise, initial_guess=guess, scale=scale)
         return solution, jnp.abs(solution.aux.margin) <= near_tie_bound(solution.aux)
 
-    if isinstance(solver, Sequential) and num_chains <= FEW_CHAINS:
+    if isinstance(solver, Sequential) and num_chains <= FEW_LANES:
         return in_one_kernel(solve, *arrays)
     return solve(*arrays)
 

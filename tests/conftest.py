@@ -1,4 +1,4 @@
-"""Settings of every test: float64, no silent broadcasting over ranks, checked annotations, a compilation cache."""
+"""Settings of every test: float64, no silent broadcasting over ranks, checked annotations, quick compilation."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +14,20 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)  # -1: no minimum, whatever the backend's default
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--optimized", action="store_true", help="compile every test's programs as users' are")
+
+
+@pytest.fixture(autouse=True)
+def optimization(request: pytest.FixtureRequest) -> Iterator[None]:
+    """LLVM's passes take a third of most tests' time; those marked ``optimized`` run programs as users do."""
+    marked = request.node.get_closest_marker("optimized")
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", not (marked or request.config.getoption("--optimized")))
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 MAX_MAPS = 30_000  # Linux lets a process have 65,530, of which each compiled program takes some

@@ -186,6 +186,7 @@ def test_steps_in_order_beside_a_compilation() -> None:
     assert all(c.num_steps == 10**6 for c in late.candidates if "DEER" not in c.name)
 
 
+@pytest.mark.slow
 def test_shapes_are_those_of_warmup() -> None:
     target = pmcmc.Target.from_logdensity(gaussian, start_like(gaussian))
     warmups = pmcmc.WindowAdaptation(), pmcmc.EnsembleAdaptation(), pmcmc.EnsembleAdaptation(dense=False)

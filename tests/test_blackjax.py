@@ -215,6 +215,7 @@ def test_nuts_is_tuned_and_sampled_in_blocks(free_lanes) -> None:
     assert {"lp", "acceptance_rate", "diverging", "step_size"} <= set(stats)
 
 
+@pytest.mark.slow
 def test_step_size_of_a_constructor_is_tuned() -> None:
     warmup = pmcmc.WindowAdaptation(target_acceptance_rate=0.6)
     kernel = from_blackjax(blackjax.barker_proposal, step_size=None)

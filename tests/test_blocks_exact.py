@@ -17,6 +17,8 @@ from tests._gibbs import SCHOOLS_START
 from tests._selection import share
 from tests._targets import banana, eight_schools, gaussian, logistic, make_target, mixture
 
+pytestmark = pytest.mark.optimized
+
 LENGTH, NUM_BLOCKS = 20_000, 16
 SCALES = np.linspace(0.7, 1.4, 10)
 WALK = 2.38 / np.sqrt(10)

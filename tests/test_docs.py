@@ -20,6 +20,8 @@ pytest.importorskip("sphinx", reason="the docs extra is not installed")
 import benchmark_tables  # noqa: E402
 import public_names  # noqa: E402
 
+pytestmark = pytest.mark.optimized
+
 # Its examples are run by tests/test_from_numpyro.py.
 ELSEWHERE = {"from-numpyro"}
 TEXTS = {page.stem: page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("*.md"))}

@@ -19,6 +19,8 @@ from pmcmc._tree import finite_rows, relative_distance
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, Windowed, deer, quasi_deer, quasi_elk
 from tests._problems import DIM, Numbers, random_numbers, target_of
 
+pytestmark = pytest.mark.optimized
+
 LENGTH = 160
 # derandomize: the same examples in every run; a failure prints the seed of its problem.
 FIXED = settings(

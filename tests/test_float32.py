@@ -11,6 +11,8 @@ from pmcmc.sampling._engine import Engine, Shape
 from tests._chains import draw_noise, solve, step_residuals
 from tests._targets import make_target, mixture
 
+pytestmark = pytest.mark.optimized
+
 EPS = float(jnp.finfo(jnp.float32).eps)
 TOLERANCE = 32 * EPS
 

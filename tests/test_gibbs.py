@@ -180,6 +180,7 @@ def test_schools_satisfy_stein() -> None:
     assert np.max(np.abs(np.concatenate([np.ravel(z) for z in real + positive]))) < z_bound(18)
 
 
+@pytest.mark.slow
 def test_density_is_reported_where_there_is_one() -> None:
     chain = sample(SCHOOLS, SCHOOLS_START, schools_logdensity, num_chains=2, num_samples=20)
     expected = jax.vmap(schools_logdensity)(chain.get_samples())
@@ -196,6 +197,7 @@ def test_mixture_matches_enumeration() -> None:
 
 
 @pytest.mark.usefixtures("free_lanes")
+@pytest.mark.slow
 def test_auto_finds_blocks_for_discrete_states() -> None:
     """Integer leaves merge by equality, and the chain is the sequential one."""
     options = dict(num_samples=20_000, num_chains=2)

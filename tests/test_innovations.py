@@ -22,6 +22,8 @@ from pmcmc.recurrence import MultipleShooting
 from pmcmc.sampling import _engine
 from tests._statistics import TEST_FAILURE_RATE, z_bound
 
+pytestmark = pytest.mark.optimized
+
 NUM_CHAINS, NUM_STEPS, NUM_BLOCKS, DIM = 3, 3072, 256, 2
 NUM_TESTS = 2
 STEP_BYTES = 100 * NUM_CHAINS  # about 100 bytes a step and chain: segments of some 1,000 steps

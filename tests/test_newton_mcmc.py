@@ -66,7 +66,7 @@ CASES = [
     ("MALA", eight_schools, SOLVERS),
     ("HMC", eight_schools, ["deer"]),
 ]
-QUICK = [("HMC", gaussian), ("MALA", banana), ("HMC", skewed)]
+QUICK = [("HMC", gaussian), ("MALA", banana)]
 PARAMETERS = [
     pytest.param(*case, id=f"{case[0]}-{case[1].__name__}", marks=() if case[:2] in QUICK else pytest.mark.slow)
     for case in CASES

@@ -11,7 +11,10 @@ from pmcmc._one_kernel import in_one_kernel
 from pmcmc.recurrence import Sequential
 from pmcmc.sampling import _engine
 
-pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="other devices have no such kernels")
+pytestmark = [
+    pytest.mark.optimized,
+    pytest.mark.skipif(jax.default_backend() != "cpu", reason="other devices have no such kernels"),
+]
 MARK = 'xla_cpu_small_call = "true"'
 
 

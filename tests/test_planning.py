@@ -204,6 +204,7 @@ def test_the_pilot_does_not_disturb_the_timing(free_lanes, monkeypatch: pytest.M
     assert ratio == 1
 
 
+@pytest.mark.slow
 def test_slow_pairs_are_followed_to_their_merge(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pair slower than the first ones does not end the pilot, and what has merged need not be followed."""
     couples, real = [], _pilot.Couple

@@ -33,6 +33,7 @@ def chain() -> pmcmc.Chain:
     return pmcmc.sample(gaussian, start_like(gaussian), 0, kernel=pmcmc.MALA(), **options)
 
 
+@pytest.mark.slow
 def test_fronts_are_the_solvers_own_counts() -> None:
     """Steps one after the other, and steps in all, of the very solve that is drawn."""
     num_blocks, length = 16, 12

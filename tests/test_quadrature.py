@@ -17,6 +17,8 @@ from pmcmc.recurrence import MultipleShooting
 from tests._statistics import z_bound
 from tests._studies import NUM_DATA, SCALE, SHAPE, Continuous
 
+pytestmark = pytest.mark.optimized
+
 NUM_CHAINS, NUM_SAMPLES, NUM_BURNED, THINNING = 128, 400, 100, 4
 Y = jnp.array([2.1, -0.4, 1.7, 3.0])
 

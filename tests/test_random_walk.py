@@ -174,6 +174,7 @@ def test_random_walk_alone_merges_bitwise(dim: int, bound: int, dtype) -> None:
     assert np.all(found.dimension_movement > 0)
 
 
+@pytest.mark.slow
 def test_radial_alone() -> None:
     """Merges at D = 10 within rounding, more slowly than with the grid; never at D = 2."""
     found = merge_times(normal, 10, optimal(10, 0.0, None), 2000)
@@ -195,6 +196,7 @@ def test_rates_that_warmup_tunes_to() -> None:
     np.testing.assert_allclose(RandomWalk().target_acceptance_rate(1000), 0.234, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_tuned_and_sampled_in_blocks(free_lanes) -> None:
     """The step size is tuned, "auto" finds that chains merge, and the draws are the target's."""
     chain = pmcmc.sample(

@@ -10,6 +10,8 @@ import pytest
 from pmcmc.__main__ import main
 from tests._selection import share
 
+pytestmark = pytest.mark.optimized
+
 README = Path(__file__).parents[1] / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 

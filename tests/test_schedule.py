@@ -18,6 +18,8 @@ from pmcmc.sampling import _engine
 from tests._selection import share
 from tests._targets import gaussian, mixture, start_like
 
+pytestmark = pytest.mark.optimized
+
 KERNEL = pmcmc.HMC(step_size=0.9, num_integration_steps=2)
 
 

@@ -17,6 +17,8 @@ from pmcmc.sampling._settings import Settings
 from pmcmc.sampling._stages import sample_from, warm_up
 from tests._problems import DIM, random_numbers, target_of
 
+pytestmark = pytest.mark.optimized
+
 NUM_PROBLEMS, NUM_SHAPES = 1000, 30
 KERNELS = (
     pmcmc.HMC(),

@@ -20,6 +20,8 @@ from tests._selection import share
 from tests._statistics import z_bound
 from tests._targets import GAMMA_SHAPES, make_target, skewed, skewed_draws
 
+pytestmark = pytest.mark.optimized
+
 NUM_CHAINS, NUM_STEPS = 40_000, 6
 KERNELS = {
     "MALA": MALA(step_size=0.25),

@@ -8,6 +8,8 @@ from jax.extend.random import threefry_2x32 as jax_threefry
 
 from pmcmc._threefry import fold_in, key_pair, threefry_2x32
 
+pytestmark = pytest.mark.optimized
+
 
 def test_hash_equals_jax(rng_key: jax.Array) -> None:
     words = jax.random.bits(rng_key, (2, 1000), jnp.uint32)

@@ -18,6 +18,8 @@ from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
 from pmcmc.sampling import _engine
 from tests._targets import gaussian, mixture, start_like
 
+pytestmark = pytest.mark.optimized
+
 KERNEL = pmcmc.HMC(step_size=0.9, num_integration_steps=2)
 SIZES = dict(num_warmup=0, num_samples=300, num_chains=2, progress_bar=False)
 

@@ -23,6 +23,8 @@ from pmcmc.sampling._stages import sample_from, warm_up
 from tests._statistics import z_bound
 from tests._studies import NUM_DATA, Continuous
 
+pytestmark = pytest.mark.optimized
+
 STUDY = Continuous()
 NUM_STUDIES, NUM_FAULTY, NUM_WARMUP, NUM_CHAINS, NUM_KEPT = 400, 150, 60, 8, 4
 likelihood = jax.jit(jax.vmap(STUDY.log_likelihood_of, (0, None)))

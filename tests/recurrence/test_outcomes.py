@@ -135,6 +135,7 @@ def test_shift_in_float32(solver, rng_key):
     assert int(found.stats.num_iters + found.stats.num_sweeps) > 0
 
 
+@pytest.mark.slow
 def test_raw_and_typed_keys_as_inputs():
     fn = lambda x, key: 0.5 * x + jax.random.normal(key)
     typed = jax.random.split(jax.random.key(3), 12)

@@ -15,6 +15,8 @@ from pmcmc.recurrence._scan import (
 )
 from tests._selection import share
 
+pytestmark = pytest.mark.optimized
+
 # compiled once a structure, not operation by operation
 scan = jax.jit(affine_scan, static_argnums=2)
 scan_sequential = jax.jit(affine_scan_sequential, static_argnums=2)

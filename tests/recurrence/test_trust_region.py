@@ -37,7 +37,7 @@ def cubic(x, u):
     ("make", "dtype"),
     [  # the state is one number, where quasi-ELK is ELK
         pytest.param(rec.elk, jnp.float64, marks=pytest.mark.slow),
-        (rec.quasi_elk, jnp.float32),
+        pytest.param(rec.quasi_elk, jnp.float32, marks=pytest.mark.slow),
         (rec.quasi_elk, jnp.float64),
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 
 import pmcmc
 from pmcmc.recurrence import RESULTS, Dense, MultipleShooting, Sequential, Windowed, deer, quasi_deer
-from pmcmc.sampling import _auto, _pilot
+from pmcmc.sampling import _auto, _pilot, _run
 from pmcmc.stability import Costs, PilotError, coalescence_time, plan, predict_iterations
 from pmcmc.stability._paths import coalescence_of_paths
 from pmcmc.stability._plan import next_segment, schedule
@@ -241,9 +241,10 @@ def assert_same(chain: pmcmc.Chain, expected: pmcmc.Chain) -> None:
 
 
 def test_a_plan_that_fails_loses_nothing(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of a chain whose pairs take some 300 steps to merge, under a pilot that says 20."""
+    """Blocks of a chain whose pairs take some 300 steps to merge, under a pilot that says 20, at a loss."""
     short = merging(np.arange(2, 34))
     monkeypatch.setattr(_auto, "couple", lambda head, own: _pilot.Pilot(short, "", 0.0))
+    monkeypatch.setattr(_auto.Automatic, "costs", lambda self, head: Costs(1e-12, 1e-12, 1e-14, 0.0))
     run = lambda solver: pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=8000, solver=solver, **SIZES)
     chain = run("auto")
     assert chain.report.decision == "shooting"
@@ -252,6 +253,23 @@ def test_a_plan_that_fails_loses_nothing(free_lanes, monkeypatch: pytest.MonkeyP
     assert np.all(chain.report.certified_steps < 1100)
     # the first segment is an eighth of the run, and it was given up after a few of its predicted merges
     assert np.all(chain.report.num_sequential_steps < 8000 + 1000)
+    assert_same(chain, run(Sequential()))
+
+
+def test_a_slow_merge_ends_a_segment_not_the_run(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed kept more than it cost, so blocks go on from there."""
+    short, taken, take = merging(np.arange(20, 52)), [], _run.Run.take
+    monkeypatch.setattr(_auto, "couple", lambda head, own: _pilot.Pilot(short, "", 0.0))
+    monkeypatch.setattr(_run.Run, "take", lambda *a: taken.append(take(*a)) or taken[-1])
+    run = lambda solver: pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=20_000, solver=solver, **SIZES)
+    chain = run("auto")
+    failed = [why for segment, why, _ in taken if why]
+    assert failed
+    assert all("max_iters_reached" in why for why in failed)
+    assert chain.report.fallback == ""
+    assert np.all(chain.report.result == RESULTS.successful)
+    assert np.all(chain.report.num_sequential_steps < 10_000)
+    assert np.all((chain.report.residual > 0) & (chain.report.residual <= 512 * np.finfo(float).eps))
     assert_same(chain, run(Sequential()))
 
 

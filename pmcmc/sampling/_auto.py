@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from pmcmc._tree import is_real
-from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Sequential
+from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential
 from pmcmc.sampling._ahead import num_cores
 from pmcmc.sampling._engine import SEGMENT_BYTES, Engine, Shape
 from pmcmc.sampling._pilot import Head, bias_after_warmup, couple
@@ -172,9 +172,13 @@ class Automatic:
             length = next_segment(total, done, done - spent, cost, shape.capacity * blocks)
             patience = math.ceil(PATIENCE * max(chosen.merge, solver.unit))
             attempt = replace(solver, max_steps=math.ceil(length / blocks) + patience)
-            _, failed, clock = run.take(attempt, shape, length)
-            done, spent = run.done - start, spent + clock.run_seconds / sequential
-            if failed:
+            segment, failed, clock = run.take(attempt, shape, length)
+            kept, cost = run.done - start - done, clock.run_seconds / sequential
+            done, spent = done + kept, spent + cost
+            # one slow merge ends a segment, not the run: the next one begins where the prefix ends
+            codes = np.asarray(segment.solution.result)
+            slow = np.isin(codes, (RESULTS.successful, RESULTS.max_iters_reached)).all()
+            if failed and not (slow and cost < kept):
                 run.fall_back(failed)
             elif run.left and spent > done:
                 run.fall_back(

@@ -4,11 +4,11 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import jax
 import numpy as np
 
+from pmcmc._jit import default_platform
 from pmcmc._tree import is_real
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential
 from pmcmc.sampling._ahead import num_cores
@@ -46,7 +46,7 @@ def compile_first(engine: Engine, solver: RecurrenceSolver | None, num_steps: in
 
 def default_devices() -> Sequence[jax.Device]:
     """Of this process, those that JAX would use; the first is where it computes what is not shared."""
-    chosen: Any = getattr(jax.config, "jax_default_device", None)  # a device, the name of a platform, or nothing
+    chosen = jax.config.jax_default_device  # type: ignore[attr-defined]  # a device, the name of a platform, or None
     return [chosen] if isinstance(chosen, jax.Device) else jax.local_devices(backend=chosen)
 
 
@@ -132,7 +132,7 @@ class Automatic:
         engine = self.run.engine
         compile_seconds = COMPILE_RATIO * (engine.compile_seconds(Sequential(), head.shape) or 0.0)
         overlap = OVERLAP if num_cores() > 1 else 0.0
-        if default_devices()[0].platform != "cpu":
+        if default_platform() != "cpu":
             overhead = seconds if self.timing is None else self.timing.seconds_per_step
             return Costs(seconds, overhead, overhead / FREE_LANES, compile_seconds, overlap)
         overhead, lane = 0.0, seconds / chains

@@ -106,7 +106,7 @@ def devices() -> Iterator[Finding]:
     if backend == "cpu":
         yield Finding(f"{cores} CPU core(s): XLA spreads the lanes of one program over them as it sees fit.")
     if number > 1:
-        yield Finding(f"Of {number} {backend} devices a run uses the first: the others neither help nor harm.")
+        yield Finding(f'{number} {backend} devices: blocks are shared out to them where "auto" expects a gain.')
     if backend == "cpu" and (Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi")):
         yield Finding(
             "There is an NVIDIA GPU, but jax computes on the CPU.",

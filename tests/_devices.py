@@ -13,6 +13,8 @@ import numpy as np
 
 from pmcmc import HMC, NUTS, sample
 from pmcmc.recurrence import RESULTS, MultipleShooting
+from pmcmc.sampling import _auto, _pilot
+from pmcmc.stability import Costs
 from tests.recurrence.test_staged import APART, IN_STEP, X0, problem
 
 COLLECTIVES = {"ppermute", "pmax", "pmin", "psum", "psum_invariant", "all_gather", "all_to_all", "reduce_scatter"}
@@ -123,7 +125,25 @@ def chains() -> None:
             np.testing.assert_allclose(found, draws[0], rtol=0, atol=1e-10)
 
 
-CHECKS: dict[str, Callable[[], None]] = {check.__name__: check for check in (solutions, collectives, chains)}
+def planned() -> None:
+    """ "auto" takes all devices where they gain, and keeps to one that was set as default: the same draws."""
+    _auto.SHORT_SECONDS, _pilot.TIMING_SECONDS, _pilot.SHARE = 0.0, 1e-9, 0.2
+    _auto.num_cores = jax.device_count
+    _auto.Automatic.costs = lambda self, head: Costs(1e6, 1e4, 1e4, 0.0)
+    options = dict(kernel=HMC(step_size=0.5, num_integration_steps=3), num_warmup=100, num_chains=2, progress_bar=False)
+    run = lambda: sample(logdensity, jnp.ones(2), 0, num_samples=20_000, **options)
+    shared = run()
+    with jax.default_device(jax.devices()[0]):
+        alone = run()
+    assert shared.report.plan.solver.devices == tuple(jax.devices())
+    assert alone.report.plan.solver.devices is None
+    assert shared.report.decision == alone.report.decision == "shooting"
+    assert shared.report.fallback == alone.report.fallback == ""
+    assert " on 8 devices" in shared.report.reason
+    np.testing.assert_allclose(shared.unknowns, alone.unknowns, rtol=0, atol=1e-9)
+
+
+CHECKS: dict[str, Callable[[], None]] = {check.__name__: check for check in (solutions, collectives, chains, planned)}
 
 if __name__ == "__main__":
     CHECKS[sys.argv[1]]()

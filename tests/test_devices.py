@@ -39,7 +39,10 @@ def finish(process: subprocess.Popen) -> None:
     assert process.returncode == 0, output[-4000:]
 
 
-@pytest.mark.parametrize("check", ["solutions", "collectives", pytest.param("chains", marks=pytest.mark.slow)])
+SLOW = [pytest.param(check, marks=pytest.mark.slow) for check in ("chains", "planned")]
+
+
+@pytest.mark.parametrize("check", ["solutions", "collectives", *SLOW])
 def test_on_eight_devices(check: str) -> None:
     finish(start("tests._devices", check, num_devices=8))
 

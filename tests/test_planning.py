@@ -1,5 +1,8 @@
 """Plans: the arithmetic, the pilot behind it, its execution under guard, and what is said where chains do not merge."""
 
+import math
+from unittest.mock import Mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +11,8 @@ import numpyro.distributions as dist
 import pytest
 
 import pmcmc
-from pmcmc.recurrence import RESULTS, Dense, MultipleShooting, Sequential, Windowed
-from pmcmc.sampling import _auto, _pilot
+from pmcmc.recurrence import RESULTS, Dense, MultipleShooting, Sequential, Windowed, deer, quasi_deer
+from pmcmc.sampling import _auto, _pilot, _run
 from pmcmc.stability import Costs, PilotError, coalescence_time, plan, predict_iterations
 from pmcmc.stability._paths import coalescence_of_paths
 from pmcmc.stability._plan import next_segment, schedule
@@ -92,32 +95,108 @@ def test_newton_where_merges_are_long_and_lanes_free() -> None:
     assert found.chosen.num_steps < 20
     assert found.solver.max_iters >= 20
     assert plan(10_000, 1, free, pilot).chosen.name != "DEER"
-    assert [c for c in plan(10_000, 1, free, pilot, dim=100, max_steps=9_999).candidates if "DEER" in c.name] == []
+    full = plan(10_000, 1, free, pilot, dim=100, max_steps=lambda solver: 9_999)
+    assert [c for c in full.candidates if "DEER" in c.name] == []
     dear = plan(10_000, 1, free._replace(lane=1e-4), pilot, dim=1)
     assert dear.chosen.name == "sequential"
 
 
 def test_jacobians_that_do_not_fit_come_in_windows() -> None:
+    """What a solve holds a step decides, not its Jacobians alone."""
     keys = jax.random.split(jax.random.key(1), 2)
     inputs = jax.random.normal(keys[0], (6000, 32))
     pilot = coalescence_time(lambda x, u: 0.99 * x + u, jnp.zeros(32), jnp.ones(32), inputs, scale=1.0, tol=1e-13)
-    found = plan(10_000, 1, Costs(1e-4, 1e-4, 1e-12, 0.0), pilot, dim=100, max_steps=100_000)
+    free = Costs(1e-4, 1e-4, 1e-12, 0.0)
+
+    def memory(numbers, dim=100):
+        """Beside ten numbers a step of noise and the like."""
+        return lambda solver: numbers / (10 + solver.numbers_per_step(dim))
+
+    found = plan(10_000, 1, free, pilot, dim=100, max_steps=memory(4.5e7))
     whole, windows = (next(c for c in found.candidates if c.name.startswith(name)) for name in ("quasi-DEER", "DEER"))
-    assert windows.name == "DEER, windows of 1,000 steps"
+    window = windows.solver.window
+    path = 10_000 * (10 + Windowed(deer()).numbers_per_step(100))
+    assert 0.99 * 4.5e7 < path + window * (10 + deer().numbers_per_step(100)) <= 4.5e7
+    assert windows.name == f"DEER, windows of {window:,} steps"
     assert isinstance(windows.solver, Windowed)
-    assert windows.solver.window == 1000
     assert not isinstance(whole.solver, Windowed)
-    assert windows.num_steps == 10 * predict_iterations(Dense(), pilot, length=1000).value
+    assert windows.num_steps == math.ceil(10_000 / window) * predict_iterations(Dense(), pilot, length=window).value
     # Jacobians of 100 steps at a time: not worth a plan
-    few = plan(10_000, 1, Costs(1e-4, 1e-4, 1e-12, 0.0), pilot, dim=1000, max_steps=100_000)
+    few = plan(10_000, 1, free, pilot, dim=100, max_steps=memory(8e6))
     assert not any(c.name.startswith("DEER") for c in few.candidates)
+
+
+@pytest.mark.parametrize(("structure", "dim"), [(deer, 24), (quasi_deer, 4)])
+def test_what_windows_hold(structure, dim: int) -> None:
+    """No more than is said of path and window together, by XLA's own count, and not a third of it."""
+    solver = Windowed(structure(max_iters=50), window=512)
+    step = lambda x, u: jnp.tanh(x @ (0.5 * jnp.eye(dim) + 0.1 / dim)) + u
+    inputs = jax.ShapeDtypeStruct((8192, dim), float)
+    program = jax.jit(lambda u: solver.solve(step, jnp.zeros(dim), u, scale=jnp.ones(dim))).lower(inputs).compile()
+    numbers = program.memory_analysis().temp_size_in_bytes / 8
+    said = 8192 * solver.numbers_per_step(dim) + 512 * solver.solver.numbers_per_step(dim)
+    assert said / 3 <= numbers <= said
+
+
+EIGHT = tuple(Mock(jax.Device) for _ in range(8))
+
+
+def test_devices_are_a_choice() -> None:
+    """Blocks on all of them beside blocks on one, by what a step of so many lanes takes there."""
+    pilot = merging(np.arange(20, 52))
+    shared = CPU._replace(device_overhead=1e-6, device_gain=0.5)
+    found = plan(10**7, 2, shared, pilot, device_sets=[(), EIGHT])
+    blocks = lambda plan: [c for c in plan.candidates if c.name != "sequential"]
+    one, all_of_them = ([c for c in blocks(found) if (c.solver.devices or ()) == d] for d in ((), EIGHT))
+    assert {c.solver.num_blocks for c in all_of_them} == {c.solver.num_blocks for c in one} - {2, 4}
+    for c in all_of_them:
+        number = c.solver.num_blocks
+        assert c.name == f"shooting, {number} blocks on 8 devices"
+        assert c.seconds == pytest.approx(1.0 + c.num_steps * (1e-6 + 1e-6 + 2 * number * 2.5e-7 / 4.5))
+    assert found.solver.devices == EIGHT
+    assert f"{found.chosen.name} should take" in found.reason
+    rows = str(found).splitlines()[1:]
+    assert f"> {found.chosen.name} " in rows[1]
+    assert len({len(row) for row in rows}) == 1  # columns are aligned whatever the names
+    dear = plan(10**7, 2, shared._replace(device_overhead=1.0), pilot, device_sets=[(), EIGHT])
+    assert dear.solver.devices is None
+    named = plan(10**7, 2, shared, pilot, device_sets=[EIGHT[:3]])
+    assert all(c.solver.num_blocks % 3 == 0 and c.name.endswith("on 3 devices") for c in blocks(named))
+    compiled = plan(10**7, 2, shared, pilot, device_sets=[(), EIGHT], ready={one[0].solver})
+    before, after = ({c.name: c.seconds for c in blocks(each)} for each in (found, compiled))
+    assert {name for name in after if after[name] != before[name]} == {one[0].name}
+    assert after[one[0].name] == pytest.approx(before[one[0].name] - 1.0)
+
+
+def test_which_devices_are_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU devices up to the cores, others all; those that the user named, and no others; one of each process."""
+    devices = lambda platform: [Mock(jax.Device, platform=platform) for _ in range(8)]
+    cpus, gpus = devices("cpu"), devices("gpu")
+    sets = lambda named=(): _auto.device_sets(named)
+    monkeypatch.setattr(_auto, "num_cores", lambda: 2)
+    monkeypatch.setattr(_auto, "default_devices", lambda: cpus)
+    assert sets() == [(), tuple(cpus[:2])]
+    assert sets(cpus[:4]) == [cpus[:4]]
+    monkeypatch.setattr(_auto, "default_devices", lambda: gpus)
+    assert sets() == [(), tuple(gpus)]
+    monkeypatch.setattr(_auto, "default_devices", lambda: gpus[3:4])
+    assert sets() == [()]
+    monkeypatch.setattr(_auto, "default_devices", lambda: gpus)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert sets() == [()]
+
+
+def test_a_device_set_as_default_is_kept_to() -> None:
+    device = jax.devices()[0]
+    assert _auto.default_devices() == jax.local_devices()
+    with jax.default_device(device):
+        assert _auto.default_devices() == [device]
 
 
 def test_segments_risk_a_tenth() -> None:
     """Every prefix of segments could fail next, and the whole would cost at most 1.1 sequential runs."""
     for step in (2.0, 50.0, 150.0):  # of 256 lanes, in steps of sequential sampling
-        costs = Costs(1.0, 0.0, step / 256, 0.0)
-        segments = schedule(10**6, 256, 50.0, costs, 1, 10**6)
+        segments = schedule(10**6, 256, 50.0, step, 10**6)
         assert sum(segments) == 10**6
         assert segments[0] <= 10**6 / 8
         spent, done = 0.0, 0
@@ -125,7 +204,7 @@ def test_segments_risk_a_tenth() -> None:
             cost = step * (length / 256 + 50)
             assert spent + cost + (10**6 - done) <= 1.13e6  # a first guess of its cost is off by little
             spent, done = spent + cost, done + length
-    assert len(schedule(10**6, 256, 50.0, Costs(1.0, 2.0, 0.0, 0.0), 1, 10**6)) == 2
+    assert len(schedule(10**6, 256, 50.0, 2.0, 10**6)) == 2
     assert next_segment(1000, 900, 800.0, 0.1, 1000) == 100
 
 
@@ -162,9 +241,10 @@ def assert_same(chain: pmcmc.Chain, expected: pmcmc.Chain) -> None:
 
 
 def test_a_plan_that_fails_loses_nothing(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of a chain whose pairs take some 300 steps to merge, under a pilot that says 20."""
+    """Blocks of a chain whose pairs take some 300 steps to merge, under a pilot that says 20, at a loss."""
     short = merging(np.arange(2, 34))
     monkeypatch.setattr(_auto, "couple", lambda head, own: _pilot.Pilot(short, "", 0.0))
+    monkeypatch.setattr(_auto.Automatic, "costs", lambda self, head: Costs(1e-12, 1e-12, 1e-14, 0.0))
     run = lambda solver: pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=8000, solver=solver, **SIZES)
     chain = run("auto")
     assert chain.report.decision == "shooting"
@@ -173,6 +253,23 @@ def test_a_plan_that_fails_loses_nothing(free_lanes, monkeypatch: pytest.MonkeyP
     assert np.all(chain.report.certified_steps < 1100)
     # the first segment is an eighth of the run, and it was given up after a few of its predicted merges
     assert np.all(chain.report.num_sequential_steps < 8000 + 1000)
+    assert_same(chain, run(Sequential()))
+
+
+def test_a_slow_merge_ends_a_segment_not_the_run(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed kept more than it cost, so blocks go on from there."""
+    short, taken, take = merging(np.arange(20, 52)), [], _run.Run.take
+    monkeypatch.setattr(_auto, "couple", lambda head, own: _pilot.Pilot(short, "", 0.0))
+    monkeypatch.setattr(_run.Run, "take", lambda *a: taken.append(take(*a)) or taken[-1])
+    run = lambda solver: pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=20_000, solver=solver, **SIZES)
+    chain = run("auto")
+    failed = [why for segment, why, _ in taken if why]
+    assert failed
+    assert all("max_iters_reached" in why for why in failed)
+    assert chain.report.fallback == ""
+    assert np.all(chain.report.result == RESULTS.successful)
+    assert np.all(chain.report.num_sequential_steps < 10_000)
+    assert np.all((chain.report.residual > 0) & (chain.report.residual <= 512 * np.finfo(float).eps))
     assert_same(chain, run(Sequential()))
 
 

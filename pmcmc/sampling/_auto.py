@@ -8,14 +8,15 @@ from dataclasses import replace
 import jax
 import numpy as np
 
+from pmcmc._jit import default_platform
 from pmcmc._tree import is_real
-from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Sequential
+from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential
 from pmcmc.sampling._ahead import num_cores
-from pmcmc.sampling._engine import Engine, Shape
+from pmcmc.sampling._engine import SEGMENT_BYTES, Engine, Shape
 from pmcmc.sampling._pilot import Head, bias_after_warmup, couple
 from pmcmc.sampling._run import Run
 from pmcmc.stability import Costs, Diagnosis, Plan, check_pilot, diagnose, plan
-from pmcmc.stability._plan import BLOCK_COUNTS, FIRST_SHARE, next_segment
+from pmcmc.stability._plan import FIRST_SHARE, block_solvers, next_segment
 from pmcmc.warmup._base import LaneTiming
 
 # Runs that should take less than this sequentially are sampled so, without a pilot.
@@ -25,6 +26,9 @@ COMPILE_RATIO = 1.5
 # A step of lanes has an overhead near this on a CPU, and one of the warm-up, which averages beside it, near that; on
 # other devices lanes are all but free up to some thousands.
 CPU_OVERHEAD, CPU_WARMUP_OVERHEAD, FREE_LANES = 2e-6, 1e-5, 8192
+# What CPU devices, which are threads of the same cores, add to a step that they share, and what each gains: two of them
+# were 1.09 to 1.79 times as fast as one at steps of 97 us and more, and as slow as 0.68 at short ones (decisions.md).
+CPU_DEVICE_OVERHEAD, CPU_DEVICE_GAIN = 1e-5, 0.2
 # A segment may take this many times its predicted merge before it is given up.
 PATIENCE = 4
 # Steps taken in order while the program of blocks is compiled come in stretches of so many seconds: between them the
@@ -40,12 +44,31 @@ def compile_first(engine: Engine, solver: RecurrenceSolver | None, num_steps: in
     engine.compile_ahead(first, engine.shape_for(first, num_steps))
 
 
+def default_devices() -> Sequence[jax.Device]:
+    """Of this process, those that JAX would use; the first is where it computes what is not shared."""
+    chosen = jax.config.jax_default_device  # type: ignore[attr-defined]  # a device, the name of a platform, or None
+    return [chosen] if isinstance(chosen, jax.Device) else jax.local_devices(backend=chosen)
+
+
+def device_sets(named: Sequence[jax.Device]) -> list[Sequence[jax.Device]]:
+    """To choose from: those that the user named, else the default one, or all.
+
+    CPU devices count up to the number of cores. Of several processes each keeps to its default device.
+    """
+    if named:
+        return [named]
+    every = default_devices()
+    if every[0].platform == "cpu":
+        every = every[: num_cores()]
+    return [(), tuple(every)] if len(every) > 1 and jax.process_count() == 1 else [()]
+
+
 class Automatic:
     """One run under "auto", and what it found out.
 
     plan, reason: None and why not, where the run was too short to plan. find_diagnosis: where chains did not merge.
     bias_bound: what warm-up left, see `bias_after_warmup`. pilot_seconds: that partners took. seconds: taken by what
-    was planned, compilation included. devices: that share blocks; none: the default one.
+    was planned, compilation included. devices: that the user named to share blocks; none: the plan chooses.
     """
 
     def __init__(self, run: Run, own: np.ndarray, timing: LaneTiming | None, devices: Sequence[jax.Device] = ()):
@@ -85,13 +108,23 @@ class Automatic:
             if not np.all(pilot.merged):
                 target, kernel, info = run.engine.target, run.engine.kernel, run.draws.info
                 self.find_diagnosis = lambda: diagnose(target, kernel, pilot, info)
-        limit = run.engine.shape_for(MultipleShooting(2), run.left)
-        most = limit.num_blocks * limit.capacity
         leaves = jax.tree.leaves(run.x)
-        dim = sum(x[0].size for x in leaves) if all(map(is_real, leaves)) else None
-        costs, ready = self.costs(head), self.compiled_blocks()
-        found = plan(run.left, run.engine.num_chains, costs, pilot, dim=dim, max_steps=most, ready=ready)
+        found = plan(
+            run.left,
+            run.engine.num_chains,
+            self.costs(head),
+            pilot,
+            dim=sum(x[0].size for x in leaves) if all(map(is_real, leaves)) else None,
+            max_steps=self.most_steps,
+            device_sets=device_sets(self.devices),
+            ready=self.compiled_blocks(),
+        )
         return replace(found, reason=excuse) if excuse else found
+
+    def most_steps(self, solver: RecurrenceSolver) -> float:
+        """Per chain, for which one solve has memory."""
+        budget = self.run.engine.max_bytes
+        return (SEGMENT_BYTES if budget is None else budget) / self.run.engine.bytes_per_step(solver)
 
     def costs(self, head: Head) -> Costs:
         """The chains' own steps in order, and from the warm-up's lanes what a step of many takes."""
@@ -99,53 +132,53 @@ class Automatic:
         engine = self.run.engine
         compile_seconds = COMPILE_RATIO * (engine.compile_seconds(Sequential(), head.shape) or 0.0)
         overlap = OVERLAP if num_cores() > 1 else 0.0
-        if jax.default_backend() != "cpu":
+        if default_platform() != "cpu":
             overhead = seconds if self.timing is None else self.timing.seconds_per_step
-            free = FREE_LANES * max(1, len(self.devices))
-            return Costs(seconds, overhead, overhead / free, compile_seconds, overlap)
-        if self.timing is None:
-            return Costs(seconds, 0.0, seconds / chains, compile_seconds, overlap)
-        lanes, wide = self.timing
-        lane = max(wide - CPU_WARMUP_OVERHEAD, 0.25 * wide) / lanes
-        return Costs(seconds, CPU_OVERHEAD, lane, compile_seconds, overlap)
-
-    def guarded(self, num_blocks: int | None, max_steps: int) -> MultipleShooting:
-        """Blocks whose repair stops after so many steps one after the other."""
-        return MultipleShooting(num_blocks=num_blocks, max_steps=max_steps, devices=self.devices or None)
+            return Costs(seconds, overhead, overhead / FREE_LANES, compile_seconds, overlap)
+        overhead, lane = 0.0, seconds / chains
+        if self.timing is not None:
+            lanes, wide = self.timing
+            overhead, lane = CPU_OVERHEAD, max(wide - CPU_WARMUP_OVERHEAD, 0.25 * wide) / lanes
+        return Costs(seconds, overhead, lane, compile_seconds, overlap, CPU_DEVICE_OVERHEAD, CPU_DEVICE_GAIN)
 
     def block_shape(self, solver: MultipleShooting) -> Shape:
         """For most of a run: its first segment is sure to be short of the whole. Runs of one length share it."""
         num_steps = self.run.num_steps
         return self.run.engine.shape_for(solver, num_steps - int(FIRST_SHARE * num_steps))
 
-    def compiled_blocks(self) -> set[int]:
-        """Numbers of blocks whose program is there from an earlier run."""
+    def compiled_blocks(self) -> set[RecurrenceSolver]:
+        """Those whose program is there from an earlier run."""
 
         def known(solver: MultipleShooting) -> bool:
             return self.run.engine.compile_seconds(solver, self.block_shape(solver)) is not None
 
-        return {p for p in BLOCK_COUNTS if known(self.guarded(p, 1))}
+        return {solver for solver in block_solvers(device_sets(self.devices)) if known(replace(solver, max_steps=1))}
 
     def in_blocks(self, planned: Plan, solver: MultipleShooting) -> None:
         """Segments that grow with what was saved; in order where merges do not arrive, or nothing is saved."""
         run, chosen, sequential = self.run, planned.chosen, planned.costs.sequential
-        solver = self.guarded(solver.num_blocks, 1)
+        solver = replace(solver, max_steps=1)  # any number is the same program
         blocks, shape = solver.blocks_for(run.left), self.block_shape(solver)
         if num_cores() > 1:
             run.engine.compile_ahead(solver, shape)
             self.in_order_until_ready(solver, shape, max(1, int(STRETCH_SECONDS / sequential)))
         total, start = run.left, run.done
-        step = planned.costs.step(blocks * run.engine.num_chains) / sequential
+        num_devices = max(1, len(solver.shared_by))
+        step = planned.costs.step(blocks * run.engine.num_chains, num_devices) / sequential
         spent = 0.0  # in steps of sequential sampling
         while run.left:
             done = run.done - start
             cost = spent / done if done else step * (1 / blocks + chosen.merge / (FIRST_SHARE * total))
             length = next_segment(total, done, done - spent, cost, shape.capacity * blocks)
             patience = math.ceil(PATIENCE * max(chosen.merge, solver.unit))
-            attempt = self.guarded(solver.num_blocks, math.ceil(length / blocks) + patience)
-            _, failed, clock = run.take(attempt, shape, length)
-            done, spent = run.done - start, spent + clock.run_seconds / sequential
-            if failed:
+            attempt = replace(solver, max_steps=math.ceil(length / blocks) + patience)
+            segment, failed, clock = run.take(attempt, shape, length)
+            kept, cost = run.done - start - done, clock.run_seconds / sequential
+            done, spent = done + kept, spent + cost
+            # one slow merge ends a segment, not the run: the next one begins where the prefix ends
+            codes = np.asarray(segment.solution.result)
+            slow = np.isin(codes, (RESULTS.successful, RESULTS.max_iters_reached)).all()
+            if failed and not (slow and cost < kept):
                 run.fall_back(failed)
             elif run.left and spent > done:
                 run.fall_back(

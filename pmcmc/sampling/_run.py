@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from pmcmc._tree import real_dtype
 from pmcmc._types import PyTree
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential
+from pmcmc.recurrence._base import default_tolerance
 from pmcmc.recurrence._lanes import LaneSolver
 from pmcmc.sampling._draws import Keeper
 from pmcmc.sampling._engine import Clock, Engine, Segment, Shape
@@ -132,7 +134,7 @@ class Run:
         failed, keep = codes[stands < ends], np.minimum(stands, ends)
         if self.draws.in_step:
             keep = np.full_like(keep, keep.min())
-        self._collect(segment, keep, solver)
+        self._collect(segment, keep, solver, np.where(stands < ends, codes, RESULTS.successful))
         self.draws.settle(self)
         if not failed.size:
             return segment, "", clock
@@ -144,8 +146,11 @@ class Run:
         worst = RESULTS(int(failed[0]))
         return segment, f"{worst.name}: {worst.message}", clock
 
-    def _collect(self, segment: Segment, keep: np.ndarray, solver: RecurrenceSolver) -> None:
-        """Copy the first ``keep`` (C,) steps: the segment's own memory is overwritten by the next one."""
+    def _collect(self, segment: Segment, keep: np.ndarray, solver: RecurrenceSolver, result: np.ndarray) -> None:
+        """Copy the first ``keep`` (C,) steps: the segment's own memory is overwritten by the next one.
+
+        result: (C,) of the steps that were wanted.
+        """
         counts, solution, stats = self.counts, segment.solution, segment.solution.stats
         path, info, near_ties = segment.chains((solution.value, solution.aux, segment.near_ties))
         before = self.done
@@ -167,6 +172,12 @@ class Run:
         growth = np.asarray(stats.growth_rate)
         counts.growth += np.where(np.isfinite(growth), growth, 0.0)
         counts.num_growths += np.isfinite(growth)
-        counts.result = np.asarray(solution.result)
-        residual = np.where(counts.result == RESULTS.successful, np.asarray(solution.residual), 0.0)
-        counts.residual = np.maximum(counts.residual, residual)
+        counts.result, held = result, np.asarray(solution.result) == RESULTS.successful
+        # where a solve did not hold altogether, of the prefix that does no more than the tolerance is known
+        within = np.where(keep > 0, _tolerance(solver, self.x), 0.0)
+        counts.residual = np.maximum(counts.residual, np.where(held, np.asarray(solution.residual), within))
+
+
+def _tolerance(solver: RecurrenceSolver, x: PyTree) -> float:
+    given = solver.merge_tol if isinstance(solver, MultipleShooting) else getattr(solver, "tolerance", None)
+    return default_tolerance(real_dtype(x)) if given is None else float(given)

@@ -1,10 +1,11 @@
 """What would each way of sampling cost here, and which one is worth it? Arithmetic on measurements; nothing is run."""
 
 import math
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from pmcmc._types import Scalar
@@ -12,6 +13,7 @@ from pmcmc.recurrence import (
     Dense,
     Diagonal,
     MultipleShooting,
+    Newton,
     RecurrenceSolver,
     Sequential,
     Windowed,
@@ -43,6 +45,8 @@ class Costs(NamedTuple):
 
     sequential: a step of all chains, one after the other. overhead, lane: a step of n lanes takes
     ``overhead + n lane``. compile: of one more program. overlap: share of that time in which steps are taken in order.
+    device_overhead, device_gain: where d > 1 devices share the lanes, it is
+    ``overhead + device_overhead + n lane / (1 + device_gain (d - 1))``.
     """
 
     sequential: float
@@ -50,10 +54,13 @@ class Costs(NamedTuple):
     lane: float
     compile: float
     overlap: float = 0.0
+    device_overhead: float = 0.0
+    device_gain: float = 1.0
 
-    def step(self, lanes: Scalar) -> float:
+    def step(self, lanes: Scalar, num_devices: int = 1) -> float:
         """One step of this many lanes."""
-        return self.overhead + lanes * self.lane
+        apart = self.device_overhead if num_devices > 1 else 0.0
+        return self.overhead + apart + lanes * self.lane / (1 + self.device_gain * (num_devices - 1))
 
 
 class Candidate(NamedTuple):
@@ -101,10 +108,11 @@ class Plan:
         return self.num_steps * self.costs.sequential
 
     def __str__(self) -> str:
-        lines = [self.reason, f"  {'':24s} {'steps in sequence':>22s} {'seconds':>9s}"]
+        width = max(24, *(len(c.name) for c in self.candidates))
+        lines = [self.reason, f"  {'':{width}s} {'steps in sequence':>22s} {'seconds':>9s}"]
         for c in self.candidates:
             mark = ">" if c is self.chosen else " "
-            lines.append(f"{mark} {c.name:24s} {c.num_steps:22,.0f} {c.seconds:9.2f}")
+            lines.append(f"{mark} {c.name:{width}s} {c.num_steps:22,.0f} {c.seconds:9.2f}")
         return "\n".join(lines)
 
 
@@ -115,25 +123,28 @@ def plan(
     coalescence: Coalescence | None = None,
     *,
     dim: int | None = None,
-    max_steps: int | None = None,
-    ready: Collection[int] = (),
+    max_steps: Callable[[RecurrenceSolver], Scalar] | None = None,
+    device_sets: Sequence[Sequence[jax.Device]] = ((),),
+    ready: Collection[RecurrenceSolver] = (),
 ) -> Plan:
-    """Choose among sequential sampling, blocks of any number, DEER and quasi-DEER, by predicted seconds.
+    """Choose among sequential sampling, blocks of any number on one or more devices, DEER and quasi-DEER, by seconds.
 
     A sequential run takes ``T s`` seconds. P blocks take one compilation, beside which some steps are taken in order,
     and for each segment of S P steps ``(S + M) (a + C P b)`` seconds, where M is the merge time of the slowest of C P
-    lanes (as `predict_sweeps`). Blocks are chosen if every pair of the pilot merged and they should save a quarter of
-    the sequential run.
+    lanes (as `predict_sweeps`) and b that of so many devices (see `Costs`). Blocks are chosen if every pair of the
+    pilot merged and they should save a quarter of the sequential run.
 
     DEER and quasi-DEER take their predicted iterations (`predict_iterations`), each a step of C T (1 + D) lanes, for
     the map and its D tangents, and log2(T) overheads for the scan. They are considered where T states fit into memory;
-    where their Jacobians do not, windows of as many steps as do slide along the path (`Windowed`).
+    where what an iteration holds of T steps does not, windows of as many steps as do slide along the path (`Windowed`).
+    Trust regions (ELK) are not: where chains merge, none was the cheapest of 77 measured cases (docs/decisions.md).
 
     num_steps: T, steps per chain that are left. num_chains: C. costs: s, a, b and the seconds of a compilation.
     coalescence: the pilot; None where nothing is known of how chains merge.
     dim: D, real entries of a state; None: do not consider Newton's method.
-    max_steps: steps per chain that one segment may hold; None: all.
-    ready: numbers of blocks whose program need not be compiled any more.
+    max_steps: steps per chain of which a solve by this solver may hold what it needs at a time; None: any number.
+    device_sets: devices that may share blocks, each set a choice; an empty one is the one device used by default.
+    ready: solvers out of `block_solvers` whose program need not be compiled any more.
 
     Raises:
         ValueError: num_steps or num_chains below 1, or a pilot of a single pair.
@@ -162,9 +173,10 @@ def plan(
         f"All {merged.size} coupled pairs of chains merged within {int(steps.max()):,} steps (median "
         f"{int(np.median(steps)):,})"
     )
-    others = _block_candidates(num_steps, num_chains, costs, coalescence, max_steps or num_steps, ready)
+    most = max_steps or (lambda solver: num_steps)
+    others = _block_candidates(num_steps, num_chains, costs, coalescence, most, device_sets, ready)
     if dim is not None:
-        others += _newton_candidates(num_steps, num_chains, costs, coalescence, dim, max_steps or num_steps)
+        others += _newton_candidates(num_steps, num_chains, costs, coalescence, dim, most)
     if not others:
         return conclude(alone, f"{merging}: too many for blocks in a run of {num_steps:,} steps.")
     best = min(others, key=lambda c: c.seconds)
@@ -174,33 +186,45 @@ def plan(
     return conclude(alone, f"{merging}, but {compared}.", others)
 
 
+def block_solvers(device_sets: Sequence[Sequence[jax.Device]]) -> list[MultipleShooting]:
+    """Numbers of blocks to choose from, on each set of devices; as many or more than devices."""
+    every = [(p, devices) for devices in device_sets for p in BLOCK_COUNTS if p >= len(devices)]
+    solvers = [MultipleShooting(num_blocks=p, devices=tuple(devices) or None) for p, devices in every]
+    return [replace(solver, num_blocks=solver.blocks_for(p)) for solver, (p, _) in zip(solvers, every, strict=True)]
+
+
 def _block_candidates(
     num_steps: int,
     num_chains: int,
     costs: Costs,
     coalescence: Coalescence,
-    max_steps: int,
-    ready: Collection[int],
+    max_steps: Callable[[RecurrenceSolver], Scalar],
+    device_sets: Sequence[Sequence[jax.Device]],
+    ready: Collection[RecurrenceSolver],
 ) -> list[Candidate]:
     found = []
     tail = ExponentialTail.fit(np.asarray(coalescence.steps), coalescence.max_steps)
-    for num_blocks in BLOCK_COUNTS:
+    most = max_steps(MultipleShooting())
+    for solver in block_solvers(device_sets):
+        num_blocks, num_devices = solver.blocks_for(num_steps), max(1, len(solver.shared_by))
         merge, low, high = longest_of(tail, num_chains * (num_blocks - 1), LEVEL)
         if num_blocks * max(BLOCK_UNIT, merge) > num_steps / 2:  # half of all work would be repair
-            break
-        compilation = 0.0 if num_blocks in ready else costs.compile
+            continue
+        compilation = 0.0 if solver in ready else costs.compile
         in_order = min(num_steps, int(costs.overlap * compilation / costs.sequential))
-        segments = schedule(num_steps - in_order, num_blocks, merge, costs, num_chains, max_steps)
+        step = costs.step(num_blocks * num_chains, num_devices)
+        segments = schedule(num_steps - in_order, num_blocks, merge, step / costs.sequential, most)
         plain = sum(BLOCK_UNIT * -(-s // (num_blocks * BLOCK_UNIT)) for s in segments)
         path, lower, upper = (plain + len(segments) * steps for steps in (merge, low, high))
+        shared = f" on {num_devices} devices" if num_devices > 1 else ""
         found.append(
             Candidate(
-                f"shooting, {num_blocks} blocks",
-                MultipleShooting(num_blocks=num_blocks),
+                f"shooting, {num_blocks} blocks{shared}",
+                solver,
                 in_order + path,
                 in_order + lower,
                 in_order + upper,
-                compilation + path * costs.step(num_blocks * num_chains),
+                compilation + path * step,
                 merge,
             )
         )
@@ -208,14 +232,16 @@ def _block_candidates(
 
 
 def _newton_candidates(
-    num_steps: int, num_chains: int, costs: Costs, coalescence: Coalescence, dim: int, max_steps: int
+    num_steps: int,
+    num_chains: int,
+    costs: Costs,
+    coalescence: Coalescence,
+    dim: int,
+    max_steps: Callable[[RecurrenceSolver], Scalar],
 ) -> list[Candidate]:
     found: list[Candidate] = []
-    if num_steps > max_steps:
-        return found
-    for name, make, structure, width in (("DEER", deer, Dense(), dim), ("quasi-DEER", quasi_deer, Diagonal(), 1)):
-        # a step of DEER holds D x D entries where one of blocks holds D
-        window = min(num_steps, max_steps // width)
+    for name, make, structure in (("DEER", deer, Dense()), ("quasi-DEER", quasi_deer, Diagonal())):
+        window = _window(make(), num_steps, max_steps)
         if window < MIN_WINDOW:
             continue
         windows = math.ceil(num_steps / window)
@@ -232,7 +258,15 @@ def _newton_candidates(
     return found
 
 
-def next_segment(num_steps: int, done: int, saved: Scalar, cost: Scalar, max_steps: int) -> int:
+def _window(newton: Newton, num_steps: int, max_steps: Callable[[RecurrenceSolver], Scalar]) -> int:
+    """Steps that an iteration may hold, beside the whole path where they are not all."""
+    if num_steps <= max_steps(newton):
+        return num_steps
+    path = num_steps / max_steps(Windowed(newton))
+    return int((1 - path) * max_steps(newton))
+
+
+def next_segment(num_steps: int, done: int, saved: Scalar, cost: Scalar, max_steps: Scalar) -> int:
     """Steps of the next segment: as many as may be lost, at most T/8 at first.
 
     A segment that fails costs ``cost`` per step; what it costs in all may exceed what was saved so far by a tenth of
@@ -247,11 +281,8 @@ def next_segment(num_steps: int, done: int, saved: Scalar, cost: Scalar, max_ste
     return max(1, int(min(num_steps - done, allowed, max_steps)))
 
 
-def schedule(
-    num_steps: int, num_blocks: int, merge: Scalar, costs: Costs, num_chains: int, max_steps: int
-) -> list[int]:
-    """Segments of a run in which merges arrive as predicted."""
-    step = costs.step(num_blocks * num_chains) / costs.sequential
+def schedule(num_steps: int, num_blocks: int, merge: Scalar, step: Scalar, max_steps: Scalar) -> list[int]:
+    """Segments of a run in which merges arrive as predicted; step: of all lanes, in steps of sequential sampling."""
     segments: list[int] = []
     done, saved = 0, 0.0
     while done < num_steps:

@@ -1,7 +1,7 @@
 """Where chains stand, and what a file says of them."""
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ from pmcmc._jit import default_platform
 from pmcmc._storage import Writer
 from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.kernels import Kernel
-from pmcmc.recurrence import MultipleShooting, RecurrenceSolver
+from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.report import SolveReport
 from pmcmc.target import LogDensity, Target, WithoutDensity
 from pmcmc.warmup._base import LaneTiming
@@ -77,7 +77,7 @@ def header(
 
 def _anywhere(solver: RecurrenceSolver | None) -> RecurrenceSolver | None:
     """Without devices, which a file cannot hold and another machine does not have."""
-    return replace(solver, devices=None) if isinstance(solver, MultipleShooting) else solver
+    return None if solver is None else solver.with_devices(None)
 
 
 def describe_sites(target: Target) -> dict[str, list]:

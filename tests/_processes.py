@@ -11,21 +11,21 @@ import numpy as np
 import pytest
 
 from pmcmc import HMC, sample
-from pmcmc.recurrence import RESULTS, MultipleShooting
+from pmcmc.recurrence import RESULTS, MultipleShooting, quasi_deer
 
 
 def logdensity(x):
     return -0.5 * jnp.sum(x**2) - 0.1 * jnp.sum(x**4)
 
 
-def draws(devices) -> np.ndarray:
-    """The chain, tuned and extended, in blocks on these devices."""
+def draws(solver, devices) -> np.ndarray:
+    """The chain, tuned and extended, on these devices."""
     chain = sample(
         logdensity,
         jnp.ones(2),
         0,
         kernel=HMC(num_integration_steps=2),
-        solver=MultipleShooting(num_blocks=8),
+        solver=solver,
         num_warmup=200,
         num_chains=1,
         num_samples=400,
@@ -44,6 +44,7 @@ if __name__ == "__main__":
     )
     assert len(jax.devices()) == 2
     assert len(jax.local_devices()) == 1
-    np.testing.assert_allclose(draws(jax.devices()), draws(None), rtol=0, atol=1e-9)
+    for solver in (MultipleShooting(num_blocks=8), quasi_deer()):
+        np.testing.assert_allclose(draws(solver, jax.devices()), draws(solver, None), rtol=0, atol=1e-9)
     with pytest.raises(ValueError, match="timings"):
         sample(logdensity, jnp.ones(2), 0, num_samples=400, devices=jax.devices(), progress_bar=False)

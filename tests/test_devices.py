@@ -1,4 +1,4 @@
-"""Blocks shared out to several devices give the chain that one device gives, for two collectives a sweep."""
+"""Blocks or steps shared out to several devices give the chain of one, for as many collectives however long it is."""
 
 import os
 import socket
@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks._compilations import compilations
 from pmcmc import HMC, load, sample
-from pmcmc.recurrence import MultipleShooting, Sequential
+from pmcmc.recurrence import MultipleShooting, Sequential, Windowed, deer, elk, quasi_deer
 from tests._targets import gaussian
 
 PROGRAMS = ("jit(draw_noise)", "jit(solve_noise)")
@@ -39,10 +39,11 @@ def finish(process: subprocess.Popen) -> None:
     assert process.returncode == 0, output[-4000:]
 
 
-SLOW = [pytest.param(check, marks=pytest.mark.slow) for check in ("chains", "planned")]
+QUICK = ("solutions", "collectives", "shared_steps", "step_collectives")
+SLOW = ("chains", "planned", "more_shared_steps", "gradients", "newton_chains")
 
 
-@pytest.mark.parametrize("check", ["solutions", "collectives", *SLOW])
+@pytest.mark.parametrize("check", [*QUICK, *(pytest.param(check, marks=pytest.mark.slow) for check in SLOW)])
 def test_on_eight_devices(check: str) -> None:
     finish(start("tests._devices", check, num_devices=8))
 
@@ -65,8 +66,15 @@ def test_rejects_devices_that_cannot_be_used() -> None:
         run(devices=[])
     with pytest.raises(ValueError, match="Sequential runs on one device"):
         run(devices=jax.devices(), solver=Sequential())
-    with pytest.raises(ValueError, match="differ"):
-        MultipleShooting(devices=2 * jax.devices())
+    with pytest.raises(ValueError, match="Windowed runs on one device"):
+        run(devices=jax.devices(), solver=Windowed(deer()))
+    with pytest.raises(ValueError, match="Drop devices"):
+        Windowed(deer(devices=jax.devices()))
+    for make in (MultipleShooting, deer, elk):
+        with pytest.raises(ValueError, match="differ"):
+            make(devices=2 * jax.devices())
+        with pytest.raises(ValueError, match="at least one"):
+            make(devices=[])
 
 
 @pytest.mark.slow
@@ -85,8 +93,8 @@ def test_auto_shares_blocks(free_lanes) -> None:
 
 
 def test_a_file_holds_no_devices(tmp_path) -> None:
-    solver = MultipleShooting(num_blocks=4, devices=jax.devices())
+    solver = quasi_deer(max_iters=100, devices=jax.devices())
     options = dict(kernel=HMC(step_size=0.5, num_integration_steps=3), num_warmup=0, num_chains=1, progress_bar=False)
     chain = sample(gaussian, jnp.zeros(3), 0, num_samples=100, solver=solver, **options)
     chain.save(tmp_path / "chain")
-    assert load(tmp_path / "chain", gaussian).solver == MultipleShooting(num_blocks=4)
+    assert load(tmp_path / "chain", gaussian).solver == quasi_deer(max_iters=100)

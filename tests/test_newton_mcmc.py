@@ -128,7 +128,7 @@ class Frozen(JacobianStructure):
     def linearize(self, fn, x, inputs, iteration):
         return None
 
-    def recur(self, a, r):
+    def recur(self, a, r, steps):
         return -r
 
 

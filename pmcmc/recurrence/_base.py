@@ -5,7 +5,7 @@ Nothing here, or in any file of this room, knows what MCMC is.
 
 import abc
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -182,6 +182,24 @@ class RecurrenceSolver(abc.ABC):
         Whoever cuts long recurrences into segments asks for it. None where nothing but those is written.
         """
         return 0
+
+    @property
+    def shared_by(self) -> Sequence[jax.Device]:
+        """Devices that share the work; none of them named: the one that JAX uses by default."""
+        return ()
+
+    def with_devices(self, devices: Sequence[jax.Device] | None) -> "RecurrenceSolver":
+        """This solver, its work shared by these devices; None: by none that are named.
+
+        Raises:
+            ValueError: it cannot share its work.
+        """
+        if devices is None:
+            return self
+        raise ValueError(
+            f"{type(self).__name__} runs on one device: leave devices out, or pass a solver that shares its work, "
+            "MultipleShooting() or a Newton-type one such as quasi_deer()."
+        )
 
     @abc.abstractmethod
     def solve_problem(self, problem: Problem) -> Solution:

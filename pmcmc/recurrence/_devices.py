@@ -21,6 +21,18 @@ from pmcmc.recurrence._lanes import Layout
 AXIS = "lanes"
 
 
+def distinct(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
+    """As a solver keeps them: hashable, as what is static must be.
+
+    Raises:
+        ValueError: none, or repeated ones.
+    """
+    devices = tuple(devices)
+    if not devices or len(set(devices)) < len(devices):
+        raise ValueError(f"devices must differ and be at least one, got {devices}. Use jax.devices() for all.")
+    return devices
+
+
 def lane_sharding(devices: Sequence[jax.Device]) -> NamedSharding:
     """Of arrays whose first axis is lanes."""
     return NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pmcmc._types import Array, PyTree
+from pmcmc.recurrence._steps import Steps
 
 
 def separates(growth_rate: Array, residual: Array, tol: Array | float, length: Array | int) -> Array:
@@ -16,13 +17,13 @@ def separates(growth_rate: Array, residual: Array, tol: Array | float, length: A
     return (growth_rate >= 0) & (residual * jnp.exp(growth_rate * length) > tol)
 
 
-def tangent_growth(fn, previous: Array, inputs: PyTree, wanted: Array, num_steps: int = 64) -> Array:
+def tangent_growth(fn, previous: Array, inputs: PyTree, wanted: Array, steps: Steps, num_steps: int = 64) -> Array:
     """Mean of ``log |J v| / |v|`` per step along a known path; NaN where not ``wanted``.
 
     The path is known, so blocks of about ``num_steps`` steps run as lanes, each from the same kind of start
     direction (all ones): the mean over blocks estimates the largest Lyapunov exponent from below its transient.
 
-    previous: states x[t-1], shape ``(T, D)``. inputs: leading axis T.
+    previous: states x[t-1], shape ``(T, D)``. inputs: leading axis T. Each device cuts the steps that it holds.
     """
     length = previous.shape[0]
     num_steps = min(num_steps, length)
@@ -45,6 +46,9 @@ def tangent_growth(fn, previous: Array, inputs: PyTree, wanted: Array, num_steps
         total = jnp.zeros(lanes, previous.dtype)
         xs = (cut(previous), jax.tree.map(cut, inputs))
         (_, total), _ = jax.lax.scan(body, (v, total), xs)
-        return jnp.mean(total) / num_steps
+        return jnp.sum(jnp.where(whole, total, 0))
 
-    return jax.lax.cond(wanted, measure, lambda: jnp.array(jnp.nan, previous.dtype))
+    whole = steps.numbers()[num_steps - 1 :: num_steps] < steps.length  # blocks without padding
+    total = steps.total(jax.lax.cond(wanted, measure, lambda: jnp.zeros((), previous.dtype)))
+    rate = total / (num_steps * steps.total(jnp.sum(whole)))
+    return jnp.where(wanted, rate, jnp.nan).astype(previous.dtype)

@@ -27,10 +27,16 @@ from pmcmc._tree import RavelSpec
 from pmcmc._types import Array, PyTree
 from pmcmc.recurrence._base import Problem, Solution
 from pmcmc.recurrence._scan import affine_scan
+from pmcmc.recurrence._steps import AllSteps, Steps, over_steps
 from pmcmc.recurrence._system import Outcome, System
 
 if TYPE_CHECKING:
     from pmcmc.recurrence._iterate import VectorSolver
+
+
+# Of a batch of solutions the axis that is steps, -1 where there is none: of value, aux, result, residual, stats,
+# iterates and residual_profile.
+STEP_AXES = Solution._make((1, 1, -1, -1, -1, 2, 1))
 
 
 class Traced(NamedTuple):
@@ -54,7 +60,7 @@ class Setup(NamedTuple):
     """The static part of a solve."""
 
     traced: Traced
-    length: int
+    steps: Steps
     guess_given: bool
 
 
@@ -67,32 +73,44 @@ class Arguments(NamedTuple):
 
 
 def solve_differentiably(solver: "VectorSolver", problem: Problem) -> Solution:
-    """Run ``solver.run`` on every chain of the batch and give its result a derivative."""
-    one_chain = lambda x0, inputs, guess: _solve_one(solver, problem, x0, inputs, guess)
-    batch = (problem.x0, problem.inputs, problem.guess_at(jnp.arange(problem.length)))
-    if problem.num_chains == 1:  # without a lane axis a lax.cond stays a branch instead of computing both sides
-        single = one_chain(*jax.tree.map(lambda x: x[0], batch))
-        return jax.tree.map(lambda x: x[None], single)
-    return jax.vmap(one_chain)(*batch)
-
-
-def _solve_one(solver, problem: Problem, x0: PyTree, inputs: PyTree, guess: PyTree) -> Solution:
-    spec = RavelSpec.of(x0)
-    start = spec.ravel(x0)
+    """Run ``solver.run`` on every chain of the batch, on the devices that share its steps, and give it a derivative."""
+    abstract = lambda tree, axes: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[axes:], x.dtype), tree)
+    spec = RavelSpec.of(abstract(problem.x0, 1))
 
     def fn(x, u):
         x, aux = problem.recurrence(spec.unravel(x), u)
         return spec.ravel(x), aux
 
-    abstract = lambda tree, axes: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[axes:], x.dtype), tree)
-    closed, out = jax.make_jaxpr(fn, return_shape=True)(abstract(start, 0), abstract(inputs, 1))
-    setup = Setup(Traced(closed.jaxpr, jax.tree.structure(out)), problem.length, guess is not None)
+    start = jax.vmap(spec.ravel)(problem.x0)
+    closed, out = jax.make_jaxpr(fn, return_shape=True)(abstract(start, 1), abstract(problem.inputs, 2))
+    traced = Traced(closed.jaxpr, jax.tree.structure(out))
+    scale = None if problem.scale is None else _ravel_scale(spec, problem.scale)
+
+    def solve(steps: Steps, whole: PyTree, own: PyTree) -> Solution:
+        consts, scale, start = whole
+        setup = Setup(traced, steps, own[1] is not None)
+        one_chain = lambda start, inputs, guess: _solve_one(
+            setup, solver, spec, Arguments(consts, start, inputs), guess, scale
+        )
+        if problem.num_chains == 1:  # without a lane axis a lax.cond stays a branch instead of computing both sides
+            single = one_chain(*jax.tree.map(lambda x: x[0], (start, *own)))
+            return jax.tree.map(lambda x: x[None], single)
+        return jax.vmap(one_chain)(start, *own)
+
+    whole = (list(closed.consts), scale, start)
+    shared = (problem.inputs, problem.guess_at(jnp.arange(problem.length)))
+    if not solver.shared_by:
+        return solve(AllSteps(problem.length), whole, shared)
+    return over_steps(solver.shared_by, solve, whole, shared, STEP_AXES, problem.length)
+
+
+def _solve_one(
+    setup: Setup, solver: "VectorSolver", spec: RavelSpec, arguments: Arguments, guess: PyTree, scale: Array | None
+) -> Solution:
     if guess is None:
-        path = jnp.broadcast_to(start, (problem.length, spec.size))
+        path = jnp.broadcast_to(arguments.start, (setup.steps.num_own, spec.size))
     else:
         path = jax.vmap(spec.ravel)(guess)
-    scale = None if problem.scale is None else _ravel_scale(spec, problem.scale)
-    arguments = Arguments(list(closed.consts), start, inputs)
     outcome = _solve(setup, solver, arguments, jax.lax.stop_gradient(path), scale)
     restore = jax.vmap(spec.unravel)
     return Solution(
@@ -115,7 +133,7 @@ def _ravel_scale(spec: RavelSpec, scale: PyTree) -> Array:
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _solve(setup: Setup, solver: "VectorSolver", arguments: Arguments, guess: Array, scale: Array | None) -> Outcome:
     fn = setup.traced.bind(arguments.consts)
-    system = System(fn, arguments.start, arguments.inputs, scale, solver.tolerance, setup.length)
+    system = System(fn, arguments.start, arguments.inputs, scale, solver.tolerance, setup.steps)
     return solver.run(system, guess, setup.guess_given)
 
 
@@ -123,21 +141,19 @@ def _solve(setup: Setup, solver: "VectorSolver", arguments: Arguments, guess: Ar
 def _solve_jvp(setup: Setup, primals, tangents):
     arguments, dots = primals[1], tangents[1]
     outcome = _solve(setup, *primals)
-    path = outcome.path
-    rest = path[:-1]
+    path, steps = outcome.path, setup.steps
 
-    def images(arguments, rest):
+    def images(arguments, path):
         fn = setup.traced.bind(arguments.consts)
-        previous = jnp.concatenate([arguments.start[None], rest])
-        return jax.vmap(fn)(previous, arguments.inputs)
+        return jax.vmap(fn)(steps.delayed(path, arguments.start), arguments.inputs)
 
     def jacobians():
         fn = setup.traced.bind(arguments.consts)
-        previous = jnp.concatenate([arguments.start[None], rest])
+        previous = steps.delayed(path, arguments.start)
         return jax.vmap(jax.jacfwd(lambda x, u: fn(x, u)[0]))(previous, arguments.inputs)
 
-    _, (v, _) = jax.jvp(images, (arguments, rest), (dots, jnp.zeros_like(rest)))
-    path_dot = affine_scan(jacobians(), v)
-    _, (_, aux_dot) = jax.jvp(images, (arguments, rest), (dots, path_dot[:-1]))
+    _, (v, _) = jax.jvp(images, (arguments, path), (dots, jnp.zeros_like(path)))
+    path_dot = affine_scan(steps, jacobians(), v)
+    _, (_, aux_dot) = jax.jvp(images, (arguments, path), (dots, path_dot))
     zeros = jax.tree.map(zero_from_primal, outcome)
     return outcome, zeros._replace(path=path_dot, aux=aux_dot)

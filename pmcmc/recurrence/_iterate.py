@@ -19,7 +19,8 @@ step an iteration, because e = 0 there and so nothing is ever restarted in it.
 """
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ from pmcmc._tree import finite_rows, is_real
 from pmcmc._types import Array, PyTree, Scalar
 from pmcmc.recurrence._base import Problem, RecurrenceSolver, Solution
 from pmcmc.recurrence._basis import Basis, StandardBasis
+from pmcmc.recurrence._devices import distinct
 from pmcmc.recurrence._implicit import solve_differentiably
 from pmcmc.recurrence._jacobian import Identity, JacobianStructure, Zero
 from pmcmc.recurrence._system import Course, Evaluation, Outcome, System, blocked_at, conclude
@@ -40,6 +42,7 @@ class Iterate(NamedTuple):
     now: Evaluation
     memory: PyTree  # what a solver remembers between iterations, such as the strength of its trust region
     moving: Array  # whether another iteration can change anything
+    solved: Array  # whether every equation holds
     blocked: Array  # see `blocked_at`
     num_iters: Array
     iterates: Array | None  # (num_iterates, T, D)
@@ -82,6 +85,14 @@ class NewtonType(VectorSolver):
     tol: Scalar | None
     max_iters: Scalar
     num_iterates: int
+    devices: Sequence[jax.Device] | None
+
+    @property
+    def shared_by(self):
+        return self.devices or ()
+
+    def with_devices(self, devices):
+        return replace(self, devices=devices)  # type: ignore[type-var]  # its subclasses are dataclasses
 
     def numbers_per_step(self, dim):
         # of XLA's own count for Dense and the diagonals, D = 4 and 24, on a CPU: the affine scan holds four A[t], and
@@ -107,11 +118,13 @@ class NewtonType(VectorSolver):
         return self.tol
 
     def check(self):
-        """Static mistakes, called by the constructors."""
+        """Static mistakes; the constructors call it."""
         if isinstance(self.max_iters, int) and self.max_iters < 0:
             raise ValueError(f"max_iters must be at least 0, got {self.max_iters}.")
         if isinstance(self.num_iterates, int) and self.num_iterates < 0:
             raise ValueError(f"num_iterates must be at least 0, got {self.num_iterates}.")
+        if self.devices is not None:
+            object.__setattr__(self, "devices", distinct(self.devices))
         if isinstance(self.jacobian, Identity | Zero) and not (self.damping is None and self.clip is None):
             raise ValueError(
                 f"damping and clip act on the entries of a Jacobian; {type(self.jacobian).__name__}() has none. "
@@ -122,7 +135,8 @@ class NewtonType(VectorSolver):
         now = system.evaluate(guess)
         store = jnp.broadcast_to(guess, (self.num_iterates, *guess.shape)) if self.num_iterates else None
         none = jnp.zeros((), int)
-        return Iterate(now, self.begin(system), jnp.array(True), blocked_at(now), none, store)
+        solved = system.steps.all(now.holds)
+        return Iterate(now, self.begin(system), jnp.array(True), solved, blocked_at(system, now), none, store)
 
     def advance(self, system: System, it: Iterate) -> Iterate:
         """One iteration: propose, evaluate, judge."""
@@ -130,15 +144,15 @@ class NewtonType(VectorSolver):
         path = jnp.where(jnp.isfinite(path), path, jnp.broadcast_to(system.start, path.shape))
         candidate = system.evaluate(path)
         now, memory, retry = self.judge(system, it, candidate, plan)
-        blocked = blocked_at(now)
-        moving = jnp.any(now.path != it.now.path) | retry
+        blocked = blocked_at(system, now)
+        moving = system.steps.any(jnp.any(now.path != it.now.path, axis=1)) | retry
         # f is not finite at the same step of a path that holds before it, twice: no iteration will mend that
         moving = moving & ((blocked == system.length) | (blocked != it.blocked))
-        num_iters = it.num_iters + 1
-        return Iterate(now, memory, moving, blocked, num_iters, record(it.iterates, now.path, num_iters))
+        solved, num_iters = system.steps.all(now.holds), it.num_iters + 1
+        return Iterate(now, memory, moving, solved, blocked, num_iters, record(it.iterates, now.path, num_iters))
 
     def unfinished(self, it: Iterate) -> Array:
-        return ~jnp.all(it.now.holds) & it.moving & (it.num_iters < self.max_iters)
+        return ~it.solved & it.moving & (it.num_iters < self.max_iters)
 
     def run(self, system, guess, guess_given):
         first = self.start(system, guess)

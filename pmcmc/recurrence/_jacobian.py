@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from pmcmc._tree import register_dataclass
 from pmcmc._types import Array, PyTree
-from pmcmc.recurrence._scan import affine_scan, apply_affine, delayed
+from pmcmc.recurrence._scan import affine_scan, apply_affine
+from pmcmc.recurrence._steps import Steps
 
 
 class JacobianStructure(abc.ABC):
@@ -35,15 +36,18 @@ class JacobianStructure(abc.ABC):
         return dim * dim
 
     @abc.abstractmethod
-    def recur(self, a: Array | None, r: Array) -> Array:
-        """All ``A[t] e[t-1]`` of the recursion ``e[t] = A[t] e[t-1] + r[t]``, e[0] = 0, shape ``(T, D)``."""
+    def recur(self, a: Array | None, r: Array, steps: Steps) -> Array:
+        """All ``A[t] e[t-1]`` of the recursion ``e[t] = A[t] e[t-1] + r[t]``, e[0] = 0, shape ``(T, D)``.
+
+        steps: what joins steps, on one device or several: ``steps.scan(operator, elements)``, ``steps.delayed(e)``.
+        """
 
 
 class Scanned(JacobianStructure):
     """A structure whose A[t] are stored and composed by an associative scan."""
 
-    def recur(self, a, r):
-        return apply_affine(a, delayed(affine_scan(a, r)))
+    def recur(self, a, r, steps):
+        return apply_affine(a, steps.delayed(affine_scan(steps, a, r)))
 
 
 @register_dataclass
@@ -135,8 +139,8 @@ class Identity(JacobianStructure):
     def linearize(self, fn, x, inputs, iteration):
         return None
 
-    def recur(self, a, r):
-        return delayed(jnp.cumsum(r, axis=0))
+    def recur(self, a, r, steps):
+        return steps.delayed(steps.scan(jnp.add, r))
 
 
 @register_dataclass
@@ -153,7 +157,7 @@ class Zero(JacobianStructure):
     def linearize(self, fn, x, inputs, iteration):
         return None
 
-    def recur(self, a, r):
+    def recur(self, a, r, steps):
         return jnp.zeros_like(r)
 
 

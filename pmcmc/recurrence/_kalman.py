@@ -36,7 +36,8 @@ import jax.numpy as jnp
 
 from pmcmc._tree import expand_mask
 from pmcmc._types import Array, Scalar
-from pmcmc.recurrence._scan import affine_scan, apply_affine, compose, delayed
+from pmcmc.recurrence._scan import affine_scan, apply_affine, compose
+from pmcmc.recurrence._steps import Steps
 
 
 class Gains(NamedTuple):
@@ -99,15 +100,16 @@ def _dense_operator(first, second):
     return a, u, z
 
 
-def _elements(a: Array, strength: Array, eye: Array, num_known: Array | int = 0):
+def _elements(steps: Steps, a: Array, strength: Array, eye: Array, num_known: Array | int = 0):
     """One-step elements; a known step has no covariance, so nothing before it matters to what follows.
 
     Diagonal: (A, C, J). Dense: (A, U, Z), the roots.
     """
     root = (lambda x: x) if is_diagonal(a) else jnp.sqrt
     information = a * a if is_diagonal(a) else transposed(a)
-    free = expand_mask(jnp.arange(a.shape[0]) >= num_known, a)
-    linked = delayed(free)  # the step before is not known
+    numbers = steps.numbers()
+    free = expand_mask(numbers >= num_known, a)
+    linked = expand_mask(numbers > num_known, a)  # the step before is not known
     return (
         jnp.where(linked, a, 0) / (1 + strength),
         jnp.where(free, eye, 0) * root(1 / (1 + strength)),
@@ -115,7 +117,7 @@ def _elements(a: Array, strength: Array, eye: Array, num_known: Array | int = 0)
     )
 
 
-def gains(a: Array, strength: Scalar, num_known: Array | int = 0) -> Gains:
+def gains(steps: Steps, a: Array, strength: Scalar, num_known: Array | int = 0) -> Gains:
     """Covariances and gains of the filter, all t at once, for lambda = ``strength``.
 
     num_known: so many increments at the start follow the linear recursion without noise or penalty, as in Newton.
@@ -125,19 +127,19 @@ def gains(a: Array, strength: Scalar, num_known: Array | int = 0) -> Gains:
     eye = (
         jnp.ones_like(work) if is_diagonal(a) else jnp.broadcast_to(jnp.eye(work.shape[-1], dtype=a.dtype), work.shape)
     )
-    elements = _elements(work, lam, eye, num_known)
+    elements = _elements(steps, work, lam, eye, num_known)
     if is_diagonal(a):
-        filtered = jax.lax.associative_scan(_diagonal_operator, elements)[1]
-        predicted = work * work * delayed(filtered) + eye
+        filtered = steps.scan(_diagonal_operator, elements)[1]
+        predicted = work * work * steps.delayed(filtered) + eye
         shrink = 1 / (1 + lam * predicted)
     else:
-        root = jax.lax.associative_scan(_dense_operator, elements)[1]
-        behind = jnp.concatenate([work @ delayed(root), eye], axis=-1)
+        root = steps.scan(_dense_operator, elements)[1]
+        behind = jnp.concatenate([work @ steps.delayed(root), eye], axis=-1)
         filtered, predicted = root @ transposed(root), behind @ transposed(behind)
         half = _under(_triangular(jnp.concatenate([eye, jnp.sqrt(lam) * behind], axis=-1)), eye)
         shrink = transposed(half) @ half
     # Without observations the covariance may overflow and does not matter.
-    known = expand_mask(jnp.arange(a.shape[0]) < num_known, work)
+    known = expand_mask(steps.numbers() < num_known, work)
     shrink = jnp.where((lam == 0) | known, eye, shrink)
     return Gains(structured(predicted), structured(filtered), structured(shrink))
 
@@ -162,21 +164,22 @@ class Filtered(NamedTuple):
     pull: Array  # A[t] m[t-1] + r[t] - m[t]: what the pseudo-observation took away; 0 for lambda = 0
 
 
-def filter_means(a: Array, r: Array, gains: Gains) -> Filtered:
+def filter_means(steps: Steps, a: Array, r: Array, gains: Gains) -> Filtered:
     """``m[t] = G[t] (A[t] m[t-1] + r[t])`` by one affine scan."""
     closed_loop = compose(gains.shrink, a, r.ndim)
-    means = affine_scan(closed_loop, apply_affine(gains.shrink, r))
-    carried = apply_affine(a, delayed(means))
+    means = affine_scan(steps, closed_loop, apply_affine(gains.shrink, r))
+    carried = apply_affine(a, steps.delayed(means))
     return Filtered(carried, (carried + r) - apply_affine(gains.shrink, carried + r))
 
 
-def smoother_corrections(a: Array, gains: Gains, pull: Array, strength: Scalar) -> Array:
+def smoother_corrections(steps: Steps, a: Array, gains: Gains, pull: Array, strength: Scalar) -> Array:
     """``s[t] = E[d[t] | all] - m[t]`` by one affine scan from the end (Rauch, Tung & Striebel 1965).
 
     ``s[t] = S[t] (s[t+1] - pull[t+1])``, ``S[t] = P[t] A[t+1]' P-[t+1]^-1``, s[T] = 0.
     """
-    ahead = jnp.concatenate([a[1:], jnp.zeros_like(a[:1])])
-    predicted = jnp.concatenate([gains.predicted[1:], gains.predicted[:1]])
+    ahead = steps.ahead(a)
+    last = expand_mask(steps.numbers() + 1 >= steps.length, gains.predicted)
+    predicted = jnp.where(last, gains.predicted, steps.ahead(gains.predicted))  # any will do where there is none
     if is_diagonal(a):
         smoothing = gains.filtered * ahead / predicted
     else:
@@ -184,5 +187,4 @@ def smoother_corrections(a: Array, gains: Gains, pull: Array, strength: Scalar) 
         smoothing = transposed(jnp.linalg.solve(matrices(predicted), product))
         smoothing = structured(smoothing)
     smoothing = jnp.where(jnp.asarray(strength) == 0, jnp.zeros_like(smoothing), smoothing)
-    next_pull = jnp.concatenate([pull[1:], jnp.zeros_like(pull[:1])])
-    return affine_scan(smoothing, -apply_affine(smoothing, next_pull), reverse=True)
+    return affine_scan(steps, smoothing, -apply_affine(smoothing, steps.ahead(pull)), reverse=True)

@@ -6,7 +6,7 @@ compiled program solves any path of up to P * capacity steps, in time proportion
 """
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -91,11 +91,6 @@ class LaneSolver(RecurrenceSolver):
     """
 
     unit: ClassVar[int] = 1
-
-    @property
-    def shared_by(self) -> Sequence[jax.Device]:
-        """Devices, an even share of the lanes for each; none of them named: the one that JAX uses by default."""
-        return ()
 
     @abc.abstractmethod
     def blocks_for(self, length: int) -> int:

@@ -13,6 +13,7 @@ finiteness on its own; 2. entries that are not finite restart the recursion (see
 exact prefix growing; they can delay convergence but never claim it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -40,12 +41,14 @@ class Newton(NewtonType):
     clip: entries of (the damped) A[t] are clipped to [-clip, clip].
     num_iterates: how many iterates to keep in `Solution.iterates`, the initial guess first; places behind the last
         iterate repeat it.
+    devices: that share the steps evenly; the solution is the same, to rounding. None: the one device that JAX uses by
+        default.
 
     Needs real states (integer leaves have no derivative: use `MultipleShooting`). The value and aux of the solution
     can be differentiated, see `_implicit`.
 
     Raises:
-        ValueError: max_iters or num_iterates below 0; damping or clip where A has no entries.
+        ValueError: max_iters or num_iterates below 0; damping or clip where A has no entries; no or repeated devices.
         TypeError: integer or boolean leaves in the state.
 
     Sources: Lim et al. 2024 (DEER), Gonzalez et al. 2024 (quasi-DEER), Gonzalez et al. 2025 (one framework),
@@ -65,6 +68,7 @@ class Newton(NewtonType):
     damping: Scalar | None = None
     clip: Scalar | None = None
     num_iterates: int = field(default=0, metadata=dict(static=True))
+    devices: Sequence[jax.Device] | None = field(default=None, metadata=dict(static=True))
 
     def __post_init__(self):
         self.check()
@@ -74,7 +78,7 @@ class Newton(NewtonType):
 
     def propose(self, system, it):
         a, r = self.linearize(system, it)
-        correction = jax.vmap(self.basis.decode)(self.jacobian.recur(a, r))
+        correction = jax.vmap(self.basis.decode)(self.jacobian.recur(a, r, system.steps))
         return it.now.images + drop_overflow(correction), None
 
     def judge(self, system, it, candidate, plan):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pmcmc._types import Array
+from pmcmc.recurrence._steps import Steps
 
 
 def compose(second: Array, first: Array, vector_ndim: int) -> Array:
@@ -51,9 +52,9 @@ def affine_operator(first, second):
     return compose(a2, a1, b1.ndim), apply_affine(a2, b1) + b2
 
 
-def affine_scan(a: Array, b: Array, reverse: bool = False) -> Array:
+def affine_scan(steps: Steps, a: Array, b: Array, reverse: bool = False) -> Array:
     """All e[t], shape ``(T, D)``, in O(log T) rounds; reverse runs ``e[t] = A[t] e[t+1] + b[t]`` from the end."""
-    return jax.lax.associative_scan(affine_operator, (a, b), reverse=reverse)[1]
+    return steps.scan(affine_operator, (a, b), reverse)[1]
 
 
 def affine_scan_sequential(a: Array, b: Array, reverse: bool = False) -> Array:
@@ -64,8 +65,3 @@ def affine_scan_sequential(a: Array, b: Array, reverse: bool = False) -> Array:
         return e, e
 
     return jax.lax.scan(body, jnp.zeros_like(b[0]), (a, b), reverse=reverse)[1]
-
-
-def delayed(e: Array) -> Array:
-    """``e[t-1]`` for t = 1..T, with e[0] = 0."""
-    return jnp.concatenate([jnp.zeros_like(e[:1]), e[:-1]])

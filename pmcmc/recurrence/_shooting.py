@@ -28,7 +28,7 @@ dissipative systems (Chartier & Philippe 1993).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -46,7 +46,7 @@ from pmcmc._tree import (
 )
 from pmcmc._types import Array, PyTree, Scalar
 from pmcmc.recurrence._base import RESULTS, Solution, Staged, Stats, default_tolerance, typical_scale
-from pmcmc.recurrence._devices import AllLanes, lane_sharding, over_devices, replicated
+from pmcmc.recurrence._devices import AllLanes, distinct, lane_sharding, over_devices, replicated
 from pmcmc.recurrence._growth import separates
 from pmcmc.recurrence._lanes import Lanes, LaneSolver, Layout, read_step, record_for, walk, write_where
 from pmcmc.recurrence._staged import walk_apart
@@ -94,16 +94,16 @@ class MultipleShooting(LaneSolver):
         if isinstance(self.max_steps, int) and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {self.max_steps}. Use None for no limit.")
         if self.devices is not None:
-            devices = tuple(self.devices)  # hashable, as what is static must be
-            if not devices or len(set(devices)) < len(devices):
-                raise ValueError(f"devices must differ and be at least one, got {devices}. Use jax.devices() for all.")
-            object.__setattr__(self, "devices", devices)
+            object.__setattr__(self, "devices", distinct(self.devices))
 
     unit: ClassVar[int] = CHUNK
 
     @property
     def shared_by(self) -> Sequence[jax.Device]:
         return self.devices or ()
+
+    def with_devices(self, devices):
+        return replace(self, devices=devices)
 
     def blocks_for(self, length):
         blocks, shares = self.num_blocks or default_num_blocks(length), max(1, len(self.shared_by))

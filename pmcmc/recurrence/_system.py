@@ -10,10 +10,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pmcmc._tree import expand_mask, finite_rows, leading_true, relative_distance, within_rounding
+from pmcmc._tree import expand_mask, finite_rows, relative_distance, within_rounding
 from pmcmc._types import Array, PyTree
 from pmcmc.recurrence._base import RESULTS, Stats, default_tolerance, typical_scale
 from pmcmc.recurrence._growth import separates, tangent_growth
+from pmcmc.recurrence._steps import AllSteps, Steps
+
+# About so many states say what the scale is, as in `typical_scale`.
+SCALE_STATES = 4096
 
 
 class Evaluation(NamedTuple):
@@ -29,11 +33,12 @@ class Evaluation(NamedTuple):
 
 @dataclass(frozen=True)
 class System:
-    """The equations of one chain.
+    """The equations of one chain, or those of them that one device holds; then arrays are of its own steps.
 
     fn: ``(x, u) -> (x, aux)`` on vectors. start: x[0], ``(D,)``. inputs: leading axis T.
     scale: spread of each coordinate ``(D,)``, or None: measured on the images of each iterate.
     tol: largest residual of an equation that holds. None: that of the dtype, see `default_tolerance`.
+    steps: what joins them.
     """
 
     fn: Callable
@@ -41,14 +46,18 @@ class System:
     inputs: PyTree
     scale: Array | None
     tol: Any
-    length: int
+    steps: Steps
+
+    @property
+    def length(self) -> int:
+        return self.steps.length
 
     def image(self, x: Array, u: PyTree) -> Array:
         return self.fn(x, u)[0]
 
     def previous(self, path: Array) -> Array:
         """x[0..T-1]."""
-        return jnp.concatenate([self.start[None], path[:-1]])
+        return self.steps.delayed(path, self.start)
 
     def evaluate(self, path: Array) -> Evaluation:
         """All T equations at once."""
@@ -60,14 +69,16 @@ class System:
 
         Without another evaluation: an image depends on the state before it alone.
         """
-        index, prefix = jnp.arange(self.length), exact_prefix(new)
+        index, prefix = self.steps.numbers(), exact_prefix(self, new)
         pick = lambda stop: lambda x, y: jnp.where(whole | expand_mask(index < stop, x), x, y)
         images, aux = jax.tree.map(pick(prefix + 1), (new.images, new.aux), (old.images, old.aux))
         return self.compare(pick(prefix)(new.path, old.path), images, aux)
 
     def compare(self, path: Array, images: Array, aux: PyTree) -> Evaluation:
         """Which equations hold, given both sides of them."""
-        scale = typical_scale(images) if self.scale is None else self.scale
+        scale = self.scale
+        if scale is None:
+            scale = typical_scale(self.steps.every(max(1, self.length // SCALE_STATES), images))
         residual = relative_distance(path, images, scale)
         tol = default_tolerance(path.dtype) if self.tol is None else self.tol
         # No state can satisfy the equation better than its own rounding (a posterior shifted by 1e5).
@@ -77,7 +88,7 @@ class System:
     def part(self, start: Array, first: Array, length: int) -> "System":
         """Steps ``first + 1 .. first + length``, from the state ``start`` before them."""
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, length, 0)
-        return replace(self, start=start, inputs=jax.tree.map(cut, self.inputs), length=length)
+        return replace(self, start=start, inputs=jax.tree.map(cut, self.inputs), steps=AllSteps(length))
 
 
 class Outcome(NamedTuple):
@@ -92,20 +103,19 @@ class Outcome(NamedTuple):
     residual_profile: Array
 
 
-def exact_prefix(now: Evaluation) -> Array:
+def exact_prefix(system: System, now: Evaluation) -> Array:
     """Length of the prefix that holds to rounding.
 
     To rounding, not to the tolerance: that is relative to a scale which an exploding iterate inflates.
     """
-    return leading_true(now.holds & within_rounding(now.path, now.images))
+    return system.steps.leading(now.holds & within_rounding(now.path, now.images))
 
 
-def blocked_at(now: Evaluation) -> Array:
+def blocked_at(system: System, now: Evaluation) -> Array:
     """The step t (from 0) whose predecessors are right to rounding while f is not finite there; T if there is none."""
-    prefix = exact_prefix(now)
-    index = jnp.minimum(prefix, now.holds.shape[0] - 1)
-    blocked = (prefix < now.holds.shape[0]) & ~jnp.all(jnp.isfinite(now.images[index]))
-    return jnp.where(blocked, index, now.holds.shape[0])
+    prefix = exact_prefix(system, now)
+    behind = system.steps.numbers() == prefix
+    return jnp.where(system.steps.any(behind & ~finite_rows(now.images)), prefix, system.length)
 
 
 class Course(NamedTuple):
@@ -120,17 +130,16 @@ class Course(NamedTuple):
 
 def conclude(system: System, now: Evaluation, course: Course, iterates: Array | None) -> Outcome:
     """From the last iterate to an `Outcome`: what stands, and the code that says why the rest does not."""
+    steps, all_hold = system.steps, system.steps.all(now.holds)
     growth_rate = tangent_growth(
-        system.image, system.previous(now.path), system.inputs, jnp.any(now.residual > 0) & jnp.all(now.holds)
+        system.image, system.previous(now.path), system.inputs, steps.any(now.residual > 0) & all_hold, steps
     )
-    start_finite = jnp.all(jnp.isfinite(system.start))
-    index = jnp.arange(system.length)
-    known = start_finite & (index < course.blocked)
+    known = jnp.all(jnp.isfinite(system.start)) & (steps.numbers() < course.blocked)
     # From the first state that f makes NaN or infinite on, nothing is known, and the path says so.
     path = jnp.where(known[:, None], now.path, jnp.nan)
-    finite, converged = jnp.all(known & finite_rows(path)), jnp.all(now.holds & known)
+    finite, converged = steps.all(known & finite_rows(path)), steps.all(now.holds & known)
     tol = default_tolerance(now.path.dtype) if system.tol is None else system.tol
-    separating = separates(growth_rate, jnp.max(now.residual), tol, system.length)
+    separating = separates(growth_rate, steps.max(now.residual), tol, system.length)
     stands = known & jnp.where(separating, now.residual == 0, now.holds)
     result = jnp.select(
         [~finite, converged & separating, converged, ~course.moving],
@@ -138,13 +147,13 @@ def conclude(system: System, now: Evaluation, course: Course, iterates: Array | 
         RESULTS.max_iters_reached,
     )
     residual = jnp.where(known, now.residual, jnp.inf)
-    worst = jnp.where(jnp.all(jnp.isfinite(residual)), jnp.max(residual), jnp.inf)
+    worst = jnp.where(steps.all(jnp.isfinite(residual)), steps.max(residual), jnp.inf)
     stats = Stats(
         num_iters=course.num_iters,
         num_sweeps=jnp.zeros_like(course.num_iters),
         num_sequential_steps=course.rounds,
         num_fn_evals=course.rounds * course.width,
-        certified_steps=leading_true(stands),
+        certified_steps=steps.leading(stands),
         growth_rate=growth_rate,
     )
     return Outcome(path, now.aux, result, worst, stats, iterates, residual)

@@ -17,6 +17,7 @@ outside the loop, rounds differently).
 """
 
 import abc
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -29,7 +30,8 @@ from pmcmc.recurrence import _kalman
 from pmcmc.recurrence._basis import Basis, StandardBasis
 from pmcmc.recurrence._iterate import NewtonType, drop_overflow
 from pmcmc.recurrence._jacobian import Dense, JacobianStructure, Scanned
-from pmcmc.recurrence._scan import apply_affine, delayed
+from pmcmc.recurrence._scan import apply_affine
+from pmcmc.recurrence._steps import Steps
 from pmcmc.recurrence._system import exact_prefix
 
 
@@ -47,8 +49,11 @@ class StepRule(abc.ABC):
     """
 
     @abc.abstractmethod
-    def step(self, a: Any, r: Array, strength: Scalar, num_known: Array | int) -> Step:
-        """The step for A ``(T, ...)``, r ``(T, D)`` and lambda; the first num_known increments are Newton's."""
+    def step(self, a: Any, r: Array, strength: Scalar, num_known: Array | int, steps: Steps) -> Step:
+        """The step for A ``(T, ...)``, r ``(T, D)`` and lambda; the first num_known increments are Newton's.
+
+        steps: as in `JacobianStructure.recur`.
+        """
 
 
 @register_dataclass
@@ -59,8 +64,8 @@ class Filter(StepRule):
     One Riccati and one affine scan an iteration.
     """
 
-    def step(self, a, r, strength, num_known):
-        carried, pull = _kalman.filter_means(a, r, _kalman.gains(a, strength, num_known))
+    def step(self, a, r, strength, num_known, steps):
+        carried, pull = _kalman.filter_means(steps, a, r, _kalman.gains(steps, a, strength, num_known))
         return Step(carried - pull, pull)
 
 
@@ -72,11 +77,11 @@ class Smoother(StepRule):
     One more affine scan than `Filter`, from the end of the path.
     """
 
-    def step(self, a, r, strength, num_known):
-        gains = _kalman.gains(a, strength, num_known)
-        carried, pull = _kalman.filter_means(a, r, gains)
-        s = _kalman.smoother_corrections(a, gains, pull, strength)
-        return Step(carried - pull + s, pull + apply_affine(a, delayed(s)) - s)
+    def step(self, a, r, strength, num_known, steps):
+        gains = _kalman.gains(steps, a, strength, num_known)
+        carried, pull = _kalman.filter_means(steps, a, r, gains)
+        s = _kalman.smoother_corrections(steps, a, gains, pull, strength)
+        return Step(carried - pull + s, pull + apply_affine(a, steps.delayed(s)) - s)
 
 
 class Trial(NamedTuple):
@@ -212,7 +217,7 @@ class LevenbergMarquardt(NewtonType):
     jacobian: `Dense` (ELK), `Diagonal` (quasi-ELK), `HutchinsonDiagonal`, `BlockDiagonal`, `HutchinsonBlockDiagonal`.
     regularization: `AdaptiveRegularization` or `FixedRegularization`: lambda, without unit.
     step_rule: `Filter`, as published, or `Smoother`, the exact Levenberg-Marquardt step.
-    tol, max_iters, basis, damping, clip, num_iterates: as `Newton`. The trust region is a ball in the basis. T
+    tol, max_iters, basis, damping, clip, num_iterates, devices: as `Newton`. The trust region is a ball in the basis. T
         iterations suffice with `AdaptiveRegularization`, not with a fixed lambda.
 
     Raises:
@@ -238,6 +243,7 @@ class LevenbergMarquardt(NewtonType):
     damping: Scalar | None = None
     clip: Scalar | None = None
     num_iterates: int = field(default=0, metadata=dict(static=True))
+    devices: Sequence[jax.Device] | None = field(default=None, metadata=dict(static=True))
 
     def __post_init__(self):
         self.check()
@@ -252,22 +258,23 @@ class LevenbergMarquardt(NewtonType):
 
     def propose(self, system, it):
         a, r = self.linearize(system, it)
-        num_exact = self.regularization.num_exact(exact_prefix(it.now))
-        step = self.step_rule.step(a, r, self.regularization.strength(it.memory), num_exact)
+        num_exact = self.regularization.num_exact(exact_prefix(system, it.now))
+        step = self.step_rule.step(a, r, self.regularization.strength(it.memory), num_exact, system.steps)
         return it.now.images + drop_overflow(jax.vmap(self.basis.decode)(step.beyond_images)), step.model
 
     def judge(self, system, it, candidate, plan):
         residual = lambda now: jax.vmap(self.basis.encode)(now.images - now.path)
         before, after = residual(it.now), residual(candidate)
-        lost = lambda r: jnp.sum(~finite_rows(r))
-        trial = Trial(_norm(before), _norm(after), _norm(plan), lost(before), lost(after))
+        norm = lambda r: _norm(system.steps, r)
+        lost = lambda r: system.steps.sum(~finite_rows(r))
+        trial = Trial(norm(before), norm(after), norm(plan), lost(before), lost(after))
         accepted, memory, retry = self.regularization.update(it.memory, trial)
         return system.splice(candidate, it.now, accepted), memory, ~accepted & retry
 
 
-def _norm(r: Array) -> Array:
+def _norm(steps: Steps, r: Array) -> Array:
     """Root sum of squares of the finite rows, without overflow."""
     r = jnp.where(finite_rows(r)[:, None], r, 0.0)
-    largest = jnp.max(jnp.abs(r))
+    largest = steps.max(jnp.abs(r))
     safe = jnp.where(largest > 0, largest, 1.0)
-    return safe * jnp.sqrt(jnp.sum((r / safe) ** 2))
+    return safe * jnp.sqrt(steps.sum((r / safe) ** 2))

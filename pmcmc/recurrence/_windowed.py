@@ -42,7 +42,7 @@ class Windowed(VectorSolver):
     After max_iters iterations at least as many steps hold (for `Newton`); with contraction it is W every few.
 
     Raises:
-        ValueError: window below 1. TypeError: solver is not Newton-type.
+        ValueError: window below 1, or a solver with devices. TypeError: solver is not Newton-type.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -60,6 +60,11 @@ class Windowed(VectorSolver):
             raise ValueError(f"window must be at least 1, got {self.window}.")
         if isinstance(self.solver, VectorSolver) and not isinstance(self.solver, NewtonType):
             raise TypeError("Windowed needs a Newton-type solver: Newton(...) or LevenbergMarquardt(...).")
+        if isinstance(self.solver, NewtonType) and self.solver.shared_by:
+            raise ValueError(
+                "a window slides over the path on one device, got a solver with devices. Drop devices, or Windowed: "
+                "without it each device holds only its share of the path."
+            )
 
     @property
     def tolerance(self):
@@ -108,9 +113,8 @@ def _begin(solver: NewtonType, system: System, guess: Array, width: int) -> Slid
 def _unfinished(solver: NewtonType, system: System, slide: Slide, width: int) -> Array:
     it = slide.window
     # A window that holds altogether does not move, yet there may be more path ahead of it.
-    solved = jnp.all(it.now.holds)
     ahead = slide.first + width < system.length
-    return jnp.where(solved, ahead, it.moving) & (it.num_iters < solver.max_iters)
+    return jnp.where(it.solved, ahead, it.moving) & (it.num_iters < solver.max_iters)
 
 
 def _slide(solver: NewtonType, system: System, slide: Slide, width: int, guess_given: bool) -> Slide:
@@ -125,8 +129,10 @@ def _slide(solver: NewtonType, system: System, slide: Slide, width: int, guess_g
         if not guess_given:
             new = first + jnp.arange(width) >= slide.reach
             path = jnp.where(new[:, None], slide.all.path[slide.reach - 1], path)
-        now = _part(system, slide.all.path, first, width).evaluate(path)
-        window = slide.window._replace(now=now, moving=jnp.array(True), blocked=blocked_at(now))
+        part = _part(system, slide.all.path, first, width)
+        now = part.evaluate(path)
+        solved, blocked = part.steps.all(now.holds), blocked_at(part, now)
+        window = slide.window._replace(now=now, moving=jnp.array(True), solved=solved, blocked=blocked)
         return slide._replace(
             all=_write(slide.all, now, first),
             window=window,

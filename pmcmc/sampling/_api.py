@@ -54,9 +54,9 @@ def parallel_chain(
     warmup: `EnsembleAdaptation()` by default, `BlockAdaptation()` for `Gibbs`, `DiscreteGibbs` and `Compose`; its
         seconds do not depend on num_chains.
     save_warmup: keep the draws of warm-up's lanes for `Chain.get_warmup_samples` and `Chain.to_arviz`.
-    devices: that share the blocks, such as ``jax.devices()``. Left out, "auto" takes all of this process where it
-        expects a gain, any other solver the one that JAX uses by default. The draws are the same. For the cores of a
-        CPU call ``numpyro.set_host_device_count`` first (docs/devices.md).
+    devices: that share the blocks, or Newton's steps, such as ``jax.devices()``. Left out, "auto" takes all of this
+        process where it expects a gain, any other solver the one that JAX uses by default. The draws are the same. For
+        the cores of a CPU call ``numpyro.set_host_device_count`` first (docs/devices.md).
     max_memory: bytes for the draws and for what one solve holds (noise, states, info) together: the run is cut into
         segments that fit. None: 512 MiB a solve, and for draws what the system has. Compiled programs and the model's
         own intermediates come on top. `Chain.stream` writes draws to disk instead.

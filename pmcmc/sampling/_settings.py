@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pmcmc._types import PRNGKey, PyTree
 from pmcmc.kernels import HMC, Compose, DiscreteGibbs, Kernel, SiteKernel
-from pmcmc.recurrence import MultipleShooting, RecurrenceSolver
+from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.target import Target
 from pmcmc.warmup import (
     BlockAdaptation,
@@ -27,8 +27,8 @@ from pmcmc.warmup import (
 class Settings:
     """What the user asked for.
 
-    solver: None for "auto". devices: that share blocks; none: the default one. max_memory: bytes; None: no limit of the
-    user's own.
+    solver: None for "auto". devices: that share the work; none: the default one. max_memory: bytes; None: no limit of
+    the user's own.
     """
 
     kernel: Kernel
@@ -85,7 +85,7 @@ class Settings:
         solver = None if isinstance(solver, str) else solver
         devices = _devices(devices, solver)
         if devices and solver is not None:
-            solver = replace(solver, devices=devices)
+            solver = solver.with_devices(devices)
         return cls(
             kernel,
             solver,
@@ -125,10 +125,10 @@ def _check_kernel(kernel: Kernel, extra_fields: Sequence[str], num_warmup: int) 
 
 
 def _devices(devices: Any, solver: RecurrenceSolver | None) -> tuple[jax.Device, ...]:
-    """Those that share blocks; of several processes all their devices.
+    """Those that share the work; of several processes all their devices.
 
     Raises:
-        ValueError, TypeError: none, no devices, or a solver that cannot use them.
+        ValueError, TypeError: none, no devices, or "auto" on several processes.
     """
     if devices is None:
         return ()
@@ -136,10 +136,6 @@ def _devices(devices: Any, solver: RecurrenceSolver | None) -> tuple[jax.Device,
         raise TypeError(f"devices must be a sequence of JAX devices such as jax.devices(), got {devices!r}.")
     if not devices:
         raise ValueError("devices is empty: pass jax.devices(), or leave it out for the default device.")
-    if not isinstance(solver, MultipleShooting | None):
-        raise ValueError(
-            f"{type(solver).__name__} runs on one device: leave devices out, or pass solver=MultipleShooting()."
-        )
     if solver is None and len({device.process_index for device in devices}) > 1:
         raise ValueError(
             'solver="auto" decides by timings, which differ from one process to the next: pass '

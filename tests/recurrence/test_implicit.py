@@ -20,6 +20,10 @@ LENGTH, HIDDEN, FEATURES = 19, 3, 2
 
 @pytest.fixture
 def network(rng_key):
+    return make_network(rng_key)
+
+
+def make_network(rng_key):
     keys = jax.random.split(rng_key, 3)
     params = gru(keys[0], HIDDEN, FEATURES)
     return params, jax.random.normal(keys[1], (HIDDEN,)), jax.random.normal(keys[2], (LENGTH, FEATURES))

@@ -13,17 +13,18 @@ from pmcmc.recurrence._scan import (
     apply_affine,
     compose,
 )
+from pmcmc.recurrence._steps import AllSteps
 from tests._selection import share
 
 pytestmark = pytest.mark.optimized
 
 # compiled once a structure, not operation by operation
-scan = jax.jit(affine_scan, static_argnums=2)
+scan = jax.jit(lambda a, b, reverse: affine_scan(AllSteps(len(a)), a, b, reverse), static_argnums=2)
 scan_sequential = jax.jit(affine_scan_sequential, static_argnums=2)
-gains_of = jax.jit(_kalman.gains)
+gains_of = jax.jit(lambda a, *rest: _kalman.gains(AllSteps(len(a)), a, *rest))
 gains_sequential = jax.jit(_kalman.gains_sequential)
-means_of = jax.jit(_kalman.filter_means)
-corrections_of = jax.jit(_kalman.smoother_corrections)
+means_of = jax.jit(lambda a, *rest: _kalman.filter_means(AllSteps(len(a)), a, *rest))
+corrections_of = jax.jit(lambda a, *rest: _kalman.smoother_corrections(AllSteps(len(a)), a, *rest))
 
 SHAPES = {"dense": (4, 4), "diagonal": (4,), "blocks": (2, 2, 2)}
 structures = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -74,7 +75,8 @@ def test_kalman_operator_is_associative(shape, rng_key):
     a = _kalman.matrices(jax.random.normal(rng_key, (3, *shape)))
     eye = jnp.ones_like(a) if a.ndim == 2 else jnp.broadcast_to(jnp.eye(a.shape[-1]), a.shape)
     operator = jax.jit(_kalman._diagonal_operator if a.ndim == 2 else _kalman._dense_operator)
-    elements = _kalman._elements(jnp.concatenate([a[:1], a]), jnp.array(0.3), jnp.concatenate([eye[:1], eye]))
+    four = lambda x: jnp.concatenate([x[:1], x])
+    elements = _kalman._elements(AllSteps(4), four(a), jnp.array(0.3), four(eye))
     x, y, z = [jax.tree.map(lambda e: e[i : i + 1], elements) for i in (1, 2, 3)]  # noqa: B023
     left, right = operator(operator(x, y), z), operator(x, operator(y, z))
     if a.ndim > 2:  # roots are unique up to the signs of their columns

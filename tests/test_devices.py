@@ -25,6 +25,7 @@ def start(module: str, *arguments: str, num_devices: int) -> subprocess.Popen:
     environment = {
         **os.environ,
         "JAX_ENABLE_X64": "1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
     }
@@ -39,8 +40,8 @@ def finish(process: subprocess.Popen) -> None:
     assert process.returncode == 0, output[-4000:]
 
 
-QUICK = ("solutions", "collectives", "shared_steps", "step_collectives")
-SLOW = ("chains", "planned", "more_shared_steps", "gradients", "newton_chains")
+QUICK = ("collectives", "shared_steps")
+SLOW = ("solutions", "chains", "planned", "more_shared_steps", "step_collectives", "gradients", "newton_chains")
 
 
 @pytest.mark.parametrize("check", [*QUICK, *(pytest.param(check, marks=pytest.mark.slow) for check in SLOW)])

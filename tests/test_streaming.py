@@ -160,6 +160,7 @@ else:
 """
 
 
+@pytest.mark.optimized  # as its child's programs are
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     """Killed with draws on disk that were not shown, and again with draws shown that no checkpoint vouches for."""
     for moment in ("written", "shown"):

@@ -56,7 +56,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", share(list(CASES), "HMC, jittered", "MCLMC", "Gibbs"))
+@pytest.mark.parametrize("name", share(list(CASES), "HMC, jittered"))
 def test_blocks_are_the_sequential_chain(name: str) -> None:
     """Blocks start from the chain's own states in reverse order: typical, and far from the right ones."""
     target, kernel, start = CASES[name]

@@ -21,7 +21,6 @@ from tests._gibbs import (
     mixture_model,
     z_scores,
 )
-from tests._selection import share
 from tests._statistics import z_bound
 
 
@@ -37,7 +36,8 @@ ISING_START = {"spin": jnp.ones((SIDE, SIDE), int)}
 ABREAST = pmcmc.Compose([pmcmc.DiscreteGibbs(independent="z"), (pmcmc.HMC(), ["mu"])])
 
 
-@pytest.mark.parametrize("kernel", share({"in order": None, "side by side": ABREAST}, "side by side"))
+@pytest.mark.parametrize("kernel", [None, ABREAST], ids=["in order", "side by side"])
+@pytest.mark.slow
 def test_mixture_model_matches_enumeration(kernel) -> None:
     """A NumPyro model with discrete assignments, as it stands."""
     chain = pmcmc.parallel_chain(mixture_model, 0, model_args=(POINTS,), kernel=kernel, num_chains=256, **OPTIONS)

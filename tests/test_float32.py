@@ -9,6 +9,7 @@ from pmcmc import HMC, MALA, Target
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, deer
 from pmcmc.sampling._engine import Engine, Shape
 from tests._chains import draw_noise, solve, step_residuals
+from tests._selection import share
 from tests._targets import make_target, mixture
 
 pytestmark = pytest.mark.optimized
@@ -62,8 +63,11 @@ def test_near_ties_are_counted() -> None:
 SHIFT, SIZE = 1e4, 1e-6
 
 
+SOLVERS = {"shooting": MultipleShooting(num_blocks=16), "deer": deer(max_iters=60)}
+
+
 @pytest.mark.parametrize("kind", ["shifted", "tiny", "both"])
-@pytest.mark.parametrize("solver", [MultipleShooting(num_blocks=16), deer(max_iters=60)], ids=["shooting", "deer"])
+@pytest.mark.parametrize("solver", share(SOLVERS, "shooting"))
 def test_shift_and_scale(solver, kind: str) -> None:
     """A posterior of sd 1 at 1e4, of sd 1e-6, or below the resolution of float32: what is certified is true.
 

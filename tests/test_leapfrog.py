@@ -9,6 +9,7 @@ from pmcmc import HMC
 from pmcmc.kernels import ParallelLeapfrog, SequentialLeapfrog, UniformLength
 from pmcmc.recurrence import HutchinsonBlockDiagonal, MultipleShooting, Newton
 from pmcmc.target import Target
+from tests._selection import share
 
 LENGTH = 24
 SOLVERS = {
@@ -36,7 +37,7 @@ def steps(kernel, keys):
 
 
 @pytest.mark.parametrize("leapfrog", SOLVERS.values(), ids=SOLVERS.keys())
-@pytest.mark.parametrize("metric", [None, jnp.array([1.0, 0.5, 2.0])], ids=["identity", "diagonal"])
+@pytest.mark.parametrize("metric", share({"identity": None, "diagonal": jnp.array([1.0, 0.5, 2.0])}, "diagonal"))
 def test_same_step_as_the_sequential_leapfrog(leapfrog, metric, rng_key):
     keys = jax.random.split(rng_key, 128)
     expected, info = steps(HMC(0.7, LENGTH, metric), keys)

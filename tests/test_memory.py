@@ -11,7 +11,6 @@ import pmcmc
 from pmcmc.recurrence import MultipleShooting, Sequential, deer, quasi_deer
 from pmcmc.sampling._engine import Engine, Shape, solve_noise
 from pmcmc.target import Target
-from tests._selection import share
 from tests._targets import gaussian, start_like
 
 KERNEL = pmcmc.HMC(step_size=0.9, num_integration_steps=2)
@@ -56,7 +55,8 @@ def test_what_is_no_budget(given, error) -> None:
         run(max_memory=given)
 
 
-@pytest.mark.parametrize("solver", share({"deer": deer(), "quasi-deer": quasi_deer()}, "deer"))
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", [deer(), quasi_deer()], ids=["deer", "quasi-deer"])
 def test_what_newton_holds_is_counted(solver) -> None:
     """Against the compiler's own count, from the difference of two lengths."""
     dim, chains = 6, 2

@@ -74,8 +74,8 @@ def assert_same(found, expected):
     np.testing.assert_array_equal(found.info.margin > 0, expected.info.margin > 0)
 
 
-# Compiling dense Jacobians and 25 weights is what takes long; the others on eight schools say as much in half a minute.
-QUICK = [("eight_schools", "deer"), ("eight_schools", "quasi_deer")]
+# Compiling dense Jacobians and 25 weights is what takes long; the others on eight schools say as much.
+QUICK = [("eight_schools", "quasi_deer")]
 every_pair = pytest.mark.parametrize(
     ("name", "solver"),
     [

@@ -14,6 +14,7 @@ from pmcmc.interop._numpyro import numpyro_starts, numpyro_target
 from pmcmc.recurrence import Sequential
 from pmcmc.sampling._engine import Engine, Shape
 from pmcmc.target import check_starts
+from tests._selection import share
 from tests._targets import EFFECTS, ERRORS, FEATURES, LABELS, eight_schools_model, logistic_model
 
 
@@ -87,7 +88,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", share(list(MODELS), *(set(MODELS) - {"supports"})))
 def test_density_and_sites_are_numpyros(name: str) -> None:
     model, args, kwargs = MODELS[name]
     target = numpyro_target(model, args, kwargs)

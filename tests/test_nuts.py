@@ -99,7 +99,8 @@ def solve_in_step(target, kernel, solver, x0, noise, guess, scale):
     return jax.jit(run)(x0, noise, guess)
 
 
-@pytest.mark.parametrize("name", share(list(BLOCKS), "gaussian"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BLOCKS)
 def test_lanes_apart_give_the_sequential_chain(name: str) -> None:
     """And what lanes in step give: sweeps, critical path, evaluations, residual."""
     target, kernel = BLOCKS[name]

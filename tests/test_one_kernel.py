@@ -10,11 +10,13 @@ from pmcmc import HMC, MALA, NUTS, RandomWalk, _one_kernel
 from pmcmc._one_kernel import in_one_kernel
 from pmcmc.recurrence import Sequential
 from pmcmc.sampling import _engine
+from tests._selection import share
 
 pytestmark = [
     pytest.mark.optimized,
     pytest.mark.skipif(jax.default_backend() != "cpu", reason="other devices have no such kernels"),
 ]
+KERNELS = {"HMC": HMC(0.1, 3), "MALA": MALA(0.1), "NUTS": NUTS(0.1), "RandomWalk": RandomWalk(0.1)}
 MARK = 'xla_cpu_small_call = "true"'
 
 
@@ -65,7 +67,7 @@ def test_the_default_device_decides_and_not_the_default_backend(monkeypatch):
             assert MARK in lowered()
 
 
-@pytest.mark.parametrize("kernel", [HMC(0.1, 3), MALA(0.1), NUTS(0.1), RandomWalk(0.1)], ids=lambda k: type(k).__name__)
+@pytest.mark.parametrize("kernel", share(KERNELS, "HMC", "RandomWalk"))
 def test_sampling_a_small_model_in_order_is_one_kernel(kernel, monkeypatch):
     """A primitive that is not listed would quietly cost a factor of three."""
     unlisted = []

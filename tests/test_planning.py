@@ -359,6 +359,7 @@ def test_separated_modes_do_not_merge(free_lanes) -> None:
     assert same.growth_rate < 0
 
 
+@pytest.mark.slow
 def test_resonant_length_does_not_contract(free_lanes) -> None:
     """Half a period of a Gaussian maps every x to -x."""
     normal = lambda x: -0.5 * jnp.sum(x**2)

@@ -82,7 +82,7 @@ def solve(name: str, solver):
 
 
 @pytest.mark.parametrize("num_blocks", [pytest.param(32, marks=pytest.mark.slow), 256])
-@pytest.mark.parametrize("name", share(list(PROBLEMS), "logistic-MALA", "network"))
+@pytest.mark.parametrize("name", share(list(PROBLEMS), "network"))
 def test_shooting(name: str, num_blocks: int) -> None:
     """Critical path within 1.5, guesses from another path, blocks longer and shorter than a merge time; three seeds.
 

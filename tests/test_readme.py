@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from pmcmc.__main__ import main
-from tests._selection import share
 
 pytestmark = pytest.mark.optimized
 
@@ -34,7 +33,8 @@ def test_readme_examples_of_discrete_sites(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", share(["eight_schools", "logistic"], "eight_schools"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["eight_schools", "logistic"])
 def test_demo_reports_and_plots(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     main(["demo", name, "--scale", "0.01", "--output", str(tmp_path)])
     printed = capsys.readouterr().out

@@ -61,7 +61,8 @@ def test_float64(solver, segment: int, num_chains: int, monkeypatch: pytest.Monk
     np.testing.assert_array_equal(chain.info.margin > 0, reference().info.margin[:num_chains] > 0)
 
 
-@pytest.mark.parametrize("window", [40, pytest.param(250, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [40, 250])
 def test_windows(window: int) -> None:
     chain = run(Windowed(deer(), window))
     assert chain.report.fallback == ""

@@ -143,6 +143,7 @@ def test_what_began_at_anothers_end() -> None:
         replace(chain(), **dict(zip(("unknowns", "info"), rest(1), strict=True))).verify()
 
 
+@pytest.mark.slow
 def test_integers_and_conditional_updates() -> None:
     y = jnp.array([-1.6, -0.4, 0.1, 0.5, 1.2, 2.3])
 

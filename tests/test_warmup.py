@@ -200,7 +200,8 @@ def posteriors() -> dict[str, Any]:
     return module.POSTERIORS
 
 
-@pytest.mark.parametrize("name", share(NAMES, "kidiq-kidscore_momiq"))
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_draws_agree_with_posteriordb(name: str) -> None:
     """Means against the reference draws, behind warm-up from dispersed starts; chains agree with each other."""
     posterior = posteriors()[name]

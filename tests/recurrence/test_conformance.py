@@ -29,9 +29,7 @@ SOLVERS = {
 SEQUENTIAL = rec.Sequential()
 every_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
 # One of each kind of solver; their Jacobians take part in the plain test, and in the slow leg in all.
-every_kind = pytest.mark.parametrize(
-    "solver", share(SOLVERS, "sequential", "shooting", "deer", "quasi-deer", "quasi-elk", "windowed")
-)
+every_kind = pytest.mark.parametrize("solver", share(SOLVERS, "sequential", "shooting", "deer", "quasi-elk"))
 
 
 def solve(solver, fn, x0, inputs=None, **options):

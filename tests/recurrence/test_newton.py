@@ -53,7 +53,8 @@ def test_linear_rate_is_that_of_the_approximation_error(solver, theory):
     np.testing.assert_allclose(measured_rate(solver, matrix), theory, rtol=1e-3)
 
 
-@pytest.mark.parametrize("strength", [pytest.param(0.05, marks=pytest.mark.slow), 1.0])
+@pytest.mark.slow
+@pytest.mark.parametrize("strength", [0.05, 1.0])
 def test_linear_rate_of_a_fixed_trust_region(strength):
     """With steady gain G = 1 / (1 + lambda P-) and exact A = a, a constant error shrinks by (1 - G) / (1 - G a)."""
     solver = rec.elk(regularization=rec.FixedRegularization(strength), step_rule=rec.Filter(), num_iterates=13)
@@ -118,6 +119,7 @@ def test_blocks_are_the_blocks_of_the_jacobian(rng_key):
         rec.BlockDiagonal().linearize(lambda x, u: x, jnp.zeros((2, 3)), None, 0)
 
 
+@pytest.mark.slow
 def test_blocks_solve_a_leapfrog_that_a_diagonal_cannot(rng_key):
     """Leapfrog on independent coordinates: the 2x2 blocks are the whole Jacobian, so it is Newton."""
 
@@ -223,7 +225,7 @@ def test_iterations_against_length_of_a_flow():
     [
         (rec.quasi_deer(), 10_000, None),  # measured on the path
         (Newton(rec.HutchinsonDiagonal(jax.random.key(0))), 10_000, 1.0),
-        (rec.quasi_elk(), 10_000, 1.0),
+        pytest.param(rec.quasi_elk(), 10_000, 1.0, marks=pytest.mark.slow),
         (Newton(rec.BlockDiagonal()), 500, 1.0),  # fewer levels of the scan to compile
     ],
     ids=["quasi-deer", "stochastic", "quasi-elk", "block"],

@@ -145,6 +145,7 @@ def test_raw_and_typed_keys_as_inputs():
         np.testing.assert_array_equal(*found)
 
 
+@pytest.mark.slow
 def test_default_arguments():
     for solver in (rec.Newton(), rec.LevenbergMarquardt(), rec.Windowed(rec.Newton()), rec.MultipleShooting()):
         assert int(solver.solve(lambda x, u: 0.5 * x + 1, 0.0, length=5).result) == RESULTS.successful

@@ -37,8 +37,8 @@ def solve(solver: MultipleShooting, fn, inputs, guess):
 
 
 def check_same(theirs, ours) -> None:
-    """Bit for bit."""
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), theirs, ours)
+    """Whole numbers exactly; others to rounding, which on some processors depends on the number of lanes."""
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), theirs, ours)
 
 
 def solutions() -> None:

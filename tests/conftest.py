@@ -21,13 +21,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(autouse=True)
-def optimization(request: pytest.FixtureRequest) -> Iterator[None]:
+def optimization(request: pytest.FixtureRequest) -> None:
     """LLVM's passes take a third of most tests' time; those marked ``optimized`` run programs as users do."""
     marked = request.node.get_closest_marker("optimized")
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", not (marked or request.config.getoption("--optimized")))
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    quickly = not (marked or request.config.getoption("--optimized"))
+    if jax.config.read("jax_disable_most_optimizations") != quickly:
+        jax.config.update("jax_disable_most_optimizations", quickly)
+        jax.clear_caches()  # which do not ask how a program was compiled
 
 
 MAX_MAPS = 30_000  # Linux lets a process have 65,530, of which each compiled program takes some

@@ -19,6 +19,7 @@ from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
 from pmcmc.recurrence._steps import AllSteps, over_steps
 from pmcmc.sampling import _auto, _pilot
 from pmcmc.stability import Costs
+from tests._compilation import compile_quickly
 from tests.recurrence.problems import Variant, coupled, solve_variant
 from tests.recurrence.test_implicit import gradient, make_network
 from tests.recurrence.test_staged import APART, IN_STEP, X0, problem
@@ -271,4 +272,5 @@ CHECKS: dict[str, Callable[[], None]] = {
 }
 
 if __name__ == "__main__":
+    compile_quickly(True)
     CHECKS[sys.argv[1]]()

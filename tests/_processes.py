@@ -12,6 +12,7 @@ import pytest
 
 from pmcmc import HMC, sample
 from pmcmc.recurrence import RESULTS, MultipleShooting, quasi_deer
+from tests._compilation import compile_quickly
 
 
 def logdensity(x):
@@ -44,6 +45,7 @@ if __name__ == "__main__":
     )
     assert len(jax.devices()) == 2
     assert len(jax.local_devices()) == 1
+    compile_quickly(True)
     for solver in (MultipleShooting(num_blocks=8), quasi_deer()):
         np.testing.assert_allclose(draws(solver, jax.devices()), draws(solver, None), rtol=0, atol=1e-9)
     with pytest.raises(ValueError, match="timings"):

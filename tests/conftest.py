@@ -7,6 +7,8 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+from tests._compilation import compile_quickly
+
 install_import_hook("pmcmc", "beartype.beartype")  # before the first import of pmcmc anywhere
 
 jax.config.update("jax_enable_x64", True)
@@ -22,12 +24,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def optimization(request: pytest.FixtureRequest) -> None:
-    """LLVM's passes take a third of most tests' time; those marked ``optimized`` run programs as users do."""
+    """Compilation as users' would take half of most tests' time; those marked ``optimized`` have it."""
     marked = request.node.get_closest_marker("optimized")
-    quickly = not (marked or request.config.getoption("--optimized"))
-    if jax.config.read("jax_disable_most_optimizations") != quickly:
-        jax.config.update("jax_disable_most_optimizations", quickly)
-        jax.clear_caches()  # which do not ask how a program was compiled
+    compile_quickly(not (marked or request.config.getoption("--optimized")))
 
 
 MAX_MAPS = 30_000  # Linux lets a process have 65,530, of which each compiled program takes some

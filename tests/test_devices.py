@@ -25,7 +25,6 @@ def start(module: str, *arguments: str, num_devices: int) -> subprocess.Popen:
     environment = {
         **os.environ,
         "JAX_ENABLE_X64": "1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
     }

@@ -133,14 +133,15 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", sys.argv[3])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-jax.config.update("jax_disable_most_optimizations", sys.argv[4] == "True")
 import pmcmc
 from pathlib import Path
 from pmcmc._storage import Writer
 from pmcmc.interop._zarr import DrawArrays
 from pmcmc.sampling import _engine, _store
 from tests import test_streaming as t
+from tests._compilation import compile_quickly
 
+compile_quickly(sys.argv[4] == "True")
 path, moment = Path(sys.argv[1]), sys.argv[2]
 _engine.SEGMENT_BYTES = _engine.SEQUENTIAL_BYTES = 2**16
 _store.FLUSH_SECONDS, _store.FLUSH_BYTES = 0.0, 2**12

@@ -10,6 +10,7 @@ on before they share their noise. So the distances of the pairs also bound the b
 """
 
 import math
+import time
 from typing import NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from pmcmc.recurrence import Sequential
 from pmcmc.recurrence._base import default_tolerance
 from pmcmc.sampling._run import Run
 from pmcmc.stability import Coalescence, wasserstein_bound
-from pmcmc.stability._paths import coalescence_of_paths
+from pmcmc.stability._paths import coalescence_of_paths, gaps_by_dimension
 
 # A stretch of sequential sampling this long is timed well enough.
 TIMING_SECONDS = 0.1
@@ -33,16 +34,20 @@ SHARE = 0.03
 LAG = 32
 # A pair is followed in stretches that double from the fewest steps that one program takes, and no further than this.
 FIRST_STRETCH, MAX_STEPS = Sequential.unit, 8192
+# Steps of the chains that pairs may be compared with.
+MAX_KEPT = LAG + NUM_PAIRS * MAX_STEPS
 
 
 class Head:
     """The chains' first steps, sampled in order. Their path is kept as far as a pilot may want to see it.
 
     seconds_per_step: of all chains, over the last and longest of the stretches that were sampled to be timed.
+    seconds: all that was sampled took, with what the host does about it.
     """
 
     def __init__(self, run: Run):
         self.run, self.shape = run, run.engine.shape_for(Sequential(), run.num_steps)
+        self.seconds = 0.0
         self._paths: list[PyTree] = []
         wanted, seconds, before = FIRST_STRETCH, 0.0, 0
         while run.left and seconds < TIMING_SECONDS:
@@ -52,14 +57,16 @@ class Head:
 
     def extend(self, num_steps: int) -> float:
         """As many more steps; returns the seconds they took."""
-        seconds, end = 0.0, min(self.run.done + num_steps, self.run.num_steps)
+        begin, seconds, end = time.perf_counter(), 0.0, min(self.run.done + num_steps, self.run.num_steps)
         while self.run.done < end:
             first = self.run.done
             segment, _, clock = self.run.take(Sequential(), self.shape, end - first)
             seconds += clock.run_seconds
-            if first < LAG + NUM_PAIRS * MAX_STEPS:
-                path, keep = segment.chains(segment.solution.value), self.run.done - first
+            keep = min(self.run.done, MAX_KEPT) - first
+            if keep > 0:
+                path = segment.chains(segment.solution.value)
                 self._paths.append(jax.tree.map(lambda x, n=keep: x[:, :n].copy(), path))
+        self.seconds += time.perf_counter() - begin
         return seconds
 
     def path(self, first: int, num_steps: int) -> PyTree:
@@ -67,50 +74,68 @@ class Head:
         missing = first + num_steps - self.run.done
         if missing > 0:
             self.extend(missing)
-        if len(self._paths) > 1:
-            self._paths = [jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), *self._paths)]
-        return jax.tree.map(lambda x: x[:, first : first + num_steps], self._paths[0])
+        parts, begin, end = [], 0, first + num_steps
+        for path in self._paths:
+            length = jax.tree.leaves(path)[0].shape[1]
+            if begin < end and first < begin + length:
+                some = slice(max(first - begin, 0), end - begin)
+                parts.append(jax.tree.map(lambda x, some=some: x[:, some], path))
+            begin += length
+        return jax.tree.map(lambda *xs: xs[0] if len(xs) == 1 else np.concatenate(xs, axis=1), *parts)
 
 
 class Couple:
     """Partners of all chains over one window of steps, from number ``first`` on, until all have ``merged``.
 
     path: (C, steps, ...). What follows a merge is the chain's own path, and is not run.
+    seconds: that following took, call: the shortest of its programs' calls, whatever its steps.
     """
 
     def __init__(self, head: Head, first: int, start: PyTree):
-        self.head, self.first, self.start, self.seconds, self.merged = head, first, start, 0.0, False
+        self.head, self.first, self.start = head, first, start
+        self.seconds, self.call = 0.0, np.inf
         self.path = jax.tree.map(lambda x: np.asarray(x)[:, None][:, :0], start)
+        self._close = np.zeros(head.run.engine.num_chains, bool)
 
     @property
     def num_steps(self) -> int:
         return jax.tree.leaves(self.path)[0].shape[1]
 
-    def follow(self, num_steps: int) -> None:
-        """Take the partners to ``num_steps`` steps in all."""
+    @property
+    def merged(self) -> bool:
+        return bool(self._close.all())
+
+    def follow(self, num_steps: int, scale: PyTree, tol: float) -> None:
+        """Take the partners to ``num_steps`` steps in all, and see which have met their chains."""
         engine, shape = self.head.run.engine, self.head.shape
         while self.num_steps < num_steps:
-            done = self.num_steps
+            begin, sampling, done = time.perf_counter(), self.head.seconds, self.num_steps
             x = jax.tree.map(lambda v: v[:, -1], self.path) if done else self.start
             steps = min(num_steps - done, shape.capacity)
             numbers = np.full(engine.num_chains, self.first + done)
-            segment, clock = engine.solve(Sequential(), shape, x, numbers, steps)
-            new = segment.chains(segment.solution.value)
-            self.path = jax.tree.map(lambda old, v, n=steps: np.concatenate([old, v[:, :n]], axis=1), self.path, new)
-            self.seconds += clock.compile_seconds + clock.run_seconds
+            segment, _ = engine.solve(Sequential(), shape, x, numbers, steps)
+            new = jax.tree.map(lambda v, n=steps: v[:, :n], segment.chains(segment.solution.value))
+            self.path = jax.tree.map(lambda old, v: np.concatenate([old, v], axis=1), self.path, new)
+            chains = self.head.path(self.first + done, steps)
+            flat = lambda tree: jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), tree)
+            distances = gaps_by_dimension(flat(chains), flat(new), scale).max(axis=1)
+            self._close |= (distances.reshape(-1, steps) <= tol).any(axis=1)
+            seconds = time.perf_counter() - begin - (self.head.seconds - sampling)
+            self.seconds, self.call = self.seconds + seconds, min(self.call, seconds)
 
     def pairs(self, num_steps: int) -> tuple[PyTree, PyTree]:
-        """Chains and partners, (num_steps + 1, C, ...): where they stand before the window, then its steps."""
+        """Chains and partners, (C, num_steps + 1, ...): where they stand before the window, then its steps."""
         before = jax.tree.map(lambda x: np.asarray(x)[:, None], self.start)
         chains = self.head.path(self.first - 1, num_steps + 1)
         follow = lambda a, b, c: np.concatenate([a, b[:, :num_steps], c[:, 1 + b.shape[1] :]], axis=1)
-        partners = jax.tree.map(follow, before, self.path, chains)
-        steps_first = lambda tree: jax.tree.map(lambda x: np.swapaxes(x, 0, 1), tree)
-        return steps_first(chains), steps_first(partners)
+        return chains, jax.tree.map(follow, before, self.path, chains)
 
 
 class Pilot(NamedTuple):
-    """coalescence: None where no partner could be followed, which ``excuse`` explains. seconds: partners took."""
+    """coalescence: None where no partner could be followed, which ``excuse`` explains.
+
+    seconds: that following and comparing the partners took; the chains' own steps are draws, and not counted.
+    """
 
     coalescence: Coalescence | None
     excuse: str
@@ -122,6 +147,7 @@ def couple(head: Head, own: np.ndarray) -> Pilot:
 
     own: (C,) the places of the chains' starts in the engine's bank of guesses.
     """
+    begin, sampling = time.perf_counter(), head.seconds
     run, chains = head.run, head.run.engine.num_chains
     starts = _partner_starts(run, own)
     budget = int(SHARE * run.num_steps)
@@ -133,18 +159,35 @@ def couple(head: Head, own: np.ndarray) -> Pilot:
         return Pilot(None, f"A run of {run.num_steps:,} steps has no time to couple chains first.", 0.0)
     window = lambda k, steps: LAG + k * steps
     couples = [Couple(head, window(k, longest), start) for k, start in enumerate(starts[:few])]
-    found, steps = _compare_after(couples, min(FIRST_STRETCH, longest), run)
-    while steps < longest and not np.all(found.merged):
-        found, steps = _compare_after(couples, min(2 * steps, longest), run)
-    left = lambda: budget - sum(one.num_steps for one in couples)
-    if np.all(found.merged):  # now that a merge has a length, more pairs of twice that, and the slowest to their end
+    scale = run.engine.scale
+    if scale is None:
+        scale = _spread(head.path(0, min(run.done, LAG + longest)))
+    tol = default_tolerance(real_dtype(starts[0]))
+
+    def follow(num_steps: int) -> int:
+        for one in couples:
+            if not one.merged:
+                one.follow(num_steps, scale, tol)
+        return num_steps
+
+    num_open = lambda: sum(not one.merged for one in couples)
+    # a call takes a while whatever its steps: of cheap ones, that of tens of thousands
+    left = lambda: budget * head.seconds_per_step - sum(one.seconds for one in couples)
+    price = lambda steps: min(one.call for one in couples) + steps * head.seconds_per_step
+    steps = follow(min(FIRST_STRETCH, longest))
+    while steps < longest and num_open():
+        steps = follow(min(2 * steps, longest))
+    if not num_open():  # now that a merge has a length, more pairs of twice that, and the slowest to their end
         steps = min(2 * steps, longest)
-        more = starts[few : few + max(0, int(0.75 * left()) // steps)]
+        more = starts[few : few + max(0, int(0.75 * left() / price(steps)))]
         couples += [Couple(head, window(few, longest) + k * steps, start) for k, start in enumerate(more)]
-        found, steps = _compare_after(couples, steps, run)
-        while steps < longest and 0 < sum(not one.merged for one in couples) * steps <= left():
-            found, steps = _compare_after(couples, min(2 * steps, longest), run)
-    return Pilot(found, "", sum(one.seconds for one in couples))
+        follow(steps)
+        while steps < longest and 0 < num_open() * price(steps) <= left():
+            steps = follow(min(2 * steps, longest))
+    both = zip(*(one.pairs(steps) for one in couples), strict=True)
+    paths = [jax.tree.map(lambda *xs: np.concatenate(xs), *side) for side in both]
+    found = coalescence_of_paths(*paths, scale=scale, tol=tol)
+    return Pilot(found, "", time.perf_counter() - begin - (head.seconds - sampling))
 
 
 def _partner_starts(run: Run, own: np.ndarray) -> list[PyTree]:
@@ -155,21 +198,6 @@ def _partner_starts(run: Run, own: np.ndarray) -> list[PyTree]:
     # halfway round the bank first: lanes of its two halves descend from different starts
     lanes = [(own + bank // 2 + k * max(1, bank // (2 * max(wanted, 1)))) % bank for k in range(wanted)]
     return [jax.tree.map(lambda g, i=i: g[i], guesses) for i in lanes if not np.any(i == own)]
-
-
-def _compare_after(couples: list[Couple], num_steps: int, run: Run) -> tuple[Coalescence, int]:
-    """All pairs, (partners * C), after so many steps."""
-    for one in couples:
-        if not one.merged:
-            one.follow(num_steps)
-    both = [one.pairs(num_steps) for one in couples]
-    chains, partners = (jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), *side) for side in zip(*both, strict=True))
-    scale = _spread(chains) if run.engine.scale is None else run.engine.scale
-    tol = default_tolerance(real_dtype(chains))
-    found = coalescence_of_paths(chains, partners, scale=scale, tol=tol)
-    for one, merged in zip(couples, found.merged.reshape(len(couples), -1), strict=True):
-        one.merged = bool(merged.all())
-    return found, num_steps
 
 
 def bias_after_warmup(pilot: Coalescence) -> np.ndarray:

@@ -143,13 +143,13 @@ def measure(
 
 
 def _typical(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The run of median seconds, with those of all; one that failed, if any did."""
+    """The run of median seconds, with those of all and the median of whole calls; one that failed, if any did."""
     failed = [run for run in runs if "error" in run]
     if failed:
         return failed[0]
     runs = sorted(runs, key=lambda run: run["seconds"])
     every = {f"all_{key}": [run[key] for run in runs] for key in ("seconds", "wall_seconds")}
-    return runs[len(runs) // 2] | every
+    return runs[len(runs) // 2] | every | {"wall_seconds": float(np.median(every["all_wall_seconds"]))}
 
 
 def _solvers() -> dict[str, RecurrenceSolver | str]:

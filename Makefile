@@ -16,7 +16,7 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
-# Which lines the tests of `make test` reach; what they run in processes of their own is not counted.
+# Which lines the tests of `make test` reach.
 coverage: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS) --cov=pmcmc --cov-report=term-missing:skip-covered
 
@@ -56,7 +56,7 @@ bench: $(STAMP)
 
 # Leaves .venv, which is slow to rebuild: remove it by hand for a fresh start.
 clean:
-	rm -rf .jax_cache .pytest_cache .mypy_cache .ruff_cache build demo-output *.egg-info
+	rm -rf .coverage .jax_cache .pytest_cache .mypy_cache .ruff_cache build demo-output *.egg-info
 	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 # Installs again only when pyproject.toml has changed since. -qq: errors only.

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 
 import pmcmc
@@ -125,3 +127,21 @@ def test_warmup_finds_any_scale(size: float) -> None:
     chain = sample(lambda x: squares(x / size), jnp.zeros(2), kernel=None, num_warmup=400, solver=Sequential())
     assert 0.5 < float(np.std(chain.get_samples()) / size) < 2
     assert chain.verify()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_odd_arguments_of_a_model() -> None:
+    """A key, integers that nothing depends on (see `in_one_kernel`), an empty array."""
+
+    def model(key, counts, nothing):
+        x = numpyro.sample("x", dist.Normal(0, 1).expand([2]).to_event(1))
+        numpyro.factor("shift", jnp.sum(jax.random.uniform(key, (2,)) * x) + jnp.sum(0 * counts) + jnp.sum(nothing))
+
+    arguments = dict(kernel=KERNEL, num_warmup=0, num_samples=50, num_chains=1, progress_bar=False, solver=Sequential())
+    run = lambda seed: pmcmc.parallel_chain(
+        model, 0, model_args=(jax.random.key(seed), jnp.arange(3), jnp.zeros(0)), **arguments
+    )
+    first, second = run(1), run(2)
+    assert first.verify()
+    assert second.verify()
+    assert not np.array_equal(first.unknowns, second.unknowns)

@@ -1,5 +1,8 @@
 """Loops as one kernel: the same numbers, and the programs of every kernel of this package are simple enough."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +48,31 @@ def test_what_such_a_kernel_cannot_hold_is_left_to_xla(call):
     program = jax.jit(lambda x: in_one_kernel(lambda x: jax.lax.fori_loop(0, 3, lambda i, x: call(x), x), x))
     assert MARK not in program.lower(jnp.eye(3)).as_text()
     program(jnp.eye(3))
+
+
+UNUSED = """
+import jax, jax.numpy as jnp
+from pmcmc._jit import compiler_options
+from pmcmc._one_kernel import in_one_kernel
+
+def step(k, mask, key, x):
+    return jnp.tanh(x) + 0 * k + 0 * mask + 0 * jax.random.key_data(key).astype(int).sum()
+
+def loop(*args):
+    return jax.lax.fori_loop(0, 9, lambda i, x: step(*args[:3], x), args[3]), jnp.zeros(0)
+
+arguments = jnp.arange(4), jnp.array([True]), jax.random.key(0), jnp.ones(4), jnp.zeros(0)
+program = jax.jit(lambda *a: in_one_kernel(loop, *a), compiler_options=compiler_options("cpu"))
+assert "small_call" in program.lower(*arguments).as_text()
+found, expected = program(*arguments)[0], jax.jit(loop)(*arguments)[0]
+assert jnp.all(found == expected), (found, expected)
+"""
+
+
+def test_arguments_that_xla_simplifies_away():
+    """XLA ends the process where such a kernel has an argument that is never read: hence one of its own."""
+    done = subprocess.run([sys.executable, "-c", UNUSED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_the_function_is_traced_once():

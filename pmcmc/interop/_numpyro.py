@@ -49,8 +49,9 @@ class _Constant:
     def __init__(self, value: Any):
         self.value = value
         if isinstance(value, (np.ndarray, jax.Array)):
-            array = np.asarray(value)
-            self._key: Any = (array.shape, str(array.dtype), hashlib.sha256(array.tobytes()).hexdigest())
+            is_key = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+            array = np.asarray(jax.random.key_data(value) if is_key else value)
+            self._key: Any = (array.shape, str(value.dtype), hashlib.sha256(array.tobytes()).hexdigest())
         else:
             try:
                 hash(value)
@@ -273,11 +274,11 @@ def _refusing_site(model: Callable, args: tuple, kwargs: dict) -> str:
 
 
 def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, (np.ndarray, jax.Array)) and np.asarray(leaf).dtype.kind in "fiub"
+    return isinstance(leaf, (np.ndarray, jax.Array)) and getattr(leaf.dtype, "kind", None) in set("fiub")
 
 
 def _is_float_array(leaf: Any) -> bool:
-    return _is_array(leaf) and np.asarray(leaf).dtype.kind == "f"
+    return _is_array(leaf) and leaf.dtype.kind == "f"
 
 
 def _prototype_position(model: Callable, args: tuple, kwargs: dict) -> tuple[dict[str, np.ndarray], Supports]:

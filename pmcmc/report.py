@@ -26,13 +26,14 @@ class SolveReport:
     result: `RESULTS` of the parallel solve. fallback: what was finished sequentially, or "".
     residual: largest |x[t] - f(x[t-1], u[t])| / scale that was accepted.
     num_steps: steps per chain. num_sequential_steps: critical path, in steps one after the other.
-    num_iters, num_sweeps, num_blocks: of the parallel solver; 0 where it has none.
+    num_iters, num_sweeps: of the parallel solver; 0 where it has none. num_blocks: 1 where there are none.
     certified_steps: states certified by the parallel solver; the rest was sampled sequentially.
     near_ties: accept decisions within rounding of a tie, where another machine may decide otherwise; NaN where the
         kernel does not tell.
     lyapunov_exponent: mean log growth per step of small distances between coupled paths, seen on merging lanes.
     coalescence_steps: steps until each pair of the pilot merged (steps of the pilot + 1: it did not); may be empty.
-    acceptance_rate: mean over the draws. *_seconds: wall time; pilot_seconds: of steps that are no draws;
+    acceptance_rate: mean over the draws. *_seconds: wall time; pilot_seconds: of following and
+        comparing partners, whose steps are no draws;
         total_seconds: of everything, copies included; planned_seconds: of what followed the plan, compilation
         included, to hold beside `predicted_seconds`.
     warmup_remark: what is doubtful about warm-up and what may help; "" where nothing is. It is a warning, too.

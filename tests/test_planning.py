@@ -1,6 +1,7 @@
 """Plans: the arithmetic, the pilot behind it, its execution under guard, and what is said where chains do not merge."""
 
 import math
+import time
 from unittest.mock import Mock
 
 import jax
@@ -286,8 +287,8 @@ def test_blocks_slower_than_planned_are_left(free_lanes, monkeypatch: pytest.Mon
 
 
 def test_the_pilot_does_not_disturb_the_timing(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps sampled for a partner to follow are few: their overhead is not what a step takes."""
-    seen, real = [], _pilot.couple
+    """Steps sampled for a partner to follow are few: their overhead is not what a step takes; nor is comparing."""
+    seen, real, compare = [], _pilot.couple, _pilot.coalescence_of_paths
 
     def couple(head, own):
         done, timed = head.run.done, head.seconds_per_step
@@ -296,7 +297,10 @@ def test_the_pilot_does_not_disturb_the_timing(free_lanes, monkeypatch: pytest.M
         return found
 
     monkeypatch.setattr(_auto, "couple", couple)
-    pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=8000, **SIZES)
+    monkeypatch.setattr(_pilot, "coalescence_of_paths", lambda *a, **k: time.sleep(2) or compare(*a, **k))
+    report = pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=8000, **SIZES).report
+    assert report.pilot_seconds > 2
+    assert report.solve_seconds > 0
     ((more, ratio),) = seen
     assert more > 0  # it did sample further
     assert ratio == 1

@@ -67,8 +67,9 @@ class Automatic:
     """One run under "auto", and what it found out.
 
     plan, reason: None and why not, where the run was too short to plan. find_diagnosis: where chains did not merge.
-    bias_bound: what warm-up left, see `bias_after_warmup`. pilot_seconds: see `Pilot`. seconds: taken by what was
-    planned, compilation included. devices: that the user named to share blocks; none: the plan chooses.
+    bias_bound: what warm-up left, see `bias_after_warmup`. pilot_seconds, partner_seconds: the pilot's, and of them its
+    programs'. seconds: taken by what was planned, compilation included. devices: that the user named to share blocks;
+    none: the plan chooses.
     """
 
     def __init__(self, run: Run, own: np.ndarray, timing: LaneTiming | None, devices: Sequence[jax.Device] = ()):
@@ -76,7 +77,7 @@ class Automatic:
         self.plan: Plan | None = None
         self.find_diagnosis: Callable[[], Diagnosis] | None = None
         self.bias_bound = np.zeros(0)
-        self.reason, self.pilot_seconds, self.seconds = "", 0.0, 0.0
+        self.reason, self.pilot_seconds, self.partner_seconds, self.seconds = "", 0.0, 0.0, 0.0
 
     def execute(self) -> None:
         """Take all steps."""
@@ -101,7 +102,7 @@ class Automatic:
     def make_plan(self, head: Head) -> Plan:
         """Pilot, check, plan; and where chains did not merge, why."""
         run = self.run
-        pilot, excuse, self.pilot_seconds = couple(head, self.own)
+        pilot, excuse, self.pilot_seconds, self.partner_seconds = couple(head, self.own)
         if pilot is not None:
             check_pilot(pilot)
             self.bias_bound = bias_after_warmup(pilot)

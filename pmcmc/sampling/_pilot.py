@@ -88,12 +88,12 @@ class Couple:
     """Partners of all chains over one window of steps, from number ``first`` on, until all have ``merged``.
 
     path: (C, steps, ...). What follows a merge is the chain's own path, and is not run.
-    seconds: that following took, call: the shortest of its programs' calls, whatever its steps.
+    seconds: that following took; run_seconds: of it the programs; call: the shortest of their calls, of any steps.
     """
 
     def __init__(self, head: Head, first: int, start: PyTree):
         self.head, self.first, self.start = head, first, start
-        self.seconds, self.call = 0.0, np.inf
+        self.seconds, self.run_seconds, self.call = 0.0, 0.0, np.inf
         self.path = jax.tree.map(lambda x: np.asarray(x)[:, None][:, :0], start)
         self._close = np.zeros(head.run.engine.num_chains, bool)
 
@@ -113,7 +113,7 @@ class Couple:
             x = jax.tree.map(lambda v: v[:, -1], self.path) if done else self.start
             steps = min(num_steps - done, shape.capacity)
             numbers = np.full(engine.num_chains, self.first + done)
-            segment, _ = engine.solve(Sequential(), shape, x, numbers, steps)
+            segment, clock = engine.solve(Sequential(), shape, x, numbers, steps)
             new = jax.tree.map(lambda v, n=steps: v[:, :n], segment.chains(segment.solution.value))
             self.path = jax.tree.map(lambda old, v: np.concatenate([old, v], axis=1), self.path, new)
             chains = self.head.path(self.first + done, steps)
@@ -122,6 +122,7 @@ class Couple:
             self._close |= (distances.reshape(-1, steps) <= tol).any(axis=1)
             seconds = time.perf_counter() - begin - (self.head.seconds - sampling)
             self.seconds, self.call = self.seconds + seconds, min(self.call, seconds)
+            self.run_seconds += clock.run_seconds
 
     def pairs(self, num_steps: int) -> tuple[PyTree, PyTree]:
         """Chains and partners, (C, num_steps + 1, ...): where they stand before the window, then its steps."""
@@ -135,11 +136,13 @@ class Pilot(NamedTuple):
     """coalescence: None where no partner could be followed, which ``excuse`` explains.
 
     seconds: that following and comparing the partners took; the chains' own steps are draws, and not counted.
+    run_seconds: of these the partners' programs.
     """
 
     coalescence: Coalescence | None
     excuse: str
-    seconds: float
+    seconds: float = 0.0
+    run_seconds: float = 0.0
 
 
 def couple(head: Head, own: np.ndarray) -> Pilot:
@@ -153,10 +156,10 @@ def couple(head: Head, own: np.ndarray) -> Pilot:
     budget = int(SHARE * run.num_steps)
     few = min(len(starts), math.ceil(FIRST_PAIRS / chains))
     if few * chains < 2:
-        return Pilot(None, "There are not enough states of an ensemble to couple the chain with.", 0.0)
+        return Pilot(None, "There are not enough states of an ensemble to couple the chain with.")
     longest = min(budget // few, MAX_STEPS, run.num_steps // (len(starts) + 1) - LAG)
     if longest < FIRST_STRETCH // 2:
-        return Pilot(None, f"A run of {run.num_steps:,} steps has no time to couple chains first.", 0.0)
+        return Pilot(None, f"A run of {run.num_steps:,} steps has no time to couple chains first.")
     window = lambda k, steps: LAG + k * steps
     couples = [Couple(head, window(k, longest), start) for k, start in enumerate(starts[:few])]
     scale = run.engine.scale
@@ -187,7 +190,8 @@ def couple(head: Head, own: np.ndarray) -> Pilot:
     both = zip(*(one.pairs(steps) for one in couples), strict=True)
     paths = [jax.tree.map(lambda *xs: np.concatenate(xs), *side) for side in both]
     found = coalescence_of_paths(*paths, scale=scale, tol=tol)
-    return Pilot(found, "", time.perf_counter() - begin - (head.seconds - sampling))
+    seconds = time.perf_counter() - begin - (head.seconds - sampling)
+    return Pilot(found, "", seconds, sum(one.run_seconds for one in couples))
 
 
 def _partner_starts(run: Run, own: np.ndarray) -> list[PyTree]:

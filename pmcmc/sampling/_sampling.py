@@ -166,7 +166,6 @@ class Sampling:
         if automatic is not None:
             solver, reason = (Sequential() if plan is None else plan.solver), automatic.reason
         pilot = None if plan is None else plan.coalescence
-        pilot_seconds = 0.0 if automatic is None else automatic.pilot_seconds
         return SolveReport(
             decision=_decision(solver),
             reason=reason,
@@ -187,9 +186,9 @@ class Sampling:
             acceptance_rate=moves.acceptance_rate,
             num_divergent=moves.num_divergent,
             warmup_seconds=self.warmup_seconds,
-            pilot_seconds=pilot_seconds,
+            pilot_seconds=0.0 if automatic is None else automatic.pilot_seconds,
             compile_seconds=clock.compile_seconds,
-            solve_seconds=clock.run_seconds - pilot_seconds,
+            solve_seconds=clock.run_seconds - (0.0 if automatic is None else automatic.partner_seconds),
             total_seconds=time.perf_counter() - self.began,
             planned_seconds=0.0 if automatic is None else automatic.seconds,
             warmup_remark=self.warmup_remark,

@@ -116,9 +116,10 @@ def against_all(case: Case, bank: PyTree, num_blocks: int, effort: Effort, num_c
     run, ordered = in_blocks(case, bank, num_blocks, num_chains), in_order(case, bank, num_chains)
     chains = in_order(case, bank, num_blocks * num_chains, run.shape.capacity)
     compile_s = dict(zip(("sequential", "vmapped_chains"), compile_all([ordered, chains]), strict=True))
-    steps = _affordable(ordered, effort.seconds / 4)
+    ordered = _affordable(ordered, effort.seconds / 4)
+    steps = ordered.shape.capacity
     runs: dict[str, Callable[[], Any]] = {
-        "sequential": partial(ordered.seconds, None, steps),
+        "sequential": ordered.seconds,
         "shooting": run.seconds,
         "blocks_alone": partial(run.seconds, without_repair(run)),
         "vmapped_chains": chains.seconds,
@@ -150,17 +151,21 @@ def _repair_step(timing: dict[str, dict[str, float]], found: dict[str, Any]) -> 
     return (all_of_it - alone) / steps / (alone / found["block_length"]) if steps else None
 
 
-def _affordable(ordered: Run, seconds: float) -> int:
-    """Steps in order that take about so long, or all of them."""
+def _affordable(ordered: Run, seconds: float) -> Run:
+    """As many steps in order as take about so long, or all of them.
+
+    In buffers of their own: what a call costs for large ones, whatever its steps, would else be scaled up with them.
+    """
     unit, length = ordered.solver.unit, ordered.shape.capacity
-    steps = min(length, 2 * unit)
+    steps, call = min(length, 2 * unit), min(ordered.seconds(None, unit) for _ in range(2))
     while steps < length:
         ordered.seconds(None, steps)
-        took = ordered.seconds(None, steps)
+        took = ordered.seconds(None, steps) - call
         if took > seconds / 10:
-            return max(unit, min(length, int(steps * seconds / took)) // unit * unit)
+            steps = max(unit, min(length, int(steps * seconds / took)) // unit * unit)
+            return replace(ordered, num_steps=steps) if steps < length else ordered
         steps = min(length, 10 * steps)
-    return length
+    return ordered
 
 
 def _on_cpu(name: str, length: int, effort: Effort) -> dict[str, float] | None:
@@ -173,10 +178,9 @@ def _on_cpu(name: str, length: int, effort: Effort) -> dict[str, float] | None:
         return None
     with jax.default_device(cpu):
         case = replace(CASES[name](), length=length)  # anew: its arrays belong to a device
-        ordered = in_order(case, typical_states(case))
-        steps = _affordable(ordered, effort.seconds / 4)
-        timing = alternate({"cpu": partial(ordered.seconds, None, steps)}, effort.repeats, lambda s: s, effort.seconds)
-    return {key: s * length / steps for key, s in timing["cpu"].items()}
+        ordered = _affordable(in_order(case, typical_states(case)), effort.seconds / 4)
+        timing = alternate({"cpu": ordered.seconds}, effort.repeats, lambda s: s, effort.seconds)
+    return {key: s * length / ordered.shape.capacity for key, s in timing["cpu"].items()}
 
 
 def line(row: dict[str, Any]) -> str:

@@ -10,7 +10,9 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks import gpu, kernels
 from benchmarks._harness import alternate, save, with_others
+from benchmarks._runs import Run
 from benchmarks.cases import CASES
+from pmcmc.recurrence import Sequential
 
 sys.path.append(str(Path(__file__).parents[1] / "docs" / "_ext"))
 pytest.importorskip("sphinx", reason="the docs extra is not installed")
@@ -53,6 +55,19 @@ def test_a_case_is_held_against_its_limits(measured: tuple) -> None:
     assert row["sequential"]["median_s"] == pytest.approx(timings[-1]["sequential"]["median_s"] * 2000 / 2048)
     assert row["bytes_per_draw"] > 2 * 2 * 8  # state and noise of two numbers
     assert row["speedup_over_best"] is None  # no second device
+
+
+def test_steps_that_are_scaled_up_pay_for_no_large_buffers() -> None:
+    """10 us a step and 0.3 s a call: in 1.5 s there are some 150,000 steps, in buffers of as many."""
+
+    class Slow(Run):
+        def seconds(self, solver=None, block_length=None):
+            return 0.3 + 1e-5 * (block_length or self.shape.capacity)
+
+    whole = Slow(CASES["mixture"](), None, Sequential(), 1_000_000)
+    timed = kernels._affordable(whole, 1.5)
+    assert timed.shape.capacity == pytest.approx(150_000, rel=0.01)
+    assert kernels._affordable(timed, 1.6) is timed
 
 
 def test_without_repair_blocks_take_no_further_step() -> None:

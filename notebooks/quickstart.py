@@ -61,12 +61,13 @@ import arviz as az
 plt.rcParams["figure.dpi"] = 80
 
 # %% [markdown]
-# Sizes are set here and nowhere else: small where `PMCMC_SMALL` is set (tests), larger on a GPU.
+# Sizes are set here and nowhere else: small where `PMCMC_SMALL` is set (tests), smaller on a GPU, where steps in order
+# take much longer than on a CPU.
 
 # %%
 SMALL = "PMCMC_SMALL" in os.environ
-NUM_SAMPLES = 2_000 if SMALL else 1_000_000 if device.platform == "gpu" else 200_000  # steps per chain
-THINNING = 10
+NUM_SAMPLES = 2_000 if SMALL else 1_000_000 if device.platform == "gpu" else 3_000_000  # steps per chain
+THINNING = 10 if SMALL else 50
 
 # %% [markdown]
 # ## A model
@@ -150,8 +151,8 @@ for name, c in {"blocks": blocks, "in order": ordinary}.items():
 
 # %% [markdown]
 # The number of steps one after the other is what an ideal parallel machine would wait for. Seconds depend on how much
-# the machine can do side by side: those stored here are from two CPU cores that were busy with other work, too, and say
-# nothing about a GPU. Run the notebook on one to see.
+# the machine can do side by side: those stored here are from two CPU cores, where the chains in order are one compiled
+# kernel and blocks gain much less than that. They say nothing about a GPU. Run the notebook on one to see.
 #
 # `blocks` and `ordinary` hold the same draws, so use whichever is cheaper; that is what `solver="auto"` tries to find out,
 # compilation included.

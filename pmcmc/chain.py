@@ -47,8 +47,8 @@ class Chain:
     continuation: how the chains go on.
     extra_fields: names that `get_extra_fields` returns beside ``diverging``.
     warmup_path: (lanes, steps, D) unconstrained positions of warm-up's lanes; None unless ``save_warmup`` was set.
-    devices: that share the blocks of what follows; None: none named. max_memory: bytes that what follows may take.
-        Neither is stored by `save`.
+    devices: that share the blocks, or Newton's steps, of what follows; None: none named. max_memory: bytes that what
+        follows may take. Neither is stored by `save`.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc

@@ -31,7 +31,8 @@ class StoredChain:
     state: where the chains stand after the last step. report: of the steps taken by the last `Chain.stream`,
     `extend` or `pmcmc.resume`. thinning: of every so many steps the last was kept.
     solver: that was asked for; None for "auto".
-    max_memory: bytes that what follows may take. devices: that share the blocks of what follows; None: none named.
+    max_memory: bytes that what follows may take.
+    devices: that share the blocks, or Newton's steps, of what follows; None: none named.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc, tempfile

@@ -103,7 +103,7 @@ def solve(
 def deer(**options) -> Newton:
     """DEER (Lim et al. 2024): Newton with the full Jacobian.
 
-    Options of `Newton`: tol, max_iters.
+    Options: all of `Newton` but the Jacobian.
 
     Example:
         >>> deer(max_iters=50).jacobian
@@ -115,7 +115,7 @@ def deer(**options) -> Newton:
 def quasi_deer(**options) -> Newton:
     """quasi-DEER (Gonzalez et al. 2024): Newton with the Jacobian's diagonal.
 
-    Options of `Newton`: tol, max_iters.
+    Options: all of `Newton` but the Jacobian.
 
     Example:
         >>> quasi_deer(max_iters=50).jacobian
@@ -127,7 +127,7 @@ def quasi_deer(**options) -> Newton:
 def picard(**options) -> Newton:
     """Picard iteration (Shih et al. 2023): Newton with A = I.
 
-    Options of `Newton`: tol, max_iters.
+    Options: all of `Newton` but the Jacobian, damping and clip.
 
     Example:
         >>> picard(max_iters=50).jacobian
@@ -139,7 +139,7 @@ def picard(**options) -> Newton:
 def jacobi(**options) -> Newton:
     """Jacobi iteration: Newton with A = 0.
 
-    Options of `Newton`: tol, max_iters.
+    Options: all of `Newton` but the Jacobian, damping and clip.
 
     Example:
         >>> jacobi(max_iters=50).jacobian

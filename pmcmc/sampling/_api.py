@@ -45,8 +45,8 @@ def parallel_chain(
     rng_key: a JAX key, or an int seed. The draws are a function of it, whatever solver or blocks are used.
     kernel: `HMC()` by default; tunables left None are set by warm-up. Where there are discrete sites, one that needs
         gradients becomes ``Compose([DiscreteGibbs(), (kernel, continuous sites)])``.
-    solver: "auto" takes blocks of the chain (`MultipleShooting`) where a short pilot of coupled chains merges well
-        within the run, and sequential sampling elsewhere; or any `RecurrenceSolver`.
+    solver: "auto" samples in order unless a short pilot of coupled chains merges and blocks (`MultipleShooting`), DEER
+        or quasi-DEER should save a quarter of the time; or any `RecurrenceSolver`.
     num_warmup: steps of warm-up, 0 for none (then the kernel's tunables must be given).
     num_samples: steps per chain after warm-up; every ``thinning``-th is kept.
     init_params: unconstrained starting values by site, for all chains or with a leading axis num_chains.

@@ -110,7 +110,7 @@ def resume(
 
     path: of the folder.
     model, model_args, model_kwargs, initial_position, kernel, solver: as of `load`; no code is stored.
-    max_memory: in place of that of the run. devices: that share the blocks; not stored.
+    max_memory: in place of that of the run. devices: that share the blocks, or Newton's steps; not stored.
 
     Returns:
         The `StoredChain` with all draws that were wanted; its ``report`` is of the steps taken now.

@@ -1,4 +1,4 @@
-"""jit with the compiler options that this package's programs want, and the time they take."""
+"""jit as this package's programs want it: compiler options, known faults avoided, and the time they take."""
 
 import time
 from collections.abc import Callable
@@ -6,6 +6,8 @@ from functools import cache, update_wrapper
 from typing import Any
 
 import jax
+
+from pmcmc._factorizations import may_wait_for_ever, one_at_a_time
 
 
 def default_platform() -> str:
@@ -44,8 +46,8 @@ class TunedJit:
     def jitted(self) -> Any:
         platform = default_platform()
         if platform not in self._jitted:
-            options = compiler_options(platform)
-            self._jitted[platform] = jax.jit(self._fn, compiler_options=options, **self._jit_options)
+            fn = one_at_a_time(self._fn) if platform == "cpu" and may_wait_for_ever() else self._fn
+            self._jitted[platform] = jax.jit(fn, compiler_options=compiler_options(platform), **self._jit_options)
         return self._jitted[platform]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -6,15 +6,18 @@ from typing import Any
 import jax
 import numpy as np
 
+from pmcmc._jit import tuned_jit
 from pmcmc._types import PyTree
 from pmcmc.kernels import Info, Kernel
 from pmcmc.target import Target
 
 
-@jax.jit
-def constrain(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
+def constrained(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
     """What the user's model calls the draws, of unknowns with one leading axis."""
     return jax.vmap(lambda unknown: target.model.constrain(target.data, kernel.position(target, unknown)))(unknowns)
+
+
+constrain = tuned_jit()(constrained)
 
 
 def by_name(samples: PyTree) -> dict[str, Any]:

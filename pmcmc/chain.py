@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pmcmc._jit import tuned_jit
 from pmcmc._samples import by_name, constrain, fields, in_batches, sample_stats, ungroup
 from pmcmc._state import ChainState, header
 from pmcmc._storage import Writer
@@ -346,8 +347,8 @@ class Chain:
         return to_arviz(groups, attrs, dims={**described.dims, **(dims or {})}, coords=coords or {})
 
     def _log_likelihood(self) -> PyTree:
-        one = lambda x: _log_likelihoods(self.target, self.kernel, x)
-        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0, :1], self.unknowns))
+        draw = jax.tree.map(lambda x: x[0, :1], self.unknowns)
+        shapes = jax.eval_shape(_log_likelihoods.jitted, self.target, self.kernel, draw)
         if not shapes:
             raise ValueError(
                 "log_likelihood=True needs a NumPyro model with observed sites: a plain log density does not tell its "
@@ -357,18 +358,18 @@ class Chain:
         return self._of_each_draw(_log_likelihoods, max(1, _LIKELIHOOD_BATCH // size))
 
 
-@jax.jit
+@tuned_jit()
 def _log_likelihoods(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
     one = lambda unknown: target.model.log_likelihood(target.data, kernel.position(target, unknown))
     return jax.vmap(one)(unknowns)
 
 
-@jax.jit
+@tuned_jit()
 def _constrain_rows(target: Target, rows: Array) -> PyTree:
     """Of unconstrained positions (N, D) as the user's model has them, without a basis."""
     return jax.vmap(lambda row: target.model.constrain(target.data, target.spec.unravel(row)))(rows)
 
 
-@jax.jit
+@tuned_jit()
 def _logdensity_rows(target: Target, rows: Array) -> Array:
     return jax.vmap(lambda row: target.model.logdensity(target.data, target.spec.unravel(row)))(rows)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pmcmc
+from pmcmc._factorizations import may_wait_for_ever
 from pmcmc.kernels import HMC
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
 from pmcmc.recurrence._base import default_tolerance
@@ -107,6 +108,11 @@ def devices() -> Iterator[Finding]:
         yield Finding(f"{cores} CPU core(s): XLA spreads the lanes of one program over them as it sees fit.")
     if number > 1:
         yield Finding(f'{number} {backend} devices: blocks are shared out to them where "auto" expects a gain.')
+    if backend == "cpu" and may_wait_for_ever():
+        yield Finding(
+            "With this jaxlib, batched matrix factorisations in programs that you compile yourself may wait for each "
+            "other for ever; pmcmc's own do not. jaxlib 0.11.1 mends it, NPROC=1 in the environment avoids it."
+        )
     if backend == "cpu" and (Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi")):
         yield Finding(
             "There is an NVIDIA GPU, but jax computes on the CPU.",

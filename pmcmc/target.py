@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pmcmc._jit import tuned_jit
 from pmcmc._tree import RavelSpec, is_real, register_dataclass
 from pmcmc._types import Array, ArrayLeaf, Float, PyTree
 
@@ -357,6 +358,6 @@ def _evaluate_start(target: Target, position: PyTree) -> tuple[Array, PyTree]:
     return jax.value_and_grad(logdensity)(real)
 
 
-@jax.jit
+@tuned_jit()
 def _evaluate_starts(target: Target, starts: PyTree) -> Any:
     return jax.vmap(lambda position: _evaluate_start(target, position))(starts)

@@ -8,7 +8,6 @@ process is killed, the checkpoint's draws stand, and what is beyond them is cut 
 import math
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._samples import by_name, constrain, in_batches, sample_stats
+from pmcmc._jit import tuned_jit
+from pmcmc._samples import by_name, constrained, in_batches, sample_stats
 from pmcmc._state import ChainState, header
 from pmcmc._storage import STORE, Reader, Writer
 from pmcmc._types import Array, PyTree
@@ -245,9 +245,9 @@ def check_sites(target: Target, sites: Any) -> tuple[str, ...]:
     return tuple(sites)
 
 
-@partial(jax.jit, static_argnames="sites")
+@tuned_jit(static_argnames="sites")
 def _constrain_sites(target: Target, kernel: Kernel, unknowns: PyTree, *, sites: tuple[str, ...]) -> dict[str, Array]:
-    named = by_name(constrain(target, kernel, unknowns))
+    named = by_name(constrained(target, kernel, unknowns))
     return {name: named[name] for name in sites}
 
 

@@ -1,7 +1,8 @@
 # Every target makes .venv from nothing if need be. Other pytest options: make test PYTEST_ARGS="-k newton".
 PYTHON ?= python3
-# loadfile: tests of one file share programs, which each worker would compile for itself.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# loadfile: tests of one file share programs, which each worker would compile for itself. A new worker begins again with
+# the test that ended the last one: once is enough.
+PYTEST_ARGS ?= -n 2 --dist loadfile --max-worker-restart 1
 BIN := .venv/bin
 STAMP := .venv/.installed
 

@@ -3,13 +3,14 @@
 On a CPU, jaxlib 0.10.0 to 0.11.0 spreads a batch of LAPACK calls over the threads of the pool that also runs the
 program, and the thread that asked waits for them. Once as many batches are asked for at once as there are threads, all
 of them wait for one another: on two cores, with four Gaussian processes mapped over chains, within ten calls. A single
-matrix is factorised by the thread that asks, so a loop over the batch cannot wait.
+matrix is factorised by the thread that asks, so a loop over the batch cannot wait. Every batch is looped over: that one
+needs the result of another does not keep XLA from asking for both at once, nor other threads from asking for more.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import jax
@@ -40,8 +41,8 @@ _RANKS = {
 _CALLS = frozenset(
     " ".join(
         (
-            "checkpoint closed_call cond custom_jvp_call custom_linear_solve",
-            "custom_vjp_call jit pjit remat2 scan while",
+            "call checkpoint closed_call composite cond core_call core_closed_call custom_jvp_call custom_linear_solve",
+            "custom_vjp_call custom_vmap_call jit linear_call pjit remat2 scan while",
         )
     ).split()
 )
@@ -53,7 +54,7 @@ def may_wait_for_ever() -> bool:
 
 
 def one_at_a_time(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """``fn``, to be traced by `jax.jit`: where two batches may be factorised at once, each is looped over."""
+    """``fn``, to be traced by `jax.jit`, with loops over single matrices."""
 
     @wraps(fn)
     def traced(*args: Any, **kwargs: Any) -> PyTree:
@@ -68,9 +69,8 @@ def one_at_a_time(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
 
         given = [x for x, t in zip(leaves, is_traced, strict=True) if t]
         program, shapes = jax.make_jaxpr(of_traced, return_shape=True)(*given)
-        if _batches(program.jaxpr).can_meet:
-            program = _Loops().instead_of(program)
-        return jax.tree.unflatten(jax.tree.structure(shapes), jaxpr_as_fun(program)(*given))
+        looped = _Loops().instead_of(program)
+        return jax.tree.unflatten(jax.tree.structure(shapes), jaxpr_as_fun(looped)(*given))
 
     return traced
 
@@ -85,35 +85,14 @@ def _batch_shape(name: str, operands: list[Any]) -> tuple[int, ...]:
     return shape[: len(shape) - _RANKS[name][0]]
 
 
-class _Batches(NamedTuple):
-    """In a program: whether there are any, and whether there are two of which neither needs the other's result."""
-
-    any: bool
-    can_meet: bool
+# Of a program: whether it asks for any batch.
+_KNOWN: WeakKeyDictionary[Jaxpr, bool] = WeakKeyDictionary()
 
 
-_KNOWN: WeakKeyDictionary[Jaxpr, _Batches] = WeakKeyDictionary()
-
-
-def _batches(program: Jaxpr) -> _Batches:
+def _holds_batch(program: Jaxpr) -> bool:
     if program not in _KNOWN:
-        _KNOWN[program] = _find_batches(program)
+        _KNOWN[program] = any(_is_batch(e) or any(map(_holds_batch, _inner(e))) for e in program.eqns)
     return _KNOWN[program]
-
-
-def _find_batches(program: Jaxpr) -> _Batches:
-    behind: dict[Any, frozenset[int]] = {}  # batches that a variable needs
-    seen: frozenset[int] = frozenset()
-    for number, equation in enumerate(program.eqns):
-        needed = frozenset().union(*(behind.get(v, frozenset()) for v in equation.invars if not isinstance(v, Literal)))
-        inner = [_batches(one) for one in _inner(equation)]
-        if _is_batch(equation) or any(one.any for one in inner):
-            if seen - needed or any(one.can_meet for one in inner):
-                return _Batches(True, True)
-            seen, needed = seen | {number}, needed | {number}
-        if needed:
-            behind |= dict.fromkeys(equation.outvars, needed)
-    return _Batches(bool(seen), False)
 
 
 def _inner(equation: Any) -> Iterator[Jaxpr]:
@@ -132,7 +111,7 @@ class _Loops:
         self._made: dict[int, tuple[Any, ClosedJaxpr]] = {}  # with the old one, whose id is used
 
     def instead_of(self, program: ClosedJaxpr) -> ClosedJaxpr:
-        if not _batches(program.jaxpr).any:
+        if not _holds_batch(program.jaxpr):
             return program
         if id(program) not in self._made:
             run = lambda *args: self._run(program, args)
@@ -173,6 +152,6 @@ def _loop(equation: Any, operands: list[Any]) -> Any:
     """One matrix of the batch after the other."""
     name = equation.primitive.name
     batch = _batch_shape(name, operands)
-    rows = [x.reshape(-1, *x.shape[len(batch) :]) for x in operands]
+    rows = [x.reshape(math.prod(batch), *x.shape[len(batch) :]) for x in operands]
     out = jax.lax.map(lambda row: equation.primitive.bind(*row, **equation.params), rows)
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), out)

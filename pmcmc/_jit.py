@@ -34,6 +34,11 @@ def compiler_options(platform: str) -> dict[str, Any] | None:
     return options
 
 
+def that_ends(fn: Callable) -> Callable:
+    """``fn``, to be traced: as it is, but for a CPU with some versions of jaxlib; see `_factorizations`."""
+    return one_at_a_time(fn) if default_platform() == "cpu" and may_wait_for_ever() else fn
+
+
 class TunedJit:
     """``jax.jit`` that reads `compiler_options` on use, not on import."""
 
@@ -46,8 +51,8 @@ class TunedJit:
     def jitted(self) -> Any:
         platform = default_platform()
         if platform not in self._jitted:
-            fn = one_at_a_time(self._fn) if platform == "cpu" and may_wait_for_ever() else self._fn
-            self._jitted[platform] = jax.jit(fn, compiler_options=compiler_options(platform), **self._jit_options)
+            options = compiler_options(platform)
+            self._jitted[platform] = jax.jit(that_ends(self._fn), compiler_options=options, **self._jit_options)
         return self._jitted[platform]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

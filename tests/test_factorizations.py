@@ -1,4 +1,4 @@
-"""Batched factorisations are looped over where two could be asked for at once, and nowhere else."""
+"""Batched factorisations are looped over, whatever holds them."""
 
 import os
 import re
@@ -13,9 +13,18 @@ from jax.scipy.linalg import solve_triangular
 
 from pmcmc import _factorizations
 from pmcmc._factorizations import may_wait_for_ever, one_at_a_time
+from pmcmc.recurrence import MultipleShooting, deer
 
 spd = lambda x: x @ x.mT + jnp.broadcast_to(jnp.eye(x.shape[-1]), x.shape)
-TWO = {
+
+
+@jax.custom_batching.custom_vmap
+def inverse_with_rule(x):
+    return jnp.linalg.inv(x)
+
+
+inverse_with_rule.def_vmap(lambda size, batched, x: (jnp.linalg.inv(x), True))
+HELD = {
     "cholesky": lambda x: (jnp.linalg.cholesky(spd(x)), jnp.linalg.cholesky(spd(x + 1))),
     "triangular": lambda x: (solve_triangular(x, x[..., :1]), solve_triangular(x.mT, x, lower=True)),
     "lu, qr": lambda x: (jnp.linalg.inv(x), jnp.linalg.qr(x), jnp.linalg.slogdet(x)),
@@ -30,18 +39,15 @@ TWO = {
     "in branches": lambda x: (
         jax.lax.cond(x[0, 0, 0] > 9, lambda y: y, lambda y: jnp.linalg.inv(y) + spd(y), x) + jnp.linalg.inv(x)
     ),
-    "under rematerialisation": lambda x: jax.grad(lambda y: jax.checkpoint(TWO["total"])(y))(x),
+    "under rematerialisation": lambda x: jax.grad(lambda y: jax.checkpoint(HELD["total"])(y))(x),
     "total": lambda x: jnp.sum(jnp.linalg.inv(x)) + jnp.sum(jnp.linalg.cholesky(spd(x))),
+    "one after the other": lambda x: jnp.linalg.inv(jnp.linalg.inv(x)),
+    "a rule of its own": lambda x: jax.vmap(inverse_with_rule)(x),
+    "a composite": lambda x: jax.lax.composite(jnp.linalg.inv, "tests.inverse")(x),
+    "nothing in it": lambda x: (jnp.linalg.inv(x), jnp.linalg.qr(x[:, :0]), jnp.linalg.cholesky(x[:, :0, :0])),
     "one that is shared": lambda x: (jax.jit(spd)(jnp.linalg.inv(x)), jnp.linalg.inv(x + 1), jnp.linalg.inv(x)),
 }
-NEEDS_NONE = {
-    "one after the other": lambda x: jnp.linalg.inv(jnp.linalg.inv(x)),
-    "single matrices": lambda x: (jnp.linalg.inv(x[0]), jnp.linalg.inv(x[1])),
-    "one process": lambda x: jax.vmap(
-        jax.value_and_grad(lambda c: jax.scipy.stats.multivariate_normal.logpdf(jnp.ones(4), jnp.zeros(4), spd(c)))
-    )(x),
-    "none": lambda x: x + 1,
-}
+NONE = {"single matrices": lambda x: (jnp.linalg.inv(x[0]), jnp.linalg.inv(x[1])), "no matrix": lambda x: x + 1}
 CALL = re.compile(r"@lapack_[a-z](\w+)_ffi\(.*?\) .*?: \(tensor<([0-9x]+)xf")
 
 
@@ -57,9 +63,9 @@ def matrices(rng_key: jax.Array) -> jax.Array:
     return jax.random.normal(rng_key, (6, 4, 4)) + 3 * jnp.eye(4)[None]
 
 
-@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("name", HELD)
 def test_the_same_numbers_without_batches(name: str, matrices: jax.Array) -> None:
-    fn = TWO[name]
+    fn = HELD[name]
     assert batches(fn, matrices)
     assert not batches(one_at_a_time(fn), matrices)
     expected, found = (jax.tree.leaves(jax.jit(f)(matrices)) for f in (fn, one_at_a_time(fn)))
@@ -67,19 +73,19 @@ def test_the_same_numbers_without_batches(name: str, matrices: jax.Array) -> Non
         np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", NEEDS_NONE)
+@pytest.mark.parametrize("name", NONE)
 def test_programs_that_need_no_loops_are_left_alone(name: str, matrices: jax.Array) -> None:
-    fn = NEEDS_NONE[name]
+    fn = NONE[name]
     assert batches(one_at_a_time(fn), matrices) == batches(fn, matrices)
 
 
 def test_arguments_keep_their_places(matrices: jax.Array) -> None:
-    fn = lambda x, how, *, add=None, scale: {how: scale * TWO["total"](x), "add": add, "static": jnp.arange(len(how))}
+    fn = lambda x, how, *, add=None, scale: {how: scale * HELD["total"](x), "add": add, "static": jnp.arange(len(how))}
     jitted = jax.jit(one_at_a_time(fn), static_argnames="how")
     found = jitted(matrices, "here", scale=2.0)
     assert set(found) == {"here", "add", "static"}
     assert found["add"] is None
-    np.testing.assert_allclose(found["here"], 2 * TWO["total"](matrices), rtol=1e-10)
+    np.testing.assert_allclose(found["here"], 2 * HELD["total"](matrices), rtol=1e-10)
 
 
 def test_primitives_have_the_names_that_jax_gives_them() -> None:
@@ -116,3 +122,12 @@ def test_gaussian_processes_on_two_threads_end() -> None:
         [sys.executable, "-c", PROCESSES], env={**os.environ, "NPROC": "2"}, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not may_wait_for_ever(), reason="this jaxlib does not")
+def test_no_device_of_several_asks_for_a_batch() -> None:
+    matrix = lambda x: spd(jnp.outer(x, x))
+    step = lambda x, u: 0.5 * x + jnp.diag(jnp.linalg.cholesky(matrix(x + u))) + jnp.linalg.inv(matrix(x))[0]
+    for solver in (MultipleShooting(num_blocks=4, devices=jax.devices()), deer(devices=jax.devices())):
+        assert not batches(lambda u, solver=solver: solver.solve(step, jnp.ones(3), u).value, jnp.ones((32, 3)))
+    assert batches(lambda u: MultipleShooting(num_blocks=4).solve(step, jnp.ones(3), u).value, jnp.ones((32, 3)))

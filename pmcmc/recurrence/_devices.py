@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pmcmc._jit import that_ends
 from pmcmc._tree import expand_mask, is_real
 from pmcmc._types import Array, PyTree
 from pmcmc.recurrence._lanes import Layout
@@ -145,7 +146,7 @@ def over_devices(devices: Sequence[jax.Device], fn: Callable, lanes: PyTree, out
     spec = jax.tree.map(lambda per_lane: PartitionSpec(AXIS) if per_lane else PartitionSpec(), out)
     held = SomeLanes(layout, len(devices))
     return jax.shard_map(
-        lambda lanes: fn(held, lanes),
+        that_ends(lambda lanes: fn(held, lanes)),
         mesh=lane_sharding(devices).mesh,
         in_specs=PartitionSpec(AXIS),
         out_specs=spec,

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pmcmc._jit import that_ends
 from pmcmc._tree import expand_mask, leading_true
 from pmcmc._types import Array, PyTree
 
@@ -181,7 +182,7 @@ def over_steps(
 
     spec = lambda axis: PartitionSpec() if axis < 0 else PartitionSpec(*(None,) * axis, AXIS)
     shared_program = jax.shard_map(
-        lambda whole, own: fn(steps, whole, own),
+        that_ends(lambda whole, own: fn(steps, whole, own)),
         mesh=step_sharding(devices).mesh,
         in_specs=(PartitionSpec(), PartitionSpec(None, AXIS)),
         out_specs=jax.tree.map(spec, out),

@@ -40,6 +40,7 @@ class Verification:
     num_near_ties: draws that agree only with the other outcome of a decision within rounding of a tie.
     num_unverified: draws whose predecessor is not stored.
     max_difference: largest accepted difference, in posterior standard deviations. tolerance: what it may be.
+    max_mismatch: largest difference of those that do not follow; 0 where there is none.
     batch_shape: steps taken side by side. has_margin: whether the kernel tells how near to a tie it decides.
 
     Example:
@@ -58,6 +59,7 @@ class Verification:
     num_unverified: int
     max_difference: float
     tolerance: float
+    max_mismatch: float
     batch_shape: int
     has_margin: bool
 
@@ -77,6 +79,11 @@ class Verification:
                 ". The first that does not is draw {1:,} of chain {0}: the draws, the key, the kernel, the model or "
                 "its data are not those of the run".format(*self.first_mismatch)
             )
+            if 0 < self.max_mismatch < math.sqrt(self.tolerance):
+                said.append(
+                    f". But no difference is above {self.max_mismatch:.2g}: a density that amplifies rounding, as "
+                    "nearly singular matrices do, shows like that; tolerance= says what to allow"
+                )
         if not self.has_margin:
             said.append(
                 f". The kernel does not tell near ties; steps were taken in the batch shape of the run "
@@ -154,6 +161,7 @@ def verify(
         num_unverified=num_chains * skip,
         max_difference=float(np.max(found.difference[agrees], initial=0.0)),
         tolerance=tolerance,
+        max_mismatch=float(np.max(found.difference[wrong], initial=0.0)),
         batch_shape=lanes,
         has_margin=has_margin,
     )

@@ -80,6 +80,7 @@ def test_a_changed_state_is_noticed(place, change) -> None:
     assert not found
     assert found.first_mismatch == place[:2]
     assert found.num_mismatched == 2  # it does not follow, nor does the next follow from it
+    assert ("tolerance=" in str(found)) == (change == 1e-11)  # the others are by far too large for rounding
     assert f"is draw {place[1]} of chain {place[0]}" in str(found)
 
 
@@ -127,7 +128,9 @@ def test_start_end_key_kernel_and_density_are_checked() -> None:
 
 def test_a_loose_merge_is_seen_and_may_be_allowed() -> None:
     loose = run(solver=MultipleShooting(8, merge_tol=1e-4))
-    assert 1 <= loose.verify().num_mismatched <= 14
+    found = loose.verify()
+    assert 1 <= found.num_mismatched <= 14
+    assert found.tolerance < found.max_mismatch <= 1e-4
     assert loose.verify(tolerance=2e-4)
 
 

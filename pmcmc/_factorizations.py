@@ -2,15 +2,15 @@
 
 On a CPU, jaxlib 0.10.0 to 0.11.0 spreads a batch of LAPACK calls over the threads of the pool that also runs the
 program, and the thread that asked waits for them. Once as many batches are asked for at once as there are threads, all
-of them wait for one another: on two cores, with four Gaussian processes mapped over chains, within ten calls. A single
-matrix is factorised by the thread that asks, so a loop over the batch cannot wait. Every batch is looped over: that one
-needs the result of another does not keep XLA from asking for both at once, nor other threads from asking for more.
+of them wait for one another: on two cores, with four Gaussian processes mapped over chains, within ten calls. A small
+batch is factorised by the thread that asks, so a loop over small parts of the batch cannot wait. Every large batch is
+looped over: that one needs the result of another does not keep XLA from asking for both at once, nor other threads.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import jax
@@ -19,24 +19,34 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 from pmcmc._types import PyTree
 
-# Primitives that call LAPACK, with the numbers of axes that one call takes of each operand.
-_RANKS = {
-    "cholesky": (2,),
-    "eig": (2,),
-    "eigh": (2,),
-    "geqp3": (2, 1),
-    "geqrf": (2,),
-    "hessenberg": (2,),
-    "householder_product": (2, 1),
-    "lu": (2,),
-    "ormqr": (2, 1, 2),
-    "qr": (2,),
-    "schur": (2,),
-    "svd": (2,),
-    "triangular_solve": (2, 2),
-    "tridiagonal": (2,),
-    "tridiagonal_solve": (1, 1, 1, 2),
+
+class _Call(NamedTuple):
+    """One call of LAPACK. ranks: axes that it takes of each operand. cost: at most, in cubes of the longest axis."""
+
+    ranks: tuple[int, ...]
+    cost: int
+
+
+# Primitives that call it.
+_LAPACK = {
+    "cholesky": _Call((2,), 1),
+    "eig": _Call((2,), 64),
+    "eigh": _Call((2,), 64),
+    "geqp3": _Call((2, 1), 8),
+    "geqrf": _Call((2,), 8),
+    "hessenberg": _Call((2,), 64),
+    "householder_product": _Call((2, 1), 8),
+    "lu": _Call((2,), 1),
+    "ormqr": _Call((2, 1, 2), 8),
+    "qr": _Call((2,), 8),
+    "schur": _Call((2,), 64),
+    "svd": _Call((2,), 64),
+    "triangular_solve": _Call((2, 2), 1),
+    "tridiagonal": _Call((2,), 64),
+    "tridiagonal_solve": _Call((1, 1, 1, 2), 64),
 }
+# Operations below which those jaxlibs factorise a batch in the thread that asks.
+_SMALL = 200_000
 # Primitives whose own programs can be put in place of others.
 _CALLS = frozenset(
     " ".join(
@@ -53,8 +63,8 @@ def may_wait_for_ever() -> bool:
     return (0, 10, 0) <= jaxlib.version.__version_info__[:3] <= (0, 11, 0)
 
 
-def one_at_a_time(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """``fn``, to be traced by `jax.jit`, with loops over single matrices."""
+def few_at_a_time(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    """``fn``, to be traced by `jax.jit`, with loops over small batches."""
 
     @wraps(fn)
     def traced(*args: Any, **kwargs: Any) -> PyTree:
@@ -75,23 +85,31 @@ def one_at_a_time(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
     return traced
 
 
-def _is_batch(equation: Any) -> bool:
-    name, operands = equation.primitive.name, equation.invars
-    return name in _RANKS and math.prod(_batch_shape(name, operands)) > 1
-
-
 def _batch_shape(name: str, operands: list[Any]) -> tuple[int, ...]:
     shape = operands[0].aval.shape
-    return shape[: len(shape) - _RANKS[name][0]]
+    return shape[: len(shape) - _LAPACK[name].ranks[0]]
 
 
-# Of a program: whether it asks for any batch.
+def _at_once(name: str, operands: list[Any]) -> int:
+    """Calls that make a small batch."""
+    call = _LAPACK[name]
+    longest = max(max(x.aval.shape[-rank:]) for x, rank in zip(operands, call.ranks, strict=True))
+    return max(1, (_SMALL - 1) // (call.cost * max(1, longest) ** 3))
+
+
+def _is_large(equation: Any) -> bool:
+    """Whether it asks for a batch that would be shared out."""
+    name, operands = equation.primitive.name, equation.invars
+    return name in _LAPACK and math.prod(_batch_shape(name, operands)) > _at_once(name, operands)
+
+
+# Of a program: whether it asks for any large batch.
 _KNOWN: WeakKeyDictionary[Jaxpr, bool] = WeakKeyDictionary()
 
 
-def _holds_batch(program: Jaxpr) -> bool:
+def _holds_large(program: Jaxpr) -> bool:
     if program not in _KNOWN:
-        _KNOWN[program] = any(_is_batch(e) or any(map(_holds_batch, _inner(e))) for e in program.eqns)
+        _KNOWN[program] = any(_is_large(e) or any(map(_holds_large, _inner(e))) for e in program.eqns)
     return _KNOWN[program]
 
 
@@ -105,13 +123,13 @@ def _inner(equation: Any) -> Iterator[Jaxpr]:
 
 
 class _Loops:
-    """Programs with loops in the place of batches; one that is called twice stays one."""
+    """Programs with loops in the place of large batches; one that is called twice stays one."""
 
     def __init__(self) -> None:
         self._made: dict[int, tuple[Any, ClosedJaxpr]] = {}  # with the old one, whose id is used
 
     def instead_of(self, program: ClosedJaxpr) -> ClosedJaxpr:
-        if not _holds_batch(program.jaxpr):
+        if not _holds_large(program.jaxpr):
             return program
         if id(program) not in self._made:
             run = lambda *args: self._run(program, args)
@@ -130,7 +148,7 @@ class _Loops:
         return [read(v) for v in program.jaxpr.outvars]
 
     def _call(self, equation: Any, operands: list[Any]) -> Any:
-        if _is_batch(equation):
+        if _is_large(equation):
             return _loop(equation, operands)
         params = equation.params
         if equation.primitive.name in _CALLS:
@@ -149,9 +167,11 @@ class _Loops:
 
 
 def _loop(equation: Any, operands: list[Any]) -> Any:
-    """One matrix of the batch after the other."""
+    """One small batch after the other."""
     name = equation.primitive.name
     batch = _batch_shape(name, operands)
     rows = [x.reshape(math.prod(batch), *x.shape[len(batch) :]) for x in operands]
-    out = jax.lax.map(lambda row: equation.primitive.bind(*row, **equation.params), rows)
+    call = lambda row: equation.primitive.bind(*row, **equation.params)
+    size = _at_once(name, operands)
+    out = jax.lax.map(call, rows, batch_size=size if size > 1 else None)
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), out)

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from pmcmc._factorizations import may_wait_for_ever, one_at_a_time
+from pmcmc._factorizations import few_at_a_time, may_wait_for_ever
 
 
 def default_platform() -> str:
@@ -36,7 +36,7 @@ def compiler_options(platform: str) -> dict[str, Any] | None:
 
 def that_ends(fn: Callable) -> Callable:
     """``fn``, to be traced: as it is, but for a CPU with some versions of jaxlib; see `_factorizations`."""
-    return one_at_a_time(fn) if default_platform() == "cpu" and may_wait_for_ever() else fn
+    return few_at_a_time(fn) if default_platform() == "cpu" and may_wait_for_ever() else fn
 
 
 class TunedJit:

@@ -1,4 +1,4 @@
-"""Batched factorisations are looped over, whatever holds them."""
+"""Large batches of factorisations are looped over, whatever holds them."""
 
 import os
 import re
@@ -12,7 +12,7 @@ import pytest
 from jax.scipy.linalg import solve_triangular
 
 from pmcmc import _factorizations
-from pmcmc._factorizations import may_wait_for_ever, one_at_a_time
+from pmcmc._factorizations import few_at_a_time, may_wait_for_ever
 from pmcmc.recurrence import MultipleShooting, deer
 
 spd = lambda x: x @ x.mT + jnp.broadcast_to(jnp.eye(x.shape[-1]), x.shape)
@@ -58,6 +58,13 @@ def batches(program, x) -> list[str]:
     return [shape for shape in leading if shape not in ("", "1")]
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "small" not in request.node.name:
+        monkeypatch.setattr(_factorizations, "_SMALL", 1)
+    _factorizations._KNOWN.clear()  # jax keeps the programs of its own functions
+
+
 @pytest.fixture
 def matrices(rng_key: jax.Array) -> jax.Array:
     return jax.random.normal(rng_key, (6, 4, 4)) + 3 * jnp.eye(4)[None]
@@ -67,8 +74,8 @@ def matrices(rng_key: jax.Array) -> jax.Array:
 def test_the_same_numbers_without_batches(name: str, matrices: jax.Array) -> None:
     fn = HELD[name]
     assert batches(fn, matrices)
-    assert not batches(one_at_a_time(fn), matrices)
-    expected, found = (jax.tree.leaves(jax.jit(f)(matrices)) for f in (fn, one_at_a_time(fn)))
+    assert not batches(few_at_a_time(fn), matrices)
+    expected, found = (jax.tree.leaves(jax.jit(f)(matrices)) for f in (fn, few_at_a_time(fn)))
     for one, other in zip(expected, found, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-10)
 
@@ -76,12 +83,21 @@ def test_the_same_numbers_without_batches(name: str, matrices: jax.Array) -> Non
 @pytest.mark.parametrize("name", NONE)
 def test_programs_that_need_no_loops_are_left_alone(name: str, matrices: jax.Array) -> None:
     fn = NONE[name]
-    assert batches(one_at_a_time(fn), matrices) == batches(fn, matrices)
+    assert batches(few_at_a_time(fn), matrices) == batches(fn, matrices)
+
+
+def test_small_batches_stay(rng_key: jax.Array) -> None:
+    """199 matrices of 10 x 10 are the most that may be below 200,000 operations."""
+    fn = lambda x: jnp.linalg.cholesky(spd(x))
+    few, many = (jax.random.normal(rng_key, (number, 10, 10)) for number in (199, 500))
+    assert batches(few_at_a_time(fn), few) == ["199"]
+    assert sorted(batches(few_at_a_time(fn), many)) == ["102", "199"]
+    np.testing.assert_allclose(jax.jit(few_at_a_time(fn))(many), jax.jit(fn)(many), rtol=1e-10)
 
 
 def test_arguments_keep_their_places(matrices: jax.Array) -> None:
     fn = lambda x, how, *, add=None, scale: {how: scale * HELD["total"](x), "add": add, "static": jnp.arange(len(how))}
-    jitted = jax.jit(one_at_a_time(fn), static_argnames="how")
+    jitted = jax.jit(few_at_a_time(fn), static_argnames="how")
     found = jitted(matrices, "here", scale=2.0)
     assert set(found) == {"here", "add", "static"}
     assert found["add"] is None
@@ -92,7 +108,7 @@ def test_primitives_have_the_names_that_jax_gives_them() -> None:
     from jax.extend.core import primitives
 
     known = {p.name for p in vars(primitives).values() if isinstance(p, jax.extend.core.Primitive)}
-    missing = set(_factorizations._RANKS) - known
+    missing = set(_factorizations._LAPACK) - known
     assert missing <= {"geqp3", "geqrf", "ormqr"}, missing  # not public
 
 

@@ -1,4 +1,4 @@
-"""Batched matrix factorisations one matrix at a time, where jaxlib would otherwise wait for ever.
+"""Batched matrix factorisations in small parts, where jaxlib might otherwise wait for ever.
 
 On a CPU, jaxlib 0.10.0 to 0.11.0 spreads a batch of LAPACK calls over the threads of the pool that also runs the
 program, and the thread that asked waits for them. Once as many batches are asked for at once as there are threads, all

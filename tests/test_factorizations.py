@@ -59,9 +59,12 @@ def batches(program, x) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "small" not in request.node.name:
-        monkeypatch.setattr(_factorizations, "_SMALL", 1)
+def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_is(1, monkeypatch)
+
+
+def small_is(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_factorizations, "_SMALL", number)
     _factorizations._KNOWN.clear()  # jax keeps the programs of its own functions
 
 
@@ -86,8 +89,9 @@ def test_programs_that_need_no_loops_are_left_alone(name: str, matrices: jax.Arr
     assert batches(few_at_a_time(fn), matrices) == batches(fn, matrices)
 
 
-def test_small_batches_stay(rng_key: jax.Array) -> None:
+def test_small_batches_stay(rng_key: jax.Array, monkeypatch: pytest.MonkeyPatch) -> None:
     """199 matrices of 10 x 10 are the most that may be below 200,000 operations."""
+    small_is(200_000, monkeypatch)
     fn = lambda x: jnp.linalg.cholesky(spd(x))
     few, many = (jax.random.normal(rng_key, (number, 10, 10)) for number in (199, 500))
     assert batches(few_at_a_time(fn), few) == ["199"]

@@ -27,9 +27,9 @@ import numpy as np
 from benchmarks._harness import save, with_others
 from benchmarks.posteriors import POSTERIORS, Posterior
 from pmcmc import HMC, MALA, NUTS, Chain, EnsembleAdaptation, Kernel, RandomWalk, Warmup, from_blackjax
+from pmcmc._jit import forget_programs
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential, quasi_deer
 from pmcmc.sampling import _auto
-from pmcmc.sampling._engine import forget_programs
 from pmcmc.stability import predict_sweeps
 
 BLOCKS = (16, 64, 256)

@@ -1,8 +1,10 @@
 """jit as this package's programs want it: compiler options, known faults avoided, and the time they take."""
 
+import threading
 import time
-from collections.abc import Callable
-from functools import cache, update_wrapper
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from functools import cache, update_wrapper, wraps
 from typing import Any
 
 import jax
@@ -39,42 +41,75 @@ def that_ends(fn: Callable) -> Callable:
     return few_at_a_time(fn) if default_platform() == "cpu" and may_wait_for_ever() else fn
 
 
-class TunedJit:
-    """``jax.jit`` that reads `compiler_options` on use, not on import."""
+# Targets whose programs are kept, the last that were used: fits of ever new models must not fill the memory.
+MAX_TARGETS = 8
+_programs: OrderedDict[Hashable, dict[Hashable, Any]] = OrderedDict()
+_lock = threading.Lock()
 
-    def __init__(self, fn: Callable, **jit_options: Any):
-        self._fn, self._jit_options = fn, jit_options
-        self._jitted: dict[str, Any] = {}  # by platform
+
+def programs_of(target: Any) -> dict[Hashable, Any]:
+    """What was compiled for a target, and for others that differ in their numbers only; empty once it was dropped."""
+    with _lock:
+        found = _programs.setdefault(target.owner, {})
+        _programs.move_to_end(target.owner)
+        while len(_programs) > MAX_TARGETS:
+            _programs.popitem(last=False)
+        return found
+
+
+def forget_programs() -> None:
+    """Drop them all."""
+    _programs.clear()
+
+
+class TargetJit:
+    """``jax.jit`` of a function whose first argument is a target.
+
+    Each target has a jitted function of its own, which `programs_of` keeps, so that its programs can be dropped: JAX
+    drops those of a function when the function goes.
+
+    tuned: with `compiler_options`, read on use and not on import, and with `that_ends`. False for functions that other
+        programs call.
+    """
+
+    def __init__(self, fn: Callable, tuned: bool, **jit_options: Any):
+        self._fn, self._tuned, self._jit_options = fn, tuned, jit_options
         update_wrapper(self, fn)
 
-    @property
-    def jitted(self) -> Any:
-        platform = default_platform()
-        if platform not in self._jitted:
-            options = compiler_options(platform)
-            self._jitted[platform] = jax.jit(that_ends(self._fn), compiler_options=options, **self._jit_options)
-        return self._jitted[platform]
+    def _jitted(self, target: Any) -> Any:
+        platform, programs = default_platform(), programs_of(target)
+        if (self, platform) not in programs:
+            fn = that_ends(self._fn) if self._tuned else self._fn
+            options = compiler_options(platform) if self._tuned else None
+            own = wraps(fn)(lambda *args, **kwargs: fn(*args, **kwargs))
+            programs.setdefault((self, platform), jax.jit(own, compiler_options=options, **self._jit_options))
+        return programs[self, platform]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.jitted(*args, **kwargs)
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._jitted(target)(target, *args, **kwargs)
 
-    def lower(self, *args: Any, **kwargs: Any) -> Any:
+    def lower(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Traced for these arguments; ``compile()`` it, and a later call with the same shapes finds the program."""
-        return self.jitted.lower(*args, **kwargs)
+        return self._jitted(target).lower(target, *args, **kwargs)
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile for these arguments; a later call with the same shapes finds the program."""
-        self.lower(*args, **kwargs).compile()
+    def eval_shape(self, target: Any, *args: Any, **kwargs: Any) -> Any:
+        """Shapes and dtypes of the result."""
+        return self._jitted(target).eval_shape(target, *args, **kwargs)
 
     def timed(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[float, float]]:
         """The finished result, with the seconds of compiling and of running."""
         begin = time.perf_counter()
-        self.compile(*args, **kwargs)
+        self.lower(*args, **kwargs).compile()
         compiled = time.perf_counter()
         result = jax.block_until_ready(self(*args, **kwargs))
         return result, (compiled - begin, time.perf_counter() - compiled)
 
 
-def tuned_jit(**jit_options: Any) -> Callable[[Callable], TunedJit]:
-    """Decorator: ``@tuned_jit(static_argnames=...)``."""
-    return lambda fn: TunedJit(fn, **jit_options)
+def tuned_jit(**jit_options: Any) -> Callable[[Callable], TargetJit]:
+    """Decorator of a function of a target: ``@tuned_jit(static_argnames=...)``."""
+    return lambda fn: TargetJit(fn, True, **jit_options)
+
+
+def plain_jit(**jit_options: Any) -> Callable[[Callable], TargetJit]:
+    """The same for functions that other programs call, or that are too small to be tuned."""
+    return lambda fn: TargetJit(fn, False, **jit_options)

@@ -1,20 +1,121 @@
 """Where chains stand, and what a file says of them."""
 
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._jit import default_platform
+from pmcmc._jit import default_platform, plain_jit
 from pmcmc._storage import Writer
+from pmcmc._traced import Traced, digest
 from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.report import SolveReport
 from pmcmc.target import LogDensity, Target, WithoutDensity
 from pmcmc.warmup._base import LaneTiming
+
+
+class Described(NamedTuple):
+    """What a model's sites say of themselves, for whoever labels draws.
+
+    dims: names of the leading axes of a site's values. observed, constant: the data, by site and by argument.
+    """
+
+    dims: dict[str, list[str]]
+    observed: dict[str, Array]
+    constant: dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The user's model behind a target, so that a later call can tell whether it has changed.
+
+    make: the target of the model as it is when this is called. target: as it was when the run began.
+    given: the kernel as the user passed it. traced: with the functions in it as they were when the run began.
+    constant: array arguments of the model at that time, by name.
+    """
+
+    make: Callable[[], Target]
+    target: Target
+    constant: dict[str, np.ndarray]
+    given: Kernel | None = None
+    traced: Kernel | None = None
+
+    def with_kernel(self, kernel: Kernel) -> "Source":
+        """Functions in the kernel are traced, and the target knows of what else it depends on."""
+        traced, context = _traced_kernel(kernel, self.target)
+        return replace(self, target=replace(self.target, context=context), given=kernel, traced=traced)
+
+    def check(self) -> None:
+        """Raise where model, data or functions in the kernel are no longer what they were.
+
+        Raises:
+            ValueError: what has changed.
+        """
+        target = self.make()
+        data_only = target.model == self.target.model and target.spec == self.target.spec
+        if not data_only or not _same(target.data, self.target.data):
+            what = (
+                "arrays that the model reads hold other numbers" if data_only else "the model computes something else"
+            )
+            raise ValueError(
+                f"the model has changed since this chain was sampled: {what}. Its draws are of the model as it was. "
+                "Restore the model, its data and the handlers around it, or sample the new model by a call of its own."
+            )
+        if self.given is not None:
+            traced, context = _traced_kernel(self.given, target)
+            if context != self.target.context or not _same(traced, self.traced):
+                raise ValueError(
+                    "functions in the kernel have changed since this chain was sampled: its draws are of the kernel as "
+                    "it was. Restore what these functions read, or sample again with the new kernel."
+                )
+
+    def describe(self, target: Target, position: PyTree) -> Described:
+        """Sites with their dimensions, and the data."""
+        observed = target.model.observed(target.data, position)
+        same = lambda a, b: jnp.shape(a) == jnp.shape(b) and bool(jnp.all(jnp.asarray(a) == b))
+        constant = {
+            name: jnp.asarray(x) for name, x in self.constant.items() if not any(same(x, y) for y in observed.values())
+        }
+        return Described(target.model.dims, observed, constant)
+
+    def digests(self) -> dict[str, Any]:
+        """What a file says of the model, its data and the functions in the kernel, so that others are refused.
+
+        Those of the arguments can be compared anywhere; the others where the packages' versions are the same.
+        """
+        is_function = lambda x: isinstance(x, Traced)
+        functions = [x.content for x in jax.tree.leaves(self.traced, is_leaf=is_function) if is_function(x)]
+        return {
+            "versions": {name: version(name) for name in ("jax", "numpyro")},
+            "arguments": {name: digest(x) for name, x in self.constant.items()},
+            "the model": self.target.model.digest,
+            "the data": digest(self.target.data),
+            "functions in the kernel": digest((self.target.context, functions)),
+        }
+
+
+def _traced_kernel(kernel: Kernel, target: Target) -> tuple[Kernel, Hashable]:
+    traced = kernel.traced(target)
+    return traced, traced.context(target)
+
+
+def _same(a: PyTree, b: PyTree) -> bool:
+    """Whether two pytrees have the same structure and, bit for bit, the same numbers."""
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        return False
+    return all(_bits(x) == _bits(y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def _bits(x: Any) -> tuple:
+    x = jax.random.key_data(x) if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key) else x
+    array = np.asarray(x)
+    return array.shape, array.dtype, array.tobytes()
 
 
 class ChainState(NamedTuple):
@@ -26,6 +127,7 @@ class ChainState(NamedTuple):
     num_steps: taken since warm-up. num_unkept: of these, those behind the last one that thinning kept.
     ensemble: last unknowns of warm-up, from which block starts are guessed. own: (num_chains,) those where the chains
         started. timing: of a step on many lanes, for the planner. None of the three changes a draw.
+    source: the user's model, to see whether it has changed.
     """
 
     target: Target
@@ -37,6 +139,7 @@ class ChainState(NamedTuple):
     ensemble: PyTree
     own: np.ndarray
     timing: LaneTiming | None
+    source: Source
 
 
 def header(
@@ -68,6 +171,7 @@ def header(
         "logdensity": last_logdensity(state).tolist(),
         "key_impl": str(jax.random.key_impl(state.rng_key)),
         "timing": None if state.timing is None else [default_platform(), *state.timing],
+        "digests": state.source.digests(),
         "num_steps": state.num_steps,
         "num_unkept": state.num_unkept,
         "thinning": thinning,
@@ -86,7 +190,7 @@ def describe_sites(target: Target) -> dict[str, list]:
     return {jax.tree_util.keystr(path): [list(x.shape), str(x.dtype)] for path, x in leaves}
 
 
-@jax.jit
+@plain_jit()
 def _logdensity(target: Target, kernel: Kernel, unknown: PyTree) -> Array:
     return jax.vmap(lambda x: target.model.logdensity(target.data, kernel.position(target, x)))(unknown)
 

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from pmcmc import kernels, recurrence
+from pmcmc._traced import Traced, Untraced
 from pmcmc._types import PyTree
 from pmcmc.kernels._compose import Block
 from pmcmc.target import Basis
@@ -67,6 +68,8 @@ class Writer:
         if isinstance(value, (np.ndarray, np.generic, jax.Array)):
             self.arrays[name] = np.asarray(value)
             return {"array": name}
+        if isinstance(value, (Traced, Untraced)):
+            return {"gap": "function"}
         items: Iterable[tuple[Any, Any]]
         if isinstance(value, dict) and all(isinstance(key, str) for key in value):
             kind, items = "dict", value.items()
@@ -139,6 +142,8 @@ class Reader:
         """
         if not isinstance(stored, dict):
             return stored
+        if isinstance(given, (Traced, Untraced)):
+            return given
         if "array" in stored:
             return self.arrays[stored["array"]]
         if "gap" in stored:

@@ -183,6 +183,7 @@ class Chain:
             True
         """
         state = self.state
+        state.source.check()
         steps_before = state.num_steps - state.num_unkept - self.num_samples * self.thinning
         first = jax.tree.map(lambda x: np.asarray(x)[state.own], state.ensemble) if steps_before == 0 else None
         record = Record(self.unknowns, self.info, first, self.last_state, self.thinning, state.num_unkept, steps_before)
@@ -326,7 +327,7 @@ class Chain:
         samples = by_name(self.get_samples(group_by_chain=True))
         target, report = self.target, self.report
         place = self.kernel.position(target, jax.tree.map(lambda x: jnp.asarray(x)[0], self.last_state))
-        described = target.model.describe(target.data, place)
+        described = self.state.source.describe(target, place)
         groups = {
             "posterior": samples,
             "sample_stats": sample_stats(self.kernel, self.info),
@@ -348,7 +349,7 @@ class Chain:
 
     def _log_likelihood(self) -> PyTree:
         draw = jax.tree.map(lambda x: x[0, :1], self.unknowns)
-        shapes = jax.eval_shape(_log_likelihoods.jitted, self.target, self.kernel, draw)
+        shapes = _log_likelihoods.eval_shape(self.target, self.kernel, draw)
         if not shapes:
             raise ValueError(
                 "log_likelihood=True needs a NumPyro model with observed sites: a plain log density does not tell its "

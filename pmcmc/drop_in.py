@@ -15,14 +15,14 @@ from numpyro.infer.initialization import init_to_uniform
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import initialize_model
 
-from pmcmc._state import ChainState, last_logdensity
+from pmcmc._state import ChainState, Source, last_logdensity
 from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.chain import Chain
-from pmcmc.interop._numpyro import numpyro_target
 from pmcmc.kernels import HMC, NUTS, Kernel
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.sampling._api import model_starts
 from pmcmc.sampling._settings import Settings, as_key
+from pmcmc.sampling._source import model_source
 from pmcmc.sampling._stages import run_stages, sample_from, warm_up
 from pmcmc.target import Target
 from pmcmc.warmup import EnsembleAdaptation, Warmup
@@ -150,9 +150,9 @@ class ParallelMCMC(MCMC):
                 "chain from its start, num_warmup=0 and a step size."
             )
         self._args, self._kwargs, self._warmup_state = args, kwargs, None
-        target, key, settings = self._prepare(rng_key, extra_fields)
-        starts = model_starts(target, key, self._init_params(key, init_params), settings)
-        state = warm_up(target, key, starts, settings, self.progress_bar)
+        source, key, settings = self._prepare(rng_key, extra_fields)
+        starts = model_starts(source.target, key, self._init_params(key, init_params), settings)
+        state = warm_up(source, key, starts, settings, self.progress_bar)
         self._last_state = self._warmup_state = _standing(state)
 
     def run(self, rng_key, *args, extra_fields=(), init_params=None, **kwargs) -> None:
@@ -166,25 +166,26 @@ class ParallelMCMC(MCMC):
         init_params: unconstrained starting values by site, with a leading axis num_chains where there are several.
         """
         self._args, self._kwargs = args, kwargs
-        target, key, settings = self._prepare(rng_key, extra_fields)
+        source, key, settings = self._prepare(rng_key, extra_fields)
         if self._warmup_state is None:
-            starts = model_starts(target, key, self._init_params(key, init_params), settings)
-            chain = run_stages(target, key, starts, settings, self.progress_bar)
+            starts = model_starts(source.target, key, self._init_params(key, init_params), settings)
+            chain = run_stages(source, key, starts, settings, self.progress_bar)
         else:
-            chain = sample_from(self._go_on(target, key), settings, self.progress_bar)
+            chain = sample_from(self._go_on(source, key), settings, self.progress_bar)
         self._chain = chain
         self._last_state = _standing(chain.state)
         self._states, self._states_flat = _states(chain, extra_fields), None
 
-    def _prepare(self, rng_key: Any, extra_fields: Sequence[str]) -> tuple[Target, PRNGKey, Settings]:
-        target = numpyro_target(self.sampler.model, self._args, self._kwargs)
+    def _prepare(self, rng_key: Any, extra_fields: Sequence[str]) -> tuple[Source, PRNGKey, Settings]:
+        source = model_source(self.sampler.model, self._args, self._kwargs)
+        target = source.target
         if isinstance(rng_key, jax.Array) and rng_key.shape:
             typed = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
             if rng_key.ndim == (1 if typed else 2) and len(rng_key) == self.num_chains:
                 rng_key = rng_key[0]
         _check_sites(target, extra_fields)
         settings = self._settings(target, [name for name in extra_fields if not (_site(name) or name == _STEP_SIZE)])
-        return target, as_key(rng_key), settings
+        return source, as_key(rng_key), settings
 
     def _settings(self, target: Target, extra_fields: Sequence[str]) -> Settings:
         return Settings.check(
@@ -210,7 +211,7 @@ class ParallelMCMC(MCMC):
         )
         return found.param_info.z
 
-    def _go_on(self, target: Target, rng_key: PRNGKey) -> ChainState:
+    def _go_on(self, source: Source, rng_key: PRNGKey) -> ChainState:
         """From ``post_warmup_state``, with the model's arguments of this run."""
         state = self._warmup_state
         if not isinstance(state, ParallelState):
@@ -219,6 +220,9 @@ class ParallelMCMC(MCMC):
                 "states of NumPyro's own samplers do not hold what is needed. Pass init_params= instead."
             )
         chains = state.chains
+        kernel = chains.source.given
+        source = source if kernel is None else source.with_kernel(kernel)
+        target = source.target
         if len(chains.own) != self.num_chains or target.spec != chains.target.spec:
             raise ValueError(
                 "post_warmup_state has another number of chains, or latent sites of other names or shapes: set it to "
@@ -229,7 +233,8 @@ class ParallelMCMC(MCMC):
             # not the key itself: it may have drawn these steps before, and chains that share noise would merge
             rng_key = jax.random.fold_in(rng_key, chains.num_steps + 1)
         # as in NumPyro each run keeps num_samples // thinning draws
-        return chains._replace(target=target.with_basis(chains.target.basis), rng_key=rng_key, num_unkept=0)
+        target = target.with_basis(chains.target.basis)
+        return chains._replace(target=target, rng_key=rng_key, num_unkept=0, source=source)
 
 
 def _site(field: str) -> str:

@@ -1,20 +1,23 @@
 """What is sampled: a model over any pytree, and its log density over a vector.
 
-A `Target` is a pytree whose leaves are the model's data and the basis; the model itself is static and compared by
-the user's function. So two calls with the same function and the same shapes compile once, whatever the numbers.
+A `Target` is a pytree whose leaves are the model's data and the basis. The model itself is static: the user's function
+as it was when the target was made, traced, and compared by what it computes (see `pmcmc._traced`). So two calls whose
+models differ in nothing but the numbers of their arrays compile once, and a model that has changed compiles anew.
 """
 
 import abc
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._jit import tuned_jit
+from pmcmc._jit import plain_jit, tuned_jit
+from pmcmc._traced import Trace, digest, trace
 from pmcmc._tree import RavelSpec, is_real, register_dataclass
 from pmcmc._types import Array, ArrayLeaf, Float, PyTree
 
@@ -23,19 +26,8 @@ SMALL_DIM = 32
 Supports = tuple[tuple[str, tuple[int | float, ...]], ...]  # (site, its values)
 
 
-class Described(NamedTuple):
-    """What a model's sites say of themselves, for whoever labels draws.
-
-    dims: names of the leading axes of a site's values. observed, constant: the data, by site and by argument.
-    """
-
-    dims: dict[str, list[str]]
-    observed: dict[str, Array]
-    constant: dict[str, Array]
-
-
 class Model(abc.ABC):
-    """The static half of a target: hashable, compared by the user's function.
+    """The static half of a target: hashable, compared by what it computes.
 
     has_density: False where only the kernel knows what is sampled; then `logdensity` is NaN.
     supports: values of each discrete site, as far as the model knows them.
@@ -77,9 +69,19 @@ class Model(abc.ABC):
         """Latent sites whose scale differs between two positions, as far as the model has sites."""
         return []
 
-    def describe(self, data: PyTree, position: PyTree) -> Described:
-        """Sites with their dimensions and data, as far as the model has sites."""
-        return Described({}, {}, {})
+    def observed(self, data: PyTree, position: PyTree) -> dict[str, Array]:
+        """Values of the observed sites, as far as the model has sites."""
+        return {}
+
+    @property
+    def digest(self) -> str:
+        """A short text for what the model computes, the same in every process with these versions of packages."""
+        return ""
+
+    @property
+    def dims(self) -> dict[str, list[str]]:
+        """Names of the leading axes of a site's values, as far as the model has sites."""
+        return {}
 
     def log_likelihood(self, data: PyTree, position: PyTree) -> dict[str, Array]:
         """Of each observation by observed site, as far as the model has sites."""
@@ -88,12 +90,16 @@ class Model(abc.ABC):
 
 @dataclass(frozen=True)
 class LogDensity(Model):
-    """A plain log density ``logdensity_fn(position) -> scalar``."""
+    """A plain log density ``logdensity_fn(position) -> scalar``. Its data are the arrays that the function read."""
 
-    logdensity_fn: Callable
+    trace: Trace
+
+    @property
+    def digest(self) -> str:
+        return digest(self.trace)
 
     def logdensity(self, data, position):
-        return self.logdensity_fn(position)
+        return self.trace(data, position)
 
     def constrain(self, data, position):
         return position
@@ -185,6 +191,7 @@ class Target:
     spec: how positions map to vectors.
     data: arrays the model reads, as leaves.
     basis: coordinates the kernels work in, from warm-up; None for the user's own.
+    context: what else programs depend on, static: functions of the user's within a kernel. None: nothing.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -197,10 +204,14 @@ class Target:
     spec: RavelSpec = field(metadata=dict(static=True))
     data: PyTree = None
     basis: Basis | None = None
+    context: Hashable = field(default=None, metadata=dict(static=True))
 
     @classmethod
     def from_logdensity(cls, logdensity_fn: Callable | None, position: PyTree) -> "Target":
         """A target from ``logdensity_fn(position) -> scalar`` over pytrees like ``position``.
+
+        The function is traced once, now: what becomes of arrays and attributes that it reads does not change the
+        target.
 
         logdensity_fn: None for kernels that evaluate no density, such as `Gibbs`.
 
@@ -212,20 +223,26 @@ class Target:
             return cls.build(WithoutDensity(), position, None)
         if not callable(logdensity_fn):
             raise TypeError(f"logdensity_fn must be callable as fn(position), got {type(logdensity_fn).__name__}.")
-        return cls.build(LogDensity(logdensity_fn), position, None)
+        spec = _spec(position)
+        traced = trace(logdensity_fn, spec.template)
+        return cls.build(LogDensity(traced.trace), position, traced.constants)
 
     @classmethod
     def build(cls, model: Model, position: PyTree, data: PyTree) -> "Target":
         """A target from a `Model`; checks shapes and dtypes without evaluating anything."""
-        if not sum(jnp.size(x) for x in jax.tree.leaves(position)):
-            raise ValueError("the position holds no numbers: there is nothing to sample.")
-        out = jax.eval_shape(model.logdensity, data, position)
+        spec = _spec(position)
+        out = jax.eval_shape(model.logdensity, data, spec.template)
         if jnp.shape(out) != () or not jnp.issubdtype(jnp.result_type(out), jnp.floating):
             raise ValueError(
                 f"the log density must return one real number, got shape {jnp.shape(out)} and dtype "
                 f"{jnp.result_type(out)}. Sum over observations, or vectorise over chains with num_chains."
             )
-        return cls(model, RavelSpec.of(position), data)
+        return cls(model, spec, data)
+
+    @property
+    def owner(self) -> Hashable:
+        """What programs are compiled for: targets with the same differ in numbers and coordinates only."""
+        return self.model, self.context
 
     @property
     def dim(self) -> int:
@@ -264,20 +281,26 @@ class Target:
     def given(self, names: tuple[str, ...], others: PyTree, basis: Basis | None = None) -> "Target":
         """The sites ``names`` of a dict position given the others, whose values may be left out until needed."""
         spec = RavelSpec.of({name: self.spec.template[name] for name in names})
-        return Target(Conditional(self.model), spec, (self.data, others), basis)
+        return Target(Conditional(self.model), spec, (self.data, others), basis, self.context)
 
     def with_basis(self, basis: Basis | None) -> "Target":
         return replace(self, basis=basis)
 
 
-# Within other programs these two are calls that XLA inlines: the user's model is traced once, and not again by each
-# program and each loop within it that evaluates it.
-@jax.jit
+def _spec(position: PyTree) -> RavelSpec:
+    if not sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(position)):
+        raise ValueError("the position holds no numbers: there is nothing to sample.")
+    return RavelSpec.of(position)
+
+
+# Within other programs these two are calls that XLA inlines: the model is traced once, and not again by each program
+# and each loop within it that evaluates it.
+@plain_jit()
 def _logdensity(target: Target, y: Array) -> Array:
     return target.model.logdensity(target.data, target.position(y)).astype(target.spec.dtype)
 
 
-@jax.jit
+@plain_jit()
 def _value_and_grad(target: Target, y: Array) -> tuple[Array, Array]:
     return jax.value_and_grad(partial(_logdensity, target))(y)
 

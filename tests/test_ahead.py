@@ -14,11 +14,12 @@ import pytest
 
 import pmcmc
 from benchmarks._compilations import compilations
+from pmcmc._jit import forget_programs
 from pmcmc.interop._numpyro import numpyro_target
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.sampling import _ahead, _auto
 from pmcmc.sampling._ahead import Ahead
-from pmcmc.sampling._engine import Engine, forget_programs
+from pmcmc.sampling._engine import Engine
 from pmcmc.stability import Costs, plan
 from tests._selection import share
 from tests._targets import gaussian, start_like

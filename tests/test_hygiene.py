@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).parents[1] / "pmcmc"
 LEVELS = [
     {"_types"},
     {"_tree", "_factorizations", "_memory", "_threefry"},
-    {"_jit"},
+    {"_jit", "_traced"},
     {"_one_kernel"},
     {"recurrence"},
     {"target"},

@@ -29,6 +29,14 @@ def is_built(algorithm: Any) -> bool:
     return hasattr(algorithm, "init") and hasattr(algorithm, "step") and not hasattr(algorithm, "sample")
 
 
+def is_of_blackjax(value: Any) -> bool:
+    """Whether a constructor or a setting is a number or a function of BlackJAX's, which reads nothing of the user's."""
+    if not callable(value):
+        return not is_built(value)
+    module = getattr(value, "__module__", None) or type(value).__module__
+    return module.split(".")[0] == "blackjax" and not getattr(value, "__closure__", None)
+
+
 def takes_likelihood(constructor: Any) -> bool:
     """Whether BlackJAX's constructor expects a log likelihood where others expect a log density."""
     import blackjax

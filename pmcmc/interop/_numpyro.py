@@ -1,34 +1,25 @@
 """NumPyro models as targets. NumPyro is imported when a function here runs, not before."""
 
-import hashlib
 import inspect
 import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, wraps
-from typing import Any
+from functools import wraps
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pmcmc._jit import plain_jit
 from pmcmc._threefry import key_pair, threefry_2x32
+from pmcmc._traced import Trace, digest, trace
+from pmcmc._tree import RavelSpec
 from pmcmc._types import Array, PRNGKey, PyTree
-from pmcmc.target import Described, Model, Supports, Target, evaluate_starts
+from pmcmc.target import Model, Supports, Target, evaluate_starts
 
-# What jax raises when a model asks a traced array for its value: np.unique(group), if n > 3, y[mask].
-_NEEDS_VALUE = (
-    jax.errors.ConcretizationTypeError,
-    jax.errors.TracerArrayConversionError,
-    jax.errors.TracerBoolConversionError,
-    jax.errors.TracerIntegerConversionError,
-    jax.errors.NonConcreteBooleanIndexError,
-)
-
-
-# NumPyro's stack of handlers is one for all threads, and programs are traced in a second one: two models that run at
-# once would see each other's sites.
+# NumPyro's stack of handlers is one for all threads: two models that run at once would see each other's sites.
 _ONE_AT_A_TIME = threading.RLock()
 
 
@@ -43,162 +34,149 @@ def _alone(method: Callable) -> Callable:
     return run
 
 
-class _Constant:
-    """An argument of the model that is no traced array: compared by content where possible, else by identity."""
-
-    def __init__(self, value: Any):
-        self.value = value
-        if isinstance(value, (np.ndarray, jax.Array)):
-            is_key = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
-            array = np.asarray(jax.random.key_data(value) if is_key else value)
-            self._key: Any = (array.shape, str(value.dtype), hashlib.sha256(array.tobytes()).hexdigest())
-        else:
-            try:
-                hash(value)
-                self._key = (type(value), value)
-            except TypeError:
-                self._key = id(value)  # kept alive by this object
-
-    def __hash__(self):
-        return hash(self._key)
-
-    def __eq__(self, other):
-        return isinstance(other, _Constant) and self._key == other._key
-
-
 @dataclass(frozen=True)
 class NumpyroModel(Model):
-    """A NumPyro model with its arguments: arrays are the target's data, everything else is static.
+    """A NumPyro model as it was when it was traced. Its data are the arrays that it read then, arguments or not.
 
-    model: the user's function; two targets of the same function and shapes are equal.
-    treedef, constants: the arguments without the arrays that are data (None in their place).
+    trace: of `_run`: everything that is asked of a model at a position.
+    about: what its sites are at every position.
     supports: of discrete latent sites. Positions hold their values as they are, and continuous ones unconstrained.
     """
 
-    model: Callable
-    treedef: Any
-    constants: tuple[_Constant | None, ...]
+    trace: Trace
+    about: "_Sites"
     supports: Supports = ()
 
-    def _call(self, data: list) -> tuple[Callable, tuple, dict]:
-        import numpyro
+    @property
+    def digest(self) -> str:
+        return digest((self.trace, tuple(self.about), self.supports))
 
-        arrays = iter(data)
-        leaves = [next(arrays) if c is None else c.value for c in self.constants]
-        args, kwargs = jax.tree.unflatten(self.treedef, leaves)
-        # A fixed key: only subsampling plates draw anything here, and they must draw the same at every step.
-        return numpyro.handlers.seed(self.model, jax.random.key(0)), args, kwargs
+    def _part(self, name: str, data: list, position: PyTree) -> PyTree:
+        return self.trace.part(name)(data, position)
 
-    def _call_at(self, data: list, position: PyTree) -> tuple[tuple[Callable, tuple, dict], dict, dict]:
-        """The call with discrete sites fixed at their values, these values, and the continuous rest of the position."""
-        from numpyro import handlers
-
-        names = [name for name, _ in self.supports]
-        discrete = {name: value for name, value in position.items() if name in names}
-        model, args, kwargs = self._call(data)
-        if discrete:
-            model = handlers.substitute(model, data=discrete)
-        return (model, args, kwargs), discrete, {k: v for k, v in position.items() if k not in discrete}
-
-    @_alone
     def logdensity(self, data, position):
-        from numpyro.infer.util import potential_energy
+        return self._part("logdensity", data, position)
 
-        call, _, continuous = self._call_at(data, position)
-        return -potential_energy(*call, continuous)
-
-    @_alone
     def constrain(self, data, position):
-        return self._constrained(data, position, return_deterministic=True)
+        return self._part("values", data, position)
 
-    def _constrained(self, data: list, position: PyTree, return_deterministic: bool) -> dict:
-        from numpyro.infer.util import constrain_fn
+    def log_likelihood(self, data, position):
+        return self._part("log_likelihood", data, position)
 
-        call, discrete, continuous = self._call_at(data, position)
-        return {**discrete, **constrain_fn(*call, continuous, return_deterministic=return_deterministic)}
+    def observed(self, data, position):
+        return self._part("observed", data, position)
 
-    @_alone
     def element_logdensities(self, data, position, site, values):
-        from numpyro.infer.util import compute_log_probs
-
-        constrained = self._constrained(data, position, return_deterministic=False)
-
         def at(value: Array) -> Array:
-            everywhere = {**constrained, site: jnp.full_like(constrained[site], value)}
-            terms, trace = compute_log_probs(*self._call(data), everywhere, sum_log_prob=False)
-            return _by_element(trace, terms, site)
+            everywhere = {**position, site: jnp.full_like(position[site], value)}
+            return _by_element(self.about, self._part("terms", data, everywhere), site, position[site].shape)
 
         return jnp.moveaxis(jax.vmap(at)(values), 0, -1)
 
-    @_alone
-    def _trace(self, data: list, position: PyTree) -> dict:
-        """The model's sites at a position."""
-        from numpyro import handlers, validation_enabled
-
-        model, args, kwargs = self._call(data)
-        with validation_enabled(False):  # a value that is not allowed shall have a name, not an exception without one
-            values = self.constrain(data, position)
-            return handlers.trace(handlers.substitute(model, data=values)).get_trace(*args, **kwargs)
-
     def centred_sites(self, data, position, other) -> list[str]:
-        scales = [self._scales(data, x) for x in (position, other)]
+        scales = [self._part("scales", data, x) for x in (position, other)]
         return [name for name, scale in scales[0].items() if bool(jnp.any(scale != scales[1][name]))]
 
-    def _scales(self, data: list, position: PyTree) -> dict[str, Array]:
-        """The scale of each latent site of a location-scale family, at a position."""
-        from numpyro.distributions import ExpandedDistribution, Independent, MaskedDistribution
-
-        found = {}
-        for name, site in self._trace(data, position).items():
-            if site["type"] != "sample" or site.get("is_observed", False):
-                continue
-            fn = site["fn"]
-            while isinstance(fn, (ExpandedDistribution, Independent, MaskedDistribution)):
-                fn = fn.base_dist
-            if hasattr(fn, "loc") and hasattr(fn, "scale"):
-                found[name] = jnp.asarray(fn.scale)
-        return found
-
-    def describe(self, data, position):
-        dims, observed = {}, {}
-        for name, site in self._trace(data, position).items():
-            if site["type"] not in ("sample", "deterministic"):
-                continue
-            plates = sorted(site["cond_indep_stack"], key=lambda frame: frame.dim)
-            # a deterministic site in a plate need not have the plate's axis
-            if jnp.shape(site["value"])[: len(plates)] == tuple(frame.size for frame in plates):
-                dims[name] = [frame.name for frame in plates] + list(site.get("infer", {}).get("event_dims", []))
-            if _is_observation(site):
-                observed[name] = jnp.asarray(site["value"])
-        return Described(dims, observed, self._constants(data, observed))
-
-    def _constants(self, data: list, observed: dict) -> dict[str, Array]:
-        """Array arguments of the model that are no observations, by the names of its parameters."""
-        _, args, kwargs = self._call(data)
-        try:
-            arguments = inspect.signature(self.model).bind(*args, **kwargs).arguments
-        except (TypeError, ValueError):  # a callable that does not tell
-            return {}
-        same = lambda a, b: jnp.shape(a) == jnp.shape(b) and bool(jnp.all(a == b))
-        arrays = {name: value for name, value in arguments.items() if _is_array(value)}
-        return {name: x for name, x in arrays.items() if not any(same(x, y) for y in observed.values())}
-
-    @_alone
-    def log_likelihood(self, data, position):
-        from numpyro.handlers import substitute, trace
-
-        model, args, kwargs = self._call(data)
-        sites = trace(substitute(model, data=self.constrain(data, position))).get_trace(*args, **kwargs)
-        return {name: site["fn"].log_prob(site["value"]) for name, site in sites.items() if _is_observation(site)}
-
     def explain(self, data, position) -> str:
-        trace = self._trace(data, position)
-        sites = [
-            name
-            for name, site in trace.items()
-            if site["type"] == "sample" and not bool(jnp.all(jnp.isfinite(site["fn"].log_prob(site["value"]))))
-        ]
+        finite = self._part("finite", data, position)
+        sites = [name for name in self.about.order if not bool(finite.get(name, True))]
         return f"Its terms are not finite at site {', '.join(map(repr, sites))}." if sites else ""
+
+    @property
+    def dims(self) -> dict[str, list[str]]:
+        return {name: list(dims) for name, dims in self.about.dims}
+
+
+class _Sites(NamedTuple):
+    """What a model's sites are at every position.
+
+    order: their names. dims: names of the leading axes of their values. plates: of each site, (name, axis) pairs.
+    """
+
+    order: tuple[str, ...]
+    dims: tuple[tuple[str, tuple[str, ...]], ...]
+    plates: tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
+
+
+def _run(model: Callable, args: tuple, kwargs: dict, supports: Supports, position: PyTree) -> tuple[dict, _Sites]:
+    """The model at a position, once, and all that is asked of it there.
+
+    Of the dict's entries each program takes the one that it needs, without what only others need. values: of latent and
+    deterministic sites. terms: log probabilities by site, with NumPyro's scales, not summed. log_likelihood: of
+    observed sites, without scales. finite: whether all log probabilities of a site are. scales: of latent sites of
+    location-scale families. observed: the data.
+    """
+    from numpyro import handlers
+    from numpyro.infer.util import potential_energy
+
+    discrete = {name: position[name] for name, _ in supports}
+    # A fixed key: nothing that the density depends on is drawn.
+    seeded = handlers.seed(handlers.substitute(model, data=discrete) if discrete else model, jax.random.key(0))
+    recorded = handlers.trace(seeded)
+    logdensity = -potential_energy(recorded, args, kwargs, {k: v for k, v in position.items() if k not in discrete})
+    sites = recorded.trace
+    drawn = {name: site for name, site in sites.items() if site["type"] == "sample"}
+    logs = {name: _log_prob(site) for name, site in drawn.items()}
+    values = {
+        name: site["value"]
+        for name, site in sites.items()
+        if site["type"] == "deterministic" or (name in drawn and not site.get("is_observed", False))
+    }
+    return {
+        "logdensity": logdensity,
+        "values": jax.tree.map(jnp.asarray, values),
+        "terms": {
+            name: log if drawn[name]["scale"] is None else drawn[name]["scale"] * log for name, log in logs.items()
+        },
+        "log_likelihood": {name: logs[name] for name, site in drawn.items() if _is_observation(site)},
+        "finite": {name: jnp.all(jnp.isfinite(log)) for name, log in logs.items()},
+        "scales": _scales(drawn),
+        "observed": {name: jnp.asarray(site["value"]) for name, site in drawn.items() if _is_observation(site)},
+    }, _about(sites)
+
+
+def _log_prob(site: dict) -> Array:
+    """As NumPyro's own `compute_log_probs` has it."""
+    return jnp.asarray(site["fn"].log_prob(site["value"], *([site["intermediates"]] if site["intermediates"] else [])))
+
+
+def _scales(sites: dict[str, dict]) -> dict[str, Array]:
+    """The scale of each latent site of a location-scale family."""
+    from numpyro.distributions import ExpandedDistribution, Independent, MaskedDistribution
+
+    found = {}
+    for name, site in sites.items():
+        if site.get("is_observed", False):
+            continue
+        fn = site["fn"]
+        while isinstance(fn, (ExpandedDistribution, Independent, MaskedDistribution)):
+            fn = fn.base_dist
+        if hasattr(fn, "loc") and hasattr(fn, "scale"):
+            found[name] = jnp.asarray(fn.scale)
+    return found
+
+
+def _about(sites: dict[str, dict]) -> _Sites:
+    dims, plates = [], []
+    for name, site in sites.items():
+        if site["type"] not in ("sample", "deterministic"):
+            continue
+        frames = sorted(site["cond_indep_stack"], key=lambda frame: frame.dim)
+        plates.append((name, tuple((frame.name, frame.dim) for frame in frames)))
+        # a deterministic site in a plate need not have the plate's axis
+        if jnp.shape(site["value"])[: len(frames)] == tuple(frame.size for frame in frames):
+            events = site.get("infer", {}).get("event_dims", [])
+            dims.append((name, (*(frame.name for frame in frames), *events)))
+    return _Sites(tuple(sites), tuple(dims), tuple(plates))
+
+
+def array_arguments(model: Callable, args: tuple, kwargs: dict) -> dict[str, np.ndarray]:
+    """Copies of the arrays among a model's arguments, by the names of its parameters."""
+    try:
+        arguments = inspect.signature(model).bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):  # a callable that does not tell
+        return {}
+    return {name: np.array(value) for name, value in arguments.items() if _is_array(value)}
 
 
 def _is_observation(site: dict) -> bool:
@@ -206,14 +184,14 @@ def _is_observation(site: dict) -> bool:
     return site["type"] == "sample" and site.get("is_observed", False) and jnp.size(site["value"]) > 0
 
 
-def _by_element(trace: dict, terms: dict, name: str) -> Array:
+def _by_element(about: _Sites, terms: dict[str, Array], name: str, shape: tuple[int, ...]) -> Array:
     """Sum of the log probabilities that belong to each element of a site: those of all sites within its plates.
 
     Raises:
         ValueError: the site has dimensions that are no plates.
     """
-    site = trace[name]
-    plates, shape = {frame.name: frame.dim for frame in site["cond_indep_stack"]}, site["value"].shape
+    plates_of = {site: dict(frames) for site, frames in about.plates}
+    plates = plates_of[name]
     if {-axis for axis in range(1, len(shape) + 1) if shape[-axis] > 1} - set(plates.values()):
         raise ValueError(
             f"site {name!r} of shape {shape} has dimensions that no plate declares independent: put it in a plate, or "
@@ -221,19 +199,20 @@ def _by_element(trace: dict, terms: dict, name: str) -> Array:
         )
     total = jnp.zeros(shape)
     for other, term in terms.items():
-        if plates.keys() <= {frame.name for frame in trace[other]["cond_indep_stack"]}:
+        if plates.keys() <= plates_of[other].keys():
             foreign = tuple(axis for axis in range(-term.ndim, 0) if axis not in plates.values())
             term = jnp.sum(term, axis=foreign, keepdims=True)
             total = total + jnp.broadcast_to(term.reshape(term.shape[max(0, term.ndim - len(shape)) :]), shape)
     return total
 
 
+@_alone
 def numpyro_target(model: Callable, model_args: tuple, model_kwargs: dict) -> Target:
-    """A `Target` over the unconstrained latent sites of a NumPyro model.
+    """A `Target` over the unconstrained latent sites of a NumPyro model as it is now.
 
-    Float and integer arrays among the arguments become data leaves, so that a second call with the same shapes does
-    not compile again. Where the model needs values of arrays while it is traced (``len(np.unique(group))``), first the
-    integer arrays and then all arrays are fixed as constants instead.
+    The model runs on the user's own arguments, and numpy computes with them in their own precision; what enters JAX
+    enters it as in NumPyro. Arrays that it reads, arguments or not, become data leaves, so that a second call with the
+    same shapes does not compile again.
 
     Raises:
         TypeError: ``model`` is not callable.
@@ -241,19 +220,20 @@ def numpyro_target(model: Callable, model_args: tuple, model_kwargs: dict) -> Ta
     """
     if not callable(model):
         raise TypeError(f"model must be a NumPyro model (a function with sample sites), got {type(model).__name__}.")
-    prototype, supports = _prototype_position(model, model_args, model_kwargs)
-    leaves, treedef = jax.tree.flatten((tuple(model_args), dict(model_kwargs)))
-    failure: Exception | None = None
-    for is_data in (_is_array, _is_float_array, lambda leaf: False):
-        constants = tuple(None if is_data(leaf) else _Constant(leaf) for leaf in leaves)
-        data = [jnp.asarray(leaf) for leaf in leaves if is_data(leaf)]
-        try:
-            return Target.build(NumpyroModel(model, treedef, constants, supports), prototype, data)
-        except _NEEDS_VALUE as error:
-            failure = error
-        except ValueError as error:
-            raise ValueError(f"{_refusing_site(model, model_args, model_kwargs)}{error}") from error
-    raise ValueError(f"the model cannot be traced by JAX: {failure}") from failure
+    args, kwargs = tuple(model_args), dict(model_kwargs)
+    prototype, supports = _prototype_position(model, args, kwargs)
+    about: list[_Sites] = []
+
+    def run(position: PyTree) -> dict:
+        out, sites = _run(model, args, kwargs, supports, position)
+        about.append(sites)
+        return out
+
+    try:
+        traced = trace(run, RavelSpec.of(prototype).template)
+        return Target.build(NumpyroModel(traced.trace, about[-1], supports), prototype, traced.constants)
+    except ValueError as error:
+        raise ValueError(f"{_refusing_site(model, args, kwargs)}{error}") from error
 
 
 def _refusing_site(model: Callable, args: tuple, kwargs: dict) -> str:
@@ -275,10 +255,6 @@ def _refusing_site(model: Callable, args: tuple, kwargs: dict) -> str:
 
 def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, (np.ndarray, jax.Array)) and getattr(leaf.dtype, "kind", None) in set("fiub")
-
-
-def _is_float_array(leaf: Any) -> bool:
-    return _is_array(leaf) and leaf.dtype.kind == "f"
 
 
 def _prototype_position(model: Callable, args: tuple, kwargs: dict) -> tuple[dict[str, np.ndarray], Supports]:
@@ -398,7 +374,7 @@ def numpyro_starts(target: Target, rng_key: PRNGKey, num_starts: int) -> PyTree:
 _MAX_TRIES = 100
 
 
-@partial(jax.jit, static_argnames="num_starts")
+@plain_jit(static_argnames="num_starts")
 def _draw_starts(target: Target, rng_key: PRNGKey, tries: Array, *, num_starts: int) -> PyTree:
     """Leading axis num_starts. Neither the density nor jax.random is in here: each took longer to compile."""
     supports, template, drawn = dict(target.model.supports), target.spec.template, 0

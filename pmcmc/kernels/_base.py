@@ -1,12 +1,14 @@
 """The seam of a kernel: a deterministic map of pre-drawn noise."""
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
+from pmcmc._traced import trace
 from pmcmc._types import Array, PRNGKey, PyTree, Scalar
 from pmcmc.recurrence import Recurrence
 from pmcmc.target import Target
@@ -94,6 +96,21 @@ class Kernel(abc.ABC):
         """
         return None
 
+    def traced(self, target: Target) -> "Kernel":
+        """This kernel with the user's functions in it as they are now (`pmcmc._traced`).
+
+        A kernel that keeps its functions as they were given is known by `context` instead.
+        """
+        return self
+
+    def context(self, target: Target) -> Hashable:
+        """What programs of this kernel depend on besides its fields: equal as long as that has not changed.
+
+        For a kernel from outside pmcmc the trace of a whole step, with the content of every array that it reads. None
+        for those of pmcmc, whose steps are functions of their fields, the target, the state and the noise.
+        """
+        return None if type(self).__module__.split(".")[0] == __name__.split(".")[0] else step_content(self, target)
+
     def position(self, target: Target, unknown: PyTree) -> PyTree:
         """The user's unconstrained position within an unknown."""
         return target.position(self.coordinates(unknown))
@@ -137,6 +154,18 @@ class Kernel(abc.ABC):
         """The recurrence ``x[t] = f(x[t-1], noise[t])`` of this kernel on a target."""
         step: Callable = lambda state, noise: self.step(target, state, noise)
         return Recurrence(step, self.unknown, lambda unknown: self.restore(target, unknown))
+
+
+def step_content(kernel: Kernel, target: Target) -> Hashable:
+    """What noise and step of a kernel compute, arrays that they read included."""
+    if not kernel.is_tuned:
+        kernel = kernel.with_step_size(1.0)
+
+    def whole(target: Target, position: PyTree, rng_key: PRNGKey) -> PyTree:
+        noise, state = kernel.sample_noise(rng_key, target), kernel.init(target, position)
+        return kernel.step(target, kernel.restore(target, kernel.unknown(state)), noise)
+
+    return trace(whole, target, target.spec.template, jax.random.key(0)).content
 
 
 class PositionKernel(Kernel):

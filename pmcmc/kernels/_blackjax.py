@@ -14,7 +14,7 @@ from pmcmc._threefry import key_pair
 from pmcmc._tree import is_real, register_dataclass
 from pmcmc._types import Array, PRNGKey, PyTree, Scalar
 from pmcmc.interop import _blackjax_algorithm as interop
-from pmcmc.kernels._base import Info, Kernel
+from pmcmc.kernels._base import Info, Kernel, step_content
 from pmcmc.target import Target
 
 
@@ -133,6 +133,10 @@ class BlackJAX(AlgorithmKernel):
 
     def start(self, target, y):
         return super().start(target, y if self.takes_basis else target.position(y))
+
+    def context(self, target):
+        given = (self.source, *(value for _, value in self.settings))
+        return None if all(map(interop.is_of_blackjax, given)) else step_content(self, target)
 
 
 _BUILD_INSTEAD = (

@@ -1,7 +1,7 @@
 """Kernels over blocks of sites, one after the other: HMC within Gibbs and the like."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -99,6 +99,16 @@ class Compose(SiteKernel):
                     "blocks. Pass its constructor and parameters, as in from_blackjax(blackjax.mala, step_size=0.3)."
                 )
             block.kernel.check(block.given(target, site_templates(target)))
+
+    def traced(self, target):
+        sites = site_templates(target)
+        blocks = [replace(block, kernel=block.kernel.traced(block.given(target, sites))) for block in self.blocks]
+        return Compose(blocks)
+
+    def context(self, target):
+        sites = site_templates(target)
+        contexts = tuple(block.kernel.context(block.given(target, sites)) for block in self.blocks)
+        return contexts if any(context is not None for context in contexts) else None
 
     def check_start(self, target, position):
         for block in self.blocks:

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pmcmc._jit import plain_jit
 from pmcmc._tree import is_real, register_dataclass
 from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.kernels._base import Info
@@ -161,7 +161,7 @@ def _draw_in_order(target: Target, state: dict, name: str, values: Array, u: Arr
 NUM_COMPARED, NUM_TRIALS = 64, 3
 
 
-@partial(jax.jit, static_argnames="name")
+@plain_jit(static_argnames="name")
 def _agree(target: Target, values: Array, position: dict, *, name: str) -> Array:
     """Whether probabilities drawn side by side are those of one element at a time, at random values of the site."""
     shape, dtype = position[name].shape, target.spec.dtype

@@ -1,6 +1,7 @@
 """Gibbs sampling by conditional updates that the user knows."""
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +75,17 @@ class Gibbs(SiteKernel):
         # shapes are checked while the step is traced, and nothing is evaluated
         noise = jax.eval_shape(self.sample_noise, jax.random.key(0), target)
         jax.eval_shape(self.step, target, target.spec.template, noise)
+
+    def traced(self, target):
+        state = jax.eval_shape(target.model.sites, target.data, target.spec.template)
+        updates = zip(self.sites, self.updates, strict=True)
+        kernel = copy(self)
+        object.__setattr__(kernel, "updates", tuple(u.traced(state, _site(target, name)) for name, u in updates))
+        return kernel
+
+    def context(self, target):
+        # named, because a tree's structure cannot be compared with anything else
+        return "Gibbs", jax.tree.structure(self)
 
     def sample_noise(self, rng_key, target):
         pair = key_pair(rng_key)

@@ -2,12 +2,14 @@
 
 import abc
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, cast
 
+import jax
 import jax.numpy as jnp
 
 from pmcmc._threefry import key_pair
+from pmcmc._traced import Traced, Untraced
 from pmcmc._tree import register_dataclass
 from pmcmc._types import Array, ArrayLeaf, PRNGKey, PyTree
 from pmcmc.kernels._inverse_cdf import inverse_cdf
@@ -33,6 +35,9 @@ class Drawn(NamedTuple):
     failed: Array | bool = False
 
 
+Function = Untraced | Traced
+
+
 class Update(abc.ABC):
     """How one site is drawn given all the others, ``x' = g(state, noise)``; a frozen dataclass and a pytree.
 
@@ -54,36 +59,39 @@ class Update(abc.ABC):
         """See `Kernel.nudge`."""
         return noise
 
-
-@register_dataclass
-@dataclass(frozen=True)
-class FromState:
-    """A parameter that is a function of the state."""
-
-    fn: Callable = field(metadata=dict(static=True))
+    def traced(self, state: PyTree, site: Site) -> "Update":
+        """This update with its functions of the state as they are now. state: shapes of the values of all sites."""
+        functions = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        now = {name: fn.at(state) for name, fn in functions.items() if _is_function(fn)}
+        return replace(self, **now)  # type: ignore[type-var]
 
 
 def _read(parameter: Any, state: PyTree, shape: tuple[int, ...], dtype: Any) -> Array:
-    value = parameter.fn(state) if isinstance(parameter, FromState) else parameter
+    value = parameter(state) if _is_function(parameter) else parameter
     return jnp.broadcast_to(jnp.asarray(value, dtype), shape)
 
 
+def _is_function(parameter: Any) -> bool:
+    """Whether a parameter is a function of the state."""
+    return isinstance(parameter, (Untraced, Traced))
+
+
 def _wrap(update: Any, *names: str) -> None:
-    """Functions among the parameters become `FromState`, so that numbers can be leaves."""
+    """Functions among the parameters become pytrees without leaves, so that numbers can be leaves."""
     for name in names:
-        if callable(value := getattr(update, name)) and not isinstance(value, FromState):
-            object.__setattr__(update, name, FromState(value))
+        if callable(value := getattr(update, name)) and not _is_function(value):
+            object.__setattr__(update, name, Untraced(value))
 
 
 def _gamma_noise(shape: Any, rng_key: PRNGKey, site: Site) -> Array:
     """Standard gammas where the shape is known beforehand, else the key to draw them by."""
-    if isinstance(shape, FromState):
+    if _is_function(shape):
         return key_pair(rng_key)
     return gammas(rng_key, _read(shape, None, site.shape, site.dtype))
 
 
 def _gamma(shape: Any, state: PyTree, noise: Array, site: Site) -> Array:
-    if isinstance(shape, FromState):
+    if _is_function(shape):
         return gammas(noise, _read(shape, state, site.shape, site.dtype))
     return noise
 
@@ -107,10 +115,11 @@ class NormalUpdate(Update):
         >>> update = pmcmc.NormalUpdate(lambda x: (0.9 * x["y"], 0.44))
     """
 
-    conditional: Callable = field(metadata=dict(static=True))
+    conditional: Callable
 
     def __post_init__(self):
         _check_callable(self, "conditional", "state -> (loc, scale)")
+        _wrap(self, "conditional")
 
     def draw_noise(self, rng_key, site):
         return normals(uniform_array(rng_key, site.shape, site.dtype))
@@ -135,8 +144,8 @@ class GammaUpdate(Update):
         >>> update = pmcmc.GammaUpdate(2.5, rate=lambda x: 1 + 0.5 * jnp.sum(x["y"] ** 2))
     """
 
-    shape: ArrayLeaf | FromState
-    rate: ArrayLeaf | FromState
+    shape: ArrayLeaf | Function
+    rate: ArrayLeaf | Function
 
     def __post_init__(self):
         _wrap(self, "shape", "rate")
@@ -163,8 +172,8 @@ class InverseGammaUpdate(Update):
         >>> update = pmcmc.InverseGammaUpdate(4.5, scale=lambda x: 0.5 * jnp.sum((x["theta"] - x["mu"]) ** 2))
     """
 
-    shape: ArrayLeaf | FromState
-    scale: ArrayLeaf | FromState
+    shape: ArrayLeaf | Function
+    scale: ArrayLeaf | Function
 
     def __post_init__(self):
         _wrap(self, "shape", "scale")
@@ -191,7 +200,7 @@ class DirichletUpdate(Update):
         >>> update = pmcmc.DirichletUpdate(lambda x: 1.0 + jnp.bincount(x["cluster"], length=3))
     """
 
-    concentration: ArrayLeaf | FromState
+    concentration: ArrayLeaf | Function
 
     def __post_init__(self):
         _wrap(self, "concentration")
@@ -223,10 +232,11 @@ class CategoricalUpdate(Update):
         >>> update = pmcmc.CategoricalUpdate(lambda x: -0.5 * (x["y"][:, None] - x["centre"][None]) ** 2)
     """
 
-    logits: Callable = field(metadata=dict(static=True))
+    logits: Callable
 
     def __post_init__(self):
         _check_callable(self, "logits", "state -> array (..., K)")
+        _wrap(self, "logits")
 
     def draw_noise(self, rng_key, site):
         return uniform_array(rng_key, site.shape, site.dtype)
@@ -259,15 +269,22 @@ class CustomUpdate(Update):
         >>> update = pmcmc.CustomUpdate(lambda key: jax.random.normal(key), lambda x, z: 0.5 * x["y"] + z)
     """
 
-    sample_noise: Callable = field(metadata=dict(static=True))
-    update: Callable = field(metadata=dict(static=True))
+    sample_noise: Callable
+    update: Callable
 
     def __post_init__(self):
         _check_callable(self, "sample_noise", "rng_key -> noise")
         _check_callable(self, "update", "(state, noise) -> value")
+        _wrap(self, "sample_noise", "update")
+
+    def traced(self, state, site):
+        key = jax.random.key(0, impl="threefry2x32")
+        sample_noise = cast(Function, self.sample_noise).at(key)
+        noise = jax.eval_shape(sample_noise, key)
+        return CustomUpdate(sample_noise, cast(Function, self.update).at(state, noise))
 
     def draw_noise(self, rng_key, site):
-        return self.sample_noise(rng_key)
+        return self.sample_noise(jax.random.wrap_key_data(key_pair(rng_key), impl="threefry2x32"))
 
     def draw(self, state, noise, site):
         return Drawn(self.update(state, noise), jnp.nan)

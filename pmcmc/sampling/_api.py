@@ -8,11 +8,12 @@ import numpy as np
 
 from pmcmc._types import PRNGKey, PyTree
 from pmcmc.chain import Chain
-from pmcmc.interop._numpyro import numpyro_starts, numpyro_target
+from pmcmc.interop._numpyro import numpyro_starts
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.sampling._progress import WarmupRecord
 from pmcmc.sampling._settings import Settings, as_key, spread_starts
+from pmcmc.sampling._source import density_source, model_source
 from pmcmc.sampling._stages import run_stages
 from pmcmc.target import Target
 from pmcmc.warmup import Warmup
@@ -86,12 +87,14 @@ def parallel_chain(
     """
     model_kwargs = {} if model_kwargs is None else model_kwargs
     key = as_key(rng_key)
-    target = numpyro_target(model, model_args, model_kwargs)
+    source = model_source(model, model_args, model_kwargs)
+    target = source.target
     settings = Settings.check(
         target, kernel, solver, num_warmup, num_samples, num_chains, thinning, extra_fields, warmup, devices, max_memory
     )
     record = _warmup_record(settings, save_warmup)
-    return run_stages(target, key, model_starts(target, key, init_params, settings), settings, progress_bar, record)
+    starts = model_starts(target, key, init_params, settings)
+    return run_stages(source, key, starts, settings, progress_bar, record)
 
 
 def _warmup_record(settings: Settings, save_warmup: bool) -> WarmupRecord | None:
@@ -140,8 +143,8 @@ def sample(
 ) -> Chain:
     """Sample ``exp(logdensity_fn(position))`` over unconstrained positions, each chain parallel across its length.
 
-    logdensity_fn: ``position -> scalar``. Pass the same function object again and nothing is compiled again. None for
-        kernels that evaluate none: `Gibbs`.
+    logdensity_fn: ``position -> scalar``, as it is now: arrays that it reads may change between two calls, and nothing
+        is compiled again where their shapes stay. None for kernels that evaluate none: `Gibbs`.
     initial_position: any pytree of floating arrays; every chain's warm-up starts there. For `Gibbs`, `DiscreteGibbs`
         and `Compose` a dict of sites, integers among them if need be.
     Other arguments, result and errors as in `parallel_chain`. ``get_samples()`` has the position's own pytree.
@@ -153,7 +156,8 @@ def sample(
         >>> chain.get_samples()["a"].shape
         (400, 3)
     """
-    target = Target.from_logdensity(logdensity_fn, initial_position)
+    source = density_source(logdensity_fn, initial_position)
+    target = source.target
     settings = Settings.check(
         target, kernel, solver, num_warmup, num_samples, num_chains, thinning, extra_fields, warmup, devices, max_memory
     )
@@ -161,4 +165,4 @@ def sample(
     # by numpy, as all that happens between programs: every operation of jax's own is one more program to compile
     starts = jax.tree.map(lambda x: np.repeat(np.asarray(jnp.asarray(x))[None], num_starts, axis=0), initial_position)
     record = _warmup_record(settings, save_warmup)
-    return run_stages(target, as_key(rng_key), starts, settings, progress_bar, record)
+    return run_stages(source, as_key(rng_key), starts, settings, progress_bar, record)

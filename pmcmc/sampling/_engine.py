@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from pmcmc._jit import tuned_jit
+from pmcmc._jit import plain_jit, programs_of, tuned_jit
 from pmcmc._one_kernel import FEW_LANES, in_one_kernel
 from pmcmc._threefry import key_pair
 from pmcmc._types import Array, PyTree
@@ -32,9 +32,6 @@ NOISE_PIECE, SMALL_PIECE = 1 / 8, 64
 # `Engine.bytes_per_step`.
 SEGMENT_BYTES = 512 * 2**20
 SEQUENTIAL_BYTES = 64 * 2**20
-# Seconds that programs took to compile in this process, the newest of them: who plans must know what is there already.
-MAX_NOTES = 256
-_compile_seconds: dict[Hashable, float] = {}
 
 
 class Shape(NamedTuple):
@@ -195,7 +192,7 @@ def solve_noise(
     return solve(*arrays)
 
 
-@jax.jit
+@plain_jit()
 def _one_step(target: Target, kernel: Kernel, chain_keys: Array, guesses: PyTree) -> tuple[PyTree, PyTree]:
     noise = kernel.sample_noise(key_pair(chain_keys[0]), target)
     return noise, kernel.transition(target)(jax.tree.map(lambda x: x[0], guesses), noise)
@@ -312,7 +309,7 @@ class Engine:
 
     def compile_seconds(self, solver: RecurrenceSolver, shape: Shape) -> float | None:
         """That the programs took when this process compiled them; None where it never did."""
-        return _compile_seconds.get(self._program(solver, shape))
+        return self._notes.get(self._program(solver, shape))
 
     def _program(self, solver: RecurrenceSolver, shape: Shape) -> Hashable:
         leaves, structure = jax.tree.flatten((self.target, self.kernel))
@@ -323,10 +320,12 @@ class Engine:
 
     def _note(self, solver: RecurrenceSolver, shape: Shape, seconds: float) -> None:
         """The first time counts: later ones find the programs."""
-        if self._program(solver, shape) not in _compile_seconds:
-            while len(_compile_seconds) >= MAX_NOTES:
-                del _compile_seconds[next(iter(_compile_seconds))]
-            _compile_seconds[self._program(solver, shape)] = seconds
+        self._notes.setdefault(self._program(solver, shape), seconds)
+
+    @property
+    def _notes(self) -> dict[Hashable, float]:
+        """Seconds that programs of this target took to compile, as long as they are kept: plans need to know."""
+        return programs_of(self.target).setdefault("seconds", {})
 
     def _trace(self, solver: RecurrenceSolver, shape: Shape) -> Callable[[], None]:
         """Trace the programs; returns their compilation, which reads the model no more."""
@@ -383,11 +382,6 @@ class Engine:
         self._note(solver, shape, clock.compile_seconds)
         self.clock = Clock(*(a + b for a, b in zip(self.clock, clock, strict=True)))
         return Segment(solution, near_ties, self.num_chains, shape.num_blocks, block_length), clock
-
-
-def forget_programs() -> None:
-    """After `jax.clear_caches`: nothing is compiled any more."""
-    _compile_seconds.clear()
 
 
 def _name(solver: RecurrenceSolver, shape: Shape) -> tuple:

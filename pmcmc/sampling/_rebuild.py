@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._jit import default_platform
-from pmcmc._state import ChainState, describe_sites, last_logdensity
+from pmcmc._state import ChainState, Source, describe_sites, last_logdensity
 from pmcmc._storage import Reader
 from pmcmc._types import PyTree
-from pmcmc.interop._numpyro import numpyro_target
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.report import SolveReport
+from pmcmc.sampling._source import density_source, model_source
 from pmcmc.target import Basis, Target
 from pmcmc.warmup._base import LaneTiming
 
@@ -42,24 +42,25 @@ def rebuild(
     if header["is_model"]:
         if model is None:
             raise TypeError(f"{reader.path} is a chain of a NumPyro model: pass that model, got None.")
-        target = numpyro_target(model, model_args, {} if model_kwargs is None else model_kwargs)
+        source = model_source(model, model_args, {} if model_kwargs is None else model_kwargs)
     else:
-        target = Target.from_logdensity(model, reader.decode("initial_position", header["position"], initial_position))
-    _check_sites(reader, target)
-    basis = reader.decode("basis", header["basis"])
-    if basis is not None:
-        target = target.with_basis(Basis(jnp.asarray(basis["loc"]), jnp.asarray(basis["scale"])))
+        source = density_source(model, reader.decode("initial_position", header["position"], initial_position))
+    _check_sites(reader, source.target)
     _check_class("kernel", header["kernel"], kernel)
     _check_class("solver", header["solver"], solver)
     as_leaf = lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x
-    kernel = jax.tree.map(as_leaf, reader.decode("kernel", header["kernel"], kernel))
-    state = _state(reader, target, kernel)
+    source = source.with_kernel(jax.tree.map(as_leaf, reader.decode("kernel", header["kernel"], kernel)))
+    state = _state(reader, source)
+    _check_digests(reader, source)
     _check_density(reader, state)
     return state, reader.decode("solver", header["solver"], solver)
 
 
-def _state(reader: Reader, target: Target, kernel: Any) -> ChainState:
-    header = reader.header
+def _state(reader: Reader, source: Source) -> ChainState:
+    header, target, kernel = reader.header, source.target, source.traced
+    basis = reader.decode("basis", header["basis"])
+    if basis is not None:
+        target = target.with_basis(Basis(jnp.asarray(basis["loc"]), jnp.asarray(basis["scale"])))
     template = jax.eval_shape(lambda x: kernel.unknown(kernel.init(target, x)), target.spec.template)
     arrays = lambda name: jax.tree.map(jnp.asarray, reader.leaves(name, template))
     timing = None
@@ -75,6 +76,7 @@ def _state(reader: Reader, target: Target, kernel: Any) -> ChainState:
         arrays("ensemble"),
         reader.leaves("own", 0),
         timing,
+        source,
     )
 
 
@@ -101,6 +103,23 @@ def _check_sites(reader: Reader, target: Target) -> None:
         f"{ {name: stored.get(name) for name in differing} }, got { {name: found.get(name) for name in differing} }. "
         "Pass the model and the arguments that the chain was made with."
     )
+
+
+def _check_digests(reader: Reader, source: Source) -> None:
+    """Data and model, as far as they can be compared: another version of JAX may trace the same model otherwise."""
+    stored, found = reader.header.get("digests"), source.digests()
+    if stored is None:  # of an older pmcmc
+        return
+    differing = [f"argument {name!r}" for name, x in stored["arguments"].items() if found["arguments"].get(name) != x]
+    if stored["versions"] == found["versions"] and not differing:
+        differing = [
+            what for what in ("the model", "the data", "functions in the kernel") if stored[what] != found[what]
+        ]
+    if differing:
+        raise ValueError(
+            f"{reader.path} was sampled with something else: {', '.join(differing)} differ. Pass the model, its "
+            "arguments and data, and the kernel, as they were."
+        )
 
 
 def _check_density(reader: Reader, state: ChainState) -> None:

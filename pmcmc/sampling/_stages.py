@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._state import ChainState
+from pmcmc._state import ChainState, Source
 from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.chain import Chain, Continuation
 from pmcmc.sampling._ahead import Ahead
@@ -26,7 +26,7 @@ from pmcmc.warmup._base import Watch
 
 
 def run_stages(
-    target: Target,
+    source: Source,
     rng_key: PRNGKey,
     starts: PyTree,
     settings: Settings,
@@ -39,14 +39,14 @@ def run_stages(
     """
     began = time.perf_counter()
     with Progress(settings.num_samples, progress_bar) as progress, closing(Ahead()) as ahead:
-        state, remark = _warm_up(target, rng_key, starts, settings, progress, ahead, record)
+        state, remark = _warm_up(source, rng_key, starts, settings, progress, ahead, record)
         return _sample(state, settings, progress, ahead, began, time.perf_counter() - began, remark, record)
 
 
-def warm_up(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings, progress_bar: bool) -> ChainState:
+def warm_up(source: Source, rng_key: PRNGKey, starts: PyTree, settings: Settings, progress_bar: bool) -> ChainState:
     """Where the chains of `run_stages` with the same arguments begin."""
     with Progress(settings.num_samples, progress_bar) as progress, closing(Ahead()) as ahead:
-        return _warm_up(target, rng_key, starts, settings, progress, ahead)[0]
+        return _warm_up(source, rng_key, starts, settings, progress, ahead)[0]
 
 
 def sample_from(state: ChainState, settings: Settings, progress_bar: bool, warmup_remark: str = "") -> Chain:
@@ -57,6 +57,7 @@ def sample_from(state: ChainState, settings: Settings, progress_bar: bool, warmu
 
 def extend(chain: Chain, num_samples: int, progress_bar: bool) -> Chain:
     """See `Chain.extend`."""
+    chain.state.source.check()
     settings = settings_of(chain, num_samples, chain.max_memory)
     try:
         return _join(chain, sample_from(chain.state, settings, progress_bar, chain.report.warmup_remark))
@@ -75,7 +76,7 @@ def _join(chain: Chain, more: Chain) -> Chain:
 
 
 def _warm_up(
-    target: Target,
+    source: Source,
     rng_key: PRNGKey,
     starts: PyTree,
     settings: Settings,
@@ -84,12 +85,14 @@ def _warm_up(
     record: WarmupRecord | None = None,
 ) -> tuple[ChainState, str]:
     """From ``starts`` to where the chains begin, with warm-up's remark; programs for sampling are compiled beside."""
-    settings.kernel.check(target)
+    settings.kernel.check(source.target)
+    source = source.with_kernel(settings.kernel)
+    target, settings = source.target, replace(settings, kernel=source.traced)
     check_starts(target, starts)
     settings.kernel.check_start(target, jax.tree.map(lambda x: np.asarray(x)[0], starts))
     warmup_key, chain_key = _split_keys(rng_key)
     if settings.num_warmup and (expected := settings.warmup.tuned_shapes(target, settings.kernel)) is not None:
-        engine = engine_of(_begin(expected, chain_key, settings), ahead)
+        engine = engine_of(_begin(expected, chain_key, settings, source), ahead)
         fit_memory(engine, settings, draw_bytes(engine) * (settings.num_samples // settings.thinning))
         compile_first(engine, settings.solver, settings.num_samples)
 
@@ -99,15 +102,15 @@ def _warm_up(
             record(target, path)
 
     tuned = _tune(target, warmup_key, starts, settings, watch)
-    state = _begin(tuned, chain_key, settings)
+    state = _begin(tuned, chain_key, settings, source)
     unknown = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[state.own]), state.ensemble)
     return state._replace(unknown=unknown), tuned.remark
 
 
-def _begin(tuned: Tuned, chain_key: PRNGKey, settings: Settings) -> ChainState:
+def _begin(tuned: Tuned, chain_key: PRNGKey, settings: Settings, source: Source) -> ChainState:
     """Arrays, or shapes where that is all there is yet; ``unknown`` is still to be filled in."""
     own = _chain_starts(tuned, settings)
-    return ChainState(tuned.target, tuned.kernel, None, chain_key, 0, 0, tuned.states, own, tuned.timing)
+    return ChainState(tuned.target, tuned.kernel, None, chain_key, 0, 0, tuned.states, own, tuned.timing, source)
 
 
 def _sample(

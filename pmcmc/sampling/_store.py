@@ -116,7 +116,7 @@ class Store(Keeper):
         """The arrays, described where they are new."""
         target, new = state.target, not (self.path / DRAWS).exists()
         place = state.kernel.position(target, jax.tree.map(lambda x: jnp.asarray(x)[0], state.unknown))
-        described = target.model.describe(target.data, place)
+        described = state.source.describe(target, place)
         self._arrays = DrawArrays(self.path / DRAWS, described.dims)
         if new:
             attrs = {"inference_library": "pmcmc", "kernel": type(state.kernel).__name__}

@@ -1,0 +1,461 @@
+"""The user's functions as they were when a run began: traced once, with their arrays as data.
+
+A Python function may read anything: an attribute, a closure, a global, a column of a data frame. Two calls of the same
+function object need not compute the same thing, so no program may be found again by the function alone. Here a function
+is traced at the call. The arrays that it reads become leaves (``constants``), and the rest, the `Trace`, is compared by
+its content: operations, shapes and numbers. So
+
+- a function that has changed has another trace, and programs are compiled for it;
+- other arrays of the same shapes are other leaves, and nothing is compiled;
+- what was traced stays as it was, whatever becomes of the user's objects.
+
+What JAX itself remembers is out of reach: a function that the user's own code hands to ``jax.jit`` or ``jax.lax.scan``
+is traced by JAX once for each function object, here as in NumPyro.
+"""
+
+import enum
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+
+from pmcmc._tree import register_dataclass
+from pmcmc._types import Array, PyTree
+
+# Derivatives of a function with rules of its own that take part in comparisons: gradients, and the Jacobians of steps
+# that use them.
+_MAX_ORDER = 3
+# Rules of the functions in these folders do not change between two calls.
+_LIBRARIES = tuple(os.path.join(os.path.dirname(package.__file__), "") for package in (jax,))
+_CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+# Calls of functions that the user's own code has jitted.
+_JIT = ("jit", "pjit")
+# Bytes from which on an array that occurs twice is kept once.
+_LARGE = 4096
+# Parameters that say nothing of what is computed.
+_LABELS = frozenset(("name", "debug_info"))
+
+
+class Trace:
+    """What a function does to arguments of given shapes and dtypes, without the arrays that it read.
+
+    Two traces of equal content are equal, and usually one object.
+    """
+
+    def __init__(self, program: Jaxpr, reads: tuple[int, ...], in_tree: Any, out_tree: Any, key: tuple):
+        self.program, self.in_tree, self.out_tree, self.key = program, in_tree, out_tree, key
+        self._reads = reads  # for each constant of the program, its number among those that are handed over
+        self._hash = hash(key)
+        self._parts: dict[str, Trace] = {}
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: Any) -> bool:
+        return self is other or (isinstance(other, Trace) and self._hash == other._hash and self.key == other.key)
+
+    def __call__(self, constants: list[Array], *args: PyTree) -> PyTree:
+        """The function's value, with these arrays in the place of those that it read."""
+        leaves, in_tree = jax.tree.flatten(args)
+        if in_tree != self.in_tree:
+            raise TypeError(f"this function was traced for arguments of structure {self.in_tree}, got {in_tree}.")
+        given = [_fitted(x, var.aval) for x, var in zip(leaves, self.program.invars, strict=True)]
+        read = [constants[number] for number in self._reads]
+        return jax.tree.unflatten(self.out_tree, jax.core.eval_jaxpr(self.program, read, *given))
+
+    @property
+    def out_shapes(self) -> PyTree:
+        shapes = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in self.program.outvars]
+        return jax.tree.unflatten(self.out_tree, shapes)
+
+    def part(self, name: str) -> "Trace":
+        """One entry of the dict that the function returns, without what only others need.
+
+        It takes the constants of the whole.
+        """
+        if name not in self._parts:
+            outputs = jax.tree.unflatten(self.out_tree, self.program.outvars)[name]
+            outvars, out_tree = jax.tree.flatten(outputs)
+            program = _with_outputs(self.program, outvars)
+            self._parts[name] = Trace(program, self._reads, self.in_tree, out_tree, (*self.key, name))
+        return self._parts[name]
+
+
+def _fitted(x: Any, aval: Any) -> Any:
+    if jnp.shape(x) != aval.shape:
+        raise TypeError(f"this function was traced for an argument of shape {aval.shape}, got {jnp.shape(x)}.")
+    return x if getattr(x, "dtype", None) == aval.dtype else jnp.asarray(x, aval.dtype)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Untraced:
+    """A function of the user's that was not traced yet: a pytree without leaves, compared by identity."""
+
+    fn: Callable = field(metadata=dict(static=True))
+
+    def __call__(self, *args: Any) -> Any:
+        return self.fn(*args)
+
+    def at(self, *args: PyTree) -> "Traced":
+        """As it is now, for arguments like these."""
+        return trace(self.fn, *args)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Traced:
+    """A function of the user's as it was when it was traced: a pytree whose leaves are the arrays that it read."""
+
+    trace: Trace = field(metadata=dict(static=True))
+    constants: list[Array]
+
+    def __call__(self, *args: PyTree) -> PyTree:
+        return self.trace(self.constants, *args)
+
+    def at(self, *args: PyTree) -> "Traced":
+        return self
+
+    @property
+    def content(self) -> Hashable:
+        """The trace, and what the arrays hold: equal for functions that compute the same."""
+        return self.trace, tuple(map(_Content().of_value, self.constants))
+
+
+def trace(fn: Callable, *args: PyTree) -> Traced:
+    """``fn`` as it is now.
+
+    Args:
+        fn: any function that JAX can trace.
+        args: its arguments, arrays or shapes.
+    """
+    shapes: Any = None
+
+    def fresh(*args: Any) -> Any:  # a new object at each call: JAX remembers the traces of old ones
+        nonlocal shapes
+        out = fn(*args)
+        shapes = jax.tree.structure(out)
+        return out
+
+    program = jax.make_jaxpr(fresh)(*args)
+    if _hides_constants(program.jaxpr):
+        program = jax.make_jaxpr(lambda *leaves: _replay(program, leaves))(*program.in_avals)
+    program = _needed(program)
+    content, scalars = _Content().of_whole(program.jaxpr)
+    varying = _varying(hash(content), scalars)
+    if varying:
+        program = _with_scalars_read(program, varying)
+    constants, reads = _distinct(program.consts)
+    in_tree = jax.tree.structure(args)
+    fixed = tuple(value for place, value in scalars.items() if place not in varying)
+    key = (in_tree, shapes, content, fixed, varying, reads)
+    return Traced(_KNOWN.setdefault(key, Trace(program.jaxpr, reads, in_tree, shapes, key)), constants)
+
+
+# Traces that are in use, by their content.
+_KNOWN: WeakValueDictionary[tuple, Trace] = WeakValueDictionary()
+
+# Numbers that a program has not read but holds: those of earlier traces that were equal but for them, by place, and the
+# places where they have differed. Any places would be right; which they are decides what is compiled anew.
+_MAX_SEEN = 256
+_seen: OrderedDict[int, tuple[dict, set]] = OrderedDict()
+_Place = tuple[int, int]  # equation, operand
+
+
+def _varying(content: int, scalars: dict[_Place, tuple]) -> tuple[_Place, ...]:
+    """Where a program's numbers were not always the same: there they are data, such as the mean of a column."""
+    first, places = _seen.setdefault(content, (scalars, set()))
+    _seen.move_to_end(content)
+    if len(_seen) > _MAX_SEEN:
+        _seen.popitem(last=False)
+    places.update(place for place, value in scalars.items() if first.get(place) != value)
+    return tuple(sorted(places & scalars.keys()))
+
+
+def _replay(program: ClosedJaxpr, args: Iterable[Any], read: dict[_Place, Any] | None = None) -> list[Any]:
+    """The program's results, with calls of jitted functions that hold arrays in line.
+
+    read: operands in the place of numbers.
+    """
+    values = dict(zip(program.jaxpr.invars, args, strict=True))
+    values |= dict(zip(program.jaxpr.constvars, program.consts, strict=True))
+    get = lambda var: var.val if isinstance(var, Literal) else values[var]
+    for number, equation in enumerate(program.jaxpr.eqns):
+        operands = list(map(get, equation.invars))
+        for place in range(len(operands)) if read else ():
+            operands[place] = read.get((number, place), operands[place])  # type: ignore[union-attr]
+        with equation.ctx.manager:
+            if equation.primitive.name in _JIT and _holds_arrays(equation.params["jaxpr"]):
+                out = _replay(equation.params["jaxpr"], operands)
+            else:
+                out = equation.primitive.bind(*operands, **equation.primitive.get_bind_params(equation.params))
+                out = out if equation.primitive.multiple_results else [out]
+        values |= zip(equation.outvars, out, strict=True)
+    return list(map(get, program.jaxpr.outvars))
+
+
+def _holds_arrays(program: ClosedJaxpr) -> bool:
+    return bool(program.consts) or _hides_constants(program.jaxpr)
+
+
+def _hides_constants(program: Jaxpr) -> bool:
+    """Whether a jitted function that it calls holds arrays."""
+    return any(e.primitive.name in _JIT and _holds_arrays(e.params["jaxpr"]) for e in program.eqns)
+
+
+def _with_scalars_read(program: ClosedJaxpr, places: tuple[_Place, ...]) -> ClosedJaxpr:
+    """Numbers of the program as constants that it reads."""
+    held = {place: program.jaxpr.eqns[place[0]].invars[place[1]] for place in places}
+    scalars = [np.array(var.val, var.aval.dtype) for var in held.values()]
+    run = lambda scalars, leaves: _replay(program, leaves, dict(zip(held, scalars, strict=True)))
+    made = jax.make_jaxpr(run)(scalars, list(program.in_avals))
+    invars, number = made.jaxpr.invars, len(scalars)
+    constvars = [*made.jaxpr.constvars, *invars[:number]]
+    return ClosedJaxpr(made.jaxpr.replace(constvars=constvars, invars=invars[number:]), [*made.consts, *scalars])
+
+
+def _needed(program: ClosedJaxpr) -> ClosedJaxpr:
+    """The program without equations and constants that nothing needs."""
+    kept = _with_outputs(program.jaxpr, program.jaxpr.outvars)
+    read = {var for equation in kept.eqns for var in equation.invars if not isinstance(var, Literal)}
+    read.update(var for var in kept.outvars if not isinstance(var, Literal))
+    values = {v: x for v, x in zip(program.jaxpr.constvars, program.consts, strict=True) if v in read}
+    return ClosedJaxpr(kept.replace(constvars=list(values)), list(values.values()))
+
+
+def _distinct(constants: list[Any]) -> tuple[list[Array], tuple[int, ...]]:
+    """Each array once, as a copy where the user's could change it, and which one each of ``constants`` is."""
+    kept: list[Any] = []
+    reads = []
+    for constant in constants:
+        same = (number for number, other in enumerate(kept) if _is_same(constant, other))
+        reads.append(next(same, len(kept)))
+        if reads[-1] == len(kept):
+            kept.append(constant)
+    return list(map(_own, kept)), tuple(reads)
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two arrays are one in memory, or large and the same bit for bit."""
+    if a is b or a.shape != b.shape or a.dtype != b.dtype or _is_opaque(a) or _is_opaque(b):
+        return a is b
+    a, b = np.asarray(a), np.asarray(b)
+    place = lambda x: (x.__array_interface__["data"][0], x.strides)
+    if place(a) == place(b) or a.nbytes < _LARGE:
+        return place(a) == place(b)
+    return bool(np.array_equal(*(np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (a, b))))
+
+
+def _is_opaque(x: Any) -> bool:
+    """Whether the numbers of an array are not to be had here."""
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return is_key or isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True)
+
+
+def _own(constant: Any) -> Array:
+    """An array that changes with nothing of the user's."""
+    if isinstance(constant, (jax.Array, jax.core.Tracer)):
+        return constant
+    return jnp.asarray(np.array(constant, copy=True))
+
+
+def _with_outputs(program: Jaxpr, outvars: list[Any]) -> Jaxpr:
+    """The equations that some outputs need, and those with effects."""
+    needed = {var for var in outvars if not isinstance(var, Literal)}
+    kept = []
+    for equation in reversed(program.eqns):
+        if equation.effects or any(var in needed for var in equation.outvars):
+            kept.append(equation)
+            needed.update(var for var in equation.invars if not isinstance(var, Literal))
+    return program.replace(outvars=list(outvars), eqns=kept[::-1])
+
+
+class _ById:
+    """An object that is compared by identity, and kept alive so that no other gets its address."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, _ById) and self.value is other.value
+
+    def __repr__(self) -> str:
+        return type(self.value).__qualname__
+
+
+class _Content:
+    """Programs and what they hold as nested tuples that are equal where the programs do the same.
+
+    order: of the derivative that is looked at.
+    """
+
+    def __init__(self, order: int = 0):
+        self._order = order
+
+    def of_whole(self, program: Jaxpr) -> tuple[tuple, dict[_Place, tuple]]:
+        """The content without the numbers among operands, and these by their place."""
+        scalars: dict[_Place, tuple] = {}
+        return self.of_program(program, scalars), scalars
+
+    def of_program(self, program: Jaxpr, scalars: dict[_Place, tuple] | None = None) -> tuple:
+        """scalars: where given, numbers that could as well be read are put there instead."""
+        numbers: dict[Any, int] = {}
+
+        def name(var: Any) -> Any:
+            if isinstance(var, Literal):
+                return self._of_array(var.val, var.aval)
+            return numbers.setdefault(var, len(numbers))
+
+        def operand(place: _Place, equation: Any, var: Any) -> Any:
+            if scalars is None or not isinstance(var, Literal) or not _may_be_read(equation, var):
+                return name(var)
+            scalars[place] = self._of_array(var.val, var.aval)
+            return _shape(var.aval)
+
+        inputs = tuple((name(var), _shape(var.aval)) for var in (*program.constvars, *program.invars))
+        equations = tuple(
+            (
+                equation.primitive.name,
+                tuple(operand((number, place), equation, var) for place, var in enumerate(equation.invars)),
+                tuple((name(var), _shape(var.aval)) for var in equation.outvars),
+                self._of_params(equation),
+            )
+            for number, equation in enumerate(program.eqns)
+        )
+        return inputs, equations, tuple(map(name, program.outvars))
+
+    def _of_params(self, equation: Any) -> tuple:
+        params = {key: value for key, value in equation.params.items() if key not in _LABELS}
+        rules: tuple = ()
+        if equation.primitive.name in _CUSTOM_RULES:
+            inner = next(value for value in params.values() if isinstance(value, (ClosedJaxpr, Jaxpr)))
+            params = {"function": inner}
+            if self._order < _MAX_ORDER and not _is_library(inner):
+                rules = tuple(map(_Content(self._order + 1).of_value, _derivatives(equation)))
+        return tuple((key, self.of_value(params[key])) for key in sorted(params)), rules
+
+    def of_value(self, value: Any) -> Any:
+        """Of anything that an equation may have as a parameter."""
+        if isinstance(value, ClosedJaxpr):
+            return self.of_program(value.jaxpr), tuple(self._of_array(x) for x in value.consts)
+        if isinstance(value, Jaxpr):
+            return self.of_program(value)
+        if isinstance(value, (tuple, list)):
+            return type(value).__qualname__, tuple(map(self.of_value, value))
+        if isinstance(value, dict):
+            return "dict", tuple((repr(key), self.of_value(x)) for key, x in value.items())
+        if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+            return type(value).__qualname__, repr(value)  # 0.0 is not -0.0 here, nor 1 True
+        if hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, jax.core.Tracer):
+            return self._of_array(value)
+        if isinstance(value, (enum.Enum, np.dtype)):
+            return type(value).__qualname__, repr(value)
+        return self._of_object(value)
+
+    def _of_object(self, value: Any) -> Any:
+        code = getattr(value, "__code__", None)
+        if code is not None and not hasattr(value, "__self__"):  # functions made anew by each run of a model
+            cells = [_cell(cell) for cell in value.__closure__ or ()]
+            known = (value.__defaults__, value.__kwdefaults__, *cells)
+            return "function", code, tuple(_ById(x) if callable(x) else self.of_value(x) for x in known)
+        if is_dataclass(value) and not isinstance(value, type):
+            return type(value), tuple((f.name, self.of_value(getattr(value, f.name))) for f in fields(value))
+        try:
+            hash(value)
+        except TypeError:
+            return _ById(value)
+        return type(value), value
+
+    def _of_array(self, value: Any, aval: Any = None) -> tuple:
+        """Shape, dtype and content of an array that no leaf stands for."""
+        if isinstance(value, jax.core.Tracer):
+            return "tracer", _ById(value)
+        if jnp.issubdtype(getattr(value, "dtype", np.dtype("O")), jax.dtypes.prng_key):
+            return str(value.dtype), self._of_array(jax.random.key_data(value))
+        array = np.asarray(value)
+        weak = bool(getattr(aval, "weak_type", False))
+        content = array.tobytes() if array.nbytes <= 64 else hashlib.sha256(array.tobytes()).digest()
+        return array.shape, str(array.dtype), weak, content
+
+
+def _may_be_read(equation: Any, var: Any) -> bool:
+    """Whether an operand that is a number may as well be an array that is read: not in loops and calls."""
+    values = [x for value in equation.params.values() for x in (value if isinstance(value, tuple) else (value,))]
+    has_program = any(isinstance(value, (ClosedJaxpr, Jaxpr)) for value in values)
+    return not has_program and not equation.effects and jnp.issubdtype(var.aval.dtype, jnp.number)
+
+
+def _cell(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _shape(aval: Any) -> tuple:
+    if not hasattr(aval, "shape"):
+        return (str(aval),)
+    return aval.shape, str(aval.dtype), bool(getattr(aval, "weak_type", False))
+
+
+def _is_library(program: ClosedJaxpr | Jaxpr) -> bool:
+    """Whether a function with rules of its own is one of JAX's."""
+    inner = program.jaxpr if isinstance(program, ClosedJaxpr) else program
+    source = getattr(inner.debug_info, "func_filename", None)
+    return source is not None and source.startswith(_LIBRARIES)
+
+
+def _derivatives(equation: Any) -> Iterator[ClosedJaxpr]:
+    """Programs that show what the rules of an equation are: forward for a custom_jvp, backward for a custom_vjp."""
+    invars = list(dict.fromkeys(var for var in equation.invars if not isinstance(var, Literal)))
+    outvars = [var for var in equation.outvars if type(var).__name__ != "DropVar"]
+    shapes = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in invars]
+    empty = jax.make_jaxpr(lambda *xs: xs)(*shapes).jaxpr
+    run = jaxpr_as_fun(ClosedJaxpr(empty.replace(invars=invars, outvars=outvars, eqns=[equation]), ()))
+    real = [n for n, s in enumerate(shapes) if jnp.issubdtype(s.dtype, jnp.floating)]
+
+    def of_real(xs: list[Any]) -> Callable:
+        def call(*moving: Any) -> list[Any]:
+            filled = list(xs)
+            for n, x in zip(real, moving, strict=True):
+                filled[n] = x
+            return [out for out in run(*filled) if jnp.issubdtype(jnp.result_type(out), jnp.floating)]
+
+        return call
+
+    moving = [shapes[n] for n in real]
+    if equation.primitive.name == "custom_jvp_call":
+        yield jax.make_jaxpr(lambda xs, ts: jax.jvp(of_real(xs), [xs[n] for n in real], ts))(shapes, moving)
+        return
+    outs = jax.eval_shape(lambda xs: of_real(xs)(*[xs[n] for n in real]), shapes)
+    yield jax.make_jaxpr(lambda xs, cs: jax.vjp(of_real(xs), *[xs[n] for n in real])[1](cs))(shapes, outs)
+
+
+def digest(value: Any) -> str:
+    """A short text for a trace, arrays, or tuples of them, in every process with one version of JAX the same."""
+    return hashlib.sha256(_stable(_Content().of_value(value)).encode()).hexdigest()
+
+
+def _stable(value: Any) -> str:
+    """Text of a content without addresses."""
+    if isinstance(value, Trace):
+        return _stable(value.key)
+    if isinstance(value, tuple):
+        return f"({','.join(map(_stable, value))})"
+    if isinstance(value, (str, bytes, int)):
+        return repr(value)
+    if isinstance(value, type):
+        return value.__qualname__
+    text = repr(value)
+    return type(value).__qualname__ if " at 0x" in text else text

@@ -6,8 +6,10 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from numpyro.contrib.control_flow import scan
 from numpyro.distributions.transforms import OrderedTransform
-from numpyro.infer.util import constrain_fn, potential_energy
+from numpyro.infer.reparam import LocScaleReparam
+from numpyro.infer.util import constrain_fn, log_likelihood, potential_energy
 
 import pmcmc
 from benchmarks._compilations import compilations
@@ -77,6 +79,28 @@ def options(y, num_groups=1, centred=True, name="mu", extra=None, scales=(1.0, 2
     )
 
 
+def autoregression(y):
+    """Sites within a loop."""
+    phi = numpyro.sample("phi", dist.Uniform(-1, 1))
+    scale = numpyro.sample("scale", dist.HalfNormal(1.0))
+
+    def step(x, now):
+        x = numpyro.sample("x", dist.Normal(phi * x, scale))
+        numpyro.deterministic("doubled", 2 * x)
+        numpyro.sample("y", dist.Normal(x, 1.0), obs=now)
+        return x, None
+
+    scan(step, 0.0, y)
+
+
+def reparametrised(y):
+    mu = numpyro.sample("mu", dist.TransformedDistribution(dist.Normal(0, 1), dist.transforms.ExpTransform()))
+    with numpyro.handlers.reparam(config={"theta": LocScaleReparam(0.0)}):
+        theta = numpyro.sample("theta", dist.Normal(mu, 2.0))
+    with numpyro.handlers.scale(scale=0.5), numpyro.plate("rows", len(y)):
+        numpyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+
 MODELS = {
     "eight schools": (eight_schools_model, (ERRORS,), {"effects": EFFECTS}),
     "logistic": (logistic_model, (FEATURES,), {"labels": LABELS}),
@@ -85,6 +109,8 @@ MODELS = {
     "masked": (masked, (Y, Y > 0), {}),
     "constants": (values_while_traced, (Y,), {"group": GROUP}),
     "options": (options, (Y, 3), dict(centred=False, name="nu", extra=None, scales=(0.5, 3.0))),
+    "loop": (autoregression, (Y[:, 0],), {}),
+    "reparametrised": (reparametrised, (Y[:, 0],), {}),
     "jax arrays": (options, (jnp.asarray(Y),), dict(extra=jnp.float64(0.5), num_groups=2)),
 }
 
@@ -104,6 +130,10 @@ def test_density_and_sites_are_numpyros(name: str) -> None:
         expected = sites(y)
         assert set(our_sites(y)) == set(expected)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), our_sites(y), expected)
+    observed = log_likelihood(model, jax.tree.map(lambda x: x[None], expected), *args, **kwargs)
+    ours_observed = target.model.log_likelihood(target.data, target.position(y))
+    for site in ours_observed:
+        np.testing.assert_allclose(ours_observed[site], observed[site][0], rtol=1e-12)
 
 
 def test_starts_are_numpyros_and_usable() -> None:

@@ -132,7 +132,7 @@ def _run(model: Callable, args: tuple, kwargs: dict, supports: Supports, positio
         "finite": {name: jnp.all(jnp.isfinite(log)) for name, log in logs.items()},
         "scales": _scales(drawn),
         "observed": {name: jnp.asarray(site["value"]) for name, site in drawn.items() if _is_observation(site)},
-    }, _about(sites)
+    }, _about(sites, {*values, *(name for name, site in drawn.items() if _is_observation(site))})
 
 
 def _log_prob(site: dict) -> Array:
@@ -156,7 +156,8 @@ def _scales(sites: dict[str, dict]) -> dict[str, Array]:
     return found
 
 
-def _about(sites: dict[str, dict]) -> _Sites:
+def _about(sites: dict[str, dict], labelled: set[str]) -> _Sites:
+    """labelled: sites whose values a user sees, and no factors."""
     dims, plates = [], []
     for name, site in sites.items():
         if site["type"] not in ("sample", "deterministic"):
@@ -164,7 +165,7 @@ def _about(sites: dict[str, dict]) -> _Sites:
         frames = sorted(site["cond_indep_stack"], key=lambda frame: frame.dim)
         plates.append((name, tuple((frame.name, frame.dim) for frame in frames)))
         # a deterministic site in a plate need not have the plate's axis
-        if jnp.shape(site["value"])[: len(frames)] == tuple(frame.size for frame in frames):
+        if name in labelled and jnp.shape(site["value"])[: len(frames)] == tuple(frame.size for frame in frames):
             events = site.get("infer", {}).get("event_dims", [])
             dims.append((name, (*(frame.name for frame in frames), *events)))
     return _Sites(tuple(sites), tuple(dims), tuple(plates))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pmcmc._transformations import refuse_transformation
 from pmcmc._types import PRNGKey, PyTree
 from pmcmc.chain import Chain
 from pmcmc.interop._numpyro import numpyro_starts, numpyro_target
@@ -73,7 +74,7 @@ def parallel_chain(
         RuntimeError: a chain reached a state that is not finite.
 
     Warns:
-        UserWarning: warm-up did not settle, or a chain accepted no move.
+        UserWarning: warm-up did not settle, a chain accepted no move, or more than 1 % of the draws were divergent.
 
     Example:
         >>> import numpyro, numpyro.distributions as dist, pmcmc
@@ -85,6 +86,7 @@ def parallel_chain(
         (4, 200)
     """
     model_kwargs = {} if model_kwargs is None else model_kwargs
+    refuse_transformation("parallel_chain", rng_key, model_args, model_kwargs, init_params)
     key = as_key(rng_key)
     target = numpyro_target(model, model_args, model_kwargs)
     settings = Settings.check(
@@ -153,6 +155,7 @@ def sample(
         >>> chain.get_samples()["a"].shape
         (400, 3)
     """
+    refuse_transformation("sample", rng_key, initial_position)
     target = Target.from_logdensity(logdensity_fn, initial_position)
     settings = Settings.check(
         target, kernel, solver, num_warmup, num_samples, num_chains, thinning, extra_fields, warmup, devices, max_memory

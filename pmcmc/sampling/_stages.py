@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._state import ChainState
+from pmcmc._transformations import refuse_transformation
 from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.chain import Chain, Continuation
 from pmcmc.sampling._ahead import Ahead
@@ -57,6 +58,7 @@ def sample_from(state: ChainState, settings: Settings, progress_bar: bool, warmu
 
 def extend(chain: Chain, num_samples: int, progress_bar: bool) -> Chain:
     """See `Chain.extend`."""
+    refuse_transformation("Chain.extend")
     settings = settings_of(chain, num_samples, chain.max_memory)
     try:
         return _join(chain, sample_from(chain.state, settings, progress_bar, chain.report.warmup_remark))
@@ -150,7 +152,7 @@ def _sample(
         x = jax.tree.map(lambda rows: jnp.asarray(rows[:, -1]), draws.kept[0])
         there = chain(x, kept * settings.thinning - state.num_unkept)
         raise Interrupted(there, settings.num_samples) from stopped
-    sampling.warn_of_stuck_chains()
+    sampling.warn()
     return chain(sampling.run.x, settings.num_samples)
 
 

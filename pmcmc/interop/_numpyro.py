@@ -15,6 +15,7 @@ import numpy as np
 
 from pmcmc._threefry import key_pair, threefry_2x32
 from pmcmc._types import Array, PRNGKey, PyTree
+from pmcmc.interop._numpyro_checks import check_trace
 from pmcmc.target import Described, Model, Supports, Target, evaluate_starts
 
 # What jax raises when a model asks a traced array for its value: np.unique(group), if n > 3, y[mask].
@@ -301,6 +302,7 @@ def _traced_position(
     from numpyro.infer.util import helpful_support_errors
 
     trace = _random_trace(model, args, kwargs, rng_key)
+    check_trace(trace)
     for name, site in trace.items():
         if site["type"] in ("param", "mutable"):
             raise ValueError(

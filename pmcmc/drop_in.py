@@ -68,12 +68,14 @@ class ParallelState(NamedTuple):
         All chains share what warm-up found. To go on with it in another sampler, take that of one chain:
         ``NUTS(model, step_size=..., inverse_mass_matrix=..., adapt_step_size=False, adapt_mass_matrix=False)``.
         """
-        target, kernel = self.chains.target, self.chains.kernel
+        target = self.chains.target
+        kernel: Any = self.chains.kernel
         if not hasattr(kernel, "step_size"):
             return None
-        metric = jnp.ones((), target.spec.dtype) if target.basis is None else target.basis.covariance
-        if getattr(kernel, "inverse_mass_matrix", None) is not None:  # it was not made a basis: there was no warm-up
-            metric = kernel.inverse_mass_matrix
+        # without a warm-up that of the kernel was not made a basis
+        metric = getattr(kernel, "inverse_mass_matrix", None)
+        if metric is None:
+            metric = jnp.ones((), target.spec.dtype) if target.basis is None else target.basis.covariance
         metric = jnp.broadcast_to(metric, jnp.shape(metric) or (target.dim,))
         sites, num_chains = tuple(sorted(target.spec.template)), len(self.chains.own)
         found = AdaptState(jnp.asarray(kernel.step_size), {sites: metric})
@@ -234,7 +236,7 @@ class ParallelMCMC(MCMC):
         _check_metric_sites(self.sampler._inverse_mass_matrix, target)
         settings = self._settings(target)
         settings = replace(settings, extra_fields=_kernel_fields(target, settings.kernel, extra_fields))
-        return self._with_basis(target), as_key(rng_key), settings
+        return self._with_basis(target, settings.kernel), as_key(rng_key), settings
 
     def _settings(self, target: Target) -> Settings:
         return Settings.check(
@@ -249,12 +251,12 @@ class ParallelMCMC(MCMC):
             self._warmup,
         )
 
-    def _with_basis(self, target: Target) -> Target:
+    def _with_basis(self, target: Target, kernel: Kernel) -> Target:
         """In coordinates of the metric that NUTS was given, where no warm-up makes it a basis."""
         metric = getattr(self._warmup, "inverse_mass_matrix", None)
         if metric is None or self.num_warmup:
             return target
-        check_metric(target, self._kernel, metric)
+        check_metric(target, kernel, metric)
         loc, scale = np.zeros(target.dim), scale_of_metric(metric, target.dim)
         return target.with_basis(Basis(*(jnp.asarray(x, target.spec.dtype) for x in (loc, scale))))
 

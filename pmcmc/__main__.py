@@ -21,7 +21,12 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [name for name in options.names if name not in demo.EXAMPLES]
     if unknown:
         parser.error(f"unknown example {', '.join(unknown)}: choose from {', '.join(demo.EXAMPLES)}")
-    demo.run(options.names or list(demo.EXAMPLES), options.output, options.scale)
+    names = options.names or list(demo.EXAMPLES)
+    try:
+        demo.check_packages(names)
+    except ImportError as error:
+        parser.error(str(error))
+    demo.run(names, options.output, options.scale)
     return 0
 
 

@@ -1,5 +1,6 @@
 """Draws as users see them: constrained sites by name, and statistics of the transitions under two sets of names."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,30 @@ def constrained(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
     return jax.vmap(lambda unknown: target.model.constrain(target.data, kernel.position(target, unknown)))(unknowns)
 
 
-constrain = tuned_jit()(constrained)
+@tuned_jit(static_argnames="sites")
+def constrain(target: Target, kernel: Kernel, unknowns: PyTree, *, sites: tuple[str, ...] | None = None) -> PyTree:
+    """`constrained`; of the named sites alone, and then what only others need is not computed either."""
+    draws = constrained(target, kernel, unknowns)
+    return draws if sites is None else {name: by_name(draws)[name] for name in sites}
+
+
+def site_shapes(target: Target) -> PyTree:
+    """Shapes of one draw of all sites."""
+    return jax.eval_shape(target.model.constrain, target.data, target.spec.template)
+
+
+def check_sites(target: Target, sites: Any) -> tuple[str, ...]:
+    """Names of sites of the model, as a tuple.
+
+    Raises:
+        ValueError, TypeError: it does not have them; no sequence of names.
+    """
+    known = by_name(site_shapes(target))
+    if isinstance(sites, str) or not all(isinstance(name, str) for name in sites):
+        raise TypeError(f"sites must be a sequence of names out of {list(known)}, got {sites!r}.")
+    if unknown := [name for name in sites if name not in known]:
+        raise ValueError(f"sites: the model has no {unknown}: expected names out of {list(known)}.")
+    return tuple(sites)
 
 
 def by_name(samples: PyTree) -> dict[str, Any]:
@@ -73,15 +97,21 @@ def in_batches(compiled: Callable, tree: PyTree, batch: int) -> PyTree:
     """``compiled`` of all rows of leaves (A, B, ...), so many at a time; numpy arrays (A, B, ...)."""
     first, second = jax.tree.leaves(tree)[0].shape[:2]
     flat, total = jax.tree.map(ungroup, tree), first * second
-
-    def some(start: int) -> PyTree:
+    whole: PyTree = None
+    for start in range(0, total, batch):
         rows = np.minimum(np.arange(start, start + batch), total - 1)  # one shape, so one compilation
-        part = compiled(jax.tree.map(lambda x: x[rows], flat))
-        return jax.tree.map(lambda x: np.asarray(x)[: total - start], part)
+        part = compiled(jax.tree.map(lambda x: x[rows], flat))  # noqa: B023
+        if whole is None:
+            whole = jax.tree.map(lambda x: np.empty((total, *x.shape[1:]), x.dtype), part)
+        for room, x in zip(jax.tree.leaves(whole), jax.tree.leaves(part), strict=True):
+            room[start : start + batch] = np.asarray(x)[: total - start]
+    return jax.tree.map(lambda x: x.reshape(first, second, *x.shape[1:]), whole)
 
-    parts = [some(start) for start in range(0, total, batch)]
-    joined = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
-    return jax.tree.map(lambda x: x.reshape(first, second, *x.shape[1:]), joined)
+
+def piece(batch: int, num_bytes: int, draws: PyTree) -> int:
+    """How many draws to compute at a time: ``batch``, whose shapes are given, or what fits into so many bytes."""
+    size = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(draws))
+    return max(1, min(batch, batch * num_bytes // max(size, 1)))
 
 
 def ungroup(x: Any) -> Any:

@@ -46,10 +46,10 @@ class Source:
     given: Kernel | None = None
     traced: Kernel | None = None
 
-    def with_kernel(self, kernel: Kernel) -> "Source":
-        """Functions in the kernel are traced, and the target knows of what else it depends on."""
+    def with_kernel(self, kernel: Kernel) -> tuple["Source", Kernel]:
+        """With functions in the kernel traced, which is returned too, and a target that knows what they are."""
         traced, context = _traced_kernel(kernel, self.target)
-        return replace(self, target=replace(self.target, context=context), given=kernel, traced=traced)
+        return replace(self, target=replace(self.target, context=context), given=kernel, traced=traced), traced
 
     def check(self) -> None:
         """Raise where model, data or functions in the kernel are no longer what they were.

@@ -34,7 +34,7 @@ from pmcmc._types import Array, PyTree
 # that use them.
 _MAX_ORDER = 3
 # Rules of the functions in these folders do not change between two calls.
-_LIBRARIES = tuple(os.path.join(os.path.dirname(package.__file__), "") for package in (jax,))
+_LIBRARIES = (os.path.join(os.path.dirname(str(jax.__file__)), ""),)
 _CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 # Calls of functions that the user's own code has jitted.
 _JIT = ("jit", "pjit")
@@ -70,11 +70,6 @@ class Trace:
         given = [_fitted(x, var.aval) for x, var in zip(leaves, self.program.invars, strict=True)]
         read = [constants[number] for number in self._reads]
         return jax.tree.unflatten(self.out_tree, jax.core.eval_jaxpr(self.program, read, *given))
-
-    @property
-    def out_shapes(self) -> PyTree:
-        shapes = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in self.program.outvars]
-        return jax.tree.unflatten(self.out_tree, shapes)
 
     def part(self, name: str) -> "Trace":
         """One entry of the dict that the function returns, without what only others need.
@@ -251,7 +246,8 @@ def _is_same(a: Any, b: Any) -> bool:
     place = lambda x: (x.__array_interface__["data"][0], x.strides)
     if place(a) == place(b) or a.nbytes < _LARGE:
         return place(a) == place(b)
-    return bool(np.array_equal(*(np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (a, b))))
+    first, second = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (a, b))
+    return bool(np.array_equal(first, second))
 
 
 def _is_opaque(x: Any) -> bool:

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._jit import tuned_jit
-from pmcmc._samples import by_name, constrain, fields, in_batches, sample_stats, ungroup
+from pmcmc._jit import TargetJit, tuned_jit
+from pmcmc._samples import by_name, check_sites, constrain, fields, in_batches, piece, sample_stats, ungroup
 from pmcmc._state import ChainState, header
 from pmcmc._storage import Writer
+from pmcmc._transformations import refuse_transformation
 from pmcmc._types import Array, PyTree
 from pmcmc.interop._arviz import predictive_groups, to_arviz
 from pmcmc.interop._numpyro import print_summary
@@ -23,8 +24,8 @@ from pmcmc.stored import StoredChain
 from pmcmc.target import Target
 from pmcmc.verification import Record, Verification, verify
 
-# Draws constrained at a time: bounds the memory of models with large deterministic sites.
-_CONSTRAIN_BATCH = 65_536
+# Draws constrained at a time, and their bytes: bound the memory of models with large deterministic sites.
+_CONSTRAIN_BATCH, _CONSTRAIN_BYTES = 65_536, 2**26
 # The same for log likelihoods, in observations times draws.
 _LIKELIHOOD_BATCH = 2**22
 
@@ -182,6 +183,7 @@ class Chain:
             >>> bool(chain.verify())
             True
         """
+        refuse_transformation("Chain.verify")
         state = self.state
         state.source.check()
         steps_before = state.num_steps - state.num_unkept - self.num_samples * self.thinning
@@ -212,21 +214,42 @@ class Chain:
         writer.leaves("info", self.info)
         writer.write(path, header(writer, self.state, self.report, self.thinning, self.solver, self.extra_fields))
 
-    def get_samples(self, group_by_chain: bool = False) -> PyTree:
+    def get_samples(self, group_by_chain: bool = False, *, sites: Sequence[str] | None = None) -> PyTree:
         """Draws as the user's model names them: constrained latent and deterministic sites of a NumPyro model, or
         the position's own pytree for a plain log density.
 
         Leading axes (num_chains, num_samples) with ``group_by_chain``, else (num_chains * num_samples,).
-        """
-        if "grouped" not in self._samples:
-            self._samples["grouped"] = self._constrained()
-        grouped = self._samples["grouped"]
-        if group_by_chain:
-            return grouped
-        return jax.tree.map(ungroup, grouped)
 
-    def _constrained(self) -> PyTree:
-        return jax.tree.map(jnp.asarray, self._of_each_draw(constrain, _CONSTRAIN_BATCH))
+        They are computed from `unknowns` when they are first asked for, and kept.
+
+        sites: names of those wanted, in a dict; all others are not computed. None: all.
+
+        Raises:
+            ValueError, TypeError: sites that the model does not have.
+        """
+        wanted = None if sites is None else check_sites(self.target, sites)
+        return jax.tree.map(lambda x: jnp.asarray(x if group_by_chain else ungroup(x)), self._grouped(wanted))
+
+    def _grouped(self, sites: tuple[str, ...] | None) -> PyTree:
+        """Numpy arrays (num_chains, num_samples, ...); kept: all, under None, and single sites by name."""
+        if None not in self._samples and sites is not None:
+            if missing := tuple(name for name in sites if name not in self._samples):
+                self._samples.update(self._constrained(missing))
+            return {name: self._samples[name] for name in sites}
+        if None not in self._samples:
+            whole = self._constrained(None)
+            self._samples.clear()  # they are part of it
+            self._samples[None] = whole
+        whole = self._samples[None]
+        return whole if sites is None else {name: by_name(whole)[name] for name in sites}
+
+    def _constrained(self, sites: tuple[str, ...] | None) -> PyTree:
+        compiled = lambda target, kernel, rows: constrain(target, kernel, rows, sites=sites)
+        batch = min(self.num_chains * self.num_samples, _CONSTRAIN_BATCH)
+        rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch, *x.shape[2:]), x.dtype), self.unknowns)
+        # of a whole batch: where it fits, and mostly it does, this trace is that of the program
+        draws = constrain.eval_shape(self.target, self.kernel, rows, sites=sites)
+        return self._of_each_draw(compiled, piece(batch, _CONSTRAIN_BYTES, draws))
 
     def _of_each_draw(self, compiled: Callable, most: int) -> PyTree:
         """``compiled(target, kernel, unknowns)`` of all draws, at most so many at a time; (num_chains, draws, ...)."""
@@ -255,17 +278,21 @@ class Chain:
             raise ValueError("warm-up was not kept: pass save_warmup=True to parallel_chain or sample.")
         return self._of_each_warmup_draw(_constrain_rows)
 
-    def _of_each_warmup_draw(self, compiled: Callable) -> PyTree:
+    def _of_each_warmup_draw(self, compiled: TargetJit) -> PyTree:
         path: Any = self.warmup_path
-        return in_batches(lambda rows: compiled(self.target, rows), path, min(path[..., 0].size, _CONSTRAIN_BATCH))
+        batch = min(path[..., 0].size, _CONSTRAIN_BATCH)
+        rows = jax.ShapeDtypeStruct((batch, path.shape[-1]), path.dtype)
+        batch = piece(batch, _CONSTRAIN_BYTES, compiled.eval_shape(self.target, rows))
+        return in_batches(lambda rows: compiled(self.target, rows), path, batch)
 
-    def _warmup_groups(self) -> dict[str, Any]:
+    def _warmup_groups(self, sites: Sequence[str] | None) -> dict[str, Any]:
         """For ArviZ; empty where warm-up was not kept."""
         if self.warmup_path is None:
             return {}
-        draws = self.get_warmup_samples()
+        draws = by_name(self.get_warmup_samples())
+        wanted = draws if sites is None else sites
         lp = self._of_each_warmup_draw(_logdensity_rows)
-        return {"warmup_posterior": by_name(draws), "warmup_sample_stats": {"lp": lp}}
+        return {"warmup_posterior": {name: draws[name] for name in wanted}, "warmup_sample_stats": {"lp": lp}}
 
     def get_extra_fields(self, group_by_chain: bool = False) -> dict[str, Any]:
         """Fields of the transitions under NumPyro's names: ``diverging``, and those asked for by ``extra_fields``.
@@ -285,15 +312,19 @@ class Chain:
             grouped = {name: x.reshape(-1) for name, x in grouped.items()}
         return {name: jnp.asarray(x) for name, x in grouped.items()}
 
-    def print_summary(self, prob: float = 0.9) -> None:
-        """Mean, standard deviation, quantiles, effective sample size and R-hat of every site, by NumPyro."""
-        samples = self.get_samples(group_by_chain=True)
+    def print_summary(self, prob: float = 0.9, *, sites: Sequence[str] | None = None) -> None:
+        """Mean, standard deviation, quantiles, effective sample size and R-hat of every site, by NumPyro.
+
+        prob: of the interval between the quantiles. sites: as of `get_samples`.
+        """
+        samples = self._grouped(None if sites is None else check_sites(self.target, sites))
         print_summary(samples if isinstance(samples, dict) else {"x": samples}, prob)
         print(f"Number of divergences: {int(np.sum(self.info.is_divergent))}")
 
     def to_arviz(
         self,
         *,
+        sites: Sequence[str] | None = None,
         log_likelihood: bool = False,
         prior: dict[str, Array] | None = None,
         posterior_predictive: dict[str, Array] | None = None,
@@ -308,6 +339,7 @@ class Chain:
         named after plates. With ``save_warmup`` also warmup_posterior, where each lane is a chain (see
         `get_warmup_samples`), and warmup_sample_stats with ``lp``. What the solver did is in the attributes.
 
+        sites: of the posterior, as of `get_samples`. None: all.
         log_likelihood: of every observation at every draw, for ``arviz.loo`` and ``compare``; draws x observations of
             memory, so not unless asked for. Masked observations have 0; drop them where ArviZ 1.x refuses a constant.
         prior, posterior_predictive: draws of ``numpyro.infer.Predictive``; what of the prior's is not in the posterior
@@ -324,7 +356,7 @@ class Chain:
             >>> chain.to_arviz(dims={"a": ["side"]}, coords={"side": ["left", "right"]}).posterior["a"].dims
             ('chain', 'draw', 'side')
         """
-        samples = by_name(self.get_samples(group_by_chain=True))
+        samples = by_name(self._grouped(None if sites is None else check_sites(self.target, sites)))
         target, report = self.target, self.report
         place = self.kernel.position(target, jax.tree.map(lambda x: jnp.asarray(x)[0], self.last_state))
         described = self.state.source.describe(target, place)
@@ -333,7 +365,7 @@ class Chain:
             "sample_stats": sample_stats(self.kernel, self.info),
             "log_likelihood": self._log_likelihood() if log_likelihood else {},
             **predictive_groups(prior, posterior_predictive, samples),
-            **self._warmup_groups(),
+            **self._warmup_groups(sites),
             "observed_data": described.observed,
             "constant_data": described.constant,
         }

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 import pmcmc
+from pmcmc._optional import require
 
 # Every so many draws are kept: long chains are quick to sample and slow to summarise.
 THINNING = 10
@@ -67,8 +68,19 @@ def logistic() -> Example:
 EXAMPLES = {"eight_schools": eight_schools, "logistic": logistic}
 
 
+def check_packages(names: list[str]) -> None:
+    """Raise where the named examples need what is not installed.
+
+    Raises:
+        ImportError: and how to get it.
+    """
+    data = ("sklearn",) if "logistic" in names else ()
+    require(("arviz", "matplotlib", *data), "The demonstration", "pmcmc[demo]")
+
+
 def run(names: list[str], output: Path, scale: float = 1.0) -> None:
     """Run the named examples; ``scale`` shrinks them for tests. Plots go to ``output``."""
+    check_packages(names)
     print(f"pmcmc {pmcmc.__version__}, jax {jax.__version__}, {jax.device_count()} {jax.default_backend()} device(s)\n")
     output.mkdir(parents=True, exist_ok=True)
     for name in names:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,9 @@ from numpyro.infer.initialization import init_to_uniform
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import initialize_model
 
+from pmcmc._samples import site_shapes
 from pmcmc._state import ChainState, Source, last_logdensity
+from pmcmc._transformations import refuse_transformation
 from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.chain import Chain
 from pmcmc.kernels import HMC, NUTS, Kernel
@@ -24,12 +27,25 @@ from pmcmc.sampling._api import model_starts
 from pmcmc.sampling._settings import Settings, as_key
 from pmcmc.sampling._source import model_source
 from pmcmc.sampling._stages import run_stages, sample_from, warm_up
-from pmcmc.target import Target
+from pmcmc.target import Basis, Target
 from pmcmc.warmup import EnsembleAdaptation, Warmup
+from pmcmc.warmup._lanes import check_metric, scale_of_metric
 
-__all__ = ["ParallelMCMC", "ParallelState"]
+__all__ = ["AdaptState", "ParallelMCMC", "ParallelState"]
 
 _STEP_SIZE = "adapt_state.step_size"
+
+
+class AdaptState(NamedTuple):
+    """What warm-up tuned, as NumPyro's ``HMCAdaptState`` has it; a leading axis num_chains where there are several.
+
+    step_size: the leapfrog step h, in units of the metric.
+    inverse_mass_matrix: M^{-1} by the sites that it acts on, ``{(site, ...): array}``: (D,) a diagonal or (D, D), over
+        the unconstrained values of these sites, raveled one after the other.
+    """
+
+    step_size: Array
+    inverse_mass_matrix: dict[tuple[str, ...], Array]
 
 
 class ParallelState(NamedTuple):
@@ -44,6 +60,28 @@ class ParallelState(NamedTuple):
     potential_energy: Array
     rng_key: PRNGKey
     chains: ChainState
+
+    @property
+    def adapt_state(self) -> AdaptState | None:
+        """Step size and metric; None for kernels without a step size, such as `Compose`.
+
+        All chains share what warm-up found. To go on with it in another sampler, take that of one chain:
+        ``NUTS(model, step_size=..., inverse_mass_matrix=..., adapt_step_size=False, adapt_mass_matrix=False)``.
+        """
+        target = self.chains.target
+        kernel: Any = self.chains.kernel
+        if not hasattr(kernel, "step_size"):
+            return None
+        # without a warm-up that of the kernel was not made a basis
+        metric = getattr(kernel, "inverse_mass_matrix", None)
+        if metric is None:
+            metric = jnp.ones((), target.spec.dtype) if target.basis is None else target.basis.covariance
+        metric = jnp.broadcast_to(metric, jnp.shape(metric) or (target.dim,))
+        sites, num_chains = tuple(sorted(target.spec.template)), len(self.chains.own)
+        found = AdaptState(jnp.asarray(kernel.step_size), {sites: metric})
+        if num_chains == 1:
+            return found
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_chains, *x.shape)), found)
 
 
 class ParallelMCMC(MCMC):
@@ -62,8 +100,8 @@ class ParallelMCMC(MCMC):
     ``Predictive``, ``log_likelihood``, ``arviz.from_numpyro``. ``chain`` is the `Chain` behind them, with its report.
 
     Of the options of NUTS and HMC these are kept: ``model``, ``target_accept_prob``, ``dense_mass`` (True or False),
-    ``max_tree_depth``, ``num_steps``, ``init_strategy``, and ``step_size`` and ``inverse_mass_matrix`` where they are
-    not adapted. Where they are, NumPyro only starts from them, and pmcmc starts elsewhere. HMC's trajectories are
+    ``max_tree_depth``, ``num_steps``, ``init_strategy``, and ``step_size`` and ``inverse_mass_matrix``, each where it
+    is not adapted. Where it is, NumPyro only starts from it, and pmcmc starts elsewhere. HMC's trajectories are
     a quarter of a period long, with jittered steps, instead of a fixed 2 pi. What cannot be kept is refused.
 
     Raises:
@@ -97,6 +135,7 @@ class ParallelMCMC(MCMC):
         solver: RecurrenceSolver | str = "auto",
         warmup: Warmup | None = None,
     ):
+        given = warmup
         if postprocess_fn is not None:
             raise ValueError(
                 "postprocess_fn cannot be used: make derived values numpyro.deterministic sites, or compute them from "
@@ -105,6 +144,7 @@ class ParallelMCMC(MCMC):
         if not isinstance(sampler, MCMCKernel):
             if not callable(sampler):
                 raise TypeError(f"sampler must be numpyro.infer.NUTS(model), HMC(model) or the model, got {sampler!r}.")
+            self._stands_for = ""
             sampler = NumpyroNUTS(sampler)  # stands for the model, where NumPyro and ArviZ look for it
         else:
             if kernel is not None:
@@ -112,18 +152,21 @@ class ParallelMCMC(MCMC):
                     f"both {type(sampler).__name__} and kernel= say how to sample: pass the model instead of the "
                     "former, or leave kernel= out."
                 )
+            self._stands_for = type(sampler).__name__
             kernel, adaptation = _translate(sampler, num_warmup)
-            warmup = adaptation if warmup is None else warmup
+            warmup = adaptation if warmup is None else _with_metric(warmup, adaptation.inverse_mass_matrix)
+        if callable(chain_method) or chain_method in ("parallel", "sequential"):
+            chain_method = "vectorized"  # any other NumPyro refuses
         super().__init__(
             sampler,
             num_warmup=num_warmup,
             num_samples=num_samples,
             num_chains=num_chains,
             thinning=thinning,
-            chain_method="vectorized",
+            chain_method=chain_method,
             progress_bar=progress_bar,
         )
-        self._kernel, self._solver, self._warmup = kernel, solver, warmup
+        self._kernel, self._solver, self._warmup, self._warmup_given = kernel, solver, warmup, given
         self._chain: Chain | None = None
 
     @property
@@ -177,17 +220,27 @@ class ParallelMCMC(MCMC):
         self._states, self._states_flat = _states(chain, extra_fields), None
 
     def _prepare(self, rng_key: Any, extra_fields: Sequence[str]) -> tuple[Source, PRNGKey, Settings]:
+        refuse_transformation("ParallelMCMC.run", rng_key, self._args, self._kwargs)
         source = model_source(self.sampler.model, self._args, self._kwargs)
         target = source.target
+        if self._stands_for and self._warmup_given is None and target.model.supports:
+            raise ValueError(
+                f"{self._stands_for} has no counterpart for models with discrete latent sites, here "
+                f"{[name for name, _ in target.model.supports]}: NumPyro would sum over their values, pmcmc draws them "
+                "by Gibbs. Write ParallelMCMC(model, ...) instead of "
+                f"ParallelMCMC({self._stands_for}(model, ...), ...)."
+            )
         if isinstance(rng_key, jax.Array) and rng_key.shape:
             typed = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
             if rng_key.ndim == (1 if typed else 2) and len(rng_key) == self.num_chains:
                 rng_key = rng_key[0]
-        _check_sites(target, extra_fields)
-        settings = self._settings(target, [name for name in extra_fields if not (_site(name) or name == _STEP_SIZE)])
+        _check_metric_sites(self.sampler._inverse_mass_matrix, target)
+        settings = self._settings(target)
+        settings = replace(settings, extra_fields=_kernel_fields(target, settings.kernel, extra_fields))
+        source = replace(source, target=self._with_basis(target, settings.kernel))
         return source, as_key(rng_key), settings
 
-    def _settings(self, target: Target, extra_fields: Sequence[str]) -> Settings:
+    def _settings(self, target: Target) -> Settings:
         return Settings.check(
             target,
             self._kernel,
@@ -196,9 +249,18 @@ class ParallelMCMC(MCMC):
             self.num_samples,
             self.num_chains,
             self.thinning,
-            extra_fields,
+            (),
             self._warmup,
         )
+
+    def _with_basis(self, target: Target, kernel: Kernel) -> Target:
+        """In coordinates of the metric that NUTS was given, where no warm-up makes it a basis."""
+        metric = getattr(self._warmup, "inverse_mass_matrix", None)
+        if metric is None or self.num_warmup:
+            return target
+        check_metric(target, kernel, metric)
+        loc, scale = np.zeros(target.dim), scale_of_metric(metric, target.dim)
+        return target.with_basis(Basis(*(jnp.asarray(x, target.spec.dtype) for x in (loc, scale))))
 
     def _init_params(self, rng_key: PRNGKey, given: PyTree) -> PyTree:
         """Those given, or what the sampler's strategy finds; None for NumPyro's default, which is pmcmc's too."""
@@ -221,7 +283,7 @@ class ParallelMCMC(MCMC):
             )
         chains = state.chains
         kernel = chains.source.given
-        source = source if kernel is None else source.with_kernel(kernel)
+        source = source if kernel is None else source.with_kernel(kernel)[0]
         target = source.target
         if len(chains.own) != self.num_chains or target.spec != chains.target.spec:
             raise ValueError(
@@ -242,14 +304,27 @@ def _site(field: str) -> str:
     return field.removeprefix("~")[2:] if field.removeprefix("~").startswith("z.") else ""
 
 
-def _check_sites(target: Target, extra_fields: Sequence[str]) -> None:
-    """Raise where a field names a site that the model does not have, before anything is sampled."""
+def _kernel_fields(target: Target, kernel: Kernel, extra_fields: Sequence[str]) -> tuple[str, ...]:
+    """Those that the kernel reports; all others are checked before anything is sampled.
+
+    Raises:
+        TypeError: no sequence of names. ValueError: a field, or the site in it, is none that there is.
+    """
+    if isinstance(extra_fields, str):
+        raise TypeError(f"extra_fields must be a sequence of names, got {extra_fields!r}: write ({extra_fields!r},).")
     latent = set(target.spec.template)
-    every = set(jax.eval_shape(target.model.constrain, target.data, target.spec.template))
     for name in filter(_site, extra_fields):
-        sites = every if name.startswith("~") else latent
+        sites = set(site_shapes(target)) if name.startswith("~") else latent
         if _site(name) not in sites:
             raise ValueError(f"extra_fields: {name!r} names no site of the model: expected one out of {sorted(sites)}.")
+    of_kernel = tuple(name for name in extra_fields if not (_site(name) or name in ("z", _STEP_SIZE)))
+    if unknown := sorted(set(of_kernel) - set(kernel.extra_fields)):
+        raise ValueError(
+            f"{type(kernel).__name__} has no extra_fields {unknown}: expected names out of "
+            f"{['z', *kernel.extra_fields, _STEP_SIZE]}, 'z.site' for the unconstrained values of one of "
+            f"{sorted(latent)}, or '~z.site' to leave one of {sorted(site_shapes(target))} out."
+        )
+    return of_kernel
 
 
 def _standing(state: ChainState) -> ParallelState:
@@ -262,11 +337,10 @@ def _standing(state: ChainState) -> ParallelState:
 
 def _states(chain: Chain, extra_fields: Sequence[str]) -> dict[str, Any]:
     """What NumPyro's methods read: arrays (num_chains, draws, ...) by field, the samples under ``z``."""
-    samples = dict(chain.get_samples(group_by_chain=True))
-    for name in extra_fields:
-        if name.startswith("~z."):
-            del samples[name[3:]]
-    states = {"z": samples, **chain.get_extra_fields(group_by_chain=True)}
+    wanted = None
+    if any(name.startswith("~") for name in extra_fields):  # those left out shall not be computed
+        wanted = [name for name in site_shapes(chain.target) if f"~z.{name}" not in extra_fields]
+    states = {"z": dict(chain.get_samples(True, sites=wanted)), **chain.get_extra_fields(group_by_chain=True)}
     if any(name.startswith("z.") for name in extra_fields):
         positions = _positions(chain)
         states |= {name: positions[name[2:]] for name in extra_fields if name.startswith("z.")}
@@ -295,20 +369,44 @@ def _translate(sampler: Any, num_warmup: int) -> tuple[Kernel, EnsembleAdaptatio
         )
     _refuse(sampler)
     step_size = None if sampler._adapt_step_size and num_warmup else sampler._step_size
-    metric = None if sampler._adapt_mass_matrix and num_warmup else sampler._inverse_mass_matrix
+    metric = None if sampler._adapt_mass_matrix and num_warmup else _whole_metric(sampler)
     if metric is None and num_warmup and not sampler._adapt_mass_matrix:
         metric = 1.0
     warmup = EnsembleAdaptation(dense=sampler._dense_mass, target_acceptance_rate=sampler._target_accept_prob)
     if type(sampler) is NumpyroHMC:
         length = _length(sampler, step_size)
         return HMC(step_size=step_size, num_integration_steps=length, inverse_mass_matrix=metric), warmup
-    if metric is not None:
-        raise ValueError(
-            "NUTS takes its metric from warm-up: leave adapt_mass_matrix=True and num_warmup positive, or use "
-            "numpyro.infer.HMC with inverse_mass_matrix=."
-        )
     depth = sampler._max_tree_depth
+    warmup = replace(warmup, inverse_mass_matrix=metric)
     return NUTS(step_size=step_size, max_num_doublings=depth if isinstance(depth, int) else depth[1]), warmup
+
+
+def _whole_metric(sampler: Any) -> Any:
+    """The metric of a NumPyro kernel as one array; `_refuse` leaves but this form of a dict."""
+    metric = sampler._inverse_mass_matrix
+    return next(iter(metric.values())) if isinstance(metric, dict) else metric
+
+
+def _check_metric_sites(metric: Any, target: Target) -> None:
+    """Raise where a metric by sites, as ``adapt_state`` has it, is not over all sites of the model in their order."""
+    sites = tuple(sorted(target.spec.template))
+    if isinstance(metric, dict) and tuple(metric) != (sites,):
+        raise ValueError(f"inverse_mass_matrix is over the sites {list(metric)}: expected all in one block, {[sites]}.")
+
+
+def _with_metric(warmup: Warmup, metric: Any) -> Warmup:
+    """A warm-up of the user's that keeps the metric of the user's sampler.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if metric is None:
+        return warmup
+    if not isinstance(warmup, EnsembleAdaptation):
+        raise ValueError(
+            f"{type(warmup).__name__} finds a metric of its own: leave adapt_mass_matrix=True, or warmup= out."
+        )
+    return replace(warmup, inverse_mass_matrix=metric)
 
 
 def _length(sampler: Any, step_size: Any) -> int | None:
@@ -342,7 +440,7 @@ def _refuse(sampler: Any) -> None:
             "dense_mass by blocks of sites is not available: pass True or False.",
         ),
         (
-            isinstance(metric, dict),
+            isinstance(metric, dict) and len(metric) != 1,
             "inverse_mass_matrix by blocks of sites is not available: pass an array (D,) or (D, D) over all sites.",
         ),
         (

@@ -18,7 +18,8 @@ SMALL_BIAS = 0.01
 class SolveReport:
     """How the draws of a `Chain` were made. Arrays have one entry per chain; ``print(report)`` reads as prose.
 
-    decision: "shooting", "newton" or "sequential", as was planned. reason: one sentence.
+    decision: "shooting", "newton" or "sequential", as was planned; of a solver from elsewhere its own name
+        (`recurrence.RecurrenceSolver.decision`). reason: one sentence.
     plan: what "auto" measured and expected; None where the caller chose, or the run was too short to plan.
     bias_bound: (n,) bounds on what is left of the start t = 0..n-1 steps behind warm-up: 1-Wasserstein distance to the
         posterior in posterior standard deviations, from lagged coupled pairs (Biswas, Jacob & Vanetti 2019); empty

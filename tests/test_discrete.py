@@ -177,7 +177,7 @@ def test_elements_that_are_not_independent(model, words: str) -> None:
     ("kernel", "error", "words"),
     [
         (pmcmc.DiscreteGibbs(), ValueError, r"pass DiscreteGibbs\(supports="),
-        (pmcmc.DiscreteGibbs(supports={"spin": [0.5, 1]}), ValueError, "can hold its support"),
+        (pmcmc.DiscreteGibbs(supports={"spin": [0.5, 1]}), ValueError, "'spin' .*dtype int64, which cannot hold 0.5:"),
         (pmcmc.DiscreteGibbs(supports={"spins": [0, 1]}), ValueError, r"updates \['spins'\]"),
         (pmcmc.DiscreteGibbs(supports={"spin": [0, 1]}, independent="s"), ValueError, r"independent names \['s'\]"),
         (pmcmc.DiscreteGibbs(supports={"spin": [0, 1]}, independent="spin"), ValueError, "needs a NumPyro model"),
@@ -195,3 +195,60 @@ def test_errors_of_supports() -> None:
     for wrong in ("ab", 3, []):
         with pytest.raises(TypeError, match="list of numbers"):
             pmcmc.DiscreteGibbs(supports={"spin": wrong})
+    for repeated in ([0, 1, 1], [0, 0.0], [True, 1]):  # a value that stands there twice would be drawn twice as often
+        with pytest.raises(ValueError, match=r"has \[.*\] more than once.*weights belong into the log density"):
+            pmcmc.DiscreteGibbs(supports={"spin": repeated})
+    with pytest.raises(ValueError, match=r"finite numbers, got \[nan, inf\]"):
+        pmcmc.DiscreteGibbs(supports={"spin": [0, np.nan, np.inf]})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "support", "lost"),
+    [
+        (jnp.int8, [0, 300], "300"),
+        (jnp.uint8, [-1, 0], "-1"),
+        (jnp.int32, [0, 2**31], "2147483648"),
+        (jnp.int16, [0, 0.5], "0.5"),
+        (bool, [0, 1, 2], "2"),
+        (jnp.float32, [0.0, 1e39], "1e\\+39"),
+        (jnp.float32, [16777216, 16777217], "16777216, 16777217"),  # the same number there
+    ],
+    ids=str,
+)
+def test_supports_outside_the_dtype_of_the_site(dtype, support: list, lost: str) -> None:
+    start = {"z": jnp.zeros(2, dtype)}
+    with pytest.raises(ValueError, match=rf"site 'z' .*has dtype {jnp.dtype(dtype)}, which cannot hold {lost}: "):
+        pmcmc.sample(lambda x: 0.0, start, 0, kernel=pmcmc.DiscreteGibbs({"z": support}), progress_bar=False)
+
+
+def test_supports_that_are_rounded_but_apart() -> None:
+    start = {"z": jnp.zeros((), jnp.float32)}
+    kernel = pmcmc.DiscreteGibbs({"z": [0.1, 0.7]})
+    chain = pmcmc.sample(lambda x: 0.0 * x["z"], start, 0, kernel=kernel, **{**OPTIONS, "num_samples": 50})
+    assert set(np.unique(chain.get_samples()["z"])) == {np.float32(0.1), np.float32(0.7)}
+
+
+def one_bad_value():
+    """The density of the first element is NaN at 1; the second element has nothing to do with it."""
+    with numpyro.plate("data", 2):
+        z = numpyro.sample("z", dist.Categorical(jnp.ones(3) / 3))
+        numpyro.factor("bad", jnp.where((z == 1) & (jnp.arange(2) == 0), jnp.nan, 0.0))
+
+
+@pytest.mark.parametrize("independent", [(), ("z",)], ids=["in order", "side by side"])
+@pytest.mark.filterwarnings("ignore:.*were divergent")
+def test_one_value_of_nan_density_keeps_the_old_value_and_says_so(independent: tuple) -> None:
+    """As `CategoricalUpdate` does; -inf instead is a value that is never drawn."""
+    start = {"z": jnp.array([2, 0])}
+    chain = pmcmc.parallel_chain(
+        one_bad_value,
+        0,
+        kernel=pmcmc.DiscreteGibbs(independent=independent),
+        init_params=start,
+        **{**OPTIONS, "num_warmup": 0, "num_samples": 100, "num_chains": 1},
+    )
+    z = np.asarray(chain.get_samples()["z"])
+    assert set(z[:, 0]) == {2}
+    # side by side all elements are one draw, in order each is its own
+    assert set(z[:, 1]) == ({0} if independent else {0, 1, 2})
+    assert chain.report.num_divergent[0] == 100

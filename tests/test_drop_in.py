@@ -1,6 +1,7 @@
 """`pmcmc.ParallelMCMC` where NumPyro's MCMC was: what reads its draws, how runs go on, and what is refused."""
 
 import inspect
+import re
 from functools import cache
 
 import jax
@@ -210,6 +211,7 @@ def test_what_numpyros_kernels_become() -> None:
     assert _translate(NUTS(model, step_size=0.3, adapt_step_size=False), 100)[0].step_size == 0.3
     assert _translate(NUTS(model, step_size=0.3), 0)[0].step_size == 0.3
     assert _translate(NUTS(model, max_tree_depth=(5, 8)), 100)[0].max_num_doublings == 8
+    assert _translate(NUTS(model, adapt_mass_matrix=False), 100)[1].inverse_mass_matrix == 1.0
     assert _translate(HMC(model), 100)[0] == pmcmc.HMC()
     assert _translate(HMC(model, num_steps=5, trajectory_length=None), 100)[0].num_integration_steps == 5
     fixed = HMC(model, step_size=0.5, adapt_step_size=False, trajectory_length=1.2)
@@ -218,6 +220,9 @@ def test_what_numpyros_kernels_become() -> None:
     kept = _translate(HMC(model, inverse_mass_matrix=metric, adapt_mass_matrix=False), 100)[0]
     np.testing.assert_array_equal(kept.inverse_mass_matrix, metric)
     assert _translate(HMC(model, adapt_mass_matrix=False), 100)[0].inverse_mass_matrix == 1.0
+
+
+BLOCKS = {("mu",): jnp.ones(1), ("sigma",): jnp.ones(1)}
 
 
 def quadratic(inverse_mass_matrix, r):
@@ -232,8 +237,7 @@ def quadratic(inverse_mass_matrix, r):
         (lambda: NUTS(model, dense_mass=[("mu", "sigma")]), ValueError, "dense_mass by blocks.*True or False"),
         (lambda: NUTS(model, kinetic_fn=quadratic), ValueError, "kinetic_fn must be the Euclidean one: leave it out"),
         (lambda: NUTS(model, forward_mode_differentiation=True), ValueError, "numpyro's or jax's scan"),
-        (lambda: NUTS(model, adapt_mass_matrix=False), ValueError, "metric from warm-up: leave adapt_mass_matrix"),
-        (lambda: HMC(model, inverse_mass_matrix={("mu",): jnp.ones(1)}), ValueError, r"pass an array \(D,\)"),
+        (lambda: HMC(model, inverse_mass_matrix=BLOCKS), ValueError, r"pass an array \(D,\)"),
         (lambda: HMC(model, trajectory_length=1.0), ValueError, "pass num_steps="),
         (lambda: 3.0, TypeError, r"sampler must be numpyro.infer.NUTS\(model\)"),
     ],
@@ -264,12 +268,97 @@ def test_options_that_do_not_go_together(change, words) -> None:
 
 
 def test_fields_that_are_not_there() -> None:
-    with pytest.raises(ValueError, match=r"HMC has no extra_fields \['tree'\]: expected"):
+    with pytest.raises(ValueError, match=r"HMC has no extra_fields \['tree'\]: expected") as caught:
         make().run(jax.random.key(0), Y, extra_fields=("tree",))
+    for name in (*ACCEPTED, "'z.site' for", r"\['mu', 'sigma'\]", "'~z.site' to leave", r"\['mu', 'sigma', 'twice'\]"):
+        assert re.search(name, str(caught.value)), name
     with pytest.raises(
         ValueError, match=r"'z.twice' names no site of the model: expected one out of \['mu', 'sigma'\]"
     ):
         make().run(jax.random.key(0), Y, extra_fields=("z.twice",))
+
+
+# What the sentence names is all that there is.
+ACCEPTED = ("z", "diverging", "accept_prob", "potential_energy", "energy", "num_steps", "adapt_state.step_size")
+
+
+def test_every_field_that_is_named_is_accepted() -> None:
+    mcmc = make(num_samples=5)
+    sites = ("z.mu", "~z.twice", "z.sigma", "~z.mu")
+    mcmc.run(jax.random.key(0), Y, extra_fields=(*ACCEPTED, *sites))
+    assert set(mcmc.get_extra_fields()) == {*ACCEPTED, "z.mu", "z.sigma"} - {"z"}
+    assert set(mcmc.get_samples()) == {"sigma"}
+    assert set(ACCEPTED) == {"z", *pmcmc.HMC.extra_fields, "adapt_state.step_size"}
+
+
+DIAGONAL, FULL = np.array([4.0, 0.25]), np.array([[1.0, 0.3], [0.3, 0.5]])
+
+
+@pytest.mark.parametrize(("sampler", "metric"), [(NUTS, FULL), (HMC, DIAGONAL)], ids=["NUTS, full", "HMC, diagonal"])
+def test_a_given_metric_is_kept_while_the_step_size_is_tuned(sampler, metric) -> None:
+    """NumPyro's `adapt_state` is read, and handed to a second sampler."""
+    kept = sampler(model, inverse_mass_matrix=metric, adapt_mass_matrix=False, dense_mass=metric.ndim == 2)
+    options = {**SIZES, "num_samples": 40}
+    mcmc = ParallelMCMC(kept, **options)
+    mcmc.run(jax.random.key(0), Y, extra_fields=("adapt_state.step_size", "energy"))
+    state = mcmc.last_state.adapt_state
+    assert list(state.inverse_mass_matrix) == [("mu", "sigma")]
+    np.testing.assert_allclose(state.inverse_mass_matrix["mu", "sigma"], jnp.stack([metric, metric]), rtol=1e-12)
+    assert state.step_size.shape == (2,)
+    np.testing.assert_array_equal(state.step_size, mcmc.get_extra_fields(True)["adapt_state.step_size"][:, -1])
+    again = sampler(
+        model,
+        step_size=state.step_size[0],
+        inverse_mass_matrix=jax.tree.map(lambda x: x[0], state.inverse_mass_matrix),
+        adapt_step_size=False,
+        adapt_mass_matrix=False,
+        **({"num_steps": 4} if sampler is HMC else {}),
+    )
+    second = ParallelMCMC(again, **{**options, "num_warmup": 0, "num_chains": 1})
+    second.run(jax.random.key(1), Y, init_params={"mu": 0.5, "sigma": 0.0})
+    state = second.last_state.adapt_state  # of one chain without a leading axis
+    np.testing.assert_allclose(state.inverse_mass_matrix["mu", "sigma"], metric, rtol=1e-12)
+    assert state.step_size.shape == ()
+    assert second.chain.report.acceptance_rate.mean() > 0.3
+
+
+def test_a_given_metric_acts_without_warmup() -> None:
+    """A leapfrog step of size h moves by h M^-1 p, p of covariance M: by a deviation of h sqrt(M^-1)."""
+    metric = jnp.array([9.0, 0.01])
+    start = {"mu": jnp.array(0.5), "sigma": jnp.array(0.0)}
+    sizes = dict(num_warmup=0, num_samples=400, num_chains=1, solver=Sequential(), progress_bar=False)
+    moved = {}
+    for name, given in {"unit": jnp.ones(2), "given": metric}.items():
+        sampler = NUTS(model, step_size=1e-4, max_tree_depth=1, inverse_mass_matrix=given)
+        mcmc = ParallelMCMC(sampler, **sizes)
+        mcmc.run(jax.random.key(0), Y, init_params=start, extra_fields=("z.mu", "z.sigma"))
+        path = mcmc.get_extra_fields()
+        moved[name] = [np.std(np.diff(path[f"z.{site}"])) for site in ("mu", "sigma")]
+    ratios = np.array(moved["given"]) / np.array(moved["unit"])
+    np.testing.assert_allclose(ratios, np.sqrt(metric), rtol=0.02)
+
+
+def test_metrics_that_do_not_fit() -> None:
+    options = {**SIZES, "num_samples": 10}
+    over_one = NUTS(model, inverse_mass_matrix={("mu",): jnp.ones(1)}, adapt_mass_matrix=False)
+    with pytest.raises(
+        ValueError, match=r"over the sites \[\('mu',\)\]: expected all in one block, \[\('mu', 'sigma'\)\]"
+    ):
+        ParallelMCMC(over_one, **options).run(jax.random.key(0), Y)
+    fixed = NUTS(model, inverse_mass_matrix=jnp.ones(2), adapt_mass_matrix=False)
+    with pytest.raises(ValueError, match="WindowAdaptation finds a metric of its own: leave adapt_mass_matrix=True"):
+        ParallelMCMC(fixed, warmup=pmcmc.WindowAdaptation(), **options)
+    twice = dict(kernel=pmcmc.HMC(inverse_mass_matrix=1.0), warmup=pmcmc.EnsembleAdaptation(inverse_mass_matrix=1.0))
+    with pytest.raises(ValueError, match="inverse_mass_matrix is given twice"):
+        make(**twice).run(jax.random.key(0), Y)
+
+
+def test_discrete_sites_beside_a_fitting_warmup() -> None:
+    """The user who names what warms up Gibbs knows that the sites are drawn so."""
+    mcmc = ParallelMCMC(HMC(with_discrete), **{**SIZES, "num_samples": 10}, warmup=pmcmc.BlockAdaptation())
+    mcmc.run(jax.random.key(0), Y)
+    assert set(mcmc.get_samples()) == {"x", "cluster"}
+    assert mcmc.last_state.adapt_state is None  # several blocks, each with a step size and a metric
 
 
 def no_latents(y):
@@ -311,7 +400,7 @@ def same_name_twice(y):
         (no_latents, ValueError, "no latent sample sites: there is nothing to sample. Check"),
         (with_param, ValueError, "site 'guide_loc' is a param site.*give it a prior"),
         (with_mutable, ValueError, "site 'counter' is a mutable site.*give it a prior"),
-        (with_discrete, TypeError, "EnsembleAdaptation cannot warm up Compose: pass warmup="),
+        (with_discrete, ValueError, r"sites, here \['cluster'\].*Write ParallelMCMC\(model, \.\.\.\) instead of Par"),
         (invalid_scale, ValueError, "check the parameters of the distribution at site 'count'.*invalid scale"),
         (nan_data, ValueError, "not finite at site 'count'.*init_params"),
         (same_name_twice, AssertionError, "all sites must have unique names but got `mu` duplicated"),  # NumPyro's own

@@ -1,16 +1,18 @@
 """Gibbs: the updates' laws, real samplers against exact answers, and one chain whatever the solver."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import special, stats
 
 import pmcmc
 from benchmarks.gibbs import SCHOOLS
 from benchmarks.published import gibbs_step
 from pmcmc.kernels._inverse_cdf import _by_columns, _by_scan, inverse_cdf
-from pmcmc.kernels._noise import gammas
+from pmcmc.kernels._noise import log_gammas
 from pmcmc.kernels._updates import Site
 from pmcmc.recurrence import RESULTS, Sequential, deer
 from tests._chains import draw_noise, solve
@@ -35,7 +37,7 @@ def sample(kernel, start, logdensity_fn=None, **options):
 @pytest.mark.parametrize("shape", [0.3, 1.0, 4.55, 30.0])
 def test_gammas_have_their_moments(shape: float) -> None:
     keys = jax.random.split(jax.random.key(2), NUM_DRAWS)
-    x = np.asarray(jax.jit(jax.vmap(lambda key: gammas(key, jnp.full(3, shape))))(keys))
+    x = np.exp(jax.jit(jax.vmap(lambda key: log_gammas(key, jnp.full(3, shape))))(keys))
     assert np.all(x > 0)
     values = np.stack([x, np.log(x)], axis=-1)
     mean = np.array([shape, stats.loggamma(shape).mean()])
@@ -51,9 +53,10 @@ def test_gammas_have_their_moments(shape: float) -> None:
 def test_gammas_are_smooth_in_their_shape() -> None:
     """The derivative of the proposal accepted, against differences, but for the few that flip."""
     keys = jax.random.split(jax.random.key(3), 500)
-    at = jax.jit(jax.vmap(lambda key, shape: gammas(key, shape[None])[0], (0, None)))
+    at = jax.jit(jax.vmap(lambda key, shape: jnp.exp(log_gammas(key, shape[None])[0]), (0, None)))
     for shape in (0.7, 5.0):
-        push = lambda key, a=shape: jax.jvp(lambda a: gammas(key, a[None])[0], (jnp.array(a),), (jnp.array(1.0),))[1]
+        one = lambda key, a: jnp.exp(log_gammas(key, a[None])[0])
+        push = lambda key, a=shape, one=one: jax.jvp(partial(one, key), (jnp.array(a),), (jnp.array(1.0),))[1]
         tangent = jax.jit(jax.vmap(push))(keys)
         difference = (at(keys, jnp.array(shape + 1e-6)) - at(keys, jnp.array(shape - 1e-6))) / 2e-6
         close = np.isclose(tangent, difference, rtol=1e-5, atol=1e-7)
@@ -62,7 +65,7 @@ def test_gammas_are_smooth_in_their_shape() -> None:
 
 def test_a_gamma_of_no_shape_is_not_a_number() -> None:
     """No try would ever be accepted: without a way out the loop never ended."""
-    drawn = gammas(jax.random.key(4), jnp.array([2.0, jnp.nan, jnp.inf, 0.0, -1.0]))
+    drawn = log_gammas(jax.random.key(4), jnp.array([2.0, jnp.nan, jnp.inf, 0.0, -1.0]))
     np.testing.assert_array_equal(jnp.isfinite(drawn), [True, False, False, False, False])
 
 
@@ -76,6 +79,52 @@ def test_many_categories_are_drawn_as_few_are() -> None:
     assert len(np.unique(columns.category)) == 6
     assert inverse_cdf(jnp.zeros(100), jnp.array(0.505)).category == 50
     assert inverse_cdf(jnp.full(100, jnp.nan), jnp.array(0.5)).failed
+
+
+TINY = 0.02
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["number", "function of the state"])
+def test_small_concentrations_in_float32(known: bool) -> None:
+    """Gammas of shape 0.02 are mostly below float32's numbers, but their ratios are not: 0 / 0 is never drawn."""
+    num, size = 20_000, 3
+    concentration = np.float32(TINY) if known else (lambda x: x["x"] + TINY)
+    update, site = pmcmc.DirichletUpdate(concentration), Site(jax.ShapeDtypeStruct((size,), jnp.float32), jnp.float32)
+    state = {"x": jnp.zeros(size, jnp.float32)}
+    one = lambda key: update.draw(state, update.draw_noise(key, site), site).value
+    x = np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(7), num)), float)
+    assert np.all(np.isfinite(x))
+    np.testing.assert_allclose(x.sum(axis=1), 1, atol=1e-6)
+    law = stats.beta(TINY, (size - 1) * TINY)  # of each component
+    mean, variance, kurtosis = law.stats("mvk")
+    z_mean = (x.mean(0) - mean) / np.sqrt(variance / num)
+    z_variance = (((x - mean) ** 2).mean(0) / variance - 1) / np.sqrt((kurtosis + 2) / num)
+    assert np.max(np.abs([z_mean, z_variance])) < z_bound(2 * 2 * size)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_small_shapes_stay_within_the_positive_numbers(dtype) -> None:
+    """What no number of the dtype can hold is its smallest or largest one, as often as the law says."""
+    num, info = 20_000, jnp.finfo(dtype)
+    site, shape = Site(jax.ShapeDtypeStruct((), dtype), dtype), 0.02 if dtype == jnp.float32 else 0.002
+    for update, limit in ((pmcmc.GammaUpdate(shape, 1.0), info.tiny), (pmcmc.InverseGammaUpdate(shape, 1.0), info.max)):
+        one = lambda key, update=update: update.draw({}, update.draw_noise(key, site), site).value
+        x = np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(8), num)), float)
+        assert np.all((x >= info.tiny) & (x <= info.max))
+        # P(g < e) = e^a / Gamma(a + 1) for e this small
+        beyond = np.exp(shape * (np.log(float(info.tiny)) if limit == info.tiny else -np.log(float(info.max))))
+        beyond /= special.gamma(shape + 1)
+        z = (np.mean(x == float(limit)) - beyond) / np.sqrt(beyond * (1 - beyond) / num)
+        assert abs(z) < z_bound(4)
+    assert np.isinf(pmcmc.GammaUpdate(2.0, 0.0).draw({}, jnp.zeros((), dtype), site).value)  # a fault stays one
+    assert np.isnan(pmcmc.GammaUpdate(2.0, -1.0).draw({}, jnp.zeros((), dtype), site).value)
+
+
+@pytest.mark.parametrize("dtype", [bool, jnp.int8, jnp.uint8])
+def test_more_categories_than_the_site_can_hold(dtype) -> None:
+    kernel = pmcmc.Gibbs({"k": pmcmc.CategoricalUpdate(lambda x: jnp.zeros(300))})
+    with pytest.raises(ValueError, match=r"values 0\.\.K-1, and its site has dtype .*cannot hold .*, \.\.\."):
+        sample(kernel, {"k": jnp.zeros((), dtype)})
 
 
 LOGITS = jnp.array([[0.0, 1.0, -1.0], [-2.0, -jnp.inf, 0.5]])
@@ -146,7 +195,7 @@ def test_schools_step_is_the_published_one() -> None:
     tau2, mu, theta, v = jax.tree.map(lambda u: u[0], noise)
     theirs = gibbs_step(
         jnp.concatenate([SCHOOLS_START["theta"], SCHOOLS_START["v"], jnp.array([0.0, 100.0])]),
-        (jnp.append(theta, mu), jnp.append(v, tau2)),
+        (jnp.append(theta, mu), jnp.exp(jnp.append(v, tau2))),  # ours are logs of gammas
     )
     new, info = SCHOOLS.step(target, SCHOOLS_START, (tau2, mu, theta, v))
     ours = jnp.concatenate([new["theta"], new["v"], jnp.stack([new["mu"], new["tau2"]])])

@@ -104,6 +104,7 @@ def test_thinning_and_extension_go_on_counting(tmp_path: Path) -> None:
         first.extend(10, progress_bar=False)
 
 
+@pytest.mark.filterwarnings("ignore:.*were divergent")
 def test_arviz_and_xarray_open_sites_by_name(tmp_path: Path) -> None:
     model = dict(model_args=(ERRORS,), model_kwargs={"effects": EFFECTS})
     options = {**SIZES, "num_samples": 30}
@@ -267,7 +268,7 @@ def slashed():
     ("sites", "error", "words"),
     [
         (["y", "z"], ValueError, r"no \['z'\]: expected names out of"),
-        ([], ValueError, "no site to keep"),
+        ([], ValueError, "sites names none to keep"),
         ("y", TypeError, "must be a sequence of names"),
         (None, ValueError, r"\['group/x'\] cannot be arrays on disk"),
     ],

@@ -17,6 +17,7 @@ from pmcmc._threefry import key_pair, threefry_2x32
 from pmcmc._traced import Trace, digest, trace
 from pmcmc._tree import RavelSpec
 from pmcmc._types import Array, PRNGKey, PyTree
+from pmcmc.interop._numpyro_checks import check_trace
 from pmcmc.target import Model, Supports, Target, evaluate_starts
 
 # NumPyro's stack of handlers is one for all threads: two models that run at once would see each other's sites.
@@ -278,6 +279,7 @@ def _traced_position(
     from numpyro.infer.util import helpful_support_errors
 
     trace = _random_trace(model, args, kwargs, rng_key)
+    check_trace(trace)
     for name, site in trace.items():
         if site["type"] in ("param", "mutable"):
             raise ValueError(

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from pmcmc._optional import require
+
 Groups = dict[str, dict[str, Any]]  # arrays by group and name
 
 # Of one chunk, all chains together: a file each, and the last one is written anew at each `DrawArrays.write`.
@@ -19,16 +21,13 @@ CHUNK_BYTES = 2**20
 _DIMS = "_ARRAY_DIMENSIONS"  # where xarray looks for their names in format 2
 
 
-def check_zarr() -> None:
-    """Raise where draws cannot be written.
+def check_zarr(who: str = "Chain.stream") -> None:
+    """Raise where draws cannot be written, or read.
 
     Raises:
         ImportError: Zarr is not installed.
     """
-    try:
-        import zarr  # noqa: F401
-    except ImportError as error:
-        raise ImportError("Chain.stream writes by Zarr, which is not installed: pip install 'pmcmc[zarr]'.") from error
+    require(("zarr",), who, "pmcmc[zarr]")
 
 
 class DrawArrays:
@@ -126,6 +125,7 @@ def _grows(x: Any) -> bool:
 
 def open_lazily(path: Path) -> Any:
     """ArviZ's container, whose arrays are read when they are used."""
+    check_zarr("StoredChain.to_arviz")
     import arviz as az
     import xarray as xr
 
@@ -137,6 +137,7 @@ def open_lazily(path: Path) -> Any:
 
 def read_arrays(path: Path, group: str, names: Sequence[str]) -> dict[str, Any]:
     """Arrays as they are shown, read where they are indexed."""
+    check_zarr("StoredChain.get_samples")
     import zarr
 
     found = zarr.open_group(str(path), mode="r")

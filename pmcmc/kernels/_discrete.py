@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._jit import plain_jit
-from pmcmc._tree import is_real, register_dataclass
+from pmcmc._tree import register_dataclass
 from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.kernels._base import Info
-from pmcmc.kernels._inverse_cdf import inverse_cdf
+from pmcmc.kernels._inverse_cdf import check_values, inverse_cdf
 from pmcmc.kernels._noise import uniforms
 from pmcmc.kernels._sites import SiteKernel, site_templates
 from pmcmc.target import Target
@@ -35,11 +35,16 @@ class DiscreteGibbs(SiteKernel):
         sites, such as the assignments of a mixture. They are drawn side by side, with K evaluations in all. Compared
         with the element by element conditionals at random points before anything is sampled.
 
+    Where the log density is NaN or +inf at one of an element's values, that element keeps its old value and the step is
+    counted as divergent, as in `CategoricalUpdate`: elements of ``independent`` sites all keep theirs. Values at which
+    it is -inf are never drawn.
+
     Differs from NumPyro's DiscreteHMCGibbs in its order (sites as they come, not permuted).
 
     Raises:
         TypeError: a support that is no list of numbers.
-        ValueError: a site without a support; ``independent`` names one whose elements are not.
+        ValueError: a site without a support, or whose dtype cannot hold it; values that repeat; ``independent`` names
+            a site whose elements are not.
 
     Source: Geman & Geman 1984; NumPyro's DiscreteHMCGibbs; the monotone coupling of Propp & Wilson 1996.
 
@@ -83,8 +88,9 @@ class DiscreteGibbs(SiteKernel):
             raise ValueError(f"independent names {strangers}: expected discrete sites out of {list(supports)}.")
         for name, values in supports.items():
             like = sites[name]
-            if not hasattr(like, "dtype") or (not is_real(like) and any(v != int(v) for v in values)):
-                raise ValueError(f"site {name!r} must be one array whose dtype can hold its support {values}.")
+            if not hasattr(like, "dtype"):
+                raise ValueError(f"site {name!r} must be one array, whose dtype can hold its support {values}.")
+            check_values(like.dtype, values, f"site {name!r} with the support {_shortened(values)}")
 
     def check_start(self, target: Target, position: PyTree) -> None:
         """Compare the conditionals of sites said to be independent with those of one element at a time.
@@ -188,4 +194,15 @@ def _values(name: str, support: Any) -> tuple[int | float, ...]:
         raise TypeError(f"the support of {name!r} must be a list of numbers, got {support!r}.") from None
     if not values or not all(isinstance(v, (int, float, bool)) for v in values):
         raise TypeError(f"the support of {name!r} must be a list of numbers, got {support!r}.")
+    if bad := [v for v in values if not np.isfinite(v)]:
+        raise ValueError(f"the support of {name!r} must be finite numbers, got {bad}: leave them out.")
+    if repeated := sorted({v for v in values if values.count(v) > 1}):
+        raise ValueError(
+            f"the support of {name!r} has {repeated} more than once, which would be drawn as often again: give each "
+            "value once; weights belong into the log density."
+        )
     return values
+
+
+def _shortened(values: tuple[int | float, ...]) -> str:
+    return str(list(values)) if len(values) <= 6 else f"[{values[0]}, {values[1]}, ..., {values[-1]}]"

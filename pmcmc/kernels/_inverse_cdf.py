@@ -1,15 +1,41 @@
 """Discrete values by inverse CDF: one shared uniform moves coupled chains the same way."""
 
+from collections.abc import Sequence
 from functools import reduce
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from pmcmc._types import Array, Float
 
 # Up to so many categories are one array each. Programs grow with them: 111 took XLA 18 s to compile, 1.1 by a scan.
 MAX_COLUMNS = 8
+
+
+def check_values(dtype: Any, values: Sequence[int | float], who: str) -> None:
+    """Raise where an array of this dtype cannot hold the values, each as itself or, for reals, rounded but apart.
+
+    who: begins the sentence.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if jnp.issubdtype(dtype, jnp.floating):
+        with np.errstate(over="ignore"):  # it is told below
+            held = np.asarray(values, float).astype(dtype)
+        lost = [v for v, x in zip(values, held, strict=True) if not np.isfinite(x)]
+        lost = lost or ([] if len(np.unique(held)) == len(held) else list(values))
+    else:
+        low, high = (0, 1) if jnp.issubdtype(dtype, bool) else (jnp.iinfo(dtype).min, jnp.iinfo(dtype).max)
+        lost = [v for v in values if v != int(v) or not low <= v <= high]
+    if lost:
+        some = ", ".join(map(str, lost[:3])) + (", ..." if len(lost) > 3 else "")
+        raise ValueError(
+            f"{who} has dtype {jnp.dtype(dtype)}, which cannot hold {some}: start from an array of another dtype, or "
+            "give other values."
+        )
 
 
 class DiscreteDraw(NamedTuple):

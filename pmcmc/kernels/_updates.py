@@ -12,8 +12,8 @@ from pmcmc._threefry import key_pair
 from pmcmc._traced import Traced, Untraced
 from pmcmc._tree import register_dataclass
 from pmcmc._types import Array, ArrayLeaf, PRNGKey, PyTree
-from pmcmc.kernels._inverse_cdf import inverse_cdf
-from pmcmc.kernels._noise import gammas, normals, uniform_array
+from pmcmc.kernels._inverse_cdf import check_values, inverse_cdf
+from pmcmc.kernels._noise import log_gammas, normals, uniform_array
 
 
 class Site(NamedTuple):
@@ -84,16 +84,25 @@ def _wrap(update: Any, *names: str) -> None:
 
 
 def _gamma_noise(shape: Any, rng_key: PRNGKey, site: Site) -> Array:
-    """Standard gammas where the shape is known beforehand, else the key to draw them by."""
+    """Logs of standard gammas where the shape is known beforehand, else the key to draw them by."""
     if _is_function(shape):
         return key_pair(rng_key)
-    return gammas(rng_key, _read(shape, None, site.shape, site.dtype))
+    return log_gammas(rng_key, _read(shape, None, site.shape, site.dtype))
 
 
-def _gamma(shape: Any, state: PyTree, noise: Array, site: Site) -> Array:
+def _log_gamma(shape: Any, state: PyTree, noise: Array, site: Site) -> Array:
     if _is_function(shape):
-        return gammas(noise, _read(shape, state, site.shape, site.dtype))
+        return log_gammas(noise, _read(shape, state, site.shape, site.dtype))
     return noise
+
+
+def _positive(log_value: Array) -> Array:
+    """``exp``, held within the positive numbers of the dtype: 0 and inf are no values of a positive site.
+
+    What was not finite before stays so: a rate of 0, for instance.
+    """
+    info, value = jnp.finfo(log_value.dtype), jnp.exp(log_value)
+    return jnp.where(jnp.isfinite(log_value), jnp.clip(value, info.tiny, info.max), value)
 
 
 def _check_callable(update: Any, name: str, form: str) -> None:
@@ -137,6 +146,9 @@ class GammaUpdate(Update):
     shape, rate: numbers, arrays that broadcast to the site, or functions of the state. A shape that is a number is
         smooth: g is drawn beforehand. One that is a function of the state is drawn within the step by its key.
 
+    A value below the smallest positive (normal) number of the dtype, as small shapes give, is that number, and one
+    above the largest the largest; in float32 that is 17 % of the draws of shape 0.02.
+
     Source: Gelfand & Smith 1990; Zoltowski et al. 2025 (drawn beforehand); Marsaglia & Tsang 2000 (the draws).
 
     Example:
@@ -154,7 +166,8 @@ class GammaUpdate(Update):
         return _gamma_noise(self.shape, rng_key, site)
 
     def draw(self, state, noise, site):
-        return Drawn(_gamma(self.shape, state, noise, site) / _read(self.rate, state, site.shape, site.dtype))
+        log_gamma = _log_gamma(self.shape, state, noise, site)
+        return Drawn(_positive(log_gamma - jnp.log(_read(self.rate, state, site.shape, site.dtype))))
 
 
 @register_dataclass
@@ -164,6 +177,8 @@ class InverseGammaUpdate(Update):
 
     shape, scale: as `GammaUpdate`. A scaled inverse chi-squared with nu degrees and scale s^2 has shape ``nu / 2`` and
         scale ``nu s^2 / 2``.
+
+    Values beyond the range of the dtype as there.
 
     Source: as `GammaUpdate`.
 
@@ -182,7 +197,8 @@ class InverseGammaUpdate(Update):
         return _gamma_noise(self.shape, rng_key, site)
 
     def draw(self, state, noise, site):
-        return Drawn(_read(self.scale, state, site.shape, site.dtype) / _gamma(self.shape, state, noise, site))
+        log_gamma = _log_gamma(self.shape, state, noise, site)
+        return Drawn(_positive(jnp.log(_read(self.scale, state, site.shape, site.dtype)) - log_gamma))
 
 
 @register_dataclass
@@ -191,7 +207,8 @@ class DirichletUpdate(Update):
     """``x' = g / sum(g)`` over the last axis, g ~ Gamma(concentration, 1).
 
     concentration: a number, an array that broadcasts to the site, or a function of the state, as the shape of
-        `GammaUpdate`. Beta variates are the case of two components.
+        `GammaUpdate`. Beta variates are the case of two components. Small ones need no care: gammas and their ratio
+        are taken in logs.
 
     Source: as `GammaUpdate`.
 
@@ -209,8 +226,7 @@ class DirichletUpdate(Update):
         return _gamma_noise(self.concentration, rng_key, site)
 
     def draw(self, state, noise, site):
-        g = _gamma(self.concentration, state, noise, site)
-        return Drawn(g / jnp.sum(g, axis=-1, keepdims=True))
+        return Drawn(jax.nn.softmax(_log_gamma(self.concentration, state, noise, site), axis=-1))
 
 
 @register_dataclass
@@ -250,6 +266,7 @@ class CategoricalUpdate(Update):
             raise ValueError(
                 f"logits must have the site's shape {site.shape} and a last axis for its values, got {logits.shape}."
             )
+        check_values(site.like.dtype, range(logits.shape[-1]), "CategoricalUpdate draws values 0..K-1, and its site")
         drawn = inverse_cdf(logits, noise)
         return Drawn(drawn.category.astype(site.like.dtype), drawn.margin, drawn.failed)
 

@@ -4,14 +4,18 @@ from typing import Any
 
 import numpy as np
 
+from pmcmc._optional import require
+
 
 def axes_for(ax: Any, num_axes: int = 1, **options: Any) -> np.ndarray:
     """The axes to draw into, an array of ``num_axes``; options: of ``matplotlib.pyplot.subplots``, for new ones.
 
     Raises:
         ValueError: another number of axes was given.
+        ImportError: Matplotlib is not installed.
     """
     if ax is None:
+        require(("matplotlib",), "pmcmc.plots", "pmcmc[plots]")
         import matplotlib.pyplot as plt
 
         _, ax = plt.subplots(1, num_axes, layout="constrained", **options)

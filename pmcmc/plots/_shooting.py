@@ -55,9 +55,9 @@ def merge_fronts(chain: Chain, num_steps: int = 2048, num_blocks: int = 16, *, n
         raise ValueError(
             f"num_steps={num_steps} in num_blocks={num_blocks}: expected at least 2 blocks of at least 2 steps."
         )
+    (ax,) = axes_for(ax, figsize=(9, 4))  # first: what follows samples
     length = math.ceil(num_steps / num_blocks)
     fronts, depth = _fronts(_recordings(chain, length, num_blocks, number), length)
-    (ax,) = axes_for(ax, figsize=(9, 4))
     last = fronts[-1].sweep
     for front in fronts:
         start = front.block * length

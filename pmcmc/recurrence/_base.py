@@ -184,6 +184,11 @@ class RecurrenceSolver(abc.ABC):
         return 0
 
     @property
+    def decision(self) -> str:
+        """What reports call it: "sequential", "shooting", "newton", or, for solvers from elsewhere, their class."""
+        return type(self).__name__
+
+    @property
     def shared_by(self) -> Sequence[jax.Device]:
         """Devices that share the work; none of them named: the one that JAX uses by default."""
         return ()

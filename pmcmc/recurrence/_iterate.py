@@ -88,6 +88,10 @@ class NewtonType(VectorSolver):
     devices: Sequence[jax.Device] | None
 
     @property
+    def decision(self):
+        return "newton"
+
+    @property
     def shared_by(self):
         return self.devices or ()
 

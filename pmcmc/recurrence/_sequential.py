@@ -33,6 +33,10 @@ class Sequential(LaneSolver):
 
     unit: ClassVar[int] = CHUNK
 
+    @property
+    def decision(self):
+        return "sequential"
+
     def blocks_for(self, length):
         return 1
 

@@ -99,6 +99,10 @@ class MultipleShooting(LaneSolver):
     unit: ClassVar[int] = CHUNK
 
     @property
+    def decision(self):
+        return "shooting"
+
+    @property
     def shared_by(self) -> Sequence[jax.Device]:
         return self.devices or ()
 

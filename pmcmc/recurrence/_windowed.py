@@ -67,6 +67,10 @@ class Windowed(VectorSolver):
             )
 
     @property
+    def decision(self):
+        return self.solver.decision
+
+    @property
     def tolerance(self):
         return self.solver.tolerance
 

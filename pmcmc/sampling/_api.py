@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pmcmc._transformations import refuse_transformation
 from pmcmc._types import PRNGKey, PyTree
 from pmcmc.chain import Chain
 from pmcmc.interop._numpyro import numpyro_starts
@@ -74,7 +75,7 @@ def parallel_chain(
         RuntimeError: a chain reached a state that is not finite.
 
     Warns:
-        UserWarning: warm-up did not settle, or a chain accepted no move.
+        UserWarning: warm-up did not settle, a chain accepted no move, or more than 1 % of the draws were divergent.
 
     Example:
         >>> import numpyro, numpyro.distributions as dist, pmcmc
@@ -86,6 +87,7 @@ def parallel_chain(
         (4, 200)
     """
     model_kwargs = {} if model_kwargs is None else model_kwargs
+    refuse_transformation("parallel_chain", rng_key, model_args, model_kwargs, init_params)
     key = as_key(rng_key)
     source = model_source(model, model_args, model_kwargs)
     target = source.target
@@ -156,6 +158,7 @@ def sample(
         >>> chain.get_samples()["a"].shape
         (400, 3)
     """
+    refuse_transformation("sample", rng_key, initial_position)
     source = density_source(logdensity_fn, initial_position)
     target = source.target
     settings = Settings.check(

@@ -6,6 +6,7 @@ from typing import Any
 
 from pmcmc._state import ChainState
 from pmcmc._storage import Reader
+from pmcmc._transformations import refuse_transformation
 from pmcmc._types import PyTree
 from pmcmc.chain import Chain
 from pmcmc.kernels import Kernel
@@ -51,6 +52,7 @@ def load(
         >>> pmcmc.load(path, logdensity).extend(100, progress_bar=False).get_samples()["a"].shape
         (800, 2)
     """
+    refuse_transformation("load", model_args, model_kwargs, initial_position)
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder: pass a file of Chain.save. What Chain.stream wrote takes pmcmc.resume.")
     reader = Reader(path)

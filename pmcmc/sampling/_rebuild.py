@@ -49,15 +49,15 @@ def rebuild(
     _check_class("kernel", header["kernel"], kernel)
     _check_class("solver", header["solver"], solver)
     as_leaf = lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x
-    source = source.with_kernel(jax.tree.map(as_leaf, reader.decode("kernel", header["kernel"], kernel)))
-    state = _state(reader, source)
+    source, kernel = source.with_kernel(jax.tree.map(as_leaf, reader.decode("kernel", header["kernel"], kernel)))
+    state = _state(reader, source, kernel)
     _check_digests(reader, source)
     _check_density(reader, state)
     return state, reader.decode("solver", header["solver"], solver)
 
 
-def _state(reader: Reader, source: Source) -> ChainState:
-    header, target, kernel = reader.header, source.target, source.traced
+def _state(reader: Reader, source: Source, kernel: Kernel) -> ChainState:
+    header, target = reader.header, source.target
     basis = reader.decode("basis", header["basis"])
     if basis is not None:
         target = target.with_basis(Basis(jnp.asarray(basis["loc"]), jnp.asarray(basis["scale"])))

@@ -11,8 +11,9 @@ import numpy as np
 from pmcmc._state import ChainState
 from pmcmc._types import PyTree
 from pmcmc.chain import Chain
+from pmcmc.kernels import Compose, Kernel, RandomWalk, SiteKernel
 from pmcmc.kernels._stream import chain_keys
-from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Sequential
+from pmcmc.recurrence import Sequential
 from pmcmc.report import SolveReport
 from pmcmc.sampling._ahead import Ahead
 from pmcmc.sampling._auto import Automatic
@@ -26,6 +27,8 @@ from pmcmc.stored import StoredChain
 # A chain whose acceptance probabilities add up to less than this over all of its draws has not moved, unless there are
 # too few of them to tell.
 STUCK, FEW_DRAWS = 1e-3, 100
+# Share of divergent draws above which a run warns.
+MANY_DIVERGENCES = 0.01
 
 
 class Interrupted(KeyboardInterrupt):
@@ -141,21 +144,51 @@ class Sampling:
         after = state._replace(unknown=x, num_steps=state.num_steps + num_steps, num_unkept=num_unkept)
         return after, self._report(num_steps)
 
-    def warn_of_stuck_chains(self) -> None:
-        """Say where a chain accepted nothing: such draws are one point, however many they are.
+    def warn(self) -> None:
+        """Say what is doubtful about the draws, once all are taken; for the caller of `parallel_chain` and `sample`."""
+        if not self._warn_of_stuck_chains():
+            self._warn_of_divergences()
+
+    def _warn_of_divergences(self) -> None:
+        moves = self.run.draws.moves
+        num_divergent, num_draws = int(np.sum(moves.num_divergent)), int(np.sum(moves.num_draws))
+        few = num_draws < FEW_DRAWS or num_divergent <= MANY_DIVERGENCES * num_draws
+        if few or not _divergences_tell(self.state.kernel):
+            return
+        if isinstance(self.state.kernel, SiteKernel):
+            cause = (
+                "A divergence is a conditional whose probabilities are not finite, where the old value was kept, or a "
+                "divergent transition of a block: check the updates for NaN and overflow, and reparametrise."
+            )
+        else:
+            cause = (
+                "The step size does not resolve some region of the posterior, which draws may miss: reparametrise (a "
+                "non-centred form, for instance), or take smaller steps by a higher acceptance rate, as in "
+                "warmup=EnsembleAdaptation(target_acceptance_rate=0.95) or numpyro.infer.NUTS(model, "
+                "target_accept_prob=0.95)."
+            )
+        warnings.warn(
+            f"{num_divergent:,} of {num_draws:,} draws ({num_divergent / num_draws:.1%}) were divergent. {cause}",
+            stacklevel=6,
+        )
+
+    def _warn_of_stuck_chains(self) -> bool:
+        """Say where a chain accepted nothing, and whether any did: such draws are one point, however many they are.
 
         Judged by the probabilities, not by the moves: a few draws may stand still by chance.
         """
         moves = self.run.draws.moves
         num_draws = int(moves.num_draws[0])
         stuck = np.flatnonzero(moves.acceptance_rate * num_draws < STUCK)
-        if stuck.size and num_draws >= FEW_DRAWS:
+        is_stuck = bool(stuck.size) and num_draws >= FEW_DRAWS
+        if is_stuck:
             warnings.warn(
                 f"chain(s) {', '.join(map(str, stuck))} accepted no move in {num_draws:,} draws. Leave the step size "
                 "and num_warmup to pmcmc (step_size=None, num_warmup=1000), take a smaller step size, or start "
                 "elsewhere with init_params.",
-                stacklevel=5,  # the caller of `parallel_chain` and `sample`
+                stacklevel=6,
             )
+        return is_stuck
 
     def _report(self, num_steps: int) -> SolveReport:
         run, automatic, settings = self.run, self.automatic, self.settings
@@ -167,7 +200,7 @@ class Sampling:
             solver, reason = (Sequential() if plan is None else plan.solver), automatic.reason
         pilot = None if plan is None else plan.coalescence
         return SolveReport(
-            decision=_decision(solver),
+            decision=solver.decision,
             reason=reason,
             plan=plan,
             bias_bound=np.zeros(0) if automatic is None else automatic.bias_bound,
@@ -196,8 +229,11 @@ class Sampling:
         )
 
 
-def _decision(solver: RecurrenceSolver) -> str:
-    return {MultipleShooting: "shooting", Sequential: "sequential"}.get(type(solver), "newton")
+def _divergences_tell(kernel: Kernel) -> bool:
+    """Whether a divergence is a fault; a random walk loses much log density by a proposal that is merely far off."""
+    if isinstance(kernel, Compose):
+        return any(_divergences_tell(block.kernel) for block in kernel.blocks)
+    return not isinstance(kernel, RandomWalk)
 
 
 def _growth_rate(counts: Counts) -> np.ndarray:

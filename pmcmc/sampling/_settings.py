@@ -106,6 +106,8 @@ def _check_kernel(kernel: Kernel, extra_fields: Sequence[str], num_warmup: int) 
     Raises:
         ValueError: it has no such fields, or cannot be warmed up or do without.
     """
+    if isinstance(extra_fields, str):
+        raise TypeError(f"extra_fields must be a sequence of names, got {extra_fields!r}: write ({extra_fields!r},).")
     unknown = set(extra_fields) - set(kernel.extra_fields)
     if unknown:
         raise ValueError(

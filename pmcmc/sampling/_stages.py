@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._state import ChainState, Source
+from pmcmc._transformations import refuse_transformation
 from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.chain import Chain, Continuation
 from pmcmc.sampling._ahead import Ahead
@@ -57,6 +58,7 @@ def sample_from(state: ChainState, settings: Settings, progress_bar: bool, warmu
 
 def extend(chain: Chain, num_samples: int, progress_bar: bool) -> Chain:
     """See `Chain.extend`."""
+    refuse_transformation("Chain.extend")
     chain.state.source.check()
     settings = settings_of(chain, num_samples, chain.max_memory)
     try:
@@ -86,8 +88,8 @@ def _warm_up(
 ) -> tuple[ChainState, str]:
     """From ``starts`` to where the chains begin, with warm-up's remark; programs for sampling are compiled beside."""
     settings.kernel.check(source.target)
-    source = source.with_kernel(settings.kernel)
-    target, settings = source.target, replace(settings, kernel=source.traced)
+    source, kernel = source.with_kernel(settings.kernel)
+    target, settings = source.target, replace(settings, kernel=kernel)
     check_starts(target, starts)
     settings.kernel.check_start(target, jax.tree.map(lambda x: np.asarray(x)[0], starts))
     warmup_key, chain_key = _split_keys(rng_key)
@@ -153,7 +155,7 @@ def _sample(
         x = jax.tree.map(lambda rows: jnp.asarray(rows[:, -1]), draws.kept[0])
         there = chain(x, kept * settings.thinning - state.num_unkept)
         raise Interrupted(there, settings.num_samples) from stopped
-    sampling.warn_of_stuck_chains()
+    sampling.warn()
     return chain(sampling.run.x, settings.num_samples)
 
 

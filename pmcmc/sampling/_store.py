@@ -15,13 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._jit import tuned_jit
-from pmcmc._samples import by_name, constrained, in_batches, sample_stats
+from pmcmc._samples import by_name, check_sites, constrain, in_batches, sample_stats, site_shapes
 from pmcmc._state import ChainState, header
 from pmcmc._storage import STORE, Reader, Writer
-from pmcmc._types import Array, PyTree
+from pmcmc._types import PyTree
 from pmcmc.interop._zarr import DrawArrays, check_zarr
-from pmcmc.kernels import Info, Kernel
+from pmcmc.kernels import Info
 from pmcmc.sampling._draws import Keeper, Moves
 from pmcmc.sampling._engine import Engine
 from pmcmc.stored import CHECKPOINT, DRAWS, StoredChain
@@ -62,6 +61,7 @@ class Store(Keeper):
             RuntimeError: another process is writing there.
             ValueError: a run of several processes.
         """
+        check_zarr()
         if jax.process_count() > 1:
             raise ValueError("chains of several processes cannot be streamed: extend them, and save one process's.")
         path.mkdir(parents=True, exist_ok=True)
@@ -132,8 +132,8 @@ class Store(Keeper):
 
     def _batch_size(self, engine: Engine) -> int:
         """Draws of one chain that are constrained at a time: sites and their copies take a share of what may wait."""
-        shapes = _constrained(self._target, self._kernel, engine.record_shapes[0])
-        row = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(shapes))
+        shapes = by_name(site_shapes(self._target))
+        row = sum(math.prod(shapes[name].shape) * shapes[name].dtype.itemsize for name in self._sites)
         return max(1, min(_CONSTRAIN_BATCH, self._flush_bytes // (4 * max(row, 1))) // engine.num_chains)
 
     def add(self, unknowns, info, rows):
@@ -144,7 +144,7 @@ class Store(Keeper):
             self._add(*part)
 
     def _add(self, unknowns: PyTree, info: Info) -> None:
-        compiled = lambda rows: _constrain_sites(self._target, self._kernel, rows, sites=self._sites)
+        compiled = lambda rows: constrain(self._target, self._kernel, rows, sites=self._sites)
         num_chains = info.margin.shape[0]
         draws = {
             "posterior": in_batches(compiled, unknowns, self._batch * num_chains),
@@ -207,12 +207,6 @@ class Store(Keeper):
         return self._moves
 
 
-def _constrained(target: Target, kernel: Kernel, unknown: PyTree) -> dict[str, Any]:
-    """Shapes of one draw of all sites."""
-    one = lambda x: by_name(target.model.constrain(target.data, kernel.position(target, x)))
-    return jax.eval_shape(one, unknown)
-
-
 def flush_bytes(max_memory: int | None) -> int:
     """Draws that wait at most."""
     return FLUSH_BYTES if max_memory is None else min(FLUSH_BYTES, int(FLUSH_SHARE * max_memory))
@@ -223,32 +217,22 @@ def held_bytes(max_memory: int | None) -> int:
     return COPIES * flush_bytes(max_memory)
 
 
-def check_sites(target: Target, sites: Any) -> tuple[str, ...]:
+def check_kept(target: Target, sites: Any) -> tuple[str, ...]:
     """Names of the sites to keep: those given, or all.
 
     Raises:
         ValueError, TypeError: the model does not have them, or they cannot be named on disk.
     """
-    known = by_name(jax.eval_shape(target.model.constrain, target.data, target.spec.template))
-    if sites is None:
-        sites = tuple(known)
-    if isinstance(sites, str) or not all(isinstance(name, str) for name in sites):
-        raise TypeError(f"sites must be a sequence of names out of {list(known)}, got {sites!r}.")
-    unknown = [name for name in sites if name not in known]
-    if unknown or not sites:
-        raise ValueError(f"sites: the model has no {unknown or 'site to keep'}: expected names out of {list(known)}.")
+    known = tuple(by_name(site_shapes(target)))
+    sites = known if sites is None else check_sites(target, sites)
+    if not sites:
+        raise ValueError(f"sites names none to keep: expected names out of {list(known)}.")
     if slashed := [name for name in sites if "/" in name]:
         raise ValueError(
             f"sites {slashed} cannot be arrays on disk, where / separates folders: rename them in the model, or leave "
             "them out by sites=."
         )
-    return tuple(sites)
-
-
-@tuned_jit(static_argnames="sites")
-def _constrain_sites(target: Target, kernel: Kernel, unknowns: PyTree, *, sites: tuple[str, ...]) -> dict[str, Array]:
-    named = by_name(constrained(target, kernel, unknowns))
-    return {name: named[name] for name in sites}
+    return sites
 
 
 def _lock(path: Path) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from pmcmc._storage import STORE, Reader
+from pmcmc._transformations import refuse_transformation
 from pmcmc._types import PyTree
 from pmcmc.chain import Chain
 from pmcmc.kernels import Kernel
@@ -19,7 +20,7 @@ from pmcmc.sampling._progress import Progress
 from pmcmc.sampling._rebuild import read_report, rebuild
 from pmcmc.sampling._sampling import Interrupted, Sampling, engine_of, settings_of
 from pmcmc.sampling._settings import Settings
-from pmcmc.sampling._store import Store, check_sites, held_bytes
+from pmcmc.sampling._store import Store, check_kept, held_bytes
 from pmcmc.stored import CHECKPOINT, StoredChain
 
 
@@ -32,8 +33,9 @@ def stream(
     progress_bar: bool,
 ) -> StoredChain:
     """See `Chain.stream`."""
+    refuse_transformation("Chain.stream")
     settings = settings_of(chain, num_samples, chain.max_memory if max_memory is None else max_memory)
-    kept = check_sites(chain.target, sites)
+    kept = check_kept(chain.target, sites)
     with closing(Store.new(Path(path))) as store:
         stored = StoredChain(
             store.path,
@@ -52,6 +54,7 @@ def stream(
 
 def extend_stored(chain: StoredChain, num_samples: int, progress_bar: bool) -> StoredChain:
     """See `StoredChain.extend`."""
+    refuse_transformation("StoredChain.extend")
     settings = settings_of(chain, num_samples, chain.max_memory)
     with closing(Store(chain.path)) as store:
         return _to_store(store, chain, settings, progress_bar)
@@ -85,7 +88,7 @@ def _to_store(
         except KeyboardInterrupt as stopped:
             store.cut()
             raise Interrupted(store.last, settings.num_samples) from stopped
-        sampling.warn_of_stuck_chains()
+        sampling.warn()
         return store.last
 
 
@@ -129,6 +132,7 @@ def resume(
         >>> pmcmc.resume(folder, logdensity).num_samples
         1000
     """
+    refuse_transformation("resume", model_args, model_kwargs, initial_position)
     path = Path(path)
     if not (path / CHECKPOINT).exists():
         raise FileNotFoundError(f"{path} holds no {CHECKPOINT}: no Chain.stream has begun there.")

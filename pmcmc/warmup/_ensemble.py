@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from pmcmc._tree import register_dataclass
-from pmcmc._types import PRNGKey, PyTree, Scalar
+from pmcmc._types import ArrayLeaf, PRNGKey, PyTree, Scalar
 from pmcmc.kernels import HMC, Kernel
 from pmcmc.target import Basis, Target
 from pmcmc.warmup._base import Tuned, Warmup, Watch, ignore
@@ -55,6 +55,8 @@ class EnsembleAdaptation(Warmup):
 
     dense: full covariance (True) or its diagonal (False). None: full up to 50 dimensions.
     target_acceptance_rate: None: the kernel's own, such as 0.574 for MALA and 0.8 for HMC.
+    inverse_mass_matrix: M^{-1}, a number, (D,) or (D, D), about the posterior's (co)variance, kept as it is for any
+        kernel: then part 1 finds only where the posterior is. None: found in part 1.
 
     Source: Stan's windows (Stan Development Team) with moments pooled over chains, as cross-chain warm-up does
     (Zhang et al. 2020); Hoffman & Gelman 2014 for dual averaging.
@@ -71,6 +73,7 @@ class EnsembleAdaptation(Warmup):
 
     dense: bool | None = field(default=None, metadata=dict(static=True))
     target_acceptance_rate: Scalar | None = None
+    inverse_mass_matrix: ArrayLeaf | None = None
     shows_path: ClassVar[bool] = True
 
     @property
@@ -78,7 +81,7 @@ class EnsembleAdaptation(Warmup):
         return NUM_LANES
 
     def tuned_shapes(self, target: Target, kernel: Kernel) -> Tuned:
-        return tuned_shapes(target, kernel, is_dense(target, self.dense))
+        return tuned_shapes(target, kernel, is_dense(target, self.dense), self.inverse_mass_matrix)
 
     def run(
         self,
@@ -90,7 +93,9 @@ class EnsembleAdaptation(Warmup):
         watch: Watch = ignore,
     ) -> Tuned:
         explore_key, step_key = split_key(rng_key, number=2)
-        found = explore_basis(target, kernel, explore_key, starts, num_steps, self.dense, watch)
+        found = explore_basis(
+            target, kernel, explore_key, starts, num_steps, self.dense, watch, self.inverse_mass_matrix
+        )
         num_tuning, whitened = max(102, num_steps // 4), target.with_basis(found.basis)
         tuned = tune(whitened, found.kernel, step_key, found.lanes, self.target_acceptance_rate, num_tuning, watch)
         return tuned._replace(remark=found.remark)
@@ -119,8 +124,9 @@ def explore_basis(
     num_steps: int,
     dense: bool | None,
     watch: Watch = ignore,
+    metric: ArrayLeaf | None = None,
 ) -> Explored:
-    """The basis found on half of ``num_steps``.
+    """The basis found on half of ``num_steps``, or that of the user's metric, see `check_metric`.
 
     Raises:
         ValueError: too few steps, or a metric that does not fit.
@@ -128,12 +134,12 @@ def explore_basis(
     """
     if num_steps < 20:
         raise ValueError(f"num_warmup must be 0 or at least 20 (windows need room), got {num_steps}.")
-    check_metric(target, kernel)
+    check_metric(target, kernel, metric)
     num_pieces = max(2, math.ceil(num_steps / (4 * PIECE)))
     found = explore(target, rng_key, _as_rows(starts), num_pieces, is_dense(target, dense), watch)
     check_exploration(target, found)
-    is_given = getattr(kernel, "inverse_mass_matrix", None) is not None
-    kernel, basis = take_metric(target, kernel, found)
+    is_given = metric is not None or getattr(kernel, "inverse_mass_matrix", None) is not None
+    kernel, basis = take_metric(target, kernel, found, metric)
     frame = Frame(np.asarray(basis.loc, float), np.asarray(basis.scale, float))
     remark = "" if found.settled or is_given else UNSETTLED.format(num_steps=num_steps)
     return Explored(kernel, basis, frame.to_coordinates(found.last), remark)

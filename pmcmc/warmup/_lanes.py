@@ -16,7 +16,7 @@ import numpy as np
 from pmcmc._jit import tuned_jit
 from pmcmc._threefry import fold_in, key_pair
 from pmcmc._tree import is_real
-from pmcmc._types import Array, PRNGKey, PyTree, Scalar
+from pmcmc._types import Array, ArrayLeaf, PRNGKey, PyTree, Scalar
 from pmcmc.interop._blackjax import dual_averaging
 from pmcmc.kernels import HMC, Kernel
 from pmcmc.target import Basis, Target
@@ -222,9 +222,18 @@ def is_dense(target: Target, dense: bool | None) -> bool:
     return target.dim <= 50 if dense is None else dense
 
 
-def check_metric(target: Target, kernel: Kernel) -> None:
-    """The user's metric must fit the target and be positive definite: said before an hour of warm-up, not after."""
-    metric = getattr(kernel, "inverse_mass_matrix", None)
+def check_metric(target: Target, kernel: Kernel, metric: ArrayLeaf | None = None) -> None:
+    """The user's metric must fit the target and be positive definite: said before an hour of warm-up, not after.
+
+    metric: given to the warm-up; None: that of the kernel, if it has one.
+
+    Raises:
+        ValueError: it does not, or there are two.
+    """
+    own = getattr(kernel, "inverse_mass_matrix", None)
+    if own is not None and metric is not None:
+        raise ValueError("inverse_mass_matrix is given twice, to the kernel and to warmup=: leave one of them out.")
+    metric = own if metric is None else metric
     if metric is None:
         return
     metric = np.asarray(metric)
@@ -238,22 +247,41 @@ def check_metric(target: Target, kernel: Kernel) -> None:
         raise ValueError("inverse_mass_matrix is not positive definite: it stands for the posterior's covariance.")
 
 
-def take_metric(target: Target, kernel: Kernel, found: Exploration) -> tuple[Kernel, Basis]:
-    """The basis explored, or the user's metric made a basis: one place where a metric acts."""
-    dtype, scale = target.spec.dtype, found.scale
+def take_metric(
+    target: Target, kernel: Kernel, found: Exploration, metric: ArrayLeaf | None = None
+) -> tuple[Kernel, Basis]:
+    """The basis explored, or the user's metric made a basis: one place where a metric acts.
+
+    metric: as of `check_metric`.
+    """
+    scale = found.scale
     if isinstance(kernel, HMC) and kernel.inverse_mass_matrix is not None:
-        metric = np.asarray(kernel.inverse_mass_matrix, float)
-        scale = np.linalg.cholesky(metric) if metric.ndim == 2 else np.broadcast_to(np.sqrt(metric), found.mean.shape)
+        metric = kernel.inverse_mass_matrix
         kernel = replace(kernel, inverse_mass_matrix=None)
-    return kernel, Basis(*(jnp.asarray(np.asarray(x, dtype)) for x in (found.mean, scale)))
+    if metric is not None:
+        scale = scale_of_metric(metric, target.dim)
+    return kernel, Basis(*(jnp.asarray(np.asarray(x, target.spec.dtype)) for x in (found.mean, scale)))
 
 
-def tuned_shapes(target: Target, kernel: Kernel, dense: bool) -> Tuned:
-    """What `tune` will return in a basis of this shape, as far as its shapes are concerned."""
+def scale_of_metric(metric: ArrayLeaf, dim: int) -> np.ndarray:
+    """The scale of the basis whose `Basis.covariance` is an inverse mass matrix: (dim,), or (dim, dim) for a full one.
+
+    metric: a number, (dim,) or (dim, dim).
+    """
+    metric = np.asarray(metric, float)
+    return np.linalg.cholesky(metric) if metric.ndim == 2 else np.broadcast_to(np.sqrt(metric), (dim,))
+
+
+def tuned_shapes(target: Target, kernel: Kernel, dense: bool, metric: ArrayLeaf | None = None) -> Tuned:
+    """What `tune` will return in a basis of this shape, as far as its shapes are concerned.
+
+    metric: as of `check_metric`.
+    """
+    check_metric(target, kernel, metric)
     dtype, dim = target.spec.dtype, target.dim
     scale = np.eye(dim, dtype=dtype) if dense else np.ones(dim, dtype)
     none = np.zeros(dim, dtype)
-    kernel, basis = take_metric(target, kernel, Exploration(none, scale, none, none, none))
+    kernel, basis = take_metric(target, kernel, Exploration(none, scale, none, none, none), metric)
     whitened, lanes = target.with_basis(basis), LaneEnsemble(kernel, None, 1.0)
     averaged = lanes.first_average(whitened)
     tuned = _tuned_kernel.eval_shape(whitened, kernel, averaged, lanes.rate)

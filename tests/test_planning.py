@@ -419,6 +419,7 @@ def test_the_report_of_a_plan(free_lanes) -> None:
         assert words in str(report), words
 
 
+@pytest.mark.filterwarnings("ignore:.*were divergent")
 def test_funnel_stays_sequential(free_lanes) -> None:
     chain = pmcmc.sample(funnel, start_like(funnel), 0, num_samples=4000, **SIZES)
     assert chain.report.decision == "sequential"

@@ -192,16 +192,6 @@ def no_latents(y):
     numpyro.sample("y", dist.Normal(0, 1), obs=y)
 
 
-def with_param(y):
-    mu = numpyro.param("guide_loc", 0.0)
-    numpyro.sample("x", dist.Normal(mu, 1))
-
-
-def with_mutable(y):
-    numpyro.primitives.mutable("counter", 0.0)
-    numpyro.sample("x", dist.Normal(0, 1))
-
-
 def with_counts(y):
     numpyro.sample("x", dist.Normal(0, 1))
     numpyro.sample("count", dist.Poisson(3.0))
@@ -220,8 +210,6 @@ def with_moving_support(y):
     ("model", "words"),
     [
         (no_latents, "no latent sample sites"),
-        (with_param, "site 'guide_loc' is a param site.*give it a prior"),
-        (with_mutable, "site 'counter' is a mutable site.*give it a prior"),
         (with_counts, "latent site 'count' is discrete without a finite support.*marginalise"),
         (with_uneven_counts, "latent site 'count' is discrete without a finite support that all its elements share"),
         (with_moving_support, r"support of \['k'\] depends on other latent sites"),

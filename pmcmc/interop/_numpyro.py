@@ -218,12 +218,16 @@ def numpyro_target(model: Callable, model_args: tuple, model_kwargs: dict) -> Ta
 
     Raises:
         TypeError: ``model`` is not callable.
-        ValueError: no latent sites, discrete ones that cannot be enumerated, ``param`` or ``mutable`` sites.
+        ValueError: no latent sites, discrete ones that cannot be enumerated.
     """
     if not callable(model):
         raise TypeError(f"model must be a NumPyro model (a function with sample sites), got {type(model).__name__}.")
     args, kwargs = tuple(model_args), dict(model_kwargs)
-    prototype, supports = _prototype_position(model, args, kwargs)
+    prototype, supports, fixed = _prototype_position(model, args, kwargs)
+    if fixed:
+        from numpyro.handlers import substitute
+
+        model = substitute(model, data=_fixed_values(model, args, kwargs, fixed))
     about: list[_Sites] = []
 
     def run(position: PyTree) -> dict:
@@ -259,33 +263,53 @@ def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, (np.ndarray, jax.Array)) and getattr(leaf.dtype, "kind", None) in set("fiub")
 
 
-def _prototype_position(model: Callable, args: tuple, kwargs: dict) -> tuple[dict[str, np.ndarray], Supports]:
-    """Zeros in the shapes of the latent sites, unconstrained or discrete, and the supports of the latter.
+def _prototype_position(
+    model: Callable, args: tuple, kwargs: dict
+) -> tuple[dict[str, np.ndarray], Supports, list[str]]:
+    """Zeros in the shapes of the latent sites, the supports of discrete ones, and the names of sites to be fixed.
 
     The model runs on abstract values: on real ones every primitive of it would be compiled by itself.
     """
     discrete: list[str] = []
-    trace = lambda key: _traced_position(model, args, kwargs, key, discrete)
+    fixed: list[str] = []
+    trace = lambda key: _traced_position(model, args, kwargs, key, discrete, fixed)
     shapes = jax.eval_shape(trace, jax.random.key(0))
     position = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    return position, _supports(model, args, kwargs, discrete) if discrete else ()
+    return position, _supports(model, args, kwargs, discrete) if discrete else (), fixed
+
+
+def _fixed_values(model: Callable, args: tuple, kwargs: dict, names: list[str]) -> dict[str, Any]:
+    """Values of ``param`` and ``mutable`` sites, which are constants here as in NumPyro: where the model starts them.
+
+    They may be pytrees with leaves that are no arrays: placeholders of the weights that a random module samples.
+    """
+    others: list[Any] = []
+
+    def start(rng_key: PRNGKey) -> list[Array]:
+        sites = _random_trace(model, args, kwargs, rng_key)
+        leaves, treedef = jax.tree.flatten({name: sites[name]["value"] for name in names})
+        others.extend((treedef, [None if _is_number(leaf) else leaf for leaf in leaves]))
+        return [leaf for leaf in leaves if _is_number(leaf)]
+
+    arrays = iter(jax.jit(start)(jax.random.key(0)))
+    treedef, leaves = others
+    return jax.tree.unflatten(treedef, [next(arrays) if leaf is None else leaf for leaf in leaves])
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, (bool, int, float, complex, np.ndarray, np.generic, jax.Array))
 
 
 def _traced_position(
-    model: Callable, args: tuple, kwargs: dict, rng_key: PRNGKey, discrete: list[str]
+    model: Callable, args: tuple, kwargs: dict, rng_key: PRNGKey, discrete: list[str], fixed: list[str]
 ) -> dict[str, Any]:
-    """Values of the latent sites at a random point, and the names of discrete ones; checks what NumPyro lets pass."""
+    """Values of the latent sites at a random point; the names of discrete and of fixed ones go to these lists."""
     from numpyro.distributions.transforms import biject_to
     from numpyro.infer.util import helpful_support_errors
 
     trace = _random_trace(model, args, kwargs, rng_key)
     check_trace(trace)
-    for name, site in trace.items():
-        if site["type"] in ("param", "mutable"):
-            raise ValueError(
-                f"site {name!r} is a {site['type']} site, which MCMC cannot update: give it a prior with "
-                "numpyro.sample, or fix its value."
-            )
+    fixed.extend(name for name, site in trace.items() if site["type"] in ("param", "mutable"))
     latent = {
         name: site for name, site in trace.items() if site["type"] == "sample" and not site.get("is_observed", False)
     }

@@ -236,23 +236,27 @@ def judge(case: Case, solution: Solution, scale_given: bool) -> Judgement:
     along = jnp.concatenate([case.x0[None], exact])
     reach = (jax.lax.cummax(along) - jax.lax.cummin(along))[1:]
     low, high = jnp.quantile(exact, 0.25, axis=0), jnp.quantile(exact, 0.75, axis=0)
-    scale = jnp.broadcast_to(case.scale, exact.shape) if scale_given else jnp.maximum(reach, (high - low)[None])
-    allowed = tol * scale + 8 * eps * jnp.abs(exact)
+    spread = jnp.where(jnp.isfinite(high - low), high - low, 0.0)
+    scale = jnp.broadcast_to(case.scale, exact.shape) if scale_given else jnp.maximum(reach, spread[None])
+    gap = jnp.abs(path - jax.vmap(step)(jnp.concatenate([case.x0[None], path[:-1]]), case.inputs))
+    sizes = jnp.stack([tol * scale + 8 * eps * jnp.abs(exact), gap])
+    sizes = jnp.where(jnp.isfinite(sizes), sizes, 0.0)  # whatever comes behind is not to be certified
 
     def body(products, now):
         t, x, u = now
         jacobian = jax.jacfwd(step)(x, u)
         products = jnp.einsum("ij,sjk->sik", jacobian, products)
         products = products.at[t].set(jnp.eye(DIM, dtype=dtype))
-        return products, jnp.einsum("sij,sj->i", jnp.abs(products), allowed)
+        return products, jnp.einsum("sij,nsj->ni", jnp.abs(products), sizes)
 
     start = jnp.zeros((LENGTH, DIM, DIM), dtype)
-    _, bound = jax.lax.scan(body, start, (jnp.arange(LENGTH), before, case.inputs))
-    gap = jnp.abs(path - jax.vmap(step)(jnp.concatenate([case.x0[None], path[:-1]]), case.inputs))
+    _, bounds = jax.lax.scan(body, start, (jnp.arange(LENGTH), before, case.inputs))
+    bound, grown = bounds[:, 0], bounds[:, 1]
     rounds = jnp.cumsum(~jnp.all(gap <= 4 * eps * jnp.maximum(jnp.abs(path), scale), axis=1)) == 0
-    ratio = jnp.max(jnp.abs(path - exact) / (SLACK * bound), axis=1)
+    gone = jnp.abs(path - exact)
+    ratio = jnp.max(jnp.where(gone == 0, 0.0, gone / (SLACK * bound)), axis=1)
     # small: errors there behave as the linearised recurrence says
-    small = jnp.all(bound <= SMALL[dtype] * jnp.maximum(scale, jnp.abs(exact)), axis=1)
+    small = jnp.all(grown <= SLACK * SMALL[dtype] * jnp.maximum(scale, jnp.abs(exact)), axis=1)
     right = ((ratio <= 1) & small) | rounds
     right = right & jnp.all(jnp.isfinite(path), axis=1)
     certified = jnp.where(solution.result == RESULTS.successful, LENGTH, solution.stats.certified_steps)
@@ -290,6 +294,8 @@ def run(name: str, num_solves: int, dtype: str, scale_given: bool, seed: int) ->
     budgets = np.random.default_rng(seed).choice(BUDGETS, num_solves)
     if "shooting" in name:
         budgets = np.maximum(budgets, 1)
+    if "elk" in name:
+        budgets = np.minimum(budgets, 40)  # whose iterations cost the most
     key = jax.random.fold_in(jax.random.key(seed), list(SOLVERS).index(name))
     cases = draw_cases(jax.random.split(key, num_solves), dtype)
     solutions = solve_cases(SOLVERS[name], cases, jnp.asarray(budgets), scale_given)

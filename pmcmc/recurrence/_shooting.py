@@ -384,7 +384,7 @@ def _own_scale(reach: tuple[PyTree, PyTree], scale: PyTree, tol: Array) -> PyTre
         if not is_real(low):
             return scale
         rounding = floor * jnp.finfo(low.dtype).eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
-        return jnp.minimum(scale, jnp.maximum(2 * (high - low), rounding)).astype(low.dtype)
+        return jnp.minimum(scale[None], jnp.maximum(2 * (high - low), rounding)).astype(low.dtype)
 
     return jax.tree.map(leaf, *reach, scale)
 

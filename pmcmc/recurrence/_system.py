@@ -147,7 +147,7 @@ def own_residual(system: System, now: Evaluation) -> Array:
     high, low = jnp.split(system.steps.scan(jnp.maximum, jnp.concatenate([images, -images], axis=1)), 2, axis=1)
     high, low = jnp.maximum(high, start), jnp.minimum(-low, start)
     rounding = jnp.finfo(start.dtype).eps * jnp.maximum(jnp.abs(high), jnp.abs(low))
-    scale = jnp.maximum(jnp.minimum(now.scale, high - low), rounding)
+    scale = jnp.maximum(jnp.minimum(now.scale[None], high - low), rounding)
     residual = relative_distance(now.path, now.images, scale)
     return jnp.where(jnp.isfinite(now.residual), residual, jnp.inf)
 

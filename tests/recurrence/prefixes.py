@@ -181,7 +181,9 @@ def draw_case(key: Array, dtype: str) -> Case:
     normal = lambda k, *shape: jax.random.normal(keys[k], shape, dtype)
     which = jax.random.randint(keys[0], (), 0, len(MAPS))
     inside = jax.random.uniform(keys[1], (2, DIM), dtype, 0.05, 0.95)
-    far = jax.random.bernoulli(keys[2], 0.2) & jnp.isin(which, jnp.array([i for i, f in enumerate(MAPS) if f.__name__ in FAR]))
+    far = jax.random.bernoulli(keys[2], 0.2) & jnp.isin(
+        which, jnp.array([i for i, f in enumerate(MAPS) if f.__name__ in FAR])
+    )
     centre = jnp.where(which == MAPS.index(shifted), 1e5, 0.0).astype(dtype)
     size = jnp.where(far, 10.0 ** jax.random.uniform(keys[3], (), dtype, 1, 6), 1.0).astype(dtype)
     x0, other = centre + inside * size

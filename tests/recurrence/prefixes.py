@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmcmc import recurrence as rec
+from pmcmc._tree import tree_index
 from pmcmc._types import Array, PyTree
 from pmcmc.recurrence import RESULTS, Solution
 from tests._compilation import compile_quickly
@@ -105,7 +106,6 @@ def shifted(x, p, n, e):
 
 MAPS = [logistic, calm_logistic, linear, strong, slow, square, henon, gated, wells]
 MAPS += [metropolis, independent, langevin, shifted]
-DECIDING = {"metropolis", "independent", "langevin"}
 FAR = {"linear", "strong", "slow", "langevin"}  # which may start far away
 
 
@@ -304,10 +304,11 @@ def run(name: str, num_solves: int, dtype: str, scale_given: bool, seed: int) ->
     return jax.tree.map(np.asarray, (cases, budgets, judge_cases(cases, solutions, scale_given)))
 
 
-def describe(case: Case, budget: int, judgement: Judgement) -> str:
+def describe(case: Case, budget: int, found: Judgement) -> str:
+    name, guess = MAPS[case.inputs.map[0]].__name__, GUESSES[case.kind]
     return (
-        f"{MAPS[case.inputs.map[0]].__name__:14s} guess {GUESSES[case.kind]:12s} budget {budget:3d} "
-        f"{RESULTS(int(judgement.result)).name:18s} certified {judgement.certified:3d} error/bound {judgement.error:.1e}"
+        f"    {name:14s} guess {guess:12s} budget {budget:3d} {RESULTS(int(found.result)).name:18s} "
+        f"certified {found.certified:3d} error/bound {found.error:.1e}"
     )
 
 
@@ -338,7 +339,7 @@ def main() -> None:
                 flush=True,
             )
             for i in np.flatnonzero(wrong) if options.verbose else []:
-                print("   ", i, describe(*jax.tree.map(lambda x: x[i], (case, budgets, found))))
+                print(describe(*tree_index((case, budgets, found), i)))
     print(f"{false} false certificates in {total:,} solves ({ties} more by near ties); {certified:,} states certified")
 
 

@@ -84,7 +84,6 @@ def test_shooting_from_next_to_a_chaotic_path(error: float) -> None:
     guesses = exact[None] + error * jax.random.normal(jax.random.key(0), (8, 200))
     found = solve_many(rec.MultipleShooting(num_blocks=8), fn, 0.3, guesses)
     assert_prefixes(found, exact, atol=1e-9)
-    assert np.any(found.result == RESULTS.not_contracting) or np.all(found.residual == 0)
 
 
 @pytest.mark.parametrize("name", ["deer", "quasi-elk"])

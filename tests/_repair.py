@@ -45,14 +45,15 @@ def repair_by_hand(step, x0, inputs, guess, num_blocks: int, tol: float) -> Repa
         starts = {p: path[blocks[p][0] - 1] for p in active}  # all at once: ends before this sweep
         longest, unmerged = 0, []
         for p in active:
-            x, taken = starts[p], 0
+            x, taken, before, watched = starts[p], 0, np.inf, 0
             for t in blocks[p]:
                 x, taken = step(x, at(inputs, t)), taken + 1
                 gap = distance(x, path[t])
-                if gap <= tol:
+                watched += 0 < before < np.sqrt(tol)
+                if gap <= tol and (gap == 0 or watched >= 8 or t == blocks[p][-1]):
                     residual = max(residual, gap)
                     break
-                path[t] = x
+                path[t], before = x, gap
             else:
                 unmerged.append(p)
             longest, num_fn_evals = max(longest, taken), num_fn_evals + taken

@@ -1,5 +1,7 @@
 """Does the recurrence contract along a path? Growth of small distances, and what it means for a residual."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -17,38 +19,63 @@ def separates(growth_rate: Array, residual: Array, tol: Array | float, length: A
     return (growth_rate >= 0) & (residual * jnp.exp(growth_rate * length) > tol)
 
 
-def tangent_growth(fn, previous: Array, inputs: PyTree, wanted: Array, steps: Steps, num_steps: int = 64) -> Array:
-    """Mean of ``log |J v| / |v|`` per step along a known path; NaN where not ``wanted``.
+def tangent_growth(
+    fn, previous: Array, inputs: PyTree, unit: Array, wanted: Array, steps: Steps, num_steps: int = 64
+) -> Array:
+    """``log |J v| / |v|`` of each step along a path, ``(own steps,)``; 0 where not ``wanted`` or not defined.
 
-    The path is known, so blocks of about ``num_steps`` steps run as lanes, each from the same kind of start
-    direction (all ones): the mean over blocks estimates the largest Lyapunov exponent from below its transient.
+    Blocks of ``num_steps`` steps run as lanes, each from the same direction (one unit in every coordinate). So an entry
+    depends on the states before it alone, and a prefix of the path has the growth that it would have by itself.
 
-    previous: states x[t-1], shape ``(T, D)``. inputs: leading axis T. Each device cuts the steps that it holds.
+    previous: states x[t-1], shape ``(own steps, D)``. inputs: leading axis of the same. unit: of the norm, ``(D,)``.
     """
-    length = previous.shape[0]
+    length, dim = previous.shape
     num_steps = min(num_steps, length)
-    lanes = length // num_steps
-    cut = lambda x: jnp.moveaxis(x[: lanes * num_steps].reshape(lanes, num_steps, *x.shape[1:]), 1, 0)
+    lanes = -(-length // num_steps)
+    unit = jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1)
+    largest = math.log(jnp.finfo(previous.dtype).max)
+
+    def cut(x):
+        x = jnp.concatenate([x, jnp.repeat(x[-1:], lanes * num_steps - length, axis=0)])
+        return jnp.moveaxis(x.reshape(lanes, num_steps, *x.shape[1:]), 1, 0)
 
     def push(x, u, v):
-        return jax.jvp(lambda x: fn(x, u), (x,), (v,))[1]
+        return jax.jvp(lambda x: fn(x, u), (x,), (v * unit,))[1] / unit
 
-    def body(carry, xu):
-        v, total = carry
-        x, u = xu
-        v = jax.vmap(push)(x, u, v)
+    ones = jnp.full((lanes, dim), dim**-0.5, previous.dtype)
+
+    def body(v, xu):
+        v = jax.vmap(push)(*xu, v)
+        # without overflow: the square of a wild derivative is infinite
+        size = jnp.max(jnp.abs(v), axis=1)
+        v = v / jnp.where((size > 0) & jnp.isfinite(size), size, 1)[:, None]
         norm = jnp.sqrt(jnp.sum(v * v, axis=1))
-        safe = jnp.maximum(norm, jnp.finfo(v.dtype).tiny)
-        return (v / safe[:, None], total + jnp.log(safe)), None
+        log = jnp.clip(jnp.log(size) + jnp.log(norm), -largest, largest)
+        defined = jnp.isfinite(norm) & (norm > 0)
+        v = jnp.where(defined[:, None], v / jnp.where(defined, norm, 1)[:, None], ones)
+        return v, jnp.where(jnp.isnan(log), 0, log)
 
     def measure():
-        v = jnp.ones((lanes, previous.shape[1]), previous.dtype) / jnp.sqrt(previous.shape[1])
-        total = jnp.zeros(lanes, previous.dtype)
-        xs = (cut(previous), jax.tree.map(cut, inputs))
-        (_, total), _ = jax.lax.scan(body, (v, total), xs)
-        return jnp.sum(jnp.where(whole, total, 0))
+        _, logs = jax.lax.scan(body, ones, (cut(previous), jax.tree.map(cut, inputs)))
+        return logs.T.reshape(-1)[:length].astype(previous.dtype)
 
-    whole = steps.numbers()[num_steps - 1 :: num_steps] < steps.length  # blocks without padding
-    total = steps.total(jax.lax.cond(wanted, measure, lambda: jnp.zeros((), previous.dtype)))
-    rate = total / (num_steps * steps.total(jnp.sum(whole)))
-    return jnp.where(wanted, rate, jnp.nan).astype(previous.dtype)
+    return jax.lax.cond(wanted, measure, lambda: jnp.zeros(length, previous.dtype))
+
+
+def mean_growth(growth: Array, steps: Steps, num_steps: int = 64) -> Array:
+    """Mean of `tangent_growth` over its whole blocks: the largest Lyapunov exponent, from below its transient."""
+    num_steps = min(num_steps, growth.shape[0])
+    lanes = growth.shape[0] // num_steps
+    whole = steps.numbers()[num_steps - 1 :: num_steps][:lanes] < steps.length  # blocks without padding
+    total = jnp.where(whole[:, None], growth[: lanes * num_steps].reshape(lanes, num_steps), 0)
+    return steps.total(jnp.sum(total)) / (num_steps * steps.total(jnp.sum(whole)))
+
+
+def amplified(residual: Array, growth: Array, steps: Steps) -> Array:
+    """Errors of a path whose steps have these residuals: ``e[t] = exp(growth[t]) e[t-1] + residual[t]``, e[0] = 0."""
+
+    def join(first, second):
+        (a1, b1), (a2, b2) = first, second
+        return a1 + a2, jnp.logaddexp(b1 + a2, b2)
+
+    return jnp.exp(steps.scan(join, (growth, jnp.log(residual)))[1])

@@ -55,6 +55,8 @@ from pmcmc.recurrence._staged import walk_apart
 CHUNK = 16
 # About so many states say what the scale is, as in `typical_scale`.
 SCALE_STATES = 4096
+# A lane merges once it has been watched for so many steps at small distances, unless it meets the recording exactly.
+WATCHED_STEPS = 8
 
 
 @register_dataclass
@@ -198,17 +200,19 @@ class Pass(NamedTuple):
     distance: Array  # to the recording, at the previous step
     recording: Recording
     taken: Array  # steps taken by each lane in this sweep
+    watched: Array  # steps of each lane at small distances in this sweep
+    reach: tuple[PyTree, PyTree] | None  # least and largest state of each lane; None where a scale is given
 
 
 def _run(lanes: Lanes, tol: Array, max_sweeps: Scalar, max_steps: Scalar) -> Outcome:
     """The zeroth sweep and as many of repair as it takes, of the lanes that this device holds."""
-    sweep = _fill(lanes)
-    lanes = lanes._replace(scale=_scale(lanes, sweep) if lanes.scale is None else lanes.scale)
+    sweep, measured = _fill(lanes), lanes.scale is None
+    lanes = lanes._replace(scale=_scale(lanes, sweep) if measured else lanes.scale)
 
     def pending(sweep):
         return sweep.pending & (sweep.number < max_sweeps) & (sweep.depth < max_steps)
 
-    sweep = jax.lax.while_loop(pending, lambda sweep: _repair(lanes, tol, max_steps, sweep), sweep)
+    sweep = jax.lax.while_loop(pending, lambda sweep: _repair(lanes, tol, max_steps, sweep, measured), sweep)
     return Outcome(sweep.recording, sweep.active, sweep.evaluations, sweep.num_sweeps, sweep.critical_path)
 
 
@@ -285,9 +289,9 @@ def _hand_over(lanes: Lanes, end: PyTree, ran_out: Array) -> tuple[PyTree, Array
     return start, active & ~lanes.held.first_of_chain() & (lanes.held.valid_steps() > 0)
 
 
-def _repair(lanes: Lanes, tol: Array, max_steps: Scalar, sweep: Sweep) -> Sweep:
+def _repair(lanes: Lanes, tol: Array, max_steps: Scalar, sweep: Sweep, measured: bool) -> Sweep:
     """One pass over the active lanes, then hand the new ends to their successors."""
-    carry, done = _run_pass(lanes, tol, max_steps - sweep.depth, sweep)
+    carry, done = _run_pass(lanes, tol, max_steps - sweep.depth, sweep, measured)
     end = tree_where(done.ran_out, carry, sweep.end)
     start, active = _hand_over(lanes, end, done.ran_out & ~done.active)
     # stopped by the budget on its way: its block does not hold
@@ -309,7 +313,7 @@ def _repair(lanes: Lanes, tol: Array, max_steps: Scalar, sweep: Sweep) -> Sweep:
     )
 
 
-def _run_pass(lanes: Lanes, tol: Array, budget: Array, sweep: Sweep) -> tuple[PyTree, Pass]:
+def _run_pass(lanes: Lanes, tol: Array, budget: Array, sweep: Sweep, measured: bool) -> tuple[PyTree, Pass]:
     """Step all lanes until every active one has merged, the blocks end or the budget does; also their last carries."""
     staged, num_lanes = lanes.recurrence.staged, lanes.held.num_lanes
     none = jnp.zeros(num_lanes, int)
@@ -320,6 +324,8 @@ def _run_pass(lanes: Lanes, tol: Array, budget: Array, sweep: Sweep) -> tuple[Py
         distance=jnp.full(num_lanes, jnp.inf, tol.dtype),
         recording=sweep.recording,
         taken=none,
+        watched=none,
+        reach=(jax.vmap(lanes.recurrence.unknown)(sweep.start),) * 2 if measured else None,
     )
     going = lambda now: now.active & (now.step < budget)
     if staged is not None:
@@ -339,9 +345,18 @@ def _compare(lanes: Lanes, tol: Array, now: Pass, carry: PyTree, aux: PyTree, ar
     """The rule, for the lanes that have arrived at the end of a step."""
     valid = lanes.held.valid_steps()
     x = jax.vmap(lanes.recurrence.unknown)(carry)
-    distance = relative_distance(x, read_step(now.recording.path, now.step), lanes.scale).astype(tol.dtype)
+    reach, scale = now.reach, lanes.scale
+    if reach is not None:
+        reach = tuple(tree_where(arrived, *both) for both in zip(_widened(reach, x), reach, strict=True))
+        scale = _own_scale(reach, scale, tol)
+    distance = relative_distance(x, read_step(now.recording.path, now.step), scale).astype(tol.dtype)
     live = now.active & arrived & (now.step < valid)
-    merged = live & (distance <= tol)
+    # Small: within the square root of the tolerance, where a distance behaves linearly. By optional stopping the
+    # mean growth per step is unbiased although a lane enters this regime from above and leaves it by merging.
+    small = live & (now.distance < jnp.sqrt(tol)) & (now.distance > 0)
+    watched = now.watched + small
+    last = now.step + 1 >= valid
+    merged = live & (distance <= tol) & ((distance == 0) | (watched >= WATCHED_STEPS) | last)
     overwrite = live & ~merged
     lost = overwrite & ~finite_rows(x)  # from a state that is not finite there is nothing to repair
     return Pass(
@@ -349,20 +364,41 @@ def _compare(lanes: Lanes, tol: Array, now: Pass, carry: PyTree, aux: PyTree, ar
         active=jnp.where(arrived, overwrite & ~lost & (now.step + 1 < valid), now.active),
         ran_out=now.ran_out & ~merged & ~lost,
         distance=jnp.where(arrived, distance, now.distance),
-        recording=_write(now, x, aux, distance, live, merged, overwrite, tol),
+        recording=_write(now, x, aux, distance, live, merged, overwrite, small, tol),
         taken=now.taken + live,
+        watched=watched,
+        reach=reach,
     )
 
 
-def _write(now: Pass, x, aux, distance, live, merged, overwrite, tol) -> Recording:
+def _widened(reach: tuple[PyTree, PyTree], x: PyTree) -> tuple[PyTree, PyTree]:
+    """Least and largest states, this one included."""
+    return jax.tree.map(jnp.minimum, reach[0], x), jax.tree.map(jnp.maximum, reach[1], x)
+
+
+def _own_scale(reach: tuple[PyTree, PyTree], scale: PyTree, tol: Array) -> PyTree:
+    """Scale of each lane ``(lanes, ...)``: that of the path, at most twice the range of the lane's own states.
+
+    The path's is measured on runs from guesses, and wild ones inflate it. A lane that counts runs from the end of the
+    block before it, so its states are those of the sequential path. Four units of rounding are always allowed.
+    """
+    floor = 4 / jnp.maximum(tol, default_tolerance(tol.dtype))
+
+    def leaf(low: Array, high: Array, scale: Array) -> Array:
+        if not is_real(low):
+            return scale
+        rounding = floor * jnp.finfo(low.dtype).eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
+        return jnp.minimum(scale[None], jnp.maximum(2 * (high - low), rounding)).astype(low.dtype)
+
+    return jax.tree.map(leaf, *reach, scale)
+
+
+def _write(now: Pass, x, aux, distance, live, merged, overwrite, small, tol) -> Recording:
     """Overwrite the recording on lanes that have not merged; account for merges and for small distances.
 
     Where a lane merges, the recorded state stands, but aux is that of the step just taken: its predecessor has changed.
     """
     recording = now.recording
-    # Small: within the square root of the tolerance, where a distance behaves linearly. By optional stopping the
-    # mean growth per step is unbiased although a lane enters this regime from above and leaves it by merging.
-    small = live & (now.distance < jnp.sqrt(tol)) & (now.distance > 0)
     floor = tol * 2.0**-10
     growth = jnp.log(jnp.maximum(jnp.minimum(distance, 1.0), floor) / jnp.maximum(now.distance, floor))
     return Recording(

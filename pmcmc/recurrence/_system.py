@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pmcmc._tree import expand_mask, finite_rows, relative_distance, within_rounding
 from pmcmc._types import Array, PyTree
 from pmcmc.recurrence._base import RESULTS, Stats, default_tolerance, typical_scale
-from pmcmc.recurrence._growth import separates, tangent_growth
+from pmcmc.recurrence._growth import amplified, mean_growth, separates, tangent_growth
 from pmcmc.recurrence._steps import AllSteps, Steps
 
 # About so many states say what the scale is, as in `typical_scale`.
@@ -78,7 +78,7 @@ class System:
         """Which equations hold, given both sides of them."""
         scale = self.scale
         if scale is None:
-            scale = typical_scale(self.steps.every(max(1, self.length // SCALE_STATES), images))
+            scale = measured_scale(self, images)
         residual = relative_distance(path, images, scale)
         tol = default_tolerance(path.dtype) if self.tol is None else self.tol
         # No state can satisfy the equation better than its own rounding (a posterior shifted by 1e5).
@@ -101,6 +101,11 @@ class Outcome(NamedTuple):
     stats: Stats
     iterates: Array | None
     residual_profile: Array
+
+
+def measured_scale(system: System, images: Array) -> Array:
+    """Spread of each coordinate ``(D,)`` over the images, where no scale is given."""
+    return typical_scale(system.steps.every(max(1, system.length // SCALE_STATES), images))
 
 
 def exact_prefix(system: System, now: Evaluation) -> Array:
@@ -128,32 +133,87 @@ class Course(NamedTuple):
     width: int  # steps in each of them
 
 
+def own_residual(system: System, now: Evaluation) -> Array:
+    """``(T,)`` residual of each step on a scale that depends on the states before it alone.
+
+    Where the scale is measured, a wild iterate inflates it, and against it wrong states hold. So each step is compared
+    on the smaller of that scale and the range of x[0] and the images up to its own: as long as the steps before hold,
+    those are states of the sequential path. A given scale stays.
+    """
+    if system.scale is not None:
+        return now.residual
+    start = jnp.broadcast_to(system.start, now.images.shape)
+    images = jnp.where(finite_rows(now.images)[:, None], now.images, start)  # where it is not, no step holds
+    high, low = jnp.split(system.steps.scan(jnp.maximum, jnp.concatenate([images, -images], axis=1)), 2, axis=1)
+    high, low = jnp.maximum(high, start), jnp.minimum(-low, start)
+    rounding = jnp.finfo(start.dtype).eps * jnp.maximum(jnp.abs(high), jnp.abs(low))
+    scale = jnp.maximum(jnp.minimum(now.scale[None], high - low), rounding)
+    residual = relative_distance(now.path, now.images, scale)
+    return jnp.where(jnp.isfinite(now.residual), residual, jnp.inf)
+
+
+def holding(system: System, now: Evaluation, residual: Array) -> Array:
+    """Which equations hold with this residual, see `own_residual`."""
+    tol = default_tolerance(now.path.dtype) if system.tol is None else system.tol
+    return now.holds & ((residual <= tol) | within_rounding(now.path, now.images))
+
+
+class Standing(NamedTuple):
+    """What is known of the states that an iterate has."""
+
+    growth_rate: Array  # NaN where the path does not hold as a whole, or exactly
+    separating: Array  # whether the path as a whole may be a pseudo-orbit
+    residual: Array  # (T,) as it is reported
+    prefix: Array  # length of the prefix that is the sequential path within the tolerance
+
+
+def _standing(system: System, now: Evaluation, known: Array) -> Standing:
+    """Judge the path as a whole where all steps hold, else the longest prefix that is right by itself.
+
+    A step that holds is f of its predecessor up to a residual. Errors of the prefix are residuals, each carried on by
+    the growth of small distances along the states behind it; they must stay within the tolerance.
+    """
+    steps, all_hold, dtype = system.steps, system.steps.all(now.holds), now.path.dtype
+    tol = default_tolerance(dtype) if system.tol is None else system.tol
+    residual = jnp.where(all_hold, now.residual, own_residual(system, now))
+    holds = known & holding(system, now, residual)
+    inexact = steps.any((residual > 0) & (steps.numbers() < steps.leading(holds)))
+    unit = now.scale
+    growth = tangent_growth(system.image, system.previous(now.path), system.inputs, unit, inexact, steps)
+    # rounding is relative to the state, not to the scale
+    rounded = jnp.minimum(residual, 2 * jnp.finfo(dtype).eps)
+    error = amplified(jnp.where(within_rounding(now.path, now.images), rounded, residual), growth, steps)
+    growth_rate = jnp.where(all_hold & inexact, mean_growth(growth, steps), jnp.nan)
+    # errors above the square root of the tolerance are no longer small, and the linear recursion says nothing of them
+    blown_up = steps.max(error) > jnp.maximum(tol, jnp.sqrt(tol))
+    separating = separates(growth_rate, steps.max(now.residual), tol, system.length) | blown_up
+    exact = steps.leading(known & (residual == 0))
+    within = steps.leading(holds & (error <= jnp.maximum(tol, default_tolerance(dtype))))
+    prefix = jnp.where(all_hold, jnp.where(separating, exact, steps.leading(known)), jnp.maximum(exact, within))
+    return Standing(growth_rate.astype(dtype), separating, residual, prefix)
+
+
 def conclude(system: System, now: Evaluation, course: Course, iterates: Array | None) -> Outcome:
     """From the last iterate to an `Outcome`: what stands, and the code that says why the rest does not."""
-    steps, all_hold = system.steps, system.steps.all(now.holds)
-    growth_rate = tangent_growth(
-        system.image, system.previous(now.path), system.inputs, steps.any(now.residual > 0) & all_hold, steps
-    )
+    steps = system.steps
     known = jnp.all(jnp.isfinite(system.start)) & (steps.numbers() < course.blocked)
+    standing = _standing(system, now, known)
     # From the first state that f makes NaN or infinite on, nothing is known, and the path says so.
     path = jnp.where(known[:, None], now.path, jnp.nan)
     finite, converged = steps.all(known & finite_rows(path)), steps.all(now.holds & known)
-    tol = default_tolerance(now.path.dtype) if system.tol is None else system.tol
-    separating = separates(growth_rate, steps.max(now.residual), tol, system.length)
-    stands = known & jnp.where(separating, now.residual == 0, now.holds)
     result = jnp.select(
-        [~finite, converged & separating, converged, ~course.moving],
+        [~finite, converged & standing.separating, converged, ~course.moving],
         [RESULTS.nonfinite, RESULTS.not_contracting, RESULTS.successful, RESULTS.stagnated],
         RESULTS.max_iters_reached,
     )
-    residual = jnp.where(known, now.residual, jnp.inf)
+    residual = jnp.where(known, standing.residual, jnp.inf)
     worst = jnp.where(steps.all(jnp.isfinite(residual)), steps.max(residual), jnp.inf)
     stats = Stats(
         num_iters=course.num_iters,
         num_sweeps=jnp.zeros_like(course.num_iters),
         num_sequential_steps=course.rounds,
         num_fn_evals=course.rounds * course.width,
-        certified_steps=steps.leading(stands),
-        growth_rate=growth_rate,
+        certified_steps=standing.prefix,
+        growth_rate=standing.growth_rate,
     )
     return Outcome(path, now.aux, result, worst, stats, iterates, residual)

@@ -15,7 +15,16 @@ import jax.numpy as jnp
 from pmcmc._tree import leading_true, register_dataclass
 from pmcmc._types import Array
 from pmcmc.recurrence._iterate import Iterate, NewtonType, VectorSolver, finish, record
-from pmcmc.recurrence._system import Course, Evaluation, System, blocked_at, conclude
+from pmcmc.recurrence._system import (
+    Course,
+    Evaluation,
+    System,
+    blocked_at,
+    conclude,
+    holding,
+    measured_scale,
+    own_residual,
+)
 
 
 class Slide(NamedTuple):
@@ -99,7 +108,10 @@ class Windowed(VectorSolver):
         it = last.window
         blocked = jnp.where(it.blocked < width, last.first + it.blocked, system.length)
         course = Course(it.moving, blocked, it.num_iters, last.rounds, width)
-        return conclude(system, last.all, course, finish(last.iterates, last.all.path, it.num_iters))
+        seen = last.all
+        if system.scale is None:  # there, that of the last window
+            seen = seen._replace(scale=measured_scale(system, seen.images))
+        return conclude(system, seen, course, finish(last.iterates, last.all.path, it.num_iters))
 
 
 def _begin(solver: NewtonType, system: System, guess: Array, width: int) -> Slide:
@@ -124,8 +136,8 @@ def _unfinished(solver: NewtonType, system: System, slide: Slide, width: int) ->
 def _slide(solver: NewtonType, system: System, slide: Slide, width: int, guess_given: bool) -> Slide:
     """Advance past the states that hold, if any, and evaluate what is new."""
     now = slide.window.now
-    before = _before(system, slide.all.path, slide.first)
-    step = jnp.minimum(_trusted(now, before), system.length - width - slide.first)
+    part = _part(system, slide.all.path, slide.first, width)
+    step = jnp.minimum(_trusted(part, now), system.length - width - slide.first)
 
     def moved() -> Slide:
         first = slide.first + step
@@ -148,17 +160,13 @@ def _slide(solver: NewtonType, system: System, slide: Slide, width: int, guess_g
     return jax.lax.cond(step > 0, moved, lambda: slide)
 
 
-def _trusted(now: Evaluation, before: Array) -> Array:
+def _trusted(part: System, now: Evaluation) -> Array:
     """Length of the prefix of a window that may be left behind for good.
 
-    An exploding iterate inflates the measured scale, and against it anything holds. So states are left behind
-    only if the scale is at most 1,000 times the range of the prefix itself, or if the whole window holds.
+    All of it where the whole window holds; else the states that hold on a scale of their own, as an iterate that
+    explodes behind them inflates that of the window.
     """
-    prefix = leading_true(now.holds)
-    inside = (jnp.arange(now.holds.shape[0]) < prefix)[:, None]
-    reach = jnp.max(jnp.where(inside, jnp.abs(now.path - before[None]), 0.0), axis=0)
-    sane = jnp.all(now.scale <= 1e3 * reach) | jnp.all(now.holds)
-    return jnp.where(sane, prefix, 0)
+    return leading_true(jnp.all(now.holds) | holding(part, now, own_residual(part, now)))
 
 
 def _before(system: System, path: Array, first: Array) -> Array:

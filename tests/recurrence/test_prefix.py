@@ -1,0 +1,121 @@
+"""What a solve certifies is the sequential path: after any budget, from any guess, with and without a scale."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pmcmc import recurrence as rec
+from pmcmc.recurrence import RESULTS
+from tests._selection import share
+from tests.recurrence.prefixes import DIM, LENGTH, SOLVERS, draw_cases, judge_cases, run, solve_cases
+
+SOLVES = 23  # of each solver in each leg: 15 solvers and 3 legs are 1,035
+BUDGETS = jnp.arange(1, 13)
+
+
+def solve_many(solver, fn, x0, guesses, inputs=None, **options):
+    """Solutions for a batch of guesses; numbers of the solver may be a batch as well."""
+    solver = jax.tree.map(lambda x: jnp.broadcast_to(x, guesses.shape[:1]), solver)
+    one = lambda solver, guess: solver.solve(fn, x0, inputs, initial_guess=guess, length=guess.shape[0], **options)
+    return jax.jit(jax.vmap(one))(solver, guesses)
+
+
+def sequential(fn, x0, length, inputs=None):
+    return np.asarray(jax.jit(lambda: rec.Sequential().solve(fn, x0, inputs, length=length).value)())
+
+
+def certified(solutions) -> np.ndarray:
+    return np.where(solutions.result == RESULTS.successful, solutions.value.shape[1], solutions.stats.certified_steps)
+
+
+def assert_prefixes(solutions, exact, atol) -> None:
+    for value, steps in zip(np.asarray(solutions.value), certified(solutions), strict=True):
+        np.testing.assert_allclose(value[:steps], exact[:steps], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("r", [4.0, 2.8])
+@pytest.mark.parametrize("name", ["deer", "picard"])
+def test_budgets_on_the_logistic_map(name: str, r: float, dtype: str) -> None:
+    """Iterates explode to 1e80 behind the prefix; measured by their spread, anything holds."""
+    fn = lambda x, u: r * x * (1 - x)
+    guesses = jax.random.uniform(jax.random.key(0), (BUDGETS.size, 256), dtype)
+    x0 = jnp.asarray(0.3, dtype)
+    found = solve_many({"deer": rec.deer, "picard": rec.picard}[name](max_iters=BUDGETS), fn, x0, guesses)
+    exact = sequential(fn, x0, 256)
+    assert_prefixes(found, exact, atol=1e-9 if dtype == "float64" else 1e-4)
+    assert np.all(certified(found) >= BUDGETS)
+    tol = (512 if dtype == "float64" else 32) * np.finfo(dtype).eps
+    within = np.cumprod(np.asarray(found.residual_profile) <= tol, axis=1).sum(1)
+    if r == 2.8:  # where small residuals do mean small errors
+        for value, steps in zip(np.asarray(found.value), within, strict=True):
+            np.testing.assert_allclose(value[:steps], exact[:steps], rtol=0, atol=1e-9 if dtype == "float64" else 1e-4)
+
+
+def test_shooting_from_wild_guesses_of_a_map_that_explodes() -> None:
+    """Runs from guesses of size 1e3 end at infinity: no block may merge with the finite head of one."""
+    inputs = jax.random.normal(jax.random.key(1), (200,))
+    fn = lambda x, u: 0.2 * x**2 + 0.1 * u
+    guesses = 1e3 * jax.random.normal(jax.random.key(2), (12, 200))
+    found = solve_many(rec.MultipleShooting(num_blocks=8, max_sweeps=BUDGETS), fn, 0.1, guesses, inputs)
+    assert_prefixes(found, sequential(fn, 0.1, 200, inputs), atol=1e-11)
+    assert np.all(certified(found) >= np.minimum(25 * (BUDGETS + 1), 200))
+    assert np.all(found.result[BUDGETS >= 7] == RESULTS.successful)  # the path itself is finite
+
+
+@pytest.mark.parametrize("size", [1e3, 1e30])
+@pytest.mark.parametrize("factor", [0.1, 0.9])
+def test_shooting_from_wild_guesses_of_a_map_that_contracts(factor: float, size: float) -> None:
+    """At 0.1 the runs meet within 512 eps of the guesses' spread, and were taken for solved, off by 1e4."""
+    inputs = jax.random.normal(jax.random.key(1), (200,))
+    fn = lambda x, u: factor * x + u
+    guesses = size * jax.random.normal(jax.random.key(2), (4, 200))
+    found = solve_many(rec.MultipleShooting(num_blocks=8), fn, 0.1, guesses, inputs)
+    assert np.all(found.result == RESULTS.successful)
+    assert_prefixes(found, sequential(fn, 0.1, 200, inputs), atol=1e-11)
+
+
+@pytest.mark.parametrize("error", [1e-15, 1e-14, 1e-12])
+def test_shooting_from_next_to_a_chaotic_path(error: float) -> None:
+    """All blocks are within the tolerance at their first step, where nothing was seen of how they separate."""
+    fn = lambda x, u: 4.0 * x * (1 - x)
+    exact = sequential(fn, 0.3, 200)
+    guesses = exact[None] + error * jax.random.normal(jax.random.key(0), (8, 200))
+    found = solve_many(rec.MultipleShooting(num_blocks=8), fn, 0.3, guesses)
+    assert_prefixes(found, exact, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["deer", "quasi-elk"])
+def test_windows_leave_nothing_wrong_behind(name: str) -> None:
+    """An iterate that explodes within a window inflates what the window measures by."""
+    solver = {"deer": rec.deer, "quasi-elk": rec.quasi_elk}[name]
+    fn = lambda x, u: 0.2 * x**2 + 0.1 * u
+    inputs = jax.random.normal(jax.random.key(1), (200,))
+    guesses = 1e3 * jax.random.normal(jax.random.key(2), (12, 200))
+    found = solve_many(rec.Windowed(solver(max_iters=BUDGETS), 16), fn, 0.1, guesses, inputs)
+    assert_prefixes(found, sequential(fn, 0.1, 200, inputs), atol=1e-11)
+    assert np.all(certified(found) >= BUDGETS - 1)
+
+
+def test_the_judge_sees_a_false_certificate() -> None:
+    """One sweep of Jacobi, called solved: its second state is wrong from every guess but good ones."""
+    cases = draw_cases(jax.random.split(jax.random.key(0), SOLVES), "float64")
+    found = solve_cases(SOLVERS["jacobi"], cases, jnp.ones(SOLVES, int), False)
+    assert not np.any(judge_cases(cases, found, False).false)
+    lying = found._replace(stats=found.stats._replace(certified_steps=jnp.full(SOLVES, 20)))
+    assert np.mean(judge_cases(cases, lying, False).false) > 0.5
+
+
+LEGS = [("float64", False), ("float32", False), ("float32", True)]
+EACH = {f"{name}-{dtype}-{given}": (name, dtype, given) for name in SOLVERS for dtype, given in LEGS}
+
+
+@pytest.mark.parametrize("leg", share(EACH, "deer-float64-False", "shooting-float64-False"))
+def test_no_false_certificate(leg: tuple[str, str, bool]) -> None:
+    """Random maps, guesses and budgets; `python -m tests.recurrence.prefixes` makes ten times as many."""
+    name, dtype, scale_given = leg
+    case, _, found = run(name, SOLVES, dtype, scale_given, seed=1)
+    assert case.guess.shape == (SOLVES, LENGTH, DIM)
+    assert not np.any(found.false & ~found.near_tie)
+    assert found.certified.mean() > 10

@@ -178,7 +178,7 @@ class ParallelMCMC(MCMC):
 
     def _prepare(self, rng_key: Any, extra_fields: Sequence[str]) -> tuple[Target, PRNGKey, Settings]:
         target = numpyro_target(self.sampler.model, self._args, self._kwargs)
-        if isinstance(rng_key, jax.Array) and rng_key.shape:
+        if isinstance(rng_key, (jax.Array, np.ndarray)) and rng_key.shape:
             typed = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
             if rng_key.ndim == (1 if typed else 2) and len(rng_key) == self.num_chains:
                 rng_key = rng_key[0]

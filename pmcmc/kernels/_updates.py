@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from pmcmc._threefry import key_pair
+from pmcmc._threefry import key_pair, raw_keys_are_threefry
 from pmcmc._tree import register_dataclass
 from pmcmc._types import Array, ArrayLeaf, PRNGKey, PyTree
 from pmcmc.kernels._inverse_cdf import inverse_cdf
@@ -267,7 +267,9 @@ class CustomUpdate(Update):
         _check_callable(self, "update", "(state, noise) -> value")
 
     def draw_noise(self, rng_key, site):
-        return self.sample_noise(rng_key)
+        with raw_keys_are_threefry():
+            return self.sample_noise(rng_key)
 
     def draw(self, state, noise, site):
-        return Drawn(self.update(state, noise), jnp.nan)
+        with raw_keys_are_threefry():  # the noise may be a key
+            return Drawn(self.update(state, noise), jnp.nan)

@@ -59,7 +59,7 @@ class Source:
         """
         target = self.make()
         data_only = target.model == self.target.model and target.spec == self.target.spec
-        if not data_only or not _same(target.data, self.target.data):
+        if not data_only or not same_bits(target.data, self.target.data):
             what = (
                 "arrays that the model reads hold other numbers" if data_only else "the model computes something else"
             )
@@ -69,7 +69,7 @@ class Source:
             )
         if self.given is not None:
             traced, context = _traced_kernel(self.given, target)
-            if context != self.target.context or not _same(traced, self.traced):
+            if context != self.target.context or not same_bits(traced, self.traced):
                 raise ValueError(
                     "functions in the kernel have changed since this chain was sampled: its draws are of the kernel as "
                     "it was. Restore what these functions read, or sample again with the new kernel."
@@ -105,7 +105,7 @@ def _traced_kernel(kernel: Kernel, target: Target) -> tuple[Kernel, Hashable]:
     return traced, traced.context(target)
 
 
-def _same(a: PyTree, b: PyTree) -> bool:
+def same_bits(a: PyTree, b: PyTree) -> bool:
     """Whether two pytrees have the same structure and, bit for bit, the same numbers."""
     if jax.tree.structure(a) != jax.tree.structure(b):
         return False

@@ -7,11 +7,14 @@ bit (a test compares them), so keys made here and keys made by ``jax.random`` ar
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", threefry-2x32-20.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import jax
 import jax.numpy as jnp
 
 from pmcmc._types import Array, PRNGKey
 
+IMPL = "threefry2x32"
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
 
@@ -31,9 +34,33 @@ def threefry_2x32(key: Array, first: Array, second: Array) -> tuple[Array, Array
 
 
 def key_pair(rng_key: PRNGKey) -> Array:
-    """The two words of a threefry key, typed or raw; a key of another implementation is hashed down to two."""
+    """The two words of a threefry key, typed or raw; the words of a longer key are hashed down to two.
+
+    Hashed here and not by the key's own implementation: bits of ``rbg`` under `jax.vmap` are others than alone.
+    """
     data = rng_key if jnp.issubdtype(rng_key.dtype, jnp.uint32) else jax.random.key_data(rng_key)
-    return data if data.shape == (2,) else jax.random.bits(rng_key, (2,), jnp.uint32)
+    if data.shape == (2,):
+        return data
+    words = jnp.concatenate([data, jnp.zeros(data.size % 2, jnp.uint32)])
+    pair = jnp.array([data.size, 0], jnp.uint32)
+    for place in range(0, words.size, 2):
+        pair = jnp.stack(threefry_2x32(pair, words[place], words[place + 1]))
+    return pair
+
+
+def threefry_key(rng_key: PRNGKey) -> PRNGKey:
+    """The same key, typed, where it is a threefry key; else one made of its words. Not for batches of keys."""
+    typed = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
+    if typed and str(jax.random.key_impl(rng_key)) == IMPL:
+        return rng_key
+    return jax.random.wrap_key_data(key_pair(rng_key), impl=IMPL)
+
+
+def raw_keys_are_threefry() -> AbstractContextManager:
+    """Within it ``jax.random`` takes the raw keys (2,) of steps for what they are, whatever its default is."""
+    if jax.config.jax_default_prng_impl == IMPL:  # type: ignore[attr-defined]
+        return nullcontext()
+    return jax.default_prng_impl(IMPL)
 
 
 def fold_in(pair: Array, number: Array) -> Array:

@@ -160,15 +160,22 @@ class Chain:
         """Check the draws on the equation: each is computed anew from the one before and the noise of the key.
 
         Nothing of the solver enters, so a file that was edited, a certificate that is wrong, or a model that is not the
-        one sampled from all show. Every draw is checked, a thinned chain from one kept draw to the next; only the first
-        draw of a run that went on from another's end (`ParallelMCMC` from its ``last_state``) has no predecessor. Takes
-        about as long as sampling on ``num_chains * num_blocks`` lanes, at least 256.
+        one sampled from all show. Every draw is checked, a thinned chain from one kept draw to the next, and so is
+        every field of its ``info``; only the first draw of a run that went on from another's end (`ParallelMCMC` from
+        its ``last_state``) has no predecessor. The report is not checked. Takes about as long as sampling on
+        ``num_chains * num_blocks`` lanes, at least 256.
 
         In float32 steps within rounding of a tie may go either way, see `Verification`. A kernel that makes many
         decisions a step (`NUTS`, slice sampling) does not tell them; its steps are taken in the batch shape of the run.
+        Between two draws of a thinned chain such a step may send the paths apart. Draws that do not agree are therefore
+        tried under up to eight other roundings; where these end apart and none is the stored draw, nothing can be said
+        of it, and the chain is not verified.
 
-        tolerance: largest |stored - computed| in posterior standard deviations. None: 4096 eps for each step between
-            two draws; a solver that was given a looser ``merge_tol`` or ``tol`` needs the same here.
+        tolerance: largest |stored - computed| in posterior standard deviations: units of warm-up's basis, or of the
+            draws' interquartile range where there is none. None: 4096 eps, however many steps lie between two draws;
+            more only where the other roundings are seen to end further apart than that, up to 0.01. A solver that
+            was given a looser ``merge_tol`` or ``tol`` needs the same here. Fields of ``info`` are held to it in units
+            of the log density's size.
 
         Returns:
             A `Verification`, which is true where all agrees: ``if not chain.verify(): ...``.
@@ -188,7 +195,9 @@ class Chain:
         state.source.check()
         steps_before = state.num_steps - state.num_unkept - self.num_samples * self.thinning
         first = jax.tree.map(lambda x: np.asarray(x)[state.own], state.ensemble) if steps_before == 0 else None
-        record = Record(self.unknowns, self.info, first, self.last_state, self.thinning, state.num_unkept, steps_before)
+        in_basis = state.target.basis is not None and len(jax.tree.leaves(self.unknowns)) == 1
+        thinning = (self.thinning, state.num_unkept)
+        record = Record(self.unknowns, self.info, first, self.last_state, *thinning, steps_before, in_basis)
         return verify(self.target, self.kernel, state.rng_key, record, self.report.num_blocks, tolerance)
 
     def save(self, path: str | Path) -> None:

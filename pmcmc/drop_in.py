@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import initialize_model
 
 from pmcmc._samples import site_shapes
-from pmcmc._state import ChainState, Source, last_logdensity
+from pmcmc._state import ChainState, Source, last_logdensity, same_bits
 from pmcmc._transformations import refuse_transformation
 from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.chain import Chain
@@ -203,6 +203,8 @@ class ParallelMCMC(MCMC):
 
         rng_key: a key; of a batch with one for each chain, the first counts. Where it is
             ``post_warmup_state.rng_key``, the chains go on as one long run would; any other key gives new noise.
+            Thinning goes on counting with the noise: where ``thinning`` does not divide ``num_samples``, a run that
+            goes on may keep one draw more than the one before.
         args, kwargs: of the model.
         extra_fields: as NumPyro spells them: names of the kernel's fields, ``"adapt_state.step_size"``, ``"z.site"``
             for unconstrained values, ``"~z.site"`` to leave a site out.
@@ -214,7 +216,7 @@ class ParallelMCMC(MCMC):
             starts = model_starts(source.target, key, self._init_params(key, init_params), settings)
             chain = run_stages(source, key, starts, settings, self.progress_bar)
         else:
-            chain = sample_from(self._go_on(source, key), settings, self.progress_bar)
+            chain = sample_from(self._go_on(source, key, settings.kernel), settings, self.progress_bar)
         self._chain = chain
         self._last_state = _standing(chain.state)
         self._states, self._states_flat = _states(chain, extra_fields), None
@@ -230,7 +232,7 @@ class ParallelMCMC(MCMC):
                 "by Gibbs. Write ParallelMCMC(model, ...) instead of "
                 f"ParallelMCMC({self._stands_for}(model, ...), ...)."
             )
-        if isinstance(rng_key, jax.Array) and rng_key.shape:
+        if isinstance(rng_key, (jax.Array, np.ndarray)) and rng_key.shape:
             typed = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
             if rng_key.ndim == (1 if typed else 2) and len(rng_key) == self.num_chains:
                 rng_key = rng_key[0]
@@ -273,8 +275,8 @@ class ParallelMCMC(MCMC):
         )
         return found.param_info.z
 
-    def _go_on(self, source: Source, rng_key: PRNGKey) -> ChainState:
-        """From ``post_warmup_state``, with the model's arguments of this run."""
+    def _go_on(self, source: Source, rng_key: PRNGKey, kernel: Kernel) -> ChainState:
+        """From ``post_warmup_state``, with the model's arguments of this run. kernel: as asked for, not tuned."""
         state = self._warmup_state
         if not isinstance(state, ParallelState):
             raise TypeError(
@@ -282,21 +284,61 @@ class ParallelMCMC(MCMC):
                 "states of NumPyro's own samplers do not hold what is needed. Pass init_params= instead."
             )
         chains = state.chains
-        kernel = chains.source.given
-        source = source if kernel is None else source.with_kernel(kernel)[0]
+        if chains.source.given is not None:
+            source, traced = source.with_kernel(chains.source.given)
+            if not same_bits(traced, chains.source.traced):
+                raise ValueError(
+                    "functions in the kernel have changed since post_warmup_state was made: restore what they read, or "
+                    "set post_warmup_state to None to warm up again."
+                )
         target = source.target
         if len(chains.own) != self.num_chains or target.spec != chains.target.spec:
             raise ValueError(
                 "post_warmup_state has another number of chains, or latent sites of other names or shapes: set it to "
                 "None to warm up again."
             )
+        if not _could_be_tuned_to(kernel, chains.kernel):
+            asked, found = _name(kernel, chains.kernel), _name(chains.kernel, kernel)
+            raise ValueError(
+                f"post_warmup_state is a state of {found}, and this ParallelMCMC samples by {asked}: make it with the "
+                "same sampler or kernel, or set post_warmup_state to None to warm up again."
+            )
         data = jax.random.key_data
+        num_unkept = chains.num_unkept % self.thinning
         if not np.array_equal(data(rng_key), data(chains.rng_key)):
             # not the key itself: it may have drawn these steps before, and chains that share noise would merge
-            rng_key = jax.random.fold_in(rng_key, chains.num_steps + 1)
-        # as in NumPyro each run keeps num_samples // thinning draws
+            rng_key, num_unkept = jax.random.fold_in(rng_key, chains.num_steps + 1), 0
         target = target.with_basis(chains.target.basis)
-        return chains._replace(target=target, rng_key=rng_key, num_unkept=0, source=source)
+        return chains._replace(target=target, rng_key=rng_key, num_unkept=num_unkept, source=source)
+
+
+def _could_be_tuned_to(asked: Any, tuned: Any) -> bool:
+    """Whether warm-up could have made one kernel of the other: all that was asked for is as it was asked for.
+
+    What is None is left to warm-up. Functions are not compared: those of the user may have been made anew.
+    """
+    if asked is None:
+        return True
+    if callable(asked):
+        return callable(tuned)
+    if type(asked) is not type(tuned) and (is_dataclass(asked) or is_dataclass(tuned)):
+        return False
+    if is_dataclass(asked):
+        names = [f.name for f in fields(asked)]
+        return all(_could_be_tuned_to(getattr(asked, name), getattr(tuned, name)) for name in names)
+    if isinstance(asked, dict):
+        return set(asked) == set(tuned) and all(_could_be_tuned_to(asked[name], tuned[name]) for name in asked)
+    if isinstance(asked, (tuple, list)):
+        return len(asked) == len(tuned) and all(map(_could_be_tuned_to, asked, tuned))
+    if isinstance(asked, (int, float, np.ndarray, np.generic, jax.Array)) and tuned is not None:
+        tuned = np.asarray(tuned)  # in the precision of the chain, which the number asked for need not have
+        return np.array_equal(np.asarray(asked, tuned.dtype), tuned)
+    return bool(asked == tuned)
+
+
+def _name(kernel: Kernel, other: Kernel) -> str:
+    """Of one of two kernels: its class where that tells them apart, else all of it."""
+    return repr(kernel) if type(kernel) is type(other) else type(kernel).__name__
 
 
 def _site(field: str) -> str:

@@ -1,10 +1,16 @@
 """A chain checked on the equation it claims to solve: every step is taken anew from the draw before it.
 
 Nothing of the solver is used: from the stored draw x[t-1] and the noise u[t], drawn again from the key, the kernel's
-step gives f(x[t-1], u[t]), which is held against the stored x[t], and the accept decision against the stored one. A
-thinned chain is followed from one kept draw to the next. Where a step does not agree it is taken twice more, with the
-decision's near ties resolved upwards and downwards (`Kernel.nudge`): in float32 another program rounds differently, and
-both outcomes of a tie are chains of this kernel.
+step gives f(x[t-1], u[t]), which is held against the stored x[t], and what the step says of itself against the stored
+`Info`. A thinned chain is followed from one kept draw to the next, and must arrive within the tolerance of one step:
+on a chain that contracts rounding is forgotten as fast as it comes.
+
+Another program rounds differently, and a step within rounding of a tie may then be decided otherwise. Where a draw does
+not agree, its steps are taken again under other roundings: of a single step with a margin both outcomes
+(`Kernel.nudge`), else several times with ties resolved at random and with states moved by rounding (`_follow`). The
+draw must agree with one of them, to within the tolerance or `GROWTH` times the distance of these paths from each
+other. Where that is more than `MOST`, rounding alone says where these steps end, and nothing can be said of a draw that
+none of them reaches to within the tolerance.
 """
 
 import math
@@ -17,6 +23,7 @@ import numpy as np
 
 from pmcmc._jit import tuned_jit
 from pmcmc._one_kernel import FEW_LANES, in_one_kernel
+from pmcmc._threefry import threefry_2x32
 from pmcmc._tree import is_real
 from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.kernels import Info, Kernel
@@ -28,18 +35,38 @@ from pmcmc.target import Target
 CALL, ABREAST = 8192, 256
 # A step taken anew by another program rounds differently: its differences in units of eps and posterior sd.
 ROUNDING = 4096
+# Other roundings that are tried: an honest draw behind one tie is missed by all of them once in 2^8 times. Two, to see
+# whether rounding matters, where more draws are far off than ties would account for: FEW, or one in ten.
+ROUNDINGS, FEW = 8, 64
+# Where paths of different roundings part, a draw may be so many times as far from the nearest as they are from each
+# other, as long as that is less than so many posterior sd.
+GROWTH, MOST = 4, 0.01
+# Margins beyond are those of steps that nothing but an error of this size decides otherwise.
+WIDE_MARGIN = 30.0
+# Draws that a spread is taken over, at most.
+SPREAD_DRAWS = 2**16
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+# What is compared, in the order in which differences are named.
+FIELDS = ("state", "decision", *Info._fields)
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What `Chain.verify` found. True where every draw that could be checked agrees; ``print(it)`` reads as prose.
+    """What `Chain.verify` found. True where every draw that has a predecessor agrees; ``print(it)`` reads as prose.
 
     num_steps: steps taken anew, over all chains. num_draws: stored draws that they were held against.
-    num_mismatched: draws that do not follow from the one before. first_mismatch: (chain, draw) of the first of them;
-        a draw number of num_samples is the state where the chain stands. None: there is none.
-    num_near_ties: draws that agree only with the other outcome of a decision within rounding of a tie.
+    num_agreed: of these draws, those that follow from the one before.
+    num_mismatched: draws, and states where chains stand, that do not follow from the one before.
+    num_mismatched_ends: of these the latter.
+    first_mismatch: (chain, draw) of the first of them; a draw number of num_samples is the state where the chain
+        stands. None: there is none.
+    mismatched_fields: what differs at any of them: "state", "decision" (accepted or not), and names of `Info`.
+    num_undecided: draws and states of which nothing can be said, because rounding alone decides where the steps before
+        them end; a chain that has any is not verified. first_undecided: as first_mismatch.
+    num_near_ties: draws that agree only under another rounding: with the other outcome of a decision near a tie.
     num_unverified: draws whose predecessor is not stored.
-    max_difference: largest accepted difference, in posterior standard deviations. tolerance: what it may be.
+    max_difference: largest accepted difference, in posterior standard deviations. tolerance: what it may be; more, up
+        to 0.01, only where rounding is seen to grow to as much between two draws.
     max_mismatch: largest difference of those that do not follow; 0 where there is none.
     batch_shape: steps taken side by side. has_margin: whether the kernel tells how near to a tie it decides.
 
@@ -53,8 +80,13 @@ class Verification:
 
     num_steps: int
     num_draws: int
+    num_agreed: int
     num_mismatched: int
+    num_mismatched_ends: int
     first_mismatch: tuple[int, int] | None
+    mismatched_fields: tuple[str, ...]
+    num_undecided: int
+    first_undecided: tuple[int, int] | None
     num_near_ties: int
     num_unverified: int
     max_difference: float
@@ -64,26 +96,24 @@ class Verification:
     has_margin: bool
 
     def __bool__(self) -> bool:
-        return self.num_mismatched == 0
+        return self.num_mismatched == 0 and self.num_undecided == 0
 
     def __str__(self) -> str:
-        agreed = self.num_draws - self.num_mismatched
         said = [
-            f"{agreed:,} of {self.num_draws:,} draws follow from the one before, {self.num_steps:,} steps taken anew, "
-            f"to within {self.max_difference:.2g} posterior sd (allowed: {self.tolerance:.2g})"
+            f"{self.num_agreed:,} of {self.num_draws:,} draws follow from the one before, {self.num_steps:,} steps "
+            f"taken anew, to within {self.max_difference:.2g} posterior sd (allowed: {self.tolerance:.2g}"
+            f"{', and what rounding grows to between two draws' if self.max_difference > self.tolerance else ''})"
         ]
         if self.num_near_ties:
             said.append(f", {self.num_near_ties:,} of them by the other outcome of a near-tie decision")
-        if self.first_mismatch is not None:
+        said.append(self._mismatches())
+        if self.first_undecided is not None:
             said.append(
-                ". The first that does not is draw {1:,} of chain {0}: the draws, the key, the kernel, the model or "
-                "its data are not those of the run".format(*self.first_mismatch)
-            )
-            if 0 < self.max_mismatch < math.sqrt(self.tolerance):
-                said.append(
-                    f". But no difference is above {self.max_mismatch:.2g}: a density that amplifies rounding, as "
-                    "nearly singular matrices do, shows like that; tolerance= says what to allow"
+                ". Of {2:,} draws, draw {1:,} of chain {0} first, nothing can be said: the steps before them end "
+                "elsewhere under another rounding. Sample in float64, or keep more draws (thinning=)".format(
+                    *self.first_undecided, self.num_undecided
                 )
+            )
         if not self.has_margin:
             said.append(
                 f". The kernel does not tell near ties; steps were taken in the batch shape of the run "
@@ -93,13 +123,32 @@ class Verification:
             said.append(f". {self.num_unverified:,} draws could not be checked: what came before them is not stored")
         return "".join(said) + "."
 
+    def _mismatches(self) -> str:
+        if self.first_mismatch is None:
+            return ""
+        chain, draw = self.first_mismatch
+        first = f"The first that does not is draw {draw:,} of chain {chain}"
+        if self.num_mismatched == self.num_mismatched_ends:
+            first = f"But the state where chain {chain} stands does not follow from its last draw"
+        said = (
+            f". {first}: the draws, the key, the kernel, the model or its data are not those of the run "
+            f"(differing: {', '.join(self.mismatched_fields)})"
+        )
+        if 0 < self.max_mismatch < math.sqrt(self.tolerance):
+            said += (
+                f". But no difference is above {self.max_mismatch:.2g}: a density that amplifies rounding, as "
+                "nearly singular matrices do, shows like that; tolerance= says what to allow"
+            )
+        return said
+
 
 class Record(NamedTuple):
     """Stored draws and where they come from.
 
     unknowns, info: (C, n, ...). first: (C, ...) what is known to stand ``thinning`` steps before the first draw, or
     None. last: (C, ...) where the chains stand, ``num_unkept`` steps behind the last draw. first_step: number of the
-    step behind what stands before the first draw.
+    step behind what stands before the first draw. in_basis: whether unknowns are coordinates in warm-up's basis, where
+    a posterior standard deviation is about one.
     """
 
     unknowns: PyTree
@@ -109,6 +158,7 @@ class Record(NamedTuple):
     thinning: int
     num_unkept: int
     first_step: int
+    in_basis: bool
 
 
 def verify(
@@ -128,74 +178,146 @@ def verify(
     margins = np.asarray(record.info.margin)
     has_margin = not np.isnan(margins).all()
     eps = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves((record.unknowns, margins)) if is_real(x))
-    if tolerance is None:
-        tolerance = ROUNDING * eps * record.thinning
+    tolerance = ROUNDING * eps if tolerance is None else tolerance
     shape = num_chains * num_blocks
-    lanes = shape if not has_margin and eps > 1e-8 else max(shape, ABREAST)
+    abreast = min(ABREAST, 1 << max(0, num_chains * num_draws - 1).bit_length())
+    lanes = shape if not has_margin and eps > 1e-8 else max(shape, abreast)
     checker = _Checker(target, kernel, chain_keys(rng_key, num_chains=num_chains), record, tolerance)
     skip = int(record.first is None)
     places = np.stack(np.meshgrid(np.arange(num_chains), np.arange(skip, num_draws), indexing="ij"), -1).reshape(-1, 2)
-    found = checker.hold(places, record.thinning, lanes, 0)
-    tail = np.stack([np.arange(num_chains), np.full(num_chains, num_draws)], -1)
-    found = found.join(checker.hold(tail, record.num_unkept, lanes, 0))
-    places = np.concatenate([places, tail])
-    agrees, ties = found.agrees.copy(), np.zeros(len(places), bool)
-    others = [(lanes, -1), (lanes, 1)]
-    if not has_margin:  # in order they went in the first of these shapes; the other is another rounding
-        others = [(other, 0) for other in (num_chains, ABREAST) if other != lanes]
-    for other_lanes, sign in others:
-        for steps, own in ((record.thinning, places[:, 1] < num_draws), (record.num_unkept, places[:, 1] == num_draws)):
-            left = np.flatnonzero(~agrees & own)
-            again = checker.hold(places[left], steps, other_lanes, sign)
-            agrees[left] = again.agrees
-            ties[left] = again.agrees & has_margin
-            found.difference[left] = np.where(again.agrees, again.difference, found.difference[left])
-    wrong = np.flatnonzero(~agrees)
-    first = wrong[np.lexsort((places[wrong, 0], places[wrong, 1]))[:1]]
+    places = np.concatenate([places, np.stack([np.arange(num_chains), np.full(num_chains, num_draws)], -1)])
+    look = _Look(checker, places, checker.hold(places, lanes, 0))
+    steps = checker.num_steps(places)
+    settled = (steps == 1) & has_margin  # both outcomes of its tie are all that rounding can do
+    if has_margin:
+        ties = look.again(settled, lanes, -1) | look.again(settled, lanes, 1)
+    else:
+        ties = np.zeros(len(places), bool)
+        for other in (num_chains, ABREAST) if eps > 1e-8 else ():
+            if other != lanes:  # in order they went in the first of these shapes; the other is another rounding
+                look.again(steps > 0, other, 0)
+    changed, undecided = look.under_other_roundings((steps > 0) & ~settled, lanes)
+    held, ends = look.held, places[:, 1] == num_draws
+    wrong = ~held.agrees & ~undecided
     return Verification(
         num_steps=num_chains * ((num_draws - skip) * record.thinning + record.num_unkept),
         num_draws=num_chains * (num_draws - skip),
-        num_mismatched=len(wrong),
-        first_mismatch=(int(places[first[0], 0]), int(places[first[0], 1])) if len(first) else None,
-        num_near_ties=int(ties.sum()),
+        num_agreed=int((held.agrees & ~ends).sum()),
+        num_mismatched=int(wrong.sum()),
+        num_mismatched_ends=int((wrong & ends).sum()),
+        first_mismatch=_earliest(places[wrong]),
+        mismatched_fields=tuple(np.array(FIELDS)[(held.gaps[wrong] > tolerance).any(axis=0)].tolist()),
+        num_undecided=int(undecided.sum()),
+        first_undecided=_earliest(places[undecided]),
+        num_near_ties=int((ties | changed).sum()) if has_margin else 0,
         num_unverified=num_chains * skip,
-        max_difference=float(np.max(found.difference[agrees], initial=0.0)),
+        max_difference=float(np.max(held.difference[held.agrees], initial=0.0)),
         tolerance=tolerance,
-        max_mismatch=float(np.max(found.difference[wrong], initial=0.0)),
+        max_mismatch=float(np.max(held.difference[wrong], initial=0.0)),
         batch_shape=lanes,
         has_margin=has_margin,
     )
 
 
+def _earliest(places: np.ndarray) -> tuple[int, int] | None:
+    if not len(places):
+        return None
+    chain, draw = places[np.lexsort((places[:, 0], places[:, 1]))[0]].tolist()
+    return chain, draw
+
+
 class _Held(NamedTuple):
-    """(n,) arrays of the draws that were held against steps taken anew."""
+    """Draws held against steps taken anew.
 
+    gaps: (n, FIELDS) in posterior standard deviations, or what comes of them; see `_info_gaps`. agrees: (n,).
+    new: the states computed, where they were asked for.
+    """
+
+    gaps: np.ndarray
     agrees: np.ndarray
-    difference: np.ndarray
+    new: PyTree = None
 
-    def join(self, other: "_Held") -> "_Held":
-        return _Held(*(np.concatenate(pair) for pair in zip(self, other, strict=True)))
+    @property
+    def difference(self) -> np.ndarray:
+        """(n,) of the states."""
+        return self.gaps[:, 0]
+
+
+class _Look:
+    """What was found at places (n, 2), and what a second look changes."""
+
+    def __init__(self, checker: "_Checker", places: np.ndarray, held: _Held):
+        self.checker, self.places, self.held = checker, places, held
+
+    def again(self, among: np.ndarray, lanes: int, rounding: int) -> np.ndarray:
+        """Under another rounding, those that do not agree yet; (n,) which do now."""
+        left = np.flatnonzero(among & ~self.held.agrees)
+        found = self.checker.hold(self.places[left], lanes, rounding)
+        return self._accept(left[found.agrees], found.gaps[found.agrees])
+
+    def _accept(self, rows: np.ndarray, gaps: np.ndarray) -> np.ndarray:
+        self.held.agrees[rows], self.held.gaps[rows] = True, gaps
+        return np.isin(np.arange(len(self.places)), rows)
+
+    def under_other_roundings(self, among: np.ndarray, lanes: int) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) which agree under one of several roundings, and which none reaches because these end apart."""
+        tolerance, gap = self.checker.tolerance, self.checker.gap
+        left = np.flatnonzero(among & ~self.held.agrees)
+        far = np.sum(self.held.difference[left] > MOST)
+        parted = np.zeros(len(self.places), bool)
+        if not left.size:
+            return parted, parted
+        reference = nearest = self.checker.hold(self.places[left], lanes, 2, keep_new=True)
+        best, spread = nearest.gaps, np.zeros(len(left))
+        for rounding in range(3, 2 + (ROUNDINGS if far <= max(FEW, len(self.places) // 10) else 2)):
+            found = self.checker.hold(self.places[left], lanes, rounding, keep_new=True)
+            spread = np.maximum(spread, gap(reference.new, found.new))
+            best = np.where((found.gaps.max(axis=1) < best.max(axis=1))[:, None], found.gaps, best)
+        apart = GROWTH * spread > max(MOST, tolerance)  # where a draw may be near one of them by chance
+        agrees = best.max(axis=1) <= np.where(apart, tolerance, np.maximum(tolerance, GROWTH * spread))
+        parted[left] = apart & ~agrees
+        now = self._accept(left[agrees], best[agrees])
+        return now & (self.held.difference <= tolerance), parted
 
 
 class _Checker:
-    """Takes steps anew and compares. Places are rows (chain, draw)."""
+    """Takes steps anew and compares. Places are rows (chain, draw); the number of draws stands for where chains are."""
 
     def __init__(self, target: Target, kernel: Kernel, keys: Array, record: Record, tolerance: float):
         self.target, self.kernel, self.keys, self.record, self.tolerance = target, kernel, keys, record, tolerance
-        self.scale = jax.tree.map(_spread, record.unknowns)
+        self.num_draws = record.info.margin.shape[1]
+        self.dim = sum(math.prod(x.shape[2:]) for x in jax.tree.leaves(record.unknowns))
+        one = lambda x: np.ones(x.shape[2:])
+        self.scale = jax.tree.map(one if record.in_basis else _spread, record.unknowns)
 
-    def hold(self, places: np.ndarray, num_steps: int, lanes: int, sign: int) -> _Held:
-        """Compare the draws at ``places`` with what ``num_steps`` steps make of the states before them."""
-        # powers of two, so that what is left for a second look often finds the program of the first
-        groups = min(max(1, CALL // lanes), 1 << math.ceil(math.log2(max(1.0, len(places) / lanes))))
-        parts = [_Held(np.zeros(0, bool), np.zeros(0))]
-        for begin in range(0, len(places), groups * lanes):
-            some = places[begin : begin + groups * lanes]
-            parts.append(self._compare(some, *self._follow(some, num_steps, (groups, lanes), sign)))
-        return _Held(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    def num_steps(self, places: np.ndarray) -> np.ndarray:
+        """(n,) from the draw before."""
+        return np.where(places[:, 1] == self.num_draws, self.record.num_unkept, self.record.thinning)
 
-    def _follow(self, places: np.ndarray, num_steps: int, shape: tuple[int, int], sign: int) -> tuple:
-        """Unknowns computed anew and whether the last step was accepted; None where there was no step."""
+    def gap(self, one: PyTree, other: PyTree) -> np.ndarray:
+        """(n,) largest difference of unknowns in posterior standard deviations."""
+        return np.max(np.stack(jax.tree.leaves(jax.tree.map(_gap, one, other, self.scale))), axis=0)
+
+    def hold(self, places: np.ndarray, lanes: int, rounding: int, keep_new: bool = False) -> _Held:
+        """Compare the draws at ``places`` with what steps make of the states before them. rounding: see `_follow`."""
+        gaps = np.zeros((len(places), len(FIELDS)))
+        room = jax.tree.map(lambda x: np.empty((len(places), *x.shape[2:]), x.dtype), self.record.unknowns)
+        new = room if keep_new else None
+        steps = self.num_steps(places)
+        for number in np.unique(steps).tolist():
+            own = np.flatnonzero(steps == number)
+            # powers of two, so that what is left for a second look often finds the program of the first
+            groups = min(max(1, CALL // lanes), 1 << math.ceil(math.log2(max(1.0, len(own) / lanes))))
+            for begin in range(0, len(own), groups * lanes):
+                some = own[begin : begin + groups * lanes]
+                found, info = self._follow(places[some], number, (groups, lanes), rounding)
+                gaps[some] = self._compare(places[some], found, info)
+                if keep_new:
+                    jax.tree.map(lambda room, x, some=some: room.__setitem__(some, x), new, found)
+        return _Held(gaps, gaps.max(axis=1) <= self.tolerance, new)
+
+    def _follow(self, places: np.ndarray, num_steps: int, shape: tuple[int, int], rounding: int) -> tuple:
+        """Unknowns computed anew and the last step's info; None where there was no step."""
         if num_steps == 0:
             return self._stored(*(places - [0, 1]).T), None
         padding = np.repeat(places[-1:], math.prod(shape) - len(places), axis=0)
@@ -203,12 +325,13 @@ class _Checker:
         group = lambda tree: jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), tree)
         first_step = self.record.first_step + draw * self.record.thinning
         rows = group((chain, first_step, self._stored(chain, draw - 1)))
-        found = _follow(self.target, self.kernel, self.keys, *rows, np.asarray(num_steps), np.asarray(sign))
+        numbers = np.asarray(num_steps), np.asarray(rounding)
+        found = _follow(self.target, self.kernel, self.keys, *rows, *numbers, moves_states=rounding > 1)
         return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[: len(places)], found)
 
     def _stored(self, chain: np.ndarray, draw: np.ndarray) -> PyTree:
-        """Draw -1 is what stands before the first, and the number of draws stands for the state of the chain."""
-        record, number = self.record, self.record.info.margin.shape[1]
+        """Draw -1 is what stands before the first."""
+        record, number = self.record, self.num_draws
         first = record.unknowns if record.first is None else record.first
         wide = lambda mask, rows: mask.reshape(-1, *(1,) * (rows.ndim - 1))
 
@@ -220,19 +343,23 @@ class _Checker:
 
         return jax.tree.map(leaf, record.unknowns, first, record.last)
 
-    def _compare(self, places: np.ndarray, new: PyTree, accepted: np.ndarray | None) -> _Held:
+    def _compare(self, places: np.ndarray, new: PyTree, info: Info | None) -> np.ndarray:
+        """(n, FIELDS) gaps."""
         chain, draw = places.T
-        stored, margin = self._stored(chain, draw), np.asarray(self.record.info.margin)
-        gaps = jax.tree.leaves(jax.tree.map(_gap, stored, new, self.scale))
-        difference = np.max(np.stack(gaps), axis=0)
-        agrees = difference <= self.tolerance
-        kept = draw < margin.shape[1]  # of other steps no decision is stored
-        if accepted is not None:
-            agrees &= ~kept | ((margin[chain, np.minimum(draw, margin.shape[1] - 1)] > 0) == accepted)
-        return _Held(agrees, difference)
+        gaps = np.zeros((len(places), len(FIELDS)))
+        gaps[:, 0] = self.gap(self._stored(chain, draw), new)
+        kept = draw < self.num_draws  # of other steps no info is stored
+        if info is None or not kept.any():
+            return gaps
+        row = np.minimum(draw, self.num_draws - 1)
+        stored: Info = jax.tree.map(lambda x: np.asarray(x)[chain, row], self.record.info)
+        gaps[:, 1] = np.where(kept & ((stored.margin > 0) != (info.margin > 0)), np.inf, 0.0)
+        for number, gap in enumerate(_info_gaps(stored, info, self.dim)):
+            gaps[:, 2 + number] = np.where(kept, gap, 0.0)
+        return gaps
 
 
-@tuned_jit()
+@tuned_jit(static_argnames="moves_states")
 def _follow(
     target: Target,
     kernel: Kernel,
@@ -241,49 +368,84 @@ def _follow(
     first_step: Array,
     unknown: PyTree,
     num_steps: Array,
-    sign: Array,
-) -> tuple[PyTree, Array]:
-    """The unknown after ``num_steps`` steps from each of (groups, lanes, ...), and whether the last was accepted.
+    rounding: Array,
+    *,
+    moves_states: bool,
+) -> tuple[PyTree, Info]:
+    """The unknown after ``num_steps`` steps from each of (groups, lanes, ...), and the info of the last.
 
-    chain, first_step: (groups, lanes), whose noise is drawn. sign: which way near ties are resolved; 0: as they come.
+    chain, first_step: (groups, lanes), whose noise is drawn. rounding: 0: as it comes; 1, -1: near ties are resolved
+    upwards, downwards; any larger number: each at random, and with ``moves_states`` states are moved by up to two
+    roundings before each step, as another program might.
     Few lanes go in one kernel, as sampling in order does, which rounds differently from XLA's other programs.
     """
-    arrays = (target, kernel, keys, chain, first_step, unknown, num_steps, sign)
+    arrays = (target, kernel, keys, chain, first_step, unknown, num_steps, rounding)
 
     # of all arrays, as in_one_kernel wants it
-    def follow(target, kernel, keys, chain, first_step, unknown, num_steps, sign):
+    def follow(target, kernel, keys, chain, first_step, unknown, num_steps, rounding):
         transition = kernel.transition(target)
+        none = jnp.zeros((), target.spec.dtype)
 
-        def one(chain: Array, first: Array, x: PyTree) -> tuple[PyTree, Array]:
-            def step(number: Array, carry: tuple) -> tuple:
-                state, _ = carry
+        def one(chain: Array, first: Array, x: PyTree) -> tuple[PyTree, Info]:
+            def take(state: PyTree, number: Array) -> tuple[PyTree, Info]:
                 noise = jax.tree.map(lambda u: u[0], step_noise(kernel, target, keys[chain], (first + number)[None]))
+                sign = rounding.astype(none.dtype)
+                if moves_states:
+                    words = jnp.stack([rounding, chain]).astype(jnp.uint32), (first + number).astype(jnp.uint32)
+                    sign = jnp.where(threefry_2x32(*words, jnp.uint32(0))[0] >> 31, 1, -1).astype(none.dtype)
+                    state = transition.restore(_moved(transition.unknown(state), *words))
 
                 def attempt(_: Array, tried: tuple) -> tuple:
                     new, info = transition.step(state, kernel.nudge(noise, tried[2]))
                     new = jax.tree.map(lambda a, b: jnp.asarray(a, jnp.result_type(b)), new, state)
-                    return new, info.margin > 0, sign * near_tie_bound(info)
+                    return new, info, sign * near_tie_bound(info)
 
                 # the bound is known only once the step was taken, so where ties are resolved it is taken twice
-                none = jnp.zeros((), target.spec.dtype)
-                new, accepted, _ = jax.lax.fori_loop(0, 1 + (sign != 0), attempt, (state, jnp.array(False), none))
-                return new, accepted
+                shapes = jax.eval_shape(lambda: transition.step(state, noise)[1])
+                empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+                return jax.lax.fori_loop(0, 1 + (rounding != 0), attempt, (state, empty, none))[:2]
 
-            state, accepted = jax.lax.fori_loop(0, num_steps, step, (transition.restore(x), jnp.array(False)))
-            return transition.unknown(state), accepted
+            state = transition.restore(x)
+            shapes = jax.eval_shape(lambda: take(state, jnp.zeros((), first.dtype))[1])
+            empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            step = lambda number, carry: take(carry[0], number)
+            state, info = jax.lax.fori_loop(0, num_steps, step, (state, empty))
+            return transition.unknown(state), info
 
         return jax.lax.map(lambda group: jax.vmap(one)(*group), (chain, first_step, unknown))
 
     return in_one_kernel(follow, *arrays) if chain.shape[1] <= FEW_LANES else follow(*arrays)
 
 
+def _moved(unknown: PyTree, words: Array, number: Array) -> PyTree:
+    """Real numbers times 1 + k eps, k drawn from -2 to 2."""
+
+    def leaf(place: int, x: Array) -> Array:
+        if not is_real(x):
+            return x
+        counter = jnp.arange(1, 1 + x.size, dtype=jnp.uint32).reshape(x.shape)
+        bits, _ = threefry_2x32(words + jnp.uint32(place), jnp.full_like(counter, number), counter)
+        return x * (1 + ((bits >> 8) % 5 - 2.0).astype(x.dtype) * jnp.finfo(x.dtype).eps)
+
+    leaves, structure = jax.tree.flatten(unknown)
+    return jax.tree.unflatten(structure, [leaf(place, x) for place, x in enumerate(leaves)])
+
+
 def _spread(x: np.ndarray) -> np.ndarray:
-    """Standard deviation over the draws; where nothing moved the size of the entry, or 1."""
+    """Posterior standard deviation by the interquartile range of the draws, which a few of them cannot change.
+
+    Where half of the draws are alike by the range of nine in ten; where nothing moved the size of the entry, or 1.
+    """
     if not is_real(x):
         return np.ones(x.shape[2:])
-    spread, size = np.std(x, axis=(0, 1), dtype=float), np.max(np.abs(x), axis=(0, 1), initial=0.0)
-    still = ~(spread > math.sqrt(float(jnp.finfo(x.dtype).eps)) * size)
-    return np.where(still, np.where(size > 0, size, 1.0), spread)
+    rows = x.reshape(-1, *x.shape[2:])
+    rows = np.asarray(rows[:: -(-len(rows) // SPREAD_DRAWS)], float)
+    low, first, middle, third, high = np.nanquantile(np.where(np.isfinite(rows), rows, np.nan), QUANTILES, axis=0)
+    size, eps = np.abs(middle), math.sqrt(float(jnp.finfo(x.dtype).eps))
+    spread = np.where(size > 0, size, 1.0)
+    for found in ((high - low) / 3.29, (third - first) / 1.349):  # of a normal distribution these are one
+        spread = np.where(found > eps * size, found, spread)
+    return np.where(np.isfinite(spread), spread, 1.0)
 
 
 def _gap(stored: np.ndarray, new: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -294,3 +456,26 @@ def _gap(stored: np.ndarray, new: np.ndarray, scale: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore", over="ignore"):
         ratio = np.abs(np.asarray(stored, float) - np.asarray(new, float)) / scale
     return np.max(np.where(np.isfinite(ratio), ratio, np.inf), axis=axes, initial=0.0)
+
+
+def _info_gaps(stored: Info, new: Info, dim: int) -> list[np.ndarray]:
+    """(n,) by field, in units in which a step taken anew differs as its state does in posterior standard deviations.
+
+    Log densities and energies carry roundings at their size, and change by about one a standard deviation and
+    coordinate; so do log alpha, and with it the margin and the acceptance rate. What is counted must be the same.
+    """
+    finite = lambda x: np.where(np.isfinite(x), np.abs(np.asarray(x, float)), 0.0)
+    size = dim + finite(new.logdensity) + (0.0 if new.energy is None else finite(new.energy))
+    gaps = []
+    for name in Info._fields:
+        one, other = getattr(stored, name), getattr(new, name)
+        if one is None or other is None:
+            gaps.append(np.where(np.full(size.shape, one is other), 0.0, np.inf))
+            continue
+        if name == "margin":
+            one, other = (np.clip(np.asarray(x, float), -WIDE_MARGIN, WIDE_MARGIN) for x in (one, other))
+        same = (one == other) | (is_real(one) & (one != one) & (other != other))
+        with np.errstate(invalid="ignore", over="ignore"):
+            ratio = np.abs(np.asarray(one, float) - np.asarray(other, float)) / size
+        gaps.append(np.where(same, 0.0, np.where(np.isfinite(ratio) & is_real(one), ratio, np.inf)))
+    return gaps

@@ -148,6 +148,23 @@ def test_going_on_with_its_own_key_is_one_long_run() -> None:
     jax.tree.map(close, both, long.get_samples(group_by_chain=True))
 
 
+@pytest.mark.parametrize(("thinning", "kept"), [(4, (22, 23, 22)), (7, (12, 13, 13)), (90, (1, 1, 1))])
+def test_thinning_goes_on_counting(thinning: int, kept: tuple[int, ...]) -> None:
+    """Three runs keep what one of their length keeps, whether or not thinning divides a run's steps."""
+    options = dict(num_warmup=0, kernel=pmcmc.HMC(step_size=0.3, num_integration_steps=2), thinning=thinning)
+    mcmc, parts = make(**options), []
+    for number in range(3):
+        mcmc.run(mcmc.last_state.rng_key if number else jax.random.key(0), Y)
+        parts.append(mcmc.get_samples(group_by_chain=True)["mu"])
+        mcmc.post_warmup_state = mcmc.last_state
+        assert mcmc.chain.verify() if kept[number] > 1 else True
+    assert tuple(part.shape[1] for part in parts) == kept
+    long = make(num_samples=270, **options)
+    long.run(jax.random.key(0), Y)
+    expected = long.get_samples(group_by_chain=True)["mu"]
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, rtol=0, atol=1e-9)
+
+
 def test_going_on_with_any_other_key_draws_new_noise() -> None:
     """Even with the key of the first run: with the same noise the chains would merge with their own past."""
     mcmc = make(thinning=4)
@@ -187,6 +204,52 @@ def test_states_that_do_not_fit() -> None:
         mcmc.warmup(jax.random.key(0), Y, collect_warmup=True)
     with pytest.raises(ValueError, match=r"call run\(\) first"):
         _ = make().chain
+
+
+@pytest.mark.parametrize(
+    ("kernel", "words"),
+    [
+        (pmcmc.HMC(), None),
+        (pmcmc.HMC(step_size=0.3), None),
+        (pmcmc.HMC(step_size=0.4), r"a state of HMC\(step_size=.*0\.3.*samples by HMC\(step_size=0\.4.*to None"),
+        (pmcmc.HMC(num_integration_steps=3), r"a state of HMC\(.*samples by HMC\(.*num_integration_steps=3"),
+        (pmcmc.MALA(), "a state of HMC, and this ParallelMCMC samples by MALA: make it with the same"),
+        (pmcmc.NUTS(), "a state of HMC, and this ParallelMCMC samples by NUTS"),
+        (None, None),
+    ],
+    ids=str,
+)
+def test_states_of_another_kernel(kernel, words: str | None) -> None:
+    """Settings that the new sampler leaves open are the state's; those that it has must be the same."""
+    maker = make(num_warmup=0, kernel=pmcmc.HMC(step_size=0.3, num_integration_steps=2))
+    maker.run(jax.random.key(0), Y)
+    other = make(kernel=kernel)
+    other.post_warmup_state = maker.last_state
+    if words is None:
+        other.run(jax.random.key(1), Y)
+        assert other.chain.kernel.step_size == 0.3
+    else:
+        with pytest.raises(ValueError, match=words):
+            other.run(jax.random.key(1), Y)
+
+
+@pytest.mark.slow
+def test_states_fit_what_warm_up_made_of_the_same_sampler() -> None:
+    """Whose numbers have the precision of the chain, and whose functions may have been made anew."""
+
+    def compose() -> ParallelMCMC:
+        scale = pmcmc.CustomUpdate(lambda key: jax.random.normal(key), lambda state, z: jnp.exp(0.1 * z))
+        kernel = pmcmc.Compose(
+            [(pmcmc.HMC(num_integration_steps=2), ["mu"]), (pmcmc.Gibbs({"sigma": scale}), ["sigma"])]
+        )
+        return make(kernel=kernel)
+
+    for sampler in (lambda: ParallelMCMC(HMC(model, num_steps=3, trajectory_length=None), **SIZES), compose):
+        first, second = sampler(), sampler()
+        first.warmup(jax.random.key(0), Y)
+        second.post_warmup_state = first.last_state
+        second.run(jax.random.key(1), Y)
+        assert second.chain.report.warmup_seconds == 0
 
 
 def test_keys_and_starts() -> None:

@@ -222,5 +222,5 @@ def test_kernels_that_do_not_tell_ties_say_so(monkeypatch: pytest.MonkeyPatch) -
     draws = chain.unknowns["a"].copy()
     draws[0, 100] += 1e-8
     assert with_draws(chain, {"a": draws}).verify().first_mismatch == (0, 100)  # a hundredth of a standard deviation
-    assert lanes == [8, 2]  # as they were taken in blocks, and once more as in order
+    assert lanes == [8, 2, 8]  # as they were taken in blocks, as in order, and under other roundings
     assert "does not tell near ties; steps were taken in the batch shape of the run (8 side by side)" in str(found)

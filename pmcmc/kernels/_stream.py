@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pmcmc._threefry import fold_in, key_pair
+from pmcmc._threefry import fold_in, key_pair, raw_keys_are_threefry
 from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.kernels._base import Kernel
 from pmcmc.target import Target
@@ -20,4 +20,5 @@ def chain_keys(rng_key: PRNGKey, *, num_chains: int) -> Array:
 def step_noise(kernel: Kernel, target: Target, chain_key: Array, steps: Array) -> PyTree:
     """Noise of the given steps, numbers (n,): leading axis n."""
     keys = jax.vmap(partial(fold_in, key_pair(chain_key)))(steps)
-    return jax.vmap(lambda key: kernel.sample_noise(key, target))(keys)
+    with raw_keys_are_threefry():
+        return jax.vmap(lambda key: kernel.sample_noise(key, target))(keys)

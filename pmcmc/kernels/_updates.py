@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from pmcmc._threefry import key_pair
+from pmcmc._threefry import key_pair, raw_keys_are_threefry
 from pmcmc._traced import Traced, Untraced
 from pmcmc._tree import register_dataclass
 from pmcmc._types import Array, ArrayLeaf, PRNGKey, PyTree
@@ -295,13 +295,16 @@ class CustomUpdate(Update):
         _wrap(self, "sample_noise", "update")
 
     def traced(self, state, site):
-        key = jax.random.key(0, impl="threefry2x32")
-        sample_noise = cast(Function, self.sample_noise).at(key)
-        noise = jax.eval_shape(sample_noise, key)
-        return CustomUpdate(sample_noise, cast(Function, self.update).at(state, noise))
+        key = jnp.zeros(2, jnp.uint32)
+        with raw_keys_are_threefry():
+            sample_noise = cast(Function, self.sample_noise).at(key)
+            noise = jax.eval_shape(sample_noise, key)
+            return CustomUpdate(sample_noise, cast(Function, self.update).at(state, noise))
 
     def draw_noise(self, rng_key, site):
-        return self.sample_noise(jax.random.wrap_key_data(key_pair(rng_key), impl="threefry2x32"))
+        with raw_keys_are_threefry():
+            return self.sample_noise(key_pair(rng_key))
 
     def draw(self, state, noise, site):
-        return Drawn(self.update(state, noise), jnp.nan)
+        with raw_keys_are_threefry():  # the noise may be a key
+            return Drawn(self.update(state, noise), jnp.nan)

@@ -8,7 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from pmcmc._threefry import IMPL, threefry_key
 from pmcmc._types import PRNGKey, PyTree
 from pmcmc.kernels import HMC, Compose, DiscreteGibbs, Kernel, SiteKernel
 from pmcmc.recurrence import RecurrenceSolver
@@ -190,19 +192,23 @@ def _size(name: str, value: Any, least: int) -> int:
 
 
 def as_key(rng_key: PRNGKey | int) -> PRNGKey:
-    """A JAX key from a key (typed or raw) or an int seed.
+    """A threefry key from a key (typed or raw, of any of JAX's implementations) or an int seed.
+
+    Every stream of a run comes from this key. Those of ``rbg`` and ``unsafe_rbg`` keys themselves would not do: their
+    bits under `jax.vmap` differ from those alone, so the noise would depend on how many lanes draw it.
 
     Raises:
         TypeError: neither.
     """
     if isinstance(rng_key, Integral) and not isinstance(rng_key, bool):
-        return jax.random.key(int(rng_key))
+        return jax.random.key(int(rng_key), impl=IMPL)
+    if isinstance(rng_key, np.ndarray) and rng_key.dtype == np.uint32:
+        rng_key = jnp.asarray(rng_key)
     if isinstance(rng_key, jax.Array):
         typed = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
-        if typed and rng_key.shape == ():
-            return rng_key
-        if rng_key.dtype == jnp.uint32 and rng_key.ndim == 1:
-            return jax.random.wrap_key_data(rng_key)
+        # 2 words of threefry, 4 of rbg and unsafe_rbg
+        if rng_key.shape == () if typed else rng_key.dtype == jnp.uint32 and rng_key.shape in ((2,), (4,)):
+            return threefry_key(rng_key)
     raise TypeError(
         f"rng_key must be one JAX key (jax.random.key(0)) or an int seed, got {rng_key!r}. For several chains pass "
         "num_chains, not several keys."

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._jit import tuned_jit
-from pmcmc._threefry import fold_in, key_pair
+from pmcmc._threefry import fold_in, key_pair, raw_keys_are_threefry
 from pmcmc._tree import is_real
 from pmcmc._types import Array, ArrayLeaf, PRNGKey, PyTree, Scalar
 from pmcmc.interop._blackjax import dual_averaging
@@ -70,7 +70,8 @@ def run_piece(
     num_lanes = jax.tree.leaves(states)[0].shape[0]
     numbers = number * PIECE * num_lanes + jnp.arange(PIECE * num_lanes)
     keys = jax.vmap(lambda n: fold_in(key_pair(rng_key), n))(numbers)
-    noise = jax.vmap(lambda key: kernel.sample_noise(key, target))(keys)
+    with raw_keys_are_threefry():
+        noise = jax.vmap(lambda key: kernel.sample_noise(key, target))(keys)
     noise = jax.tree.map(lambda x: x.reshape(PIECE, num_lanes, *x.shape[1:]), noise)
     coordinates = jax.vmap(lambda state: kernel.coordinates(kernel.unknown(state)))
 

@@ -285,7 +285,7 @@ def _fixed_values(model: Callable, args: tuple, kwargs: dict, names: list[str]) 
     """
     others: list[Any] = []
 
-    def start(rng_key: PRNGKey) -> list[Array]:
+    def start(rng_key: PRNGKey) -> list:
         sites = _random_trace(model, args, kwargs, rng_key)
         leaves, treedef = jax.tree.flatten({name: sites[name]["value"] for name in names})
         others.extend((treedef, [None if _is_number(leaf) else leaf for leaf in leaves]))

@@ -11,7 +11,7 @@ import numpy as np
 
 from pmcmc._jit import default_platform, plain_jit
 from pmcmc._storage import Writer
-from pmcmc._traced import Traced, digest
+from pmcmc._traced import Trace, digest, traced_functions
 from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver
@@ -58,22 +58,25 @@ class Source:
             ValueError: what has changed.
         """
         target = self.make()
-        data_only = target.model == self.target.model and target.spec == self.target.spec
-        if not data_only or not same_bits(target.data, self.target.data):
-            what = (
-                "arrays that the model reads hold other numbers" if data_only else "the model computes something else"
-            )
+        now, then = (t.model.content(t.data) for t in (target, self.target))
+        if target.spec != self.target.spec or now != then:
+            what = "numbers that it reads are others" if now[0] == then[0] else "it computes something else"
             raise ValueError(
                 f"the model has changed since this chain was sampled: {what}. Its draws are of the model as it was. "
                 "Restore the model, its data and the handlers around it, or sample the new model by a call of its own."
             )
-        if self.given is not None:
-            traced, context = _traced_kernel(self.given, target)
-            if context != self.target.context or not same_bits(traced, self.traced):
-                raise ValueError(
-                    "functions in the kernel have changed since this chain was sampled: its draws are of the kernel as "
-                    "it was. Restore what these functions read, or sample again with the new kernel."
-                )
+        if self.given is not None and not self.with_kernel(self.given)[0].has_kernel_of(self):
+            raise ValueError(
+                "functions in the kernel have changed since this chain was sampled: its draws are of the kernel as it "
+                "was. Restore what these functions read, or sample again with the new kernel."
+            )
+
+    def has_kernel_of(self, other: "Source") -> bool:
+        """Whether functions in the two kernels compute the same."""
+        return self._functions() == other._functions()
+
+    def _functions(self) -> tuple:
+        return _operations(self.target.context), [fn.content for fn in traced_functions(self.traced)]
 
     def describe(self, target: Target, position: PyTree) -> Described:
         """Sites with their dimensions, and the data."""
@@ -89,33 +92,26 @@ class Source:
 
         Those of the arguments can be compared anywhere; the others where the packages' versions are the same.
         """
-        is_function = lambda x: isinstance(x, Traced)
-        functions = [x.content for x in jax.tree.leaves(self.traced, is_leaf=is_function) if is_function(x)]
+        model, numbers = self.target.model.content(self.target.data)
         return {
             "versions": {name: version(name) for name in ("jax", "numpyro")},
             "arguments": {name: digest(x) for name, x in self.constant.items()},
-            "the model": self.target.model.digest,
-            "the data": digest(self.target.data),
-            "functions in the kernel": digest((self.target.context, functions)),
+            "the model": digest(model),
+            "numbers that it reads": digest(numbers),
+            "functions in the kernel": digest(self._functions()),
         }
+
+
+def _operations(context: Any) -> Any:
+    """A context whose traces are known by what they compute alone."""
+    if isinstance(context, Trace):
+        return context.operations
+    return tuple(map(_operations, context)) if type(context) is tuple else context
 
 
 def _traced_kernel(kernel: Kernel, target: Target) -> tuple[Kernel, Hashable]:
     traced = kernel.traced(target)
     return traced, traced.context(target)
-
-
-def same_bits(a: PyTree, b: PyTree) -> bool:
-    """Whether two pytrees have the same structure and, bit for bit, the same numbers."""
-    if jax.tree.structure(a) != jax.tree.structure(b):
-        return False
-    return all(_bits(x) == _bits(y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-
-
-def _bits(x: Any) -> tuple:
-    x = jax.random.key_data(x) if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key) else x
-    array = np.asarray(x)
-    return array.shape, array.dtype, array.tobytes()
 
 
 class ChainState(NamedTuple):

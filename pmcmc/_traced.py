@@ -17,7 +17,7 @@ import enum
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -50,10 +50,17 @@ class Trace:
     Two traces of equal content are equal, and usually one object.
     """
 
-    def __init__(self, program: Jaxpr, reads: tuple[int, ...], in_tree: Any, out_tree: Any, key: tuple):
-        self.program, self.in_tree, self.out_tree, self.key = program, in_tree, out_tree, key
-        self._reads = reads  # for each constant of the program, its number among those that are handed over
-        self._hash = hash(key)
+    def __init__(
+        self, program: Jaxpr, reads: tuple[int, ...], in_tree: Any, out_tree: Any, operations: tuple, held: tuple = ()
+    ):
+        """operations: see `_Content`. reads: of each constant of the program, its number among those handed over.
+
+        held: numbers of the program by place, None for those that it reads: the last of its constants.
+        """
+        self.program, self.in_tree, self.out_tree, self._reads, self._held = program, in_tree, out_tree, reads, held
+        self.operations = (in_tree, out_tree, operations)
+        self.key = (self.operations, held, reads)
+        self._hash = hash(self.key)
         self._parts: dict[str, Trace] = {}
 
     def __hash__(self) -> int:
@@ -80,8 +87,19 @@ class Trace:
             outputs = jax.tree.unflatten(self.out_tree, self.program.outvars)[name]
             outvars, out_tree = jax.tree.flatten(outputs)
             program = _with_outputs(self.program, outvars)
-            self._parts[name] = Trace(program, self._reads, self.in_tree, out_tree, (*self.key, name))
+            operations = (self.operations, name)
+            self._parts[name] = Trace(program, self._reads, self.in_tree, out_tree, operations, self._held)
         return self._parts[name]
+
+    def content(self, constants: list[Array]) -> tuple[tuple, tuple]:
+        """What is computed, and with which numbers; the same whether a number is held or read."""
+        read = [_Content().of_value(constants[number]) for number in self._reads]
+        num_scalars = sum(value is None for _, value in self._held)
+        arrays, scalars = read[: len(read) - num_scalars], iter(read[len(read) - num_scalars :])
+        return self.operations, (
+            tuple((place, next(scalars) if value is None else value) for place, value in self._held),
+            tuple(arrays),
+        )
 
 
 def _fitted(x: Any, aval: Any) -> Any:
@@ -120,9 +138,9 @@ class Traced:
         return self
 
     @property
-    def content(self) -> Hashable:
-        """The trace, and what the arrays hold: equal for functions that compute the same."""
-        return self.trace, tuple(map(_Content().of_value, self.constants))
+    def content(self) -> tuple[tuple, tuple]:
+        """See `Trace.content`: equal for functions that compute the same."""
+        return self.trace.content(self.constants)
 
 
 def trace(fn: Callable, *args: PyTree) -> Traced:
@@ -150,9 +168,9 @@ def trace(fn: Callable, *args: PyTree) -> Traced:
         program = _with_scalars_read(program, varying)
     constants, reads = _distinct(program.consts)
     in_tree = jax.tree.structure(args)
-    fixed = tuple(value for place, value in scalars.items() if place not in varying)
-    key = (in_tree, shapes, content, fixed, varying, reads)
-    return Traced(_KNOWN.setdefault(key, Trace(program.jaxpr, reads, in_tree, shapes, key)), constants)
+    held = tuple((place, None if place in varying else value) for place, value in scalars.items())
+    made = Trace(program.jaxpr, reads, in_tree, shapes, content, held)
+    return Traced(_KNOWN.setdefault(made.key, made), constants)
 
 
 # Traces that are in use, by their content.
@@ -310,13 +328,13 @@ class _Content:
 
         def name(var: Any) -> Any:
             if isinstance(var, Literal):
-                return self._of_array(var.val, var.aval)
+                return _shape(var.aval), self._of_array(var.val)
             return numbers.setdefault(var, len(numbers))
 
         def operand(place: _Place, equation: Any, var: Any) -> Any:
             if scalars is None or not isinstance(var, Literal) or not _may_be_read(equation, var):
                 return name(var)
-            scalars[place] = self._of_array(var.val, var.aval)
+            scalars[place] = self._of_array(np.asarray(var.val, _shape(var.aval)[1]))
             return _shape(var.aval)
 
         inputs = tuple((name(var), _shape(var.aval)) for var in (*program.constvars, *program.invars))
@@ -363,8 +381,8 @@ class _Content:
         code = getattr(value, "__code__", None)
         if code is not None and not hasattr(value, "__self__"):  # functions made anew by each run of a model
             cells = [_cell(cell) for cell in value.__closure__ or ()]
-            known = (value.__defaults__, value.__kwdefaults__, *cells)
-            return "function", code, tuple(_ById(x) if callable(x) else self.of_value(x) for x in known)
+            known = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *cells)
+            return "function", code, tuple(map(self._of_held, known))
         if is_dataclass(value) and not isinstance(value, type):
             return type(value), tuple((f.name, self.of_value(getattr(value, f.name))) for f in fields(value))
         try:
@@ -373,16 +391,22 @@ class _Content:
             return _ById(value)
         return type(value), value
 
-    def _of_array(self, value: Any, aval: Any = None) -> tuple:
+    def _of_held(self, value: Any) -> Any:
+        """Of what a function holds that runs later: what can change meanwhile is known by identity."""
+        if isinstance(value, tuple):
+            return type(value), tuple(map(self._of_held, value))
+        fixed = value is None or isinstance(value, (bool, int, float, complex, str, bytes))
+        return self.of_value(value) if fixed or hasattr(value, "__code__") else _ById(value)
+
+    def _of_array(self, value: Any) -> tuple:
         """Shape, dtype and content of an array that no leaf stands for."""
         if isinstance(value, jax.core.Tracer):
             return "tracer", _ById(value)
         if jnp.issubdtype(getattr(value, "dtype", np.dtype("O")), jax.dtypes.prng_key):
             return str(value.dtype), self._of_array(jax.random.key_data(value))
         array = np.asarray(value)
-        weak = bool(getattr(aval, "weak_type", False))
         content = array.tobytes() if array.nbytes <= 64 else hashlib.sha256(array.tobytes()).digest()
-        return array.shape, str(array.dtype), weak, content
+        return array.shape, str(array.dtype), content
 
 
 def _may_be_read(equation: Any, var: Any) -> bool:
@@ -436,6 +460,12 @@ def _derivatives(equation: Any) -> Iterator[ClosedJaxpr]:
         return
     outs = jax.eval_shape(lambda xs: of_real(xs)(*[xs[n] for n in real]), shapes)
     yield jax.make_jaxpr(lambda xs, cs: jax.vjp(of_real(xs), *[xs[n] for n in real])[1](cs))(shapes, outs)
+
+
+def traced_functions(tree: PyTree) -> list[Traced]:
+    """Those in a pytree."""
+    is_function = lambda x: isinstance(x, Traced)
+    return [x for x in jax.tree.leaves(tree, is_leaf=is_function) if is_function(x)]
 
 
 def digest(value: Any) -> str:

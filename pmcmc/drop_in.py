@@ -17,7 +17,7 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import initialize_model
 
 from pmcmc._samples import site_shapes
-from pmcmc._state import ChainState, Source, last_logdensity, same_bits
+from pmcmc._state import ChainState, Source, last_logdensity
 from pmcmc._transformations import refuse_transformation
 from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.chain import Chain
@@ -285,8 +285,8 @@ class ParallelMCMC(MCMC):
             )
         chains = state.chains
         if chains.source.given is not None:
-            source, traced = source.with_kernel(chains.source.given)
-            if not same_bits(traced, chains.source.traced):
+            source, _ = source.with_kernel(chains.source.given)
+            if not source.has_kernel_of(chains.source):
                 raise ValueError(
                     "functions in the kernel have changed since post_warmup_state was made: restore what they read, or "
                     "set post_warmup_state to None to warm up again."

@@ -330,6 +330,23 @@ def test_a_column_mean_is_data_from_the_second_fit_on() -> None:
     assert fits[2] == 0
 
 
+def test_a_number_that_became_data_is_no_change() -> None:
+    scale = 2.0
+
+    def model():
+        numpyro.sample("mu", dist.Normal(scale, 1))
+
+    options = dict(num_warmup=100, num_samples=100, progress_bar=False)
+    chain = pmcmc.parallel_chain(model, 0, **options)
+    for scale in (3.0, 4.0):  # noqa: B007 read by the model
+        pmcmc.parallel_chain(model, 0, **options)
+    with pytest.raises(ValueError, match="numbers that it reads are others"):
+        chain.verify()
+    scale = 2.0
+    assert chain.verify()
+    assert chain.extend(10, progress_bar=False).verify()
+
+
 class Dose:
     """Its deterministic site tells which data the model had when draws were constrained."""
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from pmcmc._jit import plain_jit
 from pmcmc._threefry import key_pair, threefry_2x32
-from pmcmc._traced import Trace, digest, trace
+from pmcmc._traced import Trace, trace
 from pmcmc._tree import RavelSpec
 from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.interop._numpyro_checks import check_trace
@@ -48,9 +48,9 @@ class NumpyroModel(Model):
     about: "_Sites"
     supports: Supports = ()
 
-    @property
-    def digest(self) -> str:
-        return digest((self.trace, tuple(self.about), self.supports))
+    def content(self, data):
+        operations, numbers = self.trace.content(data)
+        return (operations, self.about, self.supports), numbers
 
     def _part(self, name: str, data: list, position: PyTree) -> PyTree:
         return self.trace.part(name)(data, position)

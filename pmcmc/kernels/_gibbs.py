@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pmcmc._threefry import fold_in, key_pair
+from pmcmc._traced import traced_functions
 from pmcmc._tree import is_real, register_dataclass
 from pmcmc._types import PyTree
 from pmcmc.kernels._base import Info
@@ -84,8 +85,7 @@ class Gibbs(SiteKernel):
         return kernel
 
     def context(self, target):
-        # named, because a tree's structure cannot be compared with anything else
-        return "Gibbs", jax.tree.structure(self)
+        return tuple(fn.trace for fn in traced_functions(self))
 
     def sample_noise(self, rng_key, target):
         pair = key_pair(rng_key)

@@ -113,7 +113,9 @@ def _check_digests(reader: Reader, source: Source) -> None:
     differing = [f"argument {name!r}" for name, x in stored["arguments"].items() if found["arguments"].get(name) != x]
     if stored["versions"] == found["versions"] and not differing:
         differing = [
-            what for what in ("the model", "the data", "functions in the kernel") if stored[what] != found[what]
+            what
+            for what in ("the model", "numbers that it reads", "functions in the kernel")
+            if stored[what] != found[what]
         ]
     if differing:
         raise ValueError(

@@ -68,7 +68,12 @@ class Stats(NamedTuple):
     num_sweeps: repair sweeps of multiple shooting (0 for other solvers).
     num_sequential_steps: critical path, in evaluations of the recurrence one after the other.
     num_fn_evals: evaluations of the recurrence in all.
-    certified_steps: length of the prefix that stands whatever `result` says.
+    certified_steps: length of the prefix that is the sequential path whatever `result` says. All T steps where the
+        solve is successful. Else a step counts if every step up to it holds on a scale that depends on the states up
+        to it alone (the given one, or the range of those states if that is smaller than the measured one), so that
+        wild states behind it cannot make it hold; and if the residuals up to it, carried on by the measured growth of
+        small distances, stay within the tolerance. For shooting: whole blocks from the start on, with no splice that
+        was not exact where paths separate. Steps that hold exactly always count.
     growth_rate: mean log growth per step of small distances between paths (a finite-distance estimate of the
         largest Lyapunov exponent); NaN where none was observed.
     """
@@ -87,7 +92,8 @@ class Solution(NamedTuple):
     value: the states, leading axis T.
     aux: what fn returned beside the state, leading axis T, or None.
     result: a `RESULTS` code (integer array).
-    residual: max over t of |x[t] - fn(x[t-1], inputs[t])| / scale, as the solver evaluated it.
+    residual: max over t of |x[t] - fn(x[t-1], inputs[t])| / scale, as the solver evaluated it. Where a Newton-type
+        solve did not hold as a whole, on the scale of `Stats.certified_steps`.
     stats: see `Stats`.
     iterates: Newton iterates, leading axis ``num_iterates``, where asked for; the initial guess is the first.
     residual_profile: the residual of each step, ``(T,)``, where the solver judges every step (Newton-type solvers);

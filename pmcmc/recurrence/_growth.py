@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pmcmc._types import Array, PyTree
+from pmcmc.recurrence._running import running
 from pmcmc.recurrence._steps import Steps
 
 
@@ -45,7 +46,8 @@ def tangent_growth(
     ones = jnp.full((lanes, dim), dim**-0.5, previous.dtype)
 
     def body(v, xu):
-        v = jax.vmap(push)(*xu, v)
+        x, u = xu
+        v = jax.vmap(push)(x, u, v)
         # without overflow: the square of a wild derivative is infinite
         size = jnp.max(jnp.abs(v), axis=1)
         v = v / jnp.where((size > 0) & jnp.isfinite(size), size, 1)[:, None]
@@ -78,4 +80,4 @@ def amplified(residual: Array, growth: Array, steps: Steps) -> Array:
         (a1, b1), (a2, b2) = first, second
         return a1 + a2, jnp.logaddexp(b1 + a2, b2)
 
-    return jnp.exp(steps.scan(join, (growth, jnp.log(residual)))[1])
+    return jnp.exp(running(steps, join, (growth, jnp.log(residual)), (0.0, -jnp.inf))[1])

@@ -81,6 +81,7 @@ class Lanes(NamedTuple):
     scale: PyTree
     layout: Layout
     buffers: PyTree = None  # (value, aux) of an earlier solution of this layout, overwritten; None: new ones
+    measured: bool = False  # whether the scale was not given, but measured on runs from guesses
     held: Any = None  # by the device at hand, where a solver shares lanes out: see `AllLanes`
 
 

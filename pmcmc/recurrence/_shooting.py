@@ -11,7 +11,10 @@ The rule, to the letter (each clause keeps a certificate true):
 - Starts are never compared. In the first repair sweep every block but the first is active; later, block p+1 is
   active if and only if block p ran to its end unmerged.
 - An active lane takes at least one step from its new start and compares f(new) with the recording at that step.
-  Within the tolerance: merged, and the recorded state stands. Otherwise it is overwritten and the lane goes on.
+  Equal, or within the tolerance after `WATCHED_STEPS` steps at small distances or at the end of the block: merged, and
+  the recorded state stands. Otherwise it is overwritten and the lane goes on.
+- Where no scale is given, it is that of the zeroth sweep, but at most twice the range of the lane's own states since
+  its start: runs from wild guesses may have any spread, and within that any two states are close.
 - The residual is the running maximum of the accepted differences; elsewhere a state is f of its predecessor by
   construction. The exact prefix grows by at least one block a sweep.
 
@@ -20,7 +23,8 @@ coalescence time. No derivative is needed, and discrete states are welcome.
 
 A merge within the tolerance proves little where nearby paths separate: two orbits of a chaotic map come close by
 chance. So the rate at which small distances (below the square root of the tolerance) grow is measured on the way, on
-the very lanes that merge; where it is not negative and a merge was not bitwise, the result is `not_contracting`.
+the very lanes that merge, each for at least `WATCHED_STEPS` steps; where it is not negative and a merge was not
+bitwise, the result is `not_contracting`.
 
 Sources: time-parallel simulation (Heidelberger & Stone 1990), circular coupling (Neal 1999), parallel shooting for
 dissipative systems (Chartier & Philippe 1993).
@@ -206,13 +210,14 @@ class Pass(NamedTuple):
 
 def _run(lanes: Lanes, tol: Array, max_sweeps: Scalar, max_steps: Scalar) -> Outcome:
     """The zeroth sweep and as many of repair as it takes, of the lanes that this device holds."""
-    sweep, measured = _fill(lanes), lanes.scale is None
-    lanes = lanes._replace(scale=_scale(lanes, sweep) if measured else lanes.scale)
+    sweep = _fill(lanes)
+    if lanes.scale is None:
+        lanes = lanes._replace(scale=_scale(lanes, sweep), measured=True)
 
     def pending(sweep):
         return sweep.pending & (sweep.number < max_sweeps) & (sweep.depth < max_steps)
 
-    sweep = jax.lax.while_loop(pending, lambda sweep: _repair(lanes, tol, max_steps, sweep, measured), sweep)
+    sweep = jax.lax.while_loop(pending, lambda sweep: _repair(lanes, tol, max_steps, sweep), sweep)
     return Outcome(sweep.recording, sweep.active, sweep.evaluations, sweep.num_sweeps, sweep.critical_path)
 
 
@@ -289,9 +294,9 @@ def _hand_over(lanes: Lanes, end: PyTree, ran_out: Array) -> tuple[PyTree, Array
     return start, active & ~lanes.held.first_of_chain() & (lanes.held.valid_steps() > 0)
 
 
-def _repair(lanes: Lanes, tol: Array, max_steps: Scalar, sweep: Sweep, measured: bool) -> Sweep:
+def _repair(lanes: Lanes, tol: Array, max_steps: Scalar, sweep: Sweep) -> Sweep:
     """One pass over the active lanes, then hand the new ends to their successors."""
-    carry, done = _run_pass(lanes, tol, max_steps - sweep.depth, sweep, measured)
+    carry, done = _run_pass(lanes, tol, max_steps - sweep.depth, sweep)
     end = tree_where(done.ran_out, carry, sweep.end)
     start, active = _hand_over(lanes, end, done.ran_out & ~done.active)
     # stopped by the budget on its way: its block does not hold
@@ -313,7 +318,7 @@ def _repair(lanes: Lanes, tol: Array, max_steps: Scalar, sweep: Sweep, measured:
     )
 
 
-def _run_pass(lanes: Lanes, tol: Array, budget: Array, sweep: Sweep, measured: bool) -> tuple[PyTree, Pass]:
+def _run_pass(lanes: Lanes, tol: Array, budget: Array, sweep: Sweep) -> tuple[PyTree, Pass]:
     """Step all lanes until every active one has merged, the blocks end or the budget does; also their last carries."""
     staged, num_lanes = lanes.recurrence.staged, lanes.held.num_lanes
     none = jnp.zeros(num_lanes, int)
@@ -325,7 +330,7 @@ def _run_pass(lanes: Lanes, tol: Array, budget: Array, sweep: Sweep, measured: b
         recording=sweep.recording,
         taken=none,
         watched=none,
-        reach=(jax.vmap(lanes.recurrence.unknown)(sweep.start),) * 2 if measured else None,
+        reach=(jax.vmap(lanes.recurrence.unknown)(sweep.start),) * 2 if lanes.measured else None,
     )
     going = lambda now: now.active & (now.step < budget)
     if staged is not None:

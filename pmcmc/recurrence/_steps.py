@@ -62,6 +62,10 @@ class AllSteps(NamedTuple):
         """All prefixes (reverse: suffixes) of a path of elements under an associative operator."""
         return jax.lax.associative_scan(operator, elements, reverse=reverse)
 
+    def before(self, operator: Callable, total: PyTree, identity: PyTree) -> PyTree:
+        """Of the totals that each device has of its own steps, those of the devices before this one, joined."""
+        return jax.tree.map(lambda x, one: jnp.full_like(x, one), total, identity)
+
     def all(self, holds: Array) -> Array:
         """Over the path."""
         return jnp.all(holds)
@@ -137,6 +141,14 @@ class SomeSteps(NamedTuple):
         )
         joined = operator(incoming, own)
         return jax.tree.map(lambda joined, own: jnp.where(device == edge, own, joined), joined, own)
+
+    def before(self, operator: Callable, total: PyTree, identity: PyTree) -> PyTree:
+        totals, device = jax.lax.all_gather(total, AXIS), jax.lax.axis_index(AXIS)
+        joined = jax.tree.map(lambda x, one: jnp.full_like(x, one), total, identity)
+        for number in range(self.num_devices - 1):
+            more = operator(joined, jax.tree.map(lambda x: x[number], totals))  # noqa: B023
+            joined = jax.tree.map(lambda x, y: jnp.where(number < device, x, y), more, joined)  # noqa: B023
+        return joined
 
     def all(self, holds: Array) -> Array:
         return ~self.any(~holds)

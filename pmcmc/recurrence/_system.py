@@ -5,7 +5,7 @@ What every Newton-type solver shares: evaluating all T equations at once, and de
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from pmcmc._tree import expand_mask, finite_rows, relative_distance, within_roun
 from pmcmc._types import Array, PyTree
 from pmcmc.recurrence._base import RESULTS, Stats, default_tolerance, typical_scale
 from pmcmc.recurrence._growth import amplified, mean_growth, separates, tangent_growth
+from pmcmc.recurrence._running import running
 from pmcmc.recurrence._steps import AllSteps, Steps
 
 # About so many states say what the scale is, as in `typical_scale`.
@@ -109,7 +110,7 @@ def measured_scale(system: System, images: Array) -> Array:
 
 
 def exact_prefix(system: System, now: Evaluation) -> Array:
-    """Length of the prefix that holds to rounding.
+    """Length of the prefix that holds to rounding: where the iteration stands, not what is certified (`conclude`).
 
     To rounding, not to the tolerance: that is relative to a scale which an exploding iterate inflates.
     """
@@ -144,10 +145,11 @@ def own_residual(system: System, now: Evaluation) -> Array:
         return now.residual
     start = jnp.broadcast_to(system.start, now.images.shape)
     images = jnp.where(finite_rows(now.images)[:, None], now.images, start)  # where it is not, no step holds
-    high, low = jnp.split(system.steps.scan(jnp.maximum, jnp.concatenate([images, -images], axis=1)), 2, axis=1)
+    both = running(system.steps, jnp.maximum, jnp.concatenate([images, -images], axis=1), -jnp.inf)
+    high, low = jnp.split(both, 2, axis=1)
     high, low = jnp.maximum(high, start), jnp.minimum(-low, start)
     rounding = jnp.finfo(start.dtype).eps * jnp.maximum(jnp.abs(high), jnp.abs(low))
-    scale = jnp.maximum(jnp.minimum(now.scale[None], high - low), rounding)
+    scale = jnp.maximum(jnp.minimum(cast(Array, now.scale)[None], high - low), rounding)
     residual = relative_distance(now.path, now.images, scale)
     return jnp.where(jnp.isfinite(now.residual), residual, jnp.inf)
 
@@ -178,7 +180,7 @@ def _standing(system: System, now: Evaluation, known: Array) -> Standing:
     residual = jnp.where(all_hold, now.residual, own_residual(system, now))
     holds = known & holding(system, now, residual)
     inexact = steps.any((residual > 0) & (steps.numbers() < steps.leading(holds)))
-    unit = now.scale
+    unit = cast(Array, now.scale)
     growth = tangent_growth(system.image, system.previous(now.path), system.inputs, unit, inexact, steps)
     # rounding is relative to the state, not to the scale
     rounded = jnp.minimum(residual, 2 * jnp.finfo(dtype).eps)

@@ -119,6 +119,7 @@ def test_primitives_have_the_names_that_jax_gives_them() -> None:
 PROCESSES = """
 import jax, jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
+from pmcmc import Target
 from pmcmc._jit import tuned_jit
 
 def process(scale):
@@ -126,11 +127,11 @@ def process(scale):
     factor = jnp.linalg.cholesky(jnp.exp(-0.5 * ((x[:, None] - x) / scale) ** 2) + 0.1 * jnp.eye(40))
     return jnp.sum(solve_triangular(factor, x, lower=True) ** 2) + jnp.sum(jnp.log(jnp.diag(factor)))
 
-density = lambda scales: sum(map(process, scales))
-program = tuned_jit()(jax.vmap(jax.value_and_grad(density)))
+target = Target.from_logdensity(lambda scales: sum(map(process, scales)), jnp.ones(4))
+program = tuned_jit()(lambda target, scales: jax.vmap(target.value_and_grad)(scales))
 scales = jax.random.uniform(jax.random.key(0), (36, 4), minval=0.1)
 for _ in range(200):
-    jax.block_until_ready(program(scales))
+    jax.block_until_ready(program(target, scales))
 """
 
 

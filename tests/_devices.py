@@ -16,6 +16,7 @@ import numpy as np
 from pmcmc import HMC, NUTS, sample
 from pmcmc import recurrence as rec
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
+from pmcmc.recurrence._running import running
 from pmcmc.recurrence._steps import AllSteps, over_steps
 from pmcmc.sampling import _auto, _pilot
 from pmcmc.stability import Costs
@@ -135,11 +136,12 @@ def check_joins(length: int) -> None:
         x = jnp.where((steps.numbers() < length)[:, None], own[0] + shift, 100.0)
         small = jnp.all(x < 50, axis=1)
         numbers = (steps.sum(x), steps.max(x), steps.any(~small), steps.all(small), steps.leading(x[:, 0] < 1.5))
-        return (*numbers, steps.every(3, x)), (steps.delayed(x, 7.0)[None], steps.ahead(x)[None])
+        sums = running(steps, jnp.add, x, 0.0)
+        return (*numbers, steps.every(3, x)), (steps.delayed(x, 7.0)[None], steps.ahead(x)[None], sums[None])
 
     path = jax.random.normal(jax.random.key(2), (1, length, 2)).at[0, 7, 0].set(2.0)
     alone = jax.jit(lambda x: joins(AllSteps(length), 1e-3, x))(path)
-    found = over_steps(jax.devices(), joins, 1e-3, path, ((-1,) * 6, (1, 1)), length)
+    found = over_steps(jax.devices(), joins, 1e-3, path, ((-1,) * 6, (1, 1, 1)), length)
     check_close(found, alone)
 
 
@@ -186,7 +188,8 @@ def step_collectives() -> None:
             assert found == [Counter(ppermute=3, all_gather=2, pmin=1, pmax=3)], found
             in_program.append(messages(traced.lower().compile().as_text()))
         assert in_program[0] == in_program[1], in_program
-        assert sum("all-gather" in message for message in in_program[0]) in (1, 2), in_program  # XLA may join them
+        # A and b of each iteration, and of the errors at the end; XLA may join the two
+        assert sum("all-gather" in message for message in in_program[0]) in (2, 3, 4), in_program
 
 
 def messages(program: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Where chains stand, and what a file says of them."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -48,8 +48,10 @@ class Source:
 
     def with_kernel(self, kernel: Kernel) -> tuple["Source", Kernel]:
         """With functions in the kernel traced, which is returned too, and a target that knows what they are."""
-        traced, context = _traced_kernel(kernel, self.target)
-        return replace(self, target=replace(self.target, context=context), given=kernel, traced=traced), traced
+        target = replace(self.target, context=None)
+        traced = kernel.traced(target)
+        target = replace(target, context=traced.context(target))
+        return replace(self, target=target, given=kernel, traced=traced), traced
 
     def check(self) -> None:
         """Raise where model, data or functions in the kernel are no longer what they were.
@@ -107,11 +109,6 @@ def _operations(context: Any) -> Any:
     if isinstance(context, Trace):
         return context.operations
     return tuple(map(_operations, context)) if type(context) is tuple else context
-
-
-def _traced_kernel(kernel: Kernel, target: Target) -> tuple[Kernel, Hashable]:
-    traced = kernel.traced(target)
-    return traced, traced.context(target)
 
 
 class ChainState(NamedTuple):

@@ -6,12 +6,11 @@ packages are not stored, and must be given again by whoever reads the file.
 
 import json
 import os
-import zipfile
-import zlib
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import jax
 import numpy as np
@@ -94,43 +93,102 @@ class Writer:
 
 
 class Reader:
-    """A file that `Writer` wrote, read and checked as a whole.
+    """A file that `Writer` wrote, checked as it is read; `close` finds what nobody asked for.
 
     kind: what it should be.
 
     Raises:
-        ValueError: not such a file, not whole, or of another version.
+        ValueError: not such a file, not whole, or of another version; here and by every method. One sentence for all
+            that no `Writer` would have written.
     """
 
     def __init__(self, path: str | Path, kind: Format = CHAIN):
-        self.path = os.fspath(path)
+        self.path, self.kind, self._read = os.fspath(path), kind, set[str]()
         try:
             with open(self.path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
                 self.arrays = {name: file[name] for name in file.files}
             self.header = json.loads(str(self.arrays.pop("header")))
-        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"{self.path} is not a whole file of {kind.origin}: cut short, damaged, or of another program "
-                f"({error}). {kind.remedy}"
-            ) from error
+        except OSError:
+            raise
+        except Exception as error:  # of zip, zlib, numpy and json, whatever the damage makes them raise
+            raise self.malformed(error) from error
         if not isinstance(self.header, dict) or self.header.get("format") != kind.name:
             raise ValueError(f"{self.path} was not written by {kind.origin}: pass such a file.")
-        if self.header["version"] != kind.version:
+        if (version := self.field("version", int)) != kind.version:
             raise ValueError(
-                f"{self.path} has version {self.header['version']} of the format, and this pmcmc reads version "
-                f"{kind.version}: read it with the pmcmc that wrote it."
+                f"{self.path} has version {version} of the format, and this pmcmc reads version {kind.version}: read "
+                "it with the pmcmc that wrote it."
             )
+        for name, x in self.arrays.items():
+            if not isinstance(x, np.ndarray) or x.dtype.kind not in "biuf":
+                raise self.malformed(f"{name} is no array of numbers")
 
-    def leaves(self, name: str, template: PyTree) -> PyTree:
-        """A pytree of the template's structure from stored leaves."""
+    def malformed(self, why: Any) -> ValueError:
+        """What to raise."""
+        return ValueError(
+            f"{self.path} is not a whole file of {self.kind.origin}: cut short, damaged, or of another program "
+            f"({' '.join(str(why).split())[:300]}). {self.kind.remedy}"
+        )
+
+    def field(self, name: str, *kinds: type, least: int | None = None) -> Any:
+        """An entry of the header, of one of these types. least: smallest number that it may be."""
+        if name not in self.header:
+            raise self.malformed(f"{name} is missing")
+        value = self.header[name]
+        if type(value) not in kinds or (least is not None and value is not None and value < least):
+            raise self.malformed(f"{name} is {value!r:.40}")
+        return value
+
+    def names(self, name: str) -> list[str]:
+        """An entry that is a list of strings."""
+        value = self.field(name, list)
+        if not all(isinstance(item, str) for item in value):
+            raise self.malformed(f"{name} is {value!r:.40}")
+        return value
+
+    def leaves(self, name: str, template: PyTree, *leading: int) -> PyTree:
+        """A pytree of the template's structure from stored leaves.
+
+        template: of arrays or shapes, as they are behind the axes ``leading``; None among these: any size, the same
+            for all leaves.
+        """
         expected, structure = jax.tree.flatten(template)
         number = sum(stored.startswith(f"{name}/") for stored in self.arrays)
         if number != len(expected):
-            raise ValueError(
-                f"{self.path} holds {number} arrays of {name}, but this kernel has {len(expected)}: pass the kernel= "
-                "that the chain was made with."
+            raise self.malformed(
+                f"it holds {number} arrays of {name}, and this kernel has {len(expected)}; a kernel of your own must "
+                "be passed as kernel= again"
             )
-        return jax.tree.unflatten(structure, [self.arrays[f"{name}/{n}"] for n in range(number)])
+        return jax.tree.unflatten(structure, [self._leaf(f"{name}/{n}", s, leading) for n, s in enumerate(expected)])
+
+    def _leaf(self, name: str, like: Any, leading: tuple[int, ...]) -> np.ndarray:
+        x = self.array(name)
+        # integers may have been written with jax_enable_x64, or without it
+        same = x.dtype.kind == like.dtype.kind if like.dtype.kind == "i" else x.dtype == like.dtype
+        if x.shape != (*leading, *like.shape) or not same:
+            raise self.malformed(f"{name} is {x.dtype}{list(x.shape)}")
+        return x
+
+    def array(self, name: str, *ndims: int) -> np.ndarray:
+        """A stored array, with one of these numbers of axes; none given: any."""
+        if name not in self.arrays:
+            raise self.malformed(f"{name} is missing")
+        x = self.arrays[name]
+        if ndims and x.ndim not in ndims:
+            raise self.malformed(f"{name} is {x.dtype}{list(x.shape)}")
+        self._read.add(name)
+        return x
+
+    def check_types(self, values: dict[str, Any], cls: type) -> None:
+        """Values of fields of a dataclass against its annotations."""
+        for name, hint in get_type_hints(cls, include_extras=True).items():
+            if name in values and not _fits(values[name], hint):
+                raise self.malformed(f"{cls.__name__} and its field {name}")
+
+    def close(self) -> None:
+        """All was read that is wanted; nothing may be left."""
+        if left := sorted(set(self.arrays) - self._read):
+            raise self.malformed(f"{left[0]} does not belong to it")
 
     def decode(self, what: str, stored: Any, given: Any = None) -> Any:
         """The value behind `Writer.encode`; its gaps are filled with the same parts of ``given``.
@@ -140,35 +198,67 @@ class Reader:
         Raises:
             ValueError: a gap that nothing fills.
         """
-        if not isinstance(stored, dict):
+        if stored is None or isinstance(stored, (bool, int, float, str)):
             return stored
         if isinstance(given, (Traced, Untraced)):
             return given
-        if "array" in stored:
-            return self.arrays[stored["array"]]
-        if "gap" in stored:
+        if not isinstance(stored, dict):
+            raise self.malformed(f"{what} holds {stored!r:.40}")
+        if isinstance(name := stored.get("array"), str):
+            return self.array(name)
+        if isinstance(stored.get("gap"), str):
             if given is None:
                 raise ValueError(
                     f"the {what} of this chain holds a {stored['gap']}, which is not stored in the file: pass {what}= "
                     "as when the chain was made."
                 )
             return given
-        kind, part = stored["kind"], lambda key: _part(given, key)
-        items = {key: self.decode(what, item, part(key)) for key, item in stored["items"].items()}
+        kind, items = stored.get("kind"), stored.get("items")
+        if not (isinstance(kind, str) and isinstance(items, dict)):
+            raise self.malformed(f"{what} holds {stored!r:.40}")
+        values = {key: self.decode(what, item, _part(given, key)) for key, item in items.items()}
         if kind == "dict":
-            return items
+            return values
         if kind in ("tuple", "list"):
-            return {"tuple": tuple, "list": list}[kind](items.values())
+            if list(values) != [str(n) for n in range(len(values))]:
+                raise self.malformed(f"{what} has items {list(values)}")
+            return {"tuple": tuple, "list": list}[kind](values.values())
         cls = type(given) if type(given).__name__ == kind else _CLASSES.get(kind)
         if cls is None:
             raise ValueError(
                 f"the {what} of this chain is a {kind}, which pmcmc does not have: pass {what}= as when the chain was "
                 f"made{'' if given is None else f', not a {type(given).__name__}'}."
             )
+        if differing := set(values) ^ {f.name for f in fields(cls)}:
+            raise self.malformed(f"{kind} and its field {min(differing)}")
+        if cls in _CLASSES.values():
+            self.check_types(values, cls)
         made: Any = object.__new__(cls)  # as pytrees are rebuilt: a constructor may take something else
-        for field, item in items.items():
+        for field, item in values.items():
             object.__setattr__(made, field, item)
         return made
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value that was read may stand where an annotation does; a number may be an array without axes.
+
+    Any is a number, an array, or an object.
+    """
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is Annotated:  # a `Scalar`
+        return not getattr(value, "ndim", 0) and _fits(value, parts[0])
+    if hint is Any:
+        return value is not None and not isinstance(value, (bool, str, tuple, list, dict))
+    if hint in (int, float):
+        kinds = "iu" if hint is int else "iuf"
+        is_number = isinstance(value, (int, float, np.ndarray)) and not isinstance(value, bool)
+        return is_number and np.ndim(value) == 0 and np.asarray(value).dtype.kind in kinds
+    if origin is tuple and len(parts) == 2 and parts[1] is ...:
+        return isinstance(value, tuple) and (parts[0] is Any or all(_fits(item, parts[0]) for item in value))
+    kind = hint if origin is None else origin
+    return not isinstance(kind, type) or kind is PyTree or isinstance(value, kind)
 
 
 def _part(given: Any, key: str) -> Any:
@@ -176,5 +266,5 @@ def _part(given: Any, key: str) -> Any:
     if isinstance(given, dict):
         return given.get(key)
     if isinstance(given, (tuple, list)):
-        return given[int(key)] if int(key) < len(given) else None
+        return given[int(key)] if key.isdecimal() and int(key) < len(given) else None
     return getattr(given, key, None)

@@ -233,7 +233,7 @@ def test_no_store(tmp_path: Path, finished: Path) -> None:
 
 
 def test_another_model(finished: Path) -> None:
-    with pytest.raises(ValueError, match="something else: the model differ"):
+    with pytest.raises(ValueError, match="something else: the model"):
         pmcmc.resume(finished, lambda x: 2 * gaussian(x))
     with pytest.raises(ValueError, match="made with the kernel HMC, got MALA"):
         pmcmc.resume(finished, gaussian, kernel=pmcmc.MALA())

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pmcmc._state import ChainState
 from pmcmc._storage import Reader
 from pmcmc._transformations import refuse_transformation
@@ -12,7 +14,7 @@ from pmcmc.chain import Chain
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.sampling._engine import Engine
-from pmcmc.sampling._rebuild import read_report, rebuild
+from pmcmc.sampling._rebuild import check_num_draws, read_report, read_thinning, rebuild
 from pmcmc.sampling._stages import CONTINUATION
 
 
@@ -57,14 +59,21 @@ def load(
         raise ValueError(f"{path} is a folder: pass a file of Chain.save. What Chain.stream wrote takes pmcmc.resume.")
     reader = Reader(path)
     state, solver = rebuild(reader, model, model_args, model_kwargs, initial_position, kernel, solver)
+    thinning, extra_fields = read_thinning(reader, state), tuple(reader.names("extra_fields"))
+    if strange := set(extra_fields) - set(state.kernel.extra_fields):
+        raise reader.malformed(f"its kernel has no {min(strange)}")
     unknowns, info = _record(reader, state)
-    header = reader.header
-    report, extra_fields = read_report(reader), tuple(header["extra_fields"])
-    return Chain(state, unknowns, info, report, header["thinning"], solver, CONTINUATION, extra_fields)
+    check_num_draws(reader, state, info.margin.shape[1], thinning)
+    report = read_report(reader, len(state.own))
+    reader.close()
+    return Chain(state, unknowns, info, report, thinning, solver, CONTINUATION, extra_fields)
 
 
 def _record(reader: Reader, state: ChainState) -> tuple[PyTree, Any]:
     """Unknowns and info of all draws."""
     engine = Engine(state.target, state.kernel, state.rng_key[None], state.ensemble, None)
     unknown, info = engine.record_shapes
-    return reader.leaves("unknowns", unknown), reader.leaves("info", info)
+    leading = np.shape(reader.array("unknowns/0"))[:2]
+    if leading[:1] != (len(state.own),) or len(leading) < 2 or not leading[1]:
+        raise reader.malformed(f"unknowns/0 has axes {leading}")
+    return reader.leaves("unknowns", unknown, *leading), reader.leaves("info", info, *leading)

@@ -1,7 +1,10 @@
 """Chains out of what files say of them, and of the model that the user gives again."""
 
+import warnings
 from collections.abc import Callable
-from typing import Any
+from dataclasses import MISSING, fields
+from types import NoneType
+from typing import Any, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,8 @@ import numpy as np
 from pmcmc._jit import default_platform
 from pmcmc._state import ChainState, Source, describe_sites, last_logdensity
 from pmcmc._storage import Reader
-from pmcmc._types import PyTree
+from pmcmc._threefry import IMPL, threefry_key
+from pmcmc._types import PRNGKey, PyTree
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.report import SolveReport
@@ -19,9 +23,36 @@ from pmcmc.target import Basis, Target
 from pmcmc.warmup._base import LaneTiming
 
 
-def read_report(reader: Reader) -> SolveReport:
+def read_report(reader: Reader, num_chains: int) -> SolveReport:
     """Without its plan."""
-    return SolveReport(**reader.decode("report", reader.header["report"]), plan=None)
+    found = reader.decode("report", reader.field("report", dict))
+    stored = [f for f in fields(SolveReport) if f.name not in ("plan", "find_diagnosis")]
+    if not isinstance(found, dict) or not {f.name for f in stored if f.default is MISSING} <= set(found):
+        raise reader.malformed("its report is not whole")
+    if strange := set(found) - {f.name for f in stored}:
+        raise reader.malformed(f"report and {min(strange)}")
+    reader.check_types(found, SolveReport)
+    hints = get_type_hints(SolveReport)
+    for name, x in found.items():
+        if hints[name] is not np.ndarray:
+            continue
+        if x.ndim != 1 or (len(x) != num_chains and name not in ("bias_bound", "coalescence_steps")):
+            raise reader.malformed(f"report and {name}")
+    return SolveReport(**found, plan=None)
+
+
+def read_thinning(reader: Reader, state: ChainState) -> int:
+    """How many steps one draw stands for."""
+    thinning = reader.field("thinning", int, least=1)
+    if state.num_unkept >= thinning:
+        raise reader.malformed(f"num_unkept is {state.num_unkept} with thinning {thinning}")
+    return thinning
+
+
+def check_num_draws(reader: Reader, state: ChainState, num_draws: int, thinning: int) -> None:
+    """Raise where the chains have taken fewer steps than their draws stand for."""
+    if num_draws * thinning + state.num_unkept > state.num_steps:
+        raise reader.malformed(f"num_steps is {state.num_steps} and there are {num_draws} draws")
 
 
 def rebuild(
@@ -38,46 +69,149 @@ def rebuild(
     Raises:
         ValueError, TypeError: see `load`.
     """
-    header = reader.header
-    if header["is_model"]:
+    _check_described(reader)
+    stored = {name: reader.field(name, dict, NoneType) for name in ("kernel", "solver")}
+    position = reader.decode("initial_position", reader.field("position", dict), initial_position)
+    if reader.field("is_model", bool):
         if model is None:
             raise TypeError(f"{reader.path} is a chain of a NumPyro model: pass that model, got None.")
         source = model_source(model, model_args, {} if model_kwargs is None else model_kwargs)
     else:
-        source = density_source(model, reader.decode("initial_position", header["position"], initial_position))
+        source = density_source(model, position)
     _check_sites(reader, source.target)
-    _check_class("kernel", header["kernel"], kernel)
-    _check_class("solver", header["solver"], solver)
+    basis = _basis(reader, source.target)
+    _check_class("kernel", stored["kernel"], kernel)
+    _check_class("solver", stored["solver"], solver)
     as_leaf = lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x
-    source, kernel = source.with_kernel(jax.tree.map(as_leaf, reader.decode("kernel", header["kernel"], kernel)))
-    state = _state(reader, source, kernel)
+    kernel = jax.tree.map(as_leaf, reader.decode("kernel", stored["kernel"], kernel))
+    solver = reader.decode("solver", stored["solver"], solver)
+    try:
+        template = _check_parts(source.target.with_basis(basis), kernel, solver)
+    except Exception as error:  # whatever a kernel that no user could have made fails with
+        raise reader.malformed(error) from error
+    source, kernel = source.with_kernel(kernel)
+    state = _state(reader, source, kernel, basis, template)
     _check_digests(reader, source)
     _check_density(reader, state)
-    return state, reader.decode("solver", header["solver"], solver)
+    return state, solver
 
 
-def _state(reader: Reader, source: Source, kernel: Kernel) -> ChainState:
-    header, target = reader.header, source.target
-    basis = reader.decode("basis", header["basis"])
-    if basis is not None:
-        target = target.with_basis(Basis(jnp.asarray(basis["loc"]), jnp.asarray(basis["scale"])))
+def _check_described(reader: Reader) -> None:
+    """The sites as a file describes them, and its zeros in their shapes."""
+    sites = reader.field("sites", dict)
+    for name, said in sites.items():
+        match said:
+            case [list(shape), str()] if all(type(n) is int and n >= 0 for n in shape):
+                continue
+        raise reader.malformed(f"site {name} is {said!r:.40}")
+    position = reader.field("position", dict)
+    if not _is_plain(position):
+        return  # of the user's own classes, to be given again
+    found = jax.tree_util.tree_leaves_with_path(reader.decode("initial_position", position))
+    if {jax.tree_util.keystr(path): [list(np.shape(x)), str(np.asarray(x).dtype)] for path, x in found} != sites:
+        raise reader.malformed("its position is not that of its sites")
+
+
+def _is_plain(stored: Any) -> bool:
+    """Whether what `Writer.encode` made holds arrays in containers alone."""
+    if not isinstance(stored, dict) or "array" in stored:
+        return isinstance(stored, dict)
+    items = stored.get("items")
+    if stored.get("kind") not in ("dict", "tuple", "list") or not isinstance(items, dict):
+        return False
+    return all(_is_plain(item) for item in items.values())
+
+
+def _basis(reader: Reader, target: Target) -> Basis | None:
+    found = reader.decode("basis", reader.field("basis", dict, NoneType))
+    if found is None:
+        return None
+    dim, dtype = target.dim, target.spec.dtype
+    arrays = isinstance(found, dict) and set(found) == {"loc", "scale"} and all(map(_is_array, found.values()))
+    if not arrays or found["loc"].shape != (dim,) or found["scale"].shape not in ((dim,), (dim, dim)):
+        raise reader.malformed("its basis is not that of its sites")
+    if not found["loc"].dtype == found["scale"].dtype == dtype:
+        raise reader.malformed(f"its basis is not {dtype}")
+    return Basis(jnp.asarray(found["loc"]), jnp.asarray(found["scale"]))
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, np.ndarray)
+
+
+def _check_parts(target: Target, kernel: Any, solver: Any) -> PyTree:
+    """Shapes of an unknown; raises what kernel or solver raise where they cannot be used, on being traced."""
+    if not isinstance(kernel, Kernel) or not kernel.is_tuned:
+        raise ValueError(f"its kernel is {type(kernel).__name__}")
+    if solver is not None:
+        if not isinstance(solver, RecurrenceSolver):
+            raise ValueError(f"its solver is {type(solver).__name__}")
+        getattr(solver, "__post_init__", lambda: None)()
     template = jax.eval_shape(lambda x: kernel.unknown(kernel.init(target, x)), target.spec.template)
-    arrays = lambda name: jax.tree.map(jnp.asarray, reader.leaves(name, template))
-    timing = None
-    if header["timing"] is not None and header["timing"][0] == default_platform():
-        timing = LaneTiming(*header["timing"][1:])
+    noise = jax.eval_shape(lambda: kernel.sample_noise(jax.random.key(0, impl=IMPL), target))
+    after, _ = jax.eval_shape(kernel.transition(target), template, noise)
+    if jax.tree.map(lambda x: x.shape, after) != jax.tree.map(lambda x: x.shape, template):
+        raise ValueError("its kernel changes the shape of its state")
+    return template
+
+
+def _state(reader: Reader, source: Source, kernel: Kernel, basis: Basis | None, template: PyTree) -> ChainState:
+    own = reader.array("own/0", 1)
+    logdensity = reader.field("logdensity", list)
+    num_chains, num_states = len(own), np.shape(reader.array("ensemble/0"))[:1]
+    if not (num_chains and num_states) or len(logdensity) != num_chains or not _are_numbers(logdensity):
+        raise reader.malformed("its numbers of chains differ")
+    if own.dtype.kind not in "iu" or own.min() < 0 or own.max() >= num_states[0]:
+        raise reader.malformed("own/0 names no states")
+    arrays = lambda name, leading: jax.tree.map(jnp.asarray, reader.leaves(name, template, leading))
     return ChainState(
-        target,
+        source.target.with_basis(basis),
         kernel,
-        arrays("unknown"),
-        jax.random.wrap_key_data(jnp.asarray(reader.leaves("key", 0)), impl=header["key_impl"]),
-        header["num_steps"],
-        header["num_unkept"],
-        arrays("ensemble"),
-        reader.leaves("own", 0),
-        timing,
+        arrays("unknown", num_chains),
+        _key(reader),
+        reader.field("num_steps", int, least=0),
+        reader.field("num_unkept", int, least=0),
+        arrays("ensemble", num_states[0]),
+        own,
+        _timing(reader),
         source,
     )
+
+
+def _key(reader: Reader) -> PRNGKey:
+    """A threefry key; of another implementation, from a file of an earlier pmcmc, one made of it, as of a user's key.
+
+    Warns:
+        UserWarning: it is.
+    """
+    words, impl = reader.array("key/0", 1), reader.field("key_impl", str)
+    if words.dtype != np.uint32:
+        raise reader.malformed(f"key/0 is {words.dtype}")
+    try:
+        key = jax.random.wrap_key_data(jnp.asarray(words), impl=impl)
+    except (TypeError, ValueError) as error:
+        raise reader.malformed(error) from error
+    if impl != IMPL:
+        warnings.warn(
+            f"{reader.path} was made with a key of {impl}, from which an earlier pmcmc drew noise that depended on how "
+            "many lanes drew it. Its draws can be read, and extended with new noise; they cannot be verified.",
+            stacklevel=5,  # the caller of `load` and `resume`
+        )
+    return threefry_key(key)
+
+
+def _timing(reader: Reader) -> LaneTiming | None:
+    timing = reader.field("timing", list, NoneType)
+    if timing is None:
+        return None
+    platform, *numbers = timing or [None]
+    if not isinstance(platform, str) or len(numbers) != len(LaneTiming._fields) or not _are_numbers(numbers):
+        raise reader.malformed(f"timing is {timing!r:.40}")
+    return LaneTiming(*numbers) if platform == default_platform() else None
+
+
+def _are_numbers(values: list) -> bool:
+    return all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in values)
 
 
 def _check_class(name: str, stored: Any, given: Any) -> None:
@@ -107,16 +241,14 @@ def _check_sites(reader: Reader, target: Target) -> None:
 
 def _check_digests(reader: Reader, source: Source) -> None:
     """Data and model, as far as they can be compared: another version of JAX may trace the same model otherwise."""
-    stored, found = reader.header.get("digests"), source.digests()
-    if stored is None:  # of an older pmcmc
+    if "digests" not in reader.header:  # of an older pmcmc
         return
+    stored, found = reader.field("digests", dict), source.digests()
+    if stored.keys() != found.keys() or not isinstance(stored["arguments"], dict):
+        raise reader.malformed(f"digests is {stored!r:.40}")
     differing = [f"argument {name!r}" for name, x in stored["arguments"].items() if found["arguments"].get(name) != x]
     if stored["versions"] == found["versions"] and not differing:
-        differing = [
-            what
-            for what in ("the model", "numbers that it reads", "functions in the kernel")
-            if stored[what] != found[what]
-        ]
+        differing = [what for what in found if what not in ("versions", "arguments") and stored[what] != found[what]]
     if differing:
         raise ValueError(
             f"{reader.path} was sampled with something else: {', '.join(differing)} differ. Pass the model, its "

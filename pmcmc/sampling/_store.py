@@ -110,7 +110,7 @@ class Store(Keeper):
 
     def _steps_on_disk(self) -> int | None:
         file = self.path / CHECKPOINT
-        return Reader(file, STORE).header["num_steps"] if file.exists() else None
+        return Reader(file, STORE).field("num_steps", int, least=0) if file.exists() else None
 
     def _open(self, state: ChainState) -> None:
         """The arrays, described where they are new."""

@@ -5,23 +5,26 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import NoneType
 
 import jax
 
+from pmcmc._samples import by_name
 from pmcmc._storage import STORE, Reader
 from pmcmc._transformations import refuse_transformation
 from pmcmc._types import PyTree
 from pmcmc.chain import Chain
+from pmcmc.interop._zarr import read_arrays
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.sampling._ahead import Ahead
 from pmcmc.sampling._memory import fit_memory
 from pmcmc.sampling._progress import Progress
-from pmcmc.sampling._rebuild import read_report, rebuild
+from pmcmc.sampling._rebuild import check_num_draws, read_report, read_thinning, rebuild
 from pmcmc.sampling._sampling import Interrupted, Sampling, engine_of, settings_of
 from pmcmc.sampling._settings import Settings
 from pmcmc.sampling._store import Store, check_kept, held_bytes
-from pmcmc.stored import CHECKPOINT, StoredChain
+from pmcmc.stored import CHECKPOINT, DRAWS, StoredChain
 
 
 def stream(
@@ -138,22 +141,46 @@ def resume(
         raise FileNotFoundError(f"{path} holds no {CHECKPOINT}: no Chain.stream has begun there.")
     with closing(Store(path)) as store:
         reader = Reader(path / CHECKPOINT, STORE)
-        header = reader.header
         state, solver = rebuild(reader, model, model_args, model_kwargs, initial_position, kernel, solver)
+        if not (kept_sites := tuple(reader.names("kept_sites"))):
+            raise reader.malformed("kept_sites is empty")
+        stored_memory = reader.field("max_memory", int, NoneType, least=1)
         chain = StoredChain(
             path,
-            tuple(header["kept_sites"]),
-            header["num_samples"],
+            kept_sites,
+            reader.field("num_samples", int, least=1),
             state,
-            read_report(reader),
-            header["thinning"],
+            read_report(reader, len(state.own)),
+            read_thinning(reader, state),
             solver,
             extend_stored,
-            header["max_memory"] if max_memory is None else max_memory,
+            stored_memory if max_memory is None else max_memory,
             devices,
         )
-        settings = settings_of(chain, header["num_wanted"], chain.max_memory)
-        if not (left := header["num_wanted"] - state.num_steps):
+        check_num_draws(reader, state, chain.num_samples, chain.thinning)
+        num_wanted = reader.field("num_wanted", int, least=max(1, chain.thinning, state.num_steps))
+        num_planned = reader.field("num_planned", int, least=1)
+        reader.names("extra_fields")
+        reader.close()
+        _check_draws(reader, chain)
+        settings = settings_of(chain, num_wanted, chain.max_memory)
+        if not (left := num_wanted - state.num_steps):
             return chain
-        num_planned = None if solver is None else header["num_planned"]  # "auto" plans anew
+        num_planned = None if solver is None else num_planned  # "auto" plans anew
         return _to_store(store, chain, replace(settings, num_samples=left), progress_bar, num_planned=num_planned)
+
+
+def _check_draws(reader: Reader, chain: StoredChain) -> None:
+    """Raise where the folder does not hold the draws that its checkpoint vouches for."""
+    target = chain.state.target
+    known = by_name(jax.eval_shape(target.model.constrain, target.data, target.spec.template))
+    if strange := set(chain.sites) - set(known):
+        raise reader.malformed(f"the model has no site {min(strange)}")
+    try:
+        found = read_arrays(chain.path / DRAWS, "posterior", chain.sites)
+        stats = read_arrays(chain.path / DRAWS, "sample_stats", ("lp",))
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise reader.malformed(f"{DRAWS} cannot be read: {error}") from error
+    for name, x in {**found, **stats}.items():
+        if x.ndim < 2 or x.shape[0] != chain.num_chains or x.shape[1] < chain.num_samples:
+            raise reader.malformed(f"{DRAWS} holds {name} of {list(x.shape)}, not {chain.num_samples} draws")

@@ -180,7 +180,9 @@ def test_header(share: int, saved) -> None:
         if place[0] != "extra_fields" or len(place) == 1:  # a list may be shorter
             write(path, dropped(header, place), arrays)
             said = refused(path, load)
-            wrong[(*place, "dropped")] = "" if place[-1] == "warmup_remark" else said  # older files have none
+            # older files have none; a digest that is gone is that of another model
+            allowed = place[-1] in ("warmup_remark", "digests") or "with something else" in said
+            wrong[(*place, "dropped")] = "" if allowed else said
         for value in ODD[number % share :: share]:
             if value == now or (type(value) is type(now) and type(value) in (bool, str)):
                 continue

@@ -1,5 +1,6 @@
 """Chains out of what files say of them, and of the model that the user gives again."""
 
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import MISSING, fields
@@ -244,9 +245,10 @@ def _check_digests(reader: Reader, source: Source) -> None:
     if "digests" not in reader.header:  # of an older pmcmc
         return
     stored, found = reader.field("digests", dict), source.digests()
-    if stored.keys() != found.keys() or not isinstance(stored["arguments"], dict):
+    if not _are_digests(stored, found):
         raise reader.malformed(f"digests is {stored!r:.40}")
-    differing = [f"argument {name!r}" for name, x in stored["arguments"].items() if found["arguments"].get(name) != x]
+    then, now = stored["arguments"], found["arguments"]
+    differing = [f"argument {name!r}" for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
     if stored["versions"] == found["versions"] and not differing:
         differing = [what for what in found if what not in ("versions", "arguments") and stored[what] != found[what]]
     if differing:
@@ -254,6 +256,21 @@ def _check_digests(reader: Reader, source: Source) -> None:
             f"{reader.path} was sampled with something else: {', '.join(differing)} differ. Pass the model, its "
             "arguments and data, and the kernel, as they were."
         )
+
+
+def _are_digests(stored: dict, found: dict) -> bool:
+    """Whether a file's digests have the form of those that are found now."""
+    matches = lambda form, x: isinstance(x, str) and re.fullmatch(form, x) is not None
+    versions, arguments = stored.get("versions"), stored.get("arguments")
+    if stored.keys() != found.keys() or not isinstance(versions, dict) or not isinstance(arguments, dict):
+        return False
+    digests = [*arguments.values(), *(x for what, x in stored.items() if what not in ("versions", "arguments"))]
+    same_names = versions.keys() == found["versions"].keys()
+    return (
+        same_names
+        and all(matches(r"\d[\w.+]*", x) for x in versions.values())
+        and all(matches("[0-9a-f]{64}", x) for x in digests)
+    )
 
 
 def _check_density(reader: Reader, state: ChainState) -> None:

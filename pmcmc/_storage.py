@@ -86,7 +86,7 @@ class Writer:
         whole, part = Path(path), Path(f"{os.fspath(path)}.part")
         try:
             with part.open("wb") as file:
-                np.savez(file, allow_pickle=False, header=np.array(text), **self.arrays)
+                np.savez(file, header=np.array(text), **self.arrays)
             part.replace(whole)
         finally:
             part.unlink(missing_ok=True)
@@ -107,6 +107,7 @@ class Reader:
         try:
             with open(self.path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
                 self.arrays = {name: file[name] for name in file.files}
+            self.arrays.pop("allow_pickle", None)  # an option, which older numpy took for an array
             self.header = json.loads(str(self.arrays.pop("header")))
         except OSError:
             raise

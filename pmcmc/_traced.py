@@ -269,9 +269,10 @@ def _is_same(a: Any, b: Any) -> bool:
 
 
 def _is_opaque(x: Any) -> bool:
-    """Whether the numbers of an array are not to be had here."""
-    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return is_key or isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True)
+    """Whether the numbers of an array are not to be had here, or only by a copy from another device."""
+    if isinstance(x, jax.core.Tracer) or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return True
+    return isinstance(x, jax.Array) and any(device.platform != "cpu" for device in x.devices())
 
 
 def _own(constant: Any) -> Array:

@@ -86,7 +86,8 @@ class Writer:
         whole, part = Path(path), Path(f"{os.fspath(path)}.part")
         try:
             with part.open("wb") as file:
-                np.savez(file, header=np.array(text), **self.arrays)
+                entries: dict[str, Any] = {"header": np.array(text), **self.arrays}
+                np.savez(file, **entries)
             part.replace(whole)
         finally:
             part.unlink(missing_ok=True)

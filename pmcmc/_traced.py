@@ -361,7 +361,7 @@ class _Content:
         return tuple((key, self.of_value(params[key])) for key in sorted(params)), rules
 
     def of_value(self, value: Any) -> Any:
-        """Of anything that an equation may have as a parameter."""
+        """The content of anything that an equation may have as a parameter."""
         if isinstance(value, ClosedJaxpr):
             return self.of_program(value.jaxpr), tuple(self._of_array(x) for x in value.consts)
         if isinstance(value, Jaxpr):
@@ -393,7 +393,7 @@ class _Content:
         return type(value), value
 
     def _of_held(self, value: Any) -> Any:
-        """Of what a function holds that runs later: what can change meanwhile is known by identity."""
+        """The content of what a callback holds: objects that can change before it runs are known by identity."""
         if isinstance(value, tuple):
             return type(value), tuple(map(self._of_held, value))
         fixed = value is None or isinstance(value, (bool, int, float, complex, str, bytes))
@@ -464,7 +464,7 @@ def _derivatives(equation: Any) -> Iterator[ClosedJaxpr]:
 
 
 def traced_functions(tree: PyTree) -> list[Traced]:
-    """Those in a pytree."""
+    """All traced functions in a pytree."""
     is_function = lambda x: isinstance(x, Traced)
     return [x for x in jax.tree.leaves(tree, is_leaf=is_function) if is_function(x)]
 

@@ -5,7 +5,7 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -108,37 +108,36 @@ def _run(model: Callable, args: tuple, kwargs: dict, supports: Supports, positio
     location-scale families. observed: the data.
     """
     from numpyro import handlers
-    from numpyro.infer.util import potential_energy
+    from numpyro.infer.util import _unconstrain_reparam, compute_log_probs
 
     discrete = {name: position[name] for name, _ in supports}
+    continuous = {name: value for name, value in position.items() if name not in discrete}
     # A fixed key: nothing that the density depends on is drawn.
     seeded = handlers.seed(handlers.substitute(model, data=discrete) if discrete else model, jax.random.key(0))
-    recorded = handlers.trace(seeded)
-    logdensity = -potential_energy(recorded, args, kwargs, {k: v for k, v in position.items() if k not in discrete})
-    sites = recorded.trace
+    # As in NumPyro's `potential_energy`, which keeps neither the terms of its sum nor the sites.
+    started = handlers.substitute(seeded, substitute_fn=partial(_unconstrain_reparam, continuous))
+    terms, sites = compute_log_probs(started, args, kwargs, {}, sum_log_prob=False)
     drawn = {name: site for name, site in sites.items() if site["type"] == "sample"}
-    logs = {name: _log_prob(site) for name, site in drawn.items()}
+    observed = {name: site for name, site in drawn.items() if _is_observation(site)}
     values = {
         name: site["value"]
         for name, site in sites.items()
         if site["type"] == "deterministic" or (name in drawn and not site.get("is_observed", False))
     }
     return {
-        "logdensity": logdensity,
+        "logdensity": sum((jnp.sum(term) for term in terms.values()), start=0.0),
         "values": jax.tree.map(jnp.asarray, values),
-        "terms": {
-            name: log if drawn[name]["scale"] is None else drawn[name]["scale"] * log for name, log in logs.items()
-        },
-        "log_likelihood": {name: logs[name] for name, site in drawn.items() if _is_observation(site)},
-        "finite": {name: jnp.all(jnp.isfinite(log)) for name, log in logs.items()},
+        "terms": jax.tree.map(jnp.asarray, terms),
+        "log_likelihood": {name: _log_likelihood(site, terms[name]) for name, site in observed.items()},
+        "finite": {name: jnp.all(jnp.isfinite(term)) for name, term in terms.items()},
         "scales": _scales(drawn),
-        "observed": {name: jnp.asarray(site["value"]) for name, site in drawn.items() if _is_observation(site)},
-    }, _about(sites, {*values, *(name for name, site in drawn.items() if _is_observation(site))})
+        "observed": {name: jnp.asarray(site["value"]) for name, site in observed.items()},
+    }, _about(sites, {*values, *observed})
 
 
-def _log_prob(site: dict) -> Array:
-    """As NumPyro's own `compute_log_probs` has it."""
-    return jnp.asarray(site["fn"].log_prob(site["value"], *([site["intermediates"]] if site["intermediates"] else [])))
+def _log_likelihood(site: dict, term: Array) -> Array:
+    """Log probabilities of an observed site without NumPyro's scale. term: with it."""
+    return jnp.asarray(term if site["scale"] is None else site["fn"].log_prob(site["value"]))
 
 
 def _scales(sites: dict[str, dict]) -> dict[str, Array]:

@@ -78,6 +78,12 @@ class Trace:
         read = [constants[number] for number in self._reads]
         return jax.tree.unflatten(self.out_tree, jax.core.eval_jaxpr(self.program, read, *given))
 
+    @property
+    def out_shapes(self) -> PyTree:
+        """Shapes and dtypes of what the function returns."""
+        avals = [var.aval for var in self.program.outvars]
+        return jax.tree.unflatten(self.out_tree, [jax.ShapeDtypeStruct(*_shape(aval)[:2]) for aval in avals])
+
     def part(self, name: str) -> "Trace":
         """One entry of the dict that the function returns, without what only others need.
 

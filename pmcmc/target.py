@@ -40,6 +40,10 @@ class Model(abc.ABC):
     def logdensity(self, data: PyTree, position: PyTree) -> Array:
         """Log density (up to a constant) at an unconstrained position, a scalar."""
 
+    def density_shape(self, data: PyTree, position: PyTree) -> Any:
+        """Shape and dtype of `logdensity`."""
+        return jax.eval_shape(self.logdensity, data, position)
+
     @abc.abstractmethod
     def constrain(self, data: PyTree, position: PyTree) -> PyTree:
         """What the user wants to see of a position."""
@@ -92,6 +96,9 @@ class LogDensity(Model):
     """A plain log density ``logdensity_fn(position) -> scalar``. Its data are the arrays that the function read."""
 
     trace: Trace
+
+    def density_shape(self, data, position):
+        return self.trace.out_shapes
 
     def content(self, data):
         return self.trace.content(data)
@@ -229,7 +236,7 @@ class Target:
     def build(cls, model: Model, position: PyTree, data: PyTree) -> "Target":
         """A target from a `Model`; checks shapes and dtypes without evaluating anything."""
         spec = _spec(position)
-        out = jax.eval_shape(model.logdensity, data, spec.template)
+        out = model.density_shape(data, spec.template)
         if jnp.shape(out) != () or not jnp.issubdtype(jnp.result_type(out), jnp.floating):
             raise ValueError(
                 f"the log density must return one real number, got shape {jnp.shape(out)} and dtype "

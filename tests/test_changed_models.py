@@ -5,6 +5,8 @@ calls, and fits again: the mean must be 9. Under a flat prior with 20 observatio
 and its Monte Carlo error is below 0.02.
 """
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import blackjax
@@ -18,6 +20,7 @@ from numpyro.infer import NUTS
 
 import pmcmc
 from benchmarks._compilations import compilations
+from pmcmc import Target, _jit
 from pmcmc.recurrence import MultipleShooting, Sequential, deer
 from pmcmc.stability import coalescence_time, lyapunov_exponent
 
@@ -492,3 +495,18 @@ def test_arguments_are_the_users_own_objects() -> None:
     rows = [(np.r_[y[group == k], masked[group == k].compressed()]) for k in range(3)]
     expected = [row.sum() / (len(row) + 0.01) for row in rows]
     np.testing.assert_allclose(np.mean(chain.get_samples()["mu"], axis=0), expected, atol=0.2)
+
+
+def test_programs_of_old_models_are_dropped() -> None:
+    """Ever new models must not fill the memory; a target whose programs are gone has them compiled again."""
+    fresh = lambda power: Target.from_logdensity(lambda x: -jnp.sum(sum(x**p for p in range(2, power))), jnp.ones(2))
+    targets = [fresh(power) for power in range(3, 4 + _jit.MAX_TARGETS)]
+    expected = targets[0].logdensity_fn(jnp.ones(2))
+    first = [weakref.ref(jitted) for jitted in _jit.programs_of(targets[0]).values()]
+    assert first
+    for target in targets[1:]:
+        target.logdensity_fn(jnp.ones(2))
+    gc.collect()
+    assert len(_jit._programs) == _jit.MAX_TARGETS
+    assert [jitted() for jitted in first] == [None] * len(first)
+    assert targets[0].logdensity_fn(jnp.ones(2)) == expected

@@ -48,6 +48,9 @@ class NumpyroModel(Model):
     about: "_Sites"
     supports: Supports = ()
 
+    def density_shape(self, data, position):
+        return self.trace.out_shapes["logdensity"]
+
     def content(self, data):
         operations, numbers = self.trace.content(data)
         return (operations, self.about, self.supports), numbers

@@ -62,3 +62,13 @@ def free_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_pilot, "TIMING_SECONDS", 1e-9)
     monkeypatch.setattr(_pilot, "SHARE", 0.2)
     monkeypatch.setattr(_auto.Automatic, "costs", lambda self, head: Costs(1e6, 1e6, 1e4, 0.0))
+
+
+@pytest.fixture
+def fresh_programs() -> Iterator[None]:
+    """No program is kept from before, so that a planted fault is compiled; and none of this test is kept for others."""
+    from pmcmc._jit import forget_programs
+
+    forget_programs()
+    yield
+    forget_programs()

@@ -78,11 +78,10 @@ def test_rejects_devices_that_cannot_be_used() -> None:
 
 
 @pytest.mark.slow
-def test_auto_shares_blocks(free_lanes) -> None:
+def test_auto_shares_blocks(free_lanes, fresh_programs) -> None:
     """On the one device of this process, named: the same way as several. Segments share one program of blocks."""
-    logdensity_fn = lambda x: gaussian(x)  # new to every cache
     options = dict(kernel=HMC(step_size=0.5, num_integration_steps=3), num_warmup=100, num_chains=2, progress_bar=False)
-    run = lambda devices: sample(logdensity_fn, jnp.zeros(3), 0, num_samples=20_000, devices=devices, **options)
+    run = lambda devices: sample(gaussian, jnp.zeros(3), 0, num_samples=20_000, devices=devices, **options)
     alone = run(None)
     with compilations() as seen:
         shared = run(jax.devices())

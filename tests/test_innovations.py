@@ -52,7 +52,7 @@ class Innovations(PositionKernel):
 def sample(**options) -> pmcmc.Chain:
     options = dict(num_samples=NUM_STEPS, solver=MultipleShooting(NUM_BLOCKS)) | options
     return pmcmc.sample(
-        lambda x: -0.5 * jnp.sum(x**2),  # new to every cache, so that a planted fault is compiled
+        lambda x: -0.5 * jnp.sum(x**2),
         jnp.zeros(DIM),
         0,
         kernel=Innovations(),
@@ -123,7 +123,7 @@ def chains_alike(keys, first_step, block_length):
 
 
 @pytest.mark.parametrize("fault", [every_block_alike, one_step_early, segments_alike, chains_alike])
-def test_sees_a_planted_fault(fault, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sees_a_planted_fault(fault, fresh_programs, monkeypatch: pytest.MonkeyPatch) -> None:
     in_segments(monkeypatch)
     right = _engine._draw_lanes
 

@@ -133,10 +133,9 @@ def test_thinning_is_slicing() -> None:
     np.testing.assert_array_equal(chain.get_samples(group_by_chain=True), expected)
 
 
-def test_auto_takes_shooting_where_chains_merge_and_is_right(free_lanes) -> None:
+def test_auto_takes_shooting_where_chains_merge_and_is_right(free_lanes, fresh_programs) -> None:
     """20,000 steps of a Gaussian: shooting; moments within the bands; a second run compiles nothing."""
-    logdensity_fn = lambda x: gaussian(x)  # new to every cache
-    run = lambda seed: pmcmc.sample(logdensity_fn, start_like(gaussian), seed, **{**SIZES, "num_samples": 20_000})
+    run = lambda seed: pmcmc.sample(gaussian, start_like(gaussian), seed, **{**SIZES, "num_samples": 20_000})
     with compilations() as first:
         chain = run(0)
         draws = np.asarray(chain.get_samples(group_by_chain=True))

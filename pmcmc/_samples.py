@@ -8,9 +8,14 @@ import jax
 import numpy as np
 
 from pmcmc._jit import tuned_jit
+from pmcmc._mixing import Mixing, judge, stride_of
 from pmcmc._types import PyTree
 from pmcmc.kernels import Info, Kernel
+from pmcmc.kernels._base import PositionKernel
 from pmcmc.target import Target
+
+# Draws whose positions are worked out at a time.
+_POSITIONS = 4096
 
 
 def constrained(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
@@ -52,6 +57,29 @@ def by_name(samples: PyTree) -> dict[str, Any]:
     if len(leaves) == 1 and not leaves[0][0]:
         return {"x": leaves[0][1]}
     return {"x" + jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+@tuned_jit()
+def _positions(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
+    return jax.vmap(lambda unknown: kernel.position(target, unknown))(unknowns)
+
+
+def judge_mixing(target: Target, kernel: Kernel, unknowns: PyTree, before: int = 1) -> Mixing:
+    """How well draws have mixed, in the unconstrained values of the latent sites.
+
+    They are looked at in even steps where there are many, see `stride_of`. For kernels whose unknown is the vector of
+    coordinates no program is needed.
+
+    unknowns: leading axes (num_chains, num_draws). before: of the draws that there are, they are every so manieth.
+    """
+    num_chains, num_draws = jax.tree.leaves(unknowns)[0].shape[:2]
+    stride = stride_of(num_chains, num_draws, target.dim)
+    rows = jax.tree.map(lambda x: np.asarray(x)[:, stride - 1 :: stride], unknowns)
+    if isinstance(kernel, PositionKernel):
+        found = target.spec.unravel(rows if target.basis is None else target.basis.to_positions(rows))
+    else:
+        found = in_batches(lambda x: _positions(target, kernel, x), rows, min(num_chains * num_draws, _POSITIONS))
+    return judge(by_name(found), before * stride)
 
 
 def fields(kernel: Any, info: Info) -> dict[str, Any]:

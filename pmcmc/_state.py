@@ -15,7 +15,7 @@ from pmcmc._traced import Trace, digest, traced_functions
 from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver
-from pmcmc.report import SolveReport
+from pmcmc.report import NOT_STORED, SolveReport
 from pmcmc.target import LogDensity, Target, WithoutDensity
 from pmcmc.warmup._base import LaneTiming
 
@@ -152,7 +152,7 @@ def header(
         "key": jax.random.key_data(state.rng_key),
     }.items():
         writer.leaves(name, tree)
-    names = [f.name for f in fields(report) if f.name not in ("plan", "find_diagnosis")]
+    names = [f.name for f in fields(report) if f.name not in NOT_STORED]
     return {
         "is_model": not isinstance(target.model, (LogDensity, WithoutDensity)),
         "sites": describe_sites(target),

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pmcmc._types import Array, PyTree
+from pmcmc._types import Array, ArrayLeaf, PyTree
 
 
 def register_dataclass(cls: type) -> type:
@@ -86,12 +86,12 @@ class RavelSpec:
         leaves = [jnp.ravel(x).astype(self.dtype) for x in jax.tree.leaves(tree)]
         return leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves)
 
-    def unravel(self, vector: Array) -> PyTree:
-        """Inverse of `ravel`."""
+    def unravel(self, vectors: ArrayLeaf) -> PyTree:
+        """Inverse of `ravel`, of one vector or of many: (..., size)."""
         leaves, start = [], 0
         for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
             stop = start + math.prod(shape)
-            leaves.append(vector[start:stop].reshape(shape).astype(dtype))
+            leaves.append(vectors[..., start:stop].reshape(*vectors.shape[:-1], *shape).astype(dtype))
             start = stop
         return jax.tree.unflatten(self.treedef, leaves)
 

@@ -269,7 +269,7 @@ class Chain:
         """Draws of warm-up as `get_samples` names them, leading axes (lanes, steps), in the order they were made.
 
         The lanes are an ensemble of its own, 32 by default, and not the start of the chains: first HMC that looks for
-        location and metric from dispersed starts (lanes that never moved are put on others' places), then the kernel
+        location and metric from dispersed starts (`SolveReport.num_lost_lanes` counts replaced lanes), then the kernel
         itself, whose step size is tuned. They tell whether warm-up was long enough, and nothing else: no chain with the
         posterior as its law.
 

@@ -7,11 +7,20 @@ from typing import Any
 
 import numpy as np
 
+from pmcmc._mixing import Mixing
 from pmcmc.recurrence import RESULTS
 from pmcmc.stability import Diagnosis, Plan
 
 # Bias, in posterior standard deviations, that a report calls small.
 SMALL_BIAS = 0.01
+# Nothing is said of it where fewer than half of the pairs started that far apart, where the draws' standard deviation
+# is not within this factor of that of warm-up's ensemble, ...
+APART, SPREAD = 1.0, 2.0
+# ... or above this share of divergent draws, at which a run warns, too.
+MANY_DIVERGENCES = 0.01
+# Fields that files do not hold, and arrays that have not one entry per chain.
+NOT_STORED = ("plan", "find_diagnosis", "find_mixing")
+BY_PAIR = ("bias_bound", "coalescence_steps", "pair_distances")
 
 
 @dataclass(frozen=True)
@@ -22,11 +31,15 @@ class SolveReport:
         (`recurrence.RecurrenceSolver.decision`). reason: one sentence.
     plan: what "auto" measured and expected; None where the caller chose, or the run was too short to plan.
     bias_bound: (n,) bounds on what is left of the start t = 0..n-1 steps behind warm-up: 1-Wasserstein distance to the
-        posterior in posterior standard deviations, from lagged coupled pairs (Biswas, Jacob & Vanetti 2019); empty
-        without a pilot.
+        law that chains from warm-up's ensemble tend to, in standard deviations of that ensemble, from lagged coupled
+        pairs (Biswas, Jacob & Vanetti 2019); empty without a pilot. Of a region that no lane of warm-up found it says
+        nothing; see `bias_doubt`.
+    pair_distances: (pairs,) at which the pairs started, in the same unit; empty without a pilot.
+    spread: largest ratio, either way, of the draws' standard deviations to those of the ensemble; NaN where unknown.
     result: `RESULTS` of the parallel solve. fallback: what was finished sequentially, or "".
     residual: largest |x[t] - f(x[t-1], u[t])| / scale that was accepted.
-    num_steps: steps per chain. num_sequential_steps: critical path, in steps one after the other.
+    num_steps: steps per chain. num_draws: of these kept.
+    num_sequential_steps: critical path, in steps one after the other.
     num_iters, num_sweeps: of the parallel solver; 0 where it has none. num_blocks: 1 where there are none.
     certified_steps: states certified by the parallel solver; the rest was sampled sequentially.
     near_ties: accept decisions within rounding of a tie, where another machine may decide otherwise; NaN where the
@@ -38,6 +51,7 @@ class SolveReport:
         total_seconds: of everything, copies included; planned_seconds: of what followed the plan, compilation
         included, to hold beside `predicted_seconds`.
     warmup_remark: what is doubtful about warm-up and what may help; "" where nothing is. It is a warning, too.
+    num_lost_lanes: times that warm-up put one of its lanes on another's place, see `EnsembleAdaptation`.
     """
 
     decision: str
@@ -65,6 +79,11 @@ class SolveReport:
     total_seconds: float
     planned_seconds: float
     warmup_remark: str = ""
+    num_lost_lanes: int = 0
+    num_draws: int = 0
+    pair_distances: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    spread: float = float("nan")
+    find_mixing: Callable[[], Mixing] | None = field(default=None, repr=False, compare=False)
     find_diagnosis: Callable[[], Diagnosis] | None = field(default=None, repr=False, compare=False)
 
     @cached_property
@@ -74,6 +93,29 @@ class SolveReport:
         Worked out when first asked for: it evaluates the model step by step, which may take a second.
         """
         return None if self.find_diagnosis is None else self.find_diagnosis()
+
+    @cached_property
+    def mixing(self) -> Mixing | None:
+        """R-hat and effective sample sizes of the draws; None where they are not at hand.
+
+        Of a chain that was extended or loaded they are those of all draws, of one on disk those of the last run.
+        """
+        return None if self.find_mixing is None else self.find_mixing()
+
+    @property
+    def bias_doubt(self) -> str:
+        """Why ``bias_bound`` is not to be relied on; "" where nothing speaks against it."""
+        divergent = float(np.sum(self.num_divergent)) / max(self.num_draws * len(self.num_divergent), 1)
+        apart = np.mean(self.pair_distances >= APART) if self.pair_distances.size else np.nan
+        if self.warmup_remark:
+            return "warm-up is in doubt"
+        if divergent > MANY_DIVERGENCES:
+            return f"{divergent:.1%} of the draws were divergent"
+        if self.spread > SPREAD:
+            return f"the spread of the draws is up to {self.spread:.1f} times off that of warm-up's ensemble"
+        if self.mixing is not None and self.mixing.doubt:
+            return "the draws have not mixed"
+        return "coupled pairs did not start apart" if apart < 0.5 else ""
 
     @property
     def predicted_seconds(self) -> float:
@@ -99,12 +141,19 @@ class SolveReport:
             lines.append(f"Fallback: {self.fallback}")
         if self.decision != "sequential":
             lines += self._certificate()
+        if self.num_lost_lanes:
+            lines.append(
+                f"Warm-up: lanes that did not move, far below the others in log density, were put on the places of "
+                f"others ({self.num_lost_lanes} in all)."
+            )
         if self.warmup_remark:
             lines.append(self.warmup_remark)
         lines += self._contraction()
         rate = np.mean(self.acceptance_rate)
         accepted = "" if np.isnan(rate) else f"Acceptance rate {rate:.3f}; "
         lines.append(f"{accepted}{int(np.sum(self.num_divergent))} divergent transitions.")
+        if self.mixing is not None:
+            lines.append(self._mixing(self.mixing))
         lines.append(
             f"Seconds: warm-up {self.warmup_seconds:.2f}, pilot {self.pilot_seconds:.2f}, compile "
             f"{self.compile_seconds:.2f}, solve {self.solve_seconds:.2f}; {self.total_seconds:.2f} in all."
@@ -144,12 +193,24 @@ class SolveReport:
                 f"{rate:.3f}{interval} in nats)."
             )
         if self.bias_bound.size:
-            small = np.flatnonzero(self.bias_bound <= SMALL_BIAS)
-            when = f"from step {small[0]} on" if small.size else f"not within {self.bias_bound.size - 1} steps"
-            lines.append(f"Bias left by warm-up: below {SMALL_BIAS} posterior sd {when}.")
+            lines.append(self._bias())
         if self.diagnosis is not None:
             lines.append(str(self.diagnosis))
         return lines
+
+    def _mixing(self, mixing: Mixing) -> str:
+        return f"Mixing: {mixing if mixing.is_judged else 'too few draws to judge it'}."
+
+    def _bias(self) -> str:
+        small = np.flatnonzero(self.bias_bound <= SMALL_BIAS)
+        if not small.size:
+            return f"Bias left by warm-up: not below {SMALL_BIAS} sd within {self.bias_bound.size - 1} steps."
+        if self.bias_doubt:
+            return f"Bias left by warm-up: not judged, since {self.bias_doubt}."
+        return (
+            f"Bias left by warm-up: below {SMALL_BIAS} sd from step {small[0]} on, relative to the region that the "
+            "lanes of warm-up found; of other regions this says nothing."
+        )
 
     def _near_ties(self) -> str:
         total = np.sum(self.near_ties)

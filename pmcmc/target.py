@@ -174,6 +174,11 @@ class Basis:
     def to_position(self, y: Float[Array, " dim"]) -> Float[Array, " dim"]:
         return self.loc + (_product(self.scale, y) if self.scale.ndim == 2 else self.scale * y)
 
+    def to_positions(self, rows: np.ndarray) -> np.ndarray:
+        """`to_position` of many coordinates (..., D), by numpy in float64."""
+        loc, scale = np.asarray(self.loc, float), np.asarray(self.scale, float)
+        return loc + (rows @ scale.T if scale.ndim == 2 else rows * scale)
+
     def to_coordinates(self, x: Float[Array, " dim"]) -> Float[Array, " dim"]:
         if self.scale.ndim == 2:
             return jax.scipy.linalg.solve_triangular(self.scale, x - self.loc, lower=True)

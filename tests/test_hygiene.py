@@ -24,7 +24,7 @@ PACKAGE = Path(__file__).parents[1] / "pmcmc"
 # A room may import from itself and from the levels before its own; rooms of one level not from each other.
 LEVELS = [
     {"_types"},
-    {"_tree", "_factorizations", "_memory", "_threefry", "_transformations", "_optional"},
+    {"_tree", "_factorizations", "_memory", "_threefry", "_transformations", "_optional", "_mixing"},
     {"_jit", "_traced"},
     {"_one_kernel"},
     {"recurrence"},

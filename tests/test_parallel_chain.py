@@ -157,7 +157,7 @@ def test_auto_takes_shooting_where_chains_merge_and_is_right(free_lanes, fresh_p
     assert np.max(np.abs(t)) < -stats.t.ppf(stats.norm.sf(z_bound(12)), df=159)
 
 
-@pytest.mark.filterwarnings("ignore:.*were divergent")  # a funnel
+@pytest.mark.filterwarnings("ignore:.*were divergent", "ignore:.*did not move", "ignore:.*have not mixed")  # a funnel
 def test_auto_takes_sequential_where_chains_do_not_merge(free_lanes) -> None:
     chain = pmcmc.sample(funnel, start_like(funnel), 0, **{**SIZES, "num_samples": 20_000})
     assert chain.report.decision == "sequential"

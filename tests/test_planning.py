@@ -342,6 +342,7 @@ def two_modes():
     numpyro.factor("modes", separated(x))
 
 
+@pytest.mark.filterwarnings("ignore:the draws have not mixed")
 def test_separated_modes_do_not_merge(free_lanes) -> None:
     """Each mode contracts (the exponent is negative), and pairs in different modes stay there."""
     kernel = pmcmc.HMC(step_size=0.5, num_integration_steps=3)
@@ -390,6 +391,7 @@ def centred(error, effect):
         numpyro.sample("effect", dist.Normal(theta, error), obs=effect)
 
 
+@pytest.mark.filterwarnings("ignore:the draws have not mixed", "ignore:.*did not move")
 def test_the_report_says_what_keeps_chains_apart(free_lanes) -> None:
     effect = jnp.array([28.0, 8, -3, 7, -1, 1, 18, 12])
     error = jnp.array([15.0, 10, 16, 11, 9, 11, 10, 18])
@@ -419,7 +421,7 @@ def test_the_report_of_a_plan(free_lanes) -> None:
         assert words in str(report), words
 
 
-@pytest.mark.filterwarnings("ignore:.*were divergent")
+@pytest.mark.filterwarnings("ignore:.*were divergent", "ignore:the draws have not mixed", "ignore:.*did not move")
 def test_funnel_stays_sequential(free_lanes) -> None:
     chain = pmcmc.sample(funnel, start_like(funnel), 0, num_samples=4000, **SIZES)
     assert chain.report.decision == "sequential"

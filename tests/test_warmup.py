@@ -3,6 +3,8 @@
 import functools
 import itertools
 import sys
+import warnings
+from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 from numpyro.diagnostics import effective_sample_size
 
@@ -17,6 +21,8 @@ import pmcmc
 from pmcmc import ChEESAdaptation, EnsembleAdaptation, Pathfinder, UniformLength, WindowAdaptation
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.warmup import _ensemble
+from pmcmc.warmup._lanes import far_lanes, half_for_held, held_lanes
+from pmcmc.warmup._starts import start_order
 from tests._selection import share
 from tests._statistics import z_bound
 from tests._targets import COVARIANCE, gaussian, logistic, mixture, start_like
@@ -132,13 +138,100 @@ def test_pairs_of_lanes_come_from_different_starts_and_from_the_same() -> None:
     np.testing.assert_array_equal(np.sort(_ensemble._as_rows(np.arange(32.0))[:, 0]), np.arange(32))
 
 
-def test_a_stuck_lane_takes_the_place_of_one_that_moves() -> None:
-    path = np.cumsum(np.ones((5, 4, 2)), axis=0) + np.arange(4.0)[None, :, None]
-    path[:, 2] = -7.0
-    last = _ensemble._unstick(path)
-    assert not np.any(last == -7.0)
-    np.testing.assert_array_equal(last[[0, 1, 3]], path[-1, [0, 1, 3]])
-    np.testing.assert_array_equal(_ensemble._unstick(np.full((5, 4, 2), -7.0)), np.full((4, 2), -7.0))
+def test_lanes_are_held_by_what_they_refuse_and_far_out_by_their_density() -> None:
+    """A lane that refused all proposals is held; it is far out where all others are far above it, and not else."""
+    moved, acceptance_rate = np.array([0.9, 0.0, 0.0, 0.0]), np.full((16, 4), 0.8)
+    acceptance_rate[:, 1:3] = 1e-3
+    held = held_lanes(moved, acceptance_rate, 0.8)
+    assert held.tolist() == [False, True, True, False]  # the last one was merely unlucky
+    logdensity = np.full((16, 4), -5.0)
+    logdensity[3, 0], logdensity[:, 1], logdensity[:, 2] = -9.0, 40.0, -40.0
+    assert far_lanes(held, logdensity, dim=2).tolist() == [False, False, True, False]
+    assert far_lanes(held, logdensity, dim=20).tolist() == [False] * 4
+    assert not far_lanes(np.ones(4, bool), logdensity, dim=2).any()
+    assert not held_lanes(moved, np.full((16, 4), np.nan), 0.8).any()  # a kernel without a rate
+    assert not far_lanes(held, np.full((16, 4), np.nan), dim=2).any()
+
+
+def test_held_lanes_count_for_half() -> None:
+    np.testing.assert_allclose(half_for_held(np.zeros(4, bool)), 0.25)
+    np.testing.assert_allclose(half_for_held(np.ones(4, bool)), 0.25)
+    np.testing.assert_allclose(half_for_held(np.array([True, False, False, False])), [1 / 2, 1 / 6, 1 / 6, 1 / 6])
+
+
+def narrow_mode():
+    """Two modes of equal mass; nine coordinates are 90 times narrower in the left one."""
+    centres = jnp.array([-2.4, -0.4])
+    a = numpyro.sample("a", dist.MixtureSameFamily(dist.Categorical(jnp.ones(2) / 2), dist.Normal(centres, 0.25)))
+    numpyro.sample("z", dist.Normal(0, jnp.where(a < -1.4, 0.011, 1.0)).expand([9]).to_event(1))
+
+
+@pytest.mark.filterwarnings("ignore:.*were divergent", "ignore:.*accepted no move", "ignore:.*did not move")
+@pytest.mark.filterwarnings("ignore:Warm-up did not settle")
+@pytest.mark.parametrize("seed", range(3))
+def test_a_narrow_mode_is_kept_and_seen(seed: int) -> None:
+    """No lane of it is put on another's place, a chain starts there, and R-hat tells."""
+    run = lambda: pmcmc.parallel_chain(narrow_mode, seed, num_samples=1000, save_warmup=True, progress_bar=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        chain = run()
+    lanes = np.asarray(chain.get_warmup_samples()["a"]) < -1.4
+    np.testing.assert_array_equal(lanes[:, 0], lanes[:, -1])
+    assert lanes[:, 0].any()
+    left = (np.asarray(chain.get_samples(group_by_chain=True)["a"]) < -1.4).mean(axis=1)
+    assert set(left) == {0.0, 1.0}
+    assert chain.report.mixing.rhat["a"][0] > 1.4 or any("accepted no move" in str(w.message) for w in caught)
+    assert any("did not settle" in str(w.message) or "did not move" in str(w.message) for w in caught)
+
+
+def test_lanes_in_the_far_tails_are_put_elsewhere_and_counted() -> None:
+    """Half of the starts lie where no step, however small, is accepted, at a log density of -5,000 and less."""
+
+    def logdensity(x):
+        outside = jnp.sum(x**2) > 400
+        rough = -5e3 - 1e3 * jnp.sin(1e6 * x[0]) ** 2
+        return jnp.where(outside, rough, -0.5 * jnp.sum(jnp.where(outside, 0.0, x) ** 2))
+
+    target = pmcmc.Target.from_logdensity(logdensity, jnp.zeros(2))
+    starts = np.repeat([[0.0, 0.0], [30.0, 30.0]], 16, axis=0)
+    tuned = EnsembleAdaptation().run(target, pmcmc.HMC(), jax.random.key(0), starts, 400)
+    assert tuned.num_lost >= 16
+    assert np.max(np.abs(jax.vmap(tuned.target.position)(tuned.states))) < 6
+    report = pmcmc.sample(gaussian, start_like(gaussian), 0, **SIZES | dict(num_samples=50)).report
+    assert report.num_lost_lanes == 0
+    assert "(7 in all)" not in str(report)
+    assert "on the places of others (7 in all)" in str(replace(report, num_lost_lanes=7))
+
+
+def test_chains_start_where_lanes_keep_apart() -> None:
+    """In every mode, the most frequent first; lanes far out in the tails last; any order where lanes have mixed."""
+    rng = np.random.default_rng(0)
+    path, logdensity = rng.standard_normal((96, 32, 5)), -0.5 * rng.chisquare(5, (96, 32))
+    assert start_order(path, logdensity) is None
+    path[:, 10:13, 2] += 12
+    path[:, 20, 2] -= 12
+    order = start_order(path, logdensity)
+    assert sorted(order) == list(range(32))
+    assert order[:3].tolist() == [0, 10, 20]
+    logdensity[:, 20] -= 50
+    order = start_order(path, logdensity)
+    assert order[:2].tolist() == [0, 10]
+    assert order[-1] == 20
+
+
+def test_chains_start_in_modes_by_turns_and_given_starts_are_kept() -> None:
+    logdensity = lambda x: jnp.logaddexp(-0.5 * jnp.sum((x - 20) ** 2), -0.5 * jnp.sum((x + 20) ** 2))
+
+    def model():
+        x = numpyro.sample("x", dist.ImproperUniform(dist.constraints.real_vector, (), (2,)))
+        numpyro.factor("f", logdensity(x))
+
+    for starts in ([20, 20, -20, 20], [-20, 20, 20, 20], [20, -20, -20, 20]):
+        given = jnp.repeat(jnp.array(starts, float)[:, None], 2, axis=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            chain = pmcmc.parallel_chain(model, 0, init_params={"x": given}, num_samples=50, progress_bar=False)
+        assert np.sign(chain.get_samples(True)["x"][:, 0, 0]).tolist() == np.sign(starts).tolist()
 
 
 def test_moments_and_when_they_are_settled() -> None:

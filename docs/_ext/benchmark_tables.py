@@ -125,6 +125,17 @@ TABLES: dict[str, Callable[[Rows], Table]] = {
         best="best",
     ),
     "whole_call_cpu": whole_calls,
+    "claims": columns(
+        case="case",
+        runs="runs",
+        wrong="wrong",
+        warned="warned",
+        silent="silent",
+        unseen="unseen",
+        alarms="alarms",
+        false_bias="false_bias",
+        largest_error_sd="largest_error_sd",
+    ),
     "solvers": columns(
         problem="problem",
         method="method",

@@ -54,6 +54,33 @@ class Keeper(abc.ABC):
     def moves(self) -> Moves:
         """Of all draws."""
 
+    @property
+    @abc.abstractmethod
+    def some(self) -> tuple[PyTree, int]:
+        """Unknowns of every so manieth draw of all chains, (C, n, ...), and that number."""
+
+
+class Thinned:
+    """Every so manieth of ever more draws, ``most`` of a chain or up to twice as many; stride: that number."""
+
+    def __init__(self, most: int):
+        self._parts: list[PyTree] = []
+        self._most, self._num_seen, self.stride = most, 0, 1
+
+    def add(self, unknowns: PyTree) -> None:
+        """The draws that follow, (C, n, ...)."""
+        first = -self._num_seen % self.stride
+        self._num_seen += jax.tree.leaves(unknowns)[0].shape[1]
+        self._parts.append(jax.tree.map(lambda x: np.array(x[:, first :: self.stride]), unknowns))
+        while self._num_seen > 2 * self._most * self.stride:
+            self.stride *= 2
+            self._parts = [jax.tree.map(lambda x: x[:, ::2].copy(), self.kept)]
+
+    @property
+    def kept(self) -> PyTree:
+        """(C, m, ...)."""
+        return jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), *self._parts)
+
 
 def draw_bytes(engine: Engine) -> int:
     """One draw of all chains."""
@@ -96,6 +123,10 @@ class Draws(Keeper):
     @property
     def info(self):
         return self.kept[1]
+
+    @property
+    def some(self):
+        return self.kept[0], 1
 
     @property
     def moves(self):

@@ -1,11 +1,14 @@
 """The other half of `Chain.save`."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pmcmc._samples import judge_mixing
 from pmcmc._state import ChainState
 from pmcmc._storage import Reader
 from pmcmc._transformations import refuse_transformation
@@ -65,6 +68,7 @@ def load(
     unknowns, info = _record(reader, state)
     check_num_draws(reader, state, info.margin.shape[1], thinning)
     report = read_report(reader, len(state.own))
+    report = replace(report, find_mixing=partial(judge_mixing, state.target, state.kernel, unknowns))
     reader.close()
     return Chain(state, unknowns, info, report, thinning, solver, CONTINUATION, extra_fields)
 

@@ -18,7 +18,7 @@ from pmcmc._threefry import IMPL, threefry_key
 from pmcmc._types import PRNGKey, PyTree
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver
-from pmcmc.report import SolveReport
+from pmcmc.report import BY_PAIR, NOT_STORED, SolveReport
 from pmcmc.sampling._source import density_source, model_source
 from pmcmc.target import Basis, Target
 from pmcmc.warmup._base import LaneTiming
@@ -27,7 +27,7 @@ from pmcmc.warmup._base import LaneTiming
 def read_report(reader: Reader, num_chains: int) -> SolveReport:
     """Without its plan."""
     found = reader.decode("report", reader.field("report", dict))
-    stored = [f for f in fields(SolveReport) if f.name not in ("plan", "find_diagnosis")]
+    stored = [f for f in fields(SolveReport) if f.name not in NOT_STORED]
     if not isinstance(found, dict) or not {f.name for f in stored if f.default is MISSING} <= set(found):
         raise reader.malformed("its report is not whole")
     if strange := set(found) - {f.name for f in stored}:
@@ -37,7 +37,7 @@ def read_report(reader: Reader, num_chains: int) -> SolveReport:
     for name, x in found.items():
         if hints[name] is not np.ndarray:
             continue
-        if x.ndim != 1 or (len(x) != num_chains and name not in ("bias_bound", "coalescence_steps")):
+        if x.ndim != 1 or (len(x) != num_chains and name not in BY_PAIR):
             raise reader.malformed(f"report and {name}")
     return SolveReport(**found, plan=None)
 

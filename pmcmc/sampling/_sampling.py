@@ -2,19 +2,22 @@
 
 import time
 import warnings
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pmcmc._mixing import stride_of
+from pmcmc._samples import judge_mixing
 from pmcmc._state import ChainState
 from pmcmc._types import PyTree
 from pmcmc.chain import Chain
 from pmcmc.kernels import Compose, Kernel, RandomWalk, SiteKernel
 from pmcmc.kernels._stream import chain_keys
 from pmcmc.recurrence import Sequential
-from pmcmc.report import SolveReport
+from pmcmc.report import MANY_DIVERGENCES, SolveReport
 from pmcmc.sampling._ahead import Ahead
 from pmcmc.sampling._auto import Automatic
 from pmcmc.sampling._draws import Keeper
@@ -27,8 +30,8 @@ from pmcmc.stored import StoredChain
 # A chain whose acceptance probabilities add up to less than this over all of its draws has not moved, unless there are
 # too few of them to tell.
 STUCK, FEW_DRAWS = 1e-3, 100
-# Share of divergent draws above which a run warns.
-MANY_DIVERGENCES = 0.01
+# A run looks at how its draws have mixed where this takes no more numbers; for others it is worked out when asked for.
+MOST_JUDGED = 2**22
 
 
 class Interrupted(KeyboardInterrupt):
@@ -98,7 +101,7 @@ def scale_of(state: ChainState) -> PyTree:
 class Sampling:
     """Steps of all chains from a state on.
 
-    num_planned: see `Run`. began, warmup_seconds, warmup_remark: for the report.
+    num_planned: see `Run`. began, warmup_seconds, warmup_remark, num_lost: for the report.
     """
 
     def __init__(
@@ -112,9 +115,10 @@ class Sampling:
         warmup_seconds: float,
         warmup_remark: str,
         num_planned: int | None = None,
+        num_lost: int = 0,
     ):
         progress.sample()
-        self.state, self.settings = state, settings
+        self.state, self.settings, self.num_lost = state, settings, num_lost
         self.began, self.warmup_seconds, self.warmup_remark = began, warmup_seconds, warmup_remark
         self.run = Run(
             engine,
@@ -144,10 +148,21 @@ class Sampling:
         after = state._replace(unknown=x, num_steps=state.num_steps + num_steps, num_unkept=num_unkept)
         return after, self._report(num_steps)
 
-    def warn(self) -> None:
-        """Say what is doubtful about the draws, once all are taken; for the caller of `parallel_chain` and `sample`."""
+    def warn(self, report: SolveReport) -> None:
+        """Say what is doubtful about the draws, once all are taken; for the caller of `parallel_chain` and `sample`.
+
+        report: of these draws.
+        """
         if not self._warn_of_stuck_chains():
             self._warn_of_divergences()
+            self._warn_of_mixing(report)
+
+    def _warn_of_mixing(self, report: SolveReport) -> None:
+        chains, dim = self.settings.num_chains, self.state.target.dim
+        num_draws = int(self.run.draws.moves.num_draws[0])
+        looked_at = chains * dim * (num_draws // stride_of(chains, num_draws, dim))
+        if looked_at <= MOST_JUDGED and report.mixing is not None and report.mixing.doubt:
+            warnings.warn(report.mixing.doubt, stacklevel=6)
 
     def _warn_of_divergences(self) -> None:
         moves = self.run.draws.moves
@@ -225,8 +240,27 @@ class Sampling:
             total_seconds=time.perf_counter() - self.began,
             planned_seconds=0.0 if automatic is None else automatic.seconds,
             warmup_remark=self.warmup_remark,
+            num_lost_lanes=self.num_lost,
+            num_draws=int(moves.num_draws[0]),
+            pair_distances=np.zeros(0) if pilot is None else np.asarray(pilot.distances)[0],
+            spread=_spread(self.state, run.draws.some[0]),
+            find_mixing=partial(judge_mixing, self.state.target, self.state.kernel, *run.draws.some),
             find_diagnosis=None if automatic is None else automatic.find_diagnosis,
         )
+
+
+def _spread(state: ChainState, unknowns: PyTree) -> float:
+    """The largest ratio, either way, of the draws' standard deviation to that of warm-up's ensemble.
+
+    Over the coordinates; NaN where warm-up found no basis, or too few draws moved. unknowns: (C, n, ...).
+    """
+    if scale_of(state) is None or jax.tree.leaves(unknowns)[0].shape[1] < FEW_DRAWS:
+        return float("nan")
+    (rows,) = jax.tree.leaves(unknowns)
+    stride = stride_of(rows.shape[0], rows.shape[1], rows[0, 0].size)
+    deviation = np.std(rows[:, ::stride], axis=(0, 1), dtype=float)
+    with np.errstate(divide="ignore"):
+        return float(np.max(np.maximum(deviation, 1 / deviation)))
 
 
 def _divergences_tell(kernel: Kernel) -> bool:

@@ -4,11 +4,13 @@ import time
 import warnings
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pmcmc._samples import judge_mixing
 from pmcmc._state import ChainState, Source
 from pmcmc._transformations import refuse_transformation
 from pmcmc._types import Array, PRNGKey, PyTree
@@ -40,8 +42,9 @@ def run_stages(
     """
     began = time.perf_counter()
     with Progress(settings.num_samples, progress_bar) as progress, closing(Ahead()) as ahead:
-        state, remark = _warm_up(source, rng_key, starts, settings, progress, ahead, record)
-        return _sample(state, settings, progress, ahead, began, time.perf_counter() - began, remark, record)
+        state, tuned = _warm_up(source, rng_key, starts, settings, progress, ahead, record)
+        seconds = time.perf_counter() - began
+        return _sample(state, settings, progress, ahead, began, seconds, tuned.remark, tuned.num_lost, record)
 
 
 def warm_up(source: Source, rng_key: PRNGKey, starts: PyTree, settings: Settings, progress_bar: bool) -> ChainState:
@@ -74,7 +77,8 @@ def _join(chain: Chain, more: Chain) -> Chain:
     """One chain of both; what is not draws is that of the second."""
     join = lambda old, new: np.concatenate([old, new], axis=1)
     both = jax.tree.map(join, (chain.unknowns, chain.info), (more.unknowns, more.info))
-    return replace(more, unknowns=both[0], info=both[1], warmup_path=chain.warmup_path)
+    report = replace(more.report, find_mixing=partial(judge_mixing, more.target, more.kernel, both[0]))
+    return replace(more, unknowns=both[0], info=both[1], report=report, warmup_path=chain.warmup_path)
 
 
 def _warm_up(
@@ -85,8 +89,8 @@ def _warm_up(
     progress: Progress,
     ahead: Ahead,
     record: WarmupRecord | None = None,
-) -> tuple[ChainState, str]:
-    """From ``starts`` to where the chains begin, with warm-up's remark; programs for sampling are compiled beside."""
+) -> tuple[ChainState, Tuned]:
+    """From ``starts`` to where the chains begin; programs for sampling are compiled beside."""
     settings.kernel.check(source.target)
     source, kernel = source.with_kernel(settings.kernel)
     target, settings = source.target, replace(settings, kernel=kernel)
@@ -94,7 +98,7 @@ def _warm_up(
     settings.kernel.check_start(target, jax.tree.map(lambda x: np.asarray(x)[0], starts))
     warmup_key, chain_key = _split_keys(rng_key)
     if settings.num_warmup and (expected := settings.warmup.tuned_shapes(target, settings.kernel)) is not None:
-        engine = engine_of(_begin(expected, chain_key, settings, source), ahead)
+        engine = engine_of(_begin(expected, starts, chain_key, settings, source), ahead)
         fit_memory(engine, settings, draw_bytes(engine) * (settings.num_samples // settings.thinning))
         compile_first(engine, settings.solver, settings.num_samples)
 
@@ -104,14 +108,14 @@ def _warm_up(
             record(target, path)
 
     tuned = _tune(target, warmup_key, starts, settings, watch)
-    state = _begin(tuned, chain_key, settings, source)
+    state = _begin(tuned, starts, chain_key, settings, source)
     unknown = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[state.own]), state.ensemble)
-    return state._replace(unknown=unknown), tuned.remark
+    return state._replace(unknown=unknown), tuned
 
 
-def _begin(tuned: Tuned, chain_key: PRNGKey, settings: Settings, source: Source) -> ChainState:
+def _begin(tuned: Tuned, starts: PyTree, chain_key: PRNGKey, settings: Settings, source: Source) -> ChainState:
     """Arrays, or shapes where that is all there is yet; ``unknown`` is still to be filled in."""
-    own = _chain_starts(tuned, settings)
+    own = _chain_starts(tuned, starts, settings)
     return ChainState(tuned.target, tuned.kernel, None, chain_key, 0, 0, tuned.states, own, tuned.timing, source)
 
 
@@ -123,13 +127,16 @@ def _sample(
     began: float,
     warmup_seconds: float,
     warmup_remark: str = "",
+    num_lost: int = 0,
     record: WarmupRecord | None = None,
 ) -> Chain:
     num_kept = (state.num_unkept + settings.num_samples) // settings.thinning
     engine = engine_of(state, ahead)
     fit_memory(engine, settings, draw_bytes(engine) * num_kept)
     draws = Draws(engine, num_kept)
-    sampling = Sampling(state, settings, engine, draws, progress, began, warmup_seconds, warmup_remark)
+    sampling = Sampling(
+        state, settings, engine, draws, progress, began, warmup_seconds, warmup_remark, num_lost=num_lost
+    )
 
     def chain(x: PyTree, num_steps: int) -> Chain:
         after, report = sampling.standing(x, num_steps)
@@ -155,8 +162,9 @@ def _sample(
         x = jax.tree.map(lambda rows: jnp.asarray(rows[:, -1]), draws.kept[0])
         there = chain(x, kept * settings.thinning - state.num_unkept)
         raise Interrupted(there, settings.num_samples) from stopped
-    sampling.warn()
-    return chain(sampling.run.x, settings.num_samples)
+    whole = chain(sampling.run.x, settings.num_samples)
+    sampling.warn(whole.report)
+    return whole
 
 
 def _tune(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings, watch: Watch) -> Tuned:
@@ -170,12 +178,25 @@ def _tune(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings, 
     return Tuned(target, kernel, states, jnp.array(jnp.nan))
 
 
-def _chain_starts(tuned: Tuned, settings: Settings) -> np.ndarray:
-    """(C,) lanes of the warm-up's ensemble where the chains start, taken from its different starts in turn."""
+def _chain_starts(tuned: Tuned, starts: PyTree, settings: Settings) -> np.ndarray:
+    """(C,) lanes of the warm-up's ensemble where the chains start.
+
+    Where the lanes keep apart, as far from each other as they are. Else, and where each chain was given a start of its
+    own (which a lane descends from), from the ensemble's different starts in turn.
+    """
     num_states = jax.tree.leaves(tuned.states)[0].shape[0]
     chains = np.arange(settings.num_chains)
+    if tuned.order is not None and not _is_per_chain(starts, settings.num_chains):
+        return tuned.order[chains % num_states]
     stride = max(1, num_states // settings.warmup.num_starts) if settings.num_warmup else 1
     return (chains * stride + chains * stride // num_states) % num_states
+
+
+def _is_per_chain(starts: PyTree, num_chains: int) -> bool:
+    """Whether starts (N, ...) are those of the chains, over and over."""
+    rows = [np.asarray(x) for x in jax.tree.leaves(starts)]
+    repeats = all(np.array_equal(x[num_chains:], x[:-num_chains]) for x in rows)
+    return repeats and any(np.any(x != x[:1]) for x in rows)
 
 
 @jax.jit

@@ -21,7 +21,7 @@ from pmcmc._storage import STORE, Reader, Writer
 from pmcmc._types import PyTree
 from pmcmc.interop._zarr import DrawArrays, check_zarr
 from pmcmc.kernels import Info
-from pmcmc.sampling._draws import Keeper, Moves
+from pmcmc.sampling._draws import Keeper, Moves, Thinned
 from pmcmc.sampling._engine import Engine
 from pmcmc.stored import CHECKPOINT, DRAWS, StoredChain
 from pmcmc.target import Target
@@ -36,6 +36,9 @@ FLUSH_SHARE, COPIES = 1 / 16, 3
 LOCK = "lock"
 # Draws made of unknowns at a time, at most.
 _CONSTRAIN_BATCH = 8192
+# Draws of each chain that are kept in memory, up to twice as many, to judge how well they mixed; fewer where they take
+# more than so many bytes.
+_NUM_JUDGED, _FEWEST, _JUDGED_BYTES = 1024, 64, 2**23
 
 
 class Store(Keeper):
@@ -128,7 +131,10 @@ class Store(Keeper):
         none = np.zeros(engine.num_chains)
         self._moves = Moves(none.astype(int), none, none.astype(int), False)
         empty = lambda s: np.empty((engine.num_chains, 0, *s.shape), s.dtype)
-        self._info = jax.tree.map(empty, engine.record_shapes[1])
+        unknowns, self._info = jax.tree.map(empty, engine.record_shapes)
+        row = sum(x.dtype.itemsize * math.prod(x.shape[2:]) for x in jax.tree.leaves(unknowns)) * engine.num_chains
+        self._thinned = Thinned(max(_FEWEST, min(_NUM_JUDGED, _JUDGED_BYTES // row)))
+        self._thinned.add(unknowns)
 
     def _batch_size(self, engine: Engine) -> int:
         """Draws of one chain that are constrained at a time: sites and their copies take a share of what may wait."""
@@ -160,6 +166,7 @@ class Store(Keeper):
             old.has_margin or bool(np.isfinite(info.margin).any()),
         )
         self._info = info
+        self._thinned.add(unknowns)
         self._waiting.append(draws)
         self._num_bytes += sum(x.nbytes for x in jax.tree.leaves(draws))
         if self._num_bytes >= self._flush_bytes:
@@ -205,6 +212,10 @@ class Store(Keeper):
     @property
     def moves(self):
         return self._moves
+
+    @property
+    def some(self):
+        return self._thinned.kept, self._thinned.stride
 
 
 def flush_bytes(max_memory: int | None) -> int:

@@ -91,7 +91,7 @@ def _to_store(
         except KeyboardInterrupt as stopped:
             store.cut()
             raise Interrupted(store.last, settings.num_samples) from stopped
-        sampling.warn()
+        sampling.warn(store.last.report)
         return store.last
 
 

@@ -4,6 +4,8 @@ import abc
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
+import numpy as np
+
 from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.kernels import Kernel
 from pmcmc.target import Target
@@ -42,6 +44,10 @@ class Tuned(NamedTuple):
     acceptance_rate: of the tuned kernel over the last steps of warm-up.
     timing: of its lanes, for the planner; None where it was not taken.
     remark: what is doubtful about all this and what may help, in sentences; "" where nothing is.
+    order: (lanes,) from which chains should start, one after the other, so that they start apart; None where the lanes
+        have mixed, and any will do.
+    num_lost: times that a lane was put on another's place, because it did not move and its log density was far below
+        that of all that did.
     """
 
     target: Target
@@ -50,6 +56,8 @@ class Tuned(NamedTuple):
     acceptance_rate: Array
     timing: LaneTiming | None = None
     remark: str = ""
+    order: np.ndarray | None = None
+    num_lost: int = 0
 
 
 class Warmup(abc.ABC):

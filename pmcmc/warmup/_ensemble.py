@@ -20,6 +20,8 @@ from pmcmc.warmup._lanes import (
     LaneEnsemble,
     check_exploration,
     check_metric,
+    far_lanes,
+    held_lanes,
     is_dense,
     take_metric,
     tune,
@@ -28,6 +30,8 @@ from pmcmc.warmup._lanes import (
 
 # A basis is settled when draws made in it look standard to within this factor, and have mixed to this share.
 SETTLED, MIXED = 3.0, 0.2
+# A lane that is held far out gets so many more windows, tuned for it, until it is put on another's place.
+PATIENCE = 1
 # The last window is repeated at most so many times where it did not settle the basis.
 MAX_REPEATS = 8
 UNSETTLED = (
@@ -46,8 +50,9 @@ class EnsembleAdaptation(Warmup):
        become the basis in which they go on, until the basis looks right and the lanes mix (see `SETTLED`, `MIXED`), or
        for a quarter of ``num_steps``. Then come windows of 32, 64, ... steps, a quarter of ``num_steps`` in all; the
        last, at least half of these, gives the target's basis. It is repeated, up to eight times, where it moved it.
-       In each window dual averaging of one step size for all begins anew, and a lane that did not move in it at all
-       is put on another's place.
+       In each window dual averaging of one step size for all begins anew. A lane that does not move counts for half of
+       the acceptance rate that is tuned, so that the step size falls until it does. Only if it still does not move in
+       the window after that, and its log density is far below that of all that moved, is it put on another's place.
     2. In that basis the lanes run the kernel for a quarter as many steps (at least 102), as in `WindowAdaptation`.
 
     One program of a few leapfrog steps is compiled, and for HMC both parts run it; NUTS along 4 paths, as in
@@ -98,7 +103,8 @@ class EnsembleAdaptation(Warmup):
         )
         num_tuning, whitened = max(102, num_steps // 4), target.with_basis(found.basis)
         tuned = tune(whitened, found.kernel, step_key, found.lanes, self.target_acceptance_rate, num_tuning, watch)
-        return tuned._replace(remark=found.remark)
+        remark = " ".join(filter(None, (found.remark, tuned.remark)))
+        return tuned._replace(remark=remark, num_lost=found.num_lost)
 
 
 @partial(jax.jit, static_argnames="number")
@@ -108,12 +114,13 @@ def split_key(rng_key: PRNGKey, *, number: int) -> tuple[PRNGKey, ...]:
 
 
 class Explored(NamedTuple):
-    """The kernel without its metric, the basis, the lanes (lanes, D) in it, and a remark as in `Tuned`."""
+    """The kernel without its metric, the basis, the lanes (lanes, D) in it; remark and num_lost as in `Tuned`."""
 
     kernel: Any
     basis: Basis
     lanes: np.ndarray
     remark: str
+    num_lost: int
 
 
 def explore_basis(
@@ -142,7 +149,7 @@ def explore_basis(
     kernel, basis = take_metric(target, kernel, found, metric)
     frame = Frame(np.asarray(basis.loc, float), np.asarray(basis.scale, float))
     remark = "" if found.settled or is_given else UNSETTLED.format(num_steps=num_steps)
-    return Explored(kernel, basis, frame.to_coordinates(found.last), remark)
+    return Explored(kernel, basis, frame.to_coordinates(found.last), remark, found.num_lost)
 
 
 class Frame:
@@ -155,7 +162,7 @@ class Frame:
         return Basis(np.asarray(self.loc, dtype), np.asarray(self.scale, dtype))
 
     def to_positions(self, y: np.ndarray) -> np.ndarray:
-        return self.loc + (y @ self.scale.T if self.scale.ndim == 2 else y * self.scale)
+        return Basis(self.loc, self.scale).to_positions(y)
 
     def to_coordinates(self, x: np.ndarray) -> np.ndarray:
         centred = x - self.loc
@@ -174,7 +181,8 @@ class Explorer:
         if target.basis is not None:
             self.frame = Frame(np.asarray(target.basis.loc, float), np.asarray(target.basis.scale, float))
         self.lanes = LaneEnsemble(HMC(), rng_key, HMC().target_acceptance_rate(target.dim), watch)
-        self.finite, self.settled = True, False
+        self.finite, self.settled, self.num_lost = True, False, 0
+        self.num_waits = np.zeros(len(positions), int)
         self.movement, self.acceptance_rate = np.zeros(target.dim), 0.0
 
     def run_window(self, num_pieces: int) -> None:
@@ -186,8 +194,15 @@ class Explorer:
         pieces = [self.lanes.run(adapting=True)[0] for _ in range(num_pieces)]
         path = np.concatenate([np.asarray(piece.path, float) for piece in pieces])
         self.movement = np.ptp(self.frame.to_positions(path), axis=0).max(axis=0)
-        self.acceptance_rate = float(np.mean([piece.acceptance_rate for piece in pieces]))
-        self.positions = self.frame.to_positions(_unstick(path))
+        acceptance_rate = np.concatenate([piece.acceptance_rate for piece in pieces])
+        self.acceptance_rate = float(np.mean(acceptance_rate))
+        held = held_lanes(np.mean([piece.moved for piece in pieces], axis=0), acceptance_rate, self.lanes.rate)
+        far = far_lanes(held, np.concatenate([piece.logdensity for piece in pieces]), self.target.dim)
+        self.num_waits = np.where(far, self.num_waits + 1, 0)
+        lost = self.num_waits > PATIENCE
+        self.num_waits[lost] = 0
+        self.num_lost += int(lost.sum())
+        self.positions = self.frame.to_positions(_with_places(path[-1], np.flatnonzero(lost), np.flatnonzero(~held)))
         self.finite = bool(np.all(np.isfinite(path)))
         if self.finite:
             mean, factor = _moments(path, self.dense)
@@ -198,7 +213,7 @@ class Explorer:
     def found(self) -> Exploration:
         frame = self.frame
         return Exploration(
-            frame.loc, frame.scale, self.positions, self.movement, self.acceptance_rate, settled=self.settled
+            frame.loc, frame.scale, self.positions, self.movement, self.acceptance_rate, self.settled, self.num_lost
         )
 
 
@@ -247,12 +262,11 @@ def _is_settled(path: np.ndarray, mean: np.ndarray, factor: np.ndarray) -> bool:
     return bool(right and share.min() > MIXED)
 
 
-def _unstick(path: np.ndarray) -> np.ndarray:
-    """(lanes, D) the last of path (steps, lanes, D), with copies of moving lanes in place of those that never moved."""
-    last, moved = path[-1].copy(), np.any(path != path[:1], axis=(0, 2))
-    moving, still = np.flatnonzero(moved), np.flatnonzero(~moved)
-    if len(moving):
-        last[still] = last[moving[still % len(moving)]]
+def _with_places(last: np.ndarray, lost: np.ndarray, moving: np.ndarray) -> np.ndarray:
+    """Rows (lanes, D) with those of moving lanes in place of lost ones; both are given by their numbers."""
+    last = last.copy()
+    if len(lost):  # never all lanes
+        last[lost] = last[moving[lost % len(moving)]]
     return last
 
 

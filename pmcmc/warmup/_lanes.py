@@ -21,20 +21,37 @@ from pmcmc.interop._blackjax import dual_averaging
 from pmcmc.kernels import HMC, Kernel
 from pmcmc.target import Basis, Target
 from pmcmc.warmup._base import LaneTiming, Tuned, WarmupError, Watch, ignore
+from pmcmc.warmup._starts import start_order
 
 # Lanes on which the kernel's own step size is adapted and whose last states seed chains and blocks.
 NUM_LANES = 32
 # Steps of one run of the program.
 PIECE = 16
+# A lane is held where it did not move in a piece and its mean acceptance rate was below this share of the target.
+HELD = 0.1
+# A held lane is far out where its log density lies this much, and another nat a dimension, below all that the moving
+# lanes visited meanwhile. It waits for a smaller step size, so where it is the posterior is not wider than where they
+# are, and holds less than about exp(-20) of the mass.
+FAR = 20.0
+HELD_STILL = (
+    "{num_held} of the {num_lanes} lanes of warm-up did not move in its last third: there is a region of the posterior "
+    "that the step size does not resolve, and chains that enter it stand still. Take smaller steps by a higher "
+    "acceptance rate, as in warmup=EnsembleAdaptation(target_acceptance_rate=0.95), raise num_warmup, or reparametrise."
+)
 
 
 class Piece(NamedTuple):
-    """`PIECE` steps on all lanes. averaged: state of the dual averaging. path: (steps, lanes, D) coordinates."""
+    """`PIECE` steps on all lanes.
+
+    averaged: state of the dual averaging. path: (steps, lanes, D) coordinates. acceptance_rate: (steps, lanes).
+    logdensity: (steps, lanes). moved: (lanes,) share of the steps that changed the coordinates.
+    """
 
     states: PyTree
     averaged: PyTree
     path: Array
     acceptance_rate: Array
+    logdensity: Array
     moved: Array
 
 
@@ -64,8 +81,12 @@ def run_piece(
     averaged: PyTree,
     rate: Scalar,
     adapting: Array,
+    weights: Array,
 ) -> Piece:
-    """`PIECE` steps of all lanes from unknowns ``states``, under noise that belongs to the piece of this number."""
+    """`PIECE` steps of all lanes from unknowns ``states``, under noise that belongs to the piece of this number.
+
+    weights: (lanes,), sum 1: of their acceptance rates in the one that is tuned.
+    """
     averaging = dual_averaging(rate)
     num_lanes = jax.tree.leaves(states)[0].shape[0]
     numbers = number * PIECE * num_lanes + jnp.arange(PIECE * num_lanes)
@@ -80,28 +101,59 @@ def run_piece(
         now, before = _with_step(kernel, target, averaged, averaging, adapting), coordinates(state)
         state, info = jax.vmap(lambda s, n: now.step(target, s, n))(state, noise)
         after = coordinates(state)
-        acceptance = jnp.mean(info.acceptance_rate)
-        updated = averaging.update(averaged, acceptance)
+        updated = averaging.update(averaged, jnp.sum(weights * info.acceptance_rate))
         averaged = jax.tree.map(lambda new, old: jnp.where(adapting, new, old), updated, averaged)
-        return (state, averaged), (after, acceptance, jnp.mean(jnp.any(after != before, axis=1)))
+        moved = jnp.any(after != before, axis=1)
+        return (state, averaged), (after, info.acceptance_rate, info.logdensity, moved)
 
     ready = _with_step(kernel, target, averaged, averaging, adapting)
     state = jax.vmap(lambda unknown: ready.restore(target, unknown))(states)
-    (state, averaged), (path, acceptance, moved) = jax.lax.scan(body, (state, averaged), noise)
-    return Piece(jax.vmap(kernel.unknown)(state), averaged, path, jnp.mean(acceptance), jnp.mean(moved))
+    (state, averaged), (path, acceptance, logdensity, moved) = jax.lax.scan(body, (state, averaged), noise)
+    return Piece(jax.vmap(kernel.unknown)(state), averaged, path, acceptance, logdensity, jnp.mean(moved, axis=0))
+
+
+def held_lanes(moved: np.ndarray, acceptance_rate: np.ndarray, rate: float) -> np.ndarray:
+    """(lanes,) whether a lane did not move, and not by chance.
+
+    moved: (lanes,) share of its steps that did. acceptance_rate: (steps, lanes). rate: that is aimed at.
+    """
+    return (moved == 0) & (np.mean(acceptance_rate, axis=0) < HELD * rate)
+
+
+def half_for_held(held: np.ndarray) -> np.ndarray:
+    """(lanes,) weights of sum 1: half for the held lanes together, where there are any, and half for the others."""
+    groups = [group for group in (held, ~held) if group.any()]
+    return np.sum([group / group.sum() for group in groups], axis=0) / len(groups)
+
+
+def far_lanes(held: np.ndarray, logdensity: np.ndarray, dim: int) -> np.ndarray:
+    """(lanes,) which of the held lanes the posterior has no mass for, see `FAR`; none where every lane is held.
+
+    logdensity: (steps, lanes).
+    """
+    if held.all():
+        return np.zeros_like(held)
+    return held & (logdensity[-1] < np.min(logdensity[:, ~held]) - FAR - dim)  # not where it is NaN
 
 
 class LaneEnsemble:
-    """Lanes of one kernel, carried from piece to piece. rate: acceptance rate to tune to."""
+    """Lanes of one kernel, carried from piece to piece.
+
+    rate: acceptance rate to tune to, on average over the lanes. Where some are held, they count as much as all others
+    together: the step size falls until they move.
+    """
 
     def __init__(self, kernel: Any, rng_key: PRNGKey | None, rate: Scalar, watch: Watch = ignore):
         self.kernel, self.rng_key, self.rate, self.watch = kernel, rng_key, float(rate), watch
         self._averaging, self._number = dual_averaging(self.rate), 0
+        self._weights: np.ndarray | None = None
 
     def enter(self, target: Target, positions: np.ndarray) -> None:
         """Put the lanes at coordinates (lanes, D) of a target; dual averaging begins anew."""
         self.target, self.averaged = target, self.first_average(target)
         positions = np.asarray(positions, target.spec.dtype)
+        if self._weights is None:
+            self._weights = np.full(len(positions), 1 / len(positions), target.spec.dtype)
         self.states = _start_lanes(target, self.kernel, positions, self.averaged, self.rate)
 
     def first_average(self, target: Target) -> PyTree:
@@ -111,13 +163,15 @@ class LaneEnsemble:
 
     def run(self, adapting: bool) -> tuple[Piece, float]:
         """One more piece, and the seconds that its run took."""
-        arguments = (self.states, self.averaged, self.rate, np.asarray(adapting))
+        arguments = (self.states, self.averaged, self.rate, np.asarray(adapting), self._weights)
         piece, (_, seconds) = run_piece.timed(
             self.target, self.kernel, self.rng_key, np.asarray(self._number), *arguments
         )
         self._number += 1
         self.states, self.averaged = piece.states, piece.averaged
         self.watch(self.target, piece.path)
+        held = held_lanes(np.asarray(piece.moved), np.asarray(piece.acceptance_rate), self.rate)
+        self._weights = half_for_held(held).astype(self.target.spec.dtype)
         return piece, seconds
 
     def tuned_kernel(self) -> Any:
@@ -156,10 +210,14 @@ def tune(
         lanes.run(adapting=True)
     last, seconds = zip(*(lanes.run(adapting=False) for _ in range(third)), strict=True)
     tuned = lanes.tuned_kernel()
-    acceptance_rate = np.mean([piece.acceptance_rate for piece in last])
-    check_tuned(tuned, lanes.states, acceptance_rate, np.mean([piece.moved for piece in last]))
+    acceptance_rate = np.concatenate([piece.acceptance_rate for piece in last])
+    moved = np.mean([piece.moved for piece in last], axis=0)
+    check_tuned(tuned, lanes.states, np.mean(acceptance_rate), np.mean(moved))
     timing = LaneTiming(len(positions), float(np.median(seconds)) / PIECE)
-    return Tuned(target, tuned, lanes.states, jnp.asarray(acceptance_rate), timing)
+    order = start_order(*(np.concatenate(parts) for parts in ([p.path for p in last], [p.logdensity for p in last])))
+    num_held = int(held_lanes(moved, acceptance_rate, lanes.rate).sum())  # not all: `check_tuned`
+    remark = HELD_STILL.format(num_held=num_held, num_lanes=len(moved)) if num_held else ""
+    return Tuned(target, tuned, lanes.states, jnp.asarray(np.mean(acceptance_rate)), timing, remark, order)
 
 
 def check_tuned(kernel: Kernel, states: PyTree, acceptance_rate: Any, moved: Any) -> None:
@@ -184,7 +242,7 @@ class Exploration(NamedTuple):
 
     mean: (D,). scale: (D,) standard deviations or (D, D) Cholesky factor. last: (lanes, D).
     movement: (D,) largest spread within one path. acceptance_rate: mean.
-    settled: whether more steps would hardly move the moments, as far as anybody looked.
+    settled: whether more steps would hardly move the moments, as far as anybody looked. num_lost: as in `Tuned`.
     """
 
     mean: Any
@@ -193,6 +251,7 @@ class Exploration(NamedTuple):
     movement: Any
     acceptance_rate: Any
     settled: bool = True
+    num_lost: int = 0
 
 
 def check_exploration(target: Target, found: Exploration) -> None:

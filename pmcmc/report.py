@@ -23,7 +23,7 @@ class SolveReport:
     plan: what "auto" measured and expected; None where the caller chose, or the run was too short to plan.
     bias_bound: (n,) bounds on what is left of the start t = 0..n-1 steps behind warm-up: 1-Wasserstein distance to the
         posterior in posterior standard deviations, from lagged coupled pairs (Biswas, Jacob & Vanetti 2019); empty
-        without a pilot.
+        without a pilot, or after one that proves nothing.
     result: `RESULTS` of the parallel solve. fallback: what was finished sequentially, or "".
     residual: largest |x[t] - f(x[t-1], u[t])| / scale that was accepted.
     num_steps: steps per chain. num_sequential_steps: critical path, in steps one after the other.

@@ -71,7 +71,7 @@ class SolveReport:
     def diagnosis(self) -> Diagnosis | None:
         """Which sites keep coupled chains apart and what may help; None where they merge, or nobody looked.
 
-        Worked out when first asked for: it evaluates the model step by step, which may take a second.
+        Worked out when first asked for: it compiles small programs, which takes a few seconds.
         """
         return None if self.find_diagnosis is None else self.find_diagnosis()
 

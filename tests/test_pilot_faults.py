@@ -1,4 +1,4 @@
-"""A pilot that proves nothing leads to sampling in order with a reason, never to an exception after draws were paid for."""
+"""A pilot that proves nothing is a reason to sample in order, and no exception after draws were paid for."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -68,9 +68,9 @@ class Automatic:
     """One run under "auto", and what it found out.
 
     plan, reason: None and why not, where the run was too short to plan. find_diagnosis: where chains did not merge.
-    bias_bound: what warm-up left, see `bias_after_warmup`; empty where the pilot proves nothing. pilot_seconds, partner_seconds: the pilot's, and of them its
-    programs'. seconds: taken by what was planned, compilation included. devices: that the user named to share blocks;
-    none: the plan chooses.
+    bias_bound: what warm-up left, see `bias_after_warmup`; empty where the pilot proves nothing. pilot_seconds,
+    partner_seconds: the pilot's, and of them its programs'. seconds: taken by what was planned, compilation included.
+    devices: that the user named to share blocks; none: the plan chooses.
     """
 
     def __init__(self, run: Run, own: np.ndarray, timing: LaneTiming | None, devices: Sequence[jax.Device] = ()):

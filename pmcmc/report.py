@@ -32,8 +32,8 @@ class SolveReport:
     plan: what "auto" measured and expected; None where the caller chose, or the run was too short to plan.
     bias_bound: (n,) bounds on what is left of the start t = 0..n-1 steps behind warm-up: 1-Wasserstein distance to the
         law that chains from warm-up's ensemble tend to, in standard deviations of that ensemble, from lagged coupled
-        pairs (Biswas, Jacob & Vanetti 2019); empty without a pilot. Of a region that no lane of warm-up found it says
-        nothing; see `bias_doubt`.
+        pairs (Biswas, Jacob & Vanetti 2019); empty without a pilot, or after one that proves nothing. Of a region that
+        no lane of warm-up found it says nothing; see `bias_doubt`.
     pair_distances: (pairs,) at which the pairs started, in the same unit; empty without a pilot.
     spread: largest ratio, either way, of the draws' standard deviations to those of the ensemble; NaN where unknown.
     result: `RESULTS` of the parallel solve. fallback: what was finished sequentially, or "".
@@ -90,7 +90,7 @@ class SolveReport:
     def diagnosis(self) -> Diagnosis | None:
         """Which sites keep coupled chains apart and what may help; None where they merge, or nobody looked.
 
-        Worked out when first asked for: it evaluates the model step by step, which may take a second.
+        Worked out when first asked for: it compiles small programs, which takes a few seconds.
         """
         return None if self.find_diagnosis is None else self.find_diagnosis()
 

@@ -69,9 +69,13 @@ class Model(abc.ABC):
             "log density of your own, or leave the option out: then elements are drawn one after the other."
         )
 
-    def centred_sites(self, data: PyTree, position: PyTree, other: PyTree) -> list[str]:
-        """Latent sites whose scale differs between two positions, as far as the model has sites."""
-        return []
+    def site_scales(self, data: PyTree, position: PyTree) -> dict[str, Array]:
+        """Scales of the latent sites of location-scale families, as far as the model has sites."""
+        return {}
+
+    def non_centred_form(self, site: str) -> str:
+        """What to write for a non-centred form of one of these sites, as the end of a sentence."""
+        return "try a non-centred form"
 
     def observed(self, data: PyTree, position: PyTree) -> dict[str, Array]:
         """Values of the observed sites, as far as the model has sites."""

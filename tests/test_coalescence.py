@@ -185,7 +185,7 @@ HALF_STILL = lambda x, u: jnp.stack([0.5 * x[0] + u[0], x[1]])
     [
         (STILL, "no chain moved in the 60 steps"),
         (BLOWN, "3 of 3 coupled pairs of chains reached a state that is NaN"),
-        (COLLAPSE, "came to rest"),
+        (COLLAPSE, "moves slowly from one that comes to rest"),
         (HALF_STILL, r"coordinate\(s\) 1 of the state never moved"),
     ],
 )

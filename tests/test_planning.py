@@ -14,7 +14,7 @@ import pytest
 import pmcmc
 from pmcmc.recurrence import RESULTS, Dense, MultipleShooting, Sequential, Windowed, deer, quasi_deer
 from pmcmc.sampling import _auto, _pilot, _run
-from pmcmc.stability import Costs, PilotError, coalescence_time, plan, predict_iterations
+from pmcmc.stability import Costs, coalescence_time, plan, predict_iterations
 from pmcmc.stability._paths import coalescence_of_paths
 from pmcmc.stability._plan import next_segment, schedule
 from tests._targets import funnel, gaussian, start_like
@@ -376,11 +376,15 @@ def test_resonant_length_does_not_contract(free_lanes) -> None:
     assert any("step_size_jitter" in text for text in chain.report.diagnosis.suggestions)
 
 
-def test_a_pilot_that_stands_still_is_an_error(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps so long that none is accepted: no evidence of contraction, and no result either."""
+def test_a_pilot_that_stands_still_is_no_error(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps so long that none is accepted: no evidence of contraction, and draws that a warning speaks of."""
     monkeypatch.setattr("pmcmc.warmup._lanes.check_tuned", lambda *found: None)
-    with pytest.raises(PilotError, match="no chain moved"):
-        pmcmc.sample(gaussian, start_like(gaussian), 3, kernel=pmcmc.MALA(step_size=1e6), num_samples=4000, **SIZES)
+    with pytest.warns(UserWarning, match="accepted no move"):
+        chain = pmcmc.sample(
+            gaussian, start_like(gaussian), 3, kernel=pmcmc.MALA(step_size=1e6), num_samples=4000, **SIZES
+        )
+    assert chain.report.decision == "sequential"
+    assert "no chain moved" in chain.report.reason
 
 
 def centred(error, effect):

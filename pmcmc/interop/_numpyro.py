@@ -4,8 +4,8 @@ import inspect
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial, wraps
+from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from pmcmc._traced import Trace, trace
 from pmcmc._tree import RavelSpec
 from pmcmc._types import Array, PRNGKey, PyTree
 from pmcmc.interop._numpyro_checks import check_trace
+from pmcmc.interop._numpyro_scales import active_reparams, non_centred_forms, scales
 from pmcmc.target import Model, Supports, Target, evaluate_starts
 
 # NumPyro's stack of handlers is one for all threads: two models that run at once would see each other's sites.
@@ -42,11 +43,13 @@ class NumpyroModel(Model):
     trace: of `_run`: everything that is asked of a model at a position.
     about: what its sites are at every position.
     supports: of discrete latent sites. Positions hold their values as they are, and continuous ones unconstrained.
+    forms: of each site with a scale, what to write for a non-centred one; no part of what the model computes.
     """
 
     trace: Trace
     about: "_Sites"
     supports: Supports = ()
+    forms: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     def density_shape(self, data, position):
         return self.trace.out_shapes["logdensity"]
@@ -77,9 +80,11 @@ class NumpyroModel(Model):
 
         return jnp.moveaxis(jax.vmap(at)(values), 0, -1)
 
-    def centred_sites(self, data, position, other) -> list[str]:
-        scales = [self._part("scales", data, x) for x in (position, other)]
-        return [name for name, scale in scales[0].items() if bool(jnp.any(scale != scales[1][name]))]
+    def site_scales(self, data, position):
+        return self._part("scales", data, position)
+
+    def non_centred_form(self, site):
+        return dict(self.forms)[site]
 
     def explain(self, data, position) -> str:
         finite = self._part("finite", data, position)
@@ -102,8 +107,10 @@ class _Sites(NamedTuple):
     plates: tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
 
 
-def _run(model: Callable, args: tuple, kwargs: dict, supports: Supports, position: PyTree) -> tuple[dict, _Sites]:
-    """The model at a position, once, and all that is asked of it there.
+def _run(
+    model: Callable, args: tuple, kwargs: dict, supports: Supports, position: PyTree
+) -> tuple[dict, _Sites, tuple[tuple[str, str], ...]]:
+    """The model at a position, once, and all that is asked of it there; with `NumpyroModel.about` and its ``forms``.
 
     Of the dict's entries each program takes the one that it needs, without what only others need. values: of latent and
     deterministic sites. terms: log probabilities by site, with NumPyro's scales, not summed. log_likelihood: of
@@ -118,7 +125,13 @@ def _run(model: Callable, args: tuple, kwargs: dict, supports: Supports, positio
     # A fixed key: nothing that the density depends on is drawn.
     seeded = handlers.seed(handlers.substitute(model, data=discrete) if discrete else model, jax.random.key(0))
     # As in NumPyro's `potential_energy`, which keeps neither the terms of its sum nor the sites.
-    started = handlers.substitute(seeded, substitute_fn=partial(_unconstrain_reparam, continuous))
+    active: dict[str, list] = {}
+
+    def start(site: dict) -> Any:
+        active[site["name"]] = active_reparams()
+        return _unconstrain_reparam(continuous, site)
+
+    started = handlers.substitute(seeded, substitute_fn=start)
     terms, sites = compute_log_probs(started, args, kwargs, {}, sum_log_prob=False)
     drawn = {name: site for name, site in sites.items() if site["type"] == "sample"}
     observed = {name: site for name, site in drawn.items() if _is_observation(site)}
@@ -127,36 +140,21 @@ def _run(model: Callable, args: tuple, kwargs: dict, supports: Supports, positio
         for name, site in sites.items()
         if site["type"] == "deterministic" or (name in drawn and not site.get("is_observed", False))
     }
-    return {
+    asked = {
         "logdensity": sum((jnp.sum(term) for term in terms.values()), start=0.0),
         "values": jax.tree.map(jnp.asarray, values),
         "terms": jax.tree.map(jnp.asarray, terms),
         "log_likelihood": {name: _log_likelihood(site, terms[name]) for name, site in observed.items()},
         "finite": {name: jnp.all(jnp.isfinite(term)) for name, term in terms.items()},
-        "scales": _scales(drawn),
+        "scales": scales(drawn),
         "observed": {name: jnp.asarray(site["value"]) for name, site in observed.items()},
-    }, _about(sites, {*values, *observed})
+    }
+    return asked, _about(sites, {*values, *observed}), non_centred_forms(sites, active)
 
 
 def _log_likelihood(site: dict, term: Array) -> Array:
     """Log probabilities of an observed site without NumPyro's scale. term: with it."""
     return jnp.asarray(term if site["scale"] is None else site["fn"].log_prob(site["value"]))
-
-
-def _scales(sites: dict[str, dict]) -> dict[str, Array]:
-    """The scale of each latent site of a location-scale family."""
-    from numpyro.distributions import ExpandedDistribution, Independent, MaskedDistribution
-
-    found = {}
-    for name, site in sites.items():
-        if site.get("is_observed", False):
-            continue
-        fn = site["fn"]
-        while isinstance(fn, (ExpandedDistribution, Independent, MaskedDistribution)):
-            fn = fn.base_dist
-        if hasattr(fn, "loc") and hasattr(fn, "scale"):
-            found[name] = jnp.asarray(fn.scale)
-    return found
 
 
 def _about(sites: dict[str, dict], labelled: set[str]) -> _Sites:
@@ -230,16 +228,17 @@ def numpyro_target(model: Callable, model_args: tuple, model_kwargs: dict) -> Ta
         from numpyro.handlers import substitute
 
         model = substitute(model, data=_fixed_values(model, args, kwargs, fixed))
-    about: list[_Sites] = []
+    static: list[tuple[_Sites, tuple]] = []
 
     def run(position: PyTree) -> dict:
-        out, sites = _run(model, args, kwargs, supports, position)
-        about.append(sites)
+        out, about, forms = _run(model, args, kwargs, supports, position)
+        static.append((about, forms))
         return out
 
     try:
         traced = trace(run, RavelSpec.of(prototype).template)
-        return Target.build(NumpyroModel(traced.trace, about[-1], supports), prototype, traced.constants)
+        about, forms = static[-1]
+        return Target.build(NumpyroModel(traced.trace, about, supports, forms), prototype, traced.constants)
     except ValueError as error:
         raise ValueError(f"{_refusing_site(model, args, kwargs)}{error}") from error
 

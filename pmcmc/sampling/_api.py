@@ -75,7 +75,8 @@ def parallel_chain(
         RuntimeError: a chain reached a state that is not finite.
 
     Warns:
-        UserWarning: warm-up did not settle, a chain accepted no move, or more than 1 % of the draws were divergent.
+        UserWarning: warm-up did not settle, a chain accepted no move, a coordinate of one never moved, or more than 1 %
+            of the draws were divergent.
 
     Example:
         >>> import numpyro, numpyro.distributions as dist, pmcmc

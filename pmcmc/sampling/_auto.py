@@ -15,7 +15,8 @@ from pmcmc.sampling._ahead import num_cores
 from pmcmc.sampling._engine import SEGMENT_BYTES, Engine, Shape
 from pmcmc.sampling._pilot import Head, bias_after_warmup, couple
 from pmcmc.sampling._run import Run
-from pmcmc.stability import Costs, Diagnosis, Plan, check_pilot, diagnose, plan
+from pmcmc.stability import Costs, Diagnosis, Plan, diagnose, plan
+from pmcmc.stability._pilot import pilot_fault
 from pmcmc.stability._plan import FIRST_SHARE, block_solvers, next_segment
 from pmcmc.warmup._base import LaneTiming
 
@@ -67,9 +68,9 @@ class Automatic:
     """One run under "auto", and what it found out.
 
     plan, reason: None and why not, where the run was too short to plan. find_diagnosis: where chains did not merge.
-    bias_bound: what warm-up left, see `bias_after_warmup`. pilot_seconds, partner_seconds: the pilot's, and of them its
-    programs'. seconds: taken by what was planned, compilation included. devices: that the user named to share blocks;
-    none: the plan chooses.
+    bias_bound: what warm-up left, see `bias_after_warmup`; empty where the pilot proves nothing. pilot_seconds,
+    partner_seconds: the pilot's, and of them its programs'. seconds: taken by what was planned, compilation included.
+    devices: that the user named to share blocks; none: the plan chooses.
     """
 
     def __init__(self, run: Run, own: np.ndarray, timing: LaneTiming | None, devices: Sequence[jax.Device] = ()):
@@ -100,15 +101,21 @@ class Automatic:
         self.seconds = time.perf_counter() - begin
 
     def make_plan(self, head: Head) -> Plan:
-        """Pilot, check, plan; and where chains did not merge, why."""
+        """Pilot, check, plan; and where chains did not merge, why.
+
+        A pilot that proves nothing is no reason to stop: the chain in order is valid whatever coupled ones do.
+        """
         run = self.run
-        pilot, excuse, self.pilot_seconds, self.partner_seconds = couple(head, self.own)
-        if pilot is not None:
-            check_pilot(pilot)
-            self.bias_bound = bias_after_warmup(pilot)
-            if not np.all(pilot.merged):
+        seen, excuse, self.pilot_seconds, self.partner_seconds = couple(head, self.own)
+        pilot = seen
+        if seen is not None:
+            if fault := pilot_fault(seen):
+                pilot, excuse = None, f"The pilot of coupled chains proves nothing: {fault}"
+            else:
+                self.bias_bound = bias_after_warmup(seen)
+            if np.any(seen.finite & ~seen.merged):
                 target, kernel, info = run.engine.target, run.engine.kernel, run.draws.info
-                self.find_diagnosis = lambda: diagnose(target, kernel, pilot, info)
+                self.find_diagnosis = lambda: diagnose(target, kernel, seen, info)
         leaves = jax.tree.leaves(run.x)
         found = plan(
             run.left,

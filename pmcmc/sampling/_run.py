@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from pmcmc._tree import real_dtype
+from pmcmc._tree import is_real, real_dtype
 from pmcmc._types import PyTree
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential
 from pmcmc.recurrence._base import default_tolerance
@@ -58,6 +58,7 @@ class Run:
     Chains stand at the same step until a solve holds longer for some than for others. Every ``thinning``-th state is
     kept; ``num_unkept`` steps went by since the last such one.
     num_planned: steps that a run had of which these are the last; it is cut into segments as that run was.
+    moved: by leaf of an unknown, (C, ...) where chains have moved; true of integers, which may well keep a value.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Run:
         self.num_planned = num_steps if num_planned is None else num_planned
         self.position = np.zeros(engine.num_chains, int)
         self.counts = Counts.zero(engine.num_chains)
+        self.moved = [np.full(np.shape(x), not is_real(x)) for x in jax.tree.leaves(x0)]
 
     @property
     def done(self) -> int:
@@ -158,6 +160,7 @@ class Run:
         self.draws.add(path, info, [slice(f, n, self.thinning) for f, n in zip(first, keep, strict=True)])
         counts.near_ties += [ties[:steps].sum() for ties, steps in zip(near_ties, keep, strict=True)]
         last = lambda old, x: np.stack([x[c, n - 1] if n else old[c] for c, n in enumerate(keep)])
+        self._watch(path, keep)
         self.x = jax.tree.map(last, jax.tree.map(np.asarray, self.x), path)
         self.position += keep
         self.progress.update(self.done - before, int(np.max(stats.num_sweeps)))
@@ -176,6 +179,14 @@ class Run:
         # where a solve did not hold altogether, of the prefix that does no more than the tolerance is known
         within = np.where(keep > 0, _tolerance(solver, self.x), 0.0)
         counts.residual = np.maximum(counts.residual, np.where(held, np.asarray(solution.residual), within))
+
+    def _watch(self, path: PyTree, keep: np.ndarray) -> None:
+        """See what moved: mostly the ends tell, and what lies between them is looked at only where they do not."""
+        for moved, old, x in zip(self.moved, jax.tree.leaves(self.x), jax.tree.leaves(path), strict=True):
+            for c, n in enumerate(keep):
+                for rows in (slice(max(n - 1, 0), n), slice(0, n)):
+                    if not moved[c].all():
+                        moved[c] |= (x[c, rows] != np.asarray(old[c])).any(axis=0)
 
 
 def _tolerance(solver: RecurrenceSolver, x: PyTree) -> float:

@@ -154,6 +154,7 @@ class Sampling:
         report: of these draws.
         """
         if not self._warn_of_stuck_chains():
+            self._warn_of_still_coordinates()
             self._warn_of_divergences()
             self._warn_of_mixing(report)
 
@@ -204,6 +205,20 @@ class Sampling:
                 stacklevel=6,
             )
         return is_stuck
+
+    def _warn_of_still_coordinates(self) -> None:
+        """Say where some coordinates of a chain kept their value while others moved."""
+        flat = [np.reshape(moved, (len(moved), -1)) for moved in self.run.moved]
+        still = ~np.concatenate(flat, axis=1)
+        if self.run.num_steps < FEW_DRAWS or not still.any():
+            return
+        names = lambda flags: ", ".join(map(str, np.flatnonzero(flags)[:8]))
+        warnings.warn(
+            f"coordinate(s) {names(still.any(axis=0))} of the state never moved in {self.run.num_steps:,} steps of "
+            f"chain(s) {names(still.any(axis=1))}, so the draws do not explore them. Check that the kernel updates "
+            "them.",
+            stacklevel=6,
+        )
 
     def _report(self, num_steps: int) -> SolveReport:
         run, automatic, settings = self.run, self.automatic, self.settings

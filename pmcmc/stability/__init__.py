@@ -3,7 +3,7 @@
 from pmcmc.stability._checkpoints import Checkpoints
 from pmcmc.stability._coalescence import Coalescence, coalescence_time
 from pmcmc.stability._contraction import ContractionBound, contraction_bound
-from pmcmc.stability._diagnosis import Diagnosis, diagnose
+from pmcmc.stability._diagnosis import Diagnosis, SiteDistance, diagnose
 from pmcmc.stability._distance import coordinate_distances, site_distances
 from pmcmc.stability._lyapunov import LyapunovExponent, lyapunov_exponent
 from pmcmc.stability._pilot import PilotError, check_pilot
@@ -29,6 +29,7 @@ __all__ = [
     "PilotError",
     "Plan",
     "Prediction",
+    "SiteDistance",
     "SweepPrediction",
     "WassersteinBound",
     "check_pilot",

@@ -100,7 +100,7 @@ def gaps_by_dimension(a: PyTree, b: PyTree, scale: PyTree, discrete: float = np.
         if not is_real(x):
             gap = np.where(x == y, 0.0, discrete)
         else:
-            with np.errstate(invalid="ignore", divide="ignore"):
+            with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
                 gap = np.abs(x - y)
                 gap = np.where(gap == 0, 0.0, gap / np.broadcast_to(np.asarray(s), x.shape))
             gap = np.where(np.isfinite(gap), gap, np.inf)

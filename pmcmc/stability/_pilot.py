@@ -6,9 +6,10 @@ from pmcmc.stability._coalescence import Coalescence
 
 
 class PilotError(RuntimeError):
-    """A pilot of coupled chains that proves nothing: chains did not move, or a state is NaN or infinite.
+    """A pilot of coupled chains that proves nothing: chains hardly moved, or a state is NaN or infinite.
 
     Not a pilot whose chains move and do not merge: that is a finding, and the remedy is to sample sequentially.
+    Raised by `check_pilot` alone: ``solver="auto"`` samples in order after such a pilot, and its report says why.
     """
 
 
@@ -17,7 +18,8 @@ def check_pilot(pilot: Coalescence) -> None:
 
     Distances of zero between chains that stand still are no contraction. A kernel that always accepts can contract to
     a point and stand still there: movement over the last quarter of the run must exceed the regime of small distances,
-    ``sqrt(tol)`` in units of the scale.
+    ``sqrt(tol)`` in units of the scale. A valid kernel that moves less than that a step is sampled all the same; its
+    pilot just cannot tell.
 
     pilot: from `coalescence_time`, outside jit.
 
@@ -32,34 +34,43 @@ def check_pilot(pilot: Coalescence) -> None:
         Traceback (most recent call last):
         pmcmc.stability._pilot.PilotError: no chain moved in the 50 steps of the pilot...
     """
+    if fault := pilot_fault(pilot):
+        raise PilotError(fault)
+
+
+def pilot_fault(pilot: Coalescence) -> str:
+    """Why a pilot proves nothing, what was seen and a remedy; "" where it is evidence. See `check_pilot`."""
     num_steps = int(pilot.num_steps)
     finite = np.asarray(pilot.finite)
     if not finite.all():
-        raise PilotError(
+        return (
             f"{(~finite).sum()} of {finite.size} coupled pairs of chains reached a state that is NaN or infinite "
             f"within {num_steps} steps. Check the kernel and the log density there, or lower the step size."
         )
     movement = np.asarray(pilot.movement)[:num_steps]
     if not (movement > 0).any():
-        raise PilotError(
+        return (
             f"no chain moved in the {num_steps} steps of the pilot, so nothing is known of how chains merge. Lower the "
             "step size or run a longer warm-up; if every proposal diverges, check the model."
         )
     still = np.asarray(pilot.dimension_movement) == 0  # NaN: a discrete one, which may well keep its value
     if still.any():
-        raise PilotError(
+        return (
             f"coordinate(s) {', '.join(map(str, np.flatnonzero(still)[:8]))} of the state never moved in the "
             f"{num_steps} steps of the pilot. Check that the kernel updates them."
         )
-    late = float(movement[(3 * num_steps) // 4 :].mean())
+    quarter = max(1, num_steps // 4)
+    early, late = float(movement[:quarter].mean()), float(movement[-quarter:].mean())
     if not late > np.sqrt(float(pilot.tol)):
-        raise PilotError(
-            f"the chains of the pilot came to rest: they moved {late:.1e} posterior scales a step at its end. They "
-            "contract to a point instead of sampling; check that the kernel reads its noise."
+        return (
+            f"chains move {late:.1e} posterior sd a step at the end of the pilot ({early:.1e} at its beginning), too "
+            "little to tell a kernel that moves slowly from one that comes to rest at a point. Take larger steps or "
+            "longer trajectories; of a kernel of your own, check that it reads its noise."
         )
     merged_standing = np.asarray(pilot.merged) & ~(movement > 0).any(axis=(0, 1))
     if merged_standing.any():
-        raise PilotError(
+        return (
             f"{merged_standing.sum()} of {finite.size} coupled pairs counted as merged without a move: their starts "
-            "coincide. Start the pilot from different states."
+            "coincide. Start the pilot from different states, as a longer warm-up leaves them."
         )
+    return ""

@@ -88,7 +88,8 @@ class Plan:
 
     chosen: the candidate taken. reason: why, in one sentence. candidates: all of them, the cheapest first.
     num_steps: steps per chain that were planned for.
-    costs, coalescence: the measurements behind it; coalescence is None where there was no pilot.
+    costs, coalescence: the measurements behind it; coalescence is None where there was no pilot, or
+        one that proves nothing (`check_pilot`).
     """
 
     chosen: Candidate

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import pmcmc
+from pmcmc._state import Source
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.sampling._settings import Settings
 from pmcmc.sampling._stages import sample_from, warm_up
@@ -45,7 +46,8 @@ def end_to_end(rng: np.random.Generator, kernel: pmcmc.Kernel, solver, num_chain
     settings = settings_of(target, kernel, solver, num_chains, num_samples)
     starts = jnp.repeat(jnp.asarray(start)[None], settings.warmup.num_starts, axis=0)
     try:
-        state = warm_up(target, jax.random.key(int(rng.integers(2**31))), starts, settings, progress_bar=False)
+        source = Source(lambda: target, target, {})
+        state = warm_up(source, jax.random.key(int(rng.integers(2**31))), starts, settings, progress_bar=False)
     except CLEAR as error:
         said = str(error)
     else:
@@ -64,6 +66,7 @@ def end_to_end(rng: np.random.Generator, kernel: pmcmc.Kernel, solver, num_chain
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Warm-up did not settle")  # as it should not in 40 steps
+@pytest.mark.filterwarnings("ignore:.*did not move", "ignore:the draws have not mixed")
 def test_a_thousand_problems() -> None:
     rng, ends = np.random.default_rng(0), Counter()
     for number in range(NUM_PROBLEMS):

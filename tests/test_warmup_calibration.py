@@ -16,6 +16,7 @@ import pytest
 from scipy import special
 
 import pmcmc
+from pmcmc._state import Source
 from pmcmc._tree import register_dataclass
 from pmcmc.recurrence import MultipleShooting
 from pmcmc.sampling._settings import Settings
@@ -57,7 +58,8 @@ def scores(case: Case, num_studies: int, fault: Callable = lambda state, before:
         target = replace(STUDY.target(), data=y)
         settings = case.settings(target)
         starts = jax.tree.map(jnp.asarray, STUDY.draw(rng, settings.warmup.num_starts))
-        state = warm_up(target, jax.random.key(number), starts, settings, progress_bar=False)
+        source = Source(lambda: target, target, {})  # noqa: B023
+        state = warm_up(source, jax.random.key(number), starts, settings, progress_bar=False)
         chain = sample_from(fault(state, before or state), settings, progress_bar=False)
         below = quantities(chain.get_samples(), y) < quantities(truth, y)
         ranks.append((below.sum(0) + rng.random(below.shape[1])) / (len(below) + 1))
@@ -76,7 +78,7 @@ CASES = {
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Warm-up did not settle")
+@pytest.mark.filterwarnings("ignore:Warm-up did not settle", "ignore:.*did not move")
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_are_uniform(name: str) -> None:
     z = scores(CASES[name], NUM_STUDIES)
@@ -104,7 +106,7 @@ def data_of_another_call(state, before):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Warm-up did not settle")
+@pytest.mark.filterwarnings("ignore:Warm-up did not settle", "ignore:.*did not move")
 @pytest.mark.parametrize("fault", [adaptation_goes_on, data_of_another_call])
 def test_sees_a_planted_fault(fault) -> None:
     z = scores(CASES["HMC"], NUM_FAULTY, fault)

@@ -66,7 +66,7 @@ def end_to_end(rng: np.random.Generator, kernel: pmcmc.Kernel, solver, num_chain
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Warm-up did not settle")  # as it should not in 40 steps
-@pytest.mark.filterwarnings("ignore:.*did not move", "ignore:the draws have not mixed")
+@pytest.mark.filterwarnings("ignore:.*did not move", "ignore:the draws have not mixed", "ignore:.*were divergent")
 def test_a_thousand_problems() -> None:
     rng, ends = np.random.default_rng(0), Counter()
     for number in range(NUM_PROBLEMS):

@@ -78,7 +78,7 @@ CASES = {
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Warm-up did not settle", "ignore:.*did not move")
+@pytest.mark.filterwarnings("ignore:Warm-up did not settle", "ignore:.*did not move", "ignore:.*were divergent")
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_are_uniform(name: str) -> None:
     z = scores(CASES[name], NUM_STUDIES)
@@ -106,7 +106,7 @@ def data_of_another_call(state, before):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Warm-up did not settle", "ignore:.*did not move")
+@pytest.mark.filterwarnings("ignore:Warm-up did not settle", "ignore:.*did not move", "ignore:.*were divergent")
 @pytest.mark.parametrize("fault", [adaptation_goes_on, data_of_another_call])
 def test_sees_a_planted_fault(fault) -> None:
     z = scores(CASES["HMC"], NUM_FAULTY, fault)

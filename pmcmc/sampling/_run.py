@@ -13,6 +13,7 @@ from pmcmc.recurrence._base import default_tolerance
 from pmcmc.recurrence._lanes import LaneSolver
 from pmcmc.sampling._draws import Keeper
 from pmcmc.sampling._engine import Clock, Engine, Segment, Shape
+from pmcmc.sampling._pace import Pace
 from pmcmc.sampling._progress import Progress
 
 
@@ -58,6 +59,7 @@ class Run:
     Chains stand at the same step until a solve holds longer for some than for others. Every ``thinning``-th state is
     kept; ``num_unkept`` steps went by since the last such one.
     num_planned: steps that a run had of which these are the last; it is cut into segments as that run was.
+    in_order: what steps take that are taken in order.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Run:
         self.num_planned = num_steps if num_planned is None else num_planned
         self.position = np.zeros(engine.num_chains, int)
         self.counts = Counts.zero(engine.num_chains)
+        self.in_order = Pace()
 
     @property
     def done(self) -> int:
@@ -127,6 +130,8 @@ class Run:
         wanted = min(wanted, block_length * shape.num_blocks)
         self.progress.solve((jax.tree.structure(solver), shape))
         segment, clock = self.engine.solve(solver, shape, self.x, self.position, block_length)
+        if isinstance(solver, Sequential):
+            self.in_order.add(wanted, clock.run_seconds)
         codes = np.asarray(segment.solution.result)
         stands = np.where(codes == RESULTS.successful, wanted, np.asarray(segment.solution.stats.certified_steps))
         # chains that are ahead of others may have less to do

@@ -89,6 +89,8 @@ class Plan:
     chosen: the candidate taken. reason: why, in one sentence. candidates: all of them, the cheapest first.
     num_steps: steps per chain that were planned for.
     costs, coalescence: the measurements behind it; coalescence is None where there was no pilot.
+    correction: what a step in order took as the run went, over what it was planned to take. The figures of a plan stay
+        as they were planned.
     """
 
     chosen: Candidate
@@ -97,6 +99,7 @@ class Plan:
     num_steps: int
     costs: Costs
     coalescence: Coalescence | None
+    correction: float = 1.0
 
     @property
     def solver(self) -> RecurrenceSolver:

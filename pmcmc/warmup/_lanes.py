@@ -7,6 +7,7 @@ length, and exploration and tuning alike where both use the same kind of kernel.
 
 import math
 from dataclasses import replace
+from statistics import median_low
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,8 @@ from pmcmc.warmup._base import LaneTiming, Tuned, WarmupError, Watch, ignore
 NUM_LANES = 32
 # Steps of one run of the program.
 PIECE = 16
+# Pieces that say what a step takes, at least: the last ones, since the length of HMC depends on the step size.
+NUM_TIMED = 5
 
 
 class Piece(NamedTuple):
@@ -141,9 +144,10 @@ def tune(
     num_steps: int,
     watch: Watch = ignore,
 ) -> Tuned:
-    """The kernel's step size, on lanes from ``positions`` (lanes, D): two thirds of the steps adapt, the rest is timed.
+    """The kernel's step size, on lanes from ``positions`` (lanes, D): two thirds of the steps adapt.
 
-    The last third decorrelates the lanes. rate: None for the kernel's own.
+    The last third decorrelates the lanes. What a step takes is the lower median of its pieces, and of a few before them
+    where it has less than `NUM_TIMED`. rate: None for the kernel's own.
 
     Raises:
         WarmupError: no step size can be found, states are not finite, or nothing moved in the last third.
@@ -152,13 +156,13 @@ def tune(
     lanes = LaneEnsemble(kernel, rng_key, rate, watch)
     lanes.enter(target, positions)
     third = math.ceil(num_steps / (3 * PIECE))
-    for _ in range(2 * third):
-        lanes.run(adapting=True)
+    before = [lanes.run(adapting=True)[1] for _ in range(2 * third)]
     last, seconds = zip(*(lanes.run(adapting=False) for _ in range(third)), strict=True)
+    timed = [*before, *seconds][-max(third, NUM_TIMED) :]
     tuned = lanes.tuned_kernel()
     acceptance_rate = np.mean([piece.acceptance_rate for piece in last])
     check_tuned(tuned, lanes.states, acceptance_rate, np.mean([piece.moved for piece in last]))
-    timing = LaneTiming(len(positions), float(np.median(seconds)) / PIECE)
+    timing = LaneTiming(len(positions), median_low(timed) / PIECE)
     return Tuned(target, tuned, lanes.states, jnp.asarray(acceptance_rate), timing)
 
 

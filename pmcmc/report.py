@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pmcmc._mixing import Mixing
-from pmcmc.recurrence import RESULTS
+from pmcmc.recurrence import RESULTS, Sequential
 from pmcmc.stability import Diagnosis, Plan
 
 # Bias, in posterior standard deviations, that a report calls small.
@@ -21,6 +21,8 @@ MANY_DIVERGENCES = 0.01
 # Fields that files do not hold, and arrays that have not one entry per chain.
 NOT_STORED = ("plan", "find_diagnosis", "find_mixing")
 BY_PAIR = ("bias_bound", "coalescence_steps", "pair_distances")
+# Figures that were corrected by more than this share are printed as they were at first, too.
+LARGE_CORRECTION = 0.1
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class SolveReport:
 
     decision: "shooting", "newton" or "sequential", as was planned; of a solver from elsewhere its own name
         (`recurrence.RecurrenceSolver.decision`). reason: one sentence.
-    plan: what "auto" measured and expected; None where the caller chose, or the run was too short to plan.
+    plan: what "auto" measured and expected, with the figures of before the run; None where the caller chose, or the run
+        was too short to plan. Where it was planned anew on the way, the last plan.
     bias_bound: (n,) bounds on what is left of the start t = 0..n-1 steps behind warm-up: 1-Wasserstein distance to the
         law that chains from warm-up's ensemble tend to, in standard deviations of that ensemble, from lagged coupled
         pairs (Biswas, Jacob & Vanetti 2019); empty without a pilot, or after one that proves nothing. Of a region that
@@ -119,13 +122,20 @@ class SolveReport:
 
     @property
     def predicted_seconds(self) -> float:
-        """What the plan expected the steps behind the pilot to take, compilation included; NaN without a plan."""
-        return self.plan.chosen.seconds if self.plan else float("nan")
+        """What the steps behind the plan should take, compilation included; NaN without a plan.
+
+        Of a plan to sample sequentially, corrected by what a step in order turned out to take (``plan.correction``);
+        ``plan.chosen.seconds`` is the figure of before the run.
+        """
+        if self.plan is None:
+            return float("nan")
+        sequential = isinstance(self.plan.solver, Sequential)
+        return self.plan.chosen.seconds * (self.plan.correction if sequential else 1.0)
 
     @property
     def predicted_sequential_seconds(self) -> float:
-        """The same for sequential sampling."""
-        return self.plan.sequential_seconds if self.plan else float("nan")
+        """The same for sequential sampling, corrected alike; ``plan.sequential_seconds`` is that of before the run."""
+        return self.plan.sequential_seconds * self.plan.correction if self.plan else float("nan")
 
     @property
     def predicted_num_sequential_steps(self) -> tuple[float, float, float]:
@@ -159,11 +169,16 @@ class SolveReport:
             f"{self.compile_seconds:.2f}, solve {self.solve_seconds:.2f}; {self.total_seconds:.2f} in all."
         )
         if self.plan is not None:
-            lines.append(
-                f"Planned: {self.predicted_seconds:.2f} s, took {self.planned_seconds:.2f} s; sequential sampling was "
-                f"expected to take {self.predicted_sequential_seconds:.2f} s."
-            )
+            lines.append(self._planned(self.plan))
         return "\n".join(lines)
+
+    def _planned(self, plan: Plan) -> str:
+        """What was planned, as corrected, beside what it took."""
+        line = f"Planned: {_corrected(self.predicted_seconds, plan.chosen.seconds)}, took {self.planned_seconds:.2f} s"
+        if isinstance(plan.solver, Sequential):
+            return f"{line}."
+        alone = _corrected(self.predicted_sequential_seconds, plan.sequential_seconds)
+        return f"{line}; sequential sampling was expected to take {alone}."
 
     def _certificate(self) -> list[str]:
         path, total = int(np.max(self.num_sequential_steps)), self.num_steps
@@ -222,6 +237,12 @@ class SolveReport:
         if np.any(self.num_iters > 0):
             return f", in {int(np.max(self.num_iters))} iterations."
         return "."
+
+
+def _corrected(seconds: float, first: float) -> str:
+    """A figure of a plan, and what it was before it was corrected where that is something else."""
+    at_first = f" ({first:.2f} s at first)" if abs(seconds - first) > LARGE_CORRECTION * first else ""
+    return f"{seconds:.2f} s{at_first}"
 
 
 def _results(codes: Any) -> str:

@@ -11,7 +11,7 @@ from pmcmc.report import SolveReport
 
 
 def planned_time(chain: Chain, max_candidates: int = 8, *, ax: Any = None) -> Any:
-    """Seconds that each way of sampling was expected to take, and what the one taken took.
+    """Seconds that each way of sampling was expected to take before the run, and what the one taken took.
 
     chain: from ``solver="auto"``, of a run long enough to be planned.
     max_candidates: bars beside the one taken, the cheapest first.
@@ -61,8 +61,8 @@ def speed_up(runs: Sequence[Chain | Mapping[str, Any]], *, label: str | None = N
     """Speed-up over sampling in order against the number of steps T, a line a quantity.
 
     Of chains two are known: T over the steps taken one after the other, and where the run was planned, the seconds that
-    sequential sampling was expected to take over those that were taken, pilot and compilation included. Of rows of a
-    benchmark it is what they say.
+    sequential sampling should have taken, by the steps that were taken in order, over those that were taken, pilot and
+    compilation included. Of rows of a benchmark it is what they say.
 
     runs: chains sampled at several ``num_samples``, or mappings with ``length``, ``speedup`` and maybe ``case``, which
         has a line of its own.

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from statistics import median_low
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from pmcmc.sampling._ahead import num_cores
 from pmcmc.sampling._engine import SEGMENT_BYTES, Engine, Shape
 from pmcmc.sampling._pilot import Head, bias_after_warmup, couple
 from pmcmc.sampling._run import Run
-from pmcmc.stability import Costs, Diagnosis, Plan, diagnose, plan
+from pmcmc.stability import Coalescence, Costs, Diagnosis, Plan, diagnose, plan
 from pmcmc.stability._pilot import pilot_fault
 from pmcmc.stability._plan import FIRST_SHARE, block_solvers, next_segment
 from pmcmc.warmup._base import LaneTiming
@@ -37,6 +38,9 @@ PATIENCE = 4
 STRETCH_SECONDS = 0.25
 # Share of that time which goes into steps: the tracing of the program, and what a second core gives, take the rest.
 OVERLAP = 0.7
+# Steps in order are looked at so many times in a run, which is planned anew where they take this many times what was
+# thought.
+NUM_LOOKS, SURPRISE = 16, 2.0
 
 
 def compile_first(engine: Engine, solver: RecurrenceSolver | None, num_steps: int) -> None:
@@ -69,8 +73,8 @@ class Automatic:
 
     plan, reason: None and why not, where the run was too short to plan. find_diagnosis: where chains did not merge.
     bias_bound: what warm-up left, see `bias_after_warmup`; empty where the pilot proves nothing. pilot_seconds,
-    partner_seconds: the pilot's, and of them its programs'. seconds: taken by what was planned, compilation included.
-    devices: that the user named to share blocks; none: the plan chooses.
+    partner_seconds: the pilot's, and of them its programs'. devices: that the user named to share blocks; none: the
+    plan chooses.
     """
 
     def __init__(self, run: Run, own: np.ndarray, timing: LaneTiming | None, devices: Sequence[jax.Device] = ()):
@@ -78,7 +82,8 @@ class Automatic:
         self.plan: Plan | None = None
         self.find_diagnosis: Callable[[], Diagnosis] | None = None
         self.bias_bound = np.zeros(0)
-        self.reason, self.pilot_seconds, self.partner_seconds, self.seconds = "", 0.0, 0.0, 0.0
+        self.reason, self.pilot_seconds, self.partner_seconds = "", 0.0, 0.0
+        self._planned_pace, self._began, self._ended = float("nan"), float("nan"), float("nan")
 
     def execute(self) -> None:
         """Take all steps."""
@@ -91,14 +96,26 @@ class Automatic:
             )
             run.sequentially()
             return
-        self.plan = self.make_plan(head)
-        self.reason = self.plan.reason
-        begin = time.perf_counter()
-        if isinstance(self.plan.solver, MultipleShooting):
-            self.in_blocks(self.plan, self.plan.solver)
-        else:
-            run.with_solver(self.plan.solver)
-        self.seconds = time.perf_counter() - begin
+        self._planned_pace = head.seconds_per_step
+        self.follow(self.make_plan(head))
+
+    def follow(self, planned: Plan) -> None:
+        """Take the steps that are left as planned."""
+        self.plan, self.reason, self._began = planned, planned.reason, time.perf_counter()
+        if isinstance(planned.solver, MultipleShooting):
+            self.in_blocks(planned, planned.solver)
+        elif not isinstance(planned.solver, Sequential):
+            self.run.with_solver(planned.solver)
+        elif better := self.in_order(planned):
+            return self.follow(better)
+        self._ended = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Taken by what was planned, compilation included, so far; 0 where nothing was."""
+        if self.plan is None:
+            return 0.0
+        return (time.perf_counter() if math.isnan(self._ended) else self._ended) - self._began
 
     def make_plan(self, head: Head) -> Plan:
         """Pilot, check, plan; and where chains did not merge, why.
@@ -116,18 +133,27 @@ class Automatic:
             if np.any(seen.finite & ~seen.merged):
                 target, kernel, info = run.engine.target, run.engine.kernel, run.draws.info
                 self.find_diagnosis = lambda: diagnose(target, kernel, seen, info)
-        leaves = jax.tree.leaves(run.x)
-        found = plan(
-            run.left,
-            run.engine.num_chains,
-            self.costs(head),
+        found = self.planned(self.costs(head), pilot)
+        return replace(found, reason=excuse) if excuse else found
+
+    def planned(self, costs: Costs, pilot: Coalescence | None) -> Plan:
+        """For the steps that are left."""
+        leaves = jax.tree.leaves(self.run.x)
+        return plan(
+            self.run.left,
+            self.run.engine.num_chains,
+            costs,
             pilot,
             dim=sum(x[0].size for x in leaves) if all(map(is_real, leaves)) else None,
             max_steps=self.most_steps,
             device_sets=device_sets(self.devices),
             ready=self.compiled_blocks(),
         )
-        return replace(found, reason=excuse) if excuse else found
+
+    @property
+    def correction(self) -> float:
+        """Seconds of a step in order as all of them tell by now, over those that it was planned with."""
+        return self.run.in_order.seconds_per_step / self._planned_pace
 
     def most_steps(self, solver: RecurrenceSolver) -> float:
         """Per chain, for which one solve has memory."""
@@ -162,40 +188,66 @@ class Automatic:
 
         return {solver for solver in block_solvers(device_sets(self.devices)) if known(replace(solver, max_steps=1))}
 
+    def in_order(self, planned: Plan) -> Plan | None:
+        """In order, up to the end or until steps turn out so dear that, planned anew, something else is better.
+
+        Returns that other plan.
+        """
+        run, shape = self.run, self.run.engine.shape_for(Sequential(), self.run.num_planned)
+        known = self.correction
+        while run.left:
+            run.take(Sequential(), shape, max(1, run.num_steps // NUM_LOOKS))
+            sequential, correction = planned.costs.sequential * self.correction, self.correction
+            if correction > SURPRISE * known and run.left * sequential > SHORT_SECONDS:
+                known = correction
+                again = self.planned(planned.costs._replace(sequential=sequential), planned.coalescence)
+                if not isinstance(again.solver, Sequential):
+                    self._planned_pace = run.in_order.seconds_per_step
+                    return again
+        return None
+
     def in_blocks(self, planned: Plan, solver: MultipleShooting) -> None:
-        """Segments that grow with what was saved; in order where merges do not arrive, or nothing is saved."""
-        run, chosen, sequential = self.run, planned.chosen, planned.costs.sequential
+        """Segments that grow with what was saved; in order where merges do not arrive, or nothing is saved.
+
+        What is saved is judged by what steps in order have turned out to take, and by the lower median of what those of
+        blocks took, in two segments at least: one may have been held up.
+        """
+        run, chosen = self.run, planned.chosen
         solver = replace(solver, max_steps=1)  # any number is the same program
         blocks, shape = solver.blocks_for(run.left), self.block_shape(solver)
         if num_cores() > 1:
             run.engine.compile_ahead(solver, shape)
-            self.in_order_until_ready(solver, shape, max(1, int(STRETCH_SECONDS / sequential)))
+            self.in_order_until_ready(solver, shape, planned)
+        sequential = planned.costs.sequential * self.correction
         total, start = run.left, run.done
-        num_devices = max(1, len(solver.shared_by))
-        step = planned.costs.step(blocks * run.engine.num_chains, num_devices) / sequential
-        spent = 0.0  # in steps of sequential sampling
+        expected = planned.costs.step(blocks * run.engine.num_chains, max(1, len(solver.shared_by)))
+        path, rates, spent = 0, list[float](), 0.0  # of all lanes; spent: in steps of sequential sampling
         while run.left:
             done = run.done - start
-            cost = spent / done if done else step * (1 / blocks + chosen.merge / (FIRST_SHARE * total))
+            at_first = expected / sequential * (1 / blocks + chosen.merge / (FIRST_SHARE * total))
+            cost = spent / done if done else at_first
             length = next_segment(total, done, done - spent, cost, shape.capacity * blocks)
+            if rates:
+                length = max(length, blocks * min(solver.unit, shape.capacity))  # a shorter one takes as long
             patience = math.ceil(PATIENCE * max(chosen.merge, solver.unit))
             attempt = replace(solver, max_steps=math.ceil(length / blocks) + patience)
             segment, failed, clock = run.take(attempt, shape, length)
-            kept, cost = run.done - start - done, clock.run_seconds / sequential
-            done, spent = done + kept, spent + cost
+            steps, kept = int(np.max(segment.solution.stats.num_sequential_steps)), run.done - start - done
+            path, rates = path + steps, [*rates, clock.run_seconds / steps]
+            spent = path * median_low(rates) / sequential
+            rate = min(expected, *rates) if len(rates) == 1 else median_low(rates)
             # one slow merge ends a segment, not the run: the next one begins where the prefix ends
             codes = np.asarray(segment.solution.result)
             slow = np.isin(codes, (RESULTS.successful, RESULTS.max_iters_reached)).all()
-            if failed and not (slow and cost < kept):
+            if failed and not (slow and steps * rate / sequential < kept):
                 run.fall_back(failed)
-            elif run.left and spent > done:
-                run.fall_back(
-                    f"Blocks took {spent / max(done, 1):.2f} times as long as sequential sampling would have."
-                )
+            elif run.left and (ratio := path * rate / sequential / max(done + kept, 1)) > 1:
+                run.fall_back(f"Blocks took {ratio:.2f} times as long as sequential sampling would have.")
 
-    def in_order_until_ready(self, solver: RecurrenceSolver, shape: Shape, num_steps: int) -> None:
-        """Stretches of ``num_steps`` steps while a program is being compiled."""
+    def in_order_until_ready(self, solver: RecurrenceSolver, shape: Shape, planned: Plan) -> None:
+        """Stretches of `STRETCH_SECONDS`, by what steps have turned out to take, while a program is being compiled."""
         run = self.run
         in_order = run.engine.shape_for(Sequential(), run.num_steps)
         while run.left and not run.engine.is_ready(solver, shape):
-            run.take(Sequential(), in_order, num_steps)
+            sequential = planned.costs.sequential * self.correction
+            run.take(Sequential(), in_order, max(1, int(STRETCH_SECONDS / sequential)))

@@ -11,6 +11,7 @@ on before they share their noise. So the distances of the pairs also bound the b
 
 import math
 import time
+from statistics import median_low
 from typing import NamedTuple
 
 import jax
@@ -24,8 +25,8 @@ from pmcmc.sampling._run import Run
 from pmcmc.stability import Coalescence, wasserstein_bound
 from pmcmc.stability._paths import coalescence_of_paths, gaps_by_dimension
 
-# A stretch of sequential sampling this long is timed well enough.
-TIMING_SECONDS = 0.1
+# Sequential sampling is timed over so many stretches of one length, which take about this long or longer in all.
+NUM_TIMED, TIMING_SECONDS = 5, 0.1
 # Pairs to couple: the first few say how long a merge takes, the others follow as far as time permits.
 FIRST_PAIRS, NUM_PAIRS = 4, 32
 # The share of the run that partners' steps may take.
@@ -41,7 +42,8 @@ MAX_KEPT = LAG + NUM_PAIRS * MAX_STEPS
 class Head:
     """The chains' first steps, sampled in order. Their path is kept as far as a pilot may want to see it.
 
-    seconds_per_step: of all chains, over the last and longest of the stretches that were sampled to be timed.
+    seconds_per_step: of all chains, the lower median over `NUM_TIMED` stretches of the first length that is long enough
+        to be timed. So up to two of them may be held up by something else.
     seconds: all that was sampled took, with what the host does about it.
     """
 
@@ -49,11 +51,18 @@ class Head:
         self.run, self.shape = run, run.engine.shape_for(Sequential(), run.num_steps)
         self.seconds = 0.0
         self._paths: list[PyTree] = []
-        wanted, seconds, before = FIRST_STRETCH, 0.0, 0
-        while run.left and seconds < TIMING_SECONDS:
-            before, seconds = run.done, self.extend(wanted)
-            wanted *= 8
-        self.seconds_per_step = seconds / (run.done - before)
+        self.seconds_per_step = self._time()
+
+    def _time(self) -> float:
+        """Take the steps that are timed; returns the seconds that one takes."""
+        length, every, timed = FIRST_STRETCH, list[float](), list[float]()
+        while self.run.left and len(timed) < NUM_TIMED:
+            before, seconds = self.run.done, self.extend(length)
+            timed.append(seconds / (self.run.done - before))
+            every.append(timed[-1])
+            if seconds < TIMING_SECONDS / NUM_TIMED:  # too short, however long others of this length were held up
+                length, timed = 8 * length, []
+        return median_low(timed) if len(timed) == NUM_TIMED else min(every)
 
     def extend(self, num_steps: int) -> float:
         """As many more steps; returns the seconds they took."""
@@ -88,12 +97,12 @@ class Couple:
     """Partners of all chains over one window of steps, from number ``first`` on, until all have ``merged``.
 
     path: (C, steps, ...). What follows a merge is the chain's own path, and is not run.
-    seconds: that following took; run_seconds: of it the programs; call: the shortest of their calls, of any steps.
+    run_seconds: of the programs that followed. num_calls: of these; call: the shortest, of any steps.
     """
 
     def __init__(self, head: Head, first: int, start: PyTree):
         self.head, self.first, self.start = head, first, start
-        self.seconds, self.run_seconds, self.call = 0.0, 0.0, np.inf
+        self.run_seconds, self.num_calls, self.call = 0.0, 0, np.inf
         self.path = jax.tree.map(lambda x: np.asarray(x)[:, None][:, :0], start)
         self._close = np.zeros(head.run.engine.num_chains, bool)
 
@@ -121,7 +130,7 @@ class Couple:
             distances = gaps_by_dimension(flat(chains), flat(new), scale).max(axis=1)
             self._close |= (distances.reshape(-1, steps) <= tol).any(axis=1)
             seconds = time.perf_counter() - begin - (self.head.seconds - sampling)
-            self.seconds, self.call = self.seconds + seconds, min(self.call, seconds)
+            self.num_calls, self.call = self.num_calls + 1, min(self.call, seconds)
             self.run_seconds += clock.run_seconds
 
     def pairs(self, num_steps: int) -> tuple[PyTree, PyTree]:
@@ -174,17 +183,25 @@ def couple(head: Head, own: np.ndarray) -> Pilot:
         return num_steps
 
     num_open = lambda: sum(not one.merged for one in couples)
-    # a call takes a while whatever its steps: of cheap ones, that of tens of thousands
-    left = lambda: budget * head.seconds_per_step - sum(one.seconds for one in couples)
-    price = lambda steps: min(one.call for one in couples) + steps * head.seconds_per_step
+    # a call takes a while whatever its steps: of cheap ones, that of tens of thousands; and what one should take is
+    # counted, not what it took: a stall is not work
+    call = lambda: min(one.call for one in couples)
+    price = lambda steps: call() + steps * head.seconds_per_step
+    taken = lambda: sum(one.num_calls * call() + one.num_steps * head.seconds_per_step for one in couples)
+    left = lambda: budget * head.seconds_per_step - taken()
     steps = follow(min(FIRST_STRETCH, longest))
     while steps < longest and num_open():
         steps = follow(min(2 * steps, longest))
     if not num_open():  # now that a merge has a length, more pairs of twice that, and the slowest to their end
         steps = min(2 * steps, longest)
-        more = starts[few : few + max(0, int(0.75 * left() / price(steps)))]
-        couples += [Couple(head, window(few, longest) + k * steps, start) for k, start in enumerate(more)]
-        follow(steps)
+        while True:
+            single = sum(one.num_calls for one in couples) == 1  # which may have been held up: a second one tells
+            there, paid = len(couples) - few, max(0, int(0.75 * left() / price(steps)))
+            more, first = starts[len(couples) :][: 1 if single else paid], window(few, longest) + there * steps
+            couples += [Couple(head, first + k * steps, start) for k, start in enumerate(more)]
+            follow(steps)
+            if not (single and more):
+                break
         while steps < longest and 0 < num_open() * price(steps) <= left():
             steps = follow(min(2 * steps, longest))
     both = zip(*(one.pairs(steps) for one in couples), strict=True)

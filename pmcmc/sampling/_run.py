@@ -13,6 +13,7 @@ from pmcmc.recurrence._base import default_tolerance
 from pmcmc.recurrence._lanes import LaneSolver
 from pmcmc.sampling._draws import Keeper
 from pmcmc.sampling._engine import Clock, Engine, Segment, Shape
+from pmcmc.sampling._pace import Pace
 from pmcmc.sampling._progress import Progress
 
 
@@ -59,6 +60,7 @@ class Run:
     kept; ``num_unkept`` steps went by since the last such one.
     num_planned: steps that a run had of which these are the last; it is cut into segments as that run was.
     moved: by leaf of an unknown, (C, ...) where chains have moved; true of integers, which may well keep a value.
+    in_order: what steps take that are taken in order.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Run:
         self.position = np.zeros(engine.num_chains, int)
         self.counts = Counts.zero(engine.num_chains)
         self.moved = [np.full(np.shape(x), not is_real(x)) for x in jax.tree.leaves(x0)]
+        self.in_order = Pace()
 
     @property
     def done(self) -> int:
@@ -129,6 +132,8 @@ class Run:
         wanted = min(wanted, block_length * shape.num_blocks)
         self.progress.solve((jax.tree.structure(solver), shape))
         segment, clock = self.engine.solve(solver, shape, self.x, self.position, block_length)
+        if isinstance(solver, Sequential):
+            self.in_order.add(wanted, clock.run_seconds)
         codes = np.asarray(segment.solution.result)
         stands = np.where(codes == RESULTS.successful, wanted, np.asarray(segment.solution.stats.certified_steps))
         # chains that are ahead of others may have less to do

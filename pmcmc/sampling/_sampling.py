@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -232,7 +233,7 @@ class Sampling:
         return SolveReport(
             decision=solver.decision,
             reason=reason,
-            plan=plan,
+            plan=None if automatic is None or plan is None else replace(plan, correction=automatic.correction),
             bias_bound=np.zeros(0) if automatic is None else automatic.bias_bound,
             result=per_chain(counts.result),
             fallback=counts.fallback,

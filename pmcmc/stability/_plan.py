@@ -90,6 +90,8 @@ class Plan:
     num_steps: steps per chain that were planned for.
     costs, coalescence: the measurements behind it; coalescence is None where there was no pilot, or
         one that proves nothing (`check_pilot`).
+    correction: what a step in order took as the run went, over what it was planned to take. The figures of a plan stay
+        as they were planned.
     """
 
     chosen: Candidate
@@ -98,6 +100,7 @@ class Plan:
     num_steps: int
     costs: Costs
     coalescence: Coalescence | None
+    correction: float = 1.0
 
     @property
     def solver(self) -> RecurrenceSolver:

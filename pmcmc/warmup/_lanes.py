@@ -7,6 +7,7 @@ length, and exploration and tuning alike where both use the same kind of kernel.
 
 import math
 from dataclasses import replace
+from statistics import median_low
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +39,8 @@ HELD_STILL = (
     "that the step size does not resolve, and chains that enter it stand still. Take smaller steps by a higher "
     "acceptance rate, as in warmup=EnsembleAdaptation(target_acceptance_rate=0.95), raise num_warmup, or reparametrise."
 )
+# Pieces that say what a step takes, at least: the last ones, since the length of HMC depends on the step size.
+NUM_TIMED = 5
 
 
 class Piece(NamedTuple):
@@ -195,9 +198,10 @@ def tune(
     num_steps: int,
     watch: Watch = ignore,
 ) -> Tuned:
-    """The kernel's step size, on lanes from ``positions`` (lanes, D): two thirds of the steps adapt, the rest is timed.
+    """The kernel's step size, on lanes from ``positions`` (lanes, D): two thirds of the steps adapt.
 
-    The last third decorrelates the lanes. rate: None for the kernel's own.
+    The last third decorrelates the lanes. What a step takes is the lower median of its pieces, and of a few before them
+    where it has less than `NUM_TIMED`. rate: None for the kernel's own.
 
     Raises:
         WarmupError: no step size can be found, states are not finite, or nothing moved in the last third.
@@ -206,14 +210,14 @@ def tune(
     lanes = LaneEnsemble(kernel, rng_key, rate, watch)
     lanes.enter(target, positions)
     third = math.ceil(num_steps / (3 * PIECE))
-    for _ in range(2 * third):
-        lanes.run(adapting=True)
+    before = [lanes.run(adapting=True)[1] for _ in range(2 * third)]
     last, seconds = zip(*(lanes.run(adapting=False) for _ in range(third)), strict=True)
+    timed = [*before, *seconds][-max(third, NUM_TIMED) :]
     tuned = lanes.tuned_kernel()
     acceptance_rate = np.concatenate([piece.acceptance_rate for piece in last])
     moved = np.mean([piece.moved for piece in last], axis=0)
     check_tuned(tuned, lanes.states, np.mean(acceptance_rate), np.mean(moved))
-    timing = LaneTiming(len(positions), float(np.median(seconds)) / PIECE)
+    timing = LaneTiming(len(positions), median_low(timed) / PIECE)
     order = start_order(*(np.concatenate(parts) for parts in ([p.path for p in last], [p.logdensity for p in last])))
     num_held = int(held_lanes(moved, acceptance_rate, lanes.rate).sum())  # not all: `check_tuned`
     remark = HELD_STILL.format(num_held=num_held, num_lanes=len(moved)) if num_held else ""

@@ -75,7 +75,9 @@ def parallel_chain(
         RuntimeError: a chain reached a state that is not finite.
 
     Warns:
-        UserWarning: warm-up did not settle, a chain accepted no move, or more than 1 % of the draws were divergent.
+        UserWarning: warm-up did not settle, a chain accepted no move, more than 1 % of the draws were divergent, or a
+            ``solver`` that you chose failed before it had solved a tenth of any chain. Where it solved more before it
+            failed, or "auto" chose it, the report says so and nothing is warned of.
 
     Example:
         >>> import numpyro, numpyro.distributions as dist, pmcmc

@@ -15,7 +15,7 @@ from pmcmc.chain import Chain
 from pmcmc.kernels import Compose, Kernel, RandomWalk, SiteKernel
 from pmcmc.kernels._stream import chain_keys
 from pmcmc.recurrence import Sequential
-from pmcmc.report import SolveReport
+from pmcmc.report import SolveReport, by_result, span
 from pmcmc.sampling._ahead import Ahead
 from pmcmc.sampling._auto import Automatic
 from pmcmc.sampling._draws import Keeper
@@ -28,6 +28,8 @@ from pmcmc.stored import StoredChain
 # A chain whose acceptance probabilities add up to less than this over all of its draws has not moved, unless there are
 # too few of them to tell.
 STUCK, FEW_DRAWS = 1e-3, 100
+# A solver of the user's own choice that failed before it had solved this share of any chain is warned of.
+SMALL_SHARE = 0.1
 # Share of divergent draws above which a run warns.
 MANY_DIVERGENCES = 0.01
 
@@ -147,8 +149,24 @@ class Sampling:
 
     def warn(self) -> None:
         """Say what is doubtful about the draws, once all are taken; for the caller of `parallel_chain` and `sample`."""
+        self._warn_of_failed_solver()
         if not self._warn_of_stuck_chains():
             self._warn_of_divergences()
+
+    def _warn_of_failed_solver(self) -> None:
+        """Say where a solver that the user chose left all of the run, or nearly so, to sequential sampling."""
+        solver, counts, num_steps = self.settings.solver, self.run.counts, self.run.num_steps
+        solved = counts.certified_steps
+        if solver is None or not counts.fallback or np.max(solved) >= SMALL_SHARE * num_steps:
+            return
+        share = f"only {span(solved)}" if np.any(solved) else "none"
+        messages = " ".join(f"{what}: {code.message}" for code, what in by_result(counts.result) if code)
+        warnings.warn(
+            f"{type(solver).__name__} solved {share} of {num_steps:,} steps of each chain in parallel; the others were "
+            f"sampled sequentially, which gives the same draws and saves no time. {messages} Or leave the choice to "
+            'solver="auto".',
+            stacklevel=6,
+        )
 
     def _warn_of_divergences(self) -> None:
         moves = self.run.draws.moves
@@ -213,7 +231,7 @@ class Sampling:
             num_iters=per_chain(counts.num_iters),
             num_sweeps=per_chain(counts.num_sweeps),
             num_blocks=counts.num_blocks,
-            certified_steps=per_chain(counts.certified_steps),
+            certified_steps=per_chain(np.minimum(counts.certified_steps, num_steps)),
             near_ties=per_chain(counts.near_ties) if moves.has_margin else per_chain(np.nan, float),
             lyapunov_exponent=_growth_rate(counts),
             coalescence_steps=np.zeros(0, int) if pilot is None else np.asarray(pilot.steps),

@@ -21,6 +21,8 @@ MANY_DIVERGENCES = 0.01
 # Fields that files do not hold, and arrays that have not one entry per chain.
 NOT_STORED = ("plan", "find_diagnosis", "find_mixing")
 BY_PAIR = ("bias_bound", "coalescence_steps", "pair_distances")
+# A critical path this many times shorter than the chain is called so.
+SHORTER = 1.05
 # Figures that were corrected by more than this share are printed as they were at first, too.
 LARGE_CORRECTION = 0.1
 
@@ -39,12 +41,16 @@ class SolveReport:
         no lane of warm-up found it says nothing; see `bias_doubt`.
     pair_distances: (pairs,) at which the pairs started, in the same unit; empty without a pilot.
     spread: largest ratio, either way, of the draws' standard deviations to those of the ensemble; NaN where unknown.
-    result: `RESULTS` of the parallel solve. fallback: what was finished sequentially, or "".
-    residual: largest |x[t] - f(x[t-1], u[t])| / scale that was accepted.
+    result: `RESULTS` of the last parallel solve. fallback: why it was left, how many steps had been solved in parallel
+        and sampled sequentially by then, and how many were left; "" where it was not.
+    residual: largest |x[t] - f(x[t-1], u[t])| / scale among the steps solved in parallel, as measured; of a solve that
+        did not hold to its end, among those that stand. 0 where there are none, NaN where the solver does not tell.
     num_steps: steps per chain. num_draws: of these kept.
     num_sequential_steps: critical path, in steps one after the other.
     num_iters, num_sweeps: of the parallel solver; 0 where it has none. num_blocks: 1 where there are none.
-    certified_steps: states certified by the parallel solver; the rest was sampled sequentially.
+    certified_steps: steps solved in parallel, that is taken by the parallel solver and certified. All others,
+        ``num_steps - certified_steps``, were sampled sequentially: the first ones under "auto", those taken while a
+        program was compiled, and what was left after a fallback.
     near_ties: accept decisions within rounding of a tie, where another machine may decide otherwise; NaN where the
         kernel does not tell.
     lyapunov_exponent: mean log growth per step of small distances between coupled paths, seen on merging lanes.
@@ -143,7 +149,7 @@ class SolveReport:
         if self.plan is None:
             return (float("nan"),) * 3
         first, chosen = self.num_steps - self.plan.num_steps, self.plan.chosen
-        return first + chosen.num_steps, first + chosen.lower, first + chosen.upper
+        return float(first + chosen.num_steps), float(first + chosen.lower), float(first + chosen.upper)
 
     def __str__(self) -> str:
         lines = [f"Decision: {self.decision}. {self.reason}"]
@@ -185,13 +191,28 @@ class SolveReport:
         planned = ""
         if self.plan is not None:
             planned = "; planned {:,.0f}, {:,.0f} to {:,.0f}".format(*self.predicted_num_sequential_steps)
+        ratio = total / max(path, 1)
+        shorter = f"{ratio:.1f} times shorter" if ratio >= SHORTER else "no shorter"
         return [
             f"Critical path: {path:,} steps one after the other for {total:,} steps of each chain "
-            f"({total / max(path, 1):.1f} times shorter{planned}){self._solver_counts()}",
-            f"Certificate: {_results(self.result)}; residual at most {np.max(self.residual):.2g} of the posterior's "
-            f"scale; {int(np.min(self.certified_steps)):,} steps of each chain certified; "
-            f"{self._near_ties()}.",
+            f"({shorter}{planned}){self._solver_counts()}",
+            f"Certificate: {'; '.join([*self._solved(), self._near_ties()])}.",
         ]
+
+    def _solved(self) -> list[str]:
+        """What became of the parallel solves, and of how many steps."""
+        solved, others = self.certified_steps, self.num_steps - self.certified_steps
+        said = [", ".join(what for _, what in by_result(self.result))] if np.any(solved) or self.fallback else []
+        if not np.any(solved):
+            return [*said, f"no step solved in parallel, {span(others)} of each chain sampled sequentially"]
+        residual = self.residual[solved > 0]
+        if np.all(np.isnan(residual)):
+            said.append("residual not measured")
+        else:
+            where = " where it was measured" if np.any(np.isnan(residual)) else ""
+            said.append(f"residual at most {np.nanmax(residual):.2g} of the posterior's scale{where}")
+        in_order = f", {span(others)} sampled sequentially" if np.any(others) else ""
+        return [*said, f"{span(solved)} steps of each chain solved in parallel and certified{in_order}"]
 
     def _contraction(self) -> list[str]:
         """Lyapunov exponent, bias and blame."""
@@ -245,5 +266,33 @@ def _corrected(seconds: float, first: float) -> str:
     return f"{seconds:.2f} s{at_first}"
 
 
-def _results(codes: Any) -> str:
-    return ", ".join(sorted({RESULTS(int(code)).name for code in np.ravel(codes)}))
+# So many chains are named by their numbers, more are counted.
+MOST_NAMED = 4
+
+
+def span(counts: Any) -> str:
+    """Numbers of steps, one for each chain: one number where they are the same, else the smallest and the largest."""
+    least, most = int(np.min(counts)), int(np.max(counts))
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
+
+
+def by_result(codes: Any) -> list[tuple[RESULTS, str]]:
+    """Each result with its name and the chains that have it, if not all do; `RESULTS.successful` last.
+
+    codes: (C,) one for each chain.
+    """
+    codes = np.ravel(codes)
+    found = sorted(RESULTS(int(code)) for code in np.unique(codes))
+    if len(found) == 1:
+        return [(found[0], found[0].name)]
+    failed = [(code, f"{code.name} in {_chains(np.flatnonzero(codes == code), codes.size)}") for code in found if code]
+    others = (RESULTS.successful, f"{RESULTS.successful.name} in the others")
+    return failed + [others] * (RESULTS.successful in found)
+
+
+def _chains(numbers: np.ndarray, total: int) -> str:
+    """Some of the chains, named."""
+    if len(numbers) > MOST_NAMED:
+        return f"{len(numbers)} of {total} chains"
+    *first, last = map(str, numbers)
+    return f"chains {', '.join(first)} and {last}" if first else f"chain {last}"

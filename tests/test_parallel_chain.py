@@ -87,7 +87,8 @@ def test_company_changes_nothing() -> None:
 
 def test_fallback_keeps_the_prefix() -> None:
     """Blocks of 63 steps that take some 300 to merge: two sweeps cannot join them, the rest is sampled in sequence."""
-    chain = gaussian_chain(solver=MultipleShooting(num_blocks=32, max_sweeps=2))
+    with pytest.warns(UserWarning, match="MultipleShooting solved only 189 of 2,000 steps of each chain in parallel"):
+        chain = gaussian_chain(solver=MultipleShooting(num_blocks=32, max_sweeps=2))
     assert_same_chain(chain, reference())
     report = chain.report
     assert np.all((report.certified_steps >= 3 * 63) & (report.certified_steps < 1000))
@@ -106,7 +107,7 @@ def test_chains_do_not_hold_each_other_back() -> None:
     whole = report.certified_steps == 2000
     np.testing.assert_array_equal(whole, report.result == RESULTS.successful)
     np.testing.assert_array_equal(whole, paths <= budget)
-    assert f"The first {report.certified_steps.min():,} to 2,000 steps" in report.fallback
+    assert f"{report.certified_steps.min():,} to 2,000 steps of each chain had been solved" in report.fallback
     # each chain's path: what the blocks took, and what it then had left
     np.testing.assert_array_equal(report.num_sequential_steps[whole], paths[whole])
     np.testing.assert_array_equal(report.num_sequential_steps[~whole], budget + 2000 - report.certified_steps[~whole])

@@ -88,7 +88,8 @@ def test_chains_keep_step_where_blocks_fail(tmp_path: Path, monkeypatch: pytest.
         paths = start().extend(192, progress_bar=False).report.num_sequential_steps  # the first segment of the run
     assert paths[0] != paths[1]
     solver = MultipleShooting(4, max_steps=int(np.sort(paths)[0]))
-    chain = start(solver).stream(tmp_path / "run", NUM_MORE, progress_bar=False)
+    with pytest.warns(UserWarning, match="MultipleShooting solved only .* in parallel"):
+        chain = start(solver).stream(tmp_path / "run", NUM_MORE, progress_bar=False)
     assert chain.report.fallback
     assert_whole(chain)
 

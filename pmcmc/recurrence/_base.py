@@ -76,6 +76,8 @@ class Stats(NamedTuple):
         was not exact where paths separate. Steps that hold exactly always count.
     growth_rate: mean log growth per step of small distances between paths (a finite-distance estimate of the
         largest Lyapunov exponent); NaN where none was observed.
+    certified_residual: largest residual of the certified steps, 0 where there are none, on the scale that they were
+        judged by; None: the solver does not tell.
     """
 
     num_iters: Array
@@ -84,6 +86,7 @@ class Stats(NamedTuple):
     num_fn_evals: Array
     certified_steps: Array
     growth_rate: Array
+    certified_residual: Array | None = None
 
 
 class Solution(NamedTuple):

@@ -102,5 +102,6 @@ def _conclude(value: Any, aux: Any, finite_steps: Array, length: int | Array) ->
             num_fn_evals=steps,
             certified_steps=finite_steps,
             growth_rate=jnp.full(steps.shape, jnp.nan, dtype),
+            certified_residual=jnp.zeros(steps.shape, dtype),
         ),
     )

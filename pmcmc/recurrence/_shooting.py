@@ -440,6 +440,7 @@ def _conclude(lanes: Lanes, tol: Array, sweep: Outcome) -> Solution:
     residual = jnp.max(layout.by_chain(recording.residual), axis=1)
     first = (jnp.arange(layout.num_blocks) * layout.block_length)[None]
     known = steps < jnp.reshape(finite_prefix[:, None] - first, (-1, 1))
+    certified = jnp.minimum(prefix, finite_prefix)
     return Solution(
         # behind a state that is not finite nothing is known: a block there may still be the run of a guess
         # (a loop of one turn or none: unlike a branch it needs no second path)
@@ -456,8 +457,9 @@ def _conclude(lanes: Lanes, tol: Array, sweep: Outcome) -> Solution:
             num_sweeps=sweep.num_sweeps,
             num_sequential_steps=sweep.critical_path,
             num_fn_evals=jnp.sum(layout.by_chain(sweep.evaluations), axis=1),
-            certified_steps=jnp.minimum(prefix, finite_prefix),
+            certified_steps=certified,
             growth_rate=growth_rate,
+            certified_residual=jnp.max(jnp.where(first < certified[:, None], splice, 0.0), axis=1),
         ),
     )
 

@@ -217,5 +217,6 @@ def conclude(system: System, now: Evaluation, course: Course, iterates: Array | 
         num_fn_evals=course.rounds * course.width,
         certified_steps=standing.prefix,
         growth_rate=standing.growth_rate,
+        certified_residual=steps.max(jnp.where(steps.numbers() < standing.prefix, residual, 0.0)),
     )
     return Outcome(path, now.aux, result, worst, stats, iterates, residual)

@@ -75,8 +75,10 @@ def parallel_chain(
         RuntimeError: a chain reached a state that is not finite.
 
     Warns:
-        UserWarning: warm-up did not settle, a chain accepted no move, a coordinate of one never moved, or more than 1 %
-            of the draws were divergent.
+        UserWarning: warm-up did not settle or some of its lanes did not move, a chain accepted no move, a coordinate of
+            one never moved, more than 1 % of the draws were divergent, the draws have not mixed, or a ``solver`` that
+            you chose failed before it had solved a tenth of any chain. Where it solved more before it failed, or "auto"
+            chose it, the report says so and nothing is warned of.
 
     Example:
         >>> import numpyro, numpyro.distributions as dist, pmcmc

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from pmcmc._tree import is_real, real_dtype
+from pmcmc._tree import is_real
 from pmcmc._types import PyTree
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential
-from pmcmc.recurrence._base import default_tolerance
 from pmcmc.recurrence._lanes import LaneSolver
+from pmcmc.report import by_result, span
 from pmcmc.sampling._draws import Keeper
 from pmcmc.sampling._engine import Clock, Engine, Segment, Shape
 from pmcmc.sampling._pace import Pace
@@ -21,6 +21,8 @@ from pmcmc.sampling._progress import Progress
 class Counts:
     """What a run counts on its way, per chain.
 
+    certified_steps: solved in parallel; all others were sampled sequentially. residual: the largest among them, NaN
+        where a solver did not tell that of a prefix. result: of the last parallel solve. fallback: for the report.
     growth: sum over segments of the growth rates that they saw. num_growths: how many did.
     """
 
@@ -112,9 +114,13 @@ class Run:
 
     def fall_back(self, why: str) -> None:
         """The rest of the run in order, and say so."""
-        least, most = self.done, int(self.position.max())
-        kept = f"{least:,}" if least == most else f"{least:,} to {most:,}"
-        self.counts.fallback = f"{why} The first {kept} steps were kept; the rest was sampled sequentially."
+        solved, left = self.counts.certified_steps, self.num_steps - self.position
+        in_order = self.position - solved
+        stands = f"{span(solved)} steps of each chain had" if solved.any() else "No step had"
+        before = f" and {span(in_order)} sampled sequentially" if in_order.any() else ""
+        self.counts.fallback = (
+            f"{why} {stands} been solved in parallel{before}; the {span(left)} left were sampled sequentially."
+        )
         self.sequentially()
 
     def take(self, solver: RecurrenceSolver, shape: Shape, wanted: int) -> tuple[Segment, str, Clock]:
@@ -138,20 +144,20 @@ class Run:
         stands = np.where(codes == RESULTS.successful, wanted, np.asarray(segment.solution.stats.certified_steps))
         # chains that are ahead of others may have less to do
         ends = np.minimum(wanted, self.num_steps - self.position)
-        failed, keep = codes[stands < ends], np.minimum(stands, ends)
+        result, keep = np.where(stands < ends, codes, RESULTS.successful), np.minimum(stands, ends)
         if self.draws.in_step:
             keep = np.full_like(keep, keep.min())
-        self._collect(segment, keep, solver, np.where(stands < ends, codes, RESULTS.successful))
+        self._collect(segment, keep, solver, result)
         self.draws.settle(self)
-        if not failed.size:
+        if not (stands < ends).any():
             return segment, "", clock
         if isinstance(solver, Sequential):
             raise RuntimeError(
                 f"a chain reached a state that is not finite at step {self.done + 1}. Check the kernel and the density "
                 "there: proposals that are NaN are rejected, so the state itself must have overflowed."
             )
-        worst = RESULTS(int(failed[0]))
-        return segment, f"{worst.name}: {worst.message}", clock
+        said = [f"{what}: {code.message.split('. ')[0].rstrip('.')}." for code, what in by_result(result) if code]
+        return segment, " ".join(said), clock
 
     def _collect(self, segment: Segment, keep: np.ndarray, solver: RecurrenceSolver, result: np.ndarray) -> None:
         """Copy the first ``keep`` (C,) steps: the segment's own memory is overwritten by the next one.
@@ -181,9 +187,10 @@ class Run:
         counts.growth += np.where(np.isfinite(growth), growth, 0.0)
         counts.num_growths += np.isfinite(growth)
         counts.result, held = result, np.asarray(solution.result) == RESULTS.successful
-        # where a solve did not hold altogether, of the prefix that does no more than the tolerance is known
-        within = np.where(keep > 0, _tolerance(solver, self.x), 0.0)
-        counts.residual = np.maximum(counts.residual, np.where(held, np.asarray(solution.residual), within))
+        # where a solve did not hold to its end, of the prefix that did, of which no more is kept
+        prefix = np.nan if stats.certified_residual is None else np.asarray(stats.certified_residual)
+        residual = np.where(held, np.asarray(solution.residual), prefix)
+        counts.residual = np.maximum(counts.residual, np.where(keep > 0, residual, 0.0))
 
     def _watch(self, path: PyTree, keep: np.ndarray) -> None:
         """See what moved: mostly the ends tell, and what lies between them is looked at only where they do not."""
@@ -192,8 +199,3 @@ class Run:
                 for rows in (slice(max(n - 1, 0), n), slice(0, n)):
                     if not moved[c].all():
                         moved[c] |= (x[c, rows] != np.asarray(old[c])).any(axis=0)
-
-
-def _tolerance(solver: RecurrenceSolver, x: PyTree) -> float:
-    given = solver.merge_tol if isinstance(solver, MultipleShooting) else getattr(solver, "tolerance", None)
-    return default_tolerance(real_dtype(x)) if given is None else float(given)

@@ -18,7 +18,7 @@ from pmcmc.chain import Chain
 from pmcmc.kernels import Compose, Kernel, RandomWalk, SiteKernel
 from pmcmc.kernels._stream import chain_keys
 from pmcmc.recurrence import Sequential
-from pmcmc.report import MANY_DIVERGENCES, SolveReport
+from pmcmc.report import MANY_DIVERGENCES, SolveReport, by_result, span
 from pmcmc.sampling._ahead import Ahead
 from pmcmc.sampling._auto import Automatic
 from pmcmc.sampling._draws import Keeper
@@ -33,6 +33,8 @@ from pmcmc.stored import StoredChain
 STUCK, FEW_DRAWS = 1e-3, 100
 # A run looks at how its draws have mixed where this takes no more numbers; for others it is worked out when asked for.
 MOST_JUDGED = 2**22
+# A solver of the user's own choice that failed before it had solved this share of any chain is warned of.
+SMALL_SHARE = 0.1
 
 
 class Interrupted(KeyboardInterrupt):
@@ -154,6 +156,7 @@ class Sampling:
 
         report: of these draws.
         """
+        self._warn_of_failed_solver()
         if not self._warn_of_stuck_chains():
             self._warn_of_still_coordinates()
             self._warn_of_divergences()
@@ -165,6 +168,21 @@ class Sampling:
         looked_at = chains * dim * (num_draws // stride_of(chains, num_draws, dim))
         if looked_at <= MOST_JUDGED and report.mixing is not None and report.mixing.doubt:
             warnings.warn(report.mixing.doubt, stacklevel=6)
+
+    def _warn_of_failed_solver(self) -> None:
+        """Say where a solver that the user chose left all of the run, or nearly so, to sequential sampling."""
+        solver, counts, num_steps = self.settings.solver, self.run.counts, self.run.num_steps
+        solved = counts.certified_steps
+        if solver is None or not counts.fallback or np.max(solved) >= SMALL_SHARE * num_steps:
+            return
+        share = f"only {span(solved)}" if np.any(solved) else "none"
+        messages = " ".join(f"{what}: {code.message}" for code, what in by_result(counts.result) if code)
+        warnings.warn(
+            f"{type(solver).__name__} solved {share} of {num_steps:,} steps of each chain in parallel; the others were "
+            f"sampled sequentially, which gives the same draws and saves no time. {messages} Or leave the choice to "
+            'solver="auto".',
+            stacklevel=6,
+        )
 
     def _warn_of_divergences(self) -> None:
         moves = self.run.draws.moves
@@ -243,7 +261,7 @@ class Sampling:
             num_iters=per_chain(counts.num_iters),
             num_sweeps=per_chain(counts.num_sweeps),
             num_blocks=counts.num_blocks,
-            certified_steps=per_chain(counts.certified_steps),
+            certified_steps=per_chain(np.minimum(counts.certified_steps, num_steps)),
             near_ties=per_chain(counts.near_ties) if moves.has_margin else per_chain(np.nan, float),
             lyapunov_exponent=_growth_rate(counts),
             coalescence_steps=np.zeros(0, int) if pilot is None else np.asarray(pilot.steps),

@@ -29,7 +29,7 @@ from pmcmc.kernels import (
 )
 from pmcmc.recurrence import RESULTS
 from pmcmc.report import SolveReport
-from pmcmc.sampling import Interrupted, load, parallel_chain, resume, sample
+from pmcmc.sampling import Interrupted, NonFiniteState, load, parallel_chain, resume, sample
 from pmcmc.stored import StoredChain
 from pmcmc.target import Target
 from pmcmc.verification import Verification
@@ -70,6 +70,7 @@ __all__ = [
     "Interrupted",
     "InverseGammaUpdate",
     "Kernel",
+    "NonFiniteState",
     "NormalUpdate",
     "ParallelMCMC",
     "Pathfinder",

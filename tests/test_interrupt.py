@@ -1,13 +1,19 @@
 """Ctrl-C loses nothing that was certified, and too large a request is refused before anything is sampled."""
 
+from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import pmcmc
 from pmcmc import _memory as _host
+from pmcmc._tree import register_dataclass
+from pmcmc._types import Array
+from pmcmc.kernels._base import PositionKernel
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.sampling import _engine, _memory
 from pmcmc.sampling._engine import Engine
@@ -120,3 +126,46 @@ def test_available_memory_is_the_least_of_system_and_group(monkeypatch: pytest.M
     assert _host.available_bytes() > 2**20
     monkeypatch.setattr(_host, "_read", lambda path: "")
     assert _host.available_bytes() == float("inf")
+
+
+class Place(NamedTuple):
+    position: Array
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Explodes(PositionKernel):
+    """x' = 1e10 x, which overflows at step 31 from x = 1."""
+
+    def restore(self, target, unknown):
+        return Place(unknown)
+
+    def sample_noise(self, rng_key, target):
+        return jnp.zeros(())
+
+    def step(self, target, state, noise):
+        one = jnp.ones((), noise.dtype)
+        return Place(1e10 * state.position), pmcmc.Info(one, one < 0, jnp.inf * one, noise)
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+@pytest.mark.parametrize("solver", [Sequential(), MultipleShooting(4)], ids=["sequential", "shooting"])
+def test_a_state_that_overflows_loses_nothing(solver, tmp_path) -> None:
+    options = dict(kernel=Explodes(), num_warmup=0, num_chains=2, progress_bar=False)
+    density = lambda x: 0.0 * jnp.sum(x)
+    run = lambda start, n: pmcmc.sample(density, jnp.full(1, start), 0, num_samples=n, solver=solver, **options)
+    with pytest.raises(pmcmc.NonFiniteState, match=r"not finite at step 31.*attribute `chain`") as failed:
+        run(1.0, 100)
+    chain = failed.value.chain
+    assert chain.num_samples == chain.report.num_steps == 30
+    np.testing.assert_allclose(chain.unknowns[0, :, 0], 10.0 ** np.arange(10, 301, 10), rtol=1e-12)
+    with pytest.raises(pmcmc.NonFiniteState) as failed:
+        run(1.0, 20).extend(50, progress_bar=False)
+    assert failed.value.chain.num_samples == 30
+    with pytest.raises(pmcmc.NonFiniteState) as failed:
+        run(1e300, 5)
+    assert failed.value.chain is None
+    pytest.importorskip("zarr")
+    with pytest.raises(pmcmc.NonFiniteState) as failed:
+        run(1.0, 20).stream(tmp_path / "run", 50, progress_bar=False)
+    assert 20 <= failed.value.chain.num_samples <= 30

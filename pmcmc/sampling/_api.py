@@ -72,7 +72,7 @@ def parallel_chain(
         WarmupError: warm-up found nothing to sample with.
         MemoryError: the draws and the shortest segment do not fit into memory; before any sampling.
         Interrupted: Ctrl-C; what was sampled so far is its ``chain``.
-        RuntimeError: a chain reached a state that is not finite.
+        NonFiniteState: a chain reached a state that is not finite; the draws from before are its ``chain``.
 
     Warns:
         UserWarning: warm-up did not settle or some of its lanes did not move, a chain accepted no move, a coordinate of

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -53,6 +54,25 @@ class Counts:
             growth=total(),
             num_growths=count(),
         )
+
+
+class NonFiniteState(RuntimeError):
+    """A chain reached a state that is not finite, sampled sequentially as well.
+
+    A proposal that is NaN is rejected, so the state itself overflowed. Check the kernel and the density there.
+
+    chain: a `Chain` of the draws that all chains have from before; of a stream the `StoredChain` of the last
+        checkpoint. None where there are none.
+
+    Example:
+        >>> import jax.numpy as jnp, pmcmc
+        >>> try:
+        ...     chain = pmcmc.sample(lambda x: -jnp.sum(x**2), jnp.zeros(2), 0, num_samples=100, progress_bar=False)
+        ... except pmcmc.NonFiniteState as failed:
+        ...     chain = failed.chain
+    """
+
+    chain: Any = None
 
 
 class Run:
@@ -129,7 +149,7 @@ class Run:
         Returns the segment, why it did not stand to its end ("" where it did), and the seconds it took.
 
         Raises:
-            RuntimeError: a state is not finite even when sampled sequentially.
+            NonFiniteState: a state is not finite even when sampled sequentially.
         """
         wanted, block_length = min(wanted, self.left), shape.capacity
         if isinstance(solver, LaneSolver):
@@ -152,9 +172,10 @@ class Run:
         if not (stands < ends).any():
             return segment, "", clock
         if isinstance(solver, Sequential):
-            raise RuntimeError(
+            raise NonFiniteState(
                 f"a chain reached a state that is not finite at step {self.done + 1}. Check the kernel and the density "
-                "there: proposals that are NaN are rejected, so the state itself must have overflowed."
+                "there: proposals that are NaN are rejected, so the state itself must have overflowed. Draws from "
+                "before, if there are any, are the attribute `chain` of this exception."
             )
         said = [f"{what}: {code.message.split('. ')[0].rstrip('.')}." for code, what in by_result(result) if code]
         return segment, " ".join(said), clock

@@ -20,6 +20,7 @@ from pmcmc.sampling._auto import compile_first
 from pmcmc.sampling._draws import Draws, draw_bytes
 from pmcmc.sampling._memory import fit_memory
 from pmcmc.sampling._progress import Progress, WarmupRecord
+from pmcmc.sampling._run import NonFiniteState
 from pmcmc.sampling._sampling import Interrupted, Sampling, engine_of, settings_of
 from pmcmc.sampling._settings import Settings
 from pmcmc.sampling._streaming import stream
@@ -68,6 +69,9 @@ def extend(chain: Chain, num_samples: int, progress_bar: bool) -> Chain:
         return _join(chain, sample_from(chain.state, settings, progress_bar, chain.report.warmup_remark))
     except Interrupted as stopped:
         raise Interrupted(_join(chain, stopped.chain), num_samples) from stopped
+    except NonFiniteState as failed:
+        failed.chain = chain if failed.chain is None else _join(chain, failed.chain)
+        raise
 
 
 CONTINUATION = Continuation(extend, stream)
@@ -153,15 +157,22 @@ def _sample(
             max_memory=settings.max_memory,
         )
 
+    def so_far() -> Chain | None:
+        draws.cut()
+        if not (kept := draws.info.margin.shape[1]):
+            return None
+        x = jax.tree.map(lambda rows: jnp.asarray(rows[:, -1]), draws.kept[0])
+        return chain(x, kept * settings.thinning - state.num_unkept)
+
     try:
         sampling.execute()
     except KeyboardInterrupt as stopped:
-        draws.cut()
-        if not (kept := draws.info.margin.shape[1]):
+        if (there := so_far()) is None:
             raise
-        x = jax.tree.map(lambda rows: jnp.asarray(rows[:, -1]), draws.kept[0])
-        there = chain(x, kept * settings.thinning - state.num_unkept)
         raise Interrupted(there, settings.num_samples) from stopped
+    except NonFiniteState as failed:
+        failed.chain = so_far()
+        raise
     whole = chain(sampling.run.x, settings.num_samples)
     sampling.warn(whole.report)
     return whole

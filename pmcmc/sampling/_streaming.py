@@ -21,6 +21,7 @@ from pmcmc.sampling._ahead import Ahead
 from pmcmc.sampling._memory import fit_memory
 from pmcmc.sampling._progress import Progress
 from pmcmc.sampling._rebuild import check_num_draws, read_report, read_thinning, rebuild
+from pmcmc.sampling._run import NonFiniteState
 from pmcmc.sampling._sampling import Interrupted, Sampling, engine_of, settings_of
 from pmcmc.sampling._settings import Settings
 from pmcmc.sampling._store import Store, check_kept, held_bytes
@@ -91,6 +92,10 @@ def _to_store(
         except KeyboardInterrupt as stopped:
             store.cut()
             raise Interrupted(store.last, settings.num_samples) from stopped
+        except NonFiniteState as failed:
+            store.cut()
+            failed.chain = store.last
+            raise
         sampling.warn(store.last.report)
         return store.last
 

@@ -3,8 +3,8 @@
 Each case is sampled by `pmcmc.sample` or `pmcmc.parallel_chain` as a user would, under five seeds. What is true: the
 mean of a test function of which the exact value is known (by symmetry, by quadrature or by independent draws), compared
 with that of the draws in units of its standard deviation. A run is *wrong* where it is off by more than `WRONG` and
-more than six Monte Carlo standard errors of that many independent draws of the smallest effective sample size. What is
-said: warnings, and the report's line on bias. It must not be that
+more than four standard errors of as many independent draws as the smallest effective sample size, or of 400 where it
+has fewer. What is said: warnings, and the report's line on bias. It must not be that
 
 - a run is wrong and nothing warns (*silent*), or
 - a run of a well-behaved case warns (*alarm*), or
@@ -153,7 +153,7 @@ def probability() -> None:
 
 
 def corners() -> None:
-    numpyro.sample("p", dist.Beta(0.05, 0.05).expand([3]).to_event(1))
+    numpyro.sample("p", dist.Beta(0.3, 0.3).expand([3]).to_event(1))
 
 
 def walk() -> None:
@@ -342,7 +342,7 @@ class Outcome:
 
     @property
     def is_wrong(self) -> bool:
-        return self.error > WRONG and self.error > 6 / np.sqrt(max(self.ess, 1.0))
+        return self.error > max(WRONG, 4 / np.sqrt(max(self.ess, 400)))
 
     @property
     def says_small_bias(self) -> bool:

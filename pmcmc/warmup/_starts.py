@@ -2,8 +2,9 @@
 
 import numpy as np
 
-# Lanes have not mixed where their means vary more than this many times as much as the draws of one lane do.
-APART = 1.0
+# Lanes have not mixed where their means vary more than this share of what the draws of one lane do: as of a single lane
+# of 32 that spent half of its steps in a mode five standard deviations away.
+APART = 0.25
 # Lanes whose means lie within this many standard deviations of one lane's draws are taken to be in one place.
 RADIUS = 2.0
 

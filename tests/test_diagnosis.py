@@ -305,7 +305,7 @@ def test_pairs_that_are_lost_are_left_out() -> None:
         diagnose(target, HMC, pilot._replace(finite=np.zeros_like(lost)), GOOD)
 
 
-@pytest.mark.filterwarnings("ignore:.*were divergent")
+@pytest.mark.filterwarnings("ignore:.*were divergent", "ignore:the draws have not mixed", "ignore:.*did not move")
 def test_nothing_is_worked_out_before_it_is_asked_for(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(_auto, "diagnose", lambda *a: asked.append(1) or diagnose(*a))

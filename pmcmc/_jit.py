@@ -1,5 +1,6 @@
 """jit as this package's programs want it: compiler options, known faults avoided, and the time they take."""
 
+import ctypes
 import threading
 import time
 from collections import OrderedDict
@@ -52,9 +53,30 @@ def programs_of(target: Any) -> dict[Hashable, Any]:
     with _lock:
         found = _programs.setdefault(target.owner, {})
         _programs.move_to_end(target.owner)
-        while len(_programs) > MAX_TARGETS:
-            _programs.popitem(last=False)
+        if len(_programs) > MAX_TARGETS:
+            while len(_programs) > MAX_TARGETS:
+                _programs.popitem(last=False)
+            return_memory()
         return found
+
+
+def return_memory() -> None:
+    """Give what was freed back to the system, where the C library can (glibc).
+
+    Compilation allocates and frees in small pieces, so without this a process that fits ever new models grows by
+    several MiB a fit although nothing is kept.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
 
 
 def forget_programs() -> None:

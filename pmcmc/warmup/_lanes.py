@@ -219,8 +219,9 @@ def tune(
     check_tuned(tuned, lanes.states, np.mean(acceptance_rate), np.mean(moved))
     timing = LaneTiming(len(positions), median_low(timed) / PIECE)
     order = start_order(*(np.concatenate(parts) for parts in ([p.path for p in last], [p.logdensity for p in last])))
-    num_held = int(held_lanes(moved, acceptance_rate, lanes.rate).sum())  # not all: `check_tuned`
-    remark = HELD_STILL.format(num_held=num_held, num_lanes=len(moved)) if num_held else ""
+    num_held = int(held_lanes(moved, acceptance_rate, lanes.rate).sum())
+    some = 0 < num_held < len(moved)  # of all of them `check_tuned` speaks
+    remark = HELD_STILL.format(num_held=num_held, num_lanes=len(moved)) if some else ""
     return Tuned(target, tuned, lanes.states, jnp.asarray(np.mean(acceptance_rate)), timing, remark, order)
 
 

@@ -111,6 +111,7 @@ def separated(x):
     return jnp.logaddexp(-0.5 * jnp.sum((x - 20) ** 2), -0.5 * jnp.sum((x + 20) ** 2))
 
 
+@pytest.mark.filterwarnings("ignore:the draws have not mixed")
 def test_blocks_of_a_chain_that_does_not_contract() -> None:
     """Starts of blocks are guessed in both modes, and no block that is in the wrong one joins."""
     starts = jnp.array([[20.0, 20.0], [-20.0, -20.0]])

@@ -100,7 +100,7 @@ def judge(sites: dict[str, np.ndarray], stride: int = 1) -> Mixing:
     for name, x in sites.items():
         num_draws, shape = x.shape[0] * x.shape[1], x.shape[2:]
         rows = x.reshape(*x.shape[:2], -1)
-        varies = np.flatnonzero(np.ptp(rows, axis=(0, 1)) > 0)
+        varies = np.flatnonzero(np.any(rows != rows[:1, :1], axis=(0, 1)))
         if x.shape[1] < 4 or not len(varies) or not np.isfinite(rows).all():
             continue
         rhat, bulk, tail, noise = measure(rows[..., varies])

@@ -192,8 +192,9 @@ class Run:
         self.draws.add(path, info, [slice(f, n, self.thinning) for f, n in zip(first, keep, strict=True)])
         counts.near_ties += [ties[:steps].sum() for ties, steps in zip(near_ties, keep, strict=True)]
         last = lambda old, x: np.stack([x[c, n - 1] if n else old[c] for c, n in enumerate(keep)])
+        self.x = jax.tree.map(np.asarray, self.x)  # every operation of jax's own is one more program to compile
         self._watch(path, keep)
-        self.x = jax.tree.map(last, jax.tree.map(np.asarray, self.x), path)
+        self.x = jax.tree.map(last, self.x, path)
         self.position += keep
         self.progress.update(self.done - before, int(np.max(stats.num_sweeps)))
         if isinstance(solver, Sequential):
@@ -219,4 +220,4 @@ class Run:
             for c, n in enumerate(keep):
                 for rows in (slice(max(n - 1, 0), n), slice(0, n)):
                     if not moved[c].all():
-                        moved[c] |= (x[c, rows] != np.asarray(old[c])).any(axis=0)
+                        moved[c] |= (x[c, rows] != old[c]).any(axis=0)

@@ -16,6 +16,8 @@ from pmcmc.sampling import _auto, _pilot
 from pmcmc.stability import coalescence_time
 from tests._targets import gaussian, start_like
 
+pytestmark = pytest.mark.filterwarnings("ignore:the draws have not mixed")
+
 SIZES = dict(num_warmup=200, num_chains=2, progress_bar=False)
 NOTHING = "The pilot of coupled chains proves nothing: "
 

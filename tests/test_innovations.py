@@ -122,6 +122,7 @@ def chains_alike(keys, first_step, block_length):
     return jnp.broadcast_to(keys[:1], keys.shape), first_step
 
 
+@pytest.mark.filterwarnings("ignore:the draws have not mixed")
 @pytest.mark.parametrize("fault", [every_block_alike, one_step_early, segments_alike, chains_alike])
 def test_sees_a_planted_fault(fault, fresh_programs, monkeypatch: pytest.MonkeyPatch) -> None:
     in_segments(monkeypatch)

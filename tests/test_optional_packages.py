@@ -91,6 +91,7 @@ def test_every_optional_package_is_known() -> None:
         "blackjax",
         "arviz",
         "jaxtyping",
+        "scipy",
         "optax",
         "xarray",
     }

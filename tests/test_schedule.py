@@ -90,6 +90,7 @@ def with_constant(x):
     return mixture(x) + jnp.float32(1e4)
 
 
+@pytest.mark.filterwarnings("ignore:the draws have not mixed")
 @pytest.mark.parametrize(
     ("num_blocks", "num_chains"),
     [(12, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, 1), (1, 4), (12, 4)])],

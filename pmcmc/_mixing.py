@@ -18,6 +18,8 @@ MIN_DRAWS, ENOUGH_DRAWS = 400, 2000
 CHANCE = 1e-4
 # Numbers that are looked at; of more draws every so manieth is, down to this many of a chain.
 MAX_NUMBERS, FEWEST = 2**18, 256
+# Coordinates that are looked at together: bounds the memory of wide posteriors.
+MAX_COLUMNS = 2**12
 
 
 class Mixing(NamedTuple):
@@ -72,9 +74,10 @@ class Mixing(NamedTuple):
         (worst, place), *_ = sorted(((v, _name(*key)) for key, v in _flat(self.rhat)), reverse=True)
         sizes = [min((v, _name(*key)) for key, v in _flat(found)) for found in (self.bulk_ess, self.tail_ess)]
         (bulk, bulk_place), (tail, tail_place) = sizes
+        rhat = f"at most {worst:.3f}" if worst < 100 else "above 100"  # where chains stand still
         every = f" (one in {self.stride})" if self.stride > 1 else ""
         return (
-            f"R-hat at most {worst:.3f} ({place}), effective sample size at least {bulk:,.0f} in the bulk "
+            f"R-hat {rhat} ({place}), effective sample size at least {bulk:,.0f} in the bulk "
             f"({bulk_place}) and {tail:,.0f} in the tails ({tail_place}), of {self.num_draws:,} draws{every}"
         )
 
@@ -94,7 +97,7 @@ def stride_of(num_chains: int, num_draws: int, dim: int) -> int:
 
 
 def judge(sites: dict[str, np.ndarray], stride: int = 1) -> Mixing:
-    """Of draws {site: (num_chains, num_draws, ...)}, which are every ``stride``-th that there are."""
+    """How well draws {site: (num_chains, num_draws, ...)} have mixed; they are every ``stride``-th that there are."""
     found: tuple[dict, dict, dict] = ({}, {}, {})
     num_draws = num_apart = 0
     for name, x in sites.items():
@@ -103,8 +106,9 @@ def judge(sites: dict[str, np.ndarray], stride: int = 1) -> Mixing:
         varies = np.flatnonzero(np.any(rows != rows[:1, :1], axis=(0, 1)))
         if x.shape[1] < 4 or not len(varies) or not np.isfinite(rows).all():
             continue
-        rhat, bulk, tail, noise = measure(rows[..., varies])
-        num_apart += int(np.sum(rhat > np.maximum(MAX_RHAT, noise)))
+        parts = np.array_split(varies, -(-len(varies) // MAX_COLUMNS))  # arrays as large as the draws are in memory
+        rhat, bulk, tail, noise = map(np.concatenate, zip(*(measure(rows[..., some]) for some in parts), strict=True))
+        num_apart += int(np.sum(rhat > np.fmax(MAX_RHAT, noise)))  # no noise where draws do not vary within chains
         for into, values, pick in zip(found, (rhat, bulk, tail), (np.argmax, np.argmin, np.argmin), strict=True):
             place = int(pick(values))
             into[name] = (float(values[place]), tuple(map(int, np.unravel_index(varies[place], shape))))
@@ -141,9 +145,10 @@ def measure(draws: np.ndarray) -> Measures:
     tails = [_ess(_split((draws <= edge).astype(float))) for edge in edges]
     rhats, num_chains = (_rhat(scores), _rhat(folded)), split.shape[1]
     unlikely = chdtri(num_chains - 1, CHANCE / len(draws)) / (num_chains - 1)
-    noise = [np.sqrt(1 + unlikely * num_chains / _ess(x, pooled=False)) for x in (scores, folded)]
-    # the worse of the two, against its own noise
-    rhat, noise = np.maximum(*rhats), np.where(rhats[0] >= rhats[1], *noise)
+    centred = [x - x.mean(axis=2, keepdims=True) for x in (scores, folded)]
+    noise = [np.sqrt(1 + unlikely * num_chains / _ess(x)) for x in centred]
+    # the worse of the two, against its own noise; folded draws of two values may not vary, and have NaN
+    rhat, noise = np.fmax(*rhats), np.where(rhats[1] > rhats[0], noise[1], noise[0])
     return Measures(rhat, _ess(scores), np.fmin(*tails), noise)
 
 
@@ -178,19 +183,15 @@ def _rhat(x: np.ndarray) -> np.ndarray:
         return np.sqrt((between / within + num_draws - 1) / num_draws)
 
 
-def _ess(x: np.ndarray, pooled: bool = True) -> np.ndarray:
-    """By Geyer's initial monotone sequence; x: (D, num_chains, num_draws).
-
-    pooled: differences between the means of chains count. Else those are let be: the draws are worth that many as far
-    as they can be within their chains.
-    """
+def _ess(x: np.ndarray) -> np.ndarray:
+    """By Geyer's initial monotone sequence; x: (D, num_chains, num_draws). NaN where nothing varies."""
     _, num_chains, num_draws = x.shape
     total, means = num_chains * num_draws, x.mean(axis=2, keepdims=True)
     size = next_fast_len(2 * num_draws, real=True)
     power = np.mean(np.abs(rfft(x - means, size)) ** 2, axis=1)
     covariance = irfft(power, size)[:, :num_draws] / num_draws  # mean over the chains
     within = covariance[:, 0] * num_draws / (num_draws - 1)
-    variance = covariance[:, 0] + means[..., 0].var(axis=1, ddof=1) if pooled else within
+    variance = covariance[:, 0] + (means[..., 0].var(axis=1, ddof=1) if num_chains > 1 else 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
         correlation = 1 - (within[:, None] - covariance) / variance[:, None]
     correlation[:, 0] = 1.0

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pmcmc._mixing import Mixing
+from pmcmc._mixing import MIN_DRAWS, Mixing
 from pmcmc.recurrence import RESULTS, Sequential
 from pmcmc.stability import Diagnosis, Plan
 
@@ -235,7 +235,8 @@ class SolveReport:
         return lines
 
     def _mixing(self, mixing: Mixing) -> str:
-        return f"Mixing: {mixing if mixing.is_judged else 'too few draws to judge it'}."
+        few = mixing.num_draws < MIN_DRAWS
+        return f"Mixing: {'too few draws to judge it' if few else mixing}."
 
     def _bias(self) -> str:
         small = np.flatnonzero(self.bias_bound <= SMALL_BIAS)

@@ -77,6 +77,24 @@ def test_the_worst_element_of_each_site_is_named() -> None:
     assert not judge({"still": still}).is_judged
 
 
+def test_values_that_do_not_vary_in_every_respect() -> None:
+    """Two values in halves, whose distances from the median are all the same; chains that each stand still."""
+    coin = judge({"x": np.random.default_rng(0).permutation(np.arange(1000) % 2).reshape(2, 500)})
+    assert coin.max_rhat < 1.02
+    assert coin.doubt == ""
+    still = judge({"x": np.repeat(np.arange(3.0)[:, None], 200, axis=1)})
+    assert still.max_rhat > 1e6
+    assert still.num_apart == 1
+    assert "R-hat above 100 (x)" in still.doubt
+
+
+def test_columns_are_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    sites = {"x": autoregressive(0.7, (4, 200, 7))}
+    whole = judge(sites)
+    monkeypatch.setattr(_mixing, "MAX_COLUMNS", 3)
+    assert judge(sites) == whole
+
+
 def test_of_many_draws_some_are_looked_at() -> None:
     draws = autoregressive(0.9, (2, 100_000, 20))
     target = pmcmc.Target.from_logdensity(lambda x: -jnp.sum(x**2), jnp.zeros(20))

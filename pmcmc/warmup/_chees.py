@@ -82,8 +82,7 @@ class ChEESAdaptation(Warmup):
         found = _find_length(whitened, chees_key, lanes, num_steps=num_tuning)
         kernel = _take_length(target, explored.kernel, found)
         tuned = tune(whitened, kernel, step_key, np.asarray(found.positions), None, num_tuning, watch)
-        remark = " ".join(filter(None, (explored.remark, tuned.remark)))
-        return tuned._replace(remark=remark, num_lost=explored.num_lost)
+        return explored.told(tuned)
 
 
 @tuned_jit(static_argnames="num_steps")

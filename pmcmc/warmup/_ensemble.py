@@ -103,8 +103,7 @@ class EnsembleAdaptation(Warmup):
         )
         num_tuning, whitened = max(102, num_steps // 4), target.with_basis(found.basis)
         tuned = tune(whitened, found.kernel, step_key, found.lanes, self.target_acceptance_rate, num_tuning, watch)
-        remark = " ".join(filter(None, (found.remark, tuned.remark)))
-        return tuned._replace(remark=remark, num_lost=found.num_lost)
+        return found.told(tuned)
 
 
 @partial(jax.jit, static_argnames="number")
@@ -121,6 +120,11 @@ class Explored(NamedTuple):
     lanes: np.ndarray
     remark: str
     num_lost: int
+
+    def told(self, tuned: Tuned) -> Tuned:
+        """What was tuned on these lanes, with what is to be said of how they were found."""
+        remark = " ".join(filter(None, (self.remark, tuned.remark)))
+        return tuned._replace(remark=remark, num_lost=self.num_lost)
 
 
 def explore_basis(

@@ -121,6 +121,7 @@ class ChainState(NamedTuple):
     ensemble: last unknowns of warm-up, from which block starts are guessed. own: (num_chains,) those where the chains
         started. timing: of a step on many lanes, for the planner. None of the three changes a draw.
     source: the user's model, to see whether it has changed.
+    warmup_remark, num_lost_lanes: what warm-up had to say, for the reports of all that follows; see `SolveReport`.
     """
 
     target: Target
@@ -133,6 +134,8 @@ class ChainState(NamedTuple):
     own: np.ndarray
     timing: LaneTiming | None
     source: Source
+    warmup_remark: str = ""
+    num_lost_lanes: int = 0
 
 
 def header(

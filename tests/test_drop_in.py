@@ -386,6 +386,15 @@ def test_a_given_metric_is_kept_while_the_step_size_is_tuned(sampler, metric) ->
     assert second.chain.report.acceptance_rate.mean() > 0.3
 
 
+def test_what_warmup_had_to_say_stays_with_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pmcmc.warmup._ensemble._is_settled", lambda *found: False)
+    mcmc = ParallelMCMC(model, num_warmup=20, num_samples=50, progress_bar=False)
+    with pytest.warns(UserWarning, match="did not settle"):
+        mcmc.warmup(jax.random.key(0), Y)
+    mcmc.run(mcmc.post_warmup_state.rng_key, Y)
+    assert "did not settle" in mcmc.chain.report.warmup_remark
+
+
 def test_a_given_metric_acts_without_warmup() -> None:
     """A leapfrog step of size h moves by h M^-1 p, p of covariance M: by a deviation of h sqrt(M^-1)."""
     metric = jnp.array([9.0, 0.01])

@@ -67,7 +67,7 @@ def load(
         raise reader.malformed(f"its kernel has no {min(strange)}")
     unknowns, info = _record(reader, state)
     check_num_draws(reader, state, info.margin.shape[1], thinning)
-    report = read_report(reader, len(state.own))
+    state, report = read_report(reader, state)
     report = replace(report, find_mixing=partial(judge_mixing, state.target, state.kernel, unknowns))
     reader.close()
     return Chain(state, unknowns, info, report, thinning, solver, CONTINUATION, extra_fields)

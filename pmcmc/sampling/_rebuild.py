@@ -24,8 +24,8 @@ from pmcmc.target import Basis, Target
 from pmcmc.warmup._base import LaneTiming
 
 
-def read_report(reader: Reader, num_chains: int) -> SolveReport:
-    """Without its plan."""
+def read_report(reader: Reader, state: ChainState) -> tuple[ChainState, SolveReport]:
+    """The report without its plan, and the state with what it says of warm-up."""
     found = reader.decode("report", reader.field("report", dict))
     stored = [f for f in fields(SolveReport) if f.name not in NOT_STORED]
     if not isinstance(found, dict) or not {f.name for f in stored if f.default is MISSING} <= set(found):
@@ -37,9 +37,10 @@ def read_report(reader: Reader, num_chains: int) -> SolveReport:
     for name, x in found.items():
         if hints[name] is not np.ndarray:
             continue
-        if x.ndim != 1 or (len(x) != num_chains and name not in BY_PAIR):
+        if x.ndim != 1 or (len(x) != len(state.own) and name not in BY_PAIR):
             raise reader.malformed(f"report and {name}")
-    return SolveReport(**found, plan=None)
+    report = SolveReport(**found, plan=None)
+    return state._replace(warmup_remark=report.warmup_remark, num_lost_lanes=report.num_lost_lanes), report
 
 
 def read_thinning(reader: Reader, state: ChainState) -> int:

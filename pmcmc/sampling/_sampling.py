@@ -104,7 +104,7 @@ def scale_of(state: ChainState) -> PyTree:
 class Sampling:
     """Steps of all chains from a state on.
 
-    num_planned: see `Run`. began, warmup_seconds, warmup_remark, num_lost: for the report.
+    num_planned: see `Run`. began, warmup_seconds: for the report.
     """
 
     def __init__(
@@ -116,13 +116,10 @@ class Sampling:
         progress: Progress,
         began: float,
         warmup_seconds: float,
-        warmup_remark: str,
         num_planned: int | None = None,
-        num_lost: int = 0,
     ):
         progress.sample()
-        self.state, self.settings, self.num_lost = state, settings, num_lost
-        self.began, self.warmup_seconds, self.warmup_remark = began, warmup_seconds, warmup_remark
+        self.state, self.settings, self.began, self.warmup_seconds = state, settings, began, warmup_seconds
         self.run = Run(
             engine,
             state.unknown,
@@ -273,8 +270,8 @@ class Sampling:
             solve_seconds=clock.run_seconds - (0.0 if automatic is None else automatic.partner_seconds),
             total_seconds=time.perf_counter() - self.began,
             planned_seconds=0.0 if automatic is None else automatic.seconds,
-            warmup_remark=self.warmup_remark,
-            num_lost_lanes=self.num_lost,
+            warmup_remark=self.state.warmup_remark,
+            num_lost_lanes=self.state.num_lost_lanes,
             num_draws=int(moves.num_draws[0]),
             pair_distances=np.zeros(0) if pilot is None else np.asarray(pilot.distances)[0],
             spread=_spread(self.state, run.draws.some[0]),

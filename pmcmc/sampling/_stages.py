@@ -43,21 +43,20 @@ def run_stages(
     """
     began = time.perf_counter()
     with Progress(settings.num_samples, progress_bar) as progress, closing(Ahead()) as ahead:
-        state, tuned = _warm_up(source, rng_key, starts, settings, progress, ahead, record)
-        seconds = time.perf_counter() - began
-        return _sample(state, settings, progress, ahead, began, seconds, tuned.remark, tuned.num_lost, record)
+        state = _warm_up(source, rng_key, starts, settings, progress, ahead, record)
+        return _sample(state, settings, progress, ahead, began, time.perf_counter() - began, record)
 
 
 def warm_up(source: Source, rng_key: PRNGKey, starts: PyTree, settings: Settings, progress_bar: bool) -> ChainState:
     """Where the chains of `run_stages` with the same arguments begin."""
     with Progress(settings.num_samples, progress_bar) as progress, closing(Ahead()) as ahead:
-        return _warm_up(source, rng_key, starts, settings, progress, ahead)[0]
+        return _warm_up(source, rng_key, starts, settings, progress, ahead)
 
 
-def sample_from(state: ChainState, settings: Settings, progress_bar: bool, warmup_remark: str = "") -> Chain:
+def sample_from(state: ChainState, settings: Settings, progress_bar: bool) -> Chain:
     """Draws that follow a state; the chain holds these alone."""
     with Progress(settings.num_samples, progress_bar) as progress, closing(Ahead()) as ahead:
-        return _sample(state, settings, progress, ahead, time.perf_counter(), 0.0, warmup_remark)
+        return _sample(state, settings, progress, ahead, time.perf_counter(), 0.0)
 
 
 def extend(chain: Chain, num_samples: int, progress_bar: bool) -> Chain:
@@ -66,7 +65,7 @@ def extend(chain: Chain, num_samples: int, progress_bar: bool) -> Chain:
     chain.state.source.check()
     settings = settings_of(chain, num_samples, chain.max_memory)
     try:
-        return _join(chain, sample_from(chain.state, settings, progress_bar, chain.report.warmup_remark))
+        return _join(chain, sample_from(chain.state, settings, progress_bar))
     except Interrupted as stopped:
         raise Interrupted(_join(chain, stopped.chain), num_samples) from stopped
     except NonFiniteState as failed:
@@ -93,7 +92,7 @@ def _warm_up(
     progress: Progress,
     ahead: Ahead,
     record: WarmupRecord | None = None,
-) -> tuple[ChainState, Tuned]:
+) -> ChainState:
     """From ``starts`` to where the chains begin; programs for sampling are compiled beside."""
     settings.kernel.check(source.target)
     source, kernel = source.with_kernel(settings.kernel)
@@ -114,13 +113,14 @@ def _warm_up(
     tuned = _tune(target, warmup_key, starts, settings, watch)
     state = _begin(tuned, starts, chain_key, settings, source)
     unknown = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[state.own]), state.ensemble)
-    return state._replace(unknown=unknown), tuned
+    return state._replace(unknown=unknown)
 
 
 def _begin(tuned: Tuned, starts: PyTree, chain_key: PRNGKey, settings: Settings, source: Source) -> ChainState:
     """Arrays, or shapes where that is all there is yet; ``unknown`` is still to be filled in."""
     own = _chain_starts(tuned, starts, settings)
-    return ChainState(tuned.target, tuned.kernel, None, chain_key, 0, 0, tuned.states, own, tuned.timing, source)
+    state = ChainState(tuned.target, tuned.kernel, None, chain_key, 0, 0, tuned.states, own, tuned.timing, source)
+    return state._replace(warmup_remark=tuned.remark, num_lost_lanes=tuned.num_lost)
 
 
 def _sample(
@@ -130,17 +130,13 @@ def _sample(
     ahead: Ahead,
     began: float,
     warmup_seconds: float,
-    warmup_remark: str = "",
-    num_lost: int = 0,
     record: WarmupRecord | None = None,
 ) -> Chain:
     num_kept = (state.num_unkept + settings.num_samples) // settings.thinning
     engine = engine_of(state, ahead)
     fit_memory(engine, settings, draw_bytes(engine) * num_kept)
     draws = Draws(engine, num_kept)
-    sampling = Sampling(
-        state, settings, engine, draws, progress, began, warmup_seconds, warmup_remark, num_lost=num_lost
-    )
+    sampling = Sampling(state, settings, engine, draws, progress, began, warmup_seconds)
 
     def chain(x: PyTree, num_steps: int) -> Chain:
         after, report = sampling.standing(x, num_steps)

@@ -77,8 +77,7 @@ def _to_store(
     with Progress(settings.num_samples, progress_bar) as progress, closing(Ahead()) as ahead:
         engine = engine_of(state, ahead)
         fit_memory(engine, settings, held_bytes(settings.max_memory))
-        remark = chain.report.warmup_remark
-        sampling = Sampling(state, settings, engine, store, progress, began, 0.0, remark, num_planned)
+        sampling = Sampling(state, settings, engine, store, progress, began, 0.0, num_planned)
         num_before, run = chain.num_samples if first is None else first.num_samples, sampling.run
 
         def there() -> StoredChain:
@@ -149,13 +148,14 @@ def resume(
         state, solver = rebuild(reader, model, model_args, model_kwargs, initial_position, kernel, solver)
         if not (kept_sites := tuple(reader.names("kept_sites"))):
             raise reader.malformed("kept_sites is empty")
+        state, report = read_report(reader, state)
         stored_memory = reader.field("max_memory", int, NoneType, least=1)
         chain = StoredChain(
             path,
             kept_sites,
             reader.field("num_samples", int, least=1),
             state,
-            read_report(reader, len(state.own)),
+            report,
             read_thinning(reader, state),
             solver,
             extend_stored,

@@ -29,6 +29,7 @@ DEPENDENCIES = {
     "numpyro": "0.19",
     "blackjax": "1.2.5",
     "arviz": "0.21",
+    "scipy": "1.11",
     "jaxtyping": "0.2.34",
     "tqdm": "4.60",
 }

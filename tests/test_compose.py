@@ -51,6 +51,7 @@ def sample(kernel, **options):
     return pmcmc.sample(joint, START, 1, kernel=kernel, **options)
 
 
+@pytest.mark.filterwarnings("ignore:the draws have not mixed")  # each chain is short; they are many
 @pytest.mark.parametrize("name", share(list(BLOCKS), "HMC and Gibbs"))
 def test_blocks_sample_the_joint(name: str) -> None:
     """First and second moments; warm-up gives every block of vectors its coordinates."""

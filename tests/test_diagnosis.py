@@ -21,7 +21,7 @@ from pmcmc.sampling import _auto
 from pmcmc.stability import Coalescence, Diagnosis, SiteDistance, diagnose
 from pmcmc.stability._paths import coalescence_of_paths
 from pmcmc.target import Basis, Target
-from tests._targets import funnel, start_like
+from tests._targets import funnel, funnel_may_warn, start_like
 
 SENTENCES = {
     "scale": r"The scale of '\w+' depends on other latent sites, and differs by a factor \S+ between paths",
@@ -305,7 +305,7 @@ def test_pairs_that_are_lost_are_left_out() -> None:
         diagnose(target, HMC, pilot._replace(finite=np.zeros_like(lost)), GOOD)
 
 
-@pytest.mark.filterwarnings("ignore:.*were divergent", "ignore:the draws have not mixed", "ignore:.*did not move")
+@funnel_may_warn
 def test_nothing_is_worked_out_before_it_is_asked_for(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(_auto, "diagnose", lambda *a: asked.append(1) or diagnose(*a))

@@ -18,7 +18,7 @@ from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, deer
 from pmcmc.sampling import _engine
 from pmcmc.sampling._engine import Engine
 from tests._statistics import z_bound
-from tests._targets import COVARIANCE, funnel, gaussian, start_like
+from tests._targets import COVARIANCE, funnel, funnel_may_warn, gaussian, start_like
 
 SIZES = dict(num_warmup=200, num_samples=2000, num_chains=4, progress_bar=False)
 OBSERVED = jnp.array([0.8, 1.4, -0.2, 1.1, 0.9])
@@ -158,7 +158,7 @@ def test_auto_takes_shooting_where_chains_merge_and_is_right(free_lanes, fresh_p
     assert np.max(np.abs(t)) < -stats.t.ppf(stats.norm.sf(z_bound(12)), df=159)
 
 
-@pytest.mark.filterwarnings("ignore:.*were divergent", "ignore:.*did not move", "ignore:.*have not mixed")  # a funnel
+@funnel_may_warn
 def test_auto_takes_sequential_where_chains_do_not_merge(free_lanes) -> None:
     chain = pmcmc.sample(funnel, start_like(funnel), 0, **{**SIZES, "num_samples": 20_000})
     assert chain.report.decision == "sequential"

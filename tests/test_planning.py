@@ -17,7 +17,7 @@ from pmcmc.sampling import _auto, _pilot, _run
 from pmcmc.stability import Costs, coalescence_time, plan, predict_iterations
 from pmcmc.stability._paths import coalescence_of_paths
 from pmcmc.stability._plan import next_segment, schedule
-from tests._targets import funnel, gaussian, start_like
+from tests._targets import funnel, funnel_may_warn, gaussian, start_like
 
 GPU = Costs(sequential=1e-4, overhead=1e-4, lane=1e-8, compile=1.0)
 CPU = Costs(sequential=1e-6, overhead=1e-6, lane=2.5e-7, compile=1.0)
@@ -365,6 +365,7 @@ def test_separated_modes_do_not_merge(free_lanes) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the draws have not mixed")  # |x| changes slowly
 def test_resonant_length_does_not_contract(free_lanes) -> None:
     """Half a period of a Gaussian maps every x to -x."""
     normal = lambda x: -0.5 * jnp.sum(x**2)
@@ -426,8 +427,7 @@ def test_the_report_of_a_plan(free_lanes) -> None:
         assert words in str(report), words
 
 
-@pytest.mark.filterwarnings("ignore:.*were divergent", "ignore:the draws have not mixed", "ignore:.*did not move")
-@pytest.mark.filterwarnings("ignore:.*never moved")
+@funnel_may_warn
 def test_funnel_stays_sequential(free_lanes) -> None:
     chain = pmcmc.sample(funnel, start_like(funnel), 0, num_samples=4000, **SIZES)
     assert chain.report.decision == "sequential"

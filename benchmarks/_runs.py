@@ -13,11 +13,11 @@ import numpy as np
 
 from benchmarks._harness import program_bytes
 from benchmarks.targets import Case
-from pmcmc._types import PyTree
+from pmcmc._typing import PyTree
+from pmcmc._xla.background import num_cores
 from pmcmc.recurrence import MultipleShooting, Sequential
-from pmcmc.recurrence._lanes import LaneSolver
-from pmcmc.sampling._ahead import num_cores
-from pmcmc.sampling._engine import Clock, Engine, Segment, Shape, solve_noise
+from pmcmc.recurrence.lanes import LaneSolver
+from pmcmc.sampling.programs import Clock, Engine, Segment, Shape, solve_noise
 
 NUM_STATES = 64
 # With fewer cores than this a second compilation only slows the first.

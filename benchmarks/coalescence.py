@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks._harness import save
 from benchmarks.posteriors import POSTERIORS, Posterior
 from pmcmc import HMC, MALA, NUTS, Kernel, RandomWalk, from_blackjax
-from pmcmc.kernels._stream import step_noise
+from pmcmc.random.streams import step_noise
 from pmcmc.recurrence import Sequential
 from pmcmc.stability import coalescence_time
 

@@ -19,7 +19,7 @@ from benchmarks._harness import alternate, ratio, save, with_others
 from benchmarks.posteriors import POSTERIORS
 from pmcmc import HMC, MALA, NUTS, Chain, Kernel
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential, deer, quasi_deer
-from pmcmc.sampling._engine import Engine, Segment, Shape
+from pmcmc.sampling.programs import Engine, Segment, Shape
 
 KERNELS: dict[str, Kernel] = {"HMC": HMC(), "NUTS": NUTS(), "MALA": MALA()}
 SOLVERS: dict[str, Callable[[int], RecurrenceSolver]] = {

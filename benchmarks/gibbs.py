@@ -9,7 +9,7 @@ import numpyro.distributions as dist
 import pmcmc
 from benchmarks import published as zoltowski
 from benchmarks.targets import Case
-from pmcmc.interop._numpyro import numpyro_target
+from pmcmc.interop.numpyro import numpyro_target
 from pmcmc.target import Target
 
 EFFECT = jnp.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])

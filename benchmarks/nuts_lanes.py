@@ -18,8 +18,8 @@ import numpy as np
 from benchmarks._harness import alternate, ratio, save
 from benchmarks.posteriors import POSTERIORS, Posterior
 from pmcmc import NUTS, Kernel, Target, WindowAdaptation, from_blackjax
-from pmcmc._jit import tuned_jit
-from pmcmc.kernels._stream import step_noise
+from pmcmc._xla.compile import tuned_jit
+from pmcmc.random.streams import step_noise
 from pmcmc.warmup import Tuned
 
 

@@ -27,10 +27,10 @@ import numpy as np
 from benchmarks._harness import save, with_others
 from benchmarks.posteriors import POSTERIORS, Posterior
 from pmcmc import HMC, MALA, NUTS, Chain, EnsembleAdaptation, Kernel, RandomWalk, Warmup, from_blackjax
-from pmcmc._jit import forget_programs
+from pmcmc._xla.compile import forget_programs
+from pmcmc.planning import predict_sweeps
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential, quasi_deer
-from pmcmc.sampling import _auto
-from pmcmc.stability import predict_sweeps
+from pmcmc.sampling import automatic
 
 BLOCKS = (16, 64, 256)
 # A solve this many times as long as the sequential one ends the search over more blocks.
@@ -311,7 +311,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="four pairs, three solvers, 0.3 s each")
     options = parser.parse_args(arguments)
     seconds = options.seconds or (0.3 if options.quick else 3.0)
-    short, _auto.SHORT_SECONDS = _auto.SHORT_SECONDS, min(_auto.SHORT_SECONDS, seconds / 3)
+    short, automatic.SHORT_SECONDS = automatic.SHORT_SECONDS, min(automatic.SHORT_SECONDS, seconds / 3)
     solvers = {name: solver for name, solver in _solvers().items() if not options.quick or name in QUICK_SOLVERS}
     rows = with_others(options.save, [], ("pair",)) if options.save else []
     try:
@@ -323,7 +323,7 @@ def main(arguments: list[str] | None = None) -> None:
             if options.save:
                 save(options.save, rows)
     finally:
-        _auto.SHORT_SECONDS = short
+        automatic.SHORT_SECONDS = short
     print(summary(rows))
 
 

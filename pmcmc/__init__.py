@@ -2,10 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
-from pmcmc import plots, recurrence, stability
-from pmcmc._state import ChainState
-from pmcmc._tree import register_dataclass
-from pmcmc.chain import Chain
+from pmcmc import planning, plots, recurrence, stability
+from pmcmc._pytree import register_dataclass
+from pmcmc.chain.chain import Chain
+from pmcmc.chain.report import SolveReport
+from pmcmc.chain.state import ChainState
+from pmcmc.chain.stored import StoredChain
+from pmcmc.chain.verify import Verification
 from pmcmc.kernels import (
     HMC,
     MALA,
@@ -28,11 +31,8 @@ from pmcmc.kernels import (
     from_blackjax,
 )
 from pmcmc.recurrence import RESULTS
-from pmcmc.report import SolveReport
 from pmcmc.sampling import Interrupted, NonFiniteState, load, parallel_chain, resume, sample
-from pmcmc.stored import StoredChain
 from pmcmc.target import Target
-from pmcmc.verification import Verification
 from pmcmc.warmup import (
     BlockAdaptation,
     ChEESAdaptation,
@@ -87,6 +87,7 @@ __all__ = [
     "from_blackjax",
     "load",
     "parallel_chain",
+    "planning",
     "plots",
     "recurrence",
     "register_dataclass",

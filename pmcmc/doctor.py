@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import pmcmc
-from pmcmc._factorizations import may_wait_for_ever
+from pmcmc._xla.factorizations import may_wait_for_ever
 from pmcmc.kernels import HMC
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
-from pmcmc.recurrence._base import default_tolerance
-from pmcmc.sampling._engine import Engine, Shape
+from pmcmc.recurrence.solution import default_tolerance
+from pmcmc.sampling.programs import Engine, Shape
 from pmcmc.target import Target
 
 # As in pyproject.toml, which a test compares: a folder on the path has no metadata to ask.
@@ -33,13 +33,23 @@ DEPENDENCIES = {
     "jaxtyping": "0.2.34",
     "tqdm": "4.60",
 }
+
+
 OPTIONAL = ("jaxlib", "matplotlib", "scikit-learn", "ipywidgets")
+
+
 PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
+
+
 # Releases of jaxlib whose GPU scatter-adds are loops of compare-and-swap (jax issue 38806).
 SLOW_SCATTER = ((0, 10, 2), (0, 11, 0))
+
+
 # A scatter-add this many times as slow as a sum of the same numbers is such a loop: the reports say 450 to 2,000 times
 # slower than before; on a CPU it is about 3 times as slow as the sum.
 SLOW_RATIO = 100
+
+
 # Lanes of the calibration; the last only where there is an accelerator.
 LANES = (1, 16, 64, 256, 1024, 8192)
 

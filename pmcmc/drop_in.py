@@ -16,22 +16,23 @@ from numpyro.infer.initialization import init_to_uniform
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import initialize_model
 
-from pmcmc._samples import site_shapes
-from pmcmc._state import ChainState, Source, last_logdensity
-from pmcmc._transformations import refuse_transformation
-from pmcmc._types import Array, PRNGKey, PyTree
-from pmcmc.chain import Chain
+from pmcmc._typing import Array, PRNGKey, PyTree
+from pmcmc._xla.trace import refuse_transformation
+from pmcmc.chain.chain import Chain
+from pmcmc.chain.draws import site_shapes
+from pmcmc.chain.state import ChainState, Source, last_logdensity, model_source
 from pmcmc.kernels import HMC, NUTS, Kernel
 from pmcmc.recurrence import RecurrenceSolver
-from pmcmc.sampling._api import model_starts
-from pmcmc.sampling._settings import Settings, as_key
-from pmcmc.sampling._source import model_source
-from pmcmc.sampling._stages import run_stages, sample_from, warm_up
+from pmcmc.sampling.api import model_starts
+from pmcmc.sampling.in_memory import run_stages, sample_from
+from pmcmc.sampling.settings import Settings, as_key
+from pmcmc.sampling.warm_up import warm_up
 from pmcmc.target import Basis, Target
 from pmcmc.warmup import EnsembleAdaptation, Warmup
-from pmcmc.warmup._lanes import check_metric, scale_of_metric
+from pmcmc.warmup.lanes import check_metric, scale_of_metric
 
 __all__ = ["AdaptState", "ParallelMCMC", "ParallelState"]
+
 
 _STEP_SIZE = "adapt_state.step_size"
 

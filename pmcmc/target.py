@@ -1,8 +1,8 @@
 """What is sampled: a model over any pytree, and its log density over a vector.
 
 A `Target` is a pytree whose leaves are the model's data and the basis. The model itself is static: the user's function
-as it was when the target was made, traced, and compared by what it computes (see `pmcmc._traced`). So two calls whose
-models differ in nothing but the numbers of their arrays compile once, and a model that has changed compiles anew.
+as it was when the target was made, traced, and compared by what it computes (see `pmcmc._xla.trace`). So two calls
+whose models differ in nothing but the numbers of their arrays compile once, and a changed model compiles anew.
 """
 
 import abc
@@ -16,13 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._jit import plain_jit, tuned_jit
-from pmcmc._traced import Trace, trace
-from pmcmc._tree import RavelSpec, is_real, register_dataclass
-from pmcmc._types import Array, ArrayLeaf, Float, PyTree
+from pmcmc._pytree import RavelSpec, is_real, register_dataclass
+from pmcmc._typing import Array, ArrayLeaf, Float, PyTree
+from pmcmc._xla.compile import plain_jit, tuned_jit
+from pmcmc._xla.trace import Trace, trace
 
 # Matrices of this many rows are multiplied without a library.
 SMALL_DIM = 32
+
+
 Supports = tuple[tuple[str, tuple[int | float, ...]], ...]  # (site, its values)
 
 

@@ -7,7 +7,7 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-from tests._compilation import compile_quickly
+from tests.helpers.compilation import compile_quickly
 
 install_import_hook("pmcmc", "beartype.beartype")  # before the first import of pmcmc anywhere
 
@@ -54,20 +54,20 @@ def free_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
     No run is too short for a plan, a pilot may take a fifth of it, and blocks always pay where chains merge. Programs
     are waited for, so that what is sampled in order does not depend on how long they take.
     """
-    from pmcmc.sampling import _auto, _pilot
-    from pmcmc.stability import Costs
+    from pmcmc.planning import Costs
+    from pmcmc.sampling import automatic, pilot
 
-    monkeypatch.setattr(_auto, "SHORT_SECONDS", 0.0)
-    monkeypatch.setattr(_auto, "num_cores", lambda: 1)
-    monkeypatch.setattr(_pilot, "TIMING_SECONDS", 1e-9)
-    monkeypatch.setattr(_pilot, "SHARE", 0.2)
-    monkeypatch.setattr(_auto.Automatic, "costs", lambda self, head: Costs(1e6, 1e6, 1e4, 0.0))
+    monkeypatch.setattr(automatic, "SHORT_SECONDS", 0.0)
+    monkeypatch.setattr(automatic, "num_cores", lambda: 1)
+    monkeypatch.setattr(pilot, "TIMING_SECONDS", 1e-9)
+    monkeypatch.setattr(pilot, "SHARE", 0.2)
+    monkeypatch.setattr(automatic.Automatic, "costs", lambda self, head: Costs(1e6, 1e6, 1e4, 0.0))
 
 
 @pytest.fixture
 def fresh_programs() -> Iterator[None]:
     """No program is kept from before, so that a planted fault is compiled; and none of this test is kept for others."""
-    from pmcmc._jit import forget_programs
+    from pmcmc._xla.compile import forget_programs
 
     forget_programs()
     yield

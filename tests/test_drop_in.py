@@ -387,7 +387,7 @@ def test_a_given_metric_is_kept_while_the_step_size_is_tuned(sampler, metric) ->
 
 
 def test_what_warmup_had_to_say_stays_with_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pmcmc.warmup._ensemble._is_settled", lambda *found: False)
+    monkeypatch.setattr("pmcmc.warmup.ensemble._is_settled", lambda *found: False)
     mcmc = ParallelMCMC(model, num_warmup=20, num_samples=50, progress_bar=False)
     with pytest.warns(UserWarning, match="did not settle"):
         mcmc.warmup(jax.random.key(0), Y)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpyro.diagnostics import effective_sample_size
 
-from tests._statistics import z_bound
+from tests.helpers.statistics import z_bound
 
 PAGE = Path(__file__).parents[1] / "docs" / "from-numpyro.md"
 

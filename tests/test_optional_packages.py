@@ -10,8 +10,8 @@ import pytest
 import pmcmc
 from pmcmc import demo, plots
 from pmcmc.__main__ import main
-from pmcmc.interop._zarr import open_lazily, read_arrays
-from tests.test_hygiene import PACKAGE, imports, source_trees
+from pmcmc.interop.zarr import open_lazily, read_arrays
+from tests.helpers.sources import PACKAGE, imports, source_trees
 
 PROJECT = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 IMPORTED_AS = {"scikit-learn": "sklearn"}  # the others as they are called

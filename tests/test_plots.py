@@ -11,11 +11,11 @@ import pytest
 
 import pmcmc
 from pmcmc import plots
-from pmcmc.plots._shooting import _fronts, _recordings
+from pmcmc.planning import Costs, plan
+from pmcmc.plots import _fronts, _recordings
 from pmcmc.recurrence import MultipleShooting, Sequential, deer, jacobi
-from pmcmc.sampling._sampling import restarted
-from pmcmc.stability import Costs, plan
-from tests._targets import gaussian, start_like
+from pmcmc.sampling.session import restarted
+from tests.helpers.targets import gaussian, start_like
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

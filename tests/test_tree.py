@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from pmcmc import recurrence
-from pmcmc._tree import register_dataclass
+from pmcmc._pytree import register_dataclass
 
 
 @register_dataclass

@@ -1,18 +1,17 @@
 """Markov kernels as deterministic maps of pre-drawn noise."""
 
-from pmcmc.kernels._base import Info, Kernel
-from pmcmc.kernels._blackjax import BlackJAX, from_blackjax
-from pmcmc.kernels._compose import Block, Compose
-from pmcmc.kernels._discrete import DiscreteGibbs
-from pmcmc.kernels._gibbs import Gibbs
-from pmcmc.kernels._hmc import HMC
-from pmcmc.kernels._leapfrog import Leapfrog, ParallelLeapfrog, SequentialLeapfrog, UniformLength
-from pmcmc.kernels._mala import MALA
-from pmcmc.kernels._metropolis import BranchTaken, StraightThrough, Surrogate
-from pmcmc.kernels._nuts import NUTS
-from pmcmc.kernels._random_walk import RandomWalk
-from pmcmc.kernels._sites import SiteKernel
-from pmcmc.kernels._updates import (
+from pmcmc.kernels.base import Info, Kernel, SiteKernel
+from pmcmc.kernels.blackjax import BlackJAX, from_blackjax
+from pmcmc.kernels.compose import Block, Compose
+from pmcmc.kernels.discrete import DiscreteGibbs
+from pmcmc.kernels.gibbs import Gibbs
+from pmcmc.kernels.hmc import HMC
+from pmcmc.kernels.leapfrog import Leapfrog, ParallelLeapfrog, SequentialLeapfrog, UniformLength
+from pmcmc.kernels.mala import MALA
+from pmcmc.kernels.metropolis import BranchTaken, StraightThrough, Surrogate
+from pmcmc.kernels.nuts import NUTS
+from pmcmc.kernels.random_walk import RandomWalk
+from pmcmc.kernels.updates import (
     CategoricalUpdate,
     CustomUpdate,
     DirichletUpdate,

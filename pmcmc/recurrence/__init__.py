@@ -2,15 +2,12 @@
 
 from collections.abc import Callable
 
-from pmcmc._types import PyTree
-from pmcmc.recurrence._base import RESULTS, Recurrence, RecurrenceSolver, Solution, Staged, Stats
-from pmcmc.recurrence._basis import Basis, LinearBasis, ScaledBasis, StandardBasis
-from pmcmc.recurrence._hutchinson import FixedProbes, FreshProbes, HutchinsonBlockDiagonal, HutchinsonDiagonal
-from pmcmc.recurrence._jacobian import BlockDiagonal, Dense, Diagonal, Identity, JacobianStructure, Zero
-from pmcmc.recurrence._newton import Newton
-from pmcmc.recurrence._sequential import Sequential
-from pmcmc.recurrence._shooting import MultipleShooting
-from pmcmc.recurrence._trust_region import (
+from pmcmc._typing import PyTree
+from pmcmc.recurrence.newton.basis import Basis, LinearBasis, ScaledBasis, StandardBasis
+from pmcmc.recurrence.newton.hutchinson import FixedProbes, FreshProbes, HutchinsonBlockDiagonal, HutchinsonDiagonal
+from pmcmc.recurrence.newton.jacobian import BlockDiagonal, Dense, Diagonal, Identity, JacobianStructure, Zero
+from pmcmc.recurrence.newton.newton import Newton
+from pmcmc.recurrence.newton.trust_region import (
     AdaptiveRegularization,
     Filter,
     FixedRegularization,
@@ -19,7 +16,11 @@ from pmcmc.recurrence._trust_region import (
     Smoother,
     StepRule,
 )
-from pmcmc.recurrence._windowed import Windowed
+from pmcmc.recurrence.newton.windowed import Windowed
+from pmcmc.recurrence.problem import Recurrence, Staged
+from pmcmc.recurrence.sequential import Sequential
+from pmcmc.recurrence.shooting.solver import MultipleShooting
+from pmcmc.recurrence.solution import RESULTS, RecurrenceSolver, Solution, Stats
 
 __all__ = [
     "RESULTS",

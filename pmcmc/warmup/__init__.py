@@ -1,11 +1,9 @@
 """Warm-up: tunes a kernel and finds the coordinates and states to start from."""
 
-from pmcmc.warmup._base import Tuned, Warmup, WarmupError
-from pmcmc.warmup._blocks import BlockAdaptation
-from pmcmc.warmup._chees import ChEESAdaptation
-from pmcmc.warmup._ensemble import EnsembleAdaptation
-from pmcmc.warmup._pathfinder import Pathfinder
-from pmcmc.warmup._window import WindowAdaptation
+from pmcmc.warmup.base import Tuned, Warmup, WarmupError
+from pmcmc.warmup.blackjax import ChEESAdaptation, Pathfinder, WindowAdaptation
+from pmcmc.warmup.ensemble import EnsembleAdaptation
+from pmcmc.warmup.sites import BlockAdaptation
 
 __all__ = [
     "BlockAdaptation",

@@ -16,9 +16,10 @@ import pytest
 from numpyro.infer import NUTS, Predictive, log_likelihood
 
 import pmcmc
-from pmcmc import _one_kernel, doctor
+from pmcmc import doctor
+from pmcmc._xla import fused_loop
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, deer
-from pmcmc.sampling import _engine
+from pmcmc.sampling import programs
 
 SIZES = dict(num_warmup=100, num_samples=400, num_chains=2, progress_bar=False)
 X, GROUP = np.linspace(-1.0, 1.0, 12), np.arange(12) % 3
@@ -128,14 +129,14 @@ def test_sampling_in_order_is_one_kernel(monkeypatch) -> None:
     unlisted = []
 
     def names(jaxpr) -> set:
-        here = {equation.primitive.name for equation in jaxpr.eqns} - _one_kernel._SIMPLE
-        return here.union(*(names(p) for equation in jaxpr.eqns for p in _one_kernel._inner(equation.params)))
+        here = {equation.primitive.name for equation in jaxpr.eqns} - fused_loop._SIMPLE
+        return here.union(*(names(p) for equation in jaxpr.eqns for p in fused_loop._inner(equation.params)))
 
     def spy(fn, *args):
         unlisted.append(names(jax.make_jaxpr(fn)(*args).jaxpr))
         return fn(*args)
 
-    monkeypatch.setattr(_engine, "in_one_kernel", spy)
+    monkeypatch.setattr(programs, "in_one_kernel", spy)
     logdensity = lambda x: -0.5 * jnp.sum(x**2) - jax.nn.softplus(x[0])
     for kernel in (pmcmc.HMC(0.1, 3), pmcmc.NUTS(0.1)):
         options = dict(kernel=kernel, solver=Sequential(), num_warmup=0, num_samples=8, progress_bar=False)

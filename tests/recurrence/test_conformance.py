@@ -7,8 +7,8 @@ import pytest
 
 from pmcmc import recurrence as rec
 from pmcmc.recurrence import RESULTS, Newton
-from tests._selection import share
-from tests.recurrence.problems import coupled
+from tests.helpers.recurrence_problems import coupled
+from tests.helpers.selection import share
 
 PROBES = jax.random.key(7)
 SOLVERS = {

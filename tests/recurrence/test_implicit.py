@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pmcmc import recurrence as rec
-from tests._selection import share
-from tests.recurrence.problems import gru, gru_step
+from tests.helpers.networks import HIDDEN, gradient, loss, make_network
+from tests.helpers.selection import share
 
 SOLVERS = {
     "deer": rec.deer(),
@@ -15,34 +15,11 @@ SOLVERS = {
     "quasi-elk": rec.quasi_elk(),
     "windowed": rec.Windowed(rec.deer(), window=7),
 }
-LENGTH, HIDDEN, FEATURES = 19, 3, 2
 
 
 @pytest.fixture
 def network(rng_key):
     return make_network(rng_key)
-
-
-def make_network(rng_key):
-    keys = jax.random.split(rng_key, 3)
-    params = gru(keys[0], HIDDEN, FEATURES)
-    return params, jax.random.normal(keys[1], (HIDDEN,)), jax.random.normal(keys[2], (LENGTH, FEATURES))
-
-
-@jax.jit
-def loss(solver, params, x0, inputs):
-    """Depends on every state, on aux, on closed-over parameters, inputs and x0."""
-
-    def step(h, x):
-        new = gru_step(params, h, x)
-        return new, {"energy": jnp.sum(params["b"][0] * new) + h[0] ** 2, "sign": h > 0}
-
-    found = solver.solve(step, x0, inputs, has_aux=True)
-    weights = jnp.sin(jnp.arange(float(LENGTH)))
-    return jnp.sum(weights[:, None] * found.value**2) + jnp.sum(jnp.cos(found.aux["energy"])) + found.residual
-
-
-gradient = jax.jit(jax.grad(loss, argnums=(1, 2, 3)))
 
 
 def close(a, b, tol=1e-10):

@@ -7,7 +7,7 @@ import pytest
 
 from pmcmc import recurrence as rec
 from pmcmc.recurrence import RESULTS, Newton
-from tests.recurrence.problems import coupled, gru, gru_step, henon, lorenz
+from tests.helpers.recurrence_problems import coupled, gru, gru_step, henon, lorenz
 
 SEQUENTIAL = rec.Sequential()
 

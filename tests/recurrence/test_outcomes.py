@@ -7,7 +7,7 @@ import pytest
 
 from pmcmc import recurrence as rec
 from pmcmc.recurrence import RESULTS
-from tests.recurrence.problems import Variant, solve_variant, transient
+from tests.helpers.recurrence_problems import Variant, solve_variant, transient
 
 SEQUENTIAL = rec.Sequential()
 SOLVERS = {

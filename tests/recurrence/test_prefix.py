@@ -7,8 +7,8 @@ import pytest
 
 from pmcmc import recurrence as rec
 from pmcmc.recurrence import RESULTS
-from tests._selection import share
-from tests.recurrence.prefixes import DIM, LENGTH, SOLVERS, draw_cases, judge_cases, run, solve_cases
+from tests.helpers.prefixes import DIM, LENGTH, SOLVERS, draw_cases, judge_cases, run, solve_cases
+from tests.helpers.selection import share
 
 SOLVES = 23  # of each solver in each leg: 15 solvers and 3 legs are 1,035
 BUDGETS = jnp.arange(1, 13)
@@ -113,7 +113,7 @@ EACH = {f"{name}-{dtype}-{given}": (name, dtype, given) for name in SOLVERS for 
 
 @pytest.mark.parametrize("leg", share(EACH, "deer-float64-False", "shooting-float64-False"))
 def test_no_false_certificate(leg: tuple[str, str, bool]) -> None:
-    """Random maps, guesses and budgets; `python -m tests.recurrence.prefixes` makes ten times as many."""
+    """Random maps, guesses and budgets; `python -m tests.helpers.prefixes` makes ten times as many."""
     name, dtype, scale_given = leg
     case, _, found = run(name, SOLVES, dtype, scale_given, seed=1)
     assert case.guess.shape == (SOLVES, LENGTH, DIM)

@@ -5,25 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pmcmc.recurrence import _kalman
-from pmcmc.recurrence._scan import (
-    affine_operator,
-    affine_scan,
-    affine_scan_sequential,
-    apply_affine,
-    compose,
-)
-from pmcmc.recurrence._steps import AllSteps
+from pmcmc.recurrence.newton import kalman
+from pmcmc.recurrence.scan import affine_operator, affine_scan, affine_scan_sequential, apply_affine, compose
+from pmcmc.recurrence.sharding import AllSteps
 
 pytestmark = pytest.mark.optimized
 
 # compiled once a structure, not operation by operation
 scan = jax.jit(lambda a, b, reverse: affine_scan(AllSteps(len(a)), a, b, reverse), static_argnums=2)
 scan_sequential = jax.jit(affine_scan_sequential, static_argnums=2)
-gains_of = jax.jit(lambda a, *rest: _kalman.gains(AllSteps(len(a)), a, *rest))
-gains_sequential = jax.jit(_kalman.gains_sequential)
-means_of = jax.jit(lambda a, *rest: _kalman.filter_means(AllSteps(len(a)), a, *rest))
-corrections_of = jax.jit(lambda a, *rest: _kalman.smoother_corrections(AllSteps(len(a)), a, *rest))
+gains_of = jax.jit(lambda a, *rest: kalman.gains(AllSteps(len(a)), a, *rest))
+gains_sequential = jax.jit(kalman.gains_sequential)
+means_of = jax.jit(lambda a, *rest: kalman.filter_means(AllSteps(len(a)), a, *rest))
+corrections_of = jax.jit(lambda a, *rest: kalman.smoother_corrections(AllSteps(len(a)), a, *rest))
 
 SHAPES = {"dense": (4, 4), "diagonal": (4,), "blocks": (2, 2, 2)}
 structures = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -71,15 +65,15 @@ def test_gains_equal_the_textbook_filter(shape, strength, rng_key):
 
 @structures
 def test_kalman_operator_is_associative(shape, rng_key):
-    a = _kalman.matrices(jax.random.normal(rng_key, (3, *shape)))
+    a = kalman.matrices(jax.random.normal(rng_key, (3, *shape)))
     eye = jnp.ones_like(a) if a.ndim == 2 else jnp.broadcast_to(jnp.eye(a.shape[-1]), a.shape)
-    operator = jax.jit(_kalman._diagonal_operator if a.ndim == 2 else _kalman._dense_operator)
+    operator = jax.jit(kalman._diagonal_operator if a.ndim == 2 else kalman._dense_operator)
     four = lambda x: jnp.concatenate([x[:1], x])
-    elements = _kalman._elements(AllSteps(4), four(a), jnp.array(0.3), four(eye))
+    elements = kalman._elements(AllSteps(4), four(a), jnp.array(0.3), four(eye))
     x, y, z = [jax.tree.map(lambda e: e[i : i + 1], elements) for i in (1, 2, 3)]  # noqa: B023
     left, right = operator(operator(x, y), z), operator(x, operator(y, z))
     if a.ndim > 2:  # roots are unique up to the signs of their columns
-        left, right = [(e[0], *(root @ _kalman.transposed(root) for root in e[1:])) for e in (left, right)]
+        left, right = [(e[0], *(root @ kalman.transposed(root) for root in e[1:])) for e in (left, right)]
     jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-10, atol=1e-12), left, right)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from pmcmc import recurrence as rec
 from pmcmc.recurrence import RESULTS, AdaptiveRegularization, Filter, FixedRegularization, LevenbergMarquardt, Smoother
-from tests.recurrence.problems import coupled
+from tests.helpers.recurrence_problems import coupled
 
 SEQUENTIAL = rec.Sequential()
 

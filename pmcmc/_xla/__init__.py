@@ -1,0 +1,1 @@
+"""What works around XLA: programs and their caches, traces of user code, fused loops, memory."""

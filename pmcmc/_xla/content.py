@@ -1,0 +1,201 @@
+"""What a traced program does, as a value to compare and to hash."""
+
+import enum
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+
+# Derivatives of a function with rules of its own that take part in comparisons: gradients, and the Jacobians of steps
+# that use them.
+_MAX_ORDER = 3
+
+
+# Rules of the functions in these folders do not change between two calls.
+_LIBRARIES = (os.path.join(os.path.dirname(str(jax.__file__)), ""),)
+
+
+_CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+
+
+# Parameters that say nothing of what is computed.
+_LABELS = frozenset(("name", "debug_info"))
+
+
+Place = tuple[int, int]  # equation, operand
+
+
+class ById:
+    """An object that is compared by identity, and kept alive so that no other gets its address."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, ById) and self.value is other.value
+
+    def __repr__(self) -> str:
+        return type(self.value).__qualname__
+
+
+class Content:
+    """Programs and what they hold as nested tuples that are equal where the programs do the same.
+
+    order: of the derivative that is looked at.
+    """
+
+    def __init__(self, order: int = 0):
+        self._order = order
+
+    def of_whole(self, program: Jaxpr) -> tuple[tuple, dict[Place, tuple]]:
+        """The content without the numbers among operands, and these by their place."""
+        scalars: dict[Place, tuple] = {}
+        return self.of_program(program, scalars), scalars
+
+    def of_program(self, program: Jaxpr, scalars: dict[Place, tuple] | None = None) -> tuple:
+        """scalars: where given, numbers that could as well be read are put there instead."""
+        numbers: dict[Any, int] = {}
+
+        def name(var: Any) -> Any:
+            if isinstance(var, Literal):
+                return shape_of(var.aval), self._of_array(var.val)
+            return numbers.setdefault(var, len(numbers))
+
+        def operand(place: Place, equation: Any, var: Any) -> Any:
+            if scalars is None or not isinstance(var, Literal) or not _may_be_read(equation, var):
+                return name(var)
+            scalars[place] = self._of_array(np.asarray(var.val, shape_of(var.aval)[1]))
+            return shape_of(var.aval)
+
+        inputs = tuple((name(var), shape_of(var.aval)) for var in (*program.constvars, *program.invars))
+        equations = tuple(
+            (
+                equation.primitive.name,
+                tuple(operand((number, place), equation, var) for place, var in enumerate(equation.invars)),
+                tuple((name(var), shape_of(var.aval)) for var in equation.outvars),
+                self._of_params(equation),
+            )
+            for number, equation in enumerate(program.eqns)
+        )
+        return inputs, equations, tuple(map(name, program.outvars))
+
+    def _of_params(self, equation: Any) -> tuple:
+        params = {key: value for key, value in equation.params.items() if key not in _LABELS}
+        rules: tuple = ()
+        if equation.primitive.name in _CUSTOM_RULES:
+            inner = next(value for value in params.values() if isinstance(value, (ClosedJaxpr, Jaxpr)))
+            params = {"function": inner}
+            if self._order < _MAX_ORDER and not _is_library(inner):
+                rules = tuple(map(Content(self._order + 1).of_value, _derivatives(equation)))
+        return tuple((key, self.of_value(params[key])) for key in sorted(params)), rules
+
+    def of_value(self, value: Any) -> Any:
+        """The content of anything that an equation may have as a parameter."""
+        if isinstance(value, ClosedJaxpr):
+            return self.of_program(value.jaxpr), tuple(self._of_array(x) for x in value.consts)
+        if isinstance(value, Jaxpr):
+            return self.of_program(value)
+        if isinstance(value, (tuple, list)):
+            return type(value).__qualname__, tuple(map(self.of_value, value))
+        if isinstance(value, dict):
+            return "dict", tuple((repr(key), self.of_value(x)) for key, x in value.items())
+        if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+            return type(value).__qualname__, repr(value)  # 0.0 is not -0.0 here, nor 1 True
+        if hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, jax.core.Tracer):
+            return self._of_array(value)
+        if isinstance(value, (enum.Enum, np.dtype)):
+            return type(value).__qualname__, repr(value)
+        return self._of_object(value)
+
+    def _of_object(self, value: Any) -> Any:
+        code = getattr(value, "__code__", None)
+        if code is not None and not hasattr(value, "__self__"):  # functions made anew by each run of a model
+            cells = [_cell(cell) for cell in value.__closure__ or ()]
+            known = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *cells)
+            return "function", code, tuple(map(self._of_held, known))
+        if is_dataclass(value) and not isinstance(value, type):
+            return type(value), tuple((f.name, self.of_value(getattr(value, f.name))) for f in fields(value))
+        try:
+            hash(value)
+        except TypeError:
+            return ById(value)
+        return type(value), value
+
+    def _of_held(self, value: Any) -> Any:
+        """The content of what a callback holds: objects that can change before it runs are known by identity."""
+        if isinstance(value, tuple):
+            return type(value), tuple(map(self._of_held, value))
+        fixed = value is None or isinstance(value, (bool, int, float, complex, str, bytes))
+        return self.of_value(value) if fixed or hasattr(value, "__code__") else ById(value)
+
+    def _of_array(self, value: Any) -> tuple:
+        """Shape, dtype and content of an array that no leaf stands for."""
+        if isinstance(value, jax.core.Tracer):
+            return "tracer", ById(value)
+        if jnp.issubdtype(getattr(value, "dtype", np.dtype("O")), jax.dtypes.prng_key):
+            return str(value.dtype), self._of_array(jax.random.key_data(value))
+        array = np.asarray(value)
+        content = array.tobytes() if array.nbytes <= 64 else hashlib.sha256(array.tobytes()).digest()
+        return array.shape, str(array.dtype), content
+
+
+def _may_be_read(equation: Any, var: Any) -> bool:
+    """Whether an operand that is a number may as well be an array that is read: not in loops and calls."""
+    values = [x for value in equation.params.values() for x in (value if isinstance(value, tuple) else (value,))]
+    has_program = any(isinstance(value, (ClosedJaxpr, Jaxpr)) for value in values)
+    return not has_program and not equation.effects and jnp.issubdtype(var.aval.dtype, jnp.number)
+
+
+def _cell(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def shape_of(aval: Any) -> tuple:
+    if not hasattr(aval, "shape"):
+        return (str(aval),)
+    return aval.shape, str(aval.dtype), bool(getattr(aval, "weak_type", False))
+
+
+def _is_library(program: ClosedJaxpr | Jaxpr) -> bool:
+    """Whether a function with rules of its own is one of JAX's."""
+    inner = program.jaxpr if isinstance(program, ClosedJaxpr) else program
+    source = getattr(inner.debug_info, "func_filename", None)
+    return source is not None and source.startswith(_LIBRARIES)
+
+
+def _derivatives(equation: Any) -> Iterator[ClosedJaxpr]:
+    """Programs that show what the rules of an equation are: forward for a custom_jvp, backward for a custom_vjp."""
+    invars = list(dict.fromkeys(var for var in equation.invars if not isinstance(var, Literal)))
+    outvars = [var for var in equation.outvars if type(var).__name__ != "DropVar"]
+    shapes = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in invars]
+    empty = jax.make_jaxpr(lambda *xs: xs)(*shapes).jaxpr
+    run = jaxpr_as_fun(ClosedJaxpr(empty.replace(invars=invars, outvars=outvars, eqns=[equation]), ()))
+    real = [n for n, s in enumerate(shapes) if jnp.issubdtype(s.dtype, jnp.floating)]
+
+    def of_real(xs: list[Any]) -> Callable:
+        def call(*moving: Any) -> list[Any]:
+            filled = list(xs)
+            for n, x in zip(real, moving, strict=True):
+                filled[n] = x
+            return [out for out in run(*filled) if jnp.issubdtype(jnp.result_type(out), jnp.floating)]
+
+        return call
+
+    moving = [shapes[n] for n in real]
+    if equation.primitive.name == "custom_jvp_call":
+        yield jax.make_jaxpr(lambda xs, ts: jax.jvp(of_real(xs), [xs[n] for n in real], ts))(shapes, moving)
+        return
+    outs = jax.eval_shape(lambda xs: of_real(xs)(*[xs[n] for n in real]), shapes)
+    yield jax.make_jaxpr(lambda xs, cs: jax.vjp(of_real(xs), *[xs[n] for n in real])[1](cs))(shapes, outs)

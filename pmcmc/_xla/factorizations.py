@@ -1,0 +1,181 @@
+"""Batched matrix factorisations in small parts, where jaxlib might otherwise wait for ever.
+
+On a CPU, jaxlib 0.10.0 to 0.11.0 spreads a batch of LAPACK calls over the threads of the pool that also runs the
+program, and the thread that asked waits for them. Once as many batches are asked for at once as there are threads, all
+of them wait for one another: on two cores, with four Gaussian processes mapped over chains, within ten calls. A small
+batch is factorised by the thread that asks, so a loop over small parts of the batch cannot wait. Every large batch is
+looped over: that one needs the result of another does not keep XLA from asking for both at once, nor other threads.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import jax
+import jaxlib.version
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+
+from pmcmc._typing import PyTree
+
+
+class _Call(NamedTuple):
+    """One call of LAPACK. ranks: axes that it takes of each operand. cost: at most, in cubes of the longest axis."""
+
+    ranks: tuple[int, ...]
+    cost: int
+
+
+# Primitives that call it.
+_LAPACK = {
+    "cholesky": _Call((2,), 1),
+    "eig": _Call((2,), 64),
+    "eigh": _Call((2,), 64),
+    "geqp3": _Call((2, 1), 8),
+    "geqrf": _Call((2,), 8),
+    "hessenberg": _Call((2,), 64),
+    "householder_product": _Call((2, 1), 8),
+    "lu": _Call((2,), 1),
+    "ormqr": _Call((2, 1, 2), 8),
+    "qr": _Call((2,), 8),
+    "schur": _Call((2,), 64),
+    "svd": _Call((2,), 64),
+    "triangular_solve": _Call((2, 2), 1),
+    "tridiagonal": _Call((2,), 64),
+    "tridiagonal_solve": _Call((1, 1, 1, 2), 64),
+}
+
+
+# Operations below which those jaxlibs factorise a batch in the thread that asks.
+_SMALL = 200_000
+
+
+# Primitives whose own programs can be put in place of others.
+_CALLS = frozenset(
+    " ".join(
+        (
+            "call checkpoint closed_call composite cond core_call core_closed_call custom_jvp_call custom_linear_solve",
+            "custom_vjp_call custom_vmap_call jit linear_call pjit remat2 scan while",
+        )
+    ).split()
+)
+
+
+def may_wait_for_ever() -> bool:
+    """Whether this jaxlib is one of those that do so on a CPU."""
+    return (0, 10, 0) <= jaxlib.version.__version_info__[:3] <= (0, 11, 0)
+
+
+def few_at_a_time(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    """``fn``, to be traced by `jax.jit`, with loops over small batches."""
+
+    @wraps(fn)
+    def traced(*args: Any, **kwargs: Any) -> PyTree:
+        leaves, treedef = jax.tree.flatten((args, kwargs))
+        is_traced = [isinstance(x, jax.core.Tracer) for x in leaves]
+
+        def of_traced(*given: Any) -> PyTree:
+            rest = iter(given)
+            filled = [next(rest) if t else x for x, t in zip(leaves, is_traced, strict=True)]
+            args, kwargs = jax.tree.unflatten(treedef, filled)
+            return fn(*args, **kwargs)
+
+        given = [x for x, t in zip(leaves, is_traced, strict=True) if t]
+        program, shapes = jax.make_jaxpr(of_traced, return_shape=True)(*given)
+        looped = _Loops().instead_of(program)
+        return jax.tree.unflatten(jax.tree.structure(shapes), jaxpr_as_fun(looped)(*given))
+
+    return traced
+
+
+def _batch_shape(name: str, operands: list[Any]) -> tuple[int, ...]:
+    shape = operands[0].aval.shape
+    return shape[: len(shape) - _LAPACK[name].ranks[0]]
+
+
+def _at_once(name: str, operands: list[Any]) -> int:
+    """Calls that make a small batch."""
+    call = _LAPACK[name]
+    longest = max(max(x.aval.shape[-rank:]) for x, rank in zip(operands, call.ranks, strict=True))
+    return max(1, (_SMALL - 1) // (call.cost * max(1, longest) ** 3))
+
+
+def _is_large(equation: Any) -> bool:
+    """Whether it asks for a batch that would be shared out."""
+    name, operands = equation.primitive.name, equation.invars
+    return name in _LAPACK and math.prod(_batch_shape(name, operands)) > _at_once(name, operands)
+
+
+# Of a program: whether it asks for any large batch.
+_KNOWN: WeakKeyDictionary[Jaxpr, bool] = WeakKeyDictionary()
+
+
+def _holds_large(program: Jaxpr) -> bool:
+    if program not in _KNOWN:
+        _KNOWN[program] = any(_is_large(e) or any(map(_holds_large, _inner(e))) for e in program.eqns)
+    return _KNOWN[program]
+
+
+def _inner(equation: Any) -> Iterator[Jaxpr]:
+    """Programs that an equation calls."""
+    if equation.primitive.name in _CALLS:
+        for value in equation.params.values():
+            for one in value if isinstance(value, tuple) else (value,):
+                if isinstance(one, (ClosedJaxpr, Jaxpr)):
+                    yield one.jaxpr if isinstance(one, ClosedJaxpr) else one
+
+
+class _Loops:
+    """Programs with loops in the place of large batches; one that is called twice stays one."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[Any, ClosedJaxpr]] = {}  # with the old one, whose id is used
+
+    def instead_of(self, program: ClosedJaxpr) -> ClosedJaxpr:
+        if not _holds_large(program.jaxpr):
+            return program
+        if id(program) not in self._made:
+            run = lambda *args: self._run(program, args)
+            self._made[id(program)] = program, jax.make_jaxpr(run)(*program.in_avals)
+        return self._made[id(program)][1]
+
+    def _run(self, program: ClosedJaxpr, args: tuple[Any, ...]) -> list[Any]:
+        values = dict(zip(program.jaxpr.invars, args, strict=True))
+        values |= dict(zip(program.jaxpr.constvars, program.consts, strict=True))
+        read = lambda v: v.val if isinstance(v, Literal) else values[v]
+        for equation in program.jaxpr.eqns:
+            operands = [read(v) for v in equation.invars]
+            with equation.ctx.manager:
+                out = self._call(equation, operands)
+            values |= zip(equation.outvars, out if equation.primitive.multiple_results else [out], strict=True)
+        return [read(v) for v in program.jaxpr.outvars]
+
+    def _call(self, equation: Any, operands: list[Any]) -> Any:
+        if _is_large(equation):
+            return _loop(equation, operands)
+        params = equation.params
+        if equation.primitive.name in _CALLS:
+            params = {key: self._replace(value) for key, value in params.items()}
+        return equation.primitive.bind(*operands, **equation.primitive.get_bind_params(params))
+
+    def _replace(self, value: Any) -> Any:
+        if isinstance(value, ClosedJaxpr):
+            return self.instead_of(value)
+        if isinstance(value, Jaxpr):  # without constants
+            return self.instead_of(ClosedJaxpr(value, ())).jaxpr
+        if isinstance(value, tuple):
+            found = [self._replace(one) for one in value]
+            return type(value)(*found) if hasattr(value, "_fields") else tuple(found)
+        return value
+
+
+def _loop(equation: Any, operands: list[Any]) -> Any:
+    """One small batch after the other."""
+    name = equation.primitive.name
+    batch = _batch_shape(name, operands)
+    rows = [x.reshape(math.prod(batch), *x.shape[len(batch) :]) for x in operands]
+    call = lambda row: equation.primitive.bind(*row, **equation.params)
+    size = _at_once(name, operands)
+    out = jax.lax.map(call, rows, batch_size=size if size > 1 else None)
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), out)

@@ -1,0 +1,284 @@
+"""Chains out of what files say of them, and of the model that the user gives again."""
+
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from types import NoneType
+from typing import Any, get_type_hints
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pmcmc._typing import PRNGKey, PyTree
+from pmcmc._xla.compile import default_platform
+from pmcmc.chain.file_format import Reader
+from pmcmc.chain.report import BY_PAIR, NOT_STORED, SolveReport
+from pmcmc.chain.state import ChainState, Source, density_source, describe_sites, last_logdensity, model_source
+from pmcmc.kernels import Kernel
+from pmcmc.random.threefry import IMPL, threefry_key
+from pmcmc.recurrence import RecurrenceSolver
+from pmcmc.target import Basis, Target
+from pmcmc.warmup.base import LaneTiming
+
+
+def read_report(reader: Reader, state: ChainState) -> tuple[ChainState, SolveReport]:
+    """The report without its plan, and the state with what it says of warm-up."""
+    found = reader.decode("report", reader.field("report", dict))
+    stored = [f for f in fields(SolveReport) if f.name not in NOT_STORED]
+    if not isinstance(found, dict) or not {f.name for f in stored if f.default is MISSING} <= set(found):
+        raise reader.malformed("its report is not whole")
+    if strange := set(found) - {f.name for f in stored}:
+        raise reader.malformed(f"report and {min(strange)}")
+    reader.check_types(found, SolveReport)
+    hints = get_type_hints(SolveReport)
+    for name, x in found.items():
+        if hints[name] is not np.ndarray:
+            continue
+        if x.ndim != 1 or (len(x) != len(state.own) and name not in BY_PAIR):
+            raise reader.malformed(f"report and {name}")
+    report = SolveReport(**found, plan=None)
+    return state._replace(warmup_remark=report.warmup_remark, num_lost_lanes=report.num_lost_lanes), report
+
+
+def read_thinning(reader: Reader, state: ChainState) -> int:
+    """How many steps one draw stands for."""
+    thinning = reader.field("thinning", int, least=1)
+    if state.num_unkept >= thinning:
+        raise reader.malformed(f"num_unkept is {state.num_unkept} with thinning {thinning}")
+    return thinning
+
+
+def check_num_draws(reader: Reader, state: ChainState, num_draws: int, thinning: int) -> None:
+    """Raise where the chains have taken fewer steps than their draws stand for."""
+    if num_draws * thinning + state.num_unkept > state.num_steps:
+        raise reader.malformed(f"num_steps is {state.num_steps} and there are {num_draws} draws")
+
+
+def rebuild(
+    reader: Reader,
+    model: Callable | None,
+    model_args: tuple,
+    model_kwargs: dict | None,
+    initial_position: PyTree,
+    kernel: Kernel | None,
+    solver: RecurrenceSolver | None,
+) -> tuple[ChainState, RecurrenceSolver | None]:
+    """Where the chains of a file stand, and the solver that they were made with; arguments as of `load`.
+
+    Raises:
+        ValueError, TypeError: see `load`.
+    """
+    _check_described(reader)
+    stored = {name: reader.field(name, dict, NoneType) for name in ("kernel", "solver")}
+    position = reader.decode("initial_position", reader.field("position", dict), initial_position)
+    if reader.field("is_model", bool):
+        if model is None:
+            raise TypeError(f"{reader.path} is a chain of a NumPyro model: pass that model, got None.")
+        source = model_source(model, model_args, {} if model_kwargs is None else model_kwargs)
+    else:
+        source = density_source(model, position)
+    _check_sites(reader, source.target)
+    basis = _basis(reader, source.target)
+    _check_class("kernel", stored["kernel"], kernel)
+    _check_class("solver", stored["solver"], solver)
+    as_leaf = lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x
+    kernel = jax.tree.map(as_leaf, reader.decode("kernel", stored["kernel"], kernel))
+    solver = reader.decode("solver", stored["solver"], solver)
+    try:
+        template = _check_parts(source.target.with_basis(basis), kernel, solver)
+    except Exception as error:  # whatever a kernel that no user could have made fails with
+        raise reader.malformed(error) from error
+    source, kernel = source.with_kernel(kernel)
+    state = _state(reader, source, kernel, basis, template)
+    _check_digests(reader, source)
+    _check_density(reader, state)
+    return state, solver
+
+
+def _check_described(reader: Reader) -> None:
+    """The sites as a file describes them, and its zeros in their shapes."""
+    sites = reader.field("sites", dict)
+    for name, said in sites.items():
+        match said:
+            case [list(shape), str()] if all(type(n) is int and n >= 0 for n in shape):
+                continue
+        raise reader.malformed(f"site {name} is {said!r:.40}")
+    position = reader.field("position", dict)
+    if not _is_plain(position):
+        return  # of the user's own classes, to be given again
+    found = jax.tree_util.tree_leaves_with_path(reader.decode("initial_position", position))
+    if {jax.tree_util.keystr(path): [list(np.shape(x)), str(np.asarray(x).dtype)] for path, x in found} != sites:
+        raise reader.malformed("its position is not that of its sites")
+
+
+def _is_plain(stored: Any) -> bool:
+    """Whether what `Writer.encode` made holds arrays in containers alone."""
+    if not isinstance(stored, dict) or "array" in stored:
+        return isinstance(stored, dict)
+    items = stored.get("items")
+    if stored.get("kind") not in ("dict", "tuple", "list") or not isinstance(items, dict):
+        return False
+    return all(_is_plain(item) for item in items.values())
+
+
+def _basis(reader: Reader, target: Target) -> Basis | None:
+    found = reader.decode("basis", reader.field("basis", dict, NoneType))
+    if found is None:
+        return None
+    dim, dtype = target.dim, target.spec.dtype
+    arrays = isinstance(found, dict) and set(found) == {"loc", "scale"} and all(map(_is_array, found.values()))
+    if not arrays or found["loc"].shape != (dim,) or found["scale"].shape not in ((dim,), (dim, dim)):
+        raise reader.malformed("its basis is not that of its sites")
+    if not found["loc"].dtype == found["scale"].dtype == dtype:
+        raise reader.malformed(f"its basis is not {dtype}")
+    return Basis(jnp.asarray(found["loc"]), jnp.asarray(found["scale"]))
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, np.ndarray)
+
+
+def _check_parts(target: Target, kernel: Any, solver: Any) -> PyTree:
+    """Shapes of an unknown; raises what kernel or solver raise where they cannot be used, on being traced."""
+    if not isinstance(kernel, Kernel) or not kernel.is_tuned:
+        raise ValueError(f"its kernel is {type(kernel).__name__}")
+    if solver is not None:
+        if not isinstance(solver, RecurrenceSolver):
+            raise ValueError(f"its solver is {type(solver).__name__}")
+        getattr(solver, "__post_init__", lambda: None)()
+    template = jax.eval_shape(lambda x: kernel.unknown(kernel.init(target, x)), target.spec.template)
+    noise = jax.eval_shape(lambda: kernel.sample_noise(jax.random.key(0, impl=IMPL), target))
+    after, _ = jax.eval_shape(kernel.transition(target), template, noise)
+    if jax.tree.map(lambda x: x.shape, after) != jax.tree.map(lambda x: x.shape, template):
+        raise ValueError("its kernel changes the shape of its state")
+    return template
+
+
+def _state(reader: Reader, source: Source, kernel: Kernel, basis: Basis | None, template: PyTree) -> ChainState:
+    own = reader.array("own/0", 1)
+    logdensity = reader.field("logdensity", list)
+    num_chains, num_states = len(own), np.shape(reader.array("ensemble/0"))[:1]
+    if not (num_chains and num_states) or len(logdensity) != num_chains or not _are_numbers(logdensity):
+        raise reader.malformed("its numbers of chains differ")
+    if own.dtype.kind not in "iu" or own.min() < 0 or own.max() >= num_states[0]:
+        raise reader.malformed("own/0 names no states")
+    arrays = lambda name, leading: jax.tree.map(jnp.asarray, reader.leaves(name, template, leading))
+    return ChainState(
+        source.target.with_basis(basis),
+        kernel,
+        arrays("unknown", num_chains),
+        _key(reader),
+        reader.field("num_steps", int, least=0),
+        reader.field("num_unkept", int, least=0),
+        arrays("ensemble", num_states[0]),
+        own,
+        _timing(reader),
+        source,
+    )
+
+
+def _key(reader: Reader) -> PRNGKey:
+    """A threefry key; of another implementation, from a file of an earlier pmcmc, one made of it, as of a user's key.
+
+    Warns:
+        UserWarning: it is.
+    """
+    words, impl = reader.array("key/0", 1), reader.field("key_impl", str)
+    if words.dtype != np.uint32:
+        raise reader.malformed(f"key/0 is {words.dtype}")
+    try:
+        key = jax.random.wrap_key_data(jnp.asarray(words), impl=impl)
+    except (TypeError, ValueError) as error:
+        raise reader.malformed(error) from error
+    if impl != IMPL:
+        warnings.warn(
+            f"{reader.path} was made with a key of {impl}, from which an earlier pmcmc drew noise that depended on how "
+            "many lanes drew it. Its draws can be read, and extended with new noise; they cannot be verified.",
+            stacklevel=5,  # the caller of `load` and `resume`
+        )
+    return threefry_key(key)
+
+
+def _timing(reader: Reader) -> LaneTiming | None:
+    timing = reader.field("timing", list, NoneType)
+    if timing is None:
+        return None
+    platform, *numbers = timing or [None]
+    if not isinstance(platform, str) or len(numbers) != len(LaneTiming._fields) or not _are_numbers(numbers):
+        raise reader.malformed(f"timing is {timing!r:.40}")
+    return LaneTiming(*numbers) if platform == default_platform() else None
+
+
+def _are_numbers(values: list) -> bool:
+    return all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in values)
+
+
+def _check_class(name: str, stored: Any, given: Any) -> None:
+    if given is not None and isinstance(stored, dict) and stored.get("kind", stored.get("gap")) != type(given).__name__:
+        raise ValueError(
+            f"this chain was made with the {name} {stored.get('kind', stored.get('gap'))}, got {type(given).__name__}: "
+            "pass the same again, or none where the file has all of it."
+        )
+
+
+def _check_sites(reader: Reader, target: Target) -> None:
+    stored, found = reader.header["sites"], describe_sites(target)
+    if stored == found:
+        return
+    if {name: shape for name, (shape, _) in stored.items()} == {name: shape for name, (shape, _) in found.items()}:
+        raise ValueError(
+            f"{reader.path} was sampled in {sorted({d for _, d in stored.values()})} and the model now is in "
+            f"{sorted({d for _, d in found.values()})}: set jax's jax_enable_x64 as it was, before anything else."
+        )
+    differing = sorted(set(stored) ^ set(found)) or [name for name in stored if stored[name] != found[name]]
+    raise ValueError(
+        f"the model's sites are not those of {reader.path}. They differ at {', '.join(differing)}: expected "
+        f"{ {name: stored.get(name) for name in differing} }, got { {name: found.get(name) for name in differing} }. "
+        "Pass the model and the arguments that the chain was made with."
+    )
+
+
+def _check_digests(reader: Reader, source: Source) -> None:
+    """Data and model, as far as they can be compared: another version of JAX may trace the same model otherwise."""
+    if "digests" not in reader.header:  # of an older pmcmc
+        return
+    stored, found = reader.field("digests", dict), source.digests()
+    if not _are_digests(stored, found):
+        raise reader.malformed(f"digests is {stored!r:.40}")
+    then, now = stored["arguments"], found["arguments"]
+    differing = [f"argument {name!r}" for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
+    if stored["versions"] == found["versions"] and not differing:
+        differing = [what for what in found if what not in ("versions", "arguments") and stored[what] != found[what]]
+    if differing:
+        raise ValueError(
+            f"{reader.path} was sampled with something else: {', '.join(differing)} differ. Pass the model, its "
+            "arguments and data, and the kernel, as they were."
+        )
+
+
+def _are_digests(stored: dict, found: dict) -> bool:
+    """Whether a file's digests have the form of those that are found now."""
+    matches = lambda form, x: isinstance(x, str) and re.fullmatch(form, x) is not None
+    versions, arguments = stored.get("versions"), stored.get("arguments")
+    if stored.keys() != found.keys() or not isinstance(versions, dict) or not isinstance(arguments, dict):
+        return False
+    digests = [*arguments.values(), *(x for what, x in stored.items() if what not in ("versions", "arguments"))]
+    same_names = versions.keys() == found["versions"].keys()
+    return (
+        same_names
+        and all(matches(r"\d[\w.+]*", x) for x in versions.values())
+        and all(matches("[0-9a-f]{64}", x) for x in digests)
+    )
+
+
+def _check_density(reader: Reader, state: ChainState) -> None:
+    """Another machine rounds differently; other data or another model are far further away."""
+    stored, found = np.asarray(reader.header["logdensity"]), last_logdensity(state)
+    tolerance = np.sqrt(np.finfo(np.float32).eps) * np.maximum(1.0, np.abs(stored))
+    if np.any(np.abs(stored - found) > tolerance) or np.any(np.isnan(stored) != np.isnan(found)):
+        raise ValueError(
+            f"the model's log density where the chains stood last is {found}, and was {stored} when {reader.path} was "
+            "saved: pass the model, its arguments and data as they were."
+        )

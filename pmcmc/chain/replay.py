@@ -1,0 +1,320 @@
+"""Steps of a chain taken again, to compare with those recorded."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pmcmc._pytree import is_real
+from pmcmc._typing import Array, PyTree
+from pmcmc._xla.compile import tuned_jit
+from pmcmc._xla.fused_loop import FEW_LANES, in_one_kernel
+from pmcmc.kernels import Info, Kernel
+from pmcmc.kernels.base import near_tie_bound
+from pmcmc.random.streams import step_noise
+from pmcmc.random.threefry import threefry_2x32
+from pmcmc.target import Target
+
+# Draws handed to one call of the program, and taken side by side in it where the kernel tells its margin.
+CALL, ABREAST = 8192, 256
+
+
+# Other roundings that are tried: an honest draw behind one tie is missed by all of them once in 2^8 times. Two, to see
+# whether rounding matters, where more draws are far off than ties would account for: FEW, or one in ten.
+ROUNDINGS, FEW = 8, 64
+
+
+# Where paths of different roundings part, a draw may be so many times as far from the nearest as they are from each
+# other, as long as that is less than so many posterior sd.
+GROWTH, MOST = 4, 0.01
+
+
+# Margins beyond are those of steps that nothing but an error of this size decides otherwise.
+WIDE_MARGIN = 30.0
+
+
+# Draws that a spread is taken over, at most.
+SPREAD_DRAWS = 2**16
+
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+# What is compared, in the order in which differences are named.
+FIELDS = ("state", "decision", *Info._fields)
+
+
+class Record(NamedTuple):
+    """Stored draws and where they come from.
+
+    unknowns, info: (C, n, ...). first: (C, ...) what is known to stand ``thinning`` steps before the first draw, or
+    None. last: (C, ...) where the chains stand, ``num_unkept`` steps behind the last draw. first_step: number of the
+    step behind what stands before the first draw. in_basis: whether unknowns are coordinates in warm-up's basis, where
+    a posterior standard deviation is about one.
+    """
+
+    unknowns: PyTree
+    info: Info
+    first: PyTree
+    last: PyTree
+    thinning: int
+    num_unkept: int
+    first_step: int
+    in_basis: bool
+
+
+class _Held(NamedTuple):
+    """Draws held against steps taken anew.
+
+    gaps: (n, FIELDS) in posterior standard deviations, or what comes of them; see `_info_gaps`. agrees: (n,).
+    new: the states computed, where they were asked for.
+    """
+
+    gaps: np.ndarray
+    agrees: np.ndarray
+    new: PyTree = None
+
+    @property
+    def difference(self) -> np.ndarray:
+        """(n,) of the states."""
+        return self.gaps[:, 0]
+
+
+class Look:
+    """What was found at places (n, 2), and what a second look changes."""
+
+    def __init__(self, checker: "Checker", places: np.ndarray, held: _Held):
+        self.checker, self.places, self.held = checker, places, held
+
+    def again(self, among: np.ndarray, lanes: int, rounding: int) -> np.ndarray:
+        """Under another rounding, those that do not agree yet; (n,) which do now."""
+        left = np.flatnonzero(among & ~self.held.agrees)
+        found = self.checker.hold(self.places[left], lanes, rounding)
+        return self._accept(left[found.agrees], found.gaps[found.agrees])
+
+    def _accept(self, rows: np.ndarray, gaps: np.ndarray) -> np.ndarray:
+        self.held.agrees[rows], self.held.gaps[rows] = True, gaps
+        return np.isin(np.arange(len(self.places)), rows)
+
+    def under_other_roundings(self, among: np.ndarray, lanes: int) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) which agree under one of several roundings, and which none reaches because these end apart."""
+        tolerance, gap = self.checker.tolerance, self.checker.gap
+        left = np.flatnonzero(among & ~self.held.agrees)
+        far = np.sum(self.held.difference[left] > MOST)
+        parted = np.zeros(len(self.places), bool)
+        if not left.size:
+            return parted, parted
+        reference = nearest = self.checker.hold(self.places[left], lanes, 2, keep_new=True)
+        best, spread = nearest.gaps, np.zeros(len(left))
+        for rounding in range(3, 2 + (ROUNDINGS if far <= max(FEW, len(self.places) // 10) else 2)):
+            found = self.checker.hold(self.places[left], lanes, rounding, keep_new=True)
+            spread = np.maximum(spread, gap(reference.new, found.new))
+            best = np.where((found.gaps.max(axis=1) < best.max(axis=1))[:, None], found.gaps, best)
+        apart = GROWTH * spread > max(MOST, tolerance)  # where a draw may be near one of them by chance
+        agrees = best.max(axis=1) <= np.where(apart, tolerance, np.maximum(tolerance, GROWTH * spread))
+        parted[left] = apart & ~agrees
+        now = self._accept(left[agrees], best[agrees])
+        return now & (self.held.difference <= tolerance), parted
+
+
+class Checker:
+    """Takes steps anew and compares. Places are rows (chain, draw); the number of draws stands for where chains are."""
+
+    def __init__(self, target: Target, kernel: Kernel, keys: Array, record: Record, tolerance: float):
+        self.target, self.kernel, self.keys, self.record, self.tolerance = target, kernel, keys, record, tolerance
+        self.num_draws = record.info.margin.shape[1]
+        self.dim = sum(math.prod(x.shape[2:]) for x in jax.tree.leaves(record.unknowns))
+        one = lambda x: np.ones(x.shape[2:])
+        self.scale = jax.tree.map(one if record.in_basis else _spread, record.unknowns)
+
+    def num_steps(self, places: np.ndarray) -> np.ndarray:
+        """(n,) from the draw before."""
+        return np.where(places[:, 1] == self.num_draws, self.record.num_unkept, self.record.thinning)
+
+    def gap(self, one: PyTree, other: PyTree) -> np.ndarray:
+        """(n,) largest difference of unknowns in posterior standard deviations."""
+        return np.max(np.stack(jax.tree.leaves(jax.tree.map(_gap, one, other, self.scale))), axis=0)
+
+    def hold(self, places: np.ndarray, lanes: int, rounding: int, keep_new: bool = False) -> _Held:
+        """Compare the draws at ``places`` with what steps make of the states before them. rounding: see `_follow`."""
+        gaps = np.zeros((len(places), len(FIELDS)))
+        room = jax.tree.map(lambda x: np.empty((len(places), *x.shape[2:]), x.dtype), self.record.unknowns)
+        new = room if keep_new else None
+        steps = self.num_steps(places)
+        for number in np.unique(steps).tolist():
+            own = np.flatnonzero(steps == number)
+            # powers of two, so that what is left for a second look often finds the program of the first
+            groups = min(max(1, CALL // lanes), 1 << math.ceil(math.log2(max(1.0, len(own) / lanes))))
+            for begin in range(0, len(own), groups * lanes):
+                some = own[begin : begin + groups * lanes]
+                found, info = self._follow(places[some], number, (groups, lanes), rounding)
+                gaps[some] = self._compare(places[some], found, info)
+                if keep_new:
+                    jax.tree.map(lambda room, x, some=some: room.__setitem__(some, x), new, found)
+        return _Held(gaps, gaps.max(axis=1) <= self.tolerance, new)
+
+    def _follow(self, places: np.ndarray, num_steps: int, shape: tuple[int, int], rounding: int) -> tuple:
+        """Unknowns computed anew and the last step's info; None where there was no step."""
+        if num_steps == 0:
+            return self._stored(*(places - [0, 1]).T), None
+        padding = np.repeat(places[-1:], math.prod(shape) - len(places), axis=0)
+        chain, draw = np.concatenate([places, padding]).T
+        group = lambda tree: jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), tree)
+        first_step = self.record.first_step + draw * self.record.thinning
+        rows = group((chain, first_step, self._stored(chain, draw - 1)))
+        numbers = np.asarray(num_steps), np.asarray(rounding)
+        found = _follow(self.target, self.kernel, self.keys, *rows, *numbers, moves_states=rounding > 1)
+        return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[: len(places)], found)
+
+    def _stored(self, chain: np.ndarray, draw: np.ndarray) -> PyTree:
+        """Draw -1 is what stands before the first."""
+        record, number = self.record, self.num_draws
+        first = record.unknowns if record.first is None else record.first
+        wide = lambda mask, rows: mask.reshape(-1, *(1,) * (rows.ndim - 1))
+
+        def leaf(x, first, last):
+            rows = x[chain, np.clip(draw, 0, number - 1)]
+            if record.first is not None:
+                rows = np.where(wide(draw == -1, rows), np.asarray(first)[chain], rows)
+            return np.where(wide(draw == number, rows), np.asarray(last)[chain], rows)
+
+        return jax.tree.map(leaf, record.unknowns, first, record.last)
+
+    def _compare(self, places: np.ndarray, new: PyTree, info: Info | None) -> np.ndarray:
+        """(n, FIELDS) gaps."""
+        chain, draw = places.T
+        gaps = np.zeros((len(places), len(FIELDS)))
+        gaps[:, 0] = self.gap(self._stored(chain, draw), new)
+        kept = draw < self.num_draws  # of other steps no info is stored
+        if info is None or not kept.any():
+            return gaps
+        row = np.minimum(draw, self.num_draws - 1)
+        stored: Info = jax.tree.map(lambda x: np.asarray(x)[chain, row], self.record.info)
+        gaps[:, 1] = np.where(kept & ((stored.margin > 0) != (info.margin > 0)), np.inf, 0.0)
+        for number, gap in enumerate(_info_gaps(stored, info, self.dim)):
+            gaps[:, 2 + number] = np.where(kept, gap, 0.0)
+        return gaps
+
+
+@tuned_jit(static_argnames="moves_states")
+def _follow(
+    target: Target,
+    kernel: Kernel,
+    keys: Array,
+    chain: Array,
+    first_step: Array,
+    unknown: PyTree,
+    num_steps: Array,
+    rounding: Array,
+    *,
+    moves_states: bool,
+) -> tuple[PyTree, Info]:
+    """The unknown after ``num_steps`` steps from each of (groups, lanes, ...), and the info of the last.
+
+    chain, first_step: (groups, lanes), whose noise is drawn. rounding: 0: as it comes; 1, -1: near ties are resolved
+    upwards, downwards; any larger number: each at random, and with ``moves_states`` states are moved by up to two
+    roundings before each step, as another program might.
+    Few lanes go in one kernel, as sampling in order does, which rounds differently from XLA's other programs.
+    """
+    arrays = (target, kernel, keys, chain, first_step, unknown, num_steps, rounding)
+
+    # of all arrays, as in_one_kernel wants it
+    def follow(target, kernel, keys, chain, first_step, unknown, num_steps, rounding):
+        transition = kernel.transition(target)
+        none = jnp.zeros((), target.spec.dtype)
+
+        def one(chain: Array, first: Array, x: PyTree) -> tuple[PyTree, Info]:
+            def take(state: PyTree, number: Array) -> tuple[PyTree, Info]:
+                noise = jax.tree.map(lambda u: u[0], step_noise(kernel, target, keys[chain], (first + number)[None]))
+                sign = rounding.astype(none.dtype)
+                if moves_states:
+                    words = jnp.stack([rounding, chain]).astype(jnp.uint32), (first + number).astype(jnp.uint32)
+                    sign = jnp.where(threefry_2x32(*words, jnp.uint32(0))[0] >> 31, 1, -1).astype(none.dtype)
+                    state = transition.restore(_moved(transition.unknown(state), *words))
+
+                def attempt(_: Array, tried: tuple) -> tuple:
+                    new, info = transition.step(state, kernel.nudge(noise, tried[2]))
+                    new = jax.tree.map(lambda a, b: jnp.asarray(a, jnp.result_type(b)), new, state)
+                    return new, info, sign * near_tie_bound(info)
+
+                # the bound is known only once the step was taken, so where ties are resolved it is taken twice
+                shapes = jax.eval_shape(lambda: transition.step(state, noise)[1])
+                empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+                return jax.lax.fori_loop(0, 1 + (rounding != 0), attempt, (state, empty, none))[:2]
+
+            state = transition.restore(x)
+            shapes = jax.eval_shape(lambda: take(state, jnp.zeros((), first.dtype))[1])
+            empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            step = lambda number, carry: take(carry[0], number)
+            state, info = jax.lax.fori_loop(0, num_steps, step, (state, empty))
+            return transition.unknown(state), info
+
+        return jax.lax.map(lambda group: jax.vmap(one)(*group), (chain, first_step, unknown))
+
+    return in_one_kernel(follow, *arrays) if chain.shape[1] <= FEW_LANES else follow(*arrays)
+
+
+def _moved(unknown: PyTree, words: Array, number: Array) -> PyTree:
+    """Real numbers times 1 + k eps, k drawn from -2 to 2."""
+
+    def leaf(place: int, x: Array) -> Array:
+        if not is_real(x):
+            return x
+        counter = jnp.arange(1, 1 + x.size, dtype=jnp.uint32).reshape(x.shape)
+        bits, _ = threefry_2x32(words + jnp.uint32(place), jnp.full_like(counter, number), counter)
+        return x * (1 + ((bits >> 8) % 5 - 2.0).astype(x.dtype) * jnp.finfo(x.dtype).eps)
+
+    leaves, structure = jax.tree.flatten(unknown)
+    return jax.tree.unflatten(structure, [leaf(place, x) for place, x in enumerate(leaves)])
+
+
+def _spread(x: np.ndarray) -> np.ndarray:
+    """Posterior standard deviation by the interquartile range of the draws, which a few of them cannot change.
+
+    Where half of the draws are alike by the range of nine in ten; where nothing moved the size of the entry, or 1.
+    """
+    if not is_real(x):
+        return np.ones(x.shape[2:])
+    rows = x.reshape(-1, *x.shape[2:])
+    rows = np.asarray(rows[:: -(-len(rows) // SPREAD_DRAWS)], float)
+    low, first, middle, third, high = np.nanquantile(np.where(np.isfinite(rows), rows, np.nan), QUANTILES, axis=0)
+    size, eps = np.abs(middle), math.sqrt(float(jnp.finfo(x.dtype).eps))
+    spread = np.where(size > 0, size, 1.0)
+    for found in ((high - low) / 3.29, (third - first) / 1.349):  # of a normal distribution these are one
+        spread = np.where(found > eps * size, found, spread)
+    return np.where(np.isfinite(spread), spread, 1.0)
+
+
+def _gap(stored: np.ndarray, new: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """(n,) largest difference in units of scale; inf where integers differ, or anything is not finite."""
+    axes = tuple(range(1, stored.ndim))
+    if not is_real(stored):
+        return np.where(np.all(stored == new, axis=axes), 0.0, np.inf)
+    with np.errstate(invalid="ignore", over="ignore"):
+        ratio = np.abs(np.asarray(stored, float) - np.asarray(new, float)) / scale
+    return np.max(np.where(np.isfinite(ratio), ratio, np.inf), axis=axes, initial=0.0)
+
+
+def _info_gaps(stored: Info, new: Info, dim: int) -> list[np.ndarray]:
+    """(n,) by field, in units in which a step taken anew differs as its state does in posterior standard deviations.
+
+    Log densities and energies carry roundings at their size, and change by about one a standard deviation and
+    coordinate; so do log alpha, and with it the margin and the acceptance rate. What is counted must be the same.
+    """
+    finite = lambda x: np.where(np.isfinite(x), np.abs(np.asarray(x, float)), 0.0)
+    size = dim + finite(new.logdensity) + (0.0 if new.energy is None else finite(new.energy))
+    gaps = []
+    for name in Info._fields:
+        one, other = getattr(stored, name), getattr(new, name)
+        if one is None or other is None:
+            gaps.append(np.where(np.full(size.shape, one is other), 0.0, np.inf))
+            continue
+        if name == "margin":
+            one, other = (np.clip(np.asarray(x, float), -WIDE_MARGIN, WIDE_MARGIN) for x in (one, other))
+        same = (one == other) | (is_real(one) & (one != one) & (other != other))
+        with np.errstate(invalid="ignore", over="ignore"):
+            ratio = np.abs(np.asarray(one, float) - np.asarray(other, float)) / size
+        gaps.append(np.where(same, 0.0, np.where(np.isfinite(ratio) & is_real(one), ratio, np.inf)))
+    return gaps

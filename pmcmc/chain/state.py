@@ -1,0 +1,209 @@
+"""Where chains stand, and what a file says of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pmcmc._typing import Array, PRNGKey, PyTree
+from pmcmc._xla.compile import default_platform, plain_jit
+from pmcmc._xla.trace import Trace, digest, traced_functions
+from pmcmc.chain.file_format import Writer
+from pmcmc.chain.report import NOT_STORED, SolveReport
+from pmcmc.interop.numpyro import array_arguments, numpyro_target
+from pmcmc.kernels import Kernel
+from pmcmc.recurrence import RecurrenceSolver
+from pmcmc.target import LogDensity, Target, WithoutDensity
+from pmcmc.warmup.base import LaneTiming
+
+
+class Described(NamedTuple):
+    """What a model's sites say of themselves, for whoever labels draws.
+
+    dims: names of the leading axes of a site's values. observed, constant: the data, by site and by argument.
+    """
+
+    dims: dict[str, list[str]]
+    observed: dict[str, Array]
+    constant: dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The user's model behind a target, so that a later call can tell whether it has changed.
+
+    make: the target of the model as it is when this is called. target: as it was when the run began.
+    given: the kernel as the user passed it. traced: with the functions in it as they were when the run began.
+    constant: array arguments of the model at that time, by name.
+    """
+
+    make: Callable[[], Target]
+    target: Target
+    constant: dict[str, np.ndarray]
+    given: Kernel | None = None
+    traced: Kernel | None = None
+
+    def with_kernel(self, kernel: Kernel) -> tuple["Source", Kernel]:
+        """With functions in the kernel traced, which is returned too, and a target that knows what they are."""
+        target = replace(self.target, context=None)
+        traced = kernel.traced(target)
+        target = replace(target, context=traced.context(target))
+        return replace(self, target=target, given=kernel, traced=traced), traced
+
+    def check(self) -> None:
+        """Raise where model, data or functions in the kernel are no longer what they were.
+
+        Raises:
+            ValueError: what has changed.
+        """
+        target = self.make()
+        now, then = (t.model.content(t.data) for t in (target, self.target))
+        if target.spec != self.target.spec or now != then:
+            what = "numbers that it reads are others" if now[0] == then[0] else "it computes something else"
+            raise ValueError(
+                f"the model has changed since this chain was sampled: {what}. Its draws are of the model as it was. "
+                "Restore the model, its data and the handlers around it, or sample the new model by a call of its own."
+            )
+        if self.given is not None and not self.with_kernel(self.given)[0].has_kernel_of(self):
+            raise ValueError(
+                "functions in the kernel have changed since this chain was sampled: its draws are of the kernel as it "
+                "was. Restore what these functions read, or sample again with the new kernel."
+            )
+
+    def has_kernel_of(self, other: "Source") -> bool:
+        """Whether functions in the two kernels compute the same."""
+        return self._functions() == other._functions()
+
+    def _functions(self) -> tuple:
+        return _operations(self.target.context), [fn.content for fn in traced_functions(self.traced)]
+
+    def describe(self, target: Target, position: PyTree) -> Described:
+        """Sites with their dimensions, and the data."""
+        observed = target.model.observed(target.data, position)
+        same = lambda a, b: jnp.shape(a) == jnp.shape(b) and bool(jnp.all(jnp.asarray(a) == b))
+        constant = {
+            name: jnp.asarray(x) for name, x in self.constant.items() if not any(same(x, y) for y in observed.values())
+        }
+        return Described(target.model.dims, observed, constant)
+
+    def digests(self) -> dict[str, Any]:
+        """What a file says of the model, its data and the functions in the kernel, so that others are refused.
+
+        Those of the arguments can be compared anywhere; the others where the packages' versions are the same.
+        """
+        model, numbers = self.target.model.content(self.target.data)
+        return {
+            "versions": {name: version(name) for name in ("jax", "numpyro")},
+            "arguments": {name: digest(x) for name, x in self.constant.items()},
+            "the model": digest(model),
+            "numbers that it reads": digest(numbers),
+            "functions in the kernel": digest(self._functions()),
+        }
+
+
+def _operations(context: Any) -> Any:
+    """A context whose traces are known by what they compute alone."""
+    if isinstance(context, Trace):
+        return context.operations
+    return tuple(map(_operations, context)) if type(context) is tuple else context
+
+
+class ChainState(NamedTuple):
+    """Where chains stand, and all they need to go on as one long run would.
+
+    target, kernel: as tuned by warm-up.
+    unknown: the kernel's state, leading axis num_chains.
+    rng_key: of the noise: that of step t of chain c is a function of (rng_key, c, t).
+    num_steps: taken since warm-up. num_unkept: of these, those behind the last one that thinning kept.
+    ensemble: last unknowns of warm-up, from which block starts are guessed. own: (num_chains,) those where the chains
+        started. timing: of a step on many lanes, for the planner. None of the three changes a draw.
+    source: the user's model, to see whether it has changed.
+    warmup_remark, num_lost_lanes: what warm-up had to say, for the reports of all that follows; see `SolveReport`.
+    """
+
+    target: Target
+    kernel: Kernel
+    unknown: PyTree
+    rng_key: PRNGKey
+    num_steps: int
+    num_unkept: int
+    ensemble: PyTree
+    own: np.ndarray
+    timing: LaneTiming | None
+    source: Source
+    warmup_remark: str = ""
+    num_lost_lanes: int = 0
+
+
+def header(
+    writer: Writer,
+    state: ChainState,
+    report: SolveReport,
+    thinning: int,
+    solver: RecurrenceSolver | None,
+    extra_fields: Sequence[str],
+) -> dict[str, Any]:
+    """What a file says of a chain beside its draws; arrays go to the writer. `pmcmc.load` is the other half."""
+    target = state.target
+    for name, tree in {
+        "unknown": state.unknown,
+        "ensemble": state.ensemble,
+        "own": state.own,
+        "key": jax.random.key_data(state.rng_key),
+    }.items():
+        writer.leaves(name, tree)
+    names = [f.name for f in fields(report) if f.name not in NOT_STORED]
+    return {
+        "is_model": not isinstance(target.model, (LogDensity, WithoutDensity)),
+        "sites": describe_sites(target),
+        "position": writer.encode("position", jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), target.spec.template)),
+        "basis": writer.encode("basis", target.basis and {"loc": target.basis.loc, "scale": target.basis.scale}),
+        "kernel": writer.encode("kernel", state.kernel),
+        "solver": writer.encode("solver", _anywhere(solver)),
+        "report": writer.encode("report", {name: getattr(report, name) for name in names}),
+        "logdensity": last_logdensity(state).tolist(),
+        "key_impl": str(jax.random.key_impl(state.rng_key)),
+        "timing": None if state.timing is None else [default_platform(), *state.timing],
+        "digests": state.source.digests(),
+        "num_steps": state.num_steps,
+        "num_unkept": state.num_unkept,
+        "thinning": thinning,
+        "extra_fields": list(extra_fields),
+    }
+
+
+def _anywhere(solver: RecurrenceSolver | None) -> RecurrenceSolver | None:
+    """Without devices, which a file cannot hold and another machine does not have."""
+    return None if solver is None else solver.with_devices(None)
+
+
+def describe_sites(target: Target) -> dict[str, list]:
+    """Shape and dtype of every leaf of the target's positions, by its place."""
+    leaves = jax.tree_util.tree_leaves_with_path(target.spec.template)
+    return {jax.tree_util.keystr(path): [list(x.shape), str(x.dtype)] for path, x in leaves}
+
+
+@plain_jit()
+def _logdensity(target: Target, kernel: Kernel, unknown: PyTree) -> Array:
+    return jax.vmap(lambda x: target.model.logdensity(target.data, kernel.position(target, x)))(unknown)
+
+
+def last_logdensity(state: ChainState) -> np.ndarray:
+    """(num_chains,) log densities where the chains stand."""
+    return np.asarray(_logdensity(state.target, state.kernel, state.unknown))
+
+
+def model_source(model: Callable, model_args: tuple, model_kwargs: dict) -> Source:
+    """A NumPyro model with its arguments as they are now."""
+    make = lambda: numpyro_target(model, model_args, model_kwargs)
+    return Source(make, make(), array_arguments(model, model_args, model_kwargs))
+
+
+def density_source(logdensity_fn: Callable | None, position: PyTree) -> Source:
+    """A log density over pytrees like ``position`` as it is now."""
+    target = Target.from_logdensity(logdensity_fn, position)
+    return Source(lambda: Target.from_logdensity(logdensity_fn, target.spec.template), target, {})

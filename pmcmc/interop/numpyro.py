@@ -1,0 +1,427 @@
+"""NumPyro models as targets. NumPyro is imported when a function here runs, not before."""
+
+import inspect
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pmcmc._pytree import RavelSpec
+from pmcmc._typing import Array, PRNGKey, PyTree
+from pmcmc._xla.compile import plain_jit
+from pmcmc._xla.trace import Trace, trace
+from pmcmc.interop.numpyro_sites import active_reparams, check_trace, non_centred_forms, scales
+from pmcmc.random.threefry import key_pair, threefry_2x32
+from pmcmc.target import Model, Supports, Target, evaluate_starts
+
+# NumPyro's stack of handlers is one for all threads: two models that run at once would see each other's sites.
+_ONE_AT_A_TIME = threading.RLock()
+
+
+def _alone(method: Callable) -> Callable:
+    """Decorator: no other model runs meanwhile."""
+
+    @wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _ONE_AT_A_TIME:
+            return method(*args, **kwargs)
+
+    return run
+
+
+@dataclass(frozen=True)
+class NumpyroModel(Model):
+    """A NumPyro model as it was when it was traced. Its data are the arrays that it read then, arguments or not.
+
+    trace: of `_run`: everything that is asked of a model at a position.
+    about: what its sites are at every position.
+    supports: of discrete latent sites. Positions hold their values as they are, and continuous ones unconstrained.
+    forms: of each site with a scale, what to write for a non-centred one; no part of what the model computes.
+    """
+
+    trace: Trace
+    about: "_Sites"
+    supports: Supports = ()
+    forms: tuple[tuple[str, str], ...] = field(default=(), compare=False)
+
+    def density_shape(self, data, position):
+        return self.trace.out_shapes["logdensity"]
+
+    def content(self, data):
+        operations, numbers = self.trace.content(data)
+        return (operations, self.about, self.supports), numbers
+
+    def _part(self, name: str, data: list, position: PyTree) -> PyTree:
+        return self.trace.part(name)(data, position)
+
+    def logdensity(self, data, position):
+        return self._part("logdensity", data, position)
+
+    def constrain(self, data, position):
+        return self._part("values", data, position)
+
+    def log_likelihood(self, data, position):
+        return self._part("log_likelihood", data, position)
+
+    def observed(self, data, position):
+        return self._part("observed", data, position)
+
+    def element_logdensities(self, data, position, site, values):
+        def at(value: Array) -> Array:
+            everywhere = {**position, site: jnp.full_like(position[site], value)}
+            return _by_element(self.about, self._part("terms", data, everywhere), site, position[site].shape)
+
+        return jnp.moveaxis(jax.vmap(at)(values), 0, -1)
+
+    def site_scales(self, data, position):
+        return self._part("scales", data, position)
+
+    def non_centred_form(self, site):
+        return dict(self.forms)[site]
+
+    def explain(self, data, position) -> str:
+        finite = self._part("finite", data, position)
+        sites = [name for name in self.about.order if not bool(finite.get(name, True))]
+        return f"Its terms are not finite at site {', '.join(map(repr, sites))}." if sites else ""
+
+    @property
+    def dims(self) -> dict[str, list[str]]:
+        return {name: list(dims) for name, dims in self.about.dims}
+
+
+class _Sites(NamedTuple):
+    """What a model's sites are at every position.
+
+    order: their names. dims: names of the leading axes of their values. plates: of each site, (name, axis) pairs.
+    """
+
+    order: tuple[str, ...]
+    dims: tuple[tuple[str, tuple[str, ...]], ...]
+    plates: tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
+
+
+def _run(
+    model: Callable, args: tuple, kwargs: dict, supports: Supports, position: PyTree
+) -> tuple[dict, _Sites, tuple[tuple[str, str], ...]]:
+    """The model at a position, once, and all that is asked of it there; with `NumpyroModel.about` and its ``forms``.
+
+    Of the dict's entries each program takes the one that it needs, without what only others need. values: of latent and
+    deterministic sites. terms: log probabilities by site, with NumPyro's scales, not summed. log_likelihood: of
+    observed sites, without scales. finite: whether all log probabilities of a site are. scales: of latent sites of
+    location-scale families. observed: the data.
+    """
+    from numpyro import handlers
+    from numpyro.infer.util import _unconstrain_reparam, compute_log_probs
+
+    discrete = {name: position[name] for name, _ in supports}
+    continuous = {name: value for name, value in position.items() if name not in discrete}
+    # A fixed key: nothing that the density depends on is drawn.
+    seeded = handlers.seed(handlers.substitute(model, data=discrete) if discrete else model, jax.random.key(0))
+    # As in NumPyro's `potential_energy`, which keeps neither the terms of its sum nor the sites.
+    active: dict[str, list] = {}
+
+    def start(site: dict) -> Any:
+        active[site["name"]] = active_reparams()
+        return _unconstrain_reparam(continuous, site)
+
+    started = handlers.substitute(seeded, substitute_fn=start)
+    terms, sites = compute_log_probs(started, args, kwargs, {}, sum_log_prob=False)
+    drawn = {name: site for name, site in sites.items() if site["type"] == "sample"}
+    observed = {name: site for name, site in drawn.items() if _is_observation(site)}
+    values = {
+        name: site["value"]
+        for name, site in sites.items()
+        if site["type"] == "deterministic" or (name in drawn and not site.get("is_observed", False))
+    }
+    asked = {
+        "logdensity": sum((jnp.sum(term) for term in terms.values()), start=0.0),
+        "values": jax.tree.map(jnp.asarray, values),
+        "terms": jax.tree.map(jnp.asarray, terms),
+        "log_likelihood": {name: _log_likelihood(site, terms[name]) for name, site in observed.items()},
+        "finite": {name: jnp.all(jnp.isfinite(term)) for name, term in terms.items()},
+        "scales": scales(drawn),
+        "observed": {name: jnp.asarray(site["value"]) for name, site in observed.items()},
+    }
+    return asked, _about(sites, {*values, *observed}), non_centred_forms(sites, active)
+
+
+def _log_likelihood(site: dict, term: Array) -> Array:
+    """Log probabilities of an observed site without NumPyro's scale. term: with it."""
+    return jnp.asarray(term if site["scale"] is None else site["fn"].log_prob(site["value"]))
+
+
+def _about(sites: dict[str, dict], labelled: set[str]) -> _Sites:
+    """labelled: sites whose values a user sees, and no factors."""
+    dims, plates = [], []
+    for name, site in sites.items():
+        if site["type"] not in ("sample", "deterministic"):
+            continue
+        frames = sorted(site["cond_indep_stack"], key=lambda frame: frame.dim)
+        plates.append((name, tuple((frame.name, frame.dim) for frame in frames)))
+        # a deterministic site in a plate need not have the plate's axis
+        if name in labelled and jnp.shape(site["value"])[: len(frames)] == tuple(frame.size for frame in frames):
+            events = site.get("infer", {}).get("event_dims", [])
+            dims.append((name, (*(frame.name for frame in frames), *events)))
+    return _Sites(tuple(sites), tuple(dims), tuple(plates))
+
+
+def array_arguments(model: Callable, args: tuple, kwargs: dict) -> dict[str, np.ndarray]:
+    """Copies of the arrays among a model's arguments, by the names of its parameters."""
+    try:
+        arguments = inspect.signature(model).bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):  # a callable that does not tell
+        return {}
+    return {name: np.array(value) for name, value in arguments.items() if _is_array(value)}
+
+
+def _is_observation(site: dict) -> bool:
+    """Data, and not a factor, whose value is empty."""
+    return site["type"] == "sample" and site.get("is_observed", False) and jnp.size(site["value"]) > 0
+
+
+def _by_element(about: _Sites, terms: dict[str, Array], name: str, shape: tuple[int, ...]) -> Array:
+    """Sum of the log probabilities that belong to each element of a site: those of all sites within its plates.
+
+    Raises:
+        ValueError: the site has dimensions that are no plates.
+    """
+    plates_of = {site: dict(frames) for site, frames in about.plates}
+    plates = plates_of[name]
+    if {-axis for axis in range(1, len(shape) + 1) if shape[-axis] > 1} - set(plates.values()):
+        raise ValueError(
+            f"site {name!r} of shape {shape} has dimensions that no plate declares independent: put it in a plate, or "
+            "leave it out of `independent`."
+        )
+    total = jnp.zeros(shape)
+    for other, term in terms.items():
+        if plates.keys() <= plates_of[other].keys():
+            foreign = tuple(axis for axis in range(-term.ndim, 0) if axis not in plates.values())
+            term = jnp.sum(term, axis=foreign, keepdims=True)
+            total = total + jnp.broadcast_to(term.reshape(term.shape[max(0, term.ndim - len(shape)) :]), shape)
+    return total
+
+
+@_alone
+def numpyro_target(model: Callable, model_args: tuple, model_kwargs: dict) -> Target:
+    """A `Target` over the unconstrained latent sites of a NumPyro model as it is now.
+
+    The model runs on the user's own arguments, and numpy computes with them in their own precision; what enters JAX
+    enters it as in NumPyro. Arrays that it reads, arguments or not, become data leaves, so that a second call with the
+    same shapes does not compile again.
+
+    Raises:
+        TypeError: ``model`` is not callable.
+        ValueError: no latent sites, discrete ones that cannot be enumerated.
+    """
+    if not callable(model):
+        raise TypeError(f"model must be a NumPyro model (a function with sample sites), got {type(model).__name__}.")
+    args, kwargs = tuple(model_args), dict(model_kwargs)
+    prototype, supports, fixed = _prototype_position(model, args, kwargs)
+    if fixed:
+        from numpyro.handlers import substitute
+
+        model = substitute(model, data=_fixed_values(model, args, kwargs, fixed))
+    static: list[tuple[_Sites, tuple]] = []
+
+    def run(position: PyTree) -> dict:
+        out, about, forms = _run(model, args, kwargs, supports, position)
+        static.append((about, forms))
+        return out
+
+    try:
+        traced = trace(run, RavelSpec.of(prototype).template)
+        about, forms = static[-1]
+        return Target.build(NumpyroModel(traced.trace, about, supports, forms), prototype, traced.constants)
+    except ValueError as error:
+        raise ValueError(f"{_refusing_site(model, args, kwargs)}{error}") from error
+
+
+def _refusing_site(model: Callable, args: tuple, kwargs: dict) -> str:
+    """The site whose distribution NumPyro does not allow, as the beginning of a sentence; "" for other faults."""
+    from numpyro import handlers, validation_enabled
+    from numpyro.infer.initialization import init_to_uniform
+
+    key = jax.random.key(0)
+    names = list(_random_trace(model, args, kwargs, key))
+    started = handlers.substitute(handlers.seed(model, key), substitute_fn=init_to_uniform)
+    checked = handlers.trace(started)
+    try:
+        with validation_enabled(True):
+            checked.get_trace(*args, **kwargs)
+    except ValueError:
+        return f"check the parameters of the distribution at site {names[len(checked.trace)]!r}: "
+    return ""
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, (np.ndarray, jax.Array)) and getattr(leaf.dtype, "kind", None) in set("fiub")
+
+
+def _prototype_position(
+    model: Callable, args: tuple, kwargs: dict
+) -> tuple[dict[str, np.ndarray], Supports, list[str]]:
+    """Zeros in the shapes of the latent sites, the supports of discrete ones, and the names of sites to be fixed.
+
+    The model runs on abstract values: on real ones every primitive of it would be compiled by itself.
+    """
+    discrete: list[str] = []
+    fixed: list[str] = []
+    trace = lambda key: _traced_position(model, args, kwargs, key, discrete, fixed)
+    shapes = jax.eval_shape(trace, jax.random.key(0))
+    position = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    return position, _supports(model, args, kwargs, discrete) if discrete else (), fixed
+
+
+def _fixed_values(model: Callable, args: tuple, kwargs: dict, names: list[str]) -> dict[str, Any]:
+    """Values of ``param`` and ``mutable`` sites, which are constants here as in NumPyro: where the model starts them.
+
+    They may be pytrees with leaves that are no arrays: placeholders of the weights that a random module samples.
+    """
+    others: list[Any] = []
+
+    def start(rng_key: PRNGKey) -> list:
+        sites = _random_trace(model, args, kwargs, rng_key)
+        leaves, treedef = jax.tree.flatten({name: sites[name]["value"] for name in names})
+        others.extend((treedef, [None if _is_number(leaf) else leaf for leaf in leaves]))
+        return [leaf for leaf in leaves if _is_number(leaf)]
+
+    arrays = iter(jax.jit(start)(jax.random.key(0)))
+    treedef, leaves = others
+    return jax.tree.unflatten(treedef, [next(arrays) if leaf is None else leaf for leaf in leaves])
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, (bool, int, float, complex, np.ndarray, np.generic, jax.Array))
+
+
+def _traced_position(
+    model: Callable, args: tuple, kwargs: dict, rng_key: PRNGKey, discrete: list[str], fixed: list[str]
+) -> dict[str, Any]:
+    """Values of the latent sites at a random point; the names of discrete and of fixed ones go to these lists."""
+    from numpyro.distributions.transforms import biject_to
+    from numpyro.infer.util import helpful_support_errors
+
+    trace = _random_trace(model, args, kwargs, rng_key)
+    check_trace(trace)
+    fixed.extend(name for name, site in trace.items() if site["type"] in ("param", "mutable"))
+    latent = {
+        name: site for name, site in trace.items() if site["type"] == "sample" and not site.get("is_observed", False)
+    }
+    if not latent:
+        raise ValueError(
+            "the model has no latent sample sites: there is nothing to sample. Check that not every site has obs=."
+        )
+    position = {}
+    for name, site in latent.items():
+        if site["fn"].support.is_discrete:
+            position[name] = jnp.asarray(site["value"], int)
+            discrete.append(name)
+            continue
+        with helpful_support_errors(site):
+            position[name] = jnp.asarray(biject_to(site["fn"].support).inv(site["value"]), float)
+    return position
+
+
+def _supports(model: Callable, args: tuple, kwargs: dict, names: list[str]) -> Supports:
+    """The values of each discrete site, which must be the same at two random points."""
+    first, second = (_random_trace(model, args, kwargs, jax.random.key(seed)) for seed in range(2))
+    supports = {name: _support(name, first[name]["fn"]) for name in names}
+    moving = [name for name, values in supports.items() if _support(name, second[name]["fn"]) != values]
+    if moving:
+        raise ValueError(
+            f"the support of {moving} depends on other latent sites, so it cannot be enumerated beforehand: "
+            "marginalise these sites out, or give them a fixed support and weights of zero."
+        )
+    return tuple(supports.items())
+
+
+def _random_trace(model: Callable, args: tuple, kwargs: dict, rng_key: PRNGKey) -> dict:
+    from numpyro import handlers, validation_enabled
+    from numpyro.infer.initialization import init_to_uniform
+
+    with validation_enabled(False):  # values are judged by the density, and named, before anything is sampled
+        # as NumPyro starts its own samplers: an improper prior has no draws
+        started = handlers.substitute(handlers.seed(model, rng_key), substitute_fn=init_to_uniform)
+        return handlers.trace(started).get_trace(*args, **kwargs)
+
+
+def _support(name: str, fn: Any) -> tuple[int, ...]:
+    """The values of each element of a discrete site."""
+    from numpyro.distributions import Independent, MaskedDistribution
+
+    while isinstance(fn, (Independent, MaskedDistribution)):
+        fn = fn.base_dist
+    found = None
+    if fn.has_enumerate_support and not fn.event_dim:
+        try:
+            found = np.unique(np.asarray(fn.enumerate_support(expand=False)))
+        except NotImplementedError:
+            found = None
+    if found is None:
+        raise ValueError(
+            f"latent site {name!r} is discrete without a finite support that all its elements share: marginalise it "
+            "out, truncate it to a Categorical site, or write its update and pass the model's log density to "
+            "pmcmc.sample with Compose([...])."
+        )
+    return tuple(found.tolist())
+
+
+def numpyro_starts(target: Target, rng_key: PRNGKey, num_starts: int) -> PyTree:
+    """Valid unconstrained starts as NumPyro draws them (`init_to_uniform`), leading axis ``num_starts``.
+
+    Uniform on (-2, 2), and on the values of a discrete site; drawn again up to 100 times where the density or its
+    gradient is not finite. NumPyro's own function compiles anew at every call, which took two thirds of a short one.
+
+    Raises:
+        ValueError: no start with a finite density and gradient was found; says which site is to blame.
+    """
+    starts, usable = None, np.zeros(num_starts, bool)
+    for tries in range(_MAX_TRIES):
+        drawn = jax.tree.map(np.asarray, _draw_starts(target, rng_key, jnp.asarray(tries), num_starts=num_starts))
+        keep = lambda old, new: np.where(usable.reshape(-1, *(1,) * (new.ndim - 1)), old, new)  # noqa: B023
+        starts = drawn if starts is None else jax.tree.map(keep, starts, drawn)
+        *_, usable = evaluate_starts(target, starts)
+        if usable.all():
+            return starts
+    centre = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), target.spec.template)
+    centre.update({name: jnp.full_like(centre[name], values[0]) for name, values in target.model.supports})
+    raise ValueError(
+        f"the log density cannot be used at any of {_MAX_TRIES} random starts. "
+        f"{target.model.explain(target.data, centre)} Check the model and its data for NaN and values outside a "
+        "support, or pass starting values by init_params."
+    )
+
+
+_MAX_TRIES = 100
+
+
+@plain_jit(static_argnames="num_starts")
+def _draw_starts(target: Target, rng_key: PRNGKey, tries: Array, *, num_starts: int) -> PyTree:
+    """Leading axis num_starts. Neither the density nor jax.random is in here: each took longer to compile."""
+    supports, template, drawn = dict(target.model.supports), target.spec.template, 0
+
+    def uniform(*shape: int) -> Array:
+        nonlocal drawn
+        numbers = drawn + jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
+        drawn += math.prod(shape)
+        bits, _ = threefry_2x32(key_pair(rng_key), numbers, tries.astype(jnp.uint32))
+        return bits.astype(target.spec.dtype) * 2.0**-32
+
+    starts = jax.vmap(target.spec.unravel)(4 * uniform(num_starts, target.dim) - 2)
+    for name, values in supports.items():
+        which = (uniform(num_starts, *template[name].shape) * len(values)).astype(int)
+        starts[name] = jnp.asarray(values, template[name].dtype)[jnp.minimum(which, len(values) - 1)]
+    return starts
+
+
+def print_summary(samples: dict, prob: float) -> None:
+    """NumPyro's table of means, quantiles, n_eff and r_hat for samples with axes (chain, draw, ...)."""
+    from numpyro.diagnostics import print_summary as numpyro_print_summary
+
+    numpyro_print_summary(samples, prob=prob, group_by_chain=True)

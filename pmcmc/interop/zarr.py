@@ -1,0 +1,147 @@
+"""Draws on disk as Zarr arrays in ArviZ's layout, which grow. Zarr is imported when a function here runs, not before.
+
+Format 2, since consolidated metadata, which xarray looks for first, are part of that format and not of 3. They are one
+file, replaced as a whole: it alone says how long the arrays are, so a reader never sees one longer than another, nor
+what was written but not shown yet.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pmcmc._optional import require
+
+Groups = dict[str, dict[str, Any]]  # arrays by group and name
+
+
+# Of one chunk, all chains together: a file each, and the last one is written anew at each `DrawArrays.write`.
+CHUNK_BYTES = 2**20
+
+
+_DIMS = "_ARRAY_DIMENSIONS"  # where xarray looks for their names in format 2
+
+
+def check_zarr(who: str = "Chain.stream") -> None:
+    """Raise where draws cannot be written, or read.
+
+    Raises:
+        ImportError: Zarr is not installed.
+    """
+    require(("zarr",), who, "pmcmc[zarr]")
+
+
+class DrawArrays:
+    """Arrays (chain, draw, ...) in the groups of a Zarr hierarchy.
+
+    path: a new folder, or one made by this class. dims: names of the leading axes of a draw, by array.
+    """
+
+    def __init__(self, path: Path, dims: dict[str, list[str]]):
+        import zarr
+
+        self.path, self.dims = path, dims
+        self._root = zarr.open_group(str(path), mode="a", zarr_format=2, use_consolidated=False)
+        self._shown = {x.path: x for _, group in self._root.groups() for _, x in group.arrays() if _grows(x)}
+        self._whole: dict[str, Any] = {}
+
+    def describe(self, attrs: dict[str, Any], num_chains: int, constants: Groups) -> None:
+        """Attributes, numbers of the chains, and arrays without draws."""
+        self._root.attrs.update(attrs)
+        for name in ("posterior", "sample_stats"):
+            group = self._root.create_group(name, attributes=attrs)
+            self._fixed(group, "chain", np.arange(num_chains), ["chain"])
+        for name, arrays in constants.items():
+            if arrays:
+                group = self._root.create_group(name, attributes=attrs)
+            for key, value in arrays.items():
+                x = np.asarray(value)
+                self._fixed(group, key, x, self._names(key, x.shape))
+
+    def _fixed(self, group: Any, name: str, x: np.ndarray, dims: list[str]) -> None:
+        made = group.create_array(
+            name, shape=x.shape, chunks=_some(x.shape), dtype=x.dtype, fill_value=None, attributes={_DIMS: dims}
+        )
+        made[...] = x
+
+    def _names(self, name: str, shape: tuple[int, ...]) -> list[str]:
+        """Of axes: those known, and numbered ones."""
+        known = list(self.dims.get(name, []))
+        return known + [f"{name}_dim_{axis}" for axis in range(len(known), len(shape))]
+
+    def write(self, first: int, groups: Groups, room: int) -> None:
+        """Put draws behind the first ``first`` ones. Nobody sees them before they are shown.
+
+        room: draws that the arrays will have at last; for those that are not there yet.
+        """
+        for group, arrays in groups.items():
+            for name, x in arrays.items():
+                whole = self._open(f"{group}/{name}", np.asarray(x), room)
+                whole[:, first : first + x.shape[1]] = np.asarray(x)
+
+    def _open(self, path: str, like: np.ndarray, room: int) -> Any:
+        """A handle that takes the array to be as long as it will be. What others read is its twin's length."""
+        import zarr
+
+        if path not in self._whole:
+            shape = (like.shape[0], room, *like.shape[2:])
+            if path in self._shown:
+                whole = self._shown[path]
+                num_draws = whole.shape[1]
+                whole.resize(shape)
+            else:
+                num_draws, chunk = 0, (like.shape[0], 1, *like.shape[2:])
+                rows = max(1, CHUNK_BYTES // max(1, math.prod(chunk) * like.dtype.itemsize))
+                dims = ["chain", "draw", *self._names(path.split("/")[-1], like.shape[2:])]
+                whole = self._root.create_array(
+                    path,
+                    shape=shape,
+                    chunks=_some((like.shape[0], min(rows, room), *like.shape[2:])),
+                    dtype=like.dtype,
+                    fill_value=None,  # xarray would take a value for missing
+                    attributes={_DIMS: dims},
+                )
+            self._whole[path] = whole
+            self._shown[path] = zarr.open_array(str(self.path), path=path, mode="r+", zarr_format=2)
+            self._shown[path].resize((shape[0], num_draws, *shape[2:]))
+        return self._whole[path]
+
+    def show(self, num_draws: int) -> None:
+        """Let readers see so many draws of all arrays, no more and no less."""
+        import zarr
+
+        for x in self._shown.values():
+            if x.shape[1] != num_draws:
+                x.resize((x.shape[0], num_draws, *x.shape[2:]))
+        zarr.consolidate_metadata(str(self.path), zarr_format=2)
+
+
+def _some(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(max(1, n) for n in shape)
+
+
+def _grows(x: Any) -> bool:
+    return x.attrs.get(_DIMS, [])[:2] == ["chain", "draw"]
+
+
+def open_lazily(path: Path) -> Any:
+    """ArviZ's container, whose arrays are read when they are used."""
+    check_zarr("StoredChain.to_arviz")
+    import arviz as az
+    import xarray as xr
+
+    tree = xr.open_datatree(str(path), engine="zarr", chunks=None)
+    # ArviZ 0.x has a class of its own; from 1.0 on the tree is what it works with, which 1.3 calls by that name, too
+    container: Any = getattr(az, "InferenceData", xr.DataTree)
+    return tree if container is xr.DataTree else container.from_datatree(tree)
+
+
+def read_arrays(path: Path, group: str, names: Sequence[str]) -> dict[str, Any]:
+    """Arrays as they are shown, read where they are indexed."""
+    check_zarr("StoredChain.get_samples")
+    import zarr
+
+    found = zarr.open_group(str(path), mode="r")
+    return {name: found[f"{group}/{name}"] for name in names}

@@ -1,0 +1,231 @@
+"""BlackJAX's algorithms as kernels: the noise of a step is its key."""
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from pmcmc._pytree import is_real, register_dataclass
+from pmcmc._typing import Array, PRNGKey, PyTree, Scalar
+from pmcmc.interop import blackjax as interop
+from pmcmc.kernels.base import Info, Kernel, step_content
+from pmcmc.random.threefry import key_pair
+from pmcmc.target import Target
+
+
+def _typed(pair: Array) -> PRNGKey:
+    return jax.random.wrap_key_data(pair, impl="threefry2x32")
+
+
+def _key_at(position: PyTree) -> PRNGKey:
+    """A key that differs between positions, for what ``init`` draws: a start is arbitrary, momentum and all."""
+    words = jax.lax.bitcast_convert_type(ravel_pytree(position)[0].astype(jnp.float32), jnp.uint32)
+    odd = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
+    return jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), jnp.sum(words * odd, dtype=jnp.uint32))
+
+
+class AlgorithmKernel(Kernel):
+    """A kernel whose step is that of a BlackJAX algorithm under the key drawn as its noise.
+
+    The state is BlackJAX's. The unknown is the same NamedTuple with None in place of caches, rebuilt by ``init``, and
+    of keys, drawn from the step's key. `Info.margin` is NaN: BlackJAX does not report it, so near ties are not counted.
+    """
+
+    extra_fields: ClassVar[tuple[str, ...]] = (*Kernel.extra_fields, "energy", "num_steps", "tree_depth")
+
+    @abc.abstractmethod
+    def algorithm(self, target: Target) -> Any:
+        """BlackJAX's ``SamplingAlgorithm`` on this target."""
+
+    def cache_names(self) -> tuple[str, ...] | None:
+        """Fields of the state that ``init`` computes from the position; None for those known by their names."""
+        return None
+
+    def start(self, target, y):
+        return interop.init_state(self.algorithm(target), y, _key_at(y))
+
+    def init(self, target, position):
+        return self.start(target, target.coordinates(position))
+
+    def sample_noise(self, rng_key, target):
+        return key_pair(rng_key)
+
+    def step(self, target, state: Any, noise: Array) -> tuple[Any, Info]:
+        new, info = interop.take_step(self.algorithm(target), _typed(noise), state)
+        new = jax.tree.map(lambda x, old: jnp.asarray(x, jnp.result_type(old)), new, state)
+        said, dtype = interop.read_info(new, info), target.spec.dtype
+        logdensity = said.logdensity
+        if logdensity is None:
+            logdensity = target.logdensity_fn(self.coordinates(self.unknown(new)))
+        optional = lambda x, dtype: None if x is None else jnp.asarray(x, dtype)
+        return new, Info(
+            acceptance_rate=jnp.asarray(jnp.nan if said.acceptance_rate is None else said.acceptance_rate, dtype),
+            is_divergent=jnp.asarray(False if said.is_divergent is None else said.is_divergent, bool),
+            margin=jnp.asarray(jnp.nan, dtype),
+            logdensity=jnp.asarray(logdensity, dtype),
+            energy=optional(said.energy, dtype),
+            num_integration_steps=optional(said.num_integration_steps, int),
+            tree_depth=optional(said.tree_depth, int),
+        )
+
+    def unknown(self, state: Any) -> Any:
+        return interop.without_caches(state, self.cache_names())
+
+    def restore(self, target, unknown: Any) -> Any:
+        fresh = interop.init_state(self.algorithm(target), unknown.position, _key_at(unknown.position))
+        return interop.with_caches(unknown, fresh)
+
+    def coordinates(self, unknown: Any) -> Array:
+        return ravel_pytree(unknown.position)[0]
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class BlackJAX(AlgorithmKernel):
+    """What `from_blackjax` makes; make it there.
+
+    source: a constructor ``(logdensity_fn, **parameters) -> SamplingAlgorithm``, or one already built.
+    parameters: those that are numbers and arrays, as leaves. settings: the others, static. caches: see `from_blackjax`.
+    """
+
+    source: Any = field(metadata=dict(static=True))
+    parameters: dict[str, PyTree]
+    settings: tuple[tuple[str, Any], ...] = field(metadata=dict(static=True))
+    caches: tuple[str, ...] | None = field(metadata=dict(static=True))
+
+    @property
+    def takes_basis(self) -> bool:
+        return not interop.is_built(self.source)
+
+    @property
+    def step_size(self) -> Scalar | None:
+        if "step_size" not in self.parameters:
+            raise AttributeError("this algorithm was given no parameter named step_size.")
+        return self.parameters["step_size"]
+
+    def with_step_size(self, step_size: Scalar) -> "BlackJAX":
+        return replace(self, parameters={**self.parameters, "step_size": step_size})
+
+    def cache_names(self) -> tuple[str, ...] | None:
+        return self.caches
+
+    def algorithm(self, target):
+        if not self.takes_basis:
+            if target.basis is not None:
+                raise ValueError(
+                    "a BlackJAX algorithm that is already built samples its own log density and knows nothing of the "
+                    f"target's whitened coordinates. {_BUILD_INSTEAD}"
+                )
+            return self.source
+        dtype = target.spec.dtype
+        parameters = jax.tree.map(lambda x: jnp.asarray(x, dtype) if is_real(x) else x, self.parameters)
+        if parameters.get("inverse_mass_matrix", 0) is None:
+            parameters["inverse_mass_matrix"] = jnp.ones(target.dim, dtype)
+        algorithm = self.source(target.logdensity_fn, **parameters, **dict(self.settings))
+        if not interop.is_built(algorithm):
+            raise TypeError(f"the constructor must return a SamplingAlgorithm, got {type(algorithm).__name__}.")
+        return algorithm
+
+    def start(self, target, y):
+        return super().start(target, y if self.takes_basis else target.position(y))
+
+    def context(self, target):
+        given = (self.source, *(value for _, value in self.settings))
+        return None if all(map(interop.is_of_blackjax, given)) else step_content(self, target)
+
+
+_BUILD_INSTEAD = (
+    "Pass the constructor and its parameters, as in from_blackjax(blackjax.mala, step_size=0.3), or num_warmup=0."
+)
+
+
+def from_blackjax(algorithm: Callable | Any, *, caches: tuple[str, ...] | None = None, **parameters: Any) -> BlackJAX:
+    """A BlackJAX algorithm as a kernel, so that it can be sampled in parallel across the chain's length.
+
+    In one of two forms:
+
+    - a constructor and its parameters, ``from_blackjax(blackjax.mala, step_size=0.3)``. It is called as
+      ``algorithm(logdensity_fn, **parameters)`` with the target's own log density over vectors (D,), in the whitened
+      coordinates of warm-up where there was one, and returns a ``SamplingAlgorithm``; any function that does so will
+      do. This form goes with warm-up and with NumPyro models.
+    - a ``SamplingAlgorithm`` that is already built, ``from_blackjax(blackjax.nuts(logdensity_fn, 0.3, ones))``. It
+      samples its own log density over positions like the initial one, and needs num_warmup=0. The density passed to
+      `pmcmc.sample` should be the same: it is used for checks, and where the algorithm reports none.
+
+    algorithm: a constructor, or an algorithm.
+    caches: fields of the state that ``init`` computes from the position. None: those named ``logdensity*`` and
+        ``*grad*``. All other fields are part of what is solved for and must agree before two paths count as merged; a
+        key in the state (dynamic HMC) is drawn anew in every step.
+    parameters: of the constructor, by name. Floats and arrays are leaves of the kernel (another value compiles
+        nothing anew); integers, functions and other hashable objects are static. ``step_size=None`` is tuned by
+        warm-up, where the algorithm reports acceptance rates, to 0.8 or what `EnsembleAdaptation` was told;
+        ``inverse_mass_matrix=None`` is the identity.
+
+    The noise of a step is the key handed to ``algorithm.step``, so the chain is the one BlackJAX gives with these keys.
+    NUTS, HMC, slice sampling and MCLMC merge on many posteriors; its random walk and Barker
+    proposals do not under common keys, and ``solver="auto"`` finds that out and samples them sequentially;
+    `pmcmc.RandomWalk` merges.
+
+    Acceptance rate, divergences, energy, numbers of leapfrog steps and tree depth are passed on where BlackJAX reports
+    them (the energy of HMC-type algorithms is the proposal's, as there), and NaN or False where not; the decision's
+    margin is NaN. Works with algorithms whose state is a NamedTuple with one ``position``.
+
+    Raises:
+        TypeError: not a constructor or algorithm; parameters of an algorithm already built, or not hashable.
+        ValueError: step_size not positive; a constructor that expects a likelihood, such as elliptical slice sampling:
+            the example splits a Gaussian off the target for it.
+
+    Source: Cabezas et al. 2024, "BlackJAX: composable Bayesian inference in JAX"; Nishihara et al. 2014 (the example).
+
+    Example:
+        >>> import blackjax, jax.numpy as jnp, pmcmc
+        >>> pmcmc.from_blackjax(blackjax.mala, step_size=0.3).step_size
+        0.3
+        >>> def elliptical(logdensity_fn, mean, cov):  # the target over N(0, I) is the likelihood
+        ...     return blackjax.elliptical_slice(lambda x: logdensity_fn(x) + 0.5 * jnp.sum(x**2), mean=mean, cov=cov)
+        >>> kernel = pmcmc.from_blackjax(elliptical, mean=jnp.zeros(2), cov=jnp.ones(2))
+        >>> target = pmcmc.Target.from_logdensity(lambda x: -jnp.sum((x - 1) ** 2), jnp.zeros(2))
+        >>> kernel.init(target, jnp.zeros(2)).position.shape
+        (2,)
+    """
+    if interop.is_built(algorithm):
+        if parameters:
+            raise TypeError(
+                f"parameters {sorted(parameters)} cannot be given to an algorithm that is already built. Pass its "
+                "constructor instead, as in from_blackjax(blackjax.mala, step_size=0.3)."
+            )
+    elif not callable(algorithm):
+        raise TypeError(
+            "algorithm must be a BlackJAX SamplingAlgorithm or a constructor of one such as blackjax.nuts, got "
+            f"{algorithm!r}."
+        )
+    elif interop.takes_likelihood(algorithm):
+        raise ValueError(
+            "this constructor expects a log likelihood and multiplies it by a Gaussian prior of its own; given the "
+            "target's log density it would sample something else. Pass a function of the log density that divides the "
+            "prior out: see the example of from_blackjax."
+        )
+    step_size = parameters.get("step_size")
+    if isinstance(step_size, (int, float)):
+        if not step_size > 0:
+            raise ValueError(f"step_size must be positive, got {step_size}.")
+        parameters["step_size"] = float(step_size)
+    numbers = {name: value for name, value in parameters.items() if _is_numeric(value)}
+    settings = tuple((name, value) for name, value in sorted(parameters.items()) if name not in numbers)
+    for name, value in settings:
+        try:
+            hash(value)
+        except TypeError:
+            raise TypeError(f"{name} must be floats, arrays, or hashable, got {value!r}.") from None
+    source = algorithm if interop.is_built(algorithm) else interop.as_function(algorithm)
+    return BlackJAX(source, numbers, settings, None if caches is None else tuple(caches))
+
+
+def _is_numeric(value: PyTree) -> bool:
+    """Whether a parameter is made of floats and arrays alone."""
+    return all(isinstance(leaf, (float, np.floating, np.ndarray, jax.Array)) for leaf in jax.tree.leaves(value))

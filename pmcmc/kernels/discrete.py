@@ -1,0 +1,206 @@
+"""Gibbs updates of discrete sites whose values can be counted."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pmcmc._pytree import register_dataclass
+from pmcmc._typing import Array, PRNGKey, PyTree
+from pmcmc._xla.compile import plain_jit
+from pmcmc.kernels.base import Info, SiteKernel, site_templates
+from pmcmc.random.distributions import check_values, inverse_cdf, uniforms
+from pmcmc.target import Target
+
+
+@register_dataclass
+@dataclass(frozen=True, init=False)
+class DiscreteGibbs(SiteKernel):
+    """Draws every element of discrete sites from its conditional over a finite support, by inverse CDF.
+
+        p(z[i] = v | rest)  proportional to  exp(logdensity(z with z[i] = v)),    z[i]' = inverse CDF at u[i]
+
+    Element after element, each given the newest values of all others; K evaluations of the log density for each
+    element with K values. The uniforms u are drawn first, so that coupled chains draw the same value wherever their
+    conditionals are close.
+
+    supports: {site: values}. None: those of a NumPyro model's discrete latent sites (Bernoulli, Categorical, Binomial,
+        DiscreteUniform and others that NumPyro can enumerate).
+    independent: sites of a NumPyro model, in plates, whose elements are independent of each other given all other
+        sites, such as the assignments of a mixture. They are drawn side by side, with K evaluations in all. Compared
+        with the element by element conditionals at random points before anything is sampled.
+
+    Where the log density is NaN or +inf at one of an element's values, that element keeps its old value and the step is
+    counted as divergent, as in `CategoricalUpdate`: elements of ``independent`` sites all keep theirs. Values at which
+    it is -inf are never drawn.
+
+    Differs from NumPyro's DiscreteHMCGibbs in its order (sites as they come, not permuted).
+
+    Raises:
+        TypeError: a support that is no list of numbers.
+        ValueError: a site without a support, or whose dtype cannot hold it; values that repeat; ``independent`` names
+            a site whose elements are not.
+
+    Source: Geman & Geman 1984; NumPyro's DiscreteHMCGibbs; the monotone coupling of Propp & Wilson 1996.
+
+    Example:
+        >>> import jax.numpy as jnp, pmcmc
+        >>> logdensity = lambda x: 0.4 * jnp.sum(x["spin"][1:] * x["spin"][:-1])  # an Ising chain
+        >>> kernel = pmcmc.DiscreteGibbs(supports={"spin": [-1, 1]})
+        >>> start = {"spin": jnp.ones(5, int)}
+        >>> chain = pmcmc.sample(logdensity, start, 0, kernel=kernel, num_samples=100, progress_bar=False)
+        >>> sorted(set(chain.get_samples()["spin"].ravel().tolist()))
+        [-1, 1]
+    """
+
+    supports: tuple[tuple[str, tuple[int | float, ...]], ...] | None = field(metadata=dict(static=True))
+    independent: tuple[str, ...] = field(metadata=dict(static=True))
+
+    def __init__(self, supports: Any = None, independent: Sequence[str] = ()):
+        if isinstance(supports, Mapping):
+            supports = tuple((name, _values(name, support)) for name, support in supports.items())
+        object.__setattr__(self, "supports", supports)
+        object.__setattr__(self, "independent", (independent,) if isinstance(independent, str) else tuple(independent))
+
+    def _supports(self, target: Target) -> dict[str, tuple[int | float, ...]]:
+        """By site, in the order in which they are updated."""
+        known = target.model.supports if self.supports is None else self.supports
+        sites = site_templates(target)
+        return {name: values for name, values in known if self.supports is not None or name in sites}
+
+    def site_names(self, target):
+        return tuple(self._supports(target))
+
+    def check(self, target):
+        if not target.model.has_density:
+            raise TypeError("DiscreteGibbs needs a log density: pass logdensity_fn, or draw by Gibbs(...) instead.")
+        supports, sites = self._supports(target), site_templates(target)
+        if not supports:
+            raise ValueError("no discrete site has a known support: pass DiscreteGibbs(supports={site: values}).")
+        super().check(target)
+        strangers = [name for name in self.independent if name not in supports]
+        if strangers:
+            raise ValueError(f"independent names {strangers}: expected discrete sites out of {list(supports)}.")
+        for name, values in supports.items():
+            like = sites[name]
+            if not hasattr(like, "dtype"):
+                raise ValueError(f"site {name!r} must be one array, whose dtype can hold its support {values}.")
+            check_values(like.dtype, values, f"site {name!r} with the support {_shortened(values)}")
+
+    def check_start(self, target: Target, position: PyTree) -> None:
+        """Compare the conditionals of sites said to be independent with those of one element at a time.
+
+        Raises:
+            ValueError: they differ.
+        """
+        for name in self.independent:
+            values = jnp.asarray(self._supports(target)[name], position[name].dtype)
+            if not bool(_agree(target, values, position, name=name)):
+                raise ValueError(
+                    f"the elements of {name!r} are not independent given the other sites, or other sites outside its "
+                    "plate depend on them: leave it out of `independent`, and they are drawn one after the other."
+                )
+
+    def sample_noise(self, rng_key, target):
+        sites, dtype = site_templates(target), target.spec.dtype
+        sizes = [sites[name].size for name in self._supports(target)]
+        u = uniforms(rng_key, sum(sizes), dtype)
+        return tuple(jnp.split(u, np.cumsum(sizes)[:-1]))
+
+    def nudge(self, noise, amount):
+        return tuple(u + amount for u in noise)
+
+    def step(self, target: Target, state: dict, noise: tuple) -> tuple[dict, Info]:
+        dtype = target.spec.dtype
+        margin, failed = jnp.asarray(jnp.inf, dtype), jnp.array(False)
+        for (name, support), u in zip(self._supports(target).items(), noise, strict=True):
+            draw = self._draw_abreast if name in self.independent else _draw_in_order
+            values = jnp.asarray(support, state[name].dtype)
+            state, nearest, bad = draw(target, state, name, values, u)
+            margin, failed = jnp.minimum(margin, nearest), failed | bad
+        return state, Info(
+            acceptance_rate=jnp.asarray(jnp.nan, dtype),
+            is_divergent=failed,
+            margin=margin,
+            logdensity=jnp.asarray(target.model.logdensity(target.data, state), dtype),
+        )
+
+    @staticmethod
+    def _draw_abreast(target: Target, state: dict, name: str, values: Array, u: Array) -> tuple[dict, Array, Array]:
+        old = state[name]
+        logits = target.model.element_logdensities(target.data, state, name, values)
+        drawn = inverse_cdf(logits, u.reshape(old.shape))
+        new = jnp.where(drawn.failed, old, values[drawn.category])
+        return {**state, name: new}, drawn.margin, drawn.failed
+
+
+def _logits(target: Target, state: dict, name: str, values: Array, index: Array) -> Array:
+    """(K,) log densities with one element of a site at each of its values."""
+    old = state[name]
+
+    def at(value: Array) -> Array:
+        new = jnp.ravel(old).at[index].set(value).reshape(old.shape)
+        return target.model.logdensity(target.data, {**state, name: new})
+
+    return jax.vmap(at)(values)
+
+
+def _draw_in_order(target: Target, state: dict, name: str, values: Array, u: Array) -> tuple[dict, Array, Array]:
+    def draw(state: dict, element: tuple) -> tuple[dict, tuple]:
+        index, uniform = element
+        old = state[name]
+        drawn = inverse_cdf(_logits(target, state, name, values, index), uniform)
+        flat = jnp.ravel(old)
+        flat = flat.at[index].set(jnp.where(drawn.failed, flat[index], values[drawn.category]))
+        return {**state, name: flat.reshape(old.shape)}, (drawn.margin, drawn.failed)
+
+    state, (margins, failed) = jax.lax.scan(draw, state, (jnp.arange(u.size), u))
+    return state, jnp.min(margins), jnp.any(failed)
+
+
+# Elements compared with their own conditional, for each of so many random values of the whole site.
+NUM_COMPARED, NUM_TRIALS = 64, 3
+
+
+@plain_jit(static_argnames="name")
+def _agree(target: Target, values: Array, position: dict, *, name: str) -> Array:
+    """Whether probabilities drawn side by side are those of one element at a time, at random values of the site."""
+    shape, dtype = position[name].shape, target.spec.dtype
+    size = position[name].size
+
+    def one(key: PRNGKey) -> Array:
+        pick_key, value_key = jax.random.split(key)
+        state = {**position, name: jax.random.choice(value_key, values, shape)}
+        chosen = jax.random.permutation(pick_key, size)[:NUM_COMPARED]
+        abreast = target.model.element_logdensities(target.data, state, name, values).reshape(size, -1)[chosen]
+        alone = jax.lax.map(lambda index: _logits(target, state, name, values, index), chosen)
+        gap = jnp.abs(jax.nn.softmax(abreast) - jax.nn.softmax(alone))
+        # both are differences of log densities, which carry roundings at their size
+        size_of_terms = jnp.max(jnp.where(jnp.isfinite(alone), jnp.abs(alone), 1.0))
+        return jnp.all((gap <= 1e3 * jnp.finfo(dtype).eps * jnp.maximum(1.0, size_of_terms)) | jnp.isnan(gap))
+
+    return jnp.all(jax.vmap(one)(jax.random.split(jax.random.key(0), NUM_TRIALS)))
+
+
+def _values(name: str, support: Any) -> tuple[int | float, ...]:
+    try:
+        values = tuple(np.asarray(list(support)).tolist())
+    except TypeError:
+        raise TypeError(f"the support of {name!r} must be a list of numbers, got {support!r}.") from None
+    if not values or not all(isinstance(v, (int, float, bool)) for v in values):
+        raise TypeError(f"the support of {name!r} must be a list of numbers, got {support!r}.")
+    if bad := [v for v in values if not np.isfinite(v)]:
+        raise ValueError(f"the support of {name!r} must be finite numbers, got {bad}: leave them out.")
+    if repeated := sorted({v for v in values if values.count(v) > 1}):
+        raise ValueError(
+            f"the support of {name!r} has {repeated} more than once, which would be drawn as often again: give each "
+            "value once; weights belong into the log density."
+        )
+    return values
+
+
+def _shortened(values: tuple[int | float, ...]) -> str:
+    return str(list(values)) if len(values) <= 6 else f"[{values[0]}, {values[1]}, ..., {values[-1]}]"

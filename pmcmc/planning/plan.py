@@ -1,0 +1,252 @@
+"""What would each way of sampling cost here, and which one is worth it? Arithmetic on measurements; nothing is run."""
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from pmcmc._typing import Scalar
+from pmcmc.planning.costs import Costs
+from pmcmc.planning.predict import ExponentialTail, Prediction, longest_of, predict_iterations
+from pmcmc.planning.schedule import LOSS, schedule
+from pmcmc.recurrence import (
+    Dense,
+    Diagonal,
+    MultipleShooting,
+    Newton,
+    RecurrenceSolver,
+    Sequential,
+    Windowed,
+    deer,
+    quasi_deer,
+)
+from pmcmc.stability.coalescence import Coalescence
+
+# Blocks are whole numbers of this many steps: what the zeroth sweep writes at a time.
+BLOCK_UNIT = 16
+
+
+# Numbers of blocks to choose from.
+BLOCK_COUNTS = tuple(2**i for i in range(1, 15))
+
+
+# Shorter windows of Newton's method are not considered.
+MIN_WINDOW = 256
+
+
+# Probability of the intervals.
+LEVEL = 0.9
+
+
+# Blocks must promise to save this share of a sequential run: predictions of seconds are off by a quarter at times.
+MARGIN = 0.25
+
+
+class Candidate(NamedTuple):
+    """A way to take the steps, and what it should take.
+
+    num_steps: one after the other (critical path); lower, upper: its interval of 90 %. seconds: compilation included.
+    merge: steps until the slowest lane of a segment should have merged.
+    """
+
+    name: str
+    solver: RecurrenceSolver
+    num_steps: float
+    lower: float
+    upper: float
+    seconds: float
+    merge: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run will be solved, what that should take, and what else was considered.
+
+    ``print(plan)`` shows the candidates side by side. To take another one pass it on:
+    ``parallel_chain(..., solver=plan.candidates[1].solver)``.
+
+    chosen: the candidate taken. reason: why, in one sentence. candidates: all of them, the cheapest first.
+    num_steps: steps per chain that were planned for.
+    costs, coalescence: the measurements behind it; coalescence is None where there was no pilot, or
+        one that proves nothing (`check_pilot`).
+    correction: what a step in order took as the run went, over what it was planned to take. The figures of a plan stay
+        as they were planned.
+    """
+
+    chosen: Candidate
+    reason: str
+    candidates: tuple[Candidate, ...]
+    num_steps: int
+    costs: Costs
+    coalescence: Coalescence | None
+    correction: float = 1.0
+
+    @property
+    def solver(self) -> RecurrenceSolver:
+        return self.chosen.solver
+
+    @property
+    def sequential_seconds(self) -> float:
+        """What sequential sampling should take."""
+        return self.num_steps * self.costs.sequential
+
+    def __str__(self) -> str:
+        width = max(24, *(len(c.name) for c in self.candidates))
+        lines = [self.reason, f"  {'':{width}s} {'steps in sequence':>22s} {'seconds':>9s}"]
+        for c in self.candidates:
+            mark = ">" if c is self.chosen else " "
+            lines.append(f"{mark} {c.name:{width}s} {c.num_steps:22,.0f} {c.seconds:9.2f}")
+        return "\n".join(lines)
+
+
+def plan(
+    num_steps: int,
+    num_chains: int,
+    costs: Costs,
+    coalescence: Coalescence | None = None,
+    *,
+    dim: int | None = None,
+    max_steps: Callable[[RecurrenceSolver], Scalar] | None = None,
+    device_sets: Sequence[Sequence[jax.Device]] = ((),),
+    ready: Collection[RecurrenceSolver] = (),
+) -> Plan:
+    """Choose among sequential sampling, blocks of any number on one or more devices, DEER and quasi-DEER, by seconds.
+
+    A sequential run takes ``T s`` seconds. P blocks take one compilation, beside which some steps are taken in order,
+    and for each segment of S P steps ``(S + M) (a + C P b)`` seconds, where M is the merge time of the slowest of C P
+    lanes (as `predict_sweeps`) and b that of so many devices (see `Costs`). Blocks are chosen if every pair of the
+    pilot merged and they should save a quarter of the sequential run.
+
+    DEER and quasi-DEER take their predicted iterations (`predict_iterations`), each a step of C T (1 + D) lanes, for
+    the map and its D tangents, and log2(T) overheads for the scan. They are considered where T states fit into memory;
+    where what an iteration holds of T steps does not, windows of as many steps as do slide along the path (`Windowed`).
+    Trust regions (ELK) are not: where chains merge, none was the cheapest of 77 measured cases (docs/decisions.md).
+
+    num_steps: T, steps per chain that are left. num_chains: C. costs: s, a, b and the seconds of a compilation.
+    coalescence: the pilot; None where nothing is known of how chains merge.
+    dim: D, real entries of a state; None: do not consider Newton's method.
+    max_steps: steps per chain of which a solve by this solver may hold what it needs at a time; None: any number.
+    device_sets: devices that may share blocks, each set a choice; an empty one is the one device used by default.
+    ready: solvers out of `block_solvers` whose program need not be compiled any more.
+
+    Raises:
+        ValueError: num_steps or num_chains below 1, or a pilot of a single pair.
+
+    Example:
+        >>> from pmcmc.planning import Costs, plan
+        >>> plan(10**6, 1, Costs(sequential=2e-6, overhead=2e-6, lane=1e-7, compile=1.0)).reason
+        'Nothing is known of how coupled chains merge.'
+    """
+    if min(num_steps, num_chains) < 1:
+        raise ValueError(f"num_steps and num_chains must be at least 1, got {num_steps} and {num_chains}.")
+    alone = Candidate("sequential", Sequential(), num_steps, num_steps, num_steps, num_steps * costs.sequential)
+    conclude = lambda chosen, reason, others=(): Plan(
+        chosen, reason, tuple(sorted((alone, *others), key=lambda c: c.seconds)), num_steps, costs, coalescence
+    )
+    if coalescence is None:
+        return conclude(alone, "Nothing is known of how coupled chains merge.")
+    steps, merged = np.asarray(coalescence.steps), np.asarray(coalescence.merged)
+    if not merged.all():
+        return conclude(
+            alone,
+            f"Only {merged.sum()} of {merged.size} coupled pairs of chains merged within {coalescence.max_steps:,} "
+            "steps, so blocks of this chain would not join.",
+        )
+    merging = (
+        f"All {merged.size} coupled pairs of chains merged within {int(steps.max()):,} steps (median "
+        f"{int(np.median(steps)):,})"
+    )
+    most = max_steps or (lambda solver: num_steps)
+    others = _block_candidates(num_steps, num_chains, costs, coalescence, most, device_sets, ready)
+    if dim is not None:
+        others += _newton_candidates(num_steps, num_chains, costs, coalescence, dim, most)
+    if not others:
+        return conclude(alone, f"{merging}: too many for blocks in a run of {num_steps:,} steps.")
+    best = min(others, key=lambda c: c.seconds)
+    compared = f"{best.name} should take {best.seconds:.2g} s and sequential sampling {alone.seconds:.2g} s"
+    if best.seconds < (1 - MARGIN) * alone.seconds:
+        return conclude(best, f"{merging}; {compared}.", others)
+    return conclude(alone, f"{merging}, but {compared}.", others)
+
+
+def block_solvers(device_sets: Sequence[Sequence[jax.Device]]) -> list[MultipleShooting]:
+    """Numbers of blocks to choose from, on each set of devices; as many or more than devices."""
+    every = [(p, devices) for devices in device_sets for p in BLOCK_COUNTS if p >= len(devices)]
+    solvers = [MultipleShooting(num_blocks=p, devices=tuple(devices) or None) for p, devices in every]
+    return [replace(solver, num_blocks=solver.blocks_for(p)) for solver, (p, _) in zip(solvers, every, strict=True)]
+
+
+def _block_candidates(
+    num_steps: int,
+    num_chains: int,
+    costs: Costs,
+    coalescence: Coalescence,
+    max_steps: Callable[[RecurrenceSolver], Scalar],
+    device_sets: Sequence[Sequence[jax.Device]],
+    ready: Collection[RecurrenceSolver],
+) -> list[Candidate]:
+    found = []
+    tail = ExponentialTail.fit(np.asarray(coalescence.steps), coalescence.max_steps)
+    most = max_steps(MultipleShooting())
+    for solver in block_solvers(device_sets):
+        num_blocks, num_devices = solver.blocks_for(num_steps), max(1, len(solver.shared_by))
+        merge, low, high = longest_of(tail, num_chains * (num_blocks - 1), LEVEL)
+        if num_blocks * max(BLOCK_UNIT, merge) > num_steps / 2:  # half of all work would be repair
+            continue
+        compilation = 0.0 if solver in ready else costs.compile
+        in_order = min(num_steps, int(costs.overlap * compilation / costs.sequential))
+        step = costs.step(num_blocks * num_chains, num_devices)
+        segments = schedule(num_steps - in_order, num_blocks, merge, step / costs.sequential, most)
+        plain = sum(BLOCK_UNIT * -(-s // (num_blocks * BLOCK_UNIT)) for s in segments)
+        path, lower, upper = (plain + len(segments) * steps for steps in (merge, low, high))
+        shared = f" on {num_devices} devices" if num_devices > 1 else ""
+        found.append(
+            Candidate(
+                f"shooting, {num_blocks} blocks{shared}",
+                solver,
+                in_order + path,
+                in_order + lower,
+                in_order + upper,
+                compilation + path * step,
+                merge,
+            )
+        )
+    return found
+
+
+def _newton_candidates(
+    num_steps: int,
+    num_chains: int,
+    costs: Costs,
+    coalescence: Coalescence,
+    dim: int,
+    max_steps: Callable[[RecurrenceSolver], Scalar],
+) -> list[Candidate]:
+    found: list[Candidate] = []
+    for name, make, structure in (("DEER", deer, Dense()), ("quasi-DEER", quasi_deer, Diagonal())):
+        window = _window(make(), num_steps, max_steps)
+        if window < MIN_WINDOW:
+            continue
+        windows = math.ceil(num_steps / window)
+        count = Prediction(*(windows * k for k in predict_iterations(structure, coalescence, length=window)))
+        iteration = costs.step(num_chains * window * (1 + dim)) + costs.overhead * math.log2(window)
+        # what may be lost if they do not converge, as in `next_segment`
+        newton = make(max_iters=math.ceil(count.value + LOSS * num_steps * costs.sequential / iteration))
+        seconds = count.value * iteration + costs.compile
+        if windows == 1:
+            found.append(Candidate(name, newton, *count, seconds))
+        else:
+            name = f"{name}, windows of {window:,} steps"
+            found.append(Candidate(name, Windowed(newton, window), *count, seconds))
+    return found
+
+
+def _window(newton: Newton, num_steps: int, max_steps: Callable[[RecurrenceSolver], Scalar]) -> int:
+    """Steps that an iteration may hold, beside the whole path where they are not all."""
+    if num_steps <= max_steps(newton):
+        return num_steps
+    path = num_steps / max_steps(Windowed(newton))
+    return int((1 - path) * max_steps(newton))

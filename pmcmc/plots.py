@@ -1,0 +1,399 @@
+"""Pictures of what a run measured. Matplotlib is imported when a function here runs, not before.
+
+As in ArviZ each draws into the axes given by ``ax``, or into new ones, and returns them.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pmcmc._optional import require
+from pmcmc._pytree import real_dtype, relative_distance
+from pmcmc._typing import PyTree
+from pmcmc.chain.chain import Chain
+from pmcmc.chain.report import SolveReport
+from pmcmc.recurrence import MultipleShooting, Solution
+from pmcmc.recurrence.solution import typical_scale
+from pmcmc.sampling.session import restarted
+from pmcmc.stability import Coalescence, site_distances
+
+
+def axes_for(ax: Any, num_axes: int = 1, **options: Any) -> np.ndarray:
+    """The axes to draw into, an array of ``num_axes``; options: of ``matplotlib.pyplot.subplots``, for new ones.
+
+    Raises:
+        ValueError: another number of axes was given.
+        ImportError: Matplotlib is not installed.
+    """
+    if ax is None:
+        require(("matplotlib",), "pmcmc.plots", "pmcmc[plots]")
+        import matplotlib.pyplot as plt
+
+        _, ax = plt.subplots(1, num_axes, layout="constrained", **options)
+    axes = np.atleast_1d(np.asarray(ax, dtype=object)).ravel()
+    if len(axes) != num_axes:
+        raise ValueError(f"ax must be {num_axes} matplotlib axes, got {len(axes)}: make them with plt.subplots.")
+    return axes
+
+
+def plain_numbers(axis: Any) -> None:
+    """Write 20 instead of 2 x 10^1 on a logarithmic axis."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_major_formatter(LogFormatter(labelOnlyBase=False))
+    axis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
+
+
+def merge_distances(chain: Chain, max_sites: int = 6, *, ax: Any = None) -> Any:
+    """How coupled chains approach each other: distance against steps, of every pair and of every site of the model.
+
+    Left: the largest coordinate's distance in posterior standard deviations, one line a pair of the pilot; the merge
+    tolerance; the slope of the measured Lyapunov exponent. Right: the median over pairs by site, for the ``max_sites``
+    sites that stay apart longest, at the pilot's checkpoints.
+
+    chain: from ``solver="auto"``, of a run long enough to be planned.
+    ax: two matplotlib axes to draw into.
+
+    Returns:
+        The two axes.
+
+    Raises:
+        ValueError: the chain has no pilot.
+
+    Example:
+        >>> import jax.numpy as jnp, pmcmc
+        >>> chain = pmcmc.sample(lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(2), 0, num_samples=100, progress_bar=False)
+        >>> pmcmc.plots.merge_distances(chain)
+        Traceback (most recent call last):
+        ValueError: this chain has no pilot of coupled chains: ...
+    """
+    plan = chain.report.plan
+    if plan is None or plan.coalescence is None:
+        raise ValueError(
+            'this chain has no pilot of coupled chains: sample it with solver="auto", and long enough to be planned '
+            f"({chain.report.reason})"
+        )
+    pilot = plan.coalescence
+    left, right = both = axes_for(ax, 2, figsize=(11, 4), sharey=True)
+    _draw_pairs(left, pilot)
+    _draw_sites(right, chain, pilot, max_sites)
+    for axes in both:
+        axes.axhline(float(pilot.tol), color="0.4", lw=0.8, ls=":")
+        axes.set(yscale="log", xlabel="step")
+    left.set(ylabel="distance (posterior sd)", title="Pairs of coupled chains")
+    right.set(title="Sites of the model, median over pairs")
+    return both
+
+
+def _draw_pairs(axes: Any, pilot: Coalescence) -> None:
+    distances, steps = np.asarray(pilot.distances), np.asarray(pilot.steps)
+    shown = np.arange(len(distances))[:, None] <= steps
+    positive = np.where(shown & (distances > 0), distances, np.nan)
+    axes.plot(positive, color="tab:blue", lw=0.6, alpha=0.5)
+    axes.plot([], [], color="tab:blue", lw=0.6, label=f"{steps.size} pairs, {int(pilot.merged.sum())} merged")
+    rate, near = float(pilot.growth_rate), np.sqrt(float(pilot.tol))
+    entered = [int(np.argmax(column < near)) for column in positive.T if np.any(column < near)]
+    if np.isfinite(rate) and entered:  # from where the median pair entered the regime of small distances
+        after = np.arange(max(1, int(np.log(near) / rate)) if rate < 0 else len(distances))
+        label = f"Lyapunov exponent {rate:.3f} a step"
+        axes.plot(np.median(entered) + after, near * np.exp(rate * after), color="tab:red", lw=1.5, label=label)
+    axes.legend(frameon=False, fontsize="small")
+
+
+def _draw_sites(axes: Any, chain: Chain, pilot: Coalescence, max_sites: int) -> None:
+    points = pilot.checkpoints
+    reached = np.asarray(points.reached)
+    coordinates = jax.vmap(jax.vmap(chain.kernel.coordinates))
+    ends = [coordinates(jax.tree.map(lambda x: jnp.asarray(x)[reached], x)) for x in (points.first, points.second)]
+    medians = {
+        name: np.median(np.asarray(d).reshape(*d.shape[:2], -1).max(axis=2), axis=1)
+        for name, d in site_distances(chain.target, *ends).items()
+    }
+    slowest = sorted(medians, key=lambda name: -np.sum(np.log(medians[name] + float(pilot.tol))))[:max_sites]
+    for name in slowest:
+        axes.plot(np.asarray(points.steps)[reached], np.maximum(medians[name], 1e-300), marker=".", label=name)
+    axes.legend(frameon=False, fontsize="small")
+
+
+class Front(NamedTuple):
+    """One run of one block: so many steps from its start, begun when so many had been taken one after the other."""
+
+    sweep: int
+    block: int
+    begin: int
+    num_steps: int
+    merged: bool
+
+
+def merge_fronts(chain: Chain, num_steps: int = 2048, num_blocks: int = 16, *, number: int = 0, ax: Any = None) -> Any:
+    """Space and time of shooting: the step of the chain against the steps taken one after the other.
+
+    The first steps of a chain are solved again in blocks, once for every sweep. All blocks run at once (grey), then
+    repairs start from the ends of their predecessors and run until they merge (dots) with what was recorded. Sequential
+    sampling would follow the dashed line.
+
+    chain: its noise and tuned kernel are used; the draws themselves are not.
+    num_steps, num_blocks: of the picture.
+    number: which of the chains.
+    ax: matplotlib axes to draw into.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: there is no such chain, or fewer than two steps a block.
+
+    Example:
+        >>> import jax.numpy as jnp, pmcmc
+        >>> chain = pmcmc.sample(lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(2), 0, num_samples=100, progress_bar=False)
+        >>> pmcmc.plots.merge_fronts(chain, number=4)
+        Traceback (most recent call last):
+        ValueError: number must lie in 0..3, the chains there are, got 4.
+    """
+    if not 0 <= number < chain.num_chains:
+        raise ValueError(f"number must lie in 0..{chain.num_chains - 1}, the chains there are, got {number}.")
+    if num_blocks < 2 or num_steps < 2 * num_blocks:
+        raise ValueError(
+            f"num_steps={num_steps} in num_blocks={num_blocks}: expected at least 2 blocks of at least 2 steps."
+        )
+    (ax,) = axes_for(ax, figsize=(9, 4))  # first: what follows samples
+    length = math.ceil(num_steps / num_blocks)
+    fronts, depth = _fronts(_recordings(chain, length, num_blocks, number), length)
+    last = fronts[-1].sweep
+    for front in fronts:
+        start = front.block * length
+        colour = "0.7" if front.sweep == 0 else f"C{(front.sweep - 1) % 10}"
+        end = (start + front.num_steps, front.begin + front.num_steps)
+        ax.plot([start, end[0]], [front.begin, end[1]], color=colour, lw=1.2)
+        if front.merged:
+            ax.plot(*end, marker="o", ms=3.5, color=colour)
+    for sweep in range(last + 1):
+        label = f"sweep {sweep}" if sweep else "all blocks from guesses"
+        ax.plot([], [], color="0.7" if sweep == 0 else f"C{(sweep - 1) % 10}", label=label)
+    ax.plot([0, 1.1 * depth], [0, 1.1 * depth], color="0.3", lw=0.8, ls="--", label="in order")
+    ax.set(
+        xlim=(0, length * num_blocks),
+        ylim=(0, 1.1 * depth),
+        xlabel="step of the chain",
+        ylabel="steps one after the other",
+        title=f"{length * num_blocks:,} steps in {depth:,}",
+    )
+    ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
+def _recordings(chain: Chain, length: int, num_blocks: int, number: int) -> list[PyTree]:
+    """What is recorded after each sweep, the zeroth included; arrays (num_blocks, length, ...)."""
+    engine, x0 = restarted(chain.state, number)
+    recordings: list[PyTree] = []
+    for sweep in range(num_blocks + 1):
+        # a budget of one block's steps leaves nothing for repairs; both limits are numbers of one program
+        most = jnp.asarray(length if sweep == 0 else num_blocks * (num_blocks + 1) * length)
+        solver = MultipleShooting(num_blocks, max_sweeps=jnp.asarray(max(sweep, 1)), max_steps=most)
+        shape = engine.shape_for(solver, num_blocks * length)
+        segment, _ = engine.solve(solver, shape, x0, np.zeros(1, int), length)
+        blocks = lambda x: np.asarray(x)[:, :length].copy()
+        recordings.append(jax.tree.map(blocks, segment.solution.value))
+        if int(segment.solution.stats.num_sweeps[0]) < sweep:
+            break
+    return recordings
+
+
+def _fronts(recordings: list[PyTree], length: int) -> tuple[list[Front], int]:
+    """All runs of blocks, and the steps taken one after the other: a repair wrote where two recordings differ."""
+    num_blocks = jax.tree.leaves(recordings[0])[0].shape[0]
+    fronts = [Front(0, block, 0, length, False) for block in range(num_blocks)]
+    active, depth = np.arange(num_blocks) > 0, length
+    for sweep in range(1, len(recordings)):
+        if not active.any():
+            break
+        differs = np.zeros((num_blocks, length), bool)
+        for old, new in zip(*map(jax.tree.leaves, recordings[sweep - 1 : sweep + 1]), strict=True):
+            differs |= (old != new).reshape(num_blocks, length, -1).any(axis=2)
+        written = np.where(differs.any(axis=1), length - np.argmax(differs[:, ::-1], axis=1), 0)
+        merged = written < length
+        taken = np.minimum(written + 1, length)  # the step that merges is taken and not written
+        fronts += [Front(sweep, int(b), depth, int(taken[b]), bool(merged[b])) for b in np.flatnonzero(active)]
+        depth += int(taken[active].max())
+        active = np.concatenate([[False], (active & ~merged)[:-1]])
+    return fronts, depth
+
+
+# Columns of the picture; the largest error of the steps within a column is shown.
+MAX_COLUMNS = 1000
+
+
+def newton_iterates(solution: Solution, path: PyTree = None, *, scale: PyTree = None, ax: Any = None) -> Any:
+    """Heat map of the iterates' error against the chain, over time t and iteration.
+
+    Below the staircase of solved states (causality: k iterations solve at least the first k) contraction shows as
+    columns that darken all at once, and its absence as a front that moves one step an iteration.
+
+    solution: of a Newton-type solver with ``num_iterates`` set, as in ``deer(num_iterates=20)``.
+    path: the chain to compare with, states with leading axis T; the solution itself by default.
+    scale: spread of each coordinate, in whose units errors are; that of the path by default.
+    ax: matplotlib axes to draw into.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: the solution holds no iterates.
+
+    Example:
+        >>> import jax.numpy as jnp, pmcmc
+        >>> solution = pmcmc.recurrence.deer().solve(lambda x, u: 0.5 * x + u, 0.0, jnp.ones(9))
+        >>> pmcmc.plots.newton_iterates(solution)
+        Traceback (most recent call last):
+        ValueError: the solution holds no iterates: ...
+    """
+    if solution.iterates is None:
+        raise ValueError(
+            "the solution holds no iterates: solve with a Newton-type solver that keeps them, such as "
+            "pmcmc.recurrence.deer(num_iterates=20)."
+        )
+    path = solution.value if path is None else path
+    errors = _errors(solution.iterates, path, typical_scale(path) if scale is None else scale)
+    num_iterates, length = errors.shape
+    stop = min(num_iterates, int(solution.stats.num_iters) + 1)  # behind the last one it is repeated
+    width = -(-length // MAX_COLUMNS)
+    padded = np.pad(errors[:stop], ((0, 0), (0, -length % width)), mode="edge")
+    columns = padded.reshape(stop, -1, width).max(axis=2)
+    eps = float(jnp.finfo(real_dtype(path)).eps)
+    (ax,) = axes_for(ax, figsize=(8, 3.5))
+    image = ax.imshow(
+        np.log10(np.clip(columns, eps, 1e3)),
+        aspect="auto",
+        origin="lower",
+        interpolation="nearest",
+        extent=(0.5, columns.shape[1] * width + 0.5, -0.5, stop - 0.5),
+        cmap="viridis",
+        vmin=np.log10(eps),
+        vmax=1,
+    )
+    ax.figure.colorbar(image, ax=ax, label="log10 error (sd of the path)")
+    ax.set(xlabel="step t", ylabel="iteration", title="Iterates against the chain", xlim=(0.5, length + 0.5))
+    ax.yaxis.get_major_locator().set_params(integer=True)
+    return ax
+
+
+def _errors(iterates: PyTree, path: PyTree, scale: PyTree) -> np.ndarray:
+    """(num_iterates, T) largest coordinate's difference; inf where an iterate is not finite."""
+    one = lambda iterate: relative_distance(iterate, path, scale)
+    return np.asarray(jax.jit(lambda tree: jax.lax.map(one, tree))(iterates))
+
+
+def planned_time(chain: Chain, max_candidates: int = 8, *, ax: Any = None) -> Any:
+    """Seconds that each way of sampling was expected to take before the run, and what the one taken took.
+
+    chain: from ``solver="auto"``, of a run long enough to be planned.
+    max_candidates: bars beside the one taken, the cheapest first.
+    ax: matplotlib axes to draw into.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: nothing was planned.
+
+    Example:
+        >>> import jax.numpy as jnp, pmcmc
+        >>> chain = pmcmc.sample(lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(2), 0, num_samples=100, progress_bar=False)
+        >>> pmcmc.plots.planned_time(chain)
+        Traceback (most recent call last):
+        ValueError: this chain was not planned: ...
+    """
+    report = chain.report
+    if report.plan is None:
+        raise ValueError(
+            f'this chain was not planned: sample it with solver="auto", and long enough to be planned ({report.reason})'
+        )
+    plan = report.plan
+    shown = [c for c in plan.candidates if c is not plan.chosen][:max_candidates]
+    shown = sorted([*shown, plan.chosen], key=lambda c: c.seconds, reverse=True)
+    (ax,) = axes_for(ax, figsize=(8, 1.2 + 0.32 * len(shown)))
+    colours = ["tab:blue" if c is plan.chosen else "0.75" for c in shown]
+    ax.barh([c.name for c in shown], [c.seconds for c in shown], color=colours)
+    place = next(i for i, c in enumerate(shown) if c is plan.chosen)
+    ax.plot([report.planned_seconds] * 2, [place - 0.45, place + 0.45], color="tab:red", lw=3, label="took")
+    ax.bar(0, 0, color="tab:blue", label="planned and taken")
+    ax.bar(0, 0, color="0.75", label="planned otherwise")
+    seconds = [c.seconds for c in shown] + [report.planned_seconds]
+    if max(seconds) > 20 * min(seconds):
+        ax.set_xscale("log")
+    ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    ax.set(
+        xlabel="seconds behind the pilot",
+        title=f"Warm-up {report.warmup_seconds:.1f} s, pilot {report.pilot_seconds:.1f} s, in all "
+        f"{report.total_seconds:.1f} s",
+    )
+    return ax
+
+
+def speed_up(runs: Sequence[Chain | Mapping[str, Any]], *, label: str | None = None, ax: Any = None) -> Any:
+    """Speed-up over sampling in order against the number of steps T, a line a quantity.
+
+    Of chains two are known: T over the steps taken one after the other, and where the run was planned, the seconds that
+    sequential sampling should have taken, by the steps that were taken in order, over those that were taken, pilot and
+    compilation included. Of rows of a benchmark it is what they say.
+
+    runs: chains sampled at several ``num_samples``, or mappings with ``length``, ``speedup`` and maybe ``case``, which
+        has a line of its own.
+    label: put before the names of the lines.
+    ax: matplotlib axes to draw into.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: there are no runs, or a row lacks ``length`` or ``speedup``.
+
+    Example:
+        >>> import pmcmc
+        >>> pmcmc.plots.speed_up([{"length": 1000}])
+        Traceback (most recent call last):
+        ValueError: a row must have 'length' and 'speedup', got ['length'].
+    """
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for run in runs:
+        for name, point in _points(run):
+            lines.setdefault(name, []).append(point)
+    if not lines:
+        raise ValueError("there are no runs to draw: expected chains or rows of a benchmark.")
+    (ax,) = axes_for(ax, figsize=(6, 4))
+    for number, (name, points) in enumerate(lines.items()):
+        x, y = np.array([point for point in points if np.isfinite(point[1])]).reshape(-1, 2).T
+        lengths = np.unique(x)
+        colour = f"C{number % 10}"
+        ax.plot(x, y, marker="o", ms=4, ls="", color=colour)
+        if x.size:  # through the medians, where there are several runs of one length
+            medians = [np.median(y[x == length]) for length in lengths]
+            ax.plot(lengths, medians, color=colour, label=f"{label}, {name}" if label else name)
+    ax.axhline(1, color="0.4", lw=0.8, ls=":")
+    ax.set(xscale="log", yscale="log", xlabel="steps T", ylabel="speed-up over sampling in order")
+    plain_numbers(ax.yaxis)
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def _points(run: Chain | Mapping[str, Any]) -> list[tuple[str, tuple[float, float]]]:
+    """(name of the line, (T, speed-up))."""
+    if isinstance(run, Chain):
+        return _report_points(run.report)
+    if not {"length", "speedup"} <= set(run):
+        raise ValueError(f"a row must have 'length' and 'speedup', got {sorted(run)}.")
+    return [(str(run.get("case", "measured")), (float(run["length"]), float(run["speedup"])))]
+
+
+def _report_points(report: SolveReport) -> list[tuple[str, tuple[float, float]]]:
+    steps = float(report.num_steps)
+    took = report.planned_seconds + report.pilot_seconds
+    seconds = report.predicted_sequential_seconds / took if took > 0 else float("nan")
+    return [
+        ("steps one after the other", (steps, steps / float(np.max(report.num_sequential_steps)))),
+        ("seconds, as predicted in order", (steps, seconds)),
+    ]

@@ -1,0 +1,24 @@
+"""Which noise a step gets: that of step t of chain c is a function of the run's key, c and t alone."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from pmcmc._typing import Array, PRNGKey, PyTree
+from pmcmc.kernels.base import Kernel
+from pmcmc.random.threefry import fold_in, key_pair, raw_keys_are_threefry
+from pmcmc.target import Target
+
+
+@partial(jax.jit, static_argnames="num_chains")
+def chain_keys(rng_key: PRNGKey, *, num_chains: int) -> Array:
+    """One for each chain, that does not depend on how many there are."""
+    return jax.vmap(lambda c: jax.random.fold_in(rng_key, c))(jnp.arange(num_chains))
+
+
+def step_noise(kernel: Kernel, target: Target, chain_key: Array, steps: Array) -> PyTree:
+    """Noise of the given steps, numbers (n,): leading axis n."""
+    keys = jax.vmap(partial(fold_in, key_pair(chain_key)))(steps)
+    with raw_keys_are_threefry():
+        return jax.vmap(lambda key: kernel.sample_noise(key, target))(keys)

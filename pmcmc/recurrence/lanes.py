@@ -1,0 +1,213 @@
+"""Paths as lanes: the layout in which a solver that walks step by step reads its inputs and writes its path.
+
+A chain of T steps is cut into P blocks of S steps; lane ``c * P + p`` holds steps ``p S + 1 .. (p + 1) S`` of chain c.
+Buffers are (lanes, capacity, ...) with S <= capacity. The capacity is part of a program's shapes, S is a number: a
+compiled program solves any path of up to P * capacity steps, in time proportional to S.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pmcmc._pytree import tree_where
+from pmcmc._typing import Array, PyTree
+from pmcmc.recurrence.problem import Problem, Recurrence, Staged
+from pmcmc.recurrence.solution import RecurrenceSolver, Solution
+
+
+class Layout(NamedTuple):
+    """How chains are cut into lanes. The first three numbers are static, the others may be traced.
+
+    block_length: S, at most ``capacity``; see `LaneSolver.unit` for which numbers will do.
+    length: steps of each chain, at most P S.
+    """
+
+    num_chains: int
+    num_blocks: int
+    capacity: int
+    block_length: int | Array
+    length: int | Array
+
+    @classmethod
+    def of(cls, problem: Problem, num_blocks: int, num_devices: int = 1) -> "Layout":
+        """Blocks as long as the buffers: every number is static. They are shared out evenly; the last may be empty."""
+        block_length = -(-problem.length // num_blocks)
+        blocks = num_devices * -(-problem.length // (block_length * num_devices))
+        return cls(problem.num_chains, blocks, block_length, block_length, problem.length)
+
+    @property
+    def num_lanes(self) -> int:
+        return self.num_chains * self.num_blocks
+
+    def to_lanes(self, tree: PyTree) -> PyTree:
+        """``(C, T, ...)`` to ``(C * P, S, ...)`` where S is the capacity; the last step is repeated as padding."""
+        pad = self.num_blocks * self.capacity - self.length
+
+        def leaf(x):
+            if pad:
+                x = jnp.concatenate([x, jnp.repeat(x[:, -1:], pad, axis=1)], axis=1)
+            return x.reshape(self.num_lanes, self.capacity, *x.shape[2:])
+
+        return jax.tree.map(leaf, tree)
+
+    def to_chains(self, tree: PyTree) -> PyTree:
+        """Inverse of `to_lanes`; the padding is dropped."""
+        leaf = lambda x: x.reshape(self.num_chains, -1, *x.shape[2:])[:, : self.length]
+        return jax.tree.map(leaf, tree)
+
+    def by_chain(self, lanes: Array) -> Array:
+        return lanes.reshape(self.num_chains, self.num_blocks)
+
+    def valid_steps(self) -> Array:
+        """(lanes,) steps of each block that lie within the path; the last block may be padded."""
+        start = jnp.arange(self.num_blocks) * self.block_length
+        return jnp.tile(jnp.clip(self.length - start, 0, self.block_length), self.num_chains)
+
+    def shift(self, lanes: Array) -> Array:
+        """Hand each block's entry to its successor; the first block keeps its own (it is never restarted)."""
+        blocks = lanes.reshape(self.num_chains, self.num_blocks, *lanes.shape[1:])
+        return jnp.concatenate([blocks[:, :1], blocks[:, :-1]], axis=1).reshape(lanes.shape)
+
+
+class Lanes(NamedTuple):
+    """A batch of recurrences laid out as lanes; compare `Problem`."""
+
+    recurrence: Recurrence
+    x0: PyTree  # (C, ...)
+    inputs: PyTree  # (lanes, capacity, ...)
+    guess_at: Callable | None  # see `Problem.guess_at`
+    scale: PyTree
+    layout: Layout
+    buffers: PyTree = None  # (value, aux) of an earlier solution of this layout, overwritten; None: new ones
+    measured: bool = False  # whether the scale was not given, but measured on runs from guesses
+    held: Any = None  # by the device at hand, where a solver shares lanes out: see `AllLanes`
+
+
+class LaneSolver(RecurrenceSolver):
+    """A solver that walks: each lane takes one step after the other, so any number of steps is one program.
+
+    unit: S must be a multiple of the largest common divisor of this and the capacity.
+    """
+
+    unit: ClassVar[int] = 1
+
+    @abc.abstractmethod
+    def blocks_for(self, length: int) -> int:
+        """P for a path of ``length`` steps."""
+
+    @abc.abstractmethod
+    def solve_lanes(self, lanes: Lanes) -> Solution:
+        """Solve; value and aux of the solution are (lanes, capacity, ...), of no meaning behind S steps."""
+
+    def solve_problem(self, problem: Problem) -> Solution:
+        layout = Layout.of(problem, self.blocks_for(problem.length), max(1, len(self.shared_by)))
+        guess_at = None if problem.guess is None else problem.guess_at
+        inputs = layout.to_lanes(problem.inputs)
+        solution = self.solve_lanes(Lanes(problem.recurrence, problem.x0, inputs, guess_at, problem.scale, layout))
+        return solution._replace(value=layout.to_chains(solution.value), aux=layout.to_chains(solution.aux))
+
+
+def read_step(buffer: PyTree, step: Array | int) -> PyTree:
+    """One step of every lane of ``(lanes, S, ...)`` buffers, the same or each its own, (lanes,)."""
+    if jnp.ndim(step):
+        return jax.tree.map(lambda b: b.at[jnp.arange(b.shape[0]), step].get(mode="clip"), buffer)
+    return jax.tree.map(lambda b: jax.lax.dynamic_index_in_dim(b, step, 1, keepdims=False), buffer)
+
+
+def write_step(buffer: PyTree, new: PyTree, step: Array | int) -> PyTree:
+    """Inverse of `read_step`, for a step that all lanes share."""
+    return jax.tree.map(lambda b, n: jax.lax.dynamic_update_index_in_dim(b, n, step, 1), buffer, new)
+
+
+def write_where(mask: Array, buffer: PyTree, new: PyTree, step: Array | int) -> PyTree:
+    """`write_step` for the lanes of a mask; steps may be each lane's own."""
+    if jnp.ndim(step):
+
+        def leaf(b, n):
+            return b.at[jnp.arange(b.shape[0]), jnp.where(mask, step, b.shape[1])].set(n, mode="drop")
+
+        return jax.tree.map(leaf, buffer, new)
+    return write_step(buffer, tree_where(mask, new, read_step(buffer, step)), step)
+
+
+def walk(step: Callable, carry: PyTree, lanes: Lanes, chunk: int) -> tuple[PyTree, PyTree]:
+    """``S`` steps of every lane from ``carry``, rounded up to whole chunks; returns the last carry and the record.
+
+    step: ``(carry, input) -> (carry, record)`` of all lanes at once. The record is (lanes, capacity, ...), of no
+    meaning where nothing was written.
+    """
+    layout, inputs, record = lanes.layout, lanes.inputs, record_for(step, carry, lanes)
+    run_chunk = _run_alone if layout.num_blocks == 1 else _run_abreast
+    body = lambda number, state: run_chunk(step, inputs, number * chunk, chunk, *state)
+    return jax.lax.fori_loop(0, -(-layout.block_length // chunk), body, (carry, record))
+
+
+def record_for(step: Callable, carry: PyTree, lanes: Lanes) -> PyTree:
+    """The buffers to be overwritten by `walk`, or new ones."""
+    if lanes.buffers is not None:
+        return lanes.buffers
+    _, shapes = jax.eval_shape(step, carry, read_step(lanes.inputs, 0))
+    return jax.tree.map(lambda x: jnp.zeros((x.shape[0], lanes.layout.capacity, *x.shape[1:]), x.dtype), shapes)
+
+
+def _run_alone(step, inputs, first, chunk, carry, record):
+    """Few lanes: each step reads and writes the large buffers. A loop of known length costs 15 ns a step less."""
+
+    def body(number, state):
+        carry, record = state
+        carry, new = step(carry, read_step(inputs, first + number))
+        return carry, write_step(record, new, first + number)
+
+    return jax.lax.fori_loop(0, chunk, body, (carry, record))
+
+
+def _run_abreast(step, inputs, first, chunk, carry, record):
+    """Many lanes: through small buffers (steps, lanes, ...), where a step's lanes are neighbours.
+
+    Writing each step into the large buffers touches a page per lane and array.
+    """
+    swap = lambda tree: jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tree)
+    u = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, chunk, 1), inputs)
+    carry, new = jax.lax.scan(step, carry, swap(u), length=chunk)
+    write = lambda buffer, x: jax.lax.dynamic_update_slice_in_dim(buffer, x, first, 1)
+    return carry, jax.tree.map(write, record, swap(new))
+
+
+# Ended steps are reported and new ones begun when this share of the lanes waits for it.
+SHARE = 0.1
+
+
+def walk_apart(
+    staged: Staged, inputs: PyTree, start: PyTree, state: Any, going: Callable, visit: Callable
+) -> tuple[PyTree, Any]:
+    """Take steps until no lane is going; returns the carries where each stopped, and the last state.
+
+    start: carries. inputs: (lanes, capacity, ...). state: of the caller, with a field ``step``, (lanes,): the number of
+    the step that each lane is in. going: ``state -> (lanes,)``, which lanes have a step to take.
+    visit: ``(state, carry, aux, arrived) -> state`` for the lanes whose step has ended, the only ones whose number may
+    change.
+    """
+
+    def body(loop: Any) -> Any:
+        state, work = loop
+        under_way = going(state)
+        enough = jnp.ceil(SHARE * jnp.sum(under_way))
+
+        def few_wait(work: PyTree) -> Array:
+            return jnp.sum(under_way & staged.finished(work)) < enough
+
+        work = jax.lax.while_loop(few_wait, staged.advance, work)
+        arrived = under_way & staged.finished(work)
+        carry, aux = staged.conclude(work)
+        state = visit(state, carry, aux, arrived)
+        begun = staged.begin(carry, read_step(inputs, state.step))
+        again = arrived & going(state)
+        wide = lambda x: again.reshape((1,) * (x.ndim - 1) + again.shape)
+        return state, jax.tree.map(lambda new, old: jnp.where(wide(new), new, old), begun, work)
+
+    work = staged.begin(start, read_step(inputs, state.step))
+    state, work = jax.lax.while_loop(lambda loop: jnp.any(going(loop[0])), body, (state, work))
+    return staged.conclude(work)[0], state

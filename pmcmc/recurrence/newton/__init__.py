@@ -1,0 +1,1 @@
+"""Newton-type solvers: DEER, quasi-DEER, ELK, Picard and Jacobi iteration."""

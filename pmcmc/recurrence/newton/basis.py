@@ -1,0 +1,110 @@
+"""Coordinates in which a Newton-type solver approximates the Jacobian.
+
+A diagonal is a good approximation in some coordinates and a poor one in others. With ``x = L z`` the Jacobian of
+the recurrence in z is ``L^-1 J L``; whitening or rotating by an estimate of the posterior's covariance makes it
+nearly diagonal for samplers. The solver maps increments only, ``dz = L^-1 dx``, so a location would cancel and none
+is asked for; the states, the residual and the tolerance keep their meaning.
+"""
+
+import abc
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pmcmc._pytree import register_dataclass
+from pmcmc._typing import Array
+
+
+class Basis(abc.ABC):
+    """An invertible linear map L between increments of the state, both vectors of length D.
+
+    A solver works on ``z = L^{-1} e`` and maps back, so neither the solution nor its residual changes meaning; what
+    changes is how well a diagonal describes the Jacobian ``L^{-1} J L``.
+    """
+
+    @abc.abstractmethod
+    def encode(self, dx: Array) -> Array:
+        """``dz = L^-1 dx``."""
+
+    @abc.abstractmethod
+    def decode(self, dz: Array) -> Array:
+        """``dx = L dz``."""
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class StandardBasis(Basis):
+    """The state's own coordinates: L = I.
+
+    The default; nothing is mapped.
+    """
+
+    def encode(self, dx):
+        return dx
+
+    def decode(self, dz):
+        return dz
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class ScaledBasis(Basis):
+    """L = diag(scale), scale of shape ``(D,)`` or one number.
+
+    Changes nothing for a diagonal Jacobian without clipping; it does for a trust region, whose ball it reshapes.
+    """
+
+    scale: Any  # a leaf, so no narrower: transformations put placeholders here
+
+    def encode(self, dx):
+        return dx / self.scale
+
+    def decode(self, dz):
+        return dz * self.scale
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class LinearBasis(Basis):
+    """L is a matrix ``(D, D)``, kept with its inverse.
+
+    Build it with `from_matrix`, `from_scale_tril` (a Cholesky factor) or `from_covariance` (its principal axes).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> basis = LinearBasis.from_scale_tril(jnp.array([[2.0, 0.0], [1.0, 1.0]]))
+        >>> basis.encode(jnp.array([2.0, 3.0])).tolist()
+        [1.0, 2.0]
+    """
+
+    matrix: Any
+    inverse: Any
+
+    @classmethod
+    def from_matrix(cls, matrix: Array) -> "LinearBasis":
+        """Any invertible L."""
+        matrix = jnp.asarray(matrix)
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"a basis needs a square matrix, got shape {matrix.shape}.")
+        return cls(matrix, jnp.linalg.inv(matrix))
+
+    @classmethod
+    def from_scale_tril(cls, scale_tril: Array) -> "LinearBasis":
+        """L = a lower-triangular Cholesky factor of the covariance: whitening."""
+        scale_tril = jnp.asarray(scale_tril)
+        eye = jnp.eye(scale_tril.shape[-1], dtype=scale_tril.dtype)
+        return cls(scale_tril, jax.scipy.linalg.solve_triangular(scale_tril, eye, lower=True))
+
+    @classmethod
+    def from_covariance(cls, covariance: Array) -> "LinearBasis":
+        """L = the eigenvectors of the covariance: a rotation to its principal axes."""
+        vectors = jnp.linalg.eigh(jnp.asarray(covariance))[1]
+        return cls(vectors, vectors.T)
+
+    def encode(self, dx):
+        return self.inverse @ dx
+
+    def decode(self, dz):
+        return self.matrix @ dz

@@ -1,0 +1,159 @@
+"""From a batch of recurrences to vectors and back, with derivatives through the solution.
+
+At a solution ``x[t] = f(x[t-1], u[t], theta)`` for every t. Differentiating the equation, not the iterations,
+
+    dx[t] = J[t] dx[t-1] + v[t],    v[t] = (df/du) du[t] + (df/dtheta) dtheta,    dx[0] given,
+
+one affine recursion, so one more scan, whatever the solver did and however many iterations it took. Reverse mode is
+the transpose of that scan. It uses the full Jacobian, T D^2 memory, also after a diagonal solve, because only the
+full Jacobian gives the derivative. Values closed over by fn are found by tracing it once; they, the inputs, x0 and
+the aux output can all be differentiated, also twice. Residual, result and stats have derivative zero; the guess, the
+tolerance and the solver's numbers do not move the solution, so their derivative is zero too.
+
+The derivative is that of the equation at the states found: where `result` is not successful it means nothing.
+
+Sources: implicit function theorem; Lim et al. 2024, section 3.1 (one scan forward, its dual backward).
+"""
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax.extend
+import jax.numpy as jnp
+from jax.custom_derivatives import zero_from_primal
+
+from pmcmc._pytree import RavelSpec
+from pmcmc._typing import Array, PyTree
+from pmcmc.recurrence.newton.equations import Outcome, System
+from pmcmc.recurrence.problem import Problem
+from pmcmc.recurrence.scan import affine_scan
+from pmcmc.recurrence.sharding import AllSteps, Steps, over_steps
+from pmcmc.recurrence.solution import Solution
+
+if TYPE_CHECKING:
+    from pmcmc.recurrence.newton.loop import VectorSolver
+
+
+# Of a batch of solutions the axis that is steps, -1 where there is none: of value, aux, result, residual, stats,
+# iterates and residual_profile.
+STEP_AXES = Solution._make((1, 1, -1, -1, -1, 2, 1))
+
+
+class Traced(NamedTuple):
+    """fn as a program with its closed-over values as arguments, on vectors."""
+
+    jaxpr: Any
+    out_tree: Any
+
+    def bind(self, consts: list):
+        """``(x, u) -> (x, aux)``."""
+        closed = jax.extend.core.ClosedJaxpr(self.jaxpr, consts)
+
+        def fn(x, u):
+            flat = jax.extend.core.jaxpr_as_fun(closed)(*jax.tree.leaves((x, u)))
+            return jax.tree.unflatten(self.out_tree, flat)
+
+        return fn
+
+
+class Setup(NamedTuple):
+    """The static part of a solve."""
+
+    traced: Traced
+    steps: Steps
+    guess_given: bool
+
+
+class Arguments(NamedTuple):
+    """Everything the states depend on."""
+
+    consts: list
+    start: Array
+    inputs: PyTree
+
+
+def solve_differentiably(solver: "VectorSolver", problem: Problem) -> Solution:
+    """Run ``solver.run`` on every chain of the batch, on the devices that share its steps, and give it a derivative."""
+    abstract = lambda tree, axes: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[axes:], x.dtype), tree)
+    spec = RavelSpec.of(abstract(problem.x0, 1))
+
+    def fn(x, u):
+        x, aux = problem.recurrence(spec.unravel(x), u)
+        return spec.ravel(x), aux
+
+    start = jax.vmap(spec.ravel)(problem.x0)
+    closed, out = jax.make_jaxpr(fn, return_shape=True)(abstract(start, 1), abstract(problem.inputs, 2))
+    traced = Traced(closed.jaxpr, jax.tree.structure(out))
+    scale = None if problem.scale is None else _ravel_scale(spec, problem.scale)
+
+    def solve(steps: Steps, whole: PyTree, own: PyTree) -> Solution:
+        consts, scale, start = whole
+        setup = Setup(traced, steps, own[1] is not None)
+        one_chain = lambda start, inputs, guess: _solve_one(
+            setup, solver, spec, Arguments(consts, start, inputs), guess, scale
+        )
+        if problem.num_chains == 1:  # without a lane axis a lax.cond stays a branch instead of computing both sides
+            single = one_chain(*jax.tree.map(lambda x: x[0], (start, *own)))
+            return jax.tree.map(lambda x: x[None], single)
+        return jax.vmap(one_chain)(start, *own)
+
+    whole = (list(closed.consts), scale, start)
+    shared = (problem.inputs, problem.guess_at(jnp.arange(problem.length)))
+    if not solver.shared_by:
+        return solve(AllSteps(problem.length), whole, shared)
+    return over_steps(solver.shared_by, solve, whole, shared, STEP_AXES, problem.length)
+
+
+def _solve_one(
+    setup: Setup, solver: "VectorSolver", spec: RavelSpec, arguments: Arguments, guess: PyTree, scale: Array | None
+) -> Solution:
+    if guess is None:
+        path = jnp.broadcast_to(arguments.start, (setup.steps.num_own, spec.size))
+    else:
+        path = jax.vmap(spec.ravel)(guess)
+    outcome = _solve(setup, solver, arguments, jax.lax.stop_gradient(path), scale)
+    restore = jax.vmap(spec.unravel)
+    return Solution(
+        value=restore(outcome.path),
+        aux=outcome.aux,
+        result=outcome.result,
+        residual=outcome.residual,
+        stats=outcome.stats,
+        iterates=None if outcome.iterates is None else jax.vmap(restore)(outcome.iterates),
+        residual_profile=outcome.residual_profile,
+    )
+
+
+def _ravel_scale(spec: RavelSpec, scale: PyTree) -> Array:
+    leaves = jax.tree.leaves(scale)
+    full = [jnp.broadcast_to(s, shape) for s, shape in zip(leaves, spec.shapes, strict=True)]
+    return spec.ravel(jax.tree.unflatten(spec.treedef, full))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _solve(setup: Setup, solver: "VectorSolver", arguments: Arguments, guess: Array, scale: Array | None) -> Outcome:
+    fn = setup.traced.bind(arguments.consts)
+    system = System(fn, arguments.start, arguments.inputs, scale, solver.tolerance, setup.steps)
+    return solver.run(system, guess, setup.guess_given)
+
+
+@_solve.defjvp
+def _solve_jvp(setup: Setup, primals, tangents):
+    arguments, dots = primals[1], tangents[1]
+    outcome = _solve(setup, *primals)
+    path, steps = outcome.path, setup.steps
+
+    def images(arguments, path):
+        fn = setup.traced.bind(arguments.consts)
+        return jax.vmap(fn)(steps.delayed(path, arguments.start), arguments.inputs)
+
+    def jacobians():
+        fn = setup.traced.bind(arguments.consts)
+        previous = steps.delayed(path, arguments.start)
+        return jax.vmap(jax.jacfwd(lambda x, u: fn(x, u)[0]))(previous, arguments.inputs)
+
+    _, (v, _) = jax.jvp(images, (arguments, path), (dots, jnp.zeros_like(path)))
+    path_dot = affine_scan(steps, jacobians(), v)
+    _, (_, aux_dot) = jax.jvp(images, (arguments, path), (dots, path_dot))
+    zeros = jax.tree.map(zero_from_primal, outcome)
+    return outcome, zeros._replace(path=path_dot, aux=aux_dot)

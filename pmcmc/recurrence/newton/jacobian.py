@@ -1,0 +1,181 @@
+"""What stands for A[t] in the Newton-type recursion: the structure of a Jacobian is a type.
+
+Every structure answers two questions: what A[t] is at a linearisation point (`linearize`), and how the recursion
+``e[t] = A[t] e[t-1] + r[t]`` is solved (`recur`). States are vectors here, ``(T, D)`` over time.
+"""
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from pmcmc._pytree import register_dataclass
+from pmcmc._typing import Array, PyTree
+from pmcmc.recurrence.scan import affine_scan, apply_affine
+from pmcmc.recurrence.sharding import Steps
+
+
+class JacobianStructure(abc.ABC):
+    """Approximation A[t] of df/dx used by `Newton` and `LevenbergMarquardt`.
+
+    The structure decides what a Newton-type iteration costs and how fast it converges: the rate is set by the error
+    of the approximation and by the contraction of the recurrence (Gonzalez et al. 2025).
+    """
+
+    @abc.abstractmethod
+    def linearize(self, fn: Callable, x: Array, inputs: PyTree, iteration: Array) -> Array | None:
+        """A[t] at every ``x[t-1]``, shape ``(T, ...)``, for ``fn(x, u) -> x``; None where nothing is stored.
+
+        iteration: how many iterations went before; only stochastic estimates read it.
+        """
+
+    def num_entries(self, dim: int) -> int:
+        """Numbers of one A[t], to tell what fits into memory."""
+        return dim * dim
+
+    @abc.abstractmethod
+    def recur(self, a: Array | None, r: Array, steps: Steps) -> Array:
+        """All ``A[t] e[t-1]`` of the recursion ``e[t] = A[t] e[t-1] + r[t]``, e[0] = 0, shape ``(T, D)``.
+
+        steps: what joins steps, on one device or several: ``steps.scan(operator, elements)``, ``steps.delayed(e)``.
+        """
+
+
+class Scanned(JacobianStructure):
+    """A structure whose A[t] are stored and composed by an associative scan."""
+
+    def recur(self, a, r, steps):
+        return apply_affine(a, steps.delayed(affine_scan(steps, a, r)))
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Dense(Scanned):
+    """The full Jacobian, D JVPs a step: Newton's method, DEER (Lim et al. 2024).
+
+    T D^2 memory and T D^3 work an iteration; converges quadratically near the solution.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> Dense().linearize(lambda x, u: x**2, jnp.array([[1.0, 2.0]]), None, 0).tolist()
+        [[[2.0, 0.0], [0.0, 4.0]]]
+    """
+
+    def linearize(self, fn, x, inputs, iteration):
+        return jax.vmap(jax.jacfwd(fn))(x, inputs)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Diagonal(Scanned):
+    """The exact diagonal of the Jacobian, D JVPs a step one after the other: quasi-DEER (Gonzalez et al. 2024).
+
+    T D memory: no D x D matrix is ever formed.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> Diagonal().linearize(lambda x, u: x**2, jnp.array([[1.0, 2.0]]), None, 0).tolist()
+        [[2.0, 4.0]]
+    """
+
+    def num_entries(self, dim):
+        return dim
+
+    def linearize(self, fn, x, inputs, iteration):
+        def column(i):
+            return jax.vmap(lambda x, u: pushforward(fn, x, u, unit(i, x))[i])(x, inputs)
+
+        return jax.lax.map(column, jnp.arange(x.shape[1])).T
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class BlockDiagonal(Scanned):
+    """2x2 blocks of exact diagonals for a state whose vector is (position, momentum) halves, D JVPs a step.
+
+    ``A = [diag(dq'/dq) diag(dq'/dp); diag(dp'/dq) diag(dp'/dp)]``: the coupling of a coordinate with its own momentum,
+    which a diagonal misses and which is what a leapfrog step does. Block quasi-DEER (Zoltowski et al. 2025).
+    O(T D) memory. `HutchinsonBlockDiagonal` estimates the same from two JVPs a probe.
+
+    Raises:
+        ValueError: in a solve, if D is odd.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> swap = lambda x, u: jnp.array([2 * x[1], 3 * x[0]])
+        >>> BlockDiagonal().linearize(swap, jnp.zeros((1, 2)), None, 0)[0, :, :, 0].tolist()
+        [[0.0, 2.0], [3.0, 0.0]]
+    """
+
+    def num_entries(self, dim):
+        return 2 * dim
+
+    def linearize(self, fn, x, inputs, iteration):
+        half = half_size(x)
+
+        def column(i):
+            def entries(x, u):
+                columns = [pushforward(fn, x, u, unit(i + q * half, x)) for q in range(2)]
+                return jnp.stack([jnp.stack([c[i + p * half] for c in columns]) for p in range(2)])
+
+            return jax.vmap(entries)(x, inputs)
+
+        return jnp.moveaxis(jax.lax.map(column, jnp.arange(half)), 0, -1)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Identity(JacobianStructure):
+    """A = I: Picard iteration, a cumulative sum (Shih et al. 2023).
+
+    No derivative is taken. Suits recurrences whose steps change the state little.
+    """
+
+    def num_entries(self, dim):
+        return 0
+
+    def linearize(self, fn, x, inputs, iteration):
+        return None
+
+    def recur(self, a, r, steps):
+        return steps.delayed(steps.scan(jnp.add, r))
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Zero(JacobianStructure):
+    """A = 0: Jacobi iteration, one evaluation of every step a round.
+
+    No derivative is taken. Suits recurrences that forget their state at once.
+    """
+
+    def num_entries(self, dim):
+        return 0
+
+    def linearize(self, fn, x, inputs, iteration):
+        return None
+
+    def recur(self, a, r, steps):
+        return jnp.zeros_like(r)
+
+
+def pushforward(fn: Callable, x: Array, u: PyTree, v: Array) -> Array:
+    """The Jacobian-vector product ``(df/dx)(x, u) v``, shape ``(D,)``."""
+    return jax.jvp(lambda x: fn(x, u), (x,), (v,))[1]
+
+
+def unit(i: Array, like: Array) -> Array:
+    """The i-th unit vector of the length and dtype of ``like``."""
+    return jnp.zeros_like(like).at[i].set(1)
+
+
+def half_size(x: Array) -> int:
+    """D/2 for states ``(T, D)`` that are (position, momentum) halves."""
+    if x.shape[-1] % 2:
+        raise ValueError(
+            f"BlockDiagonal needs a state of two equal halves (position, momentum), got {x.shape[-1]} numbers. "
+            "Use Diagonal() for other states."
+        )
+    return x.shape[-1] // 2

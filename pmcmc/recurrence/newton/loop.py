@@ -1,0 +1,207 @@
+"""The loop that all Newton-type solvers share, and the options they share.
+
+With the residual ``r[t] = f(x[t-1], u[t]) - x[t]`` of the current iterate and an approximation A[t] of its Jacobian,
+a solver proposes the next iterate from the linear recursion ``e[t] = A[t] e[t-1] + r[t]``, e[0] = 0; the loop
+evaluates it, lets the solver accept or reject, and stops when every equation holds, when nothing moves or when the
+budget ends.
+
+Entries that are not finite. The policy is *restart*, and it acts on iterates only:
+
+1. A row of r or A that is NaN or infinite counts as zero in the linear recursion, so the recursion restarts behind it
+   and does not carry the NaN to the end of the path.
+2. A correction that overflows is dropped: that entry takes the Jacobi update ``x[t] <- f(x[t-1], u[t])``.
+3. An entry of the new iterate that is still not finite becomes that of x[0]: its last finite value is often already
+   on the way to overflow.
+
+None of this can become a claimed success: a step holds only if its equation does, evaluated anew, and where f itself is
+not finite behind a prefix that holds, the solve ends as `nonfinite`. The exact prefix keeps growing by at least one
+step an iteration, because e = 0 there and so nothing is ever restarted in it.
+"""
+
+import abc
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pmcmc._pytree import finite_rows, is_real
+from pmcmc._typing import Array, PyTree, Scalar
+from pmcmc.recurrence.newton.basis import Basis, StandardBasis
+from pmcmc.recurrence.newton.equations import Course, Evaluation, Outcome, System, blocked_at, conclude
+from pmcmc.recurrence.newton.implicit_diff import solve_differentiably
+from pmcmc.recurrence.newton.jacobian import Identity, JacobianStructure, Zero
+from pmcmc.recurrence.problem import Problem
+from pmcmc.recurrence.sharding import distinct
+from pmcmc.recurrence.solution import RecurrenceSolver, Solution
+
+
+class Iterate(NamedTuple):
+    """State of the loop."""
+
+    now: Evaluation
+    memory: PyTree  # what a solver remembers between iterations, such as the strength of its trust region
+    moving: Array  # whether another iteration can change anything
+    solved: Array  # whether every equation holds
+    blocked: Array  # see `blocked_at`
+    num_iters: Array
+    iterates: Array | None  # (num_iterates, T, D)
+
+
+class Linearization(NamedTuple):
+    """The linear recursion of an iterate, in the solver's basis."""
+
+    a: Array | None
+    r: Array
+
+
+class VectorSolver(RecurrenceSolver):
+    """A solver that finds real states of one chain at a time and can be differentiated through."""
+
+    @abc.abstractmethod
+    def run(self, system: System, guess: Array, guess_given: bool) -> Outcome:
+        """Solve one chain from the guess ``(T, D)``."""
+
+    @property
+    @abc.abstractmethod
+    def tolerance(self) -> Scalar | None:
+        """Largest residual / scale of a solution; None: that of the dtype."""
+
+    def solve_problem(self, problem: Problem) -> Solution:
+        if not all(is_real(x) for x in jax.tree.leaves(problem.x0)):
+            raise TypeError(
+                "Newton-type solvers need real states, got integer or boolean leaves. Use MultipleShooting()."
+            )
+        return solve_differentiably(self, problem)
+
+
+class NewtonType(VectorSolver):
+    """What `Newton` and `LevenbergMarquardt` share; both have the fields annotated here."""
+
+    jacobian: JacobianStructure
+    basis: Basis
+    damping: Scalar | None
+    clip: Scalar | None
+    tol: Scalar | None
+    max_iters: Scalar
+    num_iterates: int
+    devices: Sequence[jax.Device] | None
+
+    @property
+    def decision(self):
+        return "newton"
+
+    @property
+    def shared_by(self):
+        return self.devices or ()
+
+    def with_devices(self, devices):
+        return replace(self, devices=devices)  # type: ignore[type-var]  # its subclasses are dataclasses
+
+    def numbers_per_step(self, dim):
+        # of XLA's own count for Dense and the diagonals, D = 4 and 24, on a CPU: the affine scan holds four A[t], and
+        # iterates, images, residuals and their like come to 13 to 17 states
+        return 4 * self.jacobian.num_entries(dim) + 17 * dim + 16
+
+    @abc.abstractmethod
+    def begin(self, system: System) -> PyTree:
+        """The memory before the first iteration."""
+
+    @abc.abstractmethod
+    def propose(self, system: System, it: Iterate) -> tuple[Array, Any]:
+        """The next path ``(T, D)``, and whatever `judge` needs to know about it."""
+
+    @abc.abstractmethod
+    def judge(
+        self, system: System, it: Iterate, candidate: Evaluation, plan: Any
+    ) -> tuple[Evaluation, PyTree, Array | bool]:
+        """The next iterate, the new memory, and whether to go on even if the path stays the same."""
+
+    @property
+    def tolerance(self):
+        return self.tol
+
+    def check(self):
+        """Static mistakes; the constructors call it."""
+        if isinstance(self.max_iters, int) and self.max_iters < 0:
+            raise ValueError(f"max_iters must be at least 0, got {self.max_iters}.")
+        if isinstance(self.num_iterates, int) and self.num_iterates < 0:
+            raise ValueError(f"num_iterates must be at least 0, got {self.num_iterates}.")
+        if self.devices is not None:
+            object.__setattr__(self, "devices", distinct(self.devices))
+        if isinstance(self.jacobian, Identity | Zero) and not (self.damping is None and self.clip is None):
+            raise ValueError(
+                f"damping and clip act on the entries of a Jacobian; {type(self.jacobian).__name__}() has none. "
+                "Drop them, or use Diagonal()."
+            )
+
+    def start(self, system: System, guess: Array) -> Iterate:
+        now = system.evaluate(guess)
+        store = jnp.broadcast_to(guess, (self.num_iterates, *guess.shape)) if self.num_iterates else None
+        none = jnp.zeros((), int)
+        solved = system.steps.all(now.holds)
+        return Iterate(now, self.begin(system), jnp.array(True), solved, blocked_at(system, now), none, store)
+
+    def advance(self, system: System, it: Iterate) -> Iterate:
+        """One iteration: propose, evaluate, judge."""
+        path, plan = self.propose(system, it)
+        path = jnp.where(jnp.isfinite(path), path, jnp.broadcast_to(system.start, path.shape))
+        candidate = system.evaluate(path)
+        now, memory, retry = self.judge(system, it, candidate, plan)
+        blocked = blocked_at(system, now)
+        moving = system.steps.any(jnp.any(now.path != it.now.path, axis=1)) | retry
+        # f is not finite at the same step of a path that holds before it, twice: no iteration will mend that
+        moving = moving & ((blocked == system.length) | (blocked != it.blocked))
+        solved, num_iters = system.steps.all(now.holds), it.num_iters + 1
+        return Iterate(now, memory, moving, solved, blocked, num_iters, record(it.iterates, now.path, num_iters))
+
+    def unfinished(self, it: Iterate) -> Array:
+        return ~it.solved & it.moving & (it.num_iters < self.max_iters)
+
+    def run(self, system, guess, guess_given):
+        first = self.start(system, guess)
+        first = first._replace(moving=jnp.all(jnp.isfinite(system.start)))
+        last = jax.lax.while_loop(self.unfinished, lambda it: self.advance(system, it), first)
+        course = Course(last.moving, last.blocked, last.num_iters, last.num_iters + 1, system.length)
+        return conclude(system, last.now, course, finish(last.iterates, last.now.path, last.num_iters))
+
+    def linearize(self, system: System, it: Iterate) -> Linearization:
+        """A and r in the basis, damped, clipped, restarted where they are not finite."""
+        encode, decode = self.basis.encode, self.basis.decode
+        x, inputs = system.previous(it.now.path), system.inputs
+        fn: Callable = system.image
+        if not isinstance(self.basis, StandardBasis):
+            # as a function of the increment at 0, so that the point of linearisation is x to the last bit
+            fn = lambda dz, xu: encode(system.image(xu[0] + decode(dz), xu[1]))
+            x, inputs = jnp.zeros_like(x), (x, inputs)
+        a = self.jacobian.linearize(fn, x, inputs, it.num_iters)
+        if a is not None:
+            a = a if self.damping is None else (self.damping * a).astype(a.dtype)
+            a = a if self.clip is None else jnp.clip(a, -self.clip, self.clip).astype(a.dtype)
+            a = _restart(a)
+        return Linearization(a, _restart(jax.vmap(encode)(it.now.images - it.now.path)))
+
+
+def _restart(rows: Array) -> Array:
+    return jnp.where(finite_rows(rows).reshape((-1,) + (1,) * (rows.ndim - 1)), rows, 0.0)
+
+
+def drop_overflow(correction: Array) -> Array:
+    """Zero where a correction is not finite: the Jacobi update there."""
+    return jnp.where(jnp.isfinite(correction), correction, 0.0)
+
+
+def record(iterates: Array | None, path: Array, index: Array) -> Array | None:
+    """Store an iterate if there is room for it."""
+    if iterates is None:
+        return None
+    return iterates.at[index].set(path, mode="drop")
+
+
+def finish(iterates: Array | None, path: Array, num_iters: Array) -> Array | None:
+    """Fill the places behind the last iterate with it."""
+    if iterates is None:
+        return None
+    behind = jnp.arange(iterates.shape[0]) > num_iters
+    return jnp.where(behind[:, None, None], path, iterates)

@@ -1,0 +1,145 @@
+"""What is to be solved: a recurrence, its inputs and a guess."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pmcmc._pytree import is_real, real_dtype
+from pmcmc._typing import Array, PyTree
+
+
+def _identity(x):
+    return x
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A step taken in stages, their number a function of carry and input: begin, advance until finished, conclude.
+
+    All four take and give a batch of lanes at once. The work, all that is known of a step under way, has the lanes on
+    the last axis of every leaf, where what is per lane is contiguous; carries, inputs and aux have them first.
+
+    begin: ``(carry, input) -> work``. advance: ``work -> work``; what conclude reads of a finished lane must stay.
+    finished: ``work -> (lanes,)``. conclude: ``work -> (carry, aux)``.
+
+    Source: Dance et al. 2025, "Efficiently vectorized MCMC on modern accelerators".
+    """
+
+    begin: Callable
+    advance: Callable
+    finished: Callable
+    conclude: Callable
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """A recurrence whose step carries more than the unknown, such as a cached gradient.
+
+    step: ``(carry, input) -> (carry, aux)``, one step.
+    unknown: ``carry -> x``, what is solved for, compared and stored.
+    restore: ``x -> carry``, rebuilds the caches.
+    staged: the same step in stages, where its length varies; solvers that walk lanes then let none wait. Else None.
+    """
+
+    step: Callable
+    unknown: Callable = _identity
+    restore: Callable = _identity
+    staged: Staged | None = None
+
+    def __call__(self, x: PyTree, u: PyTree) -> tuple[PyTree, PyTree]:
+        """``x[t], aux[t]`` from ``x[t-1]`` without caches."""
+        carry, aux = self.step(self.restore(x), u)
+        return self.unknown(carry), aux
+
+
+class Problem(NamedTuple):
+    """A validated batch of recurrences: every leading axis is chains, the next one time."""
+
+    recurrence: Recurrence
+    x0: PyTree  # (C, ...)
+    inputs: PyTree  # (C, T, ...)
+    guess: PyTree  # (C, T, ...), or a function of step numbers, or None
+    scale: PyTree  # structure of one state, or None: taken from the path itself
+    num_chains: int
+    length: int
+
+    @property
+    def dtype(self) -> Any:
+        return real_dtype(self.x0)
+
+    def guess_at(self, steps: Array) -> PyTree:
+        """Guessed states after the given steps (numbered from 0), leading axes (C, steps); None without a guess."""
+        if self.guess is None:
+            return None
+        return self.guess(steps) if callable(self.guess) else jax.tree.map(lambda g: g[:, steps], self.guess)
+
+
+def make_problem(fn, x0, inputs, length, guess, has_aux, scale) -> Problem:
+    """Check shapes and dtypes of a batch and bring ``fn`` to the form of a `Recurrence`."""
+    x0 = jax.tree.map(jnp.asarray, x0)
+    inputs = jax.tree.map(jnp.asarray, inputs)
+    if not jax.tree.leaves(x0):
+        raise ValueError("x0 has no leaves: expected a pytree of arrays, the state before the first step.")
+    num_chains = jax.tree.leaves(x0)[0].shape[0]
+    length = _length(inputs, length)
+    recurrence = as_recurrence(fn, has_aux)
+    one = lambda tree, axes: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[axes:], x.dtype), tree)
+    x_shape = one(x0, 1)
+    out = jax.eval_shape(lambda x, u: recurrence(x, u)[0], x_shape, one(inputs, 2))
+    if jax.tree.structure(out) != jax.tree.structure(x_shape) or any(
+        a.shape != b.shape for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(x_shape), strict=True)
+    ):
+        raise ValueError(
+            f"fn must return a state like x0. Expected {jax.tree.map(lambda s: s.shape, x_shape)}, got "
+            f"{jax.tree.map(lambda s: s.shape, out)}. If fn returns (state, aux), pass has_aux=True."
+        )
+    x0 = jax.tree.map(lambda x, s: x.astype(s.dtype), x0, out)
+    guess = _check_guess(guess, out, num_chains, length)
+    if scale is not None:
+        scale = jax.tree.map(lambda s, x: jnp.asarray(s, x.dtype if is_real(x) else None), scale, out)
+    return Problem(recurrence, x0, inputs, guess, scale, num_chains, length)
+
+
+def as_recurrence(fn: Callable | Recurrence, has_aux: bool = False) -> Recurrence:
+    """``fn`` itself if it is a `Recurrence`, else ``(x, u) -> x`` or ``(x, u) -> (x, aux)`` as one without caches."""
+    if isinstance(fn, Recurrence):
+        return fn
+    if not callable(fn):
+        raise TypeError(f"fn must be callable as fn(x, u), got {type(fn).__name__}.")
+    return Recurrence(fn if has_aux else lambda x, u: (fn(x, u), None))
+
+
+def _length(inputs: PyTree, length: int | None) -> int:
+    leaves = jax.tree.leaves(inputs)
+    if any(x.ndim < 2 for x in leaves):
+        raise ValueError("every leaf of inputs needs a leading time axis of length T.")
+    lengths = {int(x.shape[1]) for x in leaves} | ({length} if length is not None else set())
+    if not lengths:
+        raise ValueError("without inputs the number of steps is unknown: pass length=T.")
+    if len(lengths) > 1:
+        raise ValueError(f"the leaves of inputs and length must agree on T, got {sorted(lengths)}.")
+    found = lengths.pop()
+    if found < 1:
+        raise ValueError(f"the number of steps must be at least 1, got {found}.")
+    return found
+
+
+def _check_guess(guess, state, num_chains, length):
+    if guess is None:
+        return None
+    if callable(guess):  # checked on two steps, called by the solver on those it needs
+        given, rows = jax.eval_shape(guess, jnp.arange(2)), 2
+        checked: Any = lambda steps: jax.tree.map(lambda g, s: jnp.asarray(g, s.dtype), guess(steps), state)
+    else:
+        given, rows = guess, length
+        checked = jax.tree.map(lambda g, s: jnp.asarray(g, s.dtype), guess, state)
+    expected = jax.tree.map(lambda s: (num_chains, rows, *s.shape), state)
+    if jax.tree.structure(given) != jax.tree.structure(state) or jax.tree.map(jnp.shape, given) != expected:
+        raise ValueError(
+            "initial_guess must hold one state per step. Expected shapes (without the chain axis) "
+            f"{jax.tree.map(lambda s: (rows, *s.shape), state)}, got {jax.tree.map(lambda g: jnp.shape(g)[1:], given)}."
+        )
+    return checked

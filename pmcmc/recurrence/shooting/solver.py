@@ -1,0 +1,297 @@
+"""Multiple shooting with repair: the whole path from blocks that run at once.
+
+T steps are cut into P blocks of S = ceil(T / P) steps. Every block starts from a guess and runs S ordinary steps,
+all P at once: the zeroth sweep. Then block p+1 is restarted from the end of block p with the same inputs, again all
+at once; where paths under common inputs coalesce, the repaired path soon meets the recorded one, and from there on
+the recording stands. A block whose repair ran to its end has a new end, so its successor is restarted in the next
+sweep, and so on until nothing is pending.
+
+The rule, to the letter (each clause keeps a certificate true):
+
+- Starts are never compared. In the first repair sweep every block but the first is active; later, block p+1 is
+  active if and only if block p ran to its end unmerged.
+- An active lane takes at least one step from its new start and compares f(new) with the recording at that step.
+  Equal, or within the tolerance after `WATCHED_STEPS` steps at small distances or at the end of the block: merged, and
+  the recorded state stands. Otherwise it is overwritten and the lane goes on.
+- Where no scale is given, it is that of the zeroth sweep, but at most twice the range of the lane's own states since
+  its start: runs from wild guesses may have any spread, and within that any two states are close.
+- The residual is the running maximum of the accepted differences; elsewhere a state is f of its predecessor by
+  construction. The exact prefix grows by at least one block a sweep.
+
+Depth: S + the sum over sweeps of the longest merge, instead of T. Work: about T (1 + t_c / S), with t_c the
+coalescence time. No derivative is needed, and discrete states are welcome.
+
+A merge within the tolerance proves little where nearby paths separate: two orbits of a chaotic map come close by
+chance. So the rate at which small distances (below the square root of the tolerance) grow is measured on the way, on
+the very lanes that merge, each for at least `WATCHED_STEPS` steps; where it is not negative and a merge was not
+bitwise, the result is `not_contracting`.
+
+Sources: time-parallel simulation (Heidelberger & Stone 1990), circular coupling (Neal 1999), parallel shooting for
+dissipative systems (Chartier & Philippe 1993).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pmcmc._pytree import expand_mask, finite_rows, is_real, leading_true, real_dtype, register_dataclass
+from pmcmc._typing import Array, PyTree, Scalar
+from pmcmc.recurrence.lanes import Lanes, LaneSolver, Layout, read_step, record_for, walk, walk_apart, write_where
+from pmcmc.recurrence.problem import Staged
+from pmcmc.recurrence.sharding import AllLanes, distinct, lane_sharding, over_devices, replicated
+from pmcmc.recurrence.shooting.growth import separates
+from pmcmc.recurrence.shooting.repair import Recording, Sweep, repair_sweep, successor_starts
+from pmcmc.recurrence.solution import RESULTS, Solution, Stats, default_tolerance, typical_scale
+
+# Steps of the zeroth sweep between writes to the path, where they divide the capacity.
+CHUNK = 16
+
+
+# About so many states say what the scale is, as in `typical_scale`.
+SCALE_STATES = 4096
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class MultipleShooting(LaneSolver):
+    """Run blocks of the path at once and repair them until they join.
+
+    num_blocks: P, blocks per chain. None: about sqrt(8 T), at least 16 steps a block.
+    merge_tol: largest accepted |recorded - repaired| / scale. None: 32 eps in float32, 512 eps in float64.
+    max_sweeps: budget of repair sweeps. None: P, with which the solve always completes.
+    max_steps: budget of steps one after the other, S for the blocks included. None: no limit.
+    devices: that share the blocks evenly, P being rounded up to a multiple of their number; the solution is the same.
+        None: the one device that JAX uses by default.
+
+    Raises:
+        ValueError: num_blocks, max_sweeps or max_steps below 1, or no or repeated devices.
+
+    Example:
+        >>> import jax.numpy as jnp, pmcmc
+        >>> solver = pmcmc.recurrence.MultipleShooting(num_blocks=8)
+        >>> solution = solver.solve(lambda x, u: 0.5 * x + u, 0.0, jnp.ones(800))
+        >>> bool(solution.result == pmcmc.recurrence.RESULTS.successful)
+        True
+    """
+
+    num_blocks: int | None = field(default=None, metadata=dict(static=True))
+    merge_tol: Scalar | None = None
+    max_sweeps: Scalar | None = None
+    max_steps: Scalar | None = None
+    devices: Sequence[jax.Device] | None = field(default=None, metadata=dict(static=True))
+
+    def __post_init__(self):
+        if self.num_blocks is not None and self.num_blocks < 1:
+            raise ValueError(f"num_blocks must be at least 1, got {self.num_blocks}.")
+        if isinstance(self.max_sweeps, int) and self.max_sweeps < 1:
+            raise ValueError(f"max_sweeps must be at least 1, got {self.max_sweeps}. Use Sequential() for none.")
+        if isinstance(self.max_steps, int) and self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}. Use None for no limit.")
+        if self.devices is not None:
+            object.__setattr__(self, "devices", distinct(self.devices))
+
+    unit: ClassVar[int] = CHUNK
+
+    @property
+    def decision(self):
+        return "shooting"
+
+    @property
+    def shared_by(self) -> Sequence[jax.Device]:
+        return self.devices or ()
+
+    def with_devices(self, devices):
+        return replace(self, devices=devices)
+
+    def blocks_for(self, length):
+        blocks, shares = self.num_blocks or default_num_blocks(length), max(1, len(self.shared_by))
+        return shares * -(-blocks // shares)
+
+    def solve_lanes(self, lanes):
+        dtype = real_dtype(lanes.x0)
+        tol = jnp.asarray(default_tolerance(dtype) if self.merge_tol is None else self.merge_tol, dtype)
+        max_sweeps = lanes.layout.num_blocks if self.max_sweeps is None else self.max_sweeps
+        max_steps = jnp.iinfo(jnp.int32).max if self.max_steps is None else self.max_steps
+
+        def run(held: Any, own: tuple[PyTree, PyTree]) -> Outcome:
+            inputs, buffers = own
+            return _run(lanes._replace(held=held, inputs=inputs, buffers=buffers), tol, max_sweeps, max_steps)
+
+        if not self.shared_by:
+            return _conclude(lanes, tol, run(AllLanes(lanes.layout), (lanes.inputs, lanes.buffers)))
+        per_lane = Outcome._make((True, True, True, False, False))  # what is said of chains, every device knows
+        outcome = over_devices(self.shared_by, run, (lanes.inputs, lanes.buffers), per_lane, lanes.layout)
+        solution = _conclude(lanes, tol, outcome)
+        constrain = jax.lax.with_sharding_constraint
+        path = constrain((solution.value, solution.aux), lane_sharding(self.shared_by))
+        rest = constrain(solution._replace(value=None, aux=None), replicated(self.shared_by))
+        return rest._replace(value=path[0], aux=path[1])
+
+
+def default_num_blocks(length: int, max_blocks: int = 4096) -> int:
+    """P of about sqrt(8 T), a power of two, at least 16 steps a block.
+
+    The time (T/P + t_c)(a + b P), with a the cost of a step and b of a lane in it, is least at
+    P = sqrt(a T / (b t_c)); a/b is some hundreds on a CPU, t_c some tens of steps on well-conditioned posteriors.
+    """
+    blocks = 1
+    while blocks * blocks * 4 <= 8 * length and 2 * blocks * 16 <= length and blocks < max_blocks:
+        blocks *= 2
+    return blocks
+
+
+class Outcome(NamedTuple):
+    """What is left of the last sweep; see `Sweep`."""
+
+    recording: Recording
+    active: Array
+    evaluations: Array
+    num_sweeps: Array
+    critical_path: Array
+
+
+class Filled(NamedTuple):
+    """State within the zeroth sweep of lanes that advance apart."""
+
+    step: Array  # (lanes,)
+    record: PyTree
+
+
+def _run(lanes: Lanes, tol: Array, max_sweeps: Scalar, max_steps: Scalar) -> Outcome:
+    """The zeroth sweep and as many of repair as it takes, of the lanes that this device holds."""
+    sweep = _fill(lanes)
+    if lanes.scale is None:
+        lanes = lanes._replace(scale=_scale(lanes, sweep), measured=True)
+
+    def pending(sweep):
+        return sweep.pending & (sweep.number < max_sweeps) & (sweep.depth < max_steps)
+
+    sweep = jax.lax.while_loop(pending, lambda sweep: repair_sweep(lanes, tol, max_steps, sweep), sweep)
+    return Outcome(sweep.recording, sweep.active, sweep.evaluations, sweep.num_sweeps, sweep.critical_path)
+
+
+def _guessed_starts(lanes: Lanes) -> PyTree:
+    """Carries at the block starts: x0 for the first block of a chain, the guess for the others."""
+    layout = lanes.layout
+    if lanes.guess_at is None:
+        starts = jax.tree.map(lambda x: jnp.repeat(x, layout.num_blocks, axis=0), lanes.x0)
+    else:
+        guess = lanes.guess_at(jnp.arange(1, layout.num_blocks) * layout.block_length - 1)
+        join = lambda x, g: jnp.concatenate([x[:, None], g], axis=1).reshape(layout.num_lanes, *x.shape[1:])
+        starts = jax.tree.map(join, lanes.x0, guess)
+    return jax.vmap(lanes.recurrence.restore)(lanes.held.own(starts))
+
+
+def _scale(lanes: Lanes, sweep: "Sweep") -> PyTree:
+    """Scale of each coordinate, from the states of the zeroth sweep."""
+    layout = lanes.layout
+    known = jnp.arange(layout.capacity)[None] < lanes.held.valid_steps()[:, None]
+    stride = max(1, layout.num_lanes * layout.capacity // SCALE_STATES)
+    return typical_scale(lanes.held.every(stride, _blank(known, sweep.recording.path)))
+
+
+def _fill(lanes: Lanes) -> Sweep:
+    """The zeroth sweep: S plain steps of every block."""
+    layout, held, recurrence = lanes.layout, lanes.held, lanes.recurrence
+    step, unknown = jax.vmap(recurrence.step), jax.vmap(recurrence.unknown)
+    start = _guessed_starts(lanes)
+    carry, _ = jax.eval_shape(step, start, read_step(lanes.inputs, 0))
+    start = jax.tree.map(lambda s, c: s.astype(c.dtype), start, carry)
+
+    def body(carry, u):
+        carry, aux = step(carry, u)
+        return carry, (unknown(carry), aux)
+
+    if recurrence.staged is None:
+        end, (path, aux) = walk(body, start, lanes, math.gcd(layout.capacity, CHUNK))
+    else:
+        end, (path, aux) = _fill_apart(recurrence.staged, unknown, start, lanes, record_for(body, start, lanes))
+    zeros = jnp.zeros(held.num_lanes, real_dtype(lanes.x0))
+    none = jnp.zeros(layout.num_chains, int)
+    everyone = jnp.ones(held.num_lanes, bool)
+    start, active = successor_starts(lanes, end, everyone)
+    return Sweep(
+        number=jnp.zeros((), int),
+        start=start,
+        active=active,
+        pending=jnp.any(held.most(active.astype(int)) > 0),
+        end=end,
+        recording=Recording(path, aux, zeros, zeros, zeros, zeros),
+        num_sweeps=none,
+        critical_path=none + layout.block_length,
+        evaluations=held.valid_steps(),
+        depth=jnp.asarray(layout.block_length),
+    )
+
+
+def _fill_apart(staged: Staged, unknown, start: PyTree, lanes: Lanes, record: PyTree) -> tuple[PyTree, PyTree]:
+    """As `walk`, each lane at a step of its own."""
+
+    def visit(now: Filled, carry, aux, arrived) -> Filled:
+        record = write_where(arrived, now.record, (unknown(carry), aux), now.step)
+        return Filled(now.step + arrived, record)
+
+    going = lambda now: now.step < lanes.layout.block_length
+    first = Filled(jnp.zeros(lanes.held.num_lanes, int), record)
+    end, filled = walk_apart(staged, lanes.inputs, start, first, going, visit)
+    return end, filled.record
+
+
+def _blank(known: Array, value: PyTree) -> PyTree:
+    """NaN in the real leaves of states that are not known."""
+    return jax.tree.map(lambda x: jnp.where(expand_mask(known, x), x, jnp.nan) if is_real(x) else x, value)
+
+
+def _conclude(lanes: Lanes, tol: Array, sweep: Outcome) -> Solution:
+    recording, layout = sweep.recording, lanes.layout
+    valid = layout.valid_steps()
+    steps = jnp.arange(layout.capacity)[None]
+    leading = jnp.minimum(leading_true(finite_rows(recording.path, 2) | (steps >= valid[:, None])), valid)
+    finite_prefix = jnp.where(
+        finite_rows(lanes.x0), _prefix(layout, layout.by_chain(leading == valid), layout.by_chain(leading)), 0
+    )
+    active, splice = layout.by_chain(sweep.active), layout.by_chain(recording.splice)
+    all_finite, complete = finite_prefix == layout.length, ~jnp.any(active, 1)
+    count = jnp.sum(layout.by_chain(recording.growth_count), axis=1)
+    growth = jnp.sum(layout.by_chain(recording.growth), axis=1)
+    growth_rate = jnp.where(count > 0, growth / jnp.maximum(count, 1), jnp.nan)
+    separating = separates(growth_rate, jnp.max(splice, axis=1), tol, layout.length)
+    # A block pending, or in a separating recurrence spliced inexactly, ends the prefix that stands.
+    prefix = _prefix(layout, ~active & ((splice == 0) | ~separating[:, None]), jnp.zeros_like(active, int))
+    residual = jnp.max(layout.by_chain(recording.residual), axis=1)
+    first = (jnp.arange(layout.num_blocks) * layout.block_length)[None]
+    known = steps < jnp.reshape(finite_prefix[:, None] - first, (-1, 1))
+    certified = jnp.minimum(prefix, finite_prefix)
+    return Solution(
+        # behind a state that is not finite nothing is known: a block there may still be the run of a guess
+        # (a loop of one turn or none: unlike a branch it needs no second path)
+        value=jax.lax.fori_loop(0, jnp.where(jnp.all(all_finite), 0, 1), lambda _, x: _blank(known, x), recording.path),
+        aux=recording.aux,
+        result=jnp.select(
+            [~all_finite, ~complete, separating],
+            [RESULTS.nonfinite, RESULTS.max_iters_reached, RESULTS.not_contracting],
+            RESULTS.successful,
+        ),
+        residual=jnp.where(all_finite & complete, residual, jnp.inf),
+        stats=Stats(
+            num_iters=jnp.zeros_like(sweep.num_sweeps),
+            num_sweeps=sweep.num_sweeps,
+            num_sequential_steps=sweep.critical_path,
+            num_fn_evals=jnp.sum(layout.by_chain(sweep.evaluations), axis=1),
+            certified_steps=certified,
+            growth_rate=growth_rate,
+            certified_residual=jnp.max(jnp.where(first < certified[:, None], splice, 0.0), axis=1),
+        ),
+    )
+
+
+def _prefix(layout: Layout, whole: Array, partial: Array) -> Array:
+    """(chains,) steps before the first block that is not ``whole``, and the ``partial`` steps of that one."""
+    blocks = leading_true(whole)
+    within = jnp.take_along_axis(partial, jnp.minimum(blocks, layout.num_blocks - 1)[:, None], axis=1)[:, 0]
+    steps = blocks * layout.block_length + jnp.where(blocks < layout.num_blocks, within, 0)
+    return jnp.minimum(steps, layout.length)

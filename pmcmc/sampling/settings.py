@@ -1,0 +1,230 @@
+"""The arguments of the public functions, checked before anything is traced."""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pmcmc._typing import PRNGKey, PyTree
+from pmcmc.kernels import HMC, Compose, DiscreteGibbs, Kernel, SiteKernel
+from pmcmc.random.threefry import IMPL, threefry_key
+from pmcmc.recurrence import RecurrenceSolver
+from pmcmc.target import Target
+from pmcmc.warmup import BlockAdaptation, ChEESAdaptation, EnsembleAdaptation, Pathfinder, Warmup, WindowAdaptation
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for.
+
+    solver: None for "auto". devices: that share the work; none: the default one. max_memory: bytes; None: no limit of
+    the user's own.
+    """
+
+    kernel: Kernel
+    solver: RecurrenceSolver | None
+    num_warmup: int
+    num_samples: int
+    num_chains: int
+    thinning: int
+    extra_fields: tuple[str, ...]
+    warmup: Warmup
+    devices: Sequence[jax.Device] = ()
+    max_memory: int | None = None
+
+    @classmethod
+    def check(
+        cls,
+        target: Target,
+        kernel: Any,
+        solver: Any,
+        num_warmup: Any,
+        num_samples: Any,
+        num_chains: Any,
+        thinning: Any,
+        extra_fields: Sequence[str],
+        warmup: Any,
+        devices: Any = None,
+        max_memory: Any = None,
+    ) -> "Settings":
+        """Validate and fill in the defaults.
+
+        Raises:
+            ValueError, TypeError: expected, got, fix.
+        """
+        kernel = HMC() if kernel is None else kernel
+        if not isinstance(kernel, Kernel):
+            hint = f" Write {kernel.__name__}() instead." if isinstance(kernel, type) else ""
+            raise TypeError(f"kernel must be a pmcmc kernel such as HMC() or MALA(), got {kernel!r}.{hint}")
+        if not (warmup is None or isinstance(warmup, Warmup)):
+            raise TypeError(f"warmup must be a Warmup such as EnsembleAdaptation(), got {warmup!r}.")
+        if not (isinstance(solver, RecurrenceSolver) or (isinstance(solver, str) and solver == "auto")):
+            raise TypeError(
+                f'solver must be "auto" or a solver such as pmcmc.recurrence.MultipleShooting(), got {solver!r}.'
+            )
+        num_samples = _size("num_samples", num_samples, 1)
+        num_chains = _size("num_chains", num_chains, 1)
+        thinning = _size("thinning", thinning, 1)
+        num_warmup = _size("num_warmup", num_warmup, 0)
+        max_memory = None if max_memory is None else _size("max_memory", max_memory, 1)
+        if thinning > num_samples:
+            raise ValueError(f"thinning={thinning} keeps none of num_samples={num_samples} steps: make it smaller.")
+        _check_kernel(kernel, extra_fields, num_warmup)
+        kernel = _with_discrete_sites(kernel, target)
+        warmup = _fitting_warmup(warmup, kernel)
+        solver = None if isinstance(solver, str) else solver
+        devices = _devices(devices, solver)
+        if devices and solver is not None:
+            solver = solver.with_devices(devices)
+        return cls(
+            kernel,
+            solver,
+            num_warmup,
+            num_samples,
+            num_chains,
+            thinning,
+            tuple(extra_fields),
+            warmup,
+            devices,
+            max_memory,
+        )
+
+
+def _check_kernel(kernel: Kernel, extra_fields: Sequence[str], num_warmup: int) -> None:
+    """Raise where it cannot do what is asked of it.
+
+    Raises:
+        ValueError: it has no such fields, or cannot be warmed up or do without.
+    """
+    if isinstance(extra_fields, str):
+        raise TypeError(f"extra_fields must be a sequence of names, got {extra_fields!r}: write ({extra_fields!r},).")
+    unknown = set(extra_fields) - set(kernel.extra_fields)
+    if unknown:
+        raise ValueError(
+            f"{type(kernel).__name__} has no extra_fields {sorted(unknown)}: expected names out of "
+            f"{list(kernel.extra_fields)}."
+        )
+    if num_warmup == 0 and not kernel.is_tuned:
+        raise ValueError(
+            f"num_warmup=0 tunes nothing, but {type(kernel).__name__}() has no step size: pass step_size=, or "
+            "leave num_warmup at 1000."
+        )
+    if num_warmup and not kernel.takes_basis:
+        raise ValueError(
+            "a BlackJAX algorithm that is already built has its own log density and cannot be warmed up. Pass "
+            "num_warmup=0, or its constructor and parameters, as in from_blackjax(blackjax.mala, step_size=None)."
+        )
+
+
+def _devices(devices: Any, solver: RecurrenceSolver | None) -> tuple[jax.Device, ...]:
+    """Those that share the work; of several processes all their devices.
+
+    Raises:
+        ValueError, TypeError: none, no devices, or "auto" on several processes.
+    """
+    if devices is None:
+        return ()
+    if isinstance(devices, str) or not isinstance(devices, Sequence) or not all(map(_is_device, devices)):
+        raise TypeError(f"devices must be a sequence of JAX devices such as jax.devices(), got {devices!r}.")
+    if not devices:
+        raise ValueError("devices is empty: pass jax.devices(), or leave it out for the default device.")
+    if solver is None and len({device.process_index for device in devices}) > 1:
+        raise ValueError(
+            'solver="auto" decides by timings, which differ from one process to the next: pass '
+            "solver=MultipleShooting(num_blocks=...) for devices of several processes."
+        )
+    return tuple(devices)
+
+
+def _is_device(value: Any) -> bool:
+    return isinstance(value, jax.Device)
+
+
+def _with_discrete_sites(kernel: Kernel, target: Target) -> Kernel:
+    """The kernel, with updates of the target's discrete sites where it has none."""
+    discrete = [name for name, _ in target.model.supports]
+    if not discrete or isinstance(kernel, SiteKernel):
+        return kernel
+    continuous = [name for name in target.spec.template if name not in discrete]
+    return Compose([DiscreteGibbs(), (kernel, continuous)]) if continuous else DiscreteGibbs()
+
+
+def _fitting_warmup(warmup: Warmup | None, kernel: Kernel) -> Warmup:
+    """The one given, or the one that suits the kernel.
+
+    Raises:
+        TypeError: it cannot tune the kernel.
+    """
+    by_sites = isinstance(kernel, SiteKernel)
+    if warmup is None:
+        return BlockAdaptation() if by_sites else EnsembleAdaptation()
+    of_vectors = (EnsembleAdaptation, WindowAdaptation, ChEESAdaptation, Pathfinder)
+    if isinstance(warmup, of_vectors if by_sites else BlockAdaptation):
+        fitting = "BlockAdaptation()" if by_sites else "EnsembleAdaptation()"
+        raise TypeError(
+            f"{type(warmup).__name__} cannot warm up {type(kernel).__name__}: pass warmup={fitting}, or leave it out."
+        )
+    return warmup
+
+
+def _size(name: str, value: Any, least: int) -> int:
+    try:
+        size = operator.index(value)
+    except TypeError:
+        size = None
+    if size is None or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}.")
+    if size < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
+    return size
+
+
+def as_key(rng_key: PRNGKey | int) -> PRNGKey:
+    """A threefry key from a key (typed or raw, of any of JAX's implementations) or an int seed.
+
+    Every stream of a run comes from this key. Those of ``rbg`` and ``unsafe_rbg`` keys themselves would not do: their
+    bits under `jax.vmap` differ from those alone, so the noise would depend on how many lanes draw it.
+
+    Raises:
+        TypeError: neither.
+    """
+    if isinstance(rng_key, Integral) and not isinstance(rng_key, bool):
+        return jax.random.key(int(rng_key), impl=IMPL)
+    if isinstance(rng_key, np.ndarray) and rng_key.dtype == np.uint32:
+        rng_key = jnp.asarray(rng_key)
+    if isinstance(rng_key, jax.Array):
+        typed = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
+        # 2 words of threefry, 4 of rbg and unsafe_rbg
+        if rng_key.shape == () if typed else rng_key.dtype == jnp.uint32 and rng_key.shape in ((2,), (4,)):
+            return threefry_key(rng_key)
+    raise TypeError(
+        f"rng_key must be one JAX key (jax.random.key(0)) or an int seed, got {rng_key!r}. For several chains pass "
+        "num_chains, not several keys."
+    )
+
+
+def spread_starts(target: Target, init_params: PyTree, num_chains: int, num_starts: int) -> PyTree:
+    """Starting positions with leading axis ``num_starts`` from one position, or from one per chain.
+
+    Raises:
+        ValueError: other names or shapes than the target's.
+    """
+    template = target.spec.template
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)
+    if jax.tree.structure(init_params) == jax.tree.structure(template):
+        given, one = shapes(init_params), shapes(template)
+        pick = jnp.arange(num_starts)
+        if given == one:
+            every = lambda x, like: jnp.repeat(jnp.asarray(x, like.dtype)[None], num_starts, axis=0)
+            return jax.tree.map(every, init_params, template)
+        if given == jax.tree.map(lambda s: (num_chains, *s.shape), template):
+            return jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype)[pick % num_chains], init_params, template)
+    raise ValueError(
+        "init_params must hold unconstrained values of the latent sites. Expected shapes "
+        f"{shapes(template)}, with or without a leading axis num_chains={num_chains}, got {shapes(init_params)}."
+    )

@@ -1,0 +1,191 @@
+"""Chains that go on: in memory, to a folder on disk, and there again after they were stopped."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from types import NoneType
+
+import jax
+
+from pmcmc._progress import Progress
+from pmcmc._typing import PyTree
+from pmcmc._xla.background import Ahead
+from pmcmc._xla.trace import refuse_transformation
+from pmcmc.chain.chain import Chain
+from pmcmc.chain.draws import by_name
+from pmcmc.chain.file_format import STORE, Reader
+from pmcmc.chain.rebuild import check_num_draws, read_report, read_thinning, rebuild
+from pmcmc.chain.stored import CHECKPOINT, DRAWS, StoredChain
+from pmcmc.interop.zarr import read_arrays
+from pmcmc.kernels import Kernel
+from pmcmc.recurrence import RecurrenceSolver
+from pmcmc.sampling.programs import fit_memory
+from pmcmc.sampling.segments import NonFiniteState
+from pmcmc.sampling.session import Interrupted, Sampling, engine_of, settings_of
+from pmcmc.sampling.settings import Settings
+from pmcmc.sampling.store import Store, check_kept, held_bytes
+
+
+def stream(
+    chain: Chain,
+    path: str | Path,
+    num_samples: int,
+    sites: Sequence[str] | None,
+    max_memory: int | None,
+    progress_bar: bool,
+) -> StoredChain:
+    """See `Chain.stream`."""
+    refuse_transformation("Chain.stream")
+    settings = settings_of(chain, num_samples, chain.max_memory if max_memory is None else max_memory)
+    kept = check_kept(chain.target, sites)
+    with closing(Store.new(Path(path))) as store:
+        stored = StoredChain(
+            store.path,
+            kept,
+            0,
+            chain.state,
+            chain.report,
+            chain.thinning,
+            chain.solver,
+            extend_stored,
+            settings.max_memory,
+            chain.devices,
+        )
+        return _to_store(store, stored, settings, progress_bar, chain)
+
+
+def extend_stored(chain: StoredChain, num_samples: int, progress_bar: bool) -> StoredChain:
+    """See `StoredChain.extend`."""
+    refuse_transformation("StoredChain.extend")
+    settings = settings_of(chain, num_samples, chain.max_memory)
+    with closing(Store(chain.path)) as store:
+        return _to_store(store, chain, settings, progress_bar)
+
+
+def _to_store(
+    store: Store,
+    chain: StoredChain,
+    settings: Settings,
+    progress_bar: bool,
+    first: Chain | None = None,
+    num_planned: int | None = None,
+) -> StoredChain:
+    """The steps that follow a chain, behind its draws. first: a chain whose draws come before them, too."""
+    state, began = chain.state, time.perf_counter()
+    with Progress(settings.num_samples, progress_bar) as progress, closing(Ahead()) as ahead:
+        engine = engine_of(state, ahead)
+        fit_memory(engine, settings, held_bytes(settings.max_memory))
+        sampling = Sampling(state, settings, engine, store, progress, began, 0.0, num_planned)
+        num_before, run = chain.num_samples if first is None else first.num_samples, sampling.run
+
+        def there() -> StoredChain:
+            num_samples = num_before + (state.num_unkept + run.done) // settings.thinning
+            after, report = sampling.standing(run.x, run.done)
+            return replace(chain, num_samples=num_samples, state=after, report=report)
+
+        store.begin(run, chain, there, None if first is None else (first.unknowns, first.info))
+        try:
+            sampling.execute()
+        except KeyboardInterrupt as stopped:
+            store.cut()
+            raise Interrupted(store.last, settings.num_samples) from stopped
+        except NonFiniteState as failed:
+            store.cut()
+            failed.chain = store.last
+            raise
+        sampling.warn(store.last.report)
+        return store.last
+
+
+def resume(
+    path: str | Path,
+    model: Callable | None,
+    *,
+    model_args: tuple = (),
+    model_kwargs: dict | None = None,
+    initial_position: PyTree = None,
+    kernel: Kernel | None = None,
+    solver: RecurrenceSolver | None = None,
+    max_memory: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    progress_bar: bool = True,
+) -> StoredChain:
+    """Finish a `Chain.stream` that was killed or interrupted; of a finished one just return the chain.
+
+    Draws behind the last checkpoint, which is some seconds or one segment old, are taken again. The chain is that of a
+    run that was never stopped: with a solver of your own and on the same machine to the last bit, since the segments
+    are the same; under "auto" up to the tolerance of merges, as with any other blocks.
+
+    path: of the folder.
+    model, model_args, model_kwargs, initial_position, kernel, solver: as of `load`; no code is stored.
+    max_memory: in place of that of the run. devices: that share the blocks, or Newton's steps; not stored.
+
+    Returns:
+        The `StoredChain` with all draws that were wanted; its ``report`` is of the steps taken now.
+
+    Raises:
+        FileNotFoundError: no run streamed there.
+        ValueError, TypeError: as of `load`.
+        RuntimeError: another process is writing to it.
+        MemoryError: as of `Chain.stream`.
+
+    Example:
+        >>> import jax.numpy as jnp, pmcmc, tempfile
+        >>> folder, logdensity = tempfile.mkdtemp(), lambda x: -0.5 * jnp.sum(x**2)
+        >>> chain = pmcmc.sample(logdensity, jnp.zeros(2), 0, num_samples=100, progress_bar=False)
+        >>> chain = chain.stream(folder, 900, progress_bar=False)
+        >>> pmcmc.resume(folder, logdensity).num_samples
+        1000
+    """
+    refuse_transformation("resume", model_args, model_kwargs, initial_position)
+    path = Path(path)
+    if not (path / CHECKPOINT).exists():
+        raise FileNotFoundError(f"{path} holds no {CHECKPOINT}: no Chain.stream has begun there.")
+    with closing(Store(path)) as store:
+        reader = Reader(path / CHECKPOINT, STORE)
+        state, solver = rebuild(reader, model, model_args, model_kwargs, initial_position, kernel, solver)
+        if not (kept_sites := tuple(reader.names("kept_sites"))):
+            raise reader.malformed("kept_sites is empty")
+        state, report = read_report(reader, state)
+        stored_memory = reader.field("max_memory", int, NoneType, least=1)
+        chain = StoredChain(
+            path,
+            kept_sites,
+            reader.field("num_samples", int, least=1),
+            state,
+            report,
+            read_thinning(reader, state),
+            solver,
+            extend_stored,
+            stored_memory if max_memory is None else max_memory,
+            devices,
+        )
+        check_num_draws(reader, state, chain.num_samples, chain.thinning)
+        num_wanted = reader.field("num_wanted", int, least=max(1, chain.thinning, state.num_steps))
+        num_planned = reader.field("num_planned", int, least=1)
+        reader.names("extra_fields")
+        reader.close()
+        _check_draws(reader, chain)
+        settings = settings_of(chain, num_wanted, chain.max_memory)
+        if not (left := num_wanted - state.num_steps):
+            return chain
+        num_planned = None if solver is None else num_planned  # "auto" plans anew
+        return _to_store(store, chain, replace(settings, num_samples=left), progress_bar, num_planned=num_planned)
+
+
+def _check_draws(reader: Reader, chain: StoredChain) -> None:
+    """Raise where the folder does not hold the draws that its checkpoint vouches for."""
+    target = chain.state.target
+    known = by_name(jax.eval_shape(target.model.constrain, target.data, target.spec.template))
+    if strange := set(chain.sites) - set(known):
+        raise reader.malformed(f"the model has no site {min(strange)}")
+    try:
+        found = read_arrays(chain.path / DRAWS, "posterior", chain.sites)
+        stats = read_arrays(chain.path / DRAWS, "sample_stats", ("lp",))
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise reader.malformed(f"{DRAWS} cannot be read: {error}") from error
+    for name, x in {**found, **stats}.items():
+        if x.ndim < 2 or x.shape[0] != chain.num_chains or x.shape[1] < chain.num_samples:
+            raise reader.malformed(f"{DRAWS} holds {name} of {list(x.shape)}, not {chain.num_samples} draws")

@@ -1,0 +1,94 @@
+"""Distances coordinate by coordinate, and of the sites of a model."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pmcmc._pytree import is_real
+from pmcmc._typing import Array, ArrayLeaf, PyTree
+from pmcmc.target import Target
+
+
+def coordinate_distances(
+    first: PyTree, second: PyTree, scale: PyTree, *, num_axes: int = 1, discrete: float = jnp.inf
+) -> Array:
+    """``|first - second| / scale`` of every coordinate, ``(..., D)``: all leaves behind the leading axes, joined.
+
+    first, second: states with ``num_axes`` leading axes. scale: structure of one state, leaves broadcast against its.
+    discrete: the distance of integers that differ. Equal entries are at distance 0 whatever the scale; entries that
+    are not finite are at distance inf.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> a, b = {"x": jnp.zeros((1, 2)), "n": jnp.array([3])}, {"x": jnp.ones((1, 2)), "n": jnp.array([3])}
+        >>> coordinate_distances(a, b, {"x": jnp.array([1.0, 2.0]), "n": jnp.ones(())}).tolist()  # n, then x
+        [[0.0, 1.0, 0.5]]
+    """
+
+    def leaf(x, y, s):
+        if not is_real(x):
+            ratio = jnp.where(x == y, 0.0, discrete)
+        else:
+            gap = jnp.abs(x - y)
+            ratio = jnp.where(gap == 0, 0.0, gap / jnp.broadcast_to(s, x.shape))
+            ratio = jnp.where(jnp.isfinite(ratio), ratio, jnp.inf)
+        return ratio.reshape(*x.shape[:num_axes], -1)
+
+    return jnp.concatenate(jax.tree.leaves(jax.tree.map(leaf, first, second, scale)), axis=-1)
+
+
+def judged_movement(movement: ArrayLeaf, states: PyTree, num_axes: int) -> ArrayLeaf:
+    """Movement by coordinate, (D,), NaN for integers that never changed: a discrete variable may well keep its value.
+
+    states: with ``num_axes`` leading axes.
+    """
+    leaves = jax.tree.leaves(states)
+    real = np.concatenate([np.full(math.prod(x.shape[num_axes:]), is_real(x)) for x in leaves])
+    where = np.where if isinstance(movement, np.ndarray) else jnp.where
+    return where((movement == 0) & ~real, np.nan, movement)
+
+
+def site_distances(target: Target, first: Array, second: Array, *, scale: PyTree = None) -> dict[str, Array]:
+    """``|x - x'| / scale`` of every site of the model, in unconstrained positions.
+
+    A basis mixes the sites, so the distance of a coordinate says nothing of the site it is named after. Positions are
+    ``loc + L y``, hence ``x - x' = L (y - y')``, which loses nothing where loc is large.
+
+    first, second: coordinates, (..., D), as a kernel's states hold them.
+    scale: standard deviation of each site, a pytree like the position (leaves broadcast). By default that of the basis,
+        ``sqrt(diag(L L^T))``, and 1 where the target has none.
+
+    Returns {site: (..., shape of the site)}. A position that is no dict has sites named by their path in the pytree,
+    or "position" where it is one array.
+
+    Example:
+        >>> import jax.numpy as jnp, pmcmc
+        >>> target = pmcmc.Target.from_logdensity(lambda x: -(x["a"] ** 2) - x["b"] ** 2, {"a": 0.0, "b": 0.0})
+        >>> sites = site_distances(target, jnp.array([1.0, 2.0]), jnp.zeros(2))
+        >>> {name: float(distance) for name, distance in sites.items()}
+        {'a': 1.0, 'b': 2.0}
+    """
+    gap = first - second
+    basis = target.basis
+    if basis is not None:
+        wide = basis.scale.ndim == 2
+        gap = jnp.einsum("ij,...j->...i", basis.scale, gap) if wide else gap * jnp.broadcast_to(basis.scale, gap.shape)
+    if scale is None and basis is not None:
+        covariance = basis.covariance
+        scale = target.spec.unravel(jnp.sqrt(jnp.diagonal(covariance) if covariance.ndim == 2 else covariance))
+    unravel = target.spec.unravel
+    for _ in range(gap.ndim - 1):
+        unravel = jax.vmap(unravel)
+    gaps = unravel(gap)
+    scales = jax.tree.map(jnp.ones_like, gaps) if scale is None else scale
+    ratios = jax.tree.map(
+        lambda d, s: jnp.where(d == 0, 0.0, jnp.abs(d) / jnp.broadcast_to(jnp.asarray(s, d.dtype), d.shape)),
+        gaps,
+        scales,
+    )
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/") or "position": ratio
+        for path, ratio in jax.tree_util.tree_leaves_with_path(ratios)
+    }

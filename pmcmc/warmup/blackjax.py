@@ -1,0 +1,260 @@
+"""Warm-up by BlackJAX's adaptation: windows (Stan), ChEES-HMC, Pathfinder."""
+
+import math
+from dataclasses import dataclass, field, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pmcmc._pytree import register_dataclass
+from pmcmc._typing import Array, PRNGKey, PyTree, Scalar
+from pmcmc._xla.compile import tuned_jit
+from pmcmc.interop.blackjax import AdaptedTrajectory, chees_adaptation, pathfinder, window_adaptation
+from pmcmc.kernels import HMC, Kernel, SequentialLeapfrog, UniformLength
+from pmcmc.target import Target
+from pmcmc.warmup.base import Tuned, Warmup, WarmupError, Watch, ignore
+from pmcmc.warmup.ensemble import EnsembleAdaptation, explore_basis, split_key
+from pmcmc.warmup.lanes import (
+    NUM_LANES,
+    Exploration,
+    check_exploration,
+    check_metric,
+    is_dense,
+    take_metric,
+    tune,
+    tuned_shapes,
+)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class WindowAdaptation(Warmup):
+    """Stan's windows with NUTS for location and metric, then dual averaging of the kernel's own step size.
+
+    1. From each of ``num_starts`` starts BlackJAX's window adaptation runs NUTS for ``num_steps`` steps. The second
+       halves of these paths, pooled, give the mean and covariance that become the target's basis.
+    2. In that basis 32 lanes of the kernel run for a quarter as many steps (at least 102). Over the first two thirds
+       dual averaging brings their mean acceptance rate to the kernel's target; the rest decorrelates the lanes.
+
+    dense: full covariance (True) or its diagonal (False). None: full up to 50 dimensions.
+    target_acceptance_rate: None: the kernel's own, such as 0.574 for MALA and 0.8 for HMC.
+    num_starts: size of the first ensemble.
+
+    Sources: Hoffman & Gelman 2014 (dual averaging); Stan Development Team (windows).
+    """
+
+    dense: bool | None = field(default=None, metadata=dict(static=True))
+    target_acceptance_rate: Scalar | None = None
+    num_starts: int = field(default=4, metadata=dict(static=True))
+
+    def __post_init__(self):
+        if not 1 <= self.num_starts <= NUM_LANES:
+            raise ValueError(f"num_starts must lie in 1..{NUM_LANES}, got {self.num_starts}.")
+
+    def tuned_shapes(self, target: Target, kernel: Kernel) -> Tuned:
+        return tuned_shapes(target, kernel, is_dense(target, self.dense))
+
+    def run(
+        self,
+        target: Target,
+        kernel: Kernel,
+        rng_key: PRNGKey,
+        starts: PyTree,
+        num_steps: int,
+        watch: Watch = ignore,
+    ) -> Tuned:
+        if num_steps < 20:
+            raise ValueError(f"num_warmup must be 0 or at least 20 (windows need room), got {num_steps}.")
+        check_metric(target, kernel)
+        metric_key, step_key = jax.random.split(rng_key)
+        positions = jax.vmap(target.coordinates)(starts)
+        dense = is_dense(target, self.dense)
+        found = _explore(target, metric_key, positions, num_steps=num_steps, dense=dense)
+        check_exploration(target, found)
+        kernel, basis = take_metric(target, kernel, found)
+        lanes = np.asarray(jax.vmap(basis.to_coordinates)(found.last))
+        num_tuning = max(102, num_steps // 4)
+        return tune(target.with_basis(basis), kernel, step_key, lanes, self.target_acceptance_rate, num_tuning, watch)
+
+
+@tuned_jit(static_argnames=("num_steps", "dense"))
+def _explore(target: Target, rng_key: PRNGKey, positions: Array, *, num_steps: int, dense: bool) -> Exploration:
+    def one(key, position):
+        path = window_adaptation(target.logdensity_fn, key, position, num_steps, is_mass_matrix_diagonal=not dense)
+        return path.positions, jnp.mean(path.acceptance_rate)
+
+    num_starts = positions.shape[0]
+    paths, acceptance_rate = jax.vmap(one)(jax.random.split(rng_key, num_starts), positions)
+    late = paths[:, num_steps // 2 :]
+    draws = late.reshape(-1, late.shape[-1])
+    mean = jnp.mean(draws, axis=0)
+    centred = draws - mean[None]
+    variance = jnp.mean(centred**2, axis=0)
+    scale = jnp.sqrt(variance)
+    if dense:
+        # Shrinkage towards the diagonal keeps the factor finite when there are few draws for the dimension.
+        weight = target.dim / (target.dim + draws.shape[0])
+        standardised = centred / scale[None]
+        correlation = standardised.T @ standardised / draws.shape[0]
+        correlation = (1 - weight) * correlation + weight * jnp.eye(target.dim, dtype=draws.dtype)
+        scale = scale[:, None] * jnp.linalg.cholesky(correlation)
+    per_start = NUM_LANES // num_starts
+    spaced = jnp.linspace(num_steps // 2, num_steps - 1, per_start).astype(int)
+    last = paths[:, spaced].reshape(num_starts * per_start, -1)
+    return Exploration(mean, scale, last, jnp.max(jnp.std(late, axis=1), axis=0), jnp.mean(acceptance_rate))
+
+
+# Adam's, as in Hoffman et al. 2021.
+LEARNING_RATE = 0.025
+
+
+# A trajectory that ChEES wants longer than this in steps is cut: NumPyro's deepest tree.
+MAX_STEPS = 1023
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class ChEESAdaptation(Warmup):
+    """For `HMC`: its trajectory length by the change in the estimator of the expected square, over 32 lanes.
+
+    1. Location and metric as in `EnsembleAdaptation`, on half of ``num_steps``.
+    2. In that basis BlackJAX's ChEES adapts step size (to a harmonic mean acceptance rate of 0.651) and the longest
+       trajectory T of HMC whose lengths are uniform on (0, T), for a quarter as many steps (at least 102).
+    3. The kernel gets ``UniformLength(1, T / step_size)`` and the step size, unless it has one of its own; its lanes
+       run for some hundred steps, which decorrelates and times them.
+
+    Worth its longer compilation where a quarter of a period in whitened coordinates, `HMC`'s own length, is far from
+    the best: strong dependence that no linear map removes. It raises the cost of a step, see `UniformLength`.
+
+    dense: full covariance (True) or its diagonal (False). None: full up to 50 dimensions.
+
+    Raises (on use):
+        ValueError: the kernel is no HMC with ``num_integration_steps=None``.
+
+    Source: Hoffman, Radul & Sountsov 2021.
+
+    Example:
+        >>> import jax.numpy as jnp, pmcmc
+        >>> chain = pmcmc.sample(
+        ...     lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(2), 0, warmup=pmcmc.ChEESAdaptation(), num_samples=100,
+        ...     progress_bar=False
+        ... )
+        >>> int(chain.kernel.num_integration_steps.low)
+        1
+    """
+
+    dense: bool | None = field(default=None, metadata=dict(static=True))
+
+    @property
+    def num_starts(self) -> int:  # type: ignore[override]
+        return NUM_LANES
+
+    def run(
+        self,
+        target: Target,
+        kernel: Kernel,
+        rng_key: PRNGKey,
+        starts: PyTree,
+        num_steps: int,
+        watch: Watch = ignore,
+    ) -> Tuned:
+        if not isinstance(kernel, HMC) or kernel.num_integration_steps is not None:
+            raise ValueError(
+                f"ChEESAdaptation tunes the trajectory length of HMC(), got {kernel!r}. Leave num_integration_steps "
+                "out, or use EnsembleAdaptation()."
+            )
+        if not isinstance(kernel.leapfrog, SequentialLeapfrog):
+            raise ValueError(f"ChEESAdaptation draws the number of steps, which {kernel.leapfrog!r} cannot take.")
+        explore_key, chees_key, step_key = split_key(rng_key, number=3)
+        explored = explore_basis(target, kernel, explore_key, starts, num_steps, self.dense, watch)
+        whitened, num_tuning = target.with_basis(explored.basis), max(102, num_steps // 4)
+        lanes = jnp.asarray(explored.lanes, target.spec.dtype)
+        found = _find_length(whitened, chees_key, lanes, num_steps=num_tuning)
+        kernel = _take_length(target, explored.kernel, found)
+        tuned = tune(whitened, kernel, step_key, np.asarray(found.positions), None, num_tuning, watch)
+        return explored.told(tuned)
+
+
+@tuned_jit(static_argnames="num_steps")
+def _find_length(target: Target, rng_key: PRNGKey, positions: Array, *, num_steps: int) -> AdaptedTrajectory:
+    first: Scalar = 0.5 * target.dim ** (-1 / 4)
+    return chees_adaptation(
+        target.logdensity_fn, rng_key, positions, num_steps, step_size=first, learning_rate=LEARNING_RATE
+    )
+
+
+def _take_length(target: Target, kernel: HMC, found: AdaptedTrajectory) -> HMC:
+    step_size = float(found.step_size)
+    length = step_size * float(found.num_integration_steps)
+    if not (math.isfinite(length) and step_size > 0):
+        raise WarmupError(
+            f"ChEES found no trajectory (step size {step_size:.3g}, length {length:.3g}): lengthen num_warmup, or use "
+            "EnsembleAdaptation()."
+        )
+    if kernel.step_size is None:
+        kernel = replace(kernel, step_size=jnp.asarray(step_size, target.spec.dtype))
+    longest = int(np.clip(math.ceil(length / float(jnp.asarray(kernel.step_size))), 1, MAX_STEPS))
+    return replace(kernel, num_integration_steps=UniformLength(jnp.asarray(1), jnp.asarray(longest)))
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Pathfinder(Warmup):
+    """Moves every start to a draw of a Gaussian fitted along L-BFGS from there, then warms up with ``then``.
+
+    Each start has a path of its own, so starts of different modes stay apart; where a path finds nothing finite the
+    start stays. For posteriors whose bulk is far from the starts: L-BFGS takes tens of gradients where HMC from the
+    tails takes hundreds. It compiles longer than it runs on small models.
+
+    then: the warm-up that goes on from these starts.
+
+    Source: Zhang, Carpenter, Gelman & Vehtari 2022, algorithm 1 with 30 iterations.
+
+    Example:
+        >>> import jax.numpy as jnp, pmcmc
+        >>> chain = pmcmc.sample(
+        ...     lambda x: -0.5 * jnp.sum((x - 50) ** 2), jnp.zeros(2), 0, warmup=pmcmc.Pathfinder(), num_samples=100,
+        ...     progress_bar=False
+        ... )
+        >>> bool(abs(chain.get_samples().mean() - 50) < 1)
+        True
+    """
+
+    then: Warmup = field(default=EnsembleAdaptation(), metadata=dict(static=True))
+
+    @property
+    def num_starts(self) -> int:  # type: ignore[override]
+        return self.then.num_starts
+
+    @property
+    def shows_path(self) -> bool:  # type: ignore[override]
+        return self.then.shows_path
+
+    def tuned_shapes(self, target: Target, kernel: Kernel) -> Tuned | None:
+        return self.then.tuned_shapes(target, kernel)
+
+    def run(
+        self,
+        target: Target,
+        kernel: Kernel,
+        rng_key: PRNGKey,
+        starts: PyTree,
+        num_steps: int,
+        watch: Watch = ignore,
+    ) -> Tuned:
+        path_key, rest_key = split_key(rng_key, number=2)
+        return self.then.run(target, kernel, rest_key, _move(target, path_key, starts), num_steps, watch)
+
+
+@tuned_jit()
+def _move(target: Target, rng_key: PRNGKey, starts: PyTree) -> PyTree:
+    def one(key: PRNGKey, start: Array) -> Array:
+        moved, elbo = pathfinder(target.logdensity_fn, key, start)
+        value, gradient = target.value_and_grad(moved)
+        usable = jnp.isfinite(elbo) & jnp.isfinite(value) & jnp.all(jnp.isfinite(gradient))
+        return jnp.where(usable, moved, start)
+
+    rows = jax.vmap(target.coordinates)(starts)
+    moved = jax.vmap(one)(jax.random.split(rng_key, rows.shape[0]), rows)
+    return jax.vmap(target.position)(moved)

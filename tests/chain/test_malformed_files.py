@@ -1,0 +1,362 @@
+"""A file that no pmcmc would have written is refused by one sentence, whatever is wrong with it."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pmcmc
+from pmcmc.recurrence import MultipleShooting, Sequential
+from tests.helpers.targets import EFFECTS, ERRORS, eight_schools_model, gaussian, start_like
+
+SIZES = dict(num_samples=61, num_chains=2, thinning=2, progress_bar=False)
+MODEL = dict(model_args=(ERRORS,), model_kwargs={"effects": EFFECTS})
+ODD = (None, True, -1, 0, 3.5, 10**6, "x", [], {}, [1, 2], {"array": "none"}, {"gap": "function"}, {"kind": "HMC"})
+# Entries of the report that files of before do not have.
+LATER = ("warmup_remark", "digests", "num_lost_lanes", "num_draws", "pair_distances", "spread")
+SENTENCE = r"is not a whole file of Chain\.(save|stream): cut short, damaged, or of another program \(.*\)\. "
+REMEDY = "(Copy it again from where it was saved|It is replaced as a whole)"
+
+
+@cache
+def plain_chain() -> pmcmc.Chain:
+    return pmcmc.sample(
+        gaussian, start_like(gaussian), 3, num_warmup=40, solver=MultipleShooting(4), extra_fields=("energy",), **SIZES
+    )
+
+
+@cache
+def model_chain() -> pmcmc.Chain:
+    kernel = pmcmc.HMC(step_size=0.3, num_integration_steps=2)
+    return pmcmc.parallel_chain(
+        eight_schools_model, 3, **MODEL, kernel=kernel, num_warmup=0, solver=Sequential(), **SIZES
+    )
+
+
+def load_plain(path: Path) -> pmcmc.Chain:
+    return pmcmc.load(path, gaussian)
+
+
+def load_model(path: Path) -> pmcmc.Chain:
+    return pmcmc.load(path, eight_schools_model, **MODEL)
+
+
+def read(path: Path) -> tuple[dict, dict]:
+    with np.load(path) as file:
+        arrays = dict(file)
+    return json.loads(str(arrays.pop("header"))), arrays
+
+
+def write(path: Path, header: Any, arrays: dict) -> None:
+    np.savez(path, allow_pickle=False, header=np.array(json.dumps(header)), **arrays)
+
+
+def refused(path: Path, load: Callable) -> str:
+    """Empty where the file is refused as it should be, else what happened."""
+    try:
+        load(path)
+    except ValueError as error:
+        return "" if re.search(SENTENCE + REMEDY, str(error)) else f"ValueError: {error}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "loaded"
+
+
+def assert_refused(found: dict[tuple, str]) -> None:
+    """Of all changes at once."""
+    wrong = [f"{place}: {said:.150}" for place, said in found.items() if said]
+    assert not wrong, "\n".join(wrong)
+
+
+def places(tree: Any, path: tuple = ()) -> Iterator[tuple]:
+    """Every entry of a header, however deep."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+def at(tree: Any, path: tuple) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def changed(header: dict, path: tuple, value: Any) -> dict:
+    copy = json.loads(json.dumps(header))
+    at(copy, path[:-1])[path[-1]] = value
+    return copy
+
+
+def dropped(header: dict, path: tuple) -> dict:
+    copy = json.loads(json.dumps(header))
+    del at(copy, path[:-1])[path[-1]]
+    return copy
+
+
+def array_edits(x: np.ndarray) -> dict[str, np.ndarray]:
+    """Other shapes, lengths and types."""
+    edits = {
+        "text": np.full(x.shape, "x"),
+        "complex": x.astype(complex),
+        "no axes": np.zeros((), x.dtype),
+        "one axis more": x[None],
+        "empty": np.zeros((0, *x.shape[1:]), x.dtype),
+        "longer": np.concatenate([x, x[:1]]) if x.ndim else np.stack([x, x]),
+        "shorter": x[:-1] if x.ndim else np.zeros(0, x.dtype),
+    }
+    if x.ndim > 1:
+        edits |= {"fewer draws": x[:, :-1], "last axis": np.concatenate([x, x], axis=-1)}
+    return edits
+
+
+FILES = {"plain": (plain_chain, load_plain), "model": (model_chain, load_model)}
+
+
+@pytest.fixture(params=FILES)
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Callable]:
+    make, load = FILES[request.param]
+    make().save(tmp_path / "chain.npz")
+    return tmp_path / "chain.npz", load
+
+
+@pytest.fixture(autouse=True)
+def no_tracing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is not what is tested here: its target is made once."""
+    from pmcmc.chain import rebuild
+
+    source = model_chain().state.source
+    monkeypatch.setattr(rebuild, "model_source", lambda *_: source)
+
+
+def test_the_file_itself_loads(saved) -> None:
+    path, load = saved
+    header, arrays = read(path)
+    write(path, header, arrays)
+    assert load(path).num_samples == 30
+
+
+def test_arrays(saved) -> None:
+    """Each dropped, renamed, and of other shapes and types; and one that does not belong there."""
+    path, load = saved
+    header, arrays = read(path)
+    wrong = {}
+    for name, x in arrays.items():
+        rest = {key: value for key, value in arrays.items() if key != name}
+        edits: dict[str, dict] = {"dropped": rest, "renamed": {**rest, "other/0": x}}
+        edits |= {what: {**rest, name: edit} for what, edit in array_edits(x).items() if edit.shape != x.shape}
+        edits |= {what: {**rest, name: array_edits(x)[what]} for what in ("text", "complex")}
+        free = ("report/bias_bound", "report/coalescence_steps", "ensemble/0")  # of any length
+        for what, edit in edits.items():
+            write(path, header, edit)
+            if said := refused(path, load):
+                if name in free and what in ("empty", "longer", "shorter"):
+                    continue
+                wrong[name, what] = said
+    write(path, header, {**arrays, "unknowns/1": arrays["unknowns/0"]})
+    wrong["unknowns/1", "added"] = refused(path, load)
+    write(path, header, {**arrays, "notes": np.zeros(3)})
+    wrong["notes", "added"] = refused(path, load)
+    assert_refused(wrong)
+
+
+@pytest.mark.parametrize("share", [6, pytest.param(1, marks=pytest.mark.slow)])
+def test_header(share: int, saved) -> None:
+    """Each entry, however deep, dropped and of other types; what is left as a chain was is none of a file's errors."""
+    path, load = saved
+    header, arrays = read(path)
+    wrong = {}
+    for number, place in enumerate(places(header)):
+        if place[0] in ("format", "version"):
+            continue
+        now = at(header, place)
+        if place[0] != "extra_fields" or len(place) == 1:  # a list may be shorter
+            write(path, dropped(header, place), arrays)
+            said = refused(path, load)
+            # older files have none; a digest that is gone is that of another model
+            allowed = place[-1] in LATER or "with something else" in said
+            wrong[(*place, "dropped")] = "" if allowed else said
+        for value in ODD[number % share :: share]:
+            if value == now or (type(value) is type(now) and type(value) in (bool, str)):
+                continue
+            if isinstance(value, (int, float)) and isinstance(now, (int, float)):
+                continue  # another number of the right kind is for `verify` to find, see below
+            write(path, changed(header, place, value), arrays)
+            said = refused(path, load)
+            if not (said and _is_another_chain(place, now, value, said)):
+                wrong[(*place, str(value))] = said
+    assert_refused(wrong)
+
+
+def _is_another_chain(place: tuple, now: Any, value: Any, said: str) -> bool:
+    """What a file may say, of another chain than this one: then the density tells, or `verify`."""
+    if place[0] == "digests" and "with something else" in said:
+        return True
+    if "is not stored in the file: pass" in said:  # a gap, for something of the user's own
+        return isinstance(value, dict) and "gap" in value
+    if "log density where the chains stood last" in said:
+        return place in (("basis",), ("logdensity",))
+    settings = place[0] in ("kernel", "solver") and len(place) > 2
+    number = (now is None or isinstance(now, (dict, int, float))) and (value is None or type(value) in (int, float))
+    return said == "loaded" and ((settings and number) or place in (("timing",), ("solver",), ("extra_fields",)))
+
+
+def test_numbers_that_contradict_each_other(saved) -> None:
+    path, load = saved
+    header, arrays = read(path)
+    for name, value in (
+        ("num_steps", 59),
+        ("num_steps", -1),
+        ("num_unkept", 2),
+        ("num_unkept", -1),
+        ("thinning", 0),
+        ("thinning", 3),
+    ):
+        write(path, {**header, name: value}, arrays)
+        assert not refused(path, load), name
+    for value in ([1.0], [1.0, "x"], [1.0, None], [True, 1.0], 1.0):
+        write(path, {**header, "logdensity": value}, arrays)
+        assert not refused(path, load)
+    for own in ([0, 10**6], [-1, 0], [0.0, 1.0]):
+        write(path, header, {**arrays, "own/0": np.array(own)})
+        assert not refused(path, load)
+
+
+def test_other_content(saved, tmp_path: Path) -> None:
+    path, load = saved
+    header, arrays = read(path)
+    content = path.read_bytes()
+    for share in np.linspace(0, 0.999, 12):
+        path.write_bytes(content[: int(share * len(content))])
+        assert not refused(path, load), share
+    for text in ("", "[]", "{", "3", "null", '"x"', "[" * 100_000):
+        np.savez(path, header=np.array(text), **arrays)
+        said = refused(path, load)
+        assert not said or "was not written by Chain.save" in said
+    for strange in (np.array([json.dumps(header)] * 2), np.zeros(3)):
+        np.savez(path, header=strange, **arrays)
+        assert not refused(path, load)
+    np.save(path.with_suffix(".npy"), np.zeros(3))
+    assert not refused(path.with_suffix(".npy"), load)
+    path.write_text("a,b\n1,2\n")
+    assert not refused(path, load)
+
+
+def test_a_solver_or_kernel_that_cannot_be(tmp_path: Path) -> None:
+    path = tmp_path / "chain.npz"
+    plain_chain().save(path)
+    header, arrays = read(path)
+    kernel, solver = header["kernel"]["items"], header["solver"]["items"]
+    assert kernel["step_size"]
+    for place, value in (
+        (("solver", "items", "num_blocks"), 0),
+        (("solver", "items", "num_blocks"), 2.5),
+        (("solver", "items", "max_sweeps"), -1),
+        (("solver", "kind"), "HMC"),
+        (("kernel", "kind"), "MALA"),
+        (("kernel", "kind"), "MultipleShooting"),
+        (("kernel", "items", "step_size"), None),
+        (("kernel", "items", "leapfrog", "kind"), "BranchTaken"),
+        (("kernel", "items", "extra"), 1),
+    ):
+        write(path, changed(header, place, value), arrays)
+        assert not refused(path, load_plain), place
+    assert solver["num_blocks"] == 4
+
+
+def test_a_file_with_a_key_of_another_implementation(tmp_path: Path) -> None:
+    """As an earlier pmcmc wrote it. Its draws can be read, and extended; they are not vouched for."""
+    path = tmp_path / "chain.npz"
+    plain_chain().save(path)
+    header, arrays = read(path)
+    key = jax.random.key_data(jax.random.key(3, impl="rbg"))
+    write(path, {**header, "key_impl": "rbg"}, {**arrays, "key/0": np.asarray(key)})
+    with pytest.warns(UserWarning, match=r"made with a key of rbg.*extended with new noise.*cannot be verified"):
+        chain = load_plain(path)
+    np.testing.assert_array_equal(chain.unknowns, plain_chain().unknowns)
+    assert not chain.verify()
+    assert chain.extend(20, progress_bar=False).num_samples == 40
+    for impl, words in (("rbg", arrays["key/0"]), ("threefry2x32", key), ("x", key)):
+        write(path, {**header, "key_impl": impl}, {**arrays, "key/0": np.asarray(words)})
+        assert not refused(path, load_plain)
+
+
+def test_a_kernel_of_the_users_own_is_asked_for_again(tmp_path: Path) -> None:
+    """A kernel that does not fit the file is not a file that is damaged; the sentence says so, too."""
+    custom = pmcmc.CustomUpdate(lambda key: jax.random.normal(key), lambda x, z: 0.5 * x["a"] + z)
+    kernel = pmcmc.Gibbs({"a": custom})
+    chain = pmcmc.sample(None, {"a": jnp.zeros(())}, 0, kernel=kernel, num_warmup=0, solver=Sequential(), **SIZES)
+    chain.save(tmp_path / "chain.npz")
+    with pytest.raises(ValueError, match="is not stored in the file: pass kernel="):
+        pmcmc.load(tmp_path / "chain.npz", None)
+    assert pmcmc.load(tmp_path / "chain.npz", None, kernel=kernel).verify()
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("zarr", reason="the zarr extra is not installed")
+    path = tmp_path_factory.mktemp("streamed") / "run"
+    start = replace(plain_chain(), solver=Sequential())
+    start.stream(path, 40, max_memory=2**24, progress_bar=False)
+    return path
+
+
+def resume(path: Path) -> pmcmc.StoredChain:
+    return pmcmc.resume(path, gaussian, progress_bar=False)
+
+
+def test_checkpoints(streamed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(streamed, run)
+    file = run / "checkpoint.npz"
+    header, arrays = read(file)
+    assert resume(run).num_samples == 50
+    wrong = {}
+    added = ("num_wanted", "num_planned", "max_memory", "num_samples", "kept_sites")
+    for name in added:
+        write(file, dropped(header, (name,)), arrays)
+        wrong[name, "dropped"] = refused(run, resume)
+        for value in ODD:
+            if name == "max_memory" and value in (None, 10**6) and value is not True:
+                continue
+            if name in ("num_wanted", "num_planned") and value == 10**6:
+                continue  # more steps are wanted
+            write(file, {**header, name: value}, arrays)
+            wrong[name, str(value)] = refused(run, resume)
+    for name in arrays:
+        write(file, header, {key: x for key, x in arrays.items() if key != name})
+        wrong[name, "dropped"] = refused(run, resume)
+    for value in (["y"], [1], ["x", "y"]):
+        write(file, {**header, "kept_sites": value}, arrays)
+        wrong["kept_sites", str(value)] = refused(run, resume)
+    assert_refused(wrong)
+
+
+@pytest.mark.parametrize("damage", ["gone", "without a group", "without an array", "shorter"])
+def test_draws_that_a_checkpoint_does_not_find(damage: str, streamed: Path, tmp_path: Path) -> None:
+    """They were made anew with a gap before the next draws, or fewer were returned than the checkpoint said."""
+    run = tmp_path / "run"
+    shutil.copytree(streamed, run)
+    draws = run / "draws.zarr"
+    if damage == "shorter":
+        import zarr
+
+        x = zarr.open_group(str(draws), mode="r+", use_consolidated=False)["posterior/x"]
+        x.resize((2, 10, 3))
+        zarr.consolidate_metadata(str(draws), zarr_format=2)
+    else:
+        shutil.rmtree({"gone": draws, "without a group": draws / "posterior"}.get(damage, draws / "posterior" / "x"))
+        if damage != "gone":
+            import zarr
+
+            zarr.consolidate_metadata(str(draws), zarr_format=2)
+    assert not refused(run, resume)

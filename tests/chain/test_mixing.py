@@ -1,0 +1,188 @@
+"""R-hat and effective sample sizes are ArviZ's, and a run says what its draws fall short of."""
+
+import re
+import warnings
+
+import arviz
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+
+import pmcmc
+from pmcmc.chain import mixing
+from pmcmc.chain.draws import judge_mixing
+from pmcmc.chain.mixing import judge, measure
+from pmcmc.recurrence import Sequential
+from pmcmc.sampling.sinks import Thinned
+
+QUIET = dict(progress_bar=False, num_warmup=400)
+
+
+def autoregressive(rho: float, shape: tuple[int, int, int]) -> np.ndarray:
+    noise = np.random.default_rng(0).standard_normal(shape)
+    x = noise.copy()
+    for t in range(1, shape[1]):
+        x[:, t] = rho * x[:, t - 1] + np.sqrt(1 - rho**2) * noise[:, t]
+    return x
+
+
+SERIES = {
+    **{f"rho={rho}, {n} draws": autoregressive(rho, (4, n, 3)) for rho in (-0.8, 0, 0.5, 0.99) for n in (10, 100, 997)},
+    "ties": np.round(autoregressive(0.7, (4, 500, 2)), 1),
+    "two values": (autoregressive(0.9, (4, 500, 2)) > 1).astype(float),
+    "chains apart": autoregressive(0.5, (4, 300, 2)) + np.arange(4.0)[:, None, None],
+}
+
+
+@pytest.mark.parametrize("name", SERIES)
+def test_measures_are_those_of_arviz(name: str) -> None:
+    draws = SERIES[name]
+    data = arviz.convert_to_dataset({"x": draws})
+    found = measure(draws)
+    np.testing.assert_allclose(found.rhat, arviz.rhat(data)["x"], rtol=1e-10)
+    np.testing.assert_allclose(found.bulk_ess, arviz.ess(data)["x"], rtol=1e-10)
+    # a draw that is the quantile itself may be on either side of it
+    rtol = 1e-10 if draws.shape[1] > 10 else 0.1
+    np.testing.assert_allclose(found.tail_ess, arviz.ess(data, method="tail")["x"], rtol=rtol)
+
+
+def test_one_chain_is_judged_by_its_halves() -> None:
+    draws = autoregressive(0.5, (1, 1000, 2))
+    halves = np.concatenate([draws[:, :500], draws[:, 500:]])
+    np.testing.assert_allclose(measure(draws).bulk_ess, arviz.ess({"x": draws})["x"], rtol=1e-10)
+    assert np.all(np.abs(measure(draws).rhat - arviz.rhat({"x": halves}, method="rank")["x"]) < 0.02)
+    assert np.all(measure(np.linspace(0, 1, 1000)[None, :, None]).rhat > 1.5)
+
+
+def test_the_worst_element_of_each_site_is_named() -> None:
+    rng = np.random.default_rng(0)
+    theta = rng.standard_normal((4, 500, 2, 3))
+    theta[..., 1, 2] += 3 * np.arange(4)[:, None]
+    still = np.ones((4, 500))
+    found = judge({"theta": theta, "mu": rng.standard_normal((4, 500)), "still": still})
+    assert found.rhat["theta"][1] == found.bulk_ess["theta"][1] == (1, 2)
+    assert found.rhat["mu"][1] == ()
+    assert "still" not in found.rhat
+    assert found.max_rhat > 1.5
+    assert "theta[1, 2]" in found.doubt
+    assert "mu" not in found.doubt
+    assert judge({"mu": rng.standard_normal((4, 500))}).doubt == ""
+    assert judge({"theta": theta[:, :101]}).doubt
+    assert judge({"mu": autoregressive(0.7, (4, 101, 1))}).doubt == ""
+    few = judge({"theta": theta[:, :99]})
+    assert few.doubt == ""
+    assert not few.is_judged
+    assert not judge({"still": still}).is_judged
+
+
+def test_values_that_do_not_vary_in_every_respect() -> None:
+    """Two values in halves, whose distances from the median are all the same; chains that each stand still."""
+    coin = judge({"x": np.random.default_rng(0).permutation(np.arange(1000) % 2).reshape(2, 500)})
+    assert coin.max_rhat < 1.02
+    assert coin.doubt == ""
+    still = judge({"x": np.repeat(np.arange(3.0)[:, None], 200, axis=1)})
+    assert still.max_rhat > 1e6
+    assert still.num_apart == 1
+    assert "R-hat above 100 (x)" in still.doubt
+
+
+def test_columns_are_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    sites = {"x": autoregressive(0.7, (4, 200, 7))}
+    whole = judge(sites)
+    monkeypatch.setattr(mixing, "MAX_COLUMNS", 3)
+    assert judge(sites) == whole
+
+
+def test_of_many_draws_some_are_looked_at() -> None:
+    draws = autoregressive(0.9, (2, 100_000, 20))
+    target = pmcmc.Target.from_logdensity(lambda x: -jnp.sum(x**2), jnp.zeros(20))
+    found = judge_mixing(target, pmcmc.HMC(), draws)
+    assert found.stride == 100_000 // (mixing.MAX_NUMBERS // 40)
+    assert found.num_draws * 20 <= 1.1 * mixing.MAX_NUMBERS
+    assert f"one in {found.stride}" in str(found)
+    whole = measure(draws)
+    assert found.min_ess < whole.bulk_ess.min()
+
+
+@pytest.mark.parametrize("cut", [(1000,), (1, 2, 3, 994), (7,) * 142])
+def test_thinned_keeps_draws_at_one_distance(cut: tuple[int, ...]) -> None:
+    rows = np.arange(2 * 1000).reshape(2, 1000)
+    thinned, first = Thinned(50), 0
+    for size in cut:
+        thinned.add({"x": rows[:, first : first + size]})
+        first += size
+    assert 50 <= thinned.kept["x"].shape[1] <= 100
+    np.testing.assert_array_equal(thinned.kept["x"], rows[:, : first : thinned.stride])
+
+
+def cauchy(x):
+    """Tails that no chain of a thousand steps has seen enough of, whatever its key."""
+    return -jnp.sum(jnp.log1p(x**2))
+
+
+def test_heavy_tails_warn() -> None:
+    run = lambda **options: pmcmc.sample(cauchy, jnp.zeros(5), 3, num_samples=1000, **QUIET, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        chain = run()
+    (said,) = [str(w.message) for w in caught if "mixed" in str(w.message)]
+    assert re.search(r"have not mixed: R-hat at most \d\.\d+ \(x\[\d\]\).*Take more draws", said)
+    assert chain.report.mixing.doubt == said
+    assert str(chain.report.mixing) in str(chain.report)
+
+
+def test_good_draws_do_not() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chain = pmcmc.sample(lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(5), 0, num_samples=1000, **QUIET)
+    assert chain.report.mixing.doubt == ""
+    assert "Mixing: R-hat at most 1.0" in str(chain.report)
+    few = pmcmc.sample(lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(5), 0, num_samples=90, **QUIET)
+    assert "Mixing: too few draws" in str(few.report)
+
+
+def model(y):
+    mu = numpyro.sample("mu", dist.Normal(0, 1))
+    k = numpyro.sample("k", dist.Categorical(jnp.ones(3) / 3))
+    numpyro.sample("y", dist.Normal(mu + k, 1), obs=y)
+
+
+def test_discrete_sites_are_judged_and_files_keep_what_was_found(tmp_path) -> None:
+    options = dict(num_samples=2000, solver=Sequential(), **QUIET)
+    chain = pmcmc.parallel_chain(model, 0, model_args=(1.0,), **options)
+    assert set(chain.report.mixing.rhat) == {"mu", "k"}
+    draws = {name: np.asarray(x, float) for name, x in chain.get_samples(True).items()}
+    data = arviz.convert_to_dataset(draws)
+    for name in draws:
+        np.testing.assert_allclose(chain.report.mixing.rhat[name][0], arviz.rhat(data)[name], rtol=1e-6)
+        np.testing.assert_allclose(chain.report.mixing.bulk_ess[name][0], arviz.ess(data)[name], rtol=1e-6)
+    chain.save(tmp_path / "chain")
+    again = pmcmc.load(tmp_path / "chain", model, model_args=(1.0,))
+    assert again.report.mixing == chain.report.mixing
+    more = chain.extend(2000, progress_bar=False)
+    assert more.report.mixing.num_draws == 16_000
+
+
+@pytest.mark.filterwarnings("ignore:the draws have not mixed")
+def test_streams_are_judged(tmp_path) -> None:
+    pytest.importorskip("zarr")
+    chain = pmcmc.sample(cauchy, jnp.zeros(2), 0, num_samples=100, **QUIET)
+    stored = chain.stream(tmp_path / "run", 5000, progress_bar=False)
+    found = stored.report.mixing
+    assert found.stride > 1
+    draws = np.asarray(stored.get_samples(group_by_chain=True)["x"])
+    whole = judge({"x": draws[:, 100 :: found.stride]}, found.stride)
+    assert found.rhat["x"][0] == pytest.approx(whole.rhat["x"][0], rel=1e-6)
+
+
+def test_wide_posteriors_are_judged_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pmcmc.sampling.session.MOST_JUDGED", 100)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        chain = pmcmc.sample(cauchy, jnp.zeros(5), 3, num_samples=1000, **QUIET)
+    assert not [w for w in caught if "mixed" in str(w.message)]
+    assert chain.report.mixing.doubt
+    assert jax.tree.leaves(chain.unknowns)[0].shape == (4, 1000, 5)

@@ -1,0 +1,251 @@
+"""A chain saved in one process and loaded in another goes on as if nothing had been; what does not fit is refused."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import blackjax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+
+import pmcmc
+from pmcmc.recurrence import MultipleShooting, Sequential
+from tests.helpers.targets import EFFECTS, ERRORS, eight_schools_model, gaussian, start_like
+
+MODEL = dict(model_args=(ERRORS,), model_kwargs={"effects": EFFECTS})
+SIZES = dict(num_warmup=100, num_samples=60, num_chains=2, progress_bar=False)
+
+
+@cache
+def model_chain() -> pmcmc.Chain:
+    odd = {**SIZES, "num_samples": 61}  # one step behind the last kept draw
+    return pmcmc.parallel_chain(
+        eight_schools_model, 0, **MODEL, extra_fields=("energy",), thinning=2, solver=MultipleShooting(4), **odd
+    )
+
+
+@cache
+def plain_chain() -> pmcmc.Chain:
+    return pmcmc.sample(gaussian, start_like(gaussian), jax.random.key(3, impl="rbg"), solver=Sequential(), **SIZES)
+
+
+def state_arrays(chain: pmcmc.Chain) -> tuple:
+    return chain.state._replace(target=None, kernel=None, source=None, rng_key=jax.random.key_data(chain.state.rng_key))
+
+
+def assert_equal(chain: pmcmc.Chain, expected: pmcmc.Chain) -> None:
+    for name in ("unknowns", "info", "last_state"):
+        ours, theirs = getattr(chain, name), getattr(expected, name)
+        assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert jax.tree.structure(chain.kernel) == jax.tree.structure(expected.kernel)
+    jax.tree.map(np.testing.assert_array_equal, chain.kernel, expected.kernel)
+    jax.tree.map(np.testing.assert_array_equal, state_arrays(chain), state_arrays(expected))
+    assert (chain.thinning, chain.extra_fields) == (expected.thinning, expected.extra_fields)
+    assert jax.tree.structure(chain.solver) == jax.tree.structure(expected.solver)
+
+
+def test_a_model_comes_back(tmp_path: Path) -> None:
+    chain = model_chain()
+    chain.save(tmp_path / "chain.npz")
+    back = pmcmc.load(tmp_path / "chain.npz", eight_schools_model, **MODEL)
+    assert_equal(back, chain)
+    assert str(back.report) == str(chain.report)
+    fields = back.get_extra_fields()
+    jax.tree.map(np.testing.assert_array_equal, fields, chain.get_extra_fields())
+    jax.tree.map(np.testing.assert_array_equal, back.get_samples(), chain.get_samples())
+    assert_equal(back.extend(61, progress_bar=False), chain.extend(61, progress_bar=False))
+    assert [file.name for file in tmp_path.iterdir()] == ["chain.npz"]
+
+
+def test_a_log_density_and_its_key_come_back(tmp_path: Path) -> None:
+    plain_chain().save(tmp_path / "chain")
+    back = pmcmc.load(str(tmp_path / "chain"), gaussian)
+    assert_equal(back, plain_chain())
+    assert_equal(back.extend(60, progress_bar=False), plain_chain().extend(60, progress_bar=False))
+
+
+ELSEWHERE = """
+import sys, jax
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+import numpy as np, pmcmc
+from tests.helpers.targets import gaussian
+chain = pmcmc.load(sys.argv[1], gaussian).extend(60, progress_bar=False)
+np.save(sys.argv[2], chain.get_samples())
+"""
+
+
+def test_another_process_goes_on(tmp_path: Path) -> None:
+    plain_chain().save(tmp_path / "chain.npz")
+    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "chain.npz"), str(tmp_path / "draws.npy")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = plain_chain().extend(60, progress_bar=False).get_samples()
+    np.testing.assert_allclose(np.load(tmp_path / "draws.npy"), expected, rtol=0, atol=1e-9)
+
+
+def mixture(y):
+    rate = numpyro.sample("rate", dist.Beta(2.0, 2.0))
+    with numpyro.plate("rows", len(y)):
+        side = numpyro.sample("side", dist.Bernoulli(rate))
+        numpyro.sample("y", dist.Normal(2.0 * side, 1.0), obs=y)
+
+
+@pytest.mark.slow
+def test_composed_kernels_over_discrete_sites_come_back(tmp_path: Path) -> None:
+    """The kernel was composed for the caller, who could not pass it again."""
+    y = jnp.array([-0.5, 2.2, 1.9])
+    with jax.numpy_rank_promotion("allow"):
+        chain = pmcmc.parallel_chain(mixture, 0, model_args=(y,), solver=Sequential(), **SIZES)
+        chain.save(tmp_path / "chain.npz")
+        back = pmcmc.load(tmp_path / "chain.npz", mixture, model_args=(y,))
+        assert_equal(back.extend(20, progress_bar=False), chain.extend(20, progress_bar=False))
+
+
+def test_no_log_density_comes_back(tmp_path: Path) -> None:
+    kernel = pmcmc.Gibbs(
+        {"x": pmcmc.NormalUpdate(lambda p: (p["y"], 1.0)), "y": pmcmc.NormalUpdate(lambda p: (0.5 * p["x"], 1.0))}
+    )
+    start = {"x": jnp.array(0.0), "y": jnp.array(0.0)}
+    chain = pmcmc.sample(None, start, 0, kernel=kernel, solver=Sequential(), **SIZES)
+    chain.save(tmp_path / "chain.npz")
+    back = pmcmc.load(tmp_path / "chain.npz", None, kernel=kernel)
+    assert_equal(back.extend(20, progress_bar=False), chain.extend(20, progress_bar=False))
+
+
+def elliptical(logdensity_fn, mean, cov):
+    return blackjax.elliptical_slice(lambda x: logdensity_fn(x) + 0.5 * jnp.sum(x**2), mean=mean, cov=cov)
+
+
+def test_what_is_not_stored_is_asked_for(tmp_path: Path) -> None:
+    """A kernel with the user's function: its arrays are stored, the function is not."""
+    kernel = pmcmc.from_blackjax(elliptical, mean=jnp.zeros(3), cov=jnp.ones(3))
+    chain = pmcmc.sample(gaussian, start_like(gaussian), 0, kernel=kernel, solver=Sequential(), **SIZES)
+    chain.save(tmp_path / "chain.npz")
+    with pytest.raises(ValueError, match="holds a function, which is not stored in the file: pass kernel="):
+        pmcmc.load(tmp_path / "chain.npz", gaussian)
+    with pytest.raises(ValueError, match="made with the kernel BlackJAX, got HMC"):
+        pmcmc.load(tmp_path / "chain.npz", gaussian, kernel=pmcmc.HMC())
+    back = pmcmc.load(tmp_path / "chain.npz", gaussian, kernel=kernel)
+    assert_equal(back.extend(20, progress_bar=False), chain.extend(20, progress_bar=False))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    model_chain().save(tmp_path / "chain.npz")
+    return tmp_path / "chain.npz"
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = saved.read_bytes()
+    with saved.open("rb") as held:
+        replace(model_chain(), extra_fields=()).save(saved)
+        assert held.read() == before  # whoever reads has the old one still
+    before = saved.read_bytes()
+
+    def run_out(file, **arrays):
+        file.write(b"begun")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(np, "savez", run_out)
+    with pytest.raises(OSError, match="no space left"):
+        model_chain().save(saved)
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
+def test_a_file_cut_short(saved: Path, share: float) -> None:
+    content = saved.read_bytes()
+    saved.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=r"not a whole file of Chain.save.*Copy it again"):
+        pmcmc.load(saved, eight_schools_model, **MODEL)
+
+
+def test_a_damaged_file(saved: Path) -> None:
+    content = bytearray(saved.read_bytes())
+    content[content.find(np.asarray(model_chain().unknowns).tobytes()[:64]) + 20] ^= 1
+    saved.write_bytes(content)
+    with pytest.raises(ValueError, match="not a whole file"):
+        pmcmc.load(saved, eight_schools_model, **MODEL)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(version=2), "has version 2 of the format.*reads version 1"),
+        (dict(format="x"), "not written by Chain.save"),
+    ],
+)
+def test_another_version(saved: Path, change: dict, words: str) -> None:
+    with np.load(saved) as file:
+        arrays = dict(file)
+    header = json.dumps({**json.loads(str(arrays.pop("header"))), **change})
+    np.savez(saved, header=np.array(header), **arrays)
+    with pytest.raises(ValueError, match=words):
+        pmcmc.load(saved, eight_schools_model, **MODEL)
+
+
+def test_another_file(tmp_path: Path) -> None:
+    np.savez(tmp_path / "draws.npz", x=np.zeros(3))
+    with pytest.raises(ValueError, match="of another program"):
+        pmcmc.load(tmp_path / "draws.npz", gaussian)
+    with pytest.raises(FileNotFoundError):
+        pmcmc.load(tmp_path / "none.npz", gaussian)
+
+
+def regression(x, labels, shift=0.0):
+    slope = numpyro.sample("slope", dist.Normal(0, 1))
+    numpyro.deterministic("shifted", slope + shift)
+    numpyro.sample("y", dist.Bernoulli(logits=slope * x), obs=labels)
+
+
+def test_small_changes_are_refused(tmp_path: Path) -> None:
+    """One label of 3,000, and what only a deterministic site depends on: neither shows in the density at a point."""
+    rng = np.random.default_rng(0)
+    x, labels, path = rng.normal(size=3000), rng.integers(0, 2, size=3000), tmp_path / "chain.npz"
+    options = dict(model_args=(x, labels), kernel=pmcmc.HMC(step_size=0.01, num_integration_steps=2))
+    chain = pmcmc.parallel_chain(regression, 0, num_warmup=0, num_samples=10, progress_bar=False, **options)
+    chain.save(path)
+    pmcmc.load(path, regression, model_args=(x, labels))
+    flipped = labels.copy()
+    flipped[1234] ^= 1
+    with pytest.raises(ValueError, match="something else: argument 'labels' differ"):
+        pmcmc.load(path, regression, model_args=(x, flipped))
+    with pytest.raises(ValueError, match="something else: numbers that it reads differ"):
+        pmcmc.load(path, regression, model_args=(x, labels), model_kwargs=dict(shift=0.5))
+    pmcmc.load(path, regression, model_args=(x, labels), model_kwargs=dict(shift=0.0))
+    with pytest.raises(ValueError, match="something else: numbers that it reads differ"):
+        pmcmc.load(path, lambda x, labels: regression(x, flipped), model_args=(x, labels))
+
+
+def test_functions_in_the_kernel_are_compared(tmp_path: Path) -> None:
+    kernel = lambda y: pmcmc.Gibbs({"a": pmcmc.NormalUpdate(lambda s: (jnp.mean(y), 1.0))})
+    first, second = kernel(jnp.zeros(3)), kernel(jnp.ones(3))
+    chain = pmcmc.sample(None, {"a": 0.0}, 0, kernel=first, num_warmup=0, num_samples=10, progress_bar=False)
+    chain.save(tmp_path / "chain.npz")
+    pmcmc.load(tmp_path / "chain.npz", None, kernel=first)
+    with pytest.raises(ValueError, match="something else: functions in the kernel differ"):
+        pmcmc.load(tmp_path / "chain.npz", None, kernel=second)
+
+
+def test_another_model(saved: Path, tmp_path: Path) -> None:
+    seven = dict(model_args=(ERRORS[:7],), model_kwargs={"effects": EFFECTS[:7]})
+    with pytest.raises(ValueError, match=r"differ at \['z'\]: expected .*\[8\].* got .*\[7\].*Pass the model"):
+        pmcmc.load(saved, eight_schools_model, **seven)
+    with pytest.raises(ValueError, match=r"something else: argument 'effects' differ. Pass the model"):
+        pmcmc.load(saved, eight_schools_model, model_args=(ERRORS,), model_kwargs={"effects": EFFECTS + 1})
+    plain_chain().save(tmp_path / "plain.npz")
+    with (
+        (jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64)(False),
+        pytest.raises(ValueError, match=r"sampled in \['float64'\].*jax_enable_x64"),
+    ):
+        pmcmc.load(tmp_path / "plain.npz", gaussian, initial_position=jnp.zeros(3, jnp.float32))

@@ -1,0 +1,140 @@
+"""`Chain.to_arviz` has the groups and names that ArviZ's functions read."""
+
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.infer import Predictive
+
+import pmcmc
+from pmcmc.recurrence import Sequential
+from tests.helpers.targets import gaussian, start_like
+
+az = pytest.importorskip("arviz")
+pytestmark = pytest.mark.filterwarnings("ignore")  # ArviZ's own dependencies
+
+X = np.random.default_rng(0).normal(size=(6, 3))
+Y = X.sum(axis=1)[:, None] + np.arange(2)[None]
+SEEN = np.ones((6, 2), bool)
+SEEN[0, 0] = False
+
+
+@pytest.fixture(autouse=True)
+def numpyro_broadcasts_over_ranks():
+    """NumPyro's own code promotes ranks."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def model(x, seen, y=None):
+    slopes = numpyro.sample("slopes", dist.Normal(0, 1).expand([3]).to_event(1), infer={"event_dims": ["slope"]})
+    with numpyro.plate("place", 2):
+        level = numpyro.sample("level", dist.Normal(0, 1))
+        numpyro.deterministic("total", jnp.sum(level))
+    numpyro.factor("penalty", -jnp.sum(level**4))
+    with numpyro.plate("day", 6, dim=-2), numpyro.plate("place", 2, dim=-1), numpyro.handlers.mask(mask=seen):
+        numpyro.sample("y", dist.Normal((x @ slopes)[:, None] + level[None], 1.0), obs=y)
+
+
+@cache
+def chain(all_seen: bool = False) -> pmcmc.Chain:
+    return pmcmc.parallel_chain(
+        model,
+        0,
+        model_args=(X, SEEN | all_seen),
+        model_kwargs={"y": Y},
+        num_warmup=100,
+        num_samples=200,
+        num_chains=2,
+        solver=Sequential(),
+        progress_bar=False,
+    )
+
+
+def groups(data) -> set[str]:
+    return set(data.groups() if callable(data.groups) else data.children)
+
+
+def test_groups_and_names() -> None:
+    data = chain().to_arviz()
+    assert groups(data) == {"posterior", "sample_stats", "observed_data", "constant_data"}
+    assert data.posterior["slopes"].dims == ("chain", "draw", "slope")
+    assert data.posterior["level"].dims == ("chain", "draw", "place")
+    assert data.posterior["total"].dims == ("chain", "draw")
+    assert data.observed_data["y"].dims == ("day", "place")
+    np.testing.assert_array_equal(data.observed_data["y"], Y)
+    assert set(data.observed_data.data_vars) == {"y"}  # the factor is no datum
+    assert set(data.constant_data.data_vars) == {"x", "seen"}
+    assert data.attrs["decision"] == "sequential"
+    assert data.attrs["num_sequential_steps"] == 200
+
+
+def test_log_likelihood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces of 5 draws; masked observations have 0, as in NumPyro."""
+    monkeypatch.setattr(pmcmc.chain.chain, "_LIKELIHOOD_BATCH", 60)
+    data = chain().to_arviz(log_likelihood=True)
+    found = data.log_likelihood["y"]
+    assert found.dims == ("chain", "draw", "day", "place")
+    slopes, level = data.posterior["slopes"].values, data.posterior["level"].values
+    mean = np.einsum("ij,cdj->cdi", X, slopes)[..., None] + level[:, :, None]
+    expected = np.where(SEEN, dist.Normal(mean, 1.0).log_prob(Y), 0.0)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_loo_and_compare() -> None:
+    """ArviZ 1.x refuses observations whose log likelihood is constant, as masked ones have it."""
+    data = chain(all_seen=True).to_arviz(log_likelihood=True)
+    found = az.loo(data)
+    assert np.isfinite(found.elpd_loo if hasattr(found, "elpd_loo") else found.elpd)
+    assert len(az.compare({"one": data, "other": data})) == 2
+
+
+def test_predictive_groups() -> None:
+    samples = chain().get_samples()
+    after = Predictive(model, samples)(jax.random.key(1), X, SEEN)
+    before = Predictive(model, num_samples=50)(jax.random.key(2), X, SEEN)
+    data = chain().to_arviz(prior=before, posterior_predictive={"y": after["y"]})
+    assert data.posterior_predictive["y"].dims == ("chain", "draw", "day", "place")
+    np.testing.assert_array_equal(data.posterior_predictive["y"].values.reshape(400, 6, 2), after["y"])
+    assert set(data.prior.data_vars) == {"slopes", "level", "total"}
+    assert data.prior_predictive["y"].shape == (1, 50, 6, 2)
+    with pytest.raises(ValueError, match=r"'y' of shape \(399, 6, 2\): expected 400 draws.*of all draws"):
+        chain().to_arviz(posterior_predictive={"y": after["y"][1:]})
+
+
+def test_labels_of_the_user() -> None:
+    data = chain().to_arviz(coords={"place": ["north", "south"], "side": list("abc")}, dims={"slopes": ["side"]})
+    assert list(data.posterior["level"].coords["place"].values) == ["north", "south"]
+    assert data.posterior["slopes"].dims == ("chain", "draw", "side")
+
+
+def test_round_trip_through_a_file(tmp_path: Path) -> None:
+    pytest.importorskip("h5netcdf")
+    data = chain().to_arviz(log_likelihood=True)
+    data.to_netcdf(str(tmp_path / "chain.nc"), **({"engine": "h5netcdf"} if callable(data.groups) else {}))
+    back = az.from_netcdf(str(tmp_path / "chain.nc"), **({"engine": "h5netcdf"} if callable(data.groups) else {}))
+    assert groups(back) == groups(data)
+    for group in groups(data):
+        for name, x in data[group].data_vars.items():
+            np.testing.assert_array_equal(back[group][name].values, x.values)
+
+
+def test_plot_trace() -> None:
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.switch_backend("agg")
+    az.plot_trace(chain().to_arviz())
+    plt.close("all")
+
+
+def test_a_plain_log_density_has_no_observations() -> None:
+    plain = pmcmc.sample(
+        gaussian, start_like(gaussian), 0, num_warmup=100, num_samples=20, solver=Sequential(), progress_bar=False
+    )
+    assert groups(plain.to_arviz()) == {"posterior", "sample_stats"}
+    with pytest.raises(ValueError, match="needs a NumPyro model with observed sites"):
+        plain.to_arviz(log_likelihood=True)

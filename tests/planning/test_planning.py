@@ -1,0 +1,442 @@
+"""Plans: the arithmetic, the pilot behind it, its execution under guard, and what is said where chains do not merge."""
+
+import math
+import time
+from unittest.mock import Mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+
+import pmcmc
+from pmcmc.planning import Costs, plan, predict_iterations
+from pmcmc.planning.schedule import next_segment, schedule
+from pmcmc.recurrence import RESULTS, Dense, MultipleShooting, Sequential, Windowed, deer, quasi_deer
+from pmcmc.sampling import automatic, pilot, segments
+from pmcmc.stability import coalescence_time
+from pmcmc.stability.evidence import coalescence_of_paths
+from tests.helpers.pilots import CPU, GPU, merging
+from tests.helpers.targets import funnel, funnel_may_warn, gaussian, start_like
+
+SIZES = dict(num_warmup=200, num_chains=2, progress_bar=False)
+
+
+def test_free_lanes_are_taken() -> None:
+    found = plan(10**6, 1, GPU, merging(np.arange(20, 52)))
+    assert isinstance(found.solver, MultipleShooting)
+    assert found.solver.num_blocks >= 1024
+    assert found.chosen is found.candidates[0]
+    assert found.chosen.seconds < found.sequential_seconds / 20
+    blocks = [c for c in found.candidates if c.name != "sequential"]
+    assert all(c.lower <= c.num_steps <= c.upper for c in blocks)
+    # one compilation, then steps of so many lanes
+    for c in blocks:
+        assert c.seconds == pytest.approx(GPU.compile + c.num_steps * GPU.step(c.solver.num_blocks))
+    assert "All 32 coupled pairs" in found.reason
+    text = str(found)
+    assert "> shooting" in text
+    assert "  sequential" in text
+
+
+def test_lanes_that_cost_as_much_are_not() -> None:
+    dear = CPU._replace(lane=1e-6)
+    found = plan(10**7, 1, dear, merging(np.arange(20, 52)))
+    assert isinstance(found.solver, Sequential)
+    assert "but shooting" in found.reason
+    assert isinstance(plan(10**7, 1, CPU, merging(np.arange(20, 52))).solver, MultipleShooting)
+
+
+def test_compilation_must_pay() -> None:
+    pilot = merging(np.arange(20, 52))
+    assert isinstance(plan(10**6, 1, CPU, pilot).solver, Sequential)  # 1 s against 1 s of compilation
+    assert isinstance(plan(10**6, 1, CPU._replace(compile=0.0), pilot).solver, MultipleShooting)
+
+
+def test_pairs_that_do_not_merge() -> None:
+    steps = np.append(np.arange(20, 51), 200)
+    found = plan(10**6, 1, GPU, merging(steps, max_steps=100))
+    assert isinstance(found.solver, Sequential)
+    assert "Only 31 of 32" in found.reason
+    assert isinstance(plan(10**6, 1, GPU).solver, Sequential)
+
+
+def test_nothing_to_plan() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        plan(0, 1, GPU)
+    with pytest.raises(ValueError, match="at least 2"):
+        plan(1000, 1, GPU, merging([20]))
+
+
+def test_merges_too_long_for_the_run() -> None:
+    found = plan(1000, 1, GPU._replace(compile=0.0), merging(np.arange(500, 532)))
+    assert isinstance(found.solver, Sequential)
+    assert "too many for blocks" in found.reason
+
+
+def test_newton_where_merges_are_long_and_lanes_free() -> None:
+    """Affine, so Newton takes few iterations, and too slow to merge for blocks to be worth repairing."""
+    keys = jax.random.split(jax.random.key(1), 2)
+    inputs = jax.random.normal(keys[0], (6000, 32))
+    pilot = coalescence_time(lambda x, u: 0.99 * x + u, jnp.zeros(32), jnp.ones(32), inputs, scale=1.0, tol=1e-13)
+    free = Costs(1e-4, 1e-4, 1e-12, 0.0)
+    found = plan(10_000, 1, free, pilot, dim=1)
+    assert found.chosen.name == "DEER"
+    assert found.chosen.num_steps < 20
+    assert found.solver.max_iters >= 20
+    assert plan(10_000, 1, free, pilot).chosen.name != "DEER"
+    full = plan(10_000, 1, free, pilot, dim=100, max_steps=lambda solver: 9_999)
+    assert [c for c in full.candidates if "DEER" in c.name] == []
+    dear = plan(10_000, 1, free._replace(lane=1e-4), pilot, dim=1)
+    assert dear.chosen.name == "sequential"
+
+
+def test_jacobians_that_do_not_fit_come_in_windows() -> None:
+    """What a solve holds a step decides, not its Jacobians alone."""
+    keys = jax.random.split(jax.random.key(1), 2)
+    inputs = jax.random.normal(keys[0], (6000, 32))
+    pilot = coalescence_time(lambda x, u: 0.99 * x + u, jnp.zeros(32), jnp.ones(32), inputs, scale=1.0, tol=1e-13)
+    free = Costs(1e-4, 1e-4, 1e-12, 0.0)
+
+    def memory(numbers, dim=100):
+        """Beside ten numbers a step of noise and the like."""
+        return lambda solver: numbers / (10 + solver.numbers_per_step(dim))
+
+    found = plan(10_000, 1, free, pilot, dim=100, max_steps=memory(4.5e7))
+    whole, windows = (next(c for c in found.candidates if c.name.startswith(name)) for name in ("quasi-DEER", "DEER"))
+    window = windows.solver.window
+    path = 10_000 * (10 + Windowed(deer()).numbers_per_step(100))
+    assert 0.99 * 4.5e7 < path + window * (10 + deer().numbers_per_step(100)) <= 4.5e7
+    assert windows.name == f"DEER, windows of {window:,} steps"
+    assert isinstance(windows.solver, Windowed)
+    assert not isinstance(whole.solver, Windowed)
+    assert windows.num_steps == math.ceil(10_000 / window) * predict_iterations(Dense(), pilot, length=window).value
+    # Jacobians of 100 steps at a time: not worth a plan
+    few = plan(10_000, 1, free, pilot, dim=100, max_steps=memory(8e6))
+    assert not any(c.name.startswith("DEER") for c in few.candidates)
+
+
+@pytest.mark.parametrize(("structure", "dim"), [(deer, 24), (quasi_deer, 4)])
+def test_what_windows_hold(structure, dim: int) -> None:
+    """No more than is said of path and window together, by XLA's own count, and not a third of it."""
+    solver = Windowed(structure(max_iters=50), window=512)
+    step = lambda x, u: jnp.tanh(x @ (0.5 * jnp.eye(dim) + 0.1 / dim)) + u
+    inputs = jax.ShapeDtypeStruct((8192, dim), float)
+    program = jax.jit(lambda u: solver.solve(step, jnp.zeros(dim), u, scale=jnp.ones(dim))).lower(inputs).compile()
+    numbers = program.memory_analysis().temp_size_in_bytes / 8
+    said = 8192 * solver.numbers_per_step(dim) + 512 * solver.solver.numbers_per_step(dim)
+    assert said / 3 <= numbers <= said
+
+
+EIGHT = tuple(Mock(jax.Device) for _ in range(8))
+
+
+def test_devices_are_a_choice() -> None:
+    """Blocks on all of them beside blocks on one, by what a step of so many lanes takes there."""
+    pilot = merging(np.arange(20, 52))
+    shared = CPU._replace(device_overhead=1e-6, device_gain=0.5)
+    found = plan(10**7, 2, shared, pilot, device_sets=[(), EIGHT])
+    blocks = lambda plan: [c for c in plan.candidates if c.name != "sequential"]
+    one, all_of_them = ([c for c in blocks(found) if (c.solver.devices or ()) == d] for d in ((), EIGHT))
+    assert {c.solver.num_blocks for c in all_of_them} == {c.solver.num_blocks for c in one} - {2, 4}
+    for c in all_of_them:
+        number = c.solver.num_blocks
+        assert c.name == f"shooting, {number} blocks on 8 devices"
+        assert c.seconds == pytest.approx(1.0 + c.num_steps * (1e-6 + 1e-6 + 2 * number * 2.5e-7 / 4.5))
+    assert found.solver.devices == EIGHT
+    assert f"{found.chosen.name} should take" in found.reason
+    rows = str(found).splitlines()[1:]
+    assert f"> {found.chosen.name} " in rows[1]
+    assert len({len(row) for row in rows}) == 1  # columns are aligned whatever the names
+    dear = plan(10**7, 2, shared._replace(device_overhead=1.0), pilot, device_sets=[(), EIGHT])
+    assert dear.solver.devices is None
+    named = plan(10**7, 2, shared, pilot, device_sets=[EIGHT[:3]])
+    assert all(c.solver.num_blocks % 3 == 0 and c.name.endswith("on 3 devices") for c in blocks(named))
+    compiled = plan(10**7, 2, shared, pilot, device_sets=[(), EIGHT], ready={one[0].solver})
+    before, after = ({c.name: c.seconds for c in blocks(each)} for each in (found, compiled))
+    assert {name for name in after if after[name] != before[name]} == {one[0].name}
+    assert after[one[0].name] == pytest.approx(before[one[0].name] - 1.0)
+
+
+def test_which_devices_are_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU devices up to the cores, others all; those that the user named, and no others; one of each process."""
+    devices = lambda platform: [Mock(jax.Device, platform=platform) for _ in range(8)]
+    cpus, gpus = devices("cpu"), devices("gpu")
+    sets = lambda named=(): automatic.device_sets(named)
+    monkeypatch.setattr(automatic, "num_cores", lambda: 2)
+    monkeypatch.setattr(automatic, "default_devices", lambda: cpus)
+    assert sets() == [(), tuple(cpus[:2])]
+    assert sets(cpus[:4]) == [cpus[:4]]
+    monkeypatch.setattr(automatic, "default_devices", lambda: gpus)
+    assert sets() == [(), tuple(gpus)]
+    monkeypatch.setattr(automatic, "default_devices", lambda: gpus[3:4])
+    assert sets() == [()]
+    monkeypatch.setattr(automatic, "default_devices", lambda: gpus)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert sets() == [()]
+
+
+def test_a_device_set_as_default_is_kept_to() -> None:
+    device = jax.devices()[0]
+    assert automatic.default_devices() == jax.local_devices()
+    with jax.default_device(device):
+        assert automatic.default_devices() == [device]
+
+
+def test_segments_risk_a_tenth() -> None:
+    """Every prefix of segments could fail next, and the whole would cost at most 1.1 sequential runs."""
+    for step in (2.0, 50.0, 150.0):  # of 256 lanes, in steps of sequential sampling
+        segments = schedule(10**6, 256, 50.0, step, 10**6)
+        assert sum(segments) == 10**6
+        assert segments[0] <= 10**6 / 8
+        spent, done = 0.0, 0
+        for length in segments:
+            cost = step * (length / 256 + 50)
+            assert spent + cost + (10**6 - done) <= 1.13e6  # a first guess of its cost is off by little
+            spent, done = spent + cost, done + length
+    assert len(schedule(10**6, 256, 50.0, 2.0, 10**6)) == 2
+    assert next_segment(1000, 900, 800.0, 0.1, 1000) == 100
+
+
+def test_paths_tell_what_a_run_tells() -> None:
+    """`coalescence_of_paths` of the recorded paths equals `coalescence_time`, field by field."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    first, second = 3 * jax.random.normal(keys[0], (2, 6, 3))
+    inputs = jax.random.normal(keys[1], (200, 6, 3))
+    matrix = 0.8 * jnp.linalg.qr(jax.random.normal(keys[2], (3, 3)))[0]
+    step = lambda x, u: jnp.tanh(matrix @ x) + 0.3 * u
+    scale = jnp.array([1.0, 2.0, 0.5])
+    expected = coalescence_time(step, first, second, inputs, scale=scale, tol=1e-6)
+    many = jax.vmap(step)
+    paths = [
+        np.concatenate([x[None], jax.lax.scan(lambda x, u: (many(x, u),) * 2, x, inputs)[1]]) for x in (first, second)
+    ]
+    stop = int(expected.num_steps)
+    assert 20 < stop < 200
+    until = lambda n: [np.swapaxes(path[:n], 0, 1) for path in paths]
+    found = coalescence_of_paths(*until(stop + 1), scale=scale, tol=1e-6)
+    np.testing.assert_array_equal(found.steps, expected.steps)
+    np.testing.assert_array_equal(found.dimension_steps, expected.dimension_steps)
+    np.testing.assert_allclose(found.distances, expected.distances[: stop + 1], rtol=1e-9)
+    np.testing.assert_allclose(found.growth_rate, expected.growth_rate, rtol=1e-9)
+    np.testing.assert_allclose(found.growth_error, expected.growth_error, rtol=1e-9)
+    np.testing.assert_allclose(found.movement, expected.movement[:stop], rtol=1e-9)
+    np.testing.assert_allclose(found.dimension_movement, expected.dimension_movement, rtol=1e-9)
+    short = coalescence_of_paths(*until(10), scale=scale, tol=1e-6)
+    assert not short.merged.any()
+    assert np.all(short.steps == 10)
+
+
+def assert_same(chain: pmcmc.Chain, expected: pmcmc.Chain) -> None:
+    np.testing.assert_allclose(chain.get_samples(), expected.get_samples(), rtol=0, atol=1e-9)
+
+
+def test_a_plan_that_fails_loses_nothing(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a chain whose pairs take some 300 steps to merge, under a pilot that says 20, at a loss."""
+    short = merging(np.arange(2, 34))
+    monkeypatch.setattr(automatic, "couple", lambda head, own: pilot.Pilot(short, "", 0.0))
+    monkeypatch.setattr(automatic.Automatic, "costs", lambda self, head: Costs(1e-12, 1e-12, 1e-14, 0.0))
+    run = lambda solver: pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=8000, solver=solver, **SIZES)
+    chain = run("auto")
+    assert chain.report.decision == "shooting"
+    assert np.any(chain.report.result == RESULTS.max_iters_reached)
+    assert "max_iters_reached" in chain.report.fallback
+    assert np.all(chain.report.certified_steps < 1100)
+    # the first segment is an eighth of the run, and it was given up after a few of its predicted merges
+    assert np.all(chain.report.num_sequential_steps < 8000 + 1000)
+    assert_same(chain, run(Sequential()))
+
+
+def test_a_slow_merge_ends_a_segment_not_the_run(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed kept more than it cost, so blocks go on from there."""
+    short, taken, take = merging(np.arange(20, 52)), [], segments.Run.take
+    monkeypatch.setattr(automatic, "couple", lambda head, own: pilot.Pilot(short, "", 0.0))
+    monkeypatch.setattr(segments.Run, "take", lambda *a: taken.append(take(*a)) or taken[-1])
+    run = lambda solver: pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=20_000, solver=solver, **SIZES)
+    chain = run("auto")
+    failed = [why for segment, why, _ in taken if why]
+    assert failed
+    assert all("max_iters_reached" in why for why in failed)
+    assert chain.report.fallback == ""
+    assert np.all(chain.report.result == RESULTS.successful)
+    assert np.all(chain.report.num_sequential_steps < 10_000)
+    assert np.all((chain.report.residual > 0) & (chain.report.residual <= 512 * np.finfo(float).eps))
+    assert_same(chain, run(Sequential()))
+
+
+def test_blocks_slower_than_planned_are_left(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments that take longer than sequential sampling would have: what was done stands, the rest is in order."""
+    monkeypatch.setattr(automatic.Automatic, "costs", lambda self, head: Costs(1e-12, 1e-12, 1e-14, 0.0))
+    run = lambda solver: pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=20_000, solver=solver, **SIZES)
+    chain = run("auto")
+    assert chain.report.decision == "shooting"
+    assert "times as long" in chain.report.fallback
+    assert np.all((chain.report.certified_steps > 1000) & (chain.report.certified_steps < 4000))
+    assert_same(chain, run(Sequential()))
+
+
+def test_the_pilot_does_not_disturb_the_timing(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps sampled for a partner to follow are few: their overhead is not what a step takes; nor is comparing."""
+    seen, real, compare = [], pilot.couple, pilot.coalescence_of_paths
+
+    def couple(head, own):
+        done, timed = head.run.done, head.seconds_per_step
+        found = real(head, own)
+        seen.append((head.run.done - done, head.seconds_per_step / timed))
+        return found
+
+    monkeypatch.setattr(automatic, "couple", couple)
+    monkeypatch.setattr(pilot, "coalescence_of_paths", lambda *a, **k: time.sleep(2) or compare(*a, **k))
+    report = pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=8000, **SIZES).report
+    assert report.pilot_seconds > 2
+    assert report.solve_seconds > 0
+    ((more, ratio),) = seen
+    assert more > 0  # it did sample further
+    assert ratio == 1
+
+
+@pytest.mark.slow
+def test_slow_pairs_are_followed_to_their_merge(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pair slower than the first ones does not end the pilot, and what has merged need not be followed."""
+    couples, real = [], pilot.Couple
+    monkeypatch.setattr(pilot, "Couple", lambda *arguments: couples.append(real(*arguments)) or couples[-1])
+    monkeypatch.setattr(pilot, "FIRST_STRETCH", 2)
+    options = dict(kernel=pmcmc.RandomWalk(), num_samples=60_000, num_warmup=200, num_chains=1, progress_bar=False)
+    found = pmcmc.sample(gaussian, start_like(gaussian), 1, **options).report
+    lengths = [one.num_steps for one in couples]
+    assert len(set(lengths)) > 2
+    assert np.all(found.plan.coalescence.merged)
+    scale, steps = couples[0].head.run.engine.scale, []
+    for one in couples:
+        one.follow(max(lengths), scale, 0.0)
+        steps += coalescence_of_paths(*one.pairs(max(lengths)), scale=scale, tol=1e-10).steps.tolist()
+    assert found.coalescence_steps.tolist() == steps
+
+
+def test_short_runs_have_no_pilot() -> None:
+    chain = pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=500, **SIZES)
+    assert chain.report.plan is None
+    assert chain.report.decision == "sequential"
+    assert "too short" in chain.report.reason
+    assert np.isnan(chain.report.predicted_seconds)
+
+
+def separated(x):
+    """Two modes 40 standard deviations apart."""
+    return jnp.logaddexp(-0.5 * jnp.sum((x - 20) ** 2), -0.5 * jnp.sum((x + 20) ** 2))
+
+
+def two_modes():
+    x = numpyro.sample("x", dist.ImproperUniform(dist.constraints.real_vector, (), (2,)))
+    numpyro.factor("modes", separated(x))
+
+
+@pytest.mark.filterwarnings("ignore:the draws have not mixed")
+def test_separated_modes_do_not_merge(free_lanes) -> None:
+    """Each mode contracts (the exponent is negative), and pairs in different modes stay there."""
+    kernel = pmcmc.HMC(step_size=0.5, num_integration_steps=3)
+    starts = jnp.array([[20.0, 20.0], [-20.0, -20.0], [20.0, 20.0], [-20.0, -20.0]])
+    with pytest.warns(UserWarning, match="did not settle.*separate modes"):
+        chain = pmcmc.parallel_chain(
+            two_modes, 0, init_params={"x": starts}, num_samples=40_000, **{**SIZES, "num_chains": 4}
+        )
+    assert chain.report.decision == "sequential"
+    assert not np.all(chain.report.plan.coalescence.merged)
+    assert any("separate modes" in text for text in chain.report.diagnosis.suggestions)
+    target = pmcmc.Target.from_logdensity(separated, starts[0])
+    keys = jax.random.split(jax.random.key(0), (500, 2))
+    noise = jax.vmap(jax.vmap(lambda key: kernel.sample_noise(key, target)))(keys)
+    pairs = coalescence_time(kernel.transition(target), starts[:2], -starts[:2], noise, scale=jnp.ones(2))
+    assert not pairs.merged.any()
+    same = coalescence_time(kernel.transition(target), starts[:2], starts[:2] + 0.5, noise, scale=jnp.ones(2))
+    assert same.merged.all()
+    assert same.growth_rate < 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the draws have not mixed")  # |x| changes slowly
+def test_resonant_length_does_not_contract(free_lanes) -> None:
+    """Half a period of a Gaussian maps every x to -x."""
+    normal = lambda x: -0.5 * jnp.sum(x**2)
+    kernel = pmcmc.HMC(
+        step_size=np.pi / 60, num_integration_steps=60, step_size_jitter=0.0, inverse_mass_matrix=np.ones(2)
+    )
+    chain = pmcmc.sample(normal, jnp.zeros(2), 0, kernel=kernel, num_samples=4000, **SIZES)
+    assert chain.report.decision == "sequential"
+    assert any("step_size_jitter" in text for text in chain.report.diagnosis.suggestions)
+
+
+def test_a_pilot_that_stands_still_is_no_error(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps so long that none is accepted: no evidence of contraction, and draws that a warning speaks of."""
+    monkeypatch.setattr("pmcmc.warmup.lanes.check_tuned", lambda *found: None)
+    with pytest.warns(UserWarning, match="accepted no move"):
+        chain = pmcmc.sample(
+            gaussian, start_like(gaussian), 3, kernel=pmcmc.MALA(step_size=1e6), num_samples=4000, **SIZES
+        )
+    assert chain.report.decision == "sequential"
+    assert "no chain moved" in chain.report.reason
+
+
+def centred(error, effect):
+    mu = numpyro.sample("mu", dist.Normal(0, 5))
+    tau = numpyro.sample("tau", dist.HalfCauchy(5))
+    with numpyro.plate("school", 8):
+        theta = numpyro.sample("theta", dist.Normal(mu, tau))
+        numpyro.sample("effect", dist.Normal(theta, error), obs=effect)
+
+
+@pytest.mark.filterwarnings("ignore:the draws have not mixed", "ignore:.*did not move", "ignore:.*accepted no move")
+def test_the_report_says_what_keeps_chains_apart(free_lanes) -> None:
+    effect = jnp.array([28.0, 8, -3, 7, -1, 1, 18, 12])
+    error = jnp.array([15.0, 10, 16, 11, 9, 11, 10, 18])
+    chain = pmcmc.parallel_chain(centred, 0, model_args=(error, effect), num_samples=4000, **SIZES)
+    report = chain.report
+    assert report.decision == "sequential"
+    assert set(report.diagnosis.sites) == {"mu", "tau", "theta"}
+    ranks = [(-site.num_apart, -site.distance) for site in report.diagnosis.sites.values()]
+    assert ranks == sorted(ranks)
+    (advice,) = [text for text in report.diagnosis.suggestions if "LocScaleReparam" in text]
+    assert "'theta'" in advice
+    assert "'mu'" not in advice
+    assert "Kept apart by" in str(report)
+    assert report.bias_bound[-1] > 0.01
+    assert "Bias left by warm-up: not below 0.01 sd within" in str(report)
+
+
+def test_the_report_of_a_plan(free_lanes) -> None:
+    chain = pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=20_000, **SIZES)
+    report = chain.report
+    value, lower, upper = report.predicted_num_sequential_steps
+    assert lower <= value <= upper
+    assert 1 / 1.5 < np.max(report.num_sequential_steps) / value < 1.5
+    assert report.bias_bound[0] > 1
+    assert report.bias_bound[-1] < 1e-6
+    assert report.diagnosis is None
+    for words in ("Planned:", "planned", "+-", "Bias left by warm-up: below 0.01"):
+        assert words in str(report), words
+
+
+@funnel_may_warn
+def test_funnel_stays_sequential(free_lanes) -> None:
+    chain = pmcmc.sample(funnel, start_like(funnel), 0, num_samples=4000, **SIZES)
+    assert chain.report.decision == "sequential"
+    assert not chain.report.plan.coalescence.merged.all()
+
+
+def test_picture_of_merges(free_lanes) -> None:
+    """One line a pair with its distances, one line a site."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    chain = pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=20_000, **SIZES)
+    left, right = pmcmc.plots.merge_distances(chain)
+    pilot = chain.report.plan.coalescence
+    merges = np.asarray(pilot.steps)
+    shown = np.stack([line.get_ydata() for line in left.lines[: merges.size]], axis=1)
+    for pair, steps in enumerate(merges):
+        np.testing.assert_allclose(shown[: steps + 1, pair], pilot.distances[: steps + 1, pair])
+        assert np.all(np.isnan(shown[steps + 1 :, pair]))
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["position"]
+    matplotlib.pyplot.close(left.figure)

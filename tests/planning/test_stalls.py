@@ -1,0 +1,268 @@
+"""A machine that stops for a moment: timings, decisions and what is said of them are as if it had not.
+
+Time is counted, not measured: programs take what the machine here says.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pmcmc
+from pmcmc.planning import Costs
+from pmcmc.planning.schedule import Pace
+from pmcmc.recurrence import Sequential
+from pmcmc.sampling import automatic, pilot, session
+from pmcmc.sampling.pilot import FIRST_STRETCH, NUM_TIMED, TIMING_SECONDS, Head
+from pmcmc.sampling.programs import Clock, Engine
+from pmcmc.sampling.segments import Run
+from pmcmc.sampling.settings import as_key
+from pmcmc.warmup import lanes, sites
+from tests.helpers.targets import gaussian, start_like
+
+# Of all chains; of one more lane; of a call of a program.
+STEP, LANE, CALL, STALL = 1e-3, 1e-5, 1e-4, 500.0
+SIZES = dict(num_warmup=200, num_chains=2, num_samples=20_000, progress_bar=False)
+
+
+class CountedRun(Run):
+    """Steps take what they are told to, and one stretch is held up."""
+
+    def __init__(self, num_steps: int, step: float, stalled: int):
+        self.num_steps, self.position, self.step, self.stalled, self.taken = num_steps, np.zeros(1), step, stalled, []
+        path = SimpleNamespace(solution=SimpleNamespace(value=None), chains=lambda value: {})
+        self.engine, self.segment = SimpleNamespace(shape_for=lambda *a: None), path
+
+    def take(self, solver, shape, wanted):
+        seconds = CALL + wanted * self.step + STALL * (len(self.taken) == self.stalled)
+        self.taken.append((wanted, seconds))
+        self.position += wanted
+        return self.segment, "", Clock(0.0, seconds)
+
+
+@pytest.mark.parametrize("step", [1e-7, 3e-6, 1e-3, 1.0])
+@pytest.mark.parametrize("stalled", range(12))
+def test_a_stall_in_any_stretch_is_not_a_step(step: float, stalled: int) -> None:
+    """The first, one while stretches still grow, one of those that are timed, the last."""
+    run = CountedRun(10**9, step, stalled)
+    found = Head(run).seconds_per_step
+    assert step <= found <= 1.05 * step + 1e-8
+    lengths = [steps for steps, _ in run.taken]
+    timed = lengths[-NUM_TIMED:]
+    assert len(set(timed)) == 1
+    assert timed[0] == FIRST_STRETCH or timed[0] / 8 * step + CALL < TIMING_SECONDS / NUM_TIMED
+    assert len(lengths) - len(set(lengths)) in (NUM_TIMED - 1, NUM_TIMED)  # a stall costs one stretch more
+    if stalled >= len(lengths) and step < 1e-3:
+        assert sum(seconds for _, seconds in run.taken) < 10 * TIMING_SECONDS
+
+
+@pytest.mark.parametrize("stalled", [0, 1, 9])
+def test_runs_that_end_before_they_are_timed(stalled: int) -> None:
+    head = Head(CountedRun(300, 1e-6, stalled))
+    assert head.run.done == 300
+    assert head.seconds_per_step < 1e-5
+
+
+def test_pace() -> None:
+    pace = Pace()
+    assert np.isnan(pace.seconds_per_step)
+    for steps, seconds in [(64, 64.0), (1000, 1.0), (1000, 500.0), (1000, 1.1), (3, 1e9)]:
+        pace.add(steps, seconds)
+    assert pace.seconds_per_step == 1.1e-3
+
+
+class Machine:
+    """Counts the time that programs take. Stalls: by kind of program ("order", "partner", "blocks") and number of call.
+
+    step: of all chains in order, a function of the number of the call. lanes: one of the blocks'; planned: what plans
+        think of it.
+    """
+
+    def __init__(
+        self, step: Callable[[int], float] = lambda call: STEP, lanes: float = 2 * STEP, planned: float = 2 * STEP
+    ):
+        self.step, self.lanes, self.planned, self.now = step, lanes, planned, 0.0
+        self.stalls: dict[tuple[str, int], float] = {}
+        self.calls = {"order": 0, "partner": 0, "blocks": 0}
+        self.following = False
+
+    def spend(self, kind: str, seconds: float) -> float:
+        seconds += CALL + self.stalls.get((kind, self.calls[kind]), 0.0)
+        self.calls[kind] += 1
+        self.now += seconds
+        return seconds
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Machine]:
+    """Makes one, on which all that follows is run. Lanes are cheap as planned, and nothing is compiled beside."""
+    solve, take = Engine.solve, automatic.Run.take
+
+    def use(**options) -> Machine:
+        here = Machine(**options)
+
+        def counted(self, solver, shape, x0, first_step, block_length):
+            segment, _ = solve(self, solver, shape, x0, first_step, block_length)
+            if not isinstance(solver, Sequential):
+                steps = int(np.max(segment.solution.stats.num_sequential_steps))
+                seconds = here.spend("blocks", steps * here.lanes)
+            elif here.following:
+                seconds = here.spend("partner", block_length * here.step(0))
+            else:
+                seconds = here.spend("order", block_length * here.step(here.calls["order"]))
+            return segment, Clock(0.0, seconds)
+
+        def own_steps(self, *arguments):
+            following, here.following = here.following, False
+            found = take(self, *arguments)
+            here.following = following
+            return found
+
+        def follow(head, own, real=pilot.couple):
+            here.following = True
+            found = real(head, own)
+            here.following = False
+            return found
+
+        for module in (pilot, automatic, session):
+            monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: here.now))
+        monkeypatch.setattr(Engine, "solve", counted)
+        monkeypatch.setattr(Engine, "compile_seconds", lambda *arguments: 0.0)
+        monkeypatch.setattr(automatic.Run, "take", own_steps)
+        monkeypatch.setattr(automatic, "couple", follow)
+        monkeypatch.setattr(automatic, "num_cores", lambda: 1)
+        monkeypatch.setattr(pilot, "SHARE", 0.2)
+        costs = lambda self, head: Costs(head.seconds_per_step, here.planned, LANE, 0.0)
+        monkeypatch.setattr(automatic.Automatic, "costs", costs)
+        return here
+
+    return use
+
+
+def sample(**options) -> pmcmc.SolveReport:
+    return pmcmc.sample(gaussian, start_like(gaussian), 3, **{**SIZES, **options}).report
+
+
+@pytest.fixture
+def undisturbed(machine) -> pmcmc.SolveReport:
+    machine()
+    report = sample()
+    assert report.decision == "shooting"
+    assert report.fallback == ""
+    assert "at first" not in str(report)
+    return report
+
+
+PLACES = [
+    ("order", 0),
+    ("order", 2),
+    ("order", NUM_TIMED - 1),
+    ("order", NUM_TIMED),
+    ("partner", 0),
+    ("partner", 1),
+    ("blocks", 0),
+    ("blocks", 1),
+]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place[0]} {place[1]}")
+def test_a_stall_changes_no_decision(place, undisturbed, machine) -> None:
+    """In the first, a middle and the last stretch of the timing, in the first steps behind it, the pilot and blocks."""
+    stalled = machine()
+    stalled.stalls[place] = STALL
+    report = sample()
+    assert stalled.calls[place[0]] > place[1]
+    assert report.plan.chosen.name == undisturbed.plan.chosen.name
+    assert report.fallback == ""
+    assert report.predicted_sequential_seconds == pytest.approx(undisturbed.predicted_sequential_seconds, rel=0.02)
+    assert report.coalescence_steps.size == pytest.approx(undisturbed.coalescence_steps.size, abs=2)
+    assert np.all(report.num_sequential_steps < 2 * undisturbed.num_sequential_steps)
+
+
+def test_stalls_in_every_segment_are_what_blocks_cost(machine) -> None:
+    slow = machine()
+    slow.stalls |= {("blocks", call): STALL for call in range(100)}
+    report = sample()
+    assert report.decision == "shooting"
+    assert slow.calls["blocks"] == 2
+    assert "times as long as sequential sampling would have" in report.fallback
+
+
+def test_a_machine_that_was_slow_at_first(machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of the timing was held up, so that blocks seemed cheap; steps beside a compilation tell otherwise."""
+    answers = iter([False] * 40)
+    monkeypatch.setattr(Engine, "is_ready", lambda *arguments: next(answers, True))
+    machine(step=lambda call: 1.0 if call < NUM_TIMED else STEP, lanes=2.0)
+    monkeypatch.setattr(automatic, "num_cores", lambda: 2)
+    report = sample()
+    assert report.decision == "shooting"
+    assert "times as long" in report.fallback
+    assert report.predicted_sequential_seconds < report.plan.sequential_seconds / 100
+    assert " s at first)" in str(report)
+
+
+def test_a_sequential_plan_is_corrected(machine) -> None:
+    machine(step=lambda call: 10.0 if call < NUM_TIMED else STEP, planned=1e3)
+    report = sample()
+    assert report.decision == "sequential"
+    assert report.plan.chosen.seconds > 1e5
+    assert report.predicted_seconds == pytest.approx(report.planned_seconds, rel=0.05)
+    (line,) = [line for line in str(report).splitlines() if line.startswith("Planned")]
+    first, took = report.plan.chosen.seconds, report.planned_seconds
+    assert line == f"Planned: {report.predicted_seconds:.2f} s ({first:.2f} s at first), took {took:.2f} s."
+
+
+def test_steps_that_turn_out_dear_are_planned_anew(machine) -> None:
+    """In order, since steps seemed cheap; in blocks once most of them were not."""
+    dear = 20 * STEP
+    machine(lanes=dear, planned=dear)
+    alone = sample(num_samples=40_000)
+    assert alone.decision == "sequential"
+    grown = machine(step=lambda call: STEP if call < 13 else dear, lanes=dear, planned=dear)
+    report = sample(num_samples=40_000)
+    assert grown.calls["order"] > 13
+    assert report.decision == "shooting"
+    assert report.fallback == ""
+    assert report.plan.num_steps < 30_000
+    assert report.predicted_seconds == report.plan.chosen.seconds
+    value, lower, upper = report.predicted_num_sequential_steps
+    assert lower <= value <= upper
+    assert np.max(report.num_sequential_steps) < 1.5 * value
+
+
+class Timed:
+    """In place of a program's ``timed``: the seconds that were planted."""
+
+    def __init__(self, real, planted: Callable[[int], float]):
+        self.real, self.planted, self.calls = real, planted, 0
+
+    def __call__(self, *arguments, **keywords):
+        found, (compiling, _) = self.real(*arguments, **keywords)
+        self.calls += 1
+        return found, (compiling, self.planted(self.calls - 1))
+
+
+@pytest.mark.parametrize("num_steps", [48, 96])
+@pytest.mark.parametrize("back", [1, 2, 3])
+def test_lanes_of_warmup(num_steps: int, back: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the last pieces is held up, the last third being one piece or two."""
+    pieces = num_steps // lanes.PIECE
+    timed = Timed(lanes.run_piece.timed, lambda call: 1.0 + STALL * (call == pieces - back))
+    monkeypatch.setattr(lanes.run_piece, "timed", timed)
+    target = pmcmc.Target.from_logdensity(gaussian, start_like(gaussian))
+    tuned = lanes.tune(target, pmcmc.MALA(), as_key(0), np.zeros((4, 3)), None, num_steps)
+    assert timed.calls == pieces
+    assert tuned.timing.seconds_per_step == 1.0 / lanes.PIECE
+
+
+@pytest.mark.parametrize("stalled", range(4))
+def test_windows_of_warmup(stalled: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = Timed(sites._run_window.timed, lambda call: 1.0 + STALL * (call == stalled))
+    monkeypatch.setattr(sites._run_window, "timed", timed)
+    kernel = pmcmc.Gibbs({"a": pmcmc.NormalUpdate(lambda s: (0.0, 1.0))})
+    chain = pmcmc.sample(
+        None, {"a": jnp.zeros(())}, 0, kernel=kernel, num_warmup=20, num_samples=10, progress_bar=False
+    )
+    assert chain.state.timing.seconds_per_step == 1.0 / 5

@@ -1,0 +1,205 @@
+"""Programs compiled beside warm-up are the ones that sampling uses, and change nothing of the result."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+
+import pmcmc
+from benchmarks._compilations import compilations
+from pmcmc._xla import background
+from pmcmc._xla.background import Ahead
+from pmcmc._xla.compile import forget_programs
+from pmcmc.interop.numpyro import numpyro_target
+from pmcmc.planning import Costs, plan
+from pmcmc.recurrence import MultipleShooting, Sequential
+from pmcmc.sampling import automatic
+from pmcmc.sampling.programs import Engine
+from tests.helpers.pilots import CPU, merging
+from tests.helpers.selection import share
+from tests.helpers.targets import gaussian, start_like
+
+SIZES = dict(num_warmup=200, num_chains=2, progress_bar=False)
+PROGRAMS = ("jit(draw_noise)", "jit(solve_noise)")
+
+
+def test_jobs_run_once_and_in_order() -> None:
+    ahead, seen, gate = Ahead(), [], threading.Event()
+    ahead.begin("first", lambda: gate.wait() and seen.append(1))
+    ahead.begin("second", lambda: seen.append(2))
+    ahead.begin("first", lambda: seen.append(3))
+    assert not ahead.ready("first")
+    assert not ahead.ready("second")
+    assert ahead.ready("never begun")
+    assert ahead.wait("never begun") < 1.0
+    gate.set()
+    ahead.wait("second")
+    assert seen == [1, 2]
+    assert ahead.ready("first")
+
+
+def test_a_failed_job_is_silent() -> None:
+    ahead = Ahead()
+    ahead.begin("broken", lambda: 1 / 0)
+    ahead.wait("broken")
+    assert ahead.ready("broken")
+    ahead.begin("next", lambda: time.sleep(0.01))
+    assert ahead.wait("next") >= 0.005
+
+
+def test_closing_waits_for_what_reads_the_model_alone() -> None:
+    """Jobs that were not begun never are; a program that is being compiled may take its time."""
+    ahead, seen, began, read, compiled = Ahead(), [], threading.Event(), threading.Event(), threading.Event()
+
+    def job():
+        began.set()
+        read.wait()
+        seen.append("read")
+        return lambda: compiled.wait() and seen.append("compiled")
+
+    ahead.begin("first", job)
+    ahead.begin("second", lambda: seen.append("second"))
+    began.wait()
+    with ThreadPoolExecutor() as pool:
+        closed = pool.submit(ahead.close)
+        assert not closed.done()
+        read.set()
+        closed.result(timeout=60)
+    assert seen == ["read"]
+    compiled.set()
+    ahead.wait("first")
+    assert seen == ["read", "compiled"]
+
+
+def test_models_run_one_at_a_time() -> None:
+    """NumPyro's handlers are one stack for all threads: two models at once would see each other's sites."""
+
+    def slow(y):
+        mu = numpyro.sample("mu", dist.Normal(0, 1))
+        time.sleep(0.01)
+        numpyro.sample("y", dist.Normal(mu, 1), obs=y)
+
+    targets = [numpyro_target(slow, (jnp.array(float(y)),), {}) for y in range(4)]
+    place = jnp.array([0.5])
+    expected = [float(target.logdensity_fn(place)) for target in targets]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda target: float(target.logdensity_fn(place)), targets * 5))
+    assert found == expected * 5
+
+
+KERNELS = {
+    "HMC": pmcmc.HMC(),
+    "HMC-given": pmcmc.HMC(num_integration_steps=3, inverse_mass_matrix=np.ones(3)),
+    "MALA": pmcmc.MALA(step_size=0.3),
+    "NUTS": pmcmc.NUTS(),
+}
+
+
+@pytest.fixture
+def two_cores(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lanes are cheap, if not as cheap as Newton's method needs, and programs are compiled in the second thread."""
+    monkeypatch.setattr(automatic, "num_cores", lambda: 2)
+    monkeypatch.setattr(automatic.Automatic, "costs", lambda self, head: Costs(1e-3, 1e-3, 1e-5, 0.0))
+
+
+@pytest.mark.parametrize("kernel", share(KERNELS, "HMC"))
+@pytest.mark.parametrize("solver", ["auto", MultipleShooting(4), Sequential()], ids=["auto", "blocks", "sequential"])
+def test_sampling_waits_for_no_program_twice(kernel, solver, two_cores, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was compiled for shapes is found for arrays: nothing is compiled where it is wanted."""
+    pools, pool = [], ThreadPoolExecutor
+    monkeypatch.setattr(background, "ThreadPoolExecutor", lambda **options: pools.append(pool(**options)) or pools[-1])
+    jax.clear_caches()
+    with compilations() as seen:
+        arguments = dict(kernel=kernel, solver=solver, num_samples=20_000, **SIZES)
+        chain = pmcmc.sample(gaussian, start_like(gaussian), 3, **arguments)
+        pools[0].shutdown()  # a program that came too late to be used has ended as well
+    beside = [name for name, waited in seen if not waited and name in PROGRAMS]
+    both = solver == "auto" and chain.report.decision == "shooting"
+    assert sorted(beside) == sorted(PROGRAMS * (2 if both else 1))
+    assert both or solver != "auto" or kernel != KERNELS["HMC"]
+    if chain.report.decision != "newton":  # which is compiled where it is wanted
+        assert not [name for name, waited in seen if waited and name in PROGRAMS]
+
+
+def test_plans_know_what_is_compiled(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compilation that outweighs every gain is no reason against blocks where an earlier run has done it."""
+    forget_programs()
+    sample = partial(pmcmc.sample, gaussian, start_like(gaussian), kernel=pmcmc.HMC(), **SIZES)
+    assert sample(3, num_samples=20_000).report.decision == "shooting"
+    monkeypatch.setattr(automatic.Automatic, "costs", lambda self, head: Costs(1e6, 1e6, 1e4, 1e15))
+    again, other = sample(4, num_samples=20_000).report, sample(4, num_samples=10_000).report
+    assert (again.decision, other.decision) == ("shooting", "sequential")
+    assert again.plan.chosen.seconds < 1e15
+
+
+def test_other_data_is_another_program() -> None:
+    """The model and its static halves are equal, so shapes must tell programs apart."""
+
+    def model(y):
+        numpyro.sample("y", dist.Normal(numpyro.sample("mu", dist.Normal(0, 1)), 1), obs=y)
+
+    def engine(length: int) -> Engine:
+        target = numpyro_target(model, (jnp.zeros(length),), {})
+        return Engine(
+            target, pmcmc.MALA(step_size=0.5), jax.random.split(jax.random.key(0), 1), jnp.zeros((2, 1)), None
+        )
+
+    forget_programs()
+    first, shape = engine(3), engine(3).shape_for(Sequential(), 128)
+    assert first.compile_seconds(Sequential(), shape) is None
+    first.solve(Sequential(), shape, jnp.zeros((1, 1)), np.zeros(1, int), 128)
+    assert engine(3).compile_seconds(Sequential(), shape) > 0
+    assert engine(4).compile_seconds(Sequential(), shape) is None
+
+
+def test_same_chain_whatever_is_compiled_when(two_cores, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps taken in order until the blocks' program is ready, then blocks: the chain is the same."""
+    answers = iter([False, False, True])
+    real = automatic.Engine.is_ready
+    monkeypatch.setattr(
+        automatic.Engine, "is_ready", lambda self, *program: next(answers, True) and real(self, *program)
+    )
+    run = lambda solver: pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=100_000, solver=solver, **SIZES)
+    chain, alone = run("auto"), run(Sequential())
+    assert chain.report.decision == "shooting"
+    assert not chain.report.fallback
+    assert chain.report.num_blocks > 1
+    np.testing.assert_allclose(chain.get_samples(), alone.get_samples(), rtol=0, atol=1e-9)
+
+
+def test_steps_in_order_beside_a_compilation() -> None:
+    """Part of what a program takes to compile goes into steps, which the blocks then need not take."""
+    pilot, alone = merging(np.arange(20, 52)), CPU._replace(compile=2.0)
+    beside = alone._replace(overlap=0.5)
+    first, second = (plan(5 * 10**6, 1, costs, pilot).candidates for costs in (alone, beside))
+    in_order = 1.0 / CPU.sequential
+    assert min(c.seconds for c in second) < min(c.seconds for c in first)
+    for c in second:
+        if c.name.startswith("shooting"):
+            assert c.seconds == pytest.approx(2.0 + (c.num_steps - in_order) * CPU.step(c.solver.num_blocks))
+    # where the run would end meanwhile, blocks promise nothing
+    late = plan(10**6, 1, CPU._replace(compile=30.0, overlap=1.0), pilot)
+    assert isinstance(late.solver, Sequential)
+    assert all(c.num_steps == 10**6 for c in late.candidates if "DEER" not in c.name)
+
+
+@pytest.mark.slow
+def test_shapes_are_those_of_warmup() -> None:
+    target = pmcmc.Target.from_logdensity(gaussian, start_like(gaussian))
+    warmups = pmcmc.WindowAdaptation(), pmcmc.EnsembleAdaptation(), pmcmc.EnsembleAdaptation(dense=False)
+    for warmup in warmups:
+        starts = jnp.zeros((warmup.num_starts, 3))
+        for kernel in KERNELS.values():
+            promised = warmup.tuned_shapes(target, kernel)
+            tuned = warmup.run(target, kernel, jax.random.key(0), starts, 100)
+            for shape, found in zip(promised[:3], tuned[:3], strict=True):
+                assert jax.tree.structure(shape) == jax.tree.structure(found)
+                same = lambda s, x: s.shape == jnp.shape(x) and s.dtype == jnp.result_type(x)
+                assert all(jax.tree.leaves(jax.tree.map(same, shape, found)))

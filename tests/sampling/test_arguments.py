@@ -1,0 +1,165 @@
+"""Bad input is refused before any sampling, with what was expected, what came, and what to do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pmcmc
+from pmcmc.recurrence import Sequential
+from pmcmc.sampling.settings import Settings
+from tests.helpers.targets import ERRORS, eight_schools_model, gaussian, start_like
+
+GOOD = dict(
+    target=pmcmc.Target.from_logdensity(gaussian, start_like(gaussian)),
+    kernel=None,
+    solver="auto",
+    num_warmup=1000,
+    num_samples=100,
+    num_chains=4,
+    thinning=1,
+    extra_fields=(),
+    warmup=None,
+)
+
+
+def test_good_settings_pass() -> None:
+    settings = Settings.check(**GOOD)
+    assert isinstance(settings.kernel, pmcmc.HMC)
+    assert Settings.check(**{**GOOD, "num_samples": np.int32(7)}).num_samples == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (dict(num_samples=0), ValueError, "num_samples must be at least 1, got 0"),
+        (dict(num_samples=-5), ValueError, "at least 1, got -5"),
+        (dict(num_chains=0), ValueError, "num_chains must be at least 1"),
+        (dict(num_warmup=-1), ValueError, "num_warmup must be at least 0"),
+        (dict(thinning=0), ValueError, "thinning must be at least 1"),
+        (dict(num_samples=1e4), TypeError, "num_samples must be an integer, got 10000.0"),
+        (dict(num_chains=2.5), TypeError, "num_chains must be an integer"),
+        (dict(thinning="2"), TypeError, "thinning must be an integer"),
+        (dict(num_samples=True), TypeError, "must be an integer, got True"),
+        (dict(num_samples=None), TypeError, "must be an integer, got None"),
+        (dict(thinning=101), ValueError, "keeps none of num_samples=100"),
+        (dict(kernel=pmcmc.HMC), TypeError, r"Write HMC\(\) instead"),
+        (dict(kernel="hmc"), TypeError, "kernel must be a pmcmc kernel"),
+        (dict(solver="shooting"), TypeError, 'solver must be "auto" or a solver'),
+        (dict(solver=Sequential), TypeError, "solver must be"),
+        (dict(extra_fields=("energy", "bogus")), ValueError, r"HMC has no extra_fields \['bogus'\]"),
+        (dict(warmup=pmcmc.WindowAdaptation), TypeError, "warmup must be a Warmup"),
+        (dict(num_warmup=0), ValueError, "pass step_size="),
+        (dict(num_warmup=0, kernel=pmcmc.MALA()), ValueError, "pass step_size="),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+)
+def test_settings_are_checked(change: dict, error: type, words: str) -> None:
+    with pytest.raises(error, match=words):
+        Settings.check(**{**GOOD, **change})
+
+
+def sample(**options) -> pmcmc.Chain:
+    given = dict(logdensity_fn=gaussian, initial_position=start_like(gaussian), rng_key=0, progress_bar=False)
+    return pmcmc.sample(**{**given, **options})
+
+
+@pytest.mark.parametrize(
+    "key",
+    [jax.random.split(jax.random.key(0), 4), jax.random.split(jax.random.PRNGKey(0), 4), 0.5, True, None, "0"],
+    ids=["keys", "raw keys", "float", "bool", "None", "str"],
+)
+def test_one_key(key) -> None:
+    with pytest.raises(TypeError, match="rng_key must be one JAX key"):
+        sample(rng_key=key)
+
+
+def test_sizes_and_keywords_at_the_edge() -> None:
+    with pytest.raises(ValueError, match="num_samples must be at least 1"):
+        sample(num_samples=0)
+    with pytest.raises(TypeError):  # by the annotation here, by Settings.check in production
+        sample(num_samples=10.5)
+    with pytest.raises(TypeError, match="num_draws"):
+        sample(num_draws=10)
+    with pytest.raises(ValueError, match="num_warmup must be 0 or at least 20"):
+        sample(num_warmup=10)
+
+
+@pytest.mark.parametrize(
+    "position", [{"a": jnp.zeros(2), "n": jnp.zeros(2, int)}, 3, True], ids=["leaf", "int", "bool"]
+)
+def test_integer_positions(position) -> None:
+    with pytest.raises(TypeError, match="gradient-based kernels need floating leaves"):
+        sample(logdensity_fn=lambda x: 0.0, initial_position=position)
+
+
+def test_empty_positions() -> None:
+    with pytest.raises(ValueError, match="nothing to sample"):
+        sample(initial_position={})
+
+
+@pytest.mark.parametrize("logdensity_fn", [lambda x: -(x**2), lambda x: jnp.zeros((), int)], ids=["vector", "integer"])
+def test_densities_that_are_no_real_number(logdensity_fn) -> None:
+    with pytest.raises(ValueError, match="must return one real number, got shape"):
+        sample(logdensity_fn=logdensity_fn)
+
+
+@pytest.mark.parametrize(
+    ("logdensity_fn", "words"),
+    [
+        (lambda p: jnp.log(-1.0 - p["a"] ** 2) - p["b"] ** 2, "The log density is nan there"),
+        (lambda p: p["a"] / jnp.zeros(()) - p["b"] ** 2 + jnp.inf, "The log density is (nan|inf) there"),
+        (lambda p: -jnp.inf - p["a"] - p["b"], "The log density is -inf there"),
+        (lambda p: -(p["a"] ** 2) - jnp.sqrt(p["b"]), r"gradient is not finite with respect to position\['b'\]"),
+    ],
+    ids=["NaN", "inf", "-inf", "gradient"],
+)
+def test_densities_that_are_not_finite_at_the_start(logdensity_fn, words: str) -> None:
+    with pytest.raises(ValueError, match=f"cannot be used at every start. .*{words}"):
+        sample(logdensity_fn=logdensity_fn, initial_position={"a": 0.0, "b": 0.0})
+
+
+def test_start_that_is_not_finite() -> None:
+    with pytest.raises(ValueError, match="cannot be used at every start"):
+        sample(initial_position=jnp.array([0.0, jnp.nan, 0.0]))
+
+
+@pytest.mark.parametrize(
+    "init_params",
+    [
+        {"mu": 0.0, "tau": 1.0},
+        {"mu": 0.0, "tau": 1.0, "z": jnp.zeros(7)},
+        {"mu": 0.0, "tau": 1.0, "theta": jnp.zeros(8)},
+        {"mu": jnp.zeros(3), "tau": jnp.zeros(3), "z": jnp.zeros((3, 8))},
+        jnp.zeros(10),
+    ],
+    ids=["missing", "shape", "name", "other number of chains", "flat"],
+)
+def test_init_params(init_params) -> None:
+    with pytest.raises(ValueError, match="init_params must hold unconstrained values") as caught:
+        pmcmc.parallel_chain(eight_schools_model, 0, model_args=(ERRORS,), init_params=init_params, num_chains=4)
+    assert "'z': (8,)" in str(caught.value)
+
+
+def spike(p):
+    """A coordinate whose every other value is impossible."""
+    return jnp.where(p["still"] == 0, 0.0, -jnp.inf) - 0.5 * p["moves"] ** 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            dict(kernel=pmcmc.HMC(step_size=1e6, num_integration_steps=2)),
+            r"no move was accepted .*1e\+06.*step_size=None",
+        ),
+        (
+            dict(logdensity_fn=spike, initial_position={"moves": 0.0, "still": 0.0}),
+            r"warm-up never moved .*position\['still'\].*init_params",
+        ),
+    ],
+    ids=["huge step", "spike"],
+)
+def test_warmup_says_what_was_stuck(options: dict, words: str) -> None:
+    with pytest.raises(pmcmc.WarmupError, match=words):
+        sample(num_warmup=200, num_samples=100, **options)

@@ -1,0 +1,252 @@
+"""From a model to draws: one chain whatever the solver, blocks, segments or company, and everything to read it."""
+
+import sys
+from functools import cache
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from scipy import stats
+
+import pmcmc
+from benchmarks._compilations import compilations
+from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, deer
+from pmcmc.sampling import programs
+from pmcmc.sampling.programs import Engine
+from tests.helpers.statistics import z_bound
+from tests.helpers.targets import COVARIANCE, funnel, funnel_may_warn, gaussian, start_like
+
+SIZES = dict(num_warmup=200, num_samples=2000, num_chains=4, progress_bar=False)
+OBSERVED = jnp.array([0.8, 1.4, -0.2, 1.1, 0.9])
+
+
+def normal_model(y, unused=None):
+    mu = numpyro.sample("mu", dist.Normal(0, 1))
+    sigma = numpyro.sample("sigma", dist.HalfNormal(1.0))
+    numpyro.deterministic("twice", 2 * mu)
+    with numpyro.plate("data", y.shape[0]):
+        numpyro.sample("y", dist.Normal(mu, sigma), obs=y)
+
+
+def gaussian_chain(seed=0, **options) -> pmcmc.Chain:
+    return pmcmc.sample(gaussian, start_like(gaussian), seed, **{**SIZES, **options})
+
+
+@cache
+def reference() -> pmcmc.Chain:
+    """The sequential chain that every other way must reproduce."""
+    return gaussian_chain(solver=Sequential())
+
+
+@cache
+def model_chain() -> pmcmc.Chain:
+    fields = ("accept_prob", "potential_energy", "energy", "num_steps")
+    return pmcmc.parallel_chain(normal_model, 0, model_args=(OBSERVED,), extra_fields=fields, **SIZES)
+
+
+def assert_same_chain(chain, expected) -> None:
+    np.testing.assert_allclose(chain.get_samples(), expected.get_samples(), rtol=0, atol=1e-9)
+    np.testing.assert_array_equal(chain.info.margin > 0, expected.info.margin > 0)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [MultipleShooting(4), MultipleShooting(16), deer(max_iters=300), "auto"],
+    ids=["4 blocks", "16 blocks", "deer", "auto"],
+)
+def test_same_key_same_chain(solver) -> None:
+    chain = gaussian_chain(solver=solver)
+    assert_same_chain(chain, reference())
+    assert np.all(chain.report.result == RESULTS.successful)
+    assert chain.report.fallback == ""
+    if solver != "auto":
+        assert np.all(chain.report.certified_steps == 2000)
+        assert np.all(chain.report.residual <= 1.2e-13)
+        assert np.all(chain.report.num_sequential_steps < 2000)
+        assert np.all(chain.report.lyapunov_exponent < 0)
+
+
+def test_other_key_other_chain() -> None:
+    other = gaussian_chain(seed=jax.random.key(1), solver=Sequential())
+    assert not np.any(other.get_samples() == reference().get_samples())
+    raw = gaussian_chain(seed=jax.random.PRNGKey(0), solver=Sequential())
+    np.testing.assert_array_equal(raw.get_samples(), reference().get_samples())
+
+
+def test_company_changes_nothing() -> None:
+    alone = gaussian_chain(num_chains=1, solver=Sequential())
+    first = reference().get_samples(group_by_chain=True)[0]
+    np.testing.assert_allclose(alone.get_samples(), first, rtol=0, atol=1e-9)
+    chains = reference().get_samples(group_by_chain=True)
+    assert len({float(chain[-1, 0]) for chain in chains}) == 4
+
+
+def test_fallback_keeps_the_prefix() -> None:
+    """Blocks of 63 steps that take some 300 to merge: two sweeps cannot join them, the rest is sampled in sequence."""
+    with pytest.warns(UserWarning, match="MultipleShooting solved only 189 of 2,000 steps of each chain in parallel"):
+        chain = gaussian_chain(solver=MultipleShooting(num_blocks=32, max_sweeps=2))
+    assert_same_chain(chain, reference())
+    report = chain.report
+    assert np.all((report.certified_steps >= 3 * 63) & (report.certified_steps < 1000))
+    assert np.any(report.result == RESULTS.max_iters_reached)
+    assert "max_iters_reached" in report.fallback
+    assert "Fallback: max_iters_reached" in str(report)
+
+
+def test_chains_do_not_hold_each_other_back() -> None:
+    """A budget of steps that joins the blocks of some chains only: theirs stand whole, others go on."""
+    paths = gaussian_chain(solver=MultipleShooting(num_blocks=4)).report.num_sequential_steps
+    budget = int(np.sort(paths)[1])
+    chain = gaussian_chain(solver=MultipleShooting(num_blocks=4, max_steps=budget), thinning=3)
+    report, expected = chain.report, reference().get_samples(group_by_chain=True)[:, 2::3]
+    np.testing.assert_allclose(chain.get_samples(group_by_chain=True), expected, rtol=0, atol=1e-9)
+    whole = report.certified_steps == 2000
+    np.testing.assert_array_equal(whole, report.result == RESULTS.successful)
+    np.testing.assert_array_equal(whole, paths <= budget)
+    assert f"{report.certified_steps.min():,} to 2,000 steps of each chain had been solved" in report.fallback
+    # each chain's path: what the blocks took, and what it then had left
+    np.testing.assert_array_equal(report.num_sequential_steps[whole], paths[whole])
+    np.testing.assert_array_equal(report.num_sequential_steps[~whole], budget + 2000 - report.certified_steps[~whole])
+
+
+@pytest.mark.parametrize("solver", [MultipleShooting(4), Sequential()], ids=["shooting", "sequential"])
+def test_segments_change_nothing(solver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory for some 200 to 400 steps a segment, the last one short, thinned across their borders."""
+    calls, solve = [], Engine.solve
+    monkeypatch.setattr(Engine, "solve", lambda *args: calls.append(args) or solve(*args))
+    monkeypatch.setattr(programs, "SEGMENT_BYTES", 2**17)
+    monkeypatch.setattr(programs, "SEQUENTIAL_BYTES", 2**17)
+    chain = gaussian_chain(solver=solver, thinning=3)
+    assert len(calls) in range(5, 12)
+    assert len({args[2] for args in calls}) == 1  # one shape, so one program
+    assert chain.num_samples == 666
+    expected = reference().get_samples(group_by_chain=True)[:, 2::3]
+    np.testing.assert_allclose(chain.get_samples(group_by_chain=True), expected, rtol=0, atol=1e-9)
+
+
+def test_thinning_is_slicing() -> None:
+    chain = gaussian_chain(thinning=7, solver=Sequential())
+    expected = reference().get_samples(group_by_chain=True)[:, 6::7]
+    np.testing.assert_array_equal(chain.get_samples(group_by_chain=True), expected)
+
+
+def test_auto_takes_shooting_where_chains_merge_and_is_right(free_lanes, fresh_programs) -> None:
+    """20,000 steps of a Gaussian: shooting; moments within the bands; a second run compiles nothing."""
+    run = lambda seed: pmcmc.sample(gaussian, start_like(gaussian), seed, **{**SIZES, "num_samples": 20_000})
+    with compilations() as first:
+        chain = run(0)
+        draws = np.asarray(chain.get_samples(group_by_chain=True))
+    with compilations() as second:
+        run(1).get_samples(group_by_chain=True)
+    assert len(first) >= 5
+    assert second == []
+    report = chain.report
+    assert report.decision == "shooting"
+    assert "merged within" in report.reason
+    assert 4 <= report.coalescence_steps.size <= 32
+    assert np.all(report.num_sequential_steps < 10_000)
+    assert np.all(report.certified_steps >= 12_000)  # but for the first steps, which the pilot shares
+    products = np.einsum("cti,ctj->ctij", draws, draws).reshape(4, -1, 9)
+    functions = np.concatenate([draws, products], axis=-1)
+    exact = np.concatenate([np.zeros(3), COVARIANCE.ravel()])
+    batches = functions.reshape(160, 500, 12).mean(axis=1)  # batch means: 500 steps are some 50 correlation times
+    t = (batches.mean(axis=0) - exact) / (batches.std(axis=0, ddof=1) / np.sqrt(160))
+    assert np.max(np.abs(t)) < -stats.t.ppf(stats.norm.sf(z_bound(12)), df=159)
+
+
+@funnel_may_warn
+def test_auto_takes_sequential_where_chains_do_not_merge(free_lanes) -> None:
+    chain = pmcmc.sample(funnel, start_like(funnel), 0, **{**SIZES, "num_samples": 20_000})
+    assert chain.report.decision == "sequential"
+    assert "of 4 coupled pairs" in chain.report.reason
+    assert np.all(chain.report.num_sequential_steps == 20_000)
+
+
+def test_draws_of_a_model() -> None:
+    chain = model_chain()
+    samples, grouped = chain.get_samples(), chain.get_samples(group_by_chain=True)
+    assert set(samples) == {"mu", "sigma", "twice"}
+    assert all(x.shape == (8000,) for x in samples.values())
+    for name, x in grouped.items():
+        assert x.shape == (4, 2000)
+        np.testing.assert_array_equal(x.reshape(-1), samples[name])
+    assert jnp.all(samples["sigma"] > 0)
+    np.testing.assert_allclose(samples["twice"], 2 * samples["mu"])
+
+
+def test_extra_fields() -> None:
+    fields, grouped = model_chain().get_extra_fields(), model_chain().get_extra_fields(group_by_chain=True)
+    assert set(fields) == {"diverging", "accept_prob", "potential_energy", "energy", "num_steps"}
+    assert all(x.shape == (8000,) for x in fields.values())
+    assert all(x.shape == (4, 2000) for x in grouped.values())
+    assert fields["diverging"].dtype == bool
+    samples = model_chain().get_samples()
+    mu, sigma = samples["mu"][:5], samples["sigma"][:5]
+    logs = dist.Normal(mu[:, None], sigma[:, None]).log_prob(OBSERVED[None]).sum(1) + dist.Normal(0, 1).log_prob(mu)
+    logs = logs + dist.HalfNormal(1.0).log_prob(sigma) + jnp.log(sigma)  # log |d sigma / d log sigma|
+    np.testing.assert_allclose(fields["potential_energy"][:5], -logs, rtol=1e-10)
+    assert set(reference().get_extra_fields()) == {"diverging"}
+
+
+def test_print_summary(capsys: pytest.CaptureFixture) -> None:
+    model_chain().print_summary()
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("mu", "sigma", "r_hat", "n_eff", "Number of divergences"))
+    reference().print_summary()
+    assert "x[2]" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")  # ArviZ's own dependencies
+def test_arviz() -> None:
+    data = model_chain().to_arviz()
+    assert {"posterior", "sample_stats"} <= set(data.groups() if callable(data.groups) else data.children)
+    assert dict(data.posterior.sizes) == {"chain": 4, "draw": 2000}
+    assert set(data.posterior.data_vars) == {"mu", "sigma", "twice"}
+    names = {"lp", "acceptance_rate", "diverging", "accept_margin", "step_size", "energy", "n_steps"}
+    assert set(data.sample_stats.data_vars) == names
+    assert data.attrs["inference_library"] == "pmcmc"
+    plain = reference().to_arviz().posterior
+    assert plain["x"].shape == (4, 2000, 3)
+
+
+def test_arviz_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ArviZ 1.x: one dict of groups, attributes by group."""
+    fake = SimpleNamespace(from_dict=lambda data, *, attrs=None, **labels: (data, attrs))
+    monkeypatch.setitem(sys.modules, "arviz", fake)
+    groups, attrs = reference().to_arviz()
+    assert set(groups) == {"posterior", "sample_stats"}
+    assert groups["posterior"]["x"].shape == (4, 2000, 3)
+    assert all(x.shape == (4, 2000) for x in groups["sample_stats"].values())
+    assert set(attrs) == {"/", "posterior", "sample_stats"}
+
+
+def test_report_reads_as_prose() -> None:
+    report = gaussian_chain(solver=MultipleShooting(4)).report
+    assert report.decision == "shooting"
+    for name in ("result", "residual", "num_sequential_steps", "num_iters", "num_sweeps", "certified_steps"):
+        assert getattr(report, name).shape == (4,), name
+    for name in ("near_ties", "lyapunov_exponent", "acceptance_rate", "num_divergent"):
+        assert getattr(report, name).shape == (4,), name
+    assert np.all(report.acceptance_rate > 0.5)
+    assert min(report.warmup_seconds, report.pilot_seconds, report.compile_seconds, report.solve_seconds) >= 0
+    text = str(report)
+    for words in ("Decision: shooting.", "2,000 steps", "in 4 blocks", "Certificate: successful", "Lyapunov"):
+        assert words in text, words
+
+
+def test_starts_of_the_chains() -> None:
+    """init_params for one or for every chain, without warm-up: tiny steps stay where they start."""
+    kernel = pmcmc.HMC(step_size=1e-9, num_integration_steps=1)
+    starts = {"mu": jnp.arange(4.0), "sigma": jnp.arange(4.0) / 10}
+    common = dict(model_args=(OBSERVED,), kernel=kernel, solver=Sequential(), progress_bar=False)
+    run = lambda init: pmcmc.parallel_chain(
+        normal_model, 0, init_params=init, num_warmup=0, num_samples=3, num_chains=4, **common
+    ).get_samples(group_by_chain=True)
+    each, one = run(starts), run({"mu": 0.5, "sigma": 0.0})
+    np.testing.assert_allclose(each["mu"][:, -1], starts["mu"], atol=1e-6)
+    np.testing.assert_allclose(each["sigma"][:, -1], jnp.exp(starts["sigma"]), atol=1e-6)
+    np.testing.assert_allclose(one["mu"], 0.5, atol=1e-6)

@@ -1,0 +1,286 @@
+"""Chains longer than memory: streamed draws are those of `Chain.extend`, whatever stops the run on its way."""
+
+import signal
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import jax
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+
+import pmcmc
+from pmcmc.chain.file_format import Writer
+from pmcmc.recurrence import MultipleShooting, Sequential
+from pmcmc.sampling import programs, store
+from pmcmc.sampling.programs import Engine
+from pmcmc.sampling.store import Store
+from tests.helpers.streams import NUM_MORE, SIZES, start
+from tests.helpers.targets import EFFECTS, ERRORS, eight_schools_model, gaussian
+
+xarray = pytest.importorskip("xarray")
+pytest.importorskip("zarr", reason="the zarr extra is not installed")
+
+
+@cache
+def whole() -> pmcmc.Chain:
+    return start(Sequential()).extend(NUM_MORE, progress_bar=False)
+
+
+@pytest.fixture(autouse=True)
+def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of some 190 steps, each with a checkpoint, in arrays of several chunks."""
+    monkeypatch.setattr(programs, "SEGMENT_BYTES", 2**16)
+    monkeypatch.setattr(programs, "SEQUENTIAL_BYTES", 2**16)
+    monkeypatch.setattr(store, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(store, "FLUSH_BYTES", 2**12)
+    monkeypatch.setattr("pmcmc.interop.zarr.CHUNK_BYTES", 2**11)
+
+
+def assert_whole(chain: pmcmc.StoredChain, exactly: pmcmc.StoredChain | None = None) -> None:
+    """It has the draws of one run in memory, or to the last bit those of another streamed run."""
+    assert chain.num_samples == whole().num_samples
+    assert chain.state.num_steps == whole().state.num_steps
+    tolerance = 1e-9 if exactly is None else 0.0
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)
+    expected, stats = whole().get_samples(group_by_chain=True), whole().to_arviz().sample_stats
+    if exactly is not None:
+        expected, stats = exactly.get_samples(group_by_chain=True)["x"], exactly.to_arviz().sample_stats
+    close(chain.get_samples(group_by_chain=True)["x"], expected)
+    close(chain.state.unknown, (whole() if exactly is None else exactly).state.unknown)
+    found = chain.to_arviz().sample_stats
+    assert set(found) == set(stats)
+    for name in ("lp", "acceptance_rate", "diverging", "energy", "step_size"):
+        close(np.asarray(found[name], float), np.asarray(stats[name], float))
+
+
+@pytest.mark.parametrize("solver", [Sequential(), MultipleShooting(4), None], ids=["in order", "4 blocks", "auto"])
+def test_a_streamed_chain_is_the_extended_one(solver, tmp_path: Path) -> None:
+    first = start("auto" if solver is None else solver)
+    chain = first.stream(tmp_path / "run", NUM_MORE, progress_bar=False)
+    assert_whole(chain)
+    extended = first.extend(NUM_MORE, progress_bar=False).report
+    for name in ("num_steps", "num_divergent", "num_sweeps", "num_sequential_steps", "certified_steps", "near_ties"):
+        np.testing.assert_array_equal(getattr(chain.report, name), getattr(extended, name))
+    if isinstance(solver, MultipleShooting):
+        assert np.all(chain.report.certified_steps == NUM_MORE)
+    np.testing.assert_allclose(chain.report.acceptance_rate, extended.acceptance_rate, rtol=1e-12)
+    np.testing.assert_allclose(chain.report.lyapunov_exponent, extended.lyapunov_exponent, rtol=1e-12)
+
+
+def test_chains_keep_step_where_blocks_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget that joins the blocks of one chain only: the other's end is where both go on, in order."""
+    with monkeypatch.context() as patch:
+        patch.setattr(programs, "SEGMENT_BYTES", 2**17)
+        paths = start().extend(192, progress_bar=False).report.num_sequential_steps  # the first segment of the run
+    assert paths[0] != paths[1]
+    solver = MultipleShooting(4, max_steps=int(np.sort(paths)[0]))
+    with pytest.warns(UserWarning, match="MultipleShooting solved only .* in parallel"):
+        chain = start(solver).stream(tmp_path / "run", NUM_MORE, progress_bar=False)
+    assert chain.report.fallback
+    assert_whole(chain)
+
+
+def test_thinning_and_extension_go_on_counting(tmp_path: Path) -> None:
+    """3 divides neither 100 nor 901; what was streamed on from cannot be streamed on from again."""
+    first = start().stream(tmp_path / "run", 901, progress_bar=False)
+    assert first.num_samples == 1001 // 3
+    both = first.extend(1000, progress_bar=False)
+    assert_whole(both)
+    assert first.get_samples()["x"].shape == (2 * (1001 // 3), 3)
+    with pytest.raises(ValueError, match=r"has gone on to 2,001 steps, and this chain stands at 1,001"):
+        first.extend(10, progress_bar=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*were divergent")
+def test_arviz_and_xarray_open_sites_by_name(tmp_path: Path) -> None:
+    model = dict(model_args=(ERRORS,), model_kwargs={"effects": EFFECTS})
+    options = {**SIZES, "num_samples": 30}
+    chain = pmcmc.parallel_chain(eight_schools_model, 0, **model, solver=Sequential(), **options)
+    stored = chain.stream(tmp_path / "run", 70, sites=["theta", "mu"], progress_bar=False)
+    expected = chain.extend(70, progress_bar=False).to_arviz()
+    opened = stored.to_arviz()
+    assert list(stored.get_samples(sites=["mu"])) == ["mu"]
+    assert set(opened.posterior) == {"theta", "mu"}
+    for group in ("posterior", "sample_stats", "observed_data", "constant_data"):
+        for name, found in getattr(opened, group).items():
+            assert found.dims == getattr(expected, group)[name].dims
+            assert not isinstance(found.variable._data, np.ndarray)  # nothing is read before it is used
+            np.testing.assert_allclose(found, getattr(expected, group)[name], rtol=1e-12)
+    assert set(opened.sample_stats) == set(expected.sample_stats)
+    by_xarray = xarray.open_zarr(tmp_path / "run" / "draws.zarr", group="posterior")
+    assert dict(by_xarray.sizes)["draw"] == 100
+    assert by_xarray.attrs["inference_library"] == "pmcmc"
+    with pytest.raises(ValueError, match=r"no \['tau'\]: expected names out of \['theta', 'mu'\]"):
+        stored.get_samples(sites=["tau"])
+
+
+CHILD = """
+import os, signal, sys
+import jax
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", sys.argv[3])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+import pmcmc
+from pathlib import Path
+from pmcmc.chain.file_format import Writer
+from pmcmc.interop.zarr import DrawArrays
+from pmcmc.sampling import programs, store
+from tests.helpers import streams
+from tests.helpers.targets import gaussian
+from tests.helpers.compilation import compile_quickly
+
+compile_quickly(sys.argv[4] == "True")
+path, moment = Path(sys.argv[1]), sys.argv[2]
+programs.SEGMENT_BYTES = programs.SEQUENTIAL_BYTES = 2**16
+store.FLUSH_SECONDS, store.FLUSH_BYTES = 0.0, 2**12
+owner, name = {"written": (DrawArrays, "show"), "shown": (Writer, "write")}[moment]
+method, calls = getattr(owner, name), []
+
+def die(*args):
+    calls.append(1)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    method(*args)
+
+setattr(owner, name, die)
+if path.exists():
+    pmcmc.resume(path, gaussian, progress_bar=False)
+else:
+    streams.start().stream(path, streams.NUM_MORE, progress_bar=False)
+"""
+
+
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    """Killed with draws on disk that were not shown, and again with draws shown that no checkpoint vouches for."""
+    settings = (jax.config.jax_compilation_cache_dir, str(jax.config.read("jax_disable_most_optimizations")))
+    for moment in ("written", "shown"):
+        command = [sys.executable, "-c", CHILD, str(tmp_path / "run"), moment, *settings]
+        done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    opened = xarray.open_zarr(tmp_path / "run" / "draws.zarr", group="posterior")
+    assert 100 < opened.sizes["draw"] < 600
+    steady = start().stream(tmp_path / "steady", NUM_MORE, progress_bar=False)
+    np.testing.assert_array_equal(opened["x"], steady.get_samples(group_by_chain=True)["x"][:, : opened.sizes["draw"]])
+    chain = pmcmc.resume(tmp_path / "run", gaussian, progress_bar=False)
+    assert chain.report.num_steps < NUM_MORE
+    assert_whole(chain, exactly=steady)
+    assert_whole(pmcmc.resume(str(tmp_path / "run"), gaussian, progress_bar=False), exactly=steady)
+
+
+@pytest.mark.parametrize("owner", [Engine, Writer], ids=["in a segment", "before its checkpoint"])
+def test_an_interrupted_run_goes_on(owner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, full, solve, calls, shapes = start(), whole(), Engine.solve, [], []
+
+    def solve_and_tell(engine, solver, shape, *rest):
+        shapes.append(shape)
+        return solve(engine, solver, shape, *rest)
+
+    monkeypatch.setattr(Engine, "solve", solve_and_tell)
+    name = "solve" if owner is Engine else "write"
+    method = getattr(owner, name)
+
+    def interrupt(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return method(*args)
+
+    monkeypatch.setattr(owner, name, interrupt)
+    with pytest.raises(pmcmc.Interrupted, match=f"of {NUM_MORE:,} steps") as stopped:
+        first.stream(tmp_path / "run", NUM_MORE, progress_bar=False)
+    chain = stopped.value.chain
+    assert chain.report.num_steps == chain.state.num_steps - 100 > 0
+    assert xarray.open_zarr(tmp_path / "run" / "draws.zarr", group="posterior").sizes["draw"] == chain.num_samples
+    expected = full.get_samples(group_by_chain=True)[:, : chain.num_samples]
+    np.testing.assert_allclose(chain.get_samples(group_by_chain=True)["x"], expected, rtol=0, atol=1e-9)
+    assert_whole(pmcmc.resume(tmp_path / "run", gaussian, progress_bar=False))
+    assert len(set(shapes)) == 1  # cut into segments as before it was stopped
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("finished") / "run"
+    start(Sequential()).stream(path, 300, max_memory=2**24, progress_bar=False)
+    return path
+
+
+def test_what_is_there_is_not_overwritten(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError, match=r"holds something already: pmcmc.resume"):
+        start(Sequential()).stream(finished, 300, progress_bar=False)
+    (tmp_path / "another's").touch()
+    with pytest.raises(FileExistsError, match="holds something already"):
+        start(Sequential()).stream(tmp_path, 300, progress_bar=False)
+
+
+def test_no_store(tmp_path: Path, finished: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds no checkpoint.npz: no Chain.stream has begun there"):
+        pmcmc.resume(tmp_path, gaussian)
+    with pytest.raises(ValueError, match=r"is a folder.*takes pmcmc.resume"):
+        pmcmc.load(finished, gaussian)
+
+
+def test_another_model(finished: Path) -> None:
+    with pytest.raises(ValueError, match="something else: the model"):
+        pmcmc.resume(finished, lambda x: 2 * gaussian(x))
+    with pytest.raises(ValueError, match="made with the kernel HMC, got MALA"):
+        pmcmc.resume(finished, gaussian, kernel=pmcmc.MALA())
+
+
+def test_a_damaged_checkpoint(tmp_path: Path) -> None:
+    start(Sequential()).stream(tmp_path / "run", 30, progress_bar=False)
+    file = tmp_path / "run" / "checkpoint.npz"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"not a whole file of Chain.stream.*restore it from a copy"):
+        pmcmc.resume(tmp_path / "run", gaussian)
+    start(Sequential()).save(file)
+    with pytest.raises(ValueError, match=r"not written by Chain\.stream"):
+        pmcmc.resume(tmp_path / "run", gaussian)
+
+
+def test_one_process_at_a_time(finished: Path) -> None:
+    store = Store(finished)
+    with pytest.raises(RuntimeError, match="another process is writing"):
+        pmcmc.resume(finished, gaussian)
+    store.close()
+    chain = pmcmc.resume(finished, gaussian)
+    assert (chain.num_samples, chain.max_memory) == (400 // 3, 2**24)
+
+
+def slashed():
+    numpyro.sample("group/x", dist.Normal(0.0, 1.0))
+    numpyro.sample("y", dist.Normal(0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("sites", "error", "words"),
+    [
+        (["y", "z"], ValueError, r"no \['z'\]: expected names out of"),
+        ([], ValueError, "sites names none to keep"),
+        ("y", TypeError, "must be a sequence of names"),
+        (None, ValueError, r"\['group/x'\] cannot be arrays on disk"),
+    ],
+)
+def test_sites_that_cannot_be_kept(sites, error, words, tmp_path: Path) -> None:
+    chain = pmcmc.parallel_chain(slashed, 0, solver=Sequential(), **{**SIZES, "num_samples": 10})
+    with pytest.raises(error, match=words):
+        chain.stream(tmp_path / "run", 10, sites=sites)
+    assert not (tmp_path / "run").exists()
+    assert chain.stream(tmp_path / "run", 10, sites=["y"], progress_bar=False).sites == ("y",)
+
+
+def test_without_zarr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zarr", None)
+    with pytest.raises(ImportError, match=r"pip install 'pmcmc\[zarr\]'"):
+        start(Sequential()).stream(tmp_path / "run", 30)
+
+
+def test_more_than_memory_has_room_for(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = pmcmc.resume(finished, gaussian)
+    monkeypatch.setattr("pmcmc._xla.memory.available_bytes", lambda: 1000.0)
+    with pytest.raises(MemoryError, match=r"the draws need .* are available. Name fewer by sites="):
+        chain.get_samples()

@@ -1,0 +1,102 @@
+"""What the report says of the bias that warm-up leaves: relative to where warm-up went, and only where that holds."""
+
+import functools
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+
+import pmcmc
+from pmcmc.chain.mixing import judge
+from pmcmc.chain.report import SolveReport
+from tests.helpers.targets import gaussian, start_like
+
+SIZES = dict(num_warmup=400, progress_bar=False)
+SAID = "Bias left by warm-up: below 0.01 sd from step"
+
+
+@functools.cache
+def planned() -> SolveReport:
+    """Of a run with a pilot."""
+    return pmcmc.sample(
+        gaussian, start_like(gaussian), 3, num_samples=20_000, num_warmup=400, progress_bar=False
+    ).report
+
+
+@pytest.fixture
+def report(free_lanes) -> SolveReport:
+    return planned()
+
+
+def test_is_said_where_nothing_speaks_against_it(report: SolveReport) -> None:
+    assert report.bias_doubt == ""
+    assert report.pair_distances.shape == report.coalescence_steps.shape
+    assert np.median(report.pair_distances) > 1
+    assert 1 <= report.spread < 1.2
+    assert SAID in str(report)
+    assert "relative to the region that the lanes of warm-up found" in str(report)
+    assert "not judged" not in str(report)
+
+
+def test_says_where_it_is_not_small(report: SolveReport) -> None:
+    slow = replace(report, bias_bound=np.full(9, 0.5))
+    assert "Bias left by warm-up: not below 0.01 sd within 8 steps." in str(slow)
+    assert SAID not in str(slow)
+
+
+def unmixed():
+    return judge({"x": np.random.default_rng(0).standard_normal((4, 1000)) + np.arange(4.0)[:, None]})
+
+
+DOUBTS = {
+    "warm-up is in doubt": dict(warmup_remark="Warm-up did not settle."),
+    "2.0% of the draws were divergent": dict(num_divergent=np.array([1600, 0, 0, 0])),
+    "spread of the draws is up to 3.0 times off": dict(spread=3.0),
+    "the draws have not mixed": dict(find_mixing=unmixed),
+    "coupled pairs did not start apart": dict(pair_distances=np.array([0.1, 0.2, 4.0])),
+}
+
+
+@pytest.mark.parametrize("doubt", DOUBTS)
+def test_is_withheld_where_something_speaks_against_it(report: SolveReport, doubt: str) -> None:
+    doubtful = replace(report, **DOUBTS[doubt])
+    assert doubt in doubtful.bias_doubt
+    assert "Bias left by warm-up: not judged, since" in str(doubtful)
+    assert SAID not in str(doubtful)
+
+
+def far_modes(x):
+    """0.3 N(-40, 1) + 0.7 N(40, 1)."""
+    return jnp.logaddexp(jnp.log(0.3) - 0.5 * jnp.sum((x + 40) ** 2), jnp.log(0.7) - 0.5 * jnp.sum((x - 40) ** 2))
+
+
+def test_a_mode_that_no_lane_found_is_not_spoken_for(free_lanes) -> None:
+    chain = pmcmc.sample(far_modes, jnp.full(1, -40.0), 0, num_samples=10_000, **SIZES)
+    assert np.all(chain.get_samples() < 0)
+    (line,) = [line for line in str(chain.report).splitlines() if line.startswith("Bias")]
+    assert "relative to the region that the lanes of warm-up found; of other regions this says nothing" in line
+    assert "posterior" not in line
+
+
+@pytest.mark.filterwarnings("ignore:Warm-up did not settle", "ignore:the draws have not mixed")
+def test_modes_that_lanes_found_withhold_it(free_lanes) -> None:
+    """Pairs of lanes in different modes do not merge, and the draws disagree."""
+
+    def model():
+        x = numpyro.sample("x", dist.ImproperUniform(dist.constraints.real_vector, (), (1,)))
+        numpyro.factor("modes", far_modes(x))
+
+    starts = jnp.array([[-40.0], [40.0], [40.0], [40.0]])
+    chain = pmcmc.parallel_chain(model, 0, init_params={"x": starts}, num_samples=10_000, **SIZES)
+    assert len(set(np.sign(chain.get_samples(group_by_chain=True)["x"][:, 0, 0]).tolist())) == 2
+    assert SAID not in str(chain.report)
+    assert chain.report.mixing.doubt
+
+
+def test_short_runs_have_none() -> None:
+    chain = pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=50, **SIZES)
+    assert "Bias" not in str(chain.report)
+    assert np.isnan(chain.report.spread)

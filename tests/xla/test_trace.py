@@ -1,0 +1,152 @@
+"""Traces of user functions: equal where they compute the same, with every array that they read as a leaf."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pmcmc._xla.trace import digest, trace
+
+X = jnp.linspace(-1.0, 1.0, 3)
+
+
+def same(make, *values) -> bool:
+    """Whether the functions that ``make`` gives for some values have one trace, and compute their own values."""
+    traced = [trace(make(value), X) for value in values]
+    for one, value in zip(traced, values, strict=True):
+        np.testing.assert_allclose(one(X), make(value)(X), rtol=1e-12)
+        np.testing.assert_allclose(jax.grad(one)(X), jax.grad(make(value))(X), rtol=1e-12)
+    return len({one.trace for one in traced}) == 1
+
+
+def jitted(y):
+    inner = jax.jit(lambda x: jnp.sum((x - y) ** 2))
+    return lambda x: inner(x) + 1
+
+
+def nested(y):
+    inner = jax.jit(lambda x: jnp.sum((x - y) ** 2))
+    outer = jax.jit(lambda x: 2 * inner(x))
+    return lambda x: outer(x)
+
+
+def with_key(y):
+    key = jax.random.key(int(y[0]))
+    return lambda x: jnp.sum(x * jax.random.normal(key, (3,)))
+
+
+ARRAYS = {
+    "numpy": lambda y: lambda x: jnp.sum((x - np.asarray(y)) ** 2),
+    "jax": lambda y: lambda x: jnp.sum((x - jnp.asarray(y)) ** 2),
+    "jitted": jitted,
+    "jitted twice": nested,
+    "scan": lambda y: lambda x: jax.lax.scan(lambda c, z: (c + jnp.sum(z * x * y), None), 0.0, jnp.asarray(y))[0],
+    "integers": lambda y: lambda x: jnp.sum(x[np.asarray(y, int) % 3]),
+    "key": with_key,
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_are_leaves(name: str) -> None:
+    assert same(ARRAYS[name], np.array([1.0, 2.0, 4.0]), np.array([3.0, -1.0, 0.5]))
+
+
+def test_numbers_become_leaves_where_they_are_seen_to_differ() -> None:
+    make = lambda y: lambda x: jnp.sum((x - np.mean(y)) ** 2 / np.std(y) + 0.123 * x)
+    columns = [np.array([1.0, 2.0, 4.0]) * scale for scale in (1.0, 1.5, 2.0, 0.1)]
+    traces = [trace(make(y), X).trace for y in columns]
+    assert traces[0] != traces[1]
+    assert traces[1] == traces[2] == traces[3]
+    assert same(make, *columns[1:])
+
+
+def test_what_differs_is_told_apart() -> None:
+    @jax.custom_jvp
+    def bent(x):
+        return jnp.sum(x**2)
+
+    factor = 1.0
+    bent.defjvp(lambda x, t: (bent(*x), factor * jnp.sum(2 * x[0] * t[0])))
+    other = jax.custom_vjp(lambda x: jnp.sum(x**2))
+    other.defvjp(lambda x: (jnp.sum(x**2), x), lambda x, g: (factor * 2 * x * g,))
+    found = []
+    for factor in (1.0, 3.0, 1.0):  # noqa: B007 read by the rules
+        found.append([trace(lambda x, f=f: f(x), X).trace for f in (bent, other)])
+    assert found[0] == found[2]
+    assert found[0][0] != found[1][0]
+    assert found[0][1] != found[1][1]
+    for one, two in [
+        (lambda x: jnp.sum(x), lambda x: jnp.prod(x)),
+        (lambda x: jnp.sum(x + 1), lambda x: jnp.sum(1 - x)),
+        (lambda x: jnp.sum(x * 0.0), lambda x: jnp.sum(x * np.zeros(3))),
+        (lambda x: jnp.sum(jnp.concatenate([x, x])), lambda x: jnp.sum(jnp.concatenate([x, x[:2]]))),
+        (lambda x: {"a": x, "b": 2 * x}, lambda x: {"a": x, "c": 2 * x}),
+    ]:
+        assert trace(one, X).trace != trace(two, X).trace
+
+
+def test_what_the_user_changes_later_is_not_seen() -> None:
+    y = np.ones(1000)
+    traced = trace(lambda x: jnp.sum(x) + jnp.sum(jnp.asarray(y)), X)
+    y[:] = 5
+    assert traced(X) == 1000
+
+
+def test_an_array_that_is_read_twice_is_one_leaf() -> None:
+    y, copy = np.arange(1000.0), np.arange(1000.0)
+    traced = trace(lambda x: jnp.sum(x) + jnp.sum(jnp.asarray(y)) + jnp.sum(jnp.asarray(y) ** 2) + jnp.sum(copy), X)
+    assert len(traced.constants) == 1
+    zeros = np.array([0.0, -0.0])
+    signs = trace(lambda x: jnp.sum(x) + jnp.arctan2(zeros[0:1], -1.0) - jnp.arctan2(zeros[1:2], -1.0), X)
+    np.testing.assert_allclose(signs(X), 2 * np.pi)
+
+
+def test_parts_are_what_they_need() -> None:
+    y, z = np.ones(3), np.ones(4)
+    traced = trace(lambda x: {"a": jnp.sum(x * y), "b": jnp.sum(jnp.exp(x)) * jnp.asarray(z)}, X)
+    a, b = traced.trace.part("a"), traced.trace.part("b")
+    assert a(traced.constants, X) == jnp.sum(X)
+    assert b(traced.constants, X).shape == (4,)
+    assert len(a.program.eqns) + len(b.program.eqns) <= len(traced.trace.program.eqns)
+    assert a != b
+
+
+def test_other_arguments_are_refused() -> None:
+    traced = trace(lambda x: jnp.sum(x["a"]), {"a": X})
+    with pytest.raises(TypeError, match=r"shape \(3,\), got \(4,\)"):
+        traced({"a": jnp.ones(4)})
+    with pytest.raises(TypeError, match="structure"):
+        traced({"b": X})
+
+
+def test_callbacks_keep_their_function() -> None:
+    def make(factor):
+        def fn(x):
+            shape = jax.ShapeDtypeStruct((), float)
+            return jax.pure_callback(lambda v: np.sum(v) * factor, shape, x, vmap_method="sequential")
+
+        return fn
+
+    one, again, two = (trace(make(factor), X) for factor in (1.0, 1.0, 2.0))
+    assert one.trace == again.trace
+    assert one.trace != two.trace
+    np.testing.assert_allclose([one(X + 1), two(X + 1)], [3.0, 6.0])
+
+
+def test_digests_depend_on_the_content_alone() -> None:
+    fn = lambda x: jnp.sum(jnp.tanh(x) * np.arange(3.0))
+    same, other = lambda x: jnp.sum(jnp.tanh(x) * np.ones(3)), lambda x: jnp.sum(jnp.sinh(x) * np.arange(3.0))
+    assert digest(trace(fn, X).trace) == digest(trace(same, X).trace) != digest(trace(other, X).trace)
+    assert digest([np.arange(3)]) == digest([jnp.arange(3)]) != digest([np.arange(3.0)])
+    code = "; ".join(
+        (
+            "import jax.numpy as jnp, numpy as np",
+            "from pmcmc._xla.trace import digest, trace",
+            "print(digest(trace(lambda x: jnp.sum(jnp.logaddexp(x, 1) * np.arange(3.0)), jnp.ones(3)).trace))",
+        )
+    )
+    said = {subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout for _ in range(2)}
+    assert len(said) == 1

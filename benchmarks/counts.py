@@ -23,9 +23,8 @@ import pmcmc
 from benchmarks._compilations import compilations
 from benchmarks._harness import RESULTS, program_bytes, save
 from benchmarks._runs import solve_program
-from pmcmc._xla.background import Ahead
 from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Sequential, deer, quasi_deer
-from pmcmc.sampling import session
+from pmcmc.sampling.programs import Engine
 
 # Worse by more than this share fails. Paths differ a little between processors, which round differently.
 TOLERANCE = 0.1
@@ -90,7 +89,7 @@ def programs() -> dict[str, dict[str, float]]:
 def memory() -> dict[str, dict[str, float]]:
     """Bytes by state of the chain of the program that solves blocks."""
     chain = _sample(pmcmc.HMC(), Sequential(), 256, density)
-    engine, solver = session.engine_of(chain.state, Ahead()), MultipleShooting(64)
+    engine, solver = Engine.of(chain.state), MultipleShooting(64)
     shape = engine.shape_for(solver, 2**17)
     program = solve_program(engine, solver, shape)
     states = engine.num_chains * shape.num_blocks * shape.capacity

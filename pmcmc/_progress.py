@@ -2,11 +2,7 @@
 
 import sys
 from collections.abc import Hashable
-from types import TracebackType
 from typing import Any
-
-from pmcmc._typing import Array
-from pmcmc.target import Target
 
 
 class Progress:
@@ -25,17 +21,13 @@ class Progress:
         self._stage = ""
         self._enter("warm-up")
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Leave the bar as it is."""
         self._bar.close()
 
-    def warmed(self, target: Target, path: Array) -> None:
-        """Warm-up took as many steps as ``path`` has."""
-        self._warmed += len(path)
+    def warmed(self, num_steps: int) -> None:
+        """Warm-up took ``num_steps`` more steps."""
+        self._warmed += num_steps
         self._bar.set_postfix_str(f"{self._warmed:,} steps")
 
     def sample(self) -> None:

@@ -247,7 +247,7 @@ def time_lanes(num_lanes: int, seconds: float) -> Timing:
     while sum(took) < seconds or len(took) < 2:
         _, clock = engine.solve(Sequential(), shape, x0, np.zeros(num_lanes, int), shape.capacity)
         took.append(clock.run_seconds)
-    engine.ahead.close()
+    engine.background.close()
     return Timing(num_lanes, min(took) / shape.capacity)
 
 

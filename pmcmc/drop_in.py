@@ -24,9 +24,8 @@ from pmcmc.chain.state import ChainState, Source, last_logdensity, model_source
 from pmcmc.kernels import HMC, NUTS, Kernel
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.sampling.api import model_starts
-from pmcmc.sampling.in_memory import run_stages, sample_from
+from pmcmc.sampling.session import sample_from, sample_new, warm_up
 from pmcmc.sampling.settings import Settings, as_key
-from pmcmc.sampling.warm_up import warm_up
 from pmcmc.target import Basis, Target
 from pmcmc.warmup import EnsembleAdaptation, Warmup
 from pmcmc.warmup.lanes import check_metric, scale_of_metric
@@ -215,7 +214,7 @@ class ParallelMCMC(MCMC):
         source, key, settings = self._prepare(rng_key, extra_fields)
         if self._warmup_state is None:
             starts = model_starts(source.target, key, self._init_params(key, init_params), settings)
-            chain = run_stages(source, key, starts, settings, self.progress_bar)
+            chain = sample_new(source, key, starts, settings, self.progress_bar)
         else:
             chain = sample_from(self._go_on(source, key, settings.kernel), settings, self.progress_bar)
         self._chain = chain

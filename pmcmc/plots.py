@@ -18,7 +18,7 @@ from pmcmc.chain.chain import Chain
 from pmcmc.chain.report import SolveReport
 from pmcmc.recurrence import MultipleShooting, Solution
 from pmcmc.recurrence.solution import typical_scale
-from pmcmc.sampling.session import restarted
+from pmcmc.sampling.programs import Engine
 from pmcmc.stability import Coalescence, site_distances
 
 
@@ -188,7 +188,7 @@ def merge_fronts(chain: Chain, num_steps: int = 2048, num_blocks: int = 16, *, n
 
 def _recordings(chain: Chain, length: int, num_blocks: int, number: int) -> list[PyTree]:
     """What is recorded after each sweep, the zeroth included; arrays (num_blocks, length, ...)."""
-    engine, x0 = restarted(chain.state, number)
+    engine, x0 = Engine.of_one_chain(chain.state, number)
     recordings: list[PyTree] = []
     for sweep in range(num_blocks + 1):
         # a budget of one block's steps leaves nothing for repairs; both limits are numbers of one program

@@ -14,7 +14,7 @@ from pmcmc import plots
 from pmcmc.planning import Costs, plan
 from pmcmc.plots import _fronts, _recordings
 from pmcmc.recurrence import MultipleShooting, Sequential, deer, jacobi
-from pmcmc.sampling.session import restarted
+from pmcmc.sampling.programs import Engine
 from tests.helpers.targets import gaussian, start_like
 
 matplotlib.use("Agg")
@@ -38,7 +38,7 @@ def test_fronts_are_the_solvers_own_counts() -> None:
     """Steps one after the other, and steps in all, of the very solve that is drawn."""
     num_blocks, length = 16, 12
     fronts, depth = _fronts(_recordings(chain(), length, num_blocks, 1), length)
-    engine, x0 = restarted(chain().state, 1)
+    engine, x0 = Engine.of_one_chain(chain().state, 1)
     solver = MultipleShooting(num_blocks)
     segment, _ = engine.solve(solver, engine.shape_for(solver, 192), x0, np.zeros(1, int), length)
     stats = segment.solution.stats

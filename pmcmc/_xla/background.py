@@ -12,7 +12,7 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Ahead:
+class BackgroundCompiler:
     """Runs compilations one after the other without being waited for.
 
     XLA compiles without holding Python's lock, so what runs meanwhile is slowed by the tracing of a program alone.

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,13 +33,6 @@ _CONSTRAIN_BATCH, _CONSTRAIN_BYTES = 65_536, 2**26
 _LIKELIHOOD_BATCH = 2**22
 
 
-class Continuation(NamedTuple):
-    """What `Chain.extend` and `Chain.stream` call, from a room above this one."""
-
-    extend: Callable[["Chain", int, bool], "Chain"]
-    stream: Callable[..., StoredChain]
-
-
 @dataclass(frozen=True)
 class Chain:
     """Draws of one or more Markov chains, each the chain that sequential sampling with the same key would give.
@@ -49,7 +42,6 @@ class Chain:
     info: the kernel's `Info` for every draw, numpy arrays (num_chains, num_samples).
     report: what was decided, why, and what it cost; of the last extension where there were any.
     thinning: of every so many steps the last was kept. solver: that was asked for; None for "auto".
-    continuation: how the chains go on.
     extra_fields: names that `get_extra_fields` returns beside ``diverging``.
     warmup_path: (lanes, steps, D) unconstrained positions of warm-up's lanes; None unless ``save_warmup`` was set.
     devices: that share the blocks, or Newton's steps, of what follows; None: none named. max_memory: bytes that what
@@ -68,7 +60,6 @@ class Chain:
     report: SolveReport
     thinning: int
     solver: RecurrenceSolver | None
-    continuation: Continuation = field(repr=False, compare=False)
     extra_fields: Sequence[str] = ()
     warmup_path: np.ndarray | None = field(default=None, repr=False)
     devices: Sequence[jax.Device] | None = None
@@ -120,7 +111,9 @@ class Chain:
             >>> chain.extend(50, progress_bar=False).num_samples
             150
         """
-        return self.continuation.extend(self, num_samples, progress_bar)
+        from pmcmc.sampling.session import extend
+
+        return extend(self, num_samples, progress_bar)
 
     def stream(
         self,
@@ -157,7 +150,9 @@ class Chain:
             >>> chain.stream(tempfile.mkdtemp(), 900, progress_bar=False).num_samples
             1000
         """
-        return self.continuation.stream(self, path, num_samples, sites, max_memory, progress_bar)
+        from pmcmc.sampling.streaming import stream
+
+        return stream(self, path, num_samples, sites, max_memory, progress_bar)
 
     def verify(self, *, tolerance: float | None = None) -> Verification:
         """Check the draws on the equation: each is computed anew from the one before and the noise of the key.

@@ -138,6 +138,13 @@ class ChainState(NamedTuple):
     warmup_remark: str = ""
     num_lost_lanes: int = 0
 
+    @property
+    def scale(self) -> PyTree:
+        """Scale of an unknown: 1 if it is coordinates in a basis that warm-up found, else None for unknown."""
+        if self.target.basis is None or len(jax.tree.leaves(self.ensemble)) > 1:
+            return None
+        return jax.tree.map(lambda x: np.ones(x.shape[1:], x.dtype), self.ensemble)
+
 
 def header(
     writer: Writer,

@@ -1,6 +1,6 @@
 """Chains whose draws are on disk."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,6 @@ class StoredChain:
     report: SolveReport = field(repr=False)
     thinning: int
     solver: RecurrenceSolver | None
-    continue_fn: Callable[["StoredChain", int, bool], "StoredChain"] = field(repr=False, compare=False)
     max_memory: int | None = None
     devices: Sequence[jax.Device] | None = None
 
@@ -91,4 +90,6 @@ class StoredChain:
             ValueError, TypeError: ``num_samples`` is no integer of at least ``thinning``, or others have gone on from
                 here already.
         """
-        return self.continue_fn(self, num_samples, progress_bar)
+        from pmcmc.sampling.streaming import extend_stored
+
+        return extend_stored(self, num_samples, progress_bar)

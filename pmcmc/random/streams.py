@@ -1,14 +1,13 @@
 """Which noise a step gets: that of step t of chain c is a function of the run's key, c and t alone."""
 
 from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
 from pmcmc._typing import Array, PRNGKey, PyTree
-from pmcmc.kernels.base import Kernel
 from pmcmc.random.threefry import fold_in, key_pair, raw_keys_are_threefry
-from pmcmc.target import Target
 
 
 @partial(jax.jit, static_argnames="num_chains")
@@ -17,7 +16,16 @@ def chain_keys(rng_key: PRNGKey, *, num_chains: int) -> Array:
     return jax.vmap(lambda c: jax.random.fold_in(rng_key, c))(jnp.arange(num_chains))
 
 
-def step_noise(kernel: Kernel, target: Target, chain_key: Array, steps: Array) -> PyTree:
+@runtime_checkable
+class DrawsNoise(Protocol):
+    """A kernel, as far as its noise is concerned."""
+
+    def sample_noise(self, rng_key: PRNGKey, target: Any) -> PyTree:
+        """Return the noise of one step."""
+        ...
+
+
+def step_noise(kernel: DrawsNoise, target: Any, chain_key: Array, steps: Array) -> PyTree:
     """Noise of the given steps, numbers (n,): leading axis n."""
     keys = jax.vmap(partial(fold_in, key_pair(chain_key)))(steps)
     with raw_keys_are_threefry():

@@ -13,7 +13,7 @@ from pmcmc.chain.state import density_source, model_source
 from pmcmc.interop.numpyro import numpyro_starts
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver
-from pmcmc.sampling.in_memory import run_stages
+from pmcmc.sampling.session import sample_new
 from pmcmc.sampling.settings import Settings, as_key, spread_starts
 from pmcmc.sampling.warm_up import WarmupRecord
 from pmcmc.target import Target
@@ -99,7 +99,7 @@ def parallel_chain(
     )
     record = _warmup_record(settings, save_warmup)
     starts = model_starts(target, key, init_params, settings)
-    return run_stages(source, key, starts, settings, progress_bar, record)
+    return sample_new(source, key, starts, settings, progress_bar, record)
 
 
 def _warmup_record(settings: Settings, save_warmup: bool) -> WarmupRecord | None:
@@ -171,4 +171,4 @@ def sample(
     # by numpy, as all that happens between programs: every operation of jax's own is one more program to compile
     starts = jax.tree.map(lambda x: np.repeat(np.asarray(jnp.asarray(x))[None], num_starts, axis=0), initial_position)
     record = _warmup_record(settings, save_warmup)
-    return run_stages(source, as_key(rng_key), starts, settings, progress_bar, record)
+    return sample_new(source, as_key(rng_key), starts, settings, progress_bar, record)

@@ -12,13 +12,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from pmcmc._typing import Array, PyTree
-from pmcmc._xla.background import Ahead
+from pmcmc._xla.background import BackgroundCompiler
 from pmcmc._xla.compile import plain_jit, programs_of, tuned_jit
 from pmcmc._xla.fused_loop import FEW_LANES, in_one_kernel
 from pmcmc._xla.memory import available_bytes, size_text
+from pmcmc.chain.state import ChainState
 from pmcmc.kernels import Kernel
 from pmcmc.kernels.base import near_tie_bound
-from pmcmc.random.streams import step_noise
+from pmcmc.random.streams import chain_keys, step_noise
 from pmcmc.random.threefry import key_pair
 from pmcmc.recurrence import RecurrenceSolver, Sequential, Solution
 from pmcmc.recurrence.lanes import Lanes, LaneSolver, Layout
@@ -226,7 +227,7 @@ class Engine:
     """Runs both programs for one set of chains, and reuses their buffers: a segment is overwritten by the next one.
 
     guesses: a bank of unknowns. scale: of the unknown, or None where it is not known. Of an engine that is only asked
-    to compile, shapes will do. ahead: where programs are compiled that nobody waits for yet.
+    to compile, shapes will do. background: where programs are compiled that nobody waits for yet.
     origin: steps that the chains took before; what is step 0 here draws the noise of that number.
     max_bytes: that one solve may hold in place of `SEGMENT_BYTES`; None: that.
     """
@@ -238,15 +239,35 @@ class Engine:
         chain_keys: Array,
         guesses: PyTree,
         scale: PyTree,
-        ahead: Ahead | None = None,
+        background: BackgroundCompiler | None = None,
         origin: int = 0,
     ):
         self.target, self.kernel, self.chain_keys = target, kernel, chain_keys
-        self.guesses, self.scale, self.ahead = guesses, scale, ahead or Ahead()
+        self.guesses, self.scale, self.background = guesses, scale, background or BackgroundCompiler()
         self.origin = origin
         self.max_bytes: int | None = None
         self.clock = Clock(0.0, 0.0)
         self._buffers: dict[Shape, tuple[PyTree, PyTree]] = {}
+
+    @classmethod
+    def of(cls, state: ChainState, background: BackgroundCompiler | None = None) -> "Engine":
+        """Return an engine for the steps that follow ``state``, which may hold shapes only."""
+        keys = chain_keys(state.rng_key, num_chains=len(state.own))
+        return cls(state.target, state.kernel, keys, state.ensemble, state.scale, background, state.num_steps)
+
+    @classmethod
+    def of_one_chain(cls, state: ChainState, number: int) -> tuple["Engine", PyTree]:
+        """Return an engine for one of the chains from its first step on, and its unknown before it (1, ...)."""
+        some = slice(number, number + 1)
+        keys = chain_keys(state.rng_key, num_chains=len(state.own))[some]
+        x0 = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[state.own[some]]), state.ensemble)
+        return cls(state.target, state.kernel, keys, state.ensemble, state.scale), x0
+
+    def bind(self, state: ChainState) -> None:
+        """Replace shapes by the arrays of ``state``, which has the same ones."""
+        self.target, self.kernel, self.origin = state.target, state.kernel, state.num_steps
+        self.chain_keys = chain_keys(state.rng_key, num_chains=len(state.own))
+        self.guesses, self.scale = state.ensemble, state.scale
 
     @property
     def num_chains(self) -> int:
@@ -306,11 +327,11 @@ class Engine:
 
     def compile_ahead(self, solver: RecurrenceSolver, shape: Shape) -> None:
         """Have both programs of a solver compiled while something else is done."""
-        self.ahead.begin(_name(solver, shape), lambda: self._trace(solver, shape))
+        self.background.begin(_name(solver, shape), lambda: self._trace(solver, shape))
 
     def is_ready(self, solver: RecurrenceSolver, shape: Shape) -> bool:
         """Whether nothing is left to wait for of what was begun by `compile_ahead`."""
-        return self.ahead.ready(_name(solver, shape))
+        return self.background.ready(_name(solver, shape))
 
     def compile_seconds(self, solver: RecurrenceSolver, shape: Shape) -> float | None:
         """That the programs took when this process compiled them; None where it never did."""
@@ -372,7 +393,7 @@ class Engine:
 
         The segment is overwritten by the next one of this shape: read it first.
         """
-        waited = self.ahead.wait(_name(solver, shape))
+        waited = self.background.wait(_name(solver, shape))
         integer = jnp.result_type(int)
         first, length = np.asarray(self.origin + first_step, integer), np.asarray(block_length, integer)
         noise, record = self._take_buffers(shape)

@@ -168,7 +168,7 @@ class Run:
         if self.draws.in_step:
             keep = np.full_like(keep, keep.min())
         self._collect(segment, keep, solver, result)
-        self.draws.settle(self)
+        self.draws.settle(not self.left)
         if not (stands < ends).any():
             return segment, "", clock
         if isinstance(solver, Sequential):

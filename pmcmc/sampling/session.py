@@ -1,9 +1,14 @@
-"""One run of tuned chains, wherever its draws go, and what can be told of it."""
+"""One run of chains: warm-up where it is wanted, then steps of the tuned chains, whose draws are kept in memory.
+
+`sample_new`, `sample_from` and `extend` are what `pmcmc.parallel_chain`, the drop-in and `Chain.extend` call. Draws
+that go to disk use the same `Session` (see `pmcmc.sampling.streaming`).
+"""
 
 import time
-import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -11,34 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._progress import Progress
-from pmcmc._typing import PyTree
-from pmcmc._xla.background import Ahead
+from pmcmc._typing import PRNGKey, PyTree
+from pmcmc._xla.background import BackgroundCompiler
+from pmcmc._xla.trace import refuse_transformation
 from pmcmc.chain.chain import Chain
 from pmcmc.chain.draws import judge_mixing
-from pmcmc.chain.mixing import stride_of
-from pmcmc.chain.report import MANY_DIVERGENCES, SolveReport, by_result, span
-from pmcmc.chain.state import ChainState
+from pmcmc.chain.state import ChainState, Source
 from pmcmc.chain.stored import StoredChain
-from pmcmc.kernels import Compose, Kernel, RandomWalk, SiteKernel
-from pmcmc.random.streams import chain_keys
-from pmcmc.recurrence import Sequential
-from pmcmc.sampling.automatic import Automatic
-from pmcmc.sampling.programs import Engine
-from pmcmc.sampling.segments import Counts, Run
-from pmcmc.sampling.settings import Settings
-from pmcmc.sampling.sinks import Keeper
-
-# A chain whose acceptance probabilities add up to less than this over all of its draws has not moved, unless there are
-# too few of them to tell.
-STUCK, FEW_DRAWS = 1e-3, 100
-
-
-# A run looks at how its draws have mixed where this takes no more numbers; for others it is worked out when asked for.
-MOST_JUDGED = 2**22
-
-
-# A solver of the user's own choice that failed before it had solved this share of any chain is warned of.
-SMALL_SHARE = 0.1
+from pmcmc.sampling.automatic import Automatic, compile_first
+from pmcmc.sampling.programs import Engine, fit_memory
+from pmcmc.sampling.reporting import Outcome
+from pmcmc.sampling.segments import NonFiniteState, Run
+from pmcmc.sampling.settings import Settings, settings_of
+from pmcmc.sampling.sinks import Draws, Keeper, draw_bytes
+from pmcmc.sampling.warm_up import WarmupRecord, tune_chains
 
 
 class Interrupted(KeyboardInterrupt):
@@ -67,244 +58,190 @@ class Interrupted(KeyboardInterrupt):
         )
 
 
-def settings_of(chain: Chain | StoredChain, num_samples: Any, max_memory: Any) -> Settings:
-    """For steps that follow a chain."""
-    return Settings.check(
-        chain.state.target,
-        chain.state.kernel,
-        "auto" if chain.solver is None else chain.solver,
-        0,
-        num_samples,
-        chain.num_chains,
-        chain.thinning,
-        chain.extra_fields if isinstance(chain, Chain) else (),
-        None,
-        chain.devices,
-        max_memory,
-    )
+class Session:
+    """One run: its engine, its progress bar, and its steps into a sink. Use it as a context manager.
 
+    A run has one engine. During warm-up it knows only the shapes of the tuned arrays, for which programs are compiled
+    in the background; `engine_for` gives it the arrays afterwards.
 
-def engine_of(state: ChainState, ahead: Ahead) -> Engine:
-    """Of a state that is only compiled for, shapes will do."""
-    keys = chain_keys(state.rng_key, num_chains=len(state.own))
-    return Engine(state.target, state.kernel, keys, state.ensemble, scale_of(state), ahead, state.num_steps)
-
-
-def restarted(state: ChainState, number: int) -> tuple[Engine, PyTree]:
-    """An engine of one of the chains, for its steps from the first on, and its unknown before it (1, ...)."""
-    keys = chain_keys(state.rng_key, num_chains=len(state.own))[number : number + 1]
-    own = state.own[number : number + 1]
-    x0 = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[own]), state.ensemble)
-    return Engine(state.target, state.kernel, keys, state.ensemble, scale_of(state)), x0
-
-
-def scale_of(state: ChainState) -> PyTree:
-    """Of an unknown: one where it is the coordinates in a basis that warm-up found, else not known (None)."""
-    if state.target.basis is None or len(jax.tree.leaves(state.ensemble)) > 1:
-        return None
-    return jax.tree.map(lambda x: np.ones(x.shape[1:], x.dtype), state.ensemble)
-
-
-class Sampling:
-    """Steps of all chains from a state on.
-
-    num_planned: see `Run`. began, warmup_seconds: for the report.
+    Args:
+        settings: What the user asked for.
+        progress_bar: Whether to show one.
     """
 
-    def __init__(
-        self,
-        state: ChainState,
-        settings: Settings,
-        engine: Engine,
-        draws: Keeper,
-        progress: Progress,
-        began: float,
-        warmup_seconds: float,
-        num_planned: int | None = None,
-    ):
-        progress.sample()
-        self.state, self.settings, self.began, self.warmup_seconds = state, settings, began, warmup_seconds
-        self.run = Run(
-            engine,
-            state.unknown,
-            settings.num_samples,
-            settings.thinning,
-            progress,
-            draws,
-            state.num_unkept,
-            num_planned,
-        )
-        self.automatic: Automatic | None = None
-        if settings.solver is None:
-            self.automatic = Automatic(self.run, state.own, state.timing, settings.devices)
+    def __init__(self, settings: Settings, progress_bar: bool):
+        self.settings, self.began, self.warmup_seconds = settings, time.perf_counter(), 0.0
+        self.progress = Progress(settings.num_samples, progress_bar)
+        self._background = BackgroundCompiler()
+        self._engine: Engine | None = None
 
-    def execute(self) -> None:
-        """Take all steps."""
-        if self.settings.solver is not None:
-            self.run.with_solver(self.settings.solver)
-        elif self.automatic is not None:
-            self.automatic.execute()
+    def __enter__(self) -> "Session":
+        return self
 
-    def standing(self, x: PyTree, num_steps: int) -> tuple[ChainState, SolveReport]:
-        """The chains stand at ``x``, after so many of the steps."""
-        state = self.state
-        num_unkept = (state.num_unkept + num_steps) % self.settings.thinning
-        after = state._replace(unknown=x, num_steps=state.num_steps + num_steps, num_unkept=num_unkept)
-        return after, self._report(num_steps)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._background.close()
+        self.progress.close()
 
-    def warn(self, report: SolveReport) -> None:
-        """Say what is doubtful about the draws, once all are taken; for the caller of `parallel_chain` and `sample`.
+    def tune(self, source: Source, rng_key: PRNGKey, starts: PyTree, record: WarmupRecord | None = None) -> ChainState:
+        """Warm up from ``starts`` (positions, leading axis num_starts); returns where the chains start."""
 
-        report: of these draws.
+        def watch(target: Any, path: Any) -> None:
+            self.progress.warmed(len(path))
+            if record is not None:
+                record(target, path)
+
+        def prepare(expected: ChainState) -> None:
+            engine = self.engine_for(expected, self.draw_bytes(0))
+            compile_first(engine, self.settings.solver, self.settings.num_samples)
+
+        state = tune_chains(source, rng_key, starts, self.settings, watch, prepare)
+        self.warmup_seconds = time.perf_counter() - self.began
+        return state
+
+    def draw_bytes(self, num_unkept: int) -> Callable[[Engine], int]:
+        """Bytes of all draws that are kept in memory, as a function of the engine."""
+        num_kept = (num_unkept + self.settings.num_samples) // self.settings.thinning
+        return lambda engine: draw_bytes(engine) * num_kept
+
+    def engine_for(self, state: ChainState, held: Callable[[Engine], int]) -> Engine:
+        """Return the engine of this run, with the arrays (or shapes) of ``state``.
+
+        Args:
+            state: Where the chains start. For ahead-of-time compilation it may hold shapes only.
+            held: Bytes of what is kept besides, as a function of the engine.
+
+        Raises:
+            MemoryError: The draws and the shortest segment do not fit.
         """
-        self._warn_of_failed_solver()
-        if not self._warn_of_stuck_chains():
-            self._warn_of_still_coordinates()
-            self._warn_of_divergences()
-            self._warn_of_mixing(report)
-
-    def _warn_of_mixing(self, report: SolveReport) -> None:
-        chains, dim = self.settings.num_chains, self.state.target.dim
-        num_draws = int(self.run.draws.moves.num_draws[0])
-        looked_at = chains * dim * (num_draws // stride_of(chains, num_draws, dim))
-        if looked_at <= MOST_JUDGED and report.mixing is not None and report.mixing.doubt:
-            warnings.warn(report.mixing.doubt, stacklevel=6)
-
-    def _warn_of_failed_solver(self) -> None:
-        """Say where a solver that the user chose left all of the run, or nearly so, to sequential sampling."""
-        solver, counts, num_steps = self.settings.solver, self.run.counts, self.run.num_steps
-        solved = counts.certified_steps
-        if solver is None or not counts.fallback or np.max(solved) >= SMALL_SHARE * num_steps:
-            return
-        share = f"only {span(solved)}" if np.any(solved) else "none"
-        messages = " ".join(f"{what}: {code.message}" for code, what in by_result(counts.result) if code)
-        warnings.warn(
-            f"{type(solver).__name__} solved {share} of {num_steps:,} steps of each chain in parallel; the others were "
-            f"sampled sequentially, which gives the same draws and saves no time. {messages} Or leave the choice to "
-            'solver="auto".',
-            stacklevel=6,
-        )
-
-    def _warn_of_divergences(self) -> None:
-        moves = self.run.draws.moves
-        num_divergent, num_draws = int(np.sum(moves.num_divergent)), int(np.sum(moves.num_draws))
-        few = num_draws < FEW_DRAWS or num_divergent <= MANY_DIVERGENCES * num_draws
-        if few or not _divergences_tell(self.state.kernel):
-            return
-        if isinstance(self.state.kernel, SiteKernel):
-            cause = (
-                "A divergence is a conditional whose probabilities are not finite, where the old value was kept, or a "
-                "divergent transition of a block: check the updates for NaN and overflow, and reparametrise."
-            )
+        if self._engine is None:
+            self._engine = Engine.of(state, background=self._background)
+            fit_memory(self._engine, self.settings, held(self._engine))
         else:
-            cause = (
-                "The step size does not resolve some region of the posterior, which draws may miss: reparametrise (a "
-                "non-centred form, for instance), or take smaller steps by a higher acceptance rate, as in "
-                "warmup=EnsembleAdaptation(target_acceptance_rate=0.95) or numpyro.infer.NUTS(model, "
-                "target_accept_prob=0.95)."
-            )
-        warnings.warn(
-            f"{num_divergent:,} of {num_draws:,} draws ({num_divergent / num_draws:.1%}) were divergent. {cause}",
-            stacklevel=6,
-        )
+            self._engine.bind(state)
+        return self._engine
 
-    def _warn_of_stuck_chains(self) -> bool:
-        """Say where a chain accepted nothing, and whether any did: such draws are one point, however many they are.
+    def start(self, state: ChainState, engine: Engine, sink: Keeper, num_planned: int | None = None) -> Outcome:
+        """Prepare the steps that follow ``state``; `execute` takes them.
 
-        Judged by the probabilities, not by the moves: a few draws may stand still by chance.
+        Args:
+            state: Where the chains start.
+            engine: The engine of this run.
+            sink: Where kept draws go.
+            num_planned: See `Run`.
         """
-        moves = self.run.draws.moves
-        num_draws = int(moves.num_draws[0])
-        stuck = np.flatnonzero(moves.acceptance_rate * num_draws < STUCK)
-        is_stuck = bool(stuck.size) and num_draws >= FEW_DRAWS
-        if is_stuck:
-            warnings.warn(
-                f"chain(s) {', '.join(map(str, stuck))} accepted no move in {num_draws:,} draws. Leave the step size "
-                "and num_warmup to pmcmc (step_size=None, num_warmup=1000), take a smaller step size, or start "
-                "elsewhere with init_params.",
-                stacklevel=6,
-            )
-        return is_stuck
-
-    def _warn_of_still_coordinates(self) -> None:
-        """Say where some coordinates of a chain kept their value while others moved."""
-        flat = [np.reshape(moved, (len(moved), -1)) for moved in self.run.moved]
-        still = ~np.concatenate(flat, axis=1)
-        if self.run.num_steps < FEW_DRAWS or not still.any():
-            return
-        names = lambda flags: ", ".join(map(str, np.flatnonzero(flags)[:8]))
-        warnings.warn(
-            f"coordinate(s) {names(still.any(axis=0))} of the state never moved in {self.run.num_steps:,} steps of "
-            f"chain(s) {names(still.any(axis=1))}, so the draws do not explore them. Check that the kernel updates "
-            "them.",
-            stacklevel=6,
-        )
-
-    def _report(self, num_steps: int) -> SolveReport:
-        run, automatic, settings = self.run, self.automatic, self.settings
-        counts, moves, chains, clock = run.counts, run.draws.moves, settings.num_chains, run.engine.clock
-        per_chain = lambda value, dtype=int: np.broadcast_to(np.asarray(value, dtype), (chains,))
-        plan = None if automatic is None else automatic.plan
-        solver, reason = settings.solver or Sequential(), "Chosen by the caller."
-        if automatic is not None:
-            solver, reason = (Sequential() if plan is None else plan.solver), automatic.reason
-        pilot = None if plan is None else plan.coalescence
-        return SolveReport(
-            decision=solver.decision,
-            reason=reason,
-            plan=None if automatic is None or plan is None else replace(plan, correction=automatic.correction),
-            bias_bound=np.zeros(0) if automatic is None else automatic.bias_bound,
-            result=per_chain(counts.result),
-            fallback=counts.fallback,
-            residual=per_chain(counts.residual, float),
-            num_steps=num_steps,
-            num_sequential_steps=per_chain(counts.critical_path),
-            num_iters=per_chain(counts.num_iters),
-            num_sweeps=per_chain(counts.num_sweeps),
-            num_blocks=counts.num_blocks,
-            certified_steps=per_chain(np.minimum(counts.certified_steps, num_steps)),
-            near_ties=per_chain(counts.near_ties) if moves.has_margin else per_chain(np.nan, float),
-            lyapunov_exponent=_growth_rate(counts),
-            coalescence_steps=np.zeros(0, int) if pilot is None else np.asarray(pilot.steps),
-            acceptance_rate=moves.acceptance_rate,
-            num_divergent=moves.num_divergent,
-            warmup_seconds=self.warmup_seconds,
-            pilot_seconds=0.0 if automatic is None else automatic.pilot_seconds,
-            compile_seconds=clock.compile_seconds,
-            solve_seconds=clock.run_seconds - (0.0 if automatic is None else automatic.partner_seconds),
-            total_seconds=time.perf_counter() - self.began,
-            planned_seconds=0.0 if automatic is None else automatic.seconds,
-            warmup_remark=self.state.warmup_remark,
-            num_lost_lanes=self.state.num_lost_lanes,
-            num_draws=int(moves.num_draws[0]),
-            pair_distances=np.zeros(0) if pilot is None else np.asarray(pilot.distances)[0],
-            spread=_spread(self.state, run.draws.some[0]),
-            find_mixing=partial(judge_mixing, self.state.target, self.state.kernel, *run.draws.some),
-            find_diagnosis=None if automatic is None else automatic.find_diagnosis,
-        )
+        self.progress.sample()
+        settings = self.settings
+        steps = settings.num_samples, settings.thinning
+        run = Run(engine, state.unknown, *steps, self.progress, sink, state.num_unkept, num_planned)
+        automatic = None
+        if settings.solver is None:
+            automatic = Automatic(run, state.own, state.timing, settings.devices)
+        return Outcome(state, settings, run, automatic, self.began, self.warmup_seconds)
 
 
-def _spread(state: ChainState, unknowns: PyTree) -> float:
-    """The largest ratio, either way, of the draws' standard deviation to that of warm-up's ensemble.
+def execute(outcome: Outcome) -> None:
+    """Take all steps of a run."""
+    if outcome.settings.solver is not None:
+        outcome.run.with_solver(outcome.settings.solver)
+    elif outcome.automatic is not None:
+        outcome.automatic.execute()
 
-    Over the coordinates; NaN where warm-up found no basis, or too few draws moved. unknowns: (C, n, ...).
+
+def sample_new(
+    source: Source,
+    rng_key: PRNGKey,
+    starts: PyTree,
+    settings: Settings,
+    progress_bar: bool,
+    record: WarmupRecord | None = None,
+) -> Chain:
+    """Warm up and sample.
+
+    Args:
+        source: The model.
+        rng_key: The key of the whole run.
+        starts: Positions with leading axis num_starts (num_chains without warm-up).
+        settings: What the user asked for.
+        progress_bar: Whether to show one.
+        record: Keeps warm-up's draws for the chain; None if they are not wanted.
     """
-    if scale_of(state) is None or jax.tree.leaves(unknowns)[0].shape[1] < FEW_DRAWS:
-        return float("nan")
-    (rows,) = jax.tree.leaves(unknowns)
-    stride = stride_of(rows.shape[0], rows.shape[1], rows[0, 0].size)
-    deviation = np.std(rows[:, ::stride], axis=(0, 1), dtype=float)
-    with np.errstate(divide="ignore"):
-        return float(np.max(np.maximum(deviation, 1 / deviation)))
+    with Session(settings, progress_bar) as session:
+        return _sample(session, session.tune(source, rng_key, starts, record), record)
 
 
-def _divergences_tell(kernel: Kernel) -> bool:
-    """Whether a divergence is a fault; a random walk loses much log density by a proposal that is merely far off."""
-    if isinstance(kernel, Compose):
-        return any(_divergences_tell(block.kernel) for block in kernel.blocks)
-    return not isinstance(kernel, RandomWalk)
+def warm_up(source: Source, rng_key: PRNGKey, starts: PyTree, settings: Settings, progress_bar: bool) -> ChainState:
+    """Return the state from which `sample_new` with the same arguments would sample."""
+    with Session(settings, progress_bar) as session:
+        return session.tune(source, rng_key, starts)
 
 
-def _growth_rate(counts: Counts) -> np.ndarray:
-    """Mean over segments, where any saw a small distance."""
-    return np.where(counts.num_growths > 0, counts.growth, np.nan) / np.maximum(counts.num_growths, 1)
+def sample_from(state: ChainState, settings: Settings, progress_bar: bool) -> Chain:
+    """Return the draws that follow a state, without those that led to it."""
+    with Session(settings, progress_bar) as session:
+        return _sample(session, state)
+
+
+def extend(chain: Chain, num_samples: int, progress_bar: bool) -> Chain:
+    """Return the chain with ``num_samples`` more steps of every chain; see `Chain.extend`."""
+    refuse_transformation("Chain.extend")
+    chain.state.source.check()
+    settings = settings_of(chain, num_samples, chain.max_memory)
+    try:
+        return _join(chain, sample_from(chain.state, settings, progress_bar))
+    except Interrupted as stopped:
+        raise Interrupted(_join(chain, stopped.chain), num_samples) from stopped
+    except NonFiniteState as failed:
+        failed.chain = chain if failed.chain is None else _join(chain, failed.chain)
+        raise
+
+
+def _sample(session: Session, state: ChainState, record: WarmupRecord | None = None) -> Chain:
+    """Steps from ``state`` on, into memory. If they are cut short, the exception carries the draws so far."""
+    settings = session.settings
+    engine = session.engine_for(state, session.draw_bytes(state.num_unkept))
+    draws = Draws(engine, (state.num_unkept + settings.num_samples) // settings.thinning)
+    outcome = session.start(state, engine, draws)
+
+    def chain(x: PyTree, num_steps: int) -> Chain:
+        after, report = outcome.after(x, num_steps)
+        return Chain(
+            after,
+            *draws.kept,
+            report,
+            settings.thinning,
+            settings.solver,
+            settings.extra_fields,
+            warmup_path=None if record is None else record.path(),
+            devices=settings.devices or None,
+            max_memory=settings.max_memory,
+        )
+
+    def so_far() -> Chain | None:
+        draws.cut()
+        if not (kept := draws.info.margin.shape[1]):
+            return None
+        x = jax.tree.map(lambda rows: jnp.asarray(rows[:, -1]), draws.kept[0])
+        return chain(x, kept * settings.thinning - state.num_unkept)
+
+    try:
+        execute(outcome)
+    except KeyboardInterrupt as stopped:
+        if (there := so_far()) is None:
+            raise
+        raise Interrupted(there, settings.num_samples) from stopped
+    except NonFiniteState as failed:
+        failed.chain = so_far()
+        raise
+    whole = chain(outcome.run.x, settings.num_samples)
+    outcome.warn(whole.report)
+    return whole
+
+
+def _join(chain: Chain, more: Chain) -> Chain:
+    """One chain with the draws of both. Everything but the draws is that of the second."""
+    join = lambda old, new: np.concatenate([old, new], axis=1)
+    both = jax.tree.map(join, (chain.unknowns, chain.info), (more.unknowns, more.info))
+    report = replace(more.report, find_mixing=partial(judge_mixing, more.target, more.kernel, both[0]))
+    return replace(more, unknowns=both[0], info=both[1], report=report, warmup_path=chain.warmup_path)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._typing import PRNGKey, PyTree
+from pmcmc.chain.chain import Chain
+from pmcmc.chain.stored import StoredChain
 from pmcmc.kernels import HMC, Compose, DiscreteGibbs, Kernel, SiteKernel
 from pmcmc.random.threefry import IMPL, threefry_key
 from pmcmc.recurrence import RecurrenceSolver
@@ -93,6 +95,23 @@ class Settings:
             devices,
             max_memory,
         )
+
+
+def settings_of(chain: Chain | StoredChain, num_samples: Any, max_memory: Any) -> Settings:
+    """Return the settings for steps that follow a chain."""
+    return Settings.check(
+        chain.state.target,
+        chain.state.kernel,
+        "auto" if chain.solver is None else chain.solver,
+        0,
+        num_samples,
+        chain.num_chains,
+        chain.thinning,
+        chain.extra_fields if isinstance(chain, Chain) else (),
+        None,
+        chain.devices,
+        max_memory,
+    )
 
 
 def _check_kernel(kernel: Kernel, extra_fields: Sequence[str], num_warmup: int) -> None:

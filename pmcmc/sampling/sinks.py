@@ -2,7 +2,7 @@
 
 import abc
 import math
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -10,9 +10,6 @@ import numpy as np
 from pmcmc._typing import PyTree
 from pmcmc.kernels import Info
 from pmcmc.sampling.programs import Engine
-
-if TYPE_CHECKING:
-    from pmcmc.sampling.segments import Run
 
 
 class Moves(NamedTuple):
@@ -41,8 +38,8 @@ class Keeper(abc.ABC):
         """Keep those rows of each chain's (steps, ...) arrays, which the next segment overwrites."""
 
     @abc.abstractmethod
-    def settle(self, run: "Run") -> None:
-        """A segment was added to its end, and the run stands behind it."""
+    def settle(self, finished: bool) -> None:
+        """Take note that a whole segment has been added; ``finished`` says whether it was the last one."""
 
     @property
     @abc.abstractmethod
@@ -108,7 +105,7 @@ class Draws(Keeper):
             jax.tree.map(copy, self._rooms, (unknowns, info))
             self.num_kept[chain] = end
 
-    def settle(self, run):
+    def settle(self, finished):
         pass
 
     def cut(self) -> None:

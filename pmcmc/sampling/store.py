@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,6 @@ from pmcmc.kernels import Info
 from pmcmc.sampling.programs import Engine
 from pmcmc.sampling.sinks import Keeper, Moves, Thinned
 from pmcmc.target import Target
-
-if TYPE_CHECKING:
-    from pmcmc.sampling.segments import Run
-
 
 # Draws wait for each other until they are so many bytes, or so much time has passed since the last checkpoint.
 FLUSH_BYTES, FLUSH_SECONDS = 32 * 2**20, 5.0
@@ -89,18 +85,30 @@ class Store(Keeper):
         self._lock.close()
 
     def begin(
-        self, run: "Run", chain: StoredChain, there: Callable[[], StoredChain], first: tuple[PyTree, Info] | None
+        self,
+        chain: StoredChain,
+        there: Callable[[], StoredChain],
+        engine: Engine,
+        num_steps: int,
+        num_planned: int,
+        first: tuple[PyTree, Info] | None,
     ) -> None:
-        """Ready for the draws of a run that goes on from a chain.
+        """Prepare for the draws of a run that continues a chain.
 
-        there: makes the chain as it stands at the moment. first: draws that come before those of the run.
+        Args:
+            chain: The chain that is continued.
+            there: Returns the chain as it is at the moment.
+            engine: The engine of the run.
+            num_steps: Steps that the run takes.
+            num_planned: See `Run`.
+            first: Draws that come before those of the run; None if there are none.
 
         Raises:
             ValueError: others have gone on from the chain already.
         """
-        state, engine = chain.state, run.engine
+        state = chain.state
         self._target, self._kernel, self._sites, self._there = state.target, state.kernel, chain.sites, there
-        self._num_wanted, self._num_planned = state.num_steps + run.num_steps, run.num_planned
+        self._num_wanted, self._num_planned = state.num_steps + num_steps, num_planned
         self._flush_bytes = flush_bytes(chain.max_memory)
         self._batch = self._batch_size(engine)
         found = self._steps_on_disk()
@@ -114,7 +122,7 @@ class Store(Keeper):
         now = there()
         self._waiting: list[dict] = []
         self._num_bytes, self._num_written = 0, chain.num_samples
-        self._room = now.num_samples + (now.state.num_unkept + run.num_steps) // now.thinning
+        self._room = now.num_samples + (now.state.num_unkept + num_steps) // now.thinning
         if first is not None:
             self.add(*first, [slice(0, now.num_samples, 1)])
             self._forget(engine)
@@ -189,8 +197,8 @@ class Store(Keeper):
             self._arrays.write(self._num_written, joined, self._room)
             self._num_written += joined["sample_stats"]["lp"].shape[1]
 
-    def settle(self, run):
-        if not run.left or time.perf_counter() - self._certified >= FLUSH_SECONDS:
+    def settle(self, finished):
+        if finished or time.perf_counter() - self._certified >= FLUSH_SECONDS:
             self.certify()
 
     def certify(self) -> None:

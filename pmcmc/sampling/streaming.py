@@ -1,6 +1,5 @@
 """Chains that go on: in memory, to a folder on disk, and there again after they were stopped."""
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -9,22 +8,19 @@ from types import NoneType
 
 import jax
 
-from pmcmc._progress import Progress
 from pmcmc._typing import PyTree
-from pmcmc._xla.background import Ahead
 from pmcmc._xla.trace import refuse_transformation
 from pmcmc.chain.chain import Chain
 from pmcmc.chain.draws import by_name
 from pmcmc.chain.file_format import STORE, Reader
-from pmcmc.chain.rebuild import check_num_draws, read_report, read_thinning, rebuild
+from pmcmc.chain.loading import check_num_draws, read_report, read_thinning, rebuild
 from pmcmc.chain.stored import CHECKPOINT, DRAWS, StoredChain
 from pmcmc.interop.zarr import read_arrays
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver
-from pmcmc.sampling.programs import fit_memory
 from pmcmc.sampling.segments import NonFiniteState
-from pmcmc.sampling.session import Interrupted, Sampling, engine_of, settings_of
-from pmcmc.sampling.settings import Settings
+from pmcmc.sampling.session import Interrupted, Session, execute
+from pmcmc.sampling.settings import Settings, settings_of
 from pmcmc.sampling.store import Store, check_kept, held_bytes
 
 
@@ -49,7 +45,6 @@ def stream(
             chain.report,
             chain.thinning,
             chain.solver,
-            extend_stored,
             settings.max_memory,
             chain.devices,
         )
@@ -73,21 +68,21 @@ def _to_store(
     num_planned: int | None = None,
 ) -> StoredChain:
     """The steps that follow a chain, behind its draws. first: a chain whose draws come before them, too."""
-    state, began = chain.state, time.perf_counter()
-    with Progress(settings.num_samples, progress_bar) as progress, closing(Ahead()) as ahead:
-        engine = engine_of(state, ahead)
-        fit_memory(engine, settings, held_bytes(settings.max_memory))
-        sampling = Sampling(state, settings, engine, store, progress, began, 0.0, num_planned)
-        num_before, run = chain.num_samples if first is None else first.num_samples, sampling.run
+    state = chain.state
+    with Session(settings, progress_bar) as session:
+        engine = session.engine_for(state, lambda _: held_bytes(settings.max_memory))
+        outcome = session.start(state, engine, store, num_planned)
+        num_before, run = chain.num_samples if first is None else first.num_samples, outcome.run
 
         def there() -> StoredChain:
             num_samples = num_before + (state.num_unkept + run.done) // settings.thinning
-            after, report = sampling.standing(run.x, run.done)
+            after, report = outcome.after(run.x, run.done)
             return replace(chain, num_samples=num_samples, state=after, report=report)
 
-        store.begin(run, chain, there, None if first is None else (first.unknowns, first.info))
+        before = None if first is None else (first.unknowns, first.info)
+        store.begin(chain, there, engine, run.num_steps, run.num_planned, before)
         try:
-            sampling.execute()
+            execute(outcome)
         except KeyboardInterrupt as stopped:
             store.cut()
             raise Interrupted(store.last, settings.num_samples) from stopped
@@ -95,7 +90,7 @@ def _to_store(
             store.cut()
             failed.chain = store.last
             raise
-        sampling.warn(store.last.report)
+        outcome.warn(store.last.report)
         return store.last
 
 
@@ -158,7 +153,6 @@ def resume(
             report,
             read_thinning(reader, state),
             solver,
-            extend_stored,
             stored_memory if max_memory is None else max_memory,
             devices,
         )

@@ -1,22 +1,16 @@
 """From starting positions to tuned chains."""
 
 import warnings
-from contextlib import closing
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._progress import Progress
 from pmcmc._typing import Array, PRNGKey, PyTree
-from pmcmc._xla.background import Ahead
 from pmcmc.chain.state import ChainState, Source
-from pmcmc.sampling.automatic import compile_first
-from pmcmc.sampling.programs import fit_memory
-from pmcmc.sampling.session import engine_of
 from pmcmc.sampling.settings import Settings
-from pmcmc.sampling.sinks import draw_bytes
 from pmcmc.target import Target, check_starts
 from pmcmc.warmup import Tuned
 from pmcmc.warmup.base import Watch
@@ -40,38 +34,32 @@ class WarmupRecord:
         return np.swapaxes(np.concatenate(self._stretches), 0, 1)
 
 
-def warm_up(source: Source, rng_key: PRNGKey, starts: PyTree, settings: Settings, progress_bar: bool) -> ChainState:
-    """Where the chains of `run_stages` with the same arguments begin."""
-    with Progress(settings.num_samples, progress_bar) as progress, closing(Ahead()) as ahead:
-        return tune_chains(source, rng_key, starts, settings, progress, ahead)
-
-
 def tune_chains(
     source: Source,
     rng_key: PRNGKey,
     starts: PyTree,
     settings: Settings,
-    progress: Progress,
-    ahead: Ahead,
-    record: WarmupRecord | None = None,
+    watch: Watch,
+    prepare: Callable[[ChainState], None],
 ) -> ChainState:
-    """From ``starts`` to where the chains begin; programs for sampling are compiled beside."""
+    """Warm up from ``starts``, or take them as they are; returns where the chains start.
+
+    Args:
+        source: The model.
+        rng_key: The key of the whole run.
+        starts: Positions with leading axis num_starts (num_chains without warm-up).
+        settings: What the user asked for.
+        watch: Called with the draws of warm-up's lanes.
+        prepare: Called before warm-up with a state of shapes, if these are known, to compile programs meanwhile.
+    """
     settings.kernel.check(source.target)
     source, kernel = source.with_kernel(settings.kernel)
     target, settings = source.target, replace(settings, kernel=kernel)
     check_starts(target, starts)
-    settings.kernel.check_start(target, jax.tree.map(lambda x: np.asarray(x)[0], starts))
+    kernel.check_start(target, jax.tree.map(lambda x: np.asarray(x)[0], starts))
     warmup_key, chain_key = _split_keys(rng_key)
-    if settings.num_warmup and (expected := settings.warmup.tuned_shapes(target, settings.kernel)) is not None:
-        engine = engine_of(_begin(expected, starts, chain_key, settings, source), ahead)
-        fit_memory(engine, settings, draw_bytes(engine) * (settings.num_samples // settings.thinning))
-        compile_first(engine, settings.solver, settings.num_samples)
-
-    def watch(target: Target, path: Array) -> None:
-        progress.warmed(target, path)
-        if record is not None:
-            record(target, path)
-
+    if settings.num_warmup and (expected := settings.warmup.tuned_shapes(target, kernel)) is not None:
+        prepare(_begin(expected, starts, chain_key, settings, source))
     tuned = _tune(target, warmup_key, starts, settings, watch)
     state = _begin(tuned, starts, chain_key, settings, source)
     unknown = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[state.own]), state.ensemble)

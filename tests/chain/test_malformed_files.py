@@ -132,10 +132,10 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Callabl
 @pytest.fixture(autouse=True)
 def no_tracing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model is not what is tested here: its target is made once."""
-    from pmcmc.chain import rebuild
+    from pmcmc.chain import loading
 
     source = model_chain().state.source
-    monkeypatch.setattr(rebuild, "model_source", lambda *_: source)
+    monkeypatch.setattr(loading, "model_source", lambda *_: source)
 
 
 def test_the_file_itself_loads(saved) -> None:

@@ -179,7 +179,7 @@ def test_streams_are_judged(tmp_path) -> None:
 
 
 def test_wide_posteriors_are_judged_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pmcmc.sampling.session.MOST_JUDGED", 100)
+    monkeypatch.setattr("pmcmc.sampling.reporting.MOST_JUDGED", 100)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         chain = pmcmc.sample(cauchy, jnp.zeros(5), 3, num_samples=1000, **QUIET)

@@ -1,4 +1,4 @@
-"""One log density that is many: a program compiled for its shapes serves every number in it. ``tests.helpers.problems``."""
+"""One log density that is many: a program compiled for its shapes serves every number in it."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple

@@ -1,4 +1,6 @@
-"""One of two processes, with one CPU device each, that solve together: ``python -m tests.helpers.processes PORT NUMBER``.
+"""One of two processes, with one CPU device each, that solve together.
+
+Run as ``python -m tests.helpers.processes PORT NUMBER``.
 
 See test_devices.py.
 """

@@ -15,7 +15,7 @@ import pytest
 import pmcmc
 from benchmarks._compilations import compilations
 from pmcmc._xla import background
-from pmcmc._xla.background import Ahead
+from pmcmc._xla.background import BackgroundCompiler
 from pmcmc._xla.compile import forget_programs
 from pmcmc.interop.numpyro import numpyro_target
 from pmcmc.planning import Costs, plan
@@ -31,7 +31,7 @@ PROGRAMS = ("jit(draw_noise)", "jit(solve_noise)")
 
 
 def test_jobs_run_once_and_in_order() -> None:
-    ahead, seen, gate = Ahead(), [], threading.Event()
+    ahead, seen, gate = BackgroundCompiler(), [], threading.Event()
     ahead.begin("first", lambda: gate.wait() and seen.append(1))
     ahead.begin("second", lambda: seen.append(2))
     ahead.begin("first", lambda: seen.append(3))
@@ -46,7 +46,7 @@ def test_jobs_run_once_and_in_order() -> None:
 
 
 def test_a_failed_job_is_silent() -> None:
-    ahead = Ahead()
+    ahead = BackgroundCompiler()
     ahead.begin("broken", lambda: 1 / 0)
     ahead.wait("broken")
     assert ahead.ready("broken")
@@ -56,7 +56,8 @@ def test_a_failed_job_is_silent() -> None:
 
 def test_closing_waits_for_what_reads_the_model_alone() -> None:
     """Jobs that were not begun never are; a program that is being compiled may take its time."""
-    ahead, seen, began, read, compiled = Ahead(), [], threading.Event(), threading.Event(), threading.Event()
+    ahead, seen = BackgroundCompiler(), []
+    began, read, compiled = (threading.Event() for _ in range(3))
 
     def job():
         began.set()

@@ -14,9 +14,8 @@ import pytest
 import pmcmc
 from pmcmc.chain.state import Source
 from pmcmc.recurrence import MultipleShooting, Sequential
-from pmcmc.sampling.in_memory import sample_from
+from pmcmc.sampling.session import sample_from, warm_up
 from pmcmc.sampling.settings import Settings
-from pmcmc.sampling.warm_up import warm_up
 from tests.helpers.problems import DIM, random_numbers, target_of
 
 pytestmark = pytest.mark.optimized

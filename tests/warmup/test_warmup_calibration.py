@@ -19,9 +19,8 @@ import pmcmc
 from pmcmc._pytree import register_dataclass
 from pmcmc.chain.state import Source
 from pmcmc.recurrence import MultipleShooting
-from pmcmc.sampling.in_memory import sample_from
+from pmcmc.sampling.session import sample_from, warm_up
 from pmcmc.sampling.settings import Settings
-from pmcmc.sampling.warm_up import warm_up
 from tests.helpers.statistics import z_bound
 from tests.helpers.studies import NUM_DATA, Continuous
 

@@ -1,9 +1,15 @@
-"""Chains out of what files say of them, and of the model that the user gives again."""
+"""Read chains from files: the other half of `Chain.save`.
+
+`load` reads a whole chain; `rebuild` and the readers serve `pmcmc.resume`, too. No code is stored, so the user passes
+the model again, and it is compared with what the file says about it.
+"""
 
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
+from functools import partial
+from pathlib import Path
 from types import NoneType
 from typing import Any, get_type_hints
 
@@ -13,6 +19,9 @@ import numpy as np
 
 from pmcmc._typing import PRNGKey, PyTree
 from pmcmc._xla.compile import default_platform
+from pmcmc._xla.trace import refuse_transformation
+from pmcmc.chain.chain import Chain
+from pmcmc.chain.draws import judge_mixing
 from pmcmc.chain.file_format import Reader
 from pmcmc.chain.report import BY_PAIR, NOT_STORED, SolveReport
 from pmcmc.chain.state import ChainState, Source, density_source, describe_sites, last_logdensity, model_source
@@ -149,11 +158,16 @@ def _check_parts(target: Target, kernel: Any, solver: Any) -> PyTree:
             raise ValueError(f"its solver is {type(solver).__name__}")
         getattr(solver, "__post_init__", lambda: None)()
     template = jax.eval_shape(lambda x: kernel.unknown(kernel.init(target, x)), target.spec.template)
-    noise = jax.eval_shape(lambda: kernel.sample_noise(jax.random.key(0, impl=IMPL), target))
-    after, _ = jax.eval_shape(kernel.transition(target), template, noise)
+    after, _ = _record_shapes(target, kernel, template)
     if jax.tree.map(lambda x: x.shape, after) != jax.tree.map(lambda x: x.shape, template):
         raise ValueError("its kernel changes the shape of its state")
     return template
+
+
+def _record_shapes(target: Target, kernel: Kernel, unknown: PyTree) -> tuple[PyTree, Any]:
+    """Shapes of the unknown and the info after a step."""
+    noise = jax.eval_shape(lambda: kernel.sample_noise(jax.random.key(0, impl=IMPL), target))
+    return jax.eval_shape(kernel.transition(target), unknown, noise)
 
 
 def _state(reader: Reader, source: Source, kernel: Kernel, basis: Basis | None, template: PyTree) -> ChainState:
@@ -282,3 +296,64 @@ def _check_density(reader: Reader, state: ChainState) -> None:
             f"the model's log density where the chains stood last is {found}, and was {stored} when {reader.path} was "
             "saved: pass the model, its arguments and data as they were."
         )
+
+
+def load(
+    path: str | Path,
+    model: Callable | None,
+    *,
+    model_args: tuple = (),
+    model_kwargs: dict | None = None,
+    initial_position: PyTree = None,
+    kernel: Kernel | None = None,
+    solver: RecurrenceSolver | None = None,
+) -> Chain:
+    """A chain from a file of `Chain.save`: to read its draws, or to `Chain.extend` it with the same result as there.
+
+    path: of the file.
+    model: the NumPyro model or log density that the chain was made with (None where there was none): no code is
+        stored. It must have the same sites, and the same density where the chains stood last.
+    model_args, model_kwargs: the model's arguments, data included; for a NumPyro model.
+    initial_position: for a log density over pytrees with classes of your own; dicts, lists and tuples are stored.
+    kernel, solver: those that the chain was made with, where they hold functions or classes of your own, as
+        `from_blackjax` does. What was tuned is in the file.
+
+    Returns:
+        The `Chain`. Its report has no plan.
+
+    Raises:
+        ValueError: the file is not whole, or of another version; the model has other sites, another density, or
+            another precision; something that is not stored was not given.
+
+    Example:
+        >>> import jax.numpy as jnp, pathlib, pmcmc, tempfile
+        >>> logdensity = lambda x: -0.5 * jnp.sum(x["a"] ** 2)
+        >>> chain = pmcmc.sample(logdensity, {"a": jnp.zeros(2)}, 0, num_samples=100, progress_bar=False)
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "chain.npz"
+        >>> chain.save(path)
+        >>> pmcmc.load(path, logdensity).extend(100, progress_bar=False).get_samples()["a"].shape
+        (800, 2)
+    """
+    refuse_transformation("load", model_args, model_kwargs, initial_position)
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: pass a file of Chain.save. What Chain.stream wrote takes pmcmc.resume.")
+    reader = Reader(path)
+    state, solver = rebuild(reader, model, model_args, model_kwargs, initial_position, kernel, solver)
+    thinning, extra_fields = read_thinning(reader, state), tuple(reader.names("extra_fields"))
+    if strange := set(extra_fields) - set(state.kernel.extra_fields):
+        raise reader.malformed(f"its kernel has no {min(strange)}")
+    unknowns, info = _record(reader, state)
+    check_num_draws(reader, state, info.margin.shape[1], thinning)
+    state, report = read_report(reader, state)
+    report = replace(report, find_mixing=partial(judge_mixing, state.target, state.kernel, unknowns))
+    reader.close()
+    return Chain(state, unknowns, info, report, thinning, solver, extra_fields)
+
+
+def _record(reader: Reader, state: ChainState) -> tuple[PyTree, Any]:
+    """Unknowns and info of all draws."""
+    unknown, info = _record_shapes(state.target, state.kernel, jax.tree.map(lambda x: x[0], state.ensemble))
+    leading = np.shape(reader.array("unknowns/0"))[:2]
+    if leading[:1] != (len(state.own),) or len(leading) < 2 or not leading[1]:
+        raise reader.malformed(f"unknowns/0 has axes {leading}")
+    return reader.leaves("unknowns", unknown, *leading), reader.leaves("info", info, *leading)

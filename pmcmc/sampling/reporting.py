@@ -1,0 +1,213 @@
+"""What a run says of itself: the report, and warnings where its draws are doubtful."""
+
+import time
+import warnings
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import numpy as np
+
+from pmcmc._typing import PyTree
+from pmcmc.chain.draws import judge_mixing
+from pmcmc.chain.mixing import stride_of
+from pmcmc.chain.report import MANY_DIVERGENCES, SolveReport, by_result, span
+from pmcmc.chain.state import ChainState
+from pmcmc.kernels import Compose, Kernel, RandomWalk, SiteKernel
+from pmcmc.recurrence import Sequential
+from pmcmc.sampling.automatic import Automatic
+from pmcmc.sampling.segments import Counts, Run
+from pmcmc.sampling.settings import Settings
+
+# A chain whose acceptance probabilities add up to less than this over all its draws has not moved. With fewer draws
+# than the second number nothing is concluded.
+STUCK, FEW_DRAWS = 1e-3, 100
+# Mixing is judged at the end of a run unless it takes more numbers than this; then it is computed when asked for.
+MOST_JUDGED = 2**22
+# A solver that the user chose is warned about if it failed before it had solved this share of any chain.
+SMALL_SHARE = 0.1
+
+
+@dataclass
+class Outcome:
+    """What a run was asked for and what it has done.
+
+    Attributes:
+        state: Where the chains started.
+        settings: What the user asked for.
+        run: The segments taken so far, and their counts.
+        automatic: The decisions of ``solver="auto"``; None for a solver that the user chose.
+        began: Time at which the call began, in seconds of `time.perf_counter`.
+        warmup_seconds: Time that warm-up took.
+    """
+
+    state: ChainState
+    settings: Settings
+    run: Run
+    automatic: Automatic | None
+    began: float
+    warmup_seconds: float
+
+    def after(self, x: PyTree, num_steps: int) -> tuple[ChainState, SolveReport]:
+        """State and report once the chains are at ``x``, ``num_steps`` steps after they started."""
+        num_unkept = (self.state.num_unkept + num_steps) % self.settings.thinning
+        total = self.state.num_steps + num_steps
+        return self.state._replace(unknown=x, num_steps=total, num_unkept=num_unkept), self.report(num_steps)
+
+    def warn(self, report: SolveReport) -> None:
+        """Say what is doubtful about the draws, once all are taken; for the caller of `parallel_chain` and `sample`.
+
+        report: of these draws.
+        """
+        self._warn_of_failed_solver()
+        if not self._warn_of_stuck_chains():
+            self._warn_of_still_coordinates()
+            self._warn_of_divergences()
+            self._warn_of_mixing(report)
+
+    def _warn_of_mixing(self, report: SolveReport) -> None:
+        chains, dim = self.settings.num_chains, self.state.target.dim
+        num_draws = int(self.run.draws.moves.num_draws[0])
+        looked_at = chains * dim * (num_draws // stride_of(chains, num_draws, dim))
+        if looked_at <= MOST_JUDGED and report.mixing is not None and report.mixing.doubt:
+            warnings.warn(report.mixing.doubt, stacklevel=6)
+
+    def _warn_of_failed_solver(self) -> None:
+        """Say where a solver that the user chose left all of the run, or nearly so, to sequential sampling."""
+        solver, counts, num_steps = self.settings.solver, self.run.counts, self.run.num_steps
+        solved = counts.certified_steps
+        if solver is None or not counts.fallback or np.max(solved) >= SMALL_SHARE * num_steps:
+            return
+        share = f"only {span(solved)}" if np.any(solved) else "none"
+        messages = " ".join(f"{what}: {code.message}" for code, what in by_result(counts.result) if code)
+        warnings.warn(
+            f"{type(solver).__name__} solved {share} of {num_steps:,} steps of each chain in parallel; the others were "
+            f"sampled sequentially, which gives the same draws and saves no time. {messages} Or leave the choice to "
+            'solver="auto".',
+            stacklevel=6,
+        )
+
+    def _warn_of_divergences(self) -> None:
+        moves = self.run.draws.moves
+        num_divergent, num_draws = int(np.sum(moves.num_divergent)), int(np.sum(moves.num_draws))
+        few = num_draws < FEW_DRAWS or num_divergent <= MANY_DIVERGENCES * num_draws
+        if few or not _divergences_tell(self.state.kernel):
+            return
+        if isinstance(self.state.kernel, SiteKernel):
+            cause = (
+                "A divergence is a conditional whose probabilities are not finite, where the old value was kept, or a "
+                "divergent transition of a block: check the updates for NaN and overflow, and reparametrise."
+            )
+        else:
+            cause = (
+                "The step size does not resolve some region of the posterior, which draws may miss: reparametrise (a "
+                "non-centred form, for instance), or take smaller steps by a higher acceptance rate, as in "
+                "warmup=EnsembleAdaptation(target_acceptance_rate=0.95) or numpyro.infer.NUTS(model, "
+                "target_accept_prob=0.95)."
+            )
+        warnings.warn(
+            f"{num_divergent:,} of {num_draws:,} draws ({num_divergent / num_draws:.1%}) were divergent. {cause}",
+            stacklevel=6,
+        )
+
+    def _warn_of_stuck_chains(self) -> bool:
+        """Say where a chain accepted nothing, and whether any did: such draws are one point, however many they are.
+
+        Judged by the probabilities, not by the moves: a few draws may stand still by chance.
+        """
+        moves = self.run.draws.moves
+        num_draws = int(moves.num_draws[0])
+        stuck = np.flatnonzero(moves.acceptance_rate * num_draws < STUCK)
+        is_stuck = bool(stuck.size) and num_draws >= FEW_DRAWS
+        if is_stuck:
+            warnings.warn(
+                f"chain(s) {', '.join(map(str, stuck))} accepted no move in {num_draws:,} draws. Leave the step size "
+                "and num_warmup to pmcmc (step_size=None, num_warmup=1000), take a smaller step size, or start "
+                "elsewhere with init_params.",
+                stacklevel=6,
+            )
+        return is_stuck
+
+    def _warn_of_still_coordinates(self) -> None:
+        """Say where some coordinates of a chain kept their value while others moved."""
+        flat = [np.reshape(moved, (len(moved), -1)) for moved in self.run.moved]
+        still = ~np.concatenate(flat, axis=1)
+        if self.run.num_steps < FEW_DRAWS or not still.any():
+            return
+        names = lambda flags: ", ".join(map(str, np.flatnonzero(flags)[:8]))
+        warnings.warn(
+            f"coordinate(s) {names(still.any(axis=0))} of the state never moved in {self.run.num_steps:,} steps of "
+            f"chain(s) {names(still.any(axis=1))}, so the draws do not explore them. Check that the kernel updates "
+            "them.",
+            stacklevel=6,
+        )
+
+    def report(self, num_steps: int) -> SolveReport:
+        """What the run has done so far, its first ``num_steps`` steps being kept."""
+        run, automatic, settings = self.run, self.automatic, self.settings
+        counts, moves, chains, clock = run.counts, run.draws.moves, settings.num_chains, run.engine.clock
+        per_chain = lambda value, dtype=int: np.broadcast_to(np.asarray(value, dtype), (chains,))
+        plan = None if automatic is None else automatic.plan
+        solver, reason = settings.solver or Sequential(), "Chosen by the caller."
+        if automatic is not None:
+            solver, reason = (Sequential() if plan is None else plan.solver), automatic.reason
+        pilot = None if plan is None else plan.coalescence
+        return SolveReport(
+            decision=solver.decision,
+            reason=reason,
+            plan=None if automatic is None or plan is None else replace(plan, correction=automatic.correction),
+            bias_bound=np.zeros(0) if automatic is None else automatic.bias_bound,
+            result=per_chain(counts.result),
+            fallback=counts.fallback,
+            residual=per_chain(counts.residual, float),
+            num_steps=num_steps,
+            num_sequential_steps=per_chain(counts.critical_path),
+            num_iters=per_chain(counts.num_iters),
+            num_sweeps=per_chain(counts.num_sweeps),
+            num_blocks=counts.num_blocks,
+            certified_steps=per_chain(np.minimum(counts.certified_steps, num_steps)),
+            near_ties=per_chain(counts.near_ties) if moves.has_margin else per_chain(np.nan, float),
+            lyapunov_exponent=_growth_rate(counts),
+            coalescence_steps=np.zeros(0, int) if pilot is None else np.asarray(pilot.steps),
+            acceptance_rate=moves.acceptance_rate,
+            num_divergent=moves.num_divergent,
+            warmup_seconds=self.warmup_seconds,
+            pilot_seconds=0.0 if automatic is None else automatic.pilot_seconds,
+            compile_seconds=clock.compile_seconds,
+            solve_seconds=clock.run_seconds - (0.0 if automatic is None else automatic.partner_seconds),
+            total_seconds=time.perf_counter() - self.began,
+            planned_seconds=0.0 if automatic is None else automatic.seconds,
+            warmup_remark=self.state.warmup_remark,
+            num_lost_lanes=self.state.num_lost_lanes,
+            num_draws=int(moves.num_draws[0]),
+            pair_distances=np.zeros(0) if pilot is None else np.asarray(pilot.distances)[0],
+            spread=_spread(self.state, run.draws.some[0]),
+            find_mixing=partial(judge_mixing, self.state.target, self.state.kernel, *run.draws.some),
+            find_diagnosis=None if automatic is None else automatic.find_diagnosis,
+        )
+
+
+def _spread(state: ChainState, unknowns: PyTree) -> float:
+    """The largest ratio, either way, of the draws' standard deviation to that of warm-up's ensemble.
+
+    Over the coordinates; NaN where warm-up found no basis, or too few draws moved. unknowns: (C, n, ...).
+    """
+    if state.scale is None or jax.tree.leaves(unknowns)[0].shape[1] < FEW_DRAWS:
+        return float("nan")
+    (rows,) = jax.tree.leaves(unknowns)
+    stride = stride_of(rows.shape[0], rows.shape[1], rows[0, 0].size)
+    deviation = np.std(rows[:, ::stride], axis=(0, 1), dtype=float)
+    with np.errstate(divide="ignore"):
+        return float(np.max(np.maximum(deviation, 1 / deviation)))
+
+
+def _divergences_tell(kernel: Kernel) -> bool:
+    """Whether a divergence is a fault; a random walk loses much log density by a proposal that is merely far off."""
+    if isinstance(kernel, Compose):
+        return any(_divergences_tell(block.kernel) for block in kernel.blocks)
+    return not isinstance(kernel, RandomWalk)
+
+
+def _growth_rate(counts: Counts) -> np.ndarray:
+    """Mean over segments, where any saw a small distance."""
+    return np.where(counts.num_growths > 0, counts.growth, np.nan) / np.maximum(counts.num_growths, 1)

@@ -303,10 +303,12 @@ def explore(
         Moments and positions in the user's coordinates.
     """
     explorer = Explorer(target, rng_key, positions, dense, watch)
+    # Short windows, until the basis is settled.
     for _ in range(num_pieces):
         explorer.run_window(1)
         if explorer.settled:
             break
+    # Windows of growing length; the last is repeated until it settles the basis.
     lengths = _window_lengths(num_pieces)
     for length in lengths:
         explorer.run_window(length)

@@ -126,6 +126,7 @@ def run_piece(
         The states after the steps, and what happened on the way.
     """
     averaging = dual_averaging(rate)
+    # All noise of the piece is drawn first, from a key for each step and lane.
     num_lanes = jax.tree.leaves(states)[0].shape[0]
     numbers = number * PIECE * num_lanes + jnp.arange(PIECE * num_lanes)
     keys = jax.vmap(lambda n: fold_in(key_pair(rng_key), n))(numbers)
@@ -283,10 +284,12 @@ def tune(
     rate = kernel.target_acceptance_rate(target.dim) if rate is None else rate
     lanes = LaneEnsemble(kernel, rng_key, rate, watch)
     lanes.enter(target, positions)
+    # Adapt the step size for two thirds of the steps; decorrelate the lanes in the last third.
     third = math.ceil(num_steps / (3 * PIECE))
     before = [lanes.run(adapting=True)[1] for _ in range(2 * third)]
     last, seconds = zip(*(lanes.run(adapting=False) for _ in range(third)), strict=True)
     timed = [*before, *seconds][-max(third, NUM_TIMED) :]
+    # Judge the tuned kernel by the last third.
     tuned = lanes.tuned_kernel()
     acceptance_rate = np.concatenate([piece.acceptance_rate for piece in last])
     moved = np.mean([piece.moved for piece in last], axis=0)

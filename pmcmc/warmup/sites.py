@@ -76,6 +76,7 @@ class BlockAdaptation(Warmup):
         if not isinstance(kernel, SiteKernel):
             raise TypeError(f"BlockAdaptation warms up Gibbs, DiscreteGibbs and Compose, got {type(kernel).__name__}.")
         _check_metrics(target, kernel)
+        # Start the lanes, with identity bases and dual averaging at its beginning.
         length, last = num_steps // NUM_WINDOWS, NUM_WINDOWS - 1
         kernel = self._first_bases(target, kernel)
         rates = tuple(self._rate(target, block) for block in _blocks(kernel))
@@ -97,6 +98,7 @@ class BlockAdaptation(Warmup):
                 averaged = _begin(target, kernel, rates)
                 ready = _with_steps(target, kernel, averaged, rates, jnp.array(True))
                 unknowns = _start_lanes(target, ready, positions)
+        # Set the final step sizes, and time a step.
         tuned = _finished(_with_steps(target, kernel, averaged, rates, jnp.array(False)))
         _check_moved(tuned, window)
         # All windows run one program, so if the machine stalls in one of the last three, the others give its time.

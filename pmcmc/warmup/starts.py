@@ -49,11 +49,13 @@ def start_order(path: np.ndarray, logdensity: np.ndarray) -> np.ndarray | None:
     between = np.minimum(means.var(axis=0) / within, 1e12)
     if not between.max(initial=0.0) > APART:
         return None
+    # Distances between the lanes' means, in coordinates in which the lanes differ.
     places = (means - means.mean(axis=0)) * np.sqrt(between / between.sum() / within)
     squares = np.sum(places**2, axis=1)
     near = squares[:, None] + squares - 2 * places @ places.T <= RADIUS**2
     np.fill_diagonal(near, True)
     fit = ~_is_outlier(logdensity.mean(axis=0))
+    # Choose lanes until every lane that is not an outlier is near a chosen one.
     order, open_lanes = [int(np.argmax(fit))], fit.copy()
     open_lanes &= ~near[order[0]]
     while open_lanes.any():

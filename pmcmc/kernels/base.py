@@ -1,4 +1,16 @@
-"""The seam of a kernel: a deterministic map of pre-drawn noise."""
+"""The interface of a Markov kernel: a deterministic map of a state and pre-drawn noise.
+
+A `Kernel` writes one step of a Markov chain as ``state' = step(target, state, noise)``. If the noise of every step is
+drawn first, from a key of that step, the chain is the deterministic recurrence
+
+    x[t] = f(x[t-1], noise[t]),    t = 1..T,
+
+and solvers can evaluate it in parallel across t. The unknown x is the dynamic state without caches such as the log
+density and its gradient (`Kernel.unknown`, `Kernel.restore`). `Info` reports what happened in a step. `PositionKernel`
+is the base of kernels whose unknown is a vector, `SiteKernel` that of kernels over named sites.
+
+Source: Zoltowski et al. (2025).
+"""
 
 import abc
 from abc import abstractmethod
@@ -17,18 +29,20 @@ from pmcmc.target import Target
 
 
 class Info(NamedTuple):
-    """What one step of a kernel says about itself.
+    """Diagnostics of one step of a kernel.
 
-    acceptance_rate: min(1, alpha); NaN where the kernel has none.
-    is_divergent: the proposal was NaN, +inf, or lost more than 1,000 units of log density (energy).
-    margin: log alpha - log u. The proposal is accepted where it is positive; within rounding of zero the decision is
-        a near tie. For draws of discrete values by inverse CDF the distance of u to the nearest step of the CDF. NaN
-        where the kernel does not tell, and inf where it decides nothing: near ties are not counted.
-    logdensity: of the new state.
-    energy: potential plus kinetic energy at the state kept, as NumPyro and Stan report it; None for kernels without
-        momentum.
-    num_integration_steps: leapfrog steps taken, where their number is drawn; else None.
-    tree_depth: doublings of the trajectory, for NUTS; else None.
+    Attributes:
+        acceptance_rate: Acceptance probability min(1, alpha); NaN if the kernel has none.
+        is_divergent: Whether the proposal was NaN or +inf, or lost more than 1,000 units of log density (energy).
+        margin: log alpha - log u, with u the uniform that decides. The proposal is accepted if the margin is positive;
+            within rounding of zero the decision is a near tie. For discrete values drawn by inverse CDF, the distance
+            of u to the nearest step of the CDF. NaN if the kernel does not report it, inf if the step makes no
+            decision; near ties are then not counted.
+        logdensity: Log density of the new state.
+        energy: Potential plus kinetic energy of the state that was kept, as in NumPyro and Stan; None for kernels
+            without momentum.
+        num_integration_steps: Number of leapfrog steps taken if it is drawn, otherwise None.
+        tree_depth: Number of doublings of the trajectory for NUTS, otherwise None.
     """
 
     acceptance_rate: Array
@@ -41,87 +55,131 @@ class Info(NamedTuple):
 
 
 def near_tie_bound(info: Info) -> Array:
-    """The |margin| up to which rounding decides: log alpha is a difference of log densities and carries a few
-    roundings at their size. Without a log density (NaN) they are taken to be of order one."""
+    """Return the largest ``|margin|`` at which rounding can change the decision.
+
+    log alpha is a difference of log densities and carries a few rounding errors of their size. If the log density is
+    NaN (not reported), its size is taken to be at most one.
+    """
     return 4 * jnp.finfo(info.margin.dtype).eps * jnp.fmax(1.0, jnp.abs(info.logdensity))
 
 
 class Kernel(abc.ABC):
-    """A Markov kernel written as ``state' = step(target, state, noise)``: all randomness is drawn first.
+    """Base class of Markov kernels ``state' = step(target, state, noise)``, which draw all randomness first.
 
     With the noise of every step drawn from its own key, the chain is a deterministic recurrence, which a solver may
     evaluate in any order. A kernel is a frozen dataclass and a pytree: numbers such as a step size are leaves.
     """
 
-    # What `Chain.get_extra_fields` can return, as NumPyro spells it.
+    # Fields that `Chain.get_extra_fields` can return, under NumPyro's names.
     extra_fields: ClassVar[tuple[str, ...]] = ("diverging", "accept_prob", "potential_energy")
 
     @abc.abstractmethod
     def init(self, target: Target, position: PyTree) -> Any:
-        """State at a position (the user's unconstrained pytree)."""
+        """Return the state at a position.
+
+        Args:
+            target: Target to sample.
+            position: The user's unconstrained pytree.
+
+        Returns:
+            The kernel's state, caches included.
+        """
 
     @abc.abstractmethod
     def sample_noise(self, rng_key: PRNGKey, target: Target) -> PyTree:
-        """All the randomness of one step."""
+        """Draw all randomness of one step.
+
+        Args:
+            rng_key: Key of this step.
+            target: Target to sample.
+
+        Returns:
+            The noise of one step, a pytree.
+        """
 
     @abc.abstractmethod
     def step(self, target: Target, state: Any, noise: PyTree) -> tuple[Any, Info]:
-        """One step: deterministic; can be jitted, mapped and differentiated forward."""
+        """Take one step.
+
+        The step is deterministic, and works under `jax.jit`, `jax.vmap` and forward-mode differentiation.
+
+        Args:
+            target: Target to sample.
+            state: State as returned by `init`, `restore` or an earlier step.
+            noise: Noise of one step, from `sample_noise`.
+
+        Returns:
+            The new state and the `Info` of the step.
+        """
 
     @abc.abstractmethod
     def unknown(self, state: Any) -> PyTree:
-        """The dynamic state without caches: what is solved for, compared at merges and stored."""
+        """Return the dynamic state without caches, which is what solvers solve for, compare and store."""
 
     @abc.abstractmethod
     def restore(self, target: Target, unknown: PyTree) -> Any:
-        """Inverse of `unknown`: rebuilds caches such as the log density and its gradient."""
+        """Rebuild a state, with caches such as the log density and its gradient; the inverse of `unknown`."""
 
     @abc.abstractmethod
     def coordinates(self, unknown: PyTree) -> Array:
-        """The target's coordinates (D,) within an unknown."""
+        """Return the target's coordinates within an unknown; shape (D,)."""
 
     def check(self, target: Target) -> None:
-        """Raise where this kernel cannot sample the target; called once, before anything else.
+        """Raise an error if this kernel cannot sample the target; called once, before anything else.
 
         Raises:
-            TypeError, ValueError: expected, got, fix.
+            TypeError: The target has no log density, or a leaf of the position is not floating, and the kernel needs
+                them.
+            ValueError: The kernel's settings do not fit the target.
         """
         if not target.model.has_density:
             raise TypeError(f"{type(self).__name__} needs a log density: pass logdensity_fn, not None.")
         target.check_real()
 
     def check_start(self, target: Target, position: PyTree) -> None:
-        """Raise where what the kernel was told of the target is wrong at a position; called once, after `check`.
+        """Raise an error if what the user declared about the target is wrong at a position; called once, after `check`.
+
+        Args:
+            target: Target to sample.
+            position: The user's unconstrained pytree.
 
         Raises:
-            ValueError: what does not hold.
+            ValueError: The declaration that does not hold.
         """
         return None
 
     def traced(self, target: Target) -> "Kernel":
-        """This kernel with the user's functions in it as they are now (`pmcmc._xla.trace`).
+        """Return this kernel with its user functions replaced by their current traces (see `pmcmc._xla.trace`).
 
-        A kernel that keeps its functions as they were given is known by `context` instead.
+        A kernel that keeps its functions as they were given is identified by `context` instead.
         """
         return self
 
     def context(self, target: Target) -> Hashable:
-        """What programs of this kernel depend on besides its fields: equal as long as that has not changed.
+        """Return what compiled programs of this kernel depend on besides its fields.
 
-        For a kernel from outside pmcmc the trace of a whole step, with the content of every array that it reads. None
-        for those of pmcmc, whose steps are functions of their fields, the target, the state and the noise.
+        A program is reused as long as this value is equal. For a kernel defined outside pmcmc this is the trace of a
+        whole step, with the content of every array that it reads. None for the kernels of pmcmc, whose steps depend on
+        their fields, the target, the state and the noise alone.
         """
         return None if type(self).__module__.split(".")[0] == __name__.split(".")[0] else step_content(self, target)
 
     def position(self, target: Target, unknown: PyTree) -> PyTree:
-        """The user's unconstrained position within an unknown."""
+        """Return the user's unconstrained position within an unknown."""
         return target.position(self.coordinates(unknown))
 
     def nudge(self, noise: PyTree, amount: Array) -> PyTree:
-        """The noise with ``amount`` added to what decisions are made by, on the scale of `Info.margin`.
+        """Return the noise with ``amount`` added to the variables that decide, on the scale of `Info.margin`.
 
-        Near ties then come out the other way and all else stays as it is. A kernel without a margin has nothing to add
-        to.
+        This flips near ties and changes nothing else, so it shows whether they matter. A kernel that reports no margin
+        returns the noise unchanged.
+
+        Args:
+            noise: Noise of one step.
+            amount: Shift of these variables.
+
+        Returns:
+            Noise of the same structure.
         """
         return noise
 
@@ -136,30 +194,33 @@ class Kernel(abc.ABC):
         return True
 
     def target_acceptance_rate(self, dim: int) -> float:
-        """The mean acceptance rate to which warm-up tunes the step size; 0.8, as in Stan, if nothing else is known."""
+        """Return the mean acceptance rate to which warm-up tunes the step size; 0.8 by default, as in Stan."""
         return 0.8
 
     def first_step_size(self, dim: int) -> float:
-        """Where that tuning begins in whitened coordinates; 0.8 D^(-1/4), the optimal scaling of HMC."""
+        """Return the step size at which tuning starts, in whitened coordinates.
+
+        By default 0.8 D^(-1/4), the optimal scaling of HMC.
+        """
         return 0.8 * dim ** (-1 / 4)
 
     def start(self, target: Target, y: Array) -> Any:
-        """State at the target's coordinates y (D,)."""
+        """Return the state at the target's coordinates y; shape (D,)."""
         return self.init(target, target.position(y))
 
     def with_step_size(self, step_size: Scalar) -> "Kernel":
-        """The same kernel with another step size; for kernels that have an attribute ``step_size``."""
+        """Return the same kernel with another step size; for kernels that have an attribute ``step_size``."""
         changes: dict[str, Any] = {"step_size": step_size}
         return replace(self, **changes)  # type: ignore[type-var]
 
     def transition(self, target: Target) -> Recurrence:
-        """The recurrence ``x[t] = f(x[t-1], noise[t])`` of this kernel on a target."""
+        """Return the recurrence ``x[t] = f(x[t-1], noise[t])`` of this kernel on a target."""
         step: Callable = lambda state, noise: self.step(target, state, noise)
         return Recurrence(step, self.unknown, lambda unknown: self.restore(target, unknown))
 
 
 def step_content(kernel: Kernel, target: Target) -> Hashable:
-    """What noise and step of a kernel compute, arrays that they read included."""
+    """Return what the noise and step of a kernel compute: their operations, and the arrays that they read."""
     if not kernel.is_tuned:
         kernel = kernel.with_step_size(1.0)
 
@@ -171,7 +232,7 @@ def step_content(kernel: Kernel, target: Target) -> Hashable:
 
 
 class PositionKernel(Kernel):
-    """A kernel whose unknown is the field ``position`` of its state alone: the rest are caches."""
+    """Base class of kernels whose unknown is the field ``position`` of their state; all other fields are caches."""
 
     def init(self, target, position):
         return self.restore(target, target.coordinates(position))
@@ -187,16 +248,16 @@ class PositionKernel(Kernel):
 
 
 class SiteKernel(Kernel):
-    """A kernel over a position that is a dict of sites; leaves may be integers, and gradients are not needed.
+    """Base class of kernels over a position that is a dict of sites.
 
-    The state is the unknown: there are no caches to restore.
+    Leaves may be integers, and gradients are not needed. The state is the unknown: there are no caches to restore.
     """
 
     extra_fields: ClassVar[tuple[str, ...]] = ("diverging", "potential_energy")
 
     @abstractmethod
     def site_names(self, target: Target) -> tuple[str, ...]:
-        """The sites that this kernel updates."""
+        """Return the names of the sites that this kernel updates."""
 
     def check(self, target):
         check_names(type(self).__name__, self.site_names(target), site_templates(target))
@@ -221,10 +282,10 @@ class SiteKernel(Kernel):
 
 
 def site_templates(target: Target) -> dict[str, PyTree]:
-    """Shapes and dtypes by site.
+    """Return the shapes and dtypes of the position, by site.
 
     Raises:
-        TypeError: the position is no dict.
+        TypeError: The position is not a dict.
     """
     template = target.spec.template
     if not isinstance(template, dict):
@@ -233,16 +294,21 @@ def site_templates(target: Target) -> dict[str, PyTree]:
 
 
 def check_names(who: str, names: tuple[str, ...], sites: dict[str, PyTree]) -> None:
-    """Every name a site, every site named, and once.
+    """Check that the names are exactly the sites of the position, each of them once.
+
+    Args:
+        who: Class name of the kernel, for the messages.
+        names: Sites that the kernel updates.
+        sites: Shapes and dtypes of the position, by site.
 
     Raises:
-        ValueError: expected, got, fix.
+        ValueError: A name is not a site, or is repeated, or a site has no update.
     """
     unknown, missing = [n for n in names if n not in sites], [n for n in sites if n not in names]
     repeated = sorted({n for n in names if names.count(n) > 1})
     if unknown:
         raise ValueError(f"{who} updates {unknown}, but the position has sites {list(sites)}: check the names.")
     if repeated:
-        raise ValueError(f"{who} updates {repeated} more than once: leave each site to one block.")
+        raise ValueError(f"{who} updates {repeated} more than once: name each site once.")
     if missing:
-        raise ValueError(f"{who} has no update for {missing}, which would never move: add one for each site.")
+        raise ValueError(f"{who} has no update for {missing}, which would never change: add one for each site.")

@@ -1,4 +1,15 @@
-"""BlackJAX's algorithms as kernels: the noise of a step is its key."""
+"""BlackJAX's algorithms as kernels.
+
+A BlackJAX algorithm draws its randomness from the key that its ``step`` receives. `from_blackjax` wraps it as a kernel
+whose noise is that key, so that the chain is the deterministic recurrence
+
+    x[t] = algorithm.step(key[t], x[t-1])
+
+and equals the chain that BlackJAX gives with these keys. `AlgorithmKernel` translates states and diagnostics;
+`BlackJAX` holds the algorithm and its parameters.
+
+Source: Cabezas et al. (2024).
+"""
 
 import abc
 from collections.abc import Callable
@@ -19,31 +30,36 @@ from pmcmc.target import Target
 
 
 def _typed(pair: Array) -> PRNGKey:
+    """Return a typed threefry key made of two words."""
     return jax.random.wrap_key_data(pair, impl="threefry2x32")
 
 
 def _key_at(position: PyTree) -> PRNGKey:
-    """A key that differs between positions, for what ``init`` draws: a start is arbitrary, momentum and all."""
+    """Return a key computed from a position, for ``init`` functions that draw from a key.
+
+    What such a function draws (a momentum, say) is arbitrary, like the start itself, but should differ between starts.
+    """
     words = jax.lax.bitcast_convert_type(ravel_pytree(position)[0].astype(jnp.float32), jnp.uint32)
     odd = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
     return jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), jnp.sum(words * odd, dtype=jnp.uint32))
 
 
 class AlgorithmKernel(Kernel):
-    """A kernel whose step is that of a BlackJAX algorithm under the key drawn as its noise.
+    """Base class of kernels that step as a BlackJAX algorithm does with the key drawn as their noise.
 
-    The state is BlackJAX's. The unknown is the same NamedTuple with None in place of caches, rebuilt by ``init``, and
-    of keys, drawn from the step's key. `Info.margin` is NaN: BlackJAX does not report it, so near ties are not counted.
+    The state is BlackJAX's. The unknown is the same NamedTuple with None in place of caches, which ``init`` rebuilds,
+    and of keys, which are derived from the step's key. `Info.margin` is NaN, because BlackJAX does not report it, so
+    near ties are not counted.
     """
 
     extra_fields: ClassVar[tuple[str, ...]] = (*Kernel.extra_fields, "energy", "num_steps", "tree_depth")
 
     @abc.abstractmethod
     def algorithm(self, target: Target) -> Any:
-        """BlackJAX's ``SamplingAlgorithm`` on this target."""
+        """Return BlackJAX's ``SamplingAlgorithm`` on this target."""
 
     def cache_names(self) -> tuple[str, ...] | None:
-        """Fields of the state that ``init`` computes from the position; None for those known by their names."""
+        """Return the fields that ``init`` computes from the position; None to infer them from their names."""
         return None
 
     def start(self, target, y):
@@ -87,10 +103,13 @@ class AlgorithmKernel(Kernel):
 @register_dataclass
 @dataclass(frozen=True)
 class BlackJAX(AlgorithmKernel):
-    """What `from_blackjax` makes; make it there.
+    """A kernel made by `from_blackjax`; do not construct it directly.
 
-    source: a constructor ``(logdensity_fn, **parameters) -> SamplingAlgorithm``, or one already built.
-    parameters: those that are numbers and arrays, as leaves. settings: the others, static. caches: see `from_blackjax`.
+    Attributes:
+        source: A constructor ``(logdensity_fn, **parameters) -> SamplingAlgorithm``, or an algorithm already built.
+        parameters: Parameters of the constructor that consist of floats and arrays, as leaves.
+        settings: The other parameters, static, as (name, value) pairs.
+        caches: Names of the cached fields of the state, see `from_blackjax`.
     """
 
     source: Any = field(metadata=dict(static=True))
@@ -105,7 +124,7 @@ class BlackJAX(AlgorithmKernel):
     @property
     def step_size(self) -> Scalar | None:
         if "step_size" not in self.parameters:
-            raise AttributeError("this algorithm was given no parameter named step_size.")
+            raise AttributeError("this algorithm has no parameter named step_size.")
         return self.parameters["step_size"]
 
     def with_step_size(self, step_size: Scalar) -> "BlackJAX":
@@ -118,7 +137,7 @@ class BlackJAX(AlgorithmKernel):
         if not self.takes_basis:
             if target.basis is not None:
                 raise ValueError(
-                    "a BlackJAX algorithm that is already built samples its own log density and knows nothing of the "
+                    "a BlackJAX algorithm that is already built samples its own log density and cannot use the "
                     f"target's whitened coordinates. {_BUILD_INSTEAD}"
                 )
             return self.source
@@ -145,42 +164,49 @@ _BUILD_INSTEAD = (
 
 
 def from_blackjax(algorithm: Callable | Any, *, caches: tuple[str, ...] | None = None, **parameters: Any) -> BlackJAX:
-    """A BlackJAX algorithm as a kernel, so that it can be sampled in parallel across the chain's length.
+    """Return a BlackJAX algorithm as a kernel, so that it can be sampled in parallel across the chain's length.
 
-    In one of two forms:
+    The algorithm is given in one of two forms:
 
-    - a constructor and its parameters, ``from_blackjax(blackjax.mala, step_size=0.3)``. It is called as
-      ``algorithm(logdensity_fn, **parameters)`` with the target's own log density over vectors (D,), in the whitened
-      coordinates of warm-up where there was one, and returns a ``SamplingAlgorithm``; any function that does so will
-      do. This form goes with warm-up and with NumPyro models.
-    - a ``SamplingAlgorithm`` that is already built, ``from_blackjax(blackjax.nuts(logdensity_fn, 0.3, ones))``. It
-      samples its own log density over positions like the initial one, and needs num_warmup=0. The density passed to
-      `pmcmc.sample` should be the same: it is used for checks, and where the algorithm reports none.
+    - A constructor and its parameters, ``from_blackjax(blackjax.mala, step_size=0.3)``. It is called as
+      ``algorithm(logdensity_fn, **parameters)`` and returns a ``SamplingAlgorithm``; any function that does so is
+      accepted. ``logdensity_fn`` is the target's own log density over vectors (D,), in whitened coordinates after
+      warm-up. Warm-up and NumPyro models need this form.
+    - A ``SamplingAlgorithm`` that is already built, ``from_blackjax(blackjax.nuts(logdensity_fn, 0.3, ones))``. It
+      samples its own log density over positions like the initial one, and needs ``num_warmup=0``. Pass the same density
+      to `pmcmc.sample`: it is used for checks, and for the log density of draws if the algorithm does not report it.
 
-    algorithm: a constructor, or an algorithm.
-    caches: fields of the state that ``init`` computes from the position. None: those named ``logdensity*`` and
-        ``*grad*``. All other fields are part of what is solved for and must agree before two paths count as merged; a
-        key in the state (dynamic HMC) is drawn anew in every step.
-    parameters: of the constructor, by name. Floats and arrays are leaves of the kernel (another value compiles
-        nothing anew); integers, functions and other hashable objects are static. ``step_size=None`` is tuned by
-        warm-up, where the algorithm reports acceptance rates, to 0.8 or what `EnsembleAdaptation` was told;
-        ``inverse_mass_matrix=None`` is the identity.
+    The noise of a step is the key passed to ``algorithm.step``, so the chain is the one that BlackJAX gives with these
+    keys. NUTS, HMC, slice sampling and MCLMC merge on many posteriors. BlackJAX's random walk and Barker proposals do
+    not merge under common keys; ``solver="auto"`` detects this and samples them sequentially. `pmcmc.RandomWalk`
+    merges.
 
-    The noise of a step is the key handed to ``algorithm.step``, so the chain is the one BlackJAX gives with these keys.
-    NUTS, HMC, slice sampling and MCLMC merge on many posteriors; its random walk and Barker
-    proposals do not under common keys, and ``solver="auto"`` finds that out and samples them sequentially;
-    `pmcmc.RandomWalk` merges.
+    Acceptance rate, divergences, energy, numbers of leapfrog steps and tree depth are passed on if BlackJAX reports
+    them; otherwise they are NaN, False or None. As in BlackJAX, the energy of HMC-type algorithms is that of the
+    proposal. The margin of decisions is NaN. The state of the algorithm must be a NamedTuple with one field
+    ``position``.
 
-    Acceptance rate, divergences, energy, numbers of leapfrog steps and tree depth are passed on where BlackJAX reports
-    them (the energy of HMC-type algorithms is the proposal's, as there), and NaN or False where not; the decision's
-    margin is NaN. Works with algorithms whose state is a NamedTuple with one ``position``.
+    Args:
+        algorithm: A constructor of a ``SamplingAlgorithm``, or a ``SamplingAlgorithm``.
+        caches: Fields of the state that ``init`` computes from the position. None: those named ``logdensity*`` and
+            ``*grad*``. All other fields are part of the unknown and must agree before two paths count as merged; a key
+            in the state (dynamic HMC) is derived anew from the key of every step.
+        parameters: Parameters of the constructor, by name. Floats and arrays are leaves of the kernel, so other values
+            need no new compilation; integers, functions and other hashable objects are static. ``step_size=None`` is
+            tuned by warm-up if the algorithm reports acceptance rates, to 0.8 or to the warm-up's
+            ``target_acceptance_rate``. ``inverse_mass_matrix=None`` is the identity.
+
+    Returns:
+        The kernel.
 
     Raises:
-        TypeError: not a constructor or algorithm; parameters of an algorithm already built, or not hashable.
-        ValueError: step_size not positive; a constructor that expects a likelihood, such as elliptical slice sampling:
-            the example splits a Gaussian off the target for it.
+        TypeError: ``algorithm`` is neither a constructor nor an algorithm, parameters are given to an algorithm that is
+            already built, or a parameter is not hashable.
+        ValueError: ``step_size`` is not positive, or the constructor expects a likelihood, such as elliptical slice
+            sampling; the example divides a Gaussian out of the target for it.
 
-    Source: Cabezas et al. 2024, "BlackJAX: composable Bayesian inference in JAX"; Nishihara et al. 2014 (the example).
+    Source: Cabezas et al. (2024), "BlackJAX: composable Bayesian inference in JAX"; Nishihara et al. (2014) for the
+    example.
 
     Example:
         >>> import blackjax, jax.numpy as jnp, pmcmc
@@ -206,9 +232,9 @@ def from_blackjax(algorithm: Callable | Any, *, caches: tuple[str, ...] | None =
         )
     elif interop.takes_likelihood(algorithm):
         raise ValueError(
-            "this constructor expects a log likelihood and multiplies it by a Gaussian prior of its own; given the "
-            "target's log density it would sample something else. Pass a function of the log density that divides the "
-            "prior out: see the example of from_blackjax."
+            "this constructor expects a log likelihood and multiplies the likelihood by a Gaussian prior; given the "
+            "target's log density it would sample another distribution. Pass a function of the log density that "
+            "divides the prior out: see the example of from_blackjax."
         )
     step_size = parameters.get("step_size")
     if isinstance(step_size, (int, float)):
@@ -227,5 +253,5 @@ def from_blackjax(algorithm: Callable | Any, *, caches: tuple[str, ...] | None =
 
 
 def _is_numeric(value: PyTree) -> bool:
-    """Whether a parameter is made of floats and arrays alone."""
+    """Return whether a parameter consists of floats and arrays alone."""
     return all(isinstance(leaf, (float, np.floating, np.ndarray, jax.Array)) for leaf in jax.tree.leaves(value))

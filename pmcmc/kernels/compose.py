@@ -1,4 +1,11 @@
-"""Kernels over blocks of sites, one after the other: HMC within Gibbs and the like."""
+"""Cycles of kernels over groups of sites, such as HMC within Gibbs.
+
+`Compose` applies kernels one after the other. Each moves the sites of one group given the newest values of all others,
+``x[g]' ~ K_g(x[g], . | x[-g])``, and so leaves the joint distribution invariant. `Block` holds one of the kernels with
+its sites and, after warm-up by `pmcmc.BlockAdaptation`, their coordinates.
+
+Source: Tierney (1994), cycles of kernels.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,9 +23,14 @@ from pmcmc.target import Basis, Target
 @register_dataclass
 @dataclass(frozen=True)
 class Block:
-    """One kernel of a `Compose` and its sites; made there from what the user passes, and given a basis by warm-up.
+    """One site group of a `Compose`: a kernel and the sites that it updates.
 
-    sites: None for a kernel that names its own. basis: coordinates of a kernel that works on vectors.
+    `Compose` makes it from what the user passes, and warm-up adds the basis.
+
+    Attributes:
+        kernel: The kernel that updates the group.
+        sites: Names of the sites; None if the kernel names its own.
+        basis: Coordinates in which a kernel over vectors works; None for the user's own.
 
     Example:
         >>> import pmcmc
@@ -31,12 +43,21 @@ class Block:
     basis: Basis | None = None
 
     def names(self, target: Target) -> tuple[str, ...]:
+        """Return the names of the sites of this group."""
         if self.sites is not None or not isinstance(self.kernel, SiteKernel):
             return self.sites or ()
         return self.kernel.site_names(target)
 
     def given(self, target: Target, position: PyTree = None) -> Target:
-        """The conditional target of this block; without a position only its shapes are known."""
+        """Return the conditional target of this group given all other sites.
+
+        Args:
+            target: The whole target.
+            position: Values of all sites. None: only the shapes of the conditional target are known.
+
+        Returns:
+            A target over the sites of this group, in the coordinates of `basis`.
+        """
         names = self.names(target)
         others = None if position is None else {k: v for k, v in position.items() if k not in names}
         return target.given(names, others, self.basis)
@@ -45,24 +66,26 @@ class Block:
 @register_dataclass
 @dataclass(frozen=True, init=False)
 class Compose(SiteKernel):
-    """Kernels one after the other, each moving its own sites given the newest values of all others.
+    """Kernels applied one after the other, each moving its own sites given the newest values of all others.
 
-    blocks: ``(kernel, sites)`` pairs, or kernels that name their sites (`Gibbs`, `DiscreteGibbs`). Kernels with a
-        gradient see ``log p(sites | others)``; what they cache of it is computed anew in every step, because the other
-        blocks have moved.
+    The unknown is the tuple of the unknowns of the groups. `Info` of a step holds the acceptance rate averaged over the
+    groups that have one, the margin nearest to zero (NaN if a group reports none), whether any group diverged, and the
+    log density after the last group. Warm-up by `BlockAdaptation` tunes step size and coordinates of each group.
 
-    The unknown is the tuple of the blocks' unknowns. Of a step is reported: the acceptance rate averaged over the
-    blocks that have one, the margin nearest to zero, divergent if any block is, and the log density after the last
-    block. Warm-up (`BlockAdaptation`) tunes each block's step size and coordinates.
+    With a NumPyro model, kernels and updates see continuous sites unconstrained, like ``init_params``, and discrete
+    sites as they are.
 
-    With a NumPyro model, blocks and updates see continuous sites unconstrained, as init_params are, and discrete ones
-    as they are.
+    Args:
+        blocks: List of ``(kernel, sites)`` pairs, or of kernels that name their sites (`Gibbs`, `DiscreteGibbs`).
+            Kernels that use gradients see ``log p(sites | others)``. Their caches are computed anew in every step,
+            because the other sites have moved.
 
     Raises:
-        TypeError: blocks is no list of kernels and pairs; a kernel without its sites; the position is no dict.
-        ValueError: names that are no sites, sites in no block or in two.
+        TypeError: ``blocks`` is not a list of kernels and pairs, a kernel lacks its sites, or the position is not a
+            dict.
+        ValueError: A name is not a site, or a site is in no group or in two.
 
-    Source: Tierney 1994 (cycles of kernels); Duane et al. 1987 for HMC; Gelfand & Smith 1990 for Gibbs.
+    Source: Tierney (1994) for cycles of kernels; Duane et al. (1987) for HMC; Gelfand & Smith (1990) for Gibbs.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -94,8 +117,8 @@ class Compose(SiteKernel):
         for block in self.blocks:
             if not block.kernel.takes_basis:
                 raise ValueError(
-                    "a BlackJAX algorithm that is already built has its own log density and knows nothing of the other "
-                    "blocks. Pass its constructor and parameters, as in from_blackjax(blackjax.mala, step_size=0.3)."
+                    "a BlackJAX algorithm that is already built has its own log density and cannot depend on the other "
+                    "sites. Pass its constructor and parameters, as in from_blackjax(blackjax.mala, step_size=0.3)."
                 )
             block.kernel.check(block.given(target, site_templates(target)))
 
@@ -121,6 +144,7 @@ class Compose(SiteKernel):
         return tuple(self._unknown(target, block, position) for block in self.blocks)
 
     def _unknown(self, target: Target, block: Block, position: PyTree) -> PyTree:
+        """Return the unknown of one group at a position of all sites."""
         given = block.given(target, position)
         return block.kernel.unknown(block.kernel.init(given, {name: position[name] for name in block.names(target)}))
 
@@ -145,7 +169,16 @@ class Compose(SiteKernel):
         return state, _combine(infos, target.spec.dtype)
 
     def step_blocks(self, target: Target, state: tuple, noise: tuple) -> tuple[tuple, tuple[Info, ...]]:
-        """One step, and what each block says of it."""
+        """Take one step.
+
+        Args:
+            target: Target to sample.
+            state: Unknowns of the groups.
+            noise: Noise of one step, one entry per group.
+
+        Returns:
+            The new unknowns of the groups, and the `Info` of each group.
+        """
         position, unknown, infos = self.position(target, state), [], []
         for block, part, u in zip(self.blocks, state, noise, strict=True):
             given = block.given(target, position)
@@ -157,11 +190,14 @@ class Compose(SiteKernel):
 
 
 def _block(given: Any) -> Block:
+    """Return a `Block` from what the user passed for it, after checks."""
     if isinstance(given, Block):
         return given
     kernel, sites = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
     if not isinstance(kernel, Kernel) or isinstance(kernel, Compose):
-        raise TypeError(f"a block must be a kernel or a pair (kernel, sites), and no Compose, got {given!r}.")
+        raise TypeError(
+            f"each entry of blocks must be a kernel or a pair (kernel, sites), not a Compose, got {given!r}."
+        )
     if isinstance(sites, str):
         sites = (sites,)
     if sites is None:
@@ -173,12 +209,12 @@ def _block(given: Any) -> Block:
 
 
 def _combine(infos: tuple[Info, ...], dtype: Any) -> Info:
-    """One account of a step from those of its blocks; see `Compose`."""
+    """Return the `Info` of a step from those of its groups; see `Compose`."""
     margins = jnp.stack([jnp.asarray(info.margin, dtype) for info in infos])
     rates = jnp.stack([jnp.asarray(info.acceptance_rate, dtype) for info in infos])
     return Info(
         acceptance_rate=jnp.nanmean(rates),
         is_divergent=jnp.any(jnp.stack([info.is_divergent for info in infos])),
-        margin=margins[jnp.argmin(jnp.abs(margins))],  # NaN where a block does not tell
+        margin=margins[jnp.argmin(jnp.abs(margins))],  # argmin picks a NaN if there is one
         logdensity=jnp.asarray(infos[-1].logdensity, dtype),
     )

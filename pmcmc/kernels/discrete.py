@@ -1,4 +1,15 @@
-"""Gibbs updates of discrete sites whose values can be counted."""
+"""Gibbs sampling of discrete sites with finite support.
+
+`DiscreteGibbs` evaluates the log density at all K values of an element and draws the element from its conditional by
+inverse CDF,
+
+    p(z[i] = v | rest)  proportional to  exp(logdensity(z with z[i] = v)),    z[i]' = inverse CDF at u[i],
+
+with uniforms u drawn first. Under shared uniforms, coupled chains draw the same value wherever their conditionals are
+close, so they merge.
+
+Source: Geman & Geman (1984); the monotone coupling of Propp & Wilson (1996).
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,32 +30,34 @@ from pmcmc.target import Target
 @register_dataclass
 @dataclass(frozen=True, init=False)
 class DiscreteGibbs(SiteKernel):
-    """Draws every element of discrete sites from its conditional over a finite support, by inverse CDF.
+    """Gibbs updates of every element of discrete sites, from conditionals over a finite support.
 
         p(z[i] = v | rest)  proportional to  exp(logdensity(z with z[i] = v)),    z[i]' = inverse CDF at u[i]
 
-    Element after element, each given the newest values of all others; K evaluations of the log density for each
-    element with K values. The uniforms u are drawn first, so that coupled chains draw the same value wherever their
-    conditionals are close.
+    Elements are updated one after the other, each given the newest values of all others. An element with K values costs
+    K evaluations of the log density. The uniforms u are drawn first, so that coupled chains draw the same value
+    wherever their conditionals are close.
 
-    supports: {site: values}. None: those of a NumPyro model's discrete latent sites (Bernoulli, Categorical, Binomial,
-        DiscreteUniform and others that NumPyro can enumerate).
-    independent: sites of a NumPyro model, in plates, whose elements are independent of each other given all other
-        sites, such as the assignments of a mixture. They are drawn side by side, with K evaluations in all. Compared
-        with the element by element conditionals at random points before anything is sampled.
+    If the log density is NaN or +inf at one of an element's values, that element keeps its old value and the step is
+    counted as divergent, as in `CategoricalUpdate`; of an ``independent`` site all elements keep theirs. Values at
+    which the log density is -inf are never drawn.
 
-    Where the log density is NaN or +inf at one of an element's values, that element keeps its old value and the step is
-    counted as divergent, as in `CategoricalUpdate`: elements of ``independent`` sites all keep theirs. Values at which
-    it is -inf are never drawn.
+    Unlike NumPyro's DiscreteHMCGibbs, sites are updated in a fixed order, not in a random one.
 
-    Differs from NumPyro's DiscreteHMCGibbs in its order (sites as they come, not permuted).
+    Args:
+        supports: Dict from site to its values. None: the supports of a NumPyro model's discrete latent sites
+            (Bernoulli, Categorical, Binomial, DiscreteUniform and others that NumPyro can enumerate).
+        independent: Sites of a NumPyro model, in plates, whose elements are independent of each other given all other
+            sites, such as the assignments of a mixture. Their elements are drawn all at once, with K evaluations of the
+            log density in total. Before sampling, their conditionals are compared with those computed one element at a
+            time, at random values.
 
     Raises:
-        TypeError: a support that is no list of numbers.
-        ValueError: a site without a support, or whose dtype cannot hold it; values that repeat; ``independent`` names
-            a site whose elements are not.
+        TypeError: A support is not a list of numbers.
+        ValueError: A site has no support or a dtype that cannot hold it, a support repeats values, or the elements of a
+            site in ``independent`` are not independent.
 
-    Source: Geman & Geman 1984; NumPyro's DiscreteHMCGibbs; the monotone coupling of Propp & Wilson 1996.
+    Source: Geman & Geman (1984); NumPyro's DiscreteHMCGibbs; the monotone coupling of Propp & Wilson (1996).
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -66,7 +79,7 @@ class DiscreteGibbs(SiteKernel):
         object.__setattr__(self, "independent", (independent,) if isinstance(independent, str) else tuple(independent))
 
     def _supports(self, target: Target) -> dict[str, tuple[int | float, ...]]:
-        """By site, in the order in which they are updated."""
+        """Return the values of each site, sites in the order in which they are updated."""
         known = target.model.supports if self.supports is None else self.supports
         sites = site_templates(target)
         return {name: values for name, values in known if self.supports is not None or name in sites}
@@ -83,7 +96,9 @@ class DiscreteGibbs(SiteKernel):
         super().check(target)
         strangers = [name for name in self.independent if name not in supports]
         if strangers:
-            raise ValueError(f"independent names {strangers}: expected discrete sites out of {list(supports)}.")
+            raise ValueError(
+                f"independent names {strangers}: expected names out of the discrete sites {list(supports)}."
+            )
         for name, values in supports.items():
             like = sites[name]
             if not hasattr(like, "dtype"):
@@ -91,17 +106,17 @@ class DiscreteGibbs(SiteKernel):
             check_values(like.dtype, values, f"site {name!r} with the support {_shortened(values)}")
 
     def check_start(self, target: Target, position: PyTree) -> None:
-        """Compare the conditionals of sites said to be independent with those of one element at a time.
+        """Compare the conditionals of ``independent`` sites with those computed one element at a time.
 
         Raises:
-            ValueError: they differ.
+            ValueError: They differ.
         """
         for name in self.independent:
             values = jnp.asarray(self._supports(target)[name], position[name].dtype)
             if not bool(_agree(target, values, position, name=name)):
                 raise ValueError(
                     f"the elements of {name!r} are not independent given the other sites, or other sites outside its "
-                    "plate depend on them: leave it out of `independent`, and they are drawn one after the other."
+                    "plate depend on them: leave it out of `independent`, and they are drawn sequentially."
                 )
 
     def sample_noise(self, rng_key, target):
@@ -130,6 +145,18 @@ class DiscreteGibbs(SiteKernel):
 
     @staticmethod
     def _draw_abreast(target: Target, state: dict, name: str, values: Array, u: Array) -> tuple[dict, Array, Array]:
+        """Draw all elements of an ``independent`` site at once.
+
+        Args:
+            target: Target to sample.
+            state: Values of all sites.
+            name: The site.
+            values: Its support; shape (K,).
+            u: Uniforms, one per element; shape (size,).
+
+        Returns:
+            The new values of all sites, the smallest margin, and whether a conditional was not finite.
+        """
         old = state[name]
         logits = target.model.element_logdensities(target.data, state, name, values)
         drawn = inverse_cdf(logits, u.reshape(old.shape))
@@ -138,7 +165,7 @@ class DiscreteGibbs(SiteKernel):
 
 
 def _logits(target: Target, state: dict, name: str, values: Array, index: Array) -> Array:
-    """(K,) log densities with one element of a site at each of its values."""
+    """Return the log densities with one element of a site set to each of its values; shape (K,)."""
     old = state[name]
 
     def at(value: Array) -> Array:
@@ -149,6 +176,8 @@ def _logits(target: Target, state: dict, name: str, values: Array, index: Array)
 
 
 def _draw_in_order(target: Target, state: dict, name: str, values: Array, u: Array) -> tuple[dict, Array, Array]:
+    """Draw the elements of a site one after the other; arguments and results as `DiscreteGibbs._draw_abreast`."""
+
     def draw(state: dict, element: tuple) -> tuple[dict, tuple]:
         index, uniform = element
         old = state[name]
@@ -161,13 +190,17 @@ def _draw_in_order(target: Target, state: dict, name: str, values: Array, u: Arr
     return state, jnp.min(margins), jnp.any(failed)
 
 
-# Elements compared with their own conditional, for each of so many random values of the whole site.
+# Number of elements whose conditionals are compared, and number of random values of the whole site.
 NUM_COMPARED, NUM_TRIALS = 64, 3
 
 
 @plain_jit(static_argnames="name")
 def _agree(target: Target, values: Array, position: dict, *, name: str) -> Array:
-    """Whether probabilities drawn side by side are those of one element at a time, at random values of the site."""
+    """Return whether the conditionals computed all at once equal those computed one element at a time.
+
+    Both are evaluated at `NUM_TRIALS` random values of the site, and compared for at most `NUM_COMPARED` elements of
+    each.
+    """
     shape, dtype = position[name].shape, target.spec.dtype
     size = position[name].size
 
@@ -178,7 +211,7 @@ def _agree(target: Target, values: Array, position: dict, *, name: str) -> Array
         abreast = target.model.element_logdensities(target.data, state, name, values).reshape(size, -1)[chosen]
         alone = jax.lax.map(lambda index: _logits(target, state, name, values, index), chosen)
         gap = jnp.abs(jax.nn.softmax(abreast) - jax.nn.softmax(alone))
-        # both are differences of log densities, which carry roundings at their size
+        # Both are differences of log densities, which carry rounding errors of their size.
         size_of_terms = jnp.max(jnp.where(jnp.isfinite(alone), jnp.abs(alone), 1.0))
         return jnp.all((gap <= 1e3 * jnp.finfo(dtype).eps * jnp.maximum(1.0, size_of_terms)) | jnp.isnan(gap))
 
@@ -186,6 +219,7 @@ def _agree(target: Target, values: Array, position: dict, *, name: str) -> Array
 
 
 def _values(name: str, support: Any) -> tuple[int | float, ...]:
+    """Return the values of a support, after checks."""
     try:
         values = tuple(np.asarray(list(support)).tolist())
     except TypeError:
@@ -196,11 +230,12 @@ def _values(name: str, support: Any) -> tuple[int | float, ...]:
         raise ValueError(f"the support of {name!r} must be finite numbers, got {bad}: leave them out.")
     if repeated := sorted({v for v in values if values.count(v) > 1}):
         raise ValueError(
-            f"the support of {name!r} has {repeated} more than once, which would be drawn as often again: give each "
-            "value once; weights belong into the log density."
+            f"the support of {name!r} has {repeated} more than once, which would multiply their probability: give each "
+            "value once; weights belong in the log density."
         )
     return values
 
 
 def _shortened(values: tuple[int | float, ...]) -> str:
+    """Return a support as text, abbreviated if it is long."""
     return str(list(values)) if len(values) <= 6 else f"[{values[0]}, {values[1]}, ..., {values[-1]}]"

@@ -1,4 +1,13 @@
-"""Gibbs sampling by conditional updates that the user knows."""
+"""Gibbs sampling from conditional distributions that the user provides.
+
+`Gibbs` updates the sites of a position one after the other, each from its full conditional,
+
+    x[i]' ~ p(x[i] | x[1]', ..., x[i-1]', x[i+1], ..., x[n]),    i = 1..n.
+
+How one site is drawn is an `Update` from `pmcmc.kernels.updates`, a map of the state and of noise drawn first.
+
+Source: Geman & Geman (1984); Gelfand & Smith (1990).
+"""
 
 from collections.abc import Mapping
 from copy import copy
@@ -20,23 +29,26 @@ from pmcmc.target import Target
 @register_dataclass
 @dataclass(frozen=True, init=False)
 class Gibbs(SiteKernel):
-    """Draws the sites of the position one after the other, each given the newest values of all others.
+    """Gibbs sampler that draws the sites one after the other, each given the newest values of all others.
 
         x[i]' ~ p(x[i] | x[1]', ..., x[i-1]', x[i+1], ..., x[n]),    i = 1..n
 
-    updates: {site: update}, in the order of the updates: `NormalUpdate`, `GammaUpdate`, `InverseGammaUpdate`,
-        `DirichletUpdate`, `CategoricalUpdate` or `CustomUpdate`. Their functions see a dict of all sites, whose values
-        are the user's own: integers stay integers.
+    No log density is needed: pass None to `pmcmc.sample`. If there is one, it is evaluated once per step and reported.
+    The acceptance rate is NaN.
 
-    No log density is needed: pass None to `pmcmc.sample`. Where there is one, it is evaluated once a step and reported.
-    Coupled chains of normal, gamma and inverse gamma updates with shapes known beforehand are smooth in the state, so
-    `pmcmc.recurrence.deer` solves them too; with integer sites `MultipleShooting` does. The acceptance rate is NaN.
+    Chains of normal, gamma and inverse gamma updates whose shapes are fixed numbers are smooth in the state, so
+    `pmcmc.recurrence.deer` can solve them too. Use `MultipleShooting` for chains with integer sites.
+
+    Args:
+        updates: Dict from site to update, in the order in which sites are updated: `NormalUpdate`, `GammaUpdate`,
+            `InverseGammaUpdate`, `DirichletUpdate`, `CategoricalUpdate` or `CustomUpdate`. Their functions receive a
+            dict of all sites, with values in the user's dtypes: integers stay integers.
 
     Raises:
-        TypeError: updates is no mapping of names to updates; the position is no dict.
-        ValueError: no updates; names that are no sites, or sites without an update; an update of the wrong shape.
+        TypeError: ``updates`` is not a mapping of names to updates, or the position is not a dict.
+        ValueError: There are no updates, a name is not a site, a site has no update, or an update has the wrong shape.
 
-    Source: Geman & Geman 1984; Gelfand & Smith 1990; as a recurrence of pre-drawn noise Zoltowski et al. 2025.
+    Source: Geman & Geman (1984); Gelfand & Smith (1990); Zoltowski et al. (2025) as a recurrence of pre-drawn noise.
 
     Example:
         >>> import pmcmc
@@ -72,7 +84,7 @@ class Gibbs(SiteKernel):
 
     def check(self, target):
         super().check(target)
-        # shapes are checked while the step is traced, and nothing is evaluated
+        # Tracing the step checks shapes without evaluating anything.
         noise = jax.eval_shape(self.sample_noise, jax.random.key(0), target)
         jax.eval_shape(self.step, target, target.spec.template, noise)
 
@@ -115,11 +127,16 @@ class Gibbs(SiteKernel):
 
 
 def _site(target: Target, name: str) -> Site:
+    """Return the shape and dtypes of a site for its update."""
     return Site(site_templates(target)[name], target.spec.dtype)
 
 
 def _fitted(name: str, value: PyTree, like: PyTree) -> PyTree:
-    """The value in the site's dtypes; raises where it is of another shape or kind."""
+    """Return the value of an update in the site's dtypes.
+
+    Raises:
+        ValueError: The value differs from the site in structure, shape or kind (real or not).
+    """
     kinds = lambda tree: [(jnp.shape(x), is_real(x)) for x in jax.tree.leaves(tree)]
     if jax.tree.structure(value) != jax.tree.structure(like) or kinds(value) != kinds(like):
         said = lambda tree: jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", tree)

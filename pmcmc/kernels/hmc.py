@@ -1,4 +1,11 @@
-"""Hamiltonian Monte Carlo with a fixed (or drawn) number of leapfrog steps."""
+"""Hamiltonian Monte Carlo with a fixed or random number of leapfrog steps.
+
+`HMC` integrates Hamilton's equations of ``H(x, p) = -log p(x) + p^T M^{-1} p / 2`` by leapfrog steps and accepts the
+end of the trajectory with probability ``min(1, exp(H(x, p) - H(x', p')))``. The integrators are in
+`pmcmc.kernels.leapfrog`, the decision in `pmcmc.kernels.metropolis`.
+
+Source: Duane et al. (1987); Neal (2011).
+"""
 
 import math
 from dataclasses import dataclass
@@ -16,9 +23,13 @@ from pmcmc.random.distributions import normals, uniforms
 
 
 class HMCNoise(NamedTuple):
-    """normal: (D,) standard normal, made a momentum by the metric. log_uniform: log of a uniform on (0, 1).
+    """Randomness of one HMC step.
 
-    jitter: uniform on (-1, 1), for the step size. length: uniform on (0, 1), for a drawn number of steps.
+    Attributes:
+        normal: Standard normal that the metric turns into a momentum; shape (D,).
+        log_uniform: Log of a uniform on (0, 1), for the Metropolis decision.
+        jitter: Uniform on (-1, 1), for the step size.
+        length: Uniform on (0, 1), for a random number of leapfrog steps; None if that number is fixed.
     """
 
     normal: Array
@@ -30,25 +41,29 @@ class HMCNoise(NamedTuple):
 @register_dataclass
 @dataclass(frozen=True)
 class HMC(GradientKernel):
-    """Leapfrog integration of ``H(x, p) = -log p(x) + p^T M^{-1} p / 2`` for L steps, then a Metropolis decision.
+    """Leapfrog integration of ``H(x, p) = -log p(x) + p^T M^{-1} p / 2``, then a Metropolis decision.
 
-    step_size: the leapfrog step, in units of the metric (about the posterior's scale); None: tuned by warm-up to
-        an acceptance rate of 0.8.
-    num_integration_steps: L, or `UniformLength`; None: ``clip(ceil((pi/2) / step_size), 1, 64)``, a quarter of the
-        period of a standard normal target.
-    inverse_mass_matrix: M^{-1}, (D,) or (D, D), about the posterior's (co)variance. None: the identity, which is
-        right in the whitened coordinates of warm-up. A full matrix is factorised in every step.
-    step_size_jitter: the step is multiplied by a factor uniform on (1 - jitter, 1 + jitter), drawn with the noise.
-        Without it trajectories of fixed length may resonate: coupled chains merged 3 times as late on an IRT model,
-        mostly not at all on a mixture, and as soon on eight schools (docs/choosing.md).
-    surrogate: derivative of the accept decision, seen only by Newton-type solvers.
-    leapfrog: `SequentialLeapfrog` or `ParallelLeapfrog`, which solves all states of a long trajectory at once.
+    Given the same noise and no jitter, every step equals that of ``blackjax.hmc``.
 
-    Source: Duane et al. 1987; Neal 2011, eq. 5.18-5.20. Given the same noise and no jitter, step for step
-    equal to ``blackjax.hmc``.
+    Args:
+        step_size: Leapfrog step, in units of the metric (about the posterior's scale). None: tuned by warm-up to an
+            acceptance rate of 0.8.
+        num_integration_steps: Number L of leapfrog steps, or `UniformLength`. None:
+            ``clip(ceil((pi/2) / step_size), 1, 64)``, a quarter of the period on a standard normal target.
+        inverse_mass_matrix: M^{-1}, about the posterior's (co)variance; shape (D,) or (D, D). None: the identity, which
+            suits the whitened coordinates of warm-up. A full matrix is factorised in every step.
+        step_size_jitter: The step size is multiplied by a factor uniform on (1 - jitter, 1 + jitter), drawn with the
+            noise. Without jitter, trajectories of fixed length may resonate: coupled chains took 3 times as long to
+            merge on an IRT model, mostly did not merge on a mixture, and merged as early on eight schools
+            (docs/choosing.md).
+        surrogate: Derivative of the accept decision, used by Newton-type solvers only.
+        leapfrog: `SequentialLeapfrog`, or `ParallelLeapfrog`, which solves all states of a long trajectory at once.
 
     Raises:
-        ValueError: step_size not positive, num_integration_steps below 1, jitter outside [0, 1).
+        ValueError: ``step_size`` is not positive, ``num_integration_steps`` is below 1, or the jitter is outside
+            [0, 1).
+
+    Source: Duane et al. (1987); Neal (2011), eq. 5.18-5.20.
 
     Example:
         >>> import pmcmc
@@ -104,11 +119,12 @@ class HMC(GradientKernel):
         )
 
     def default_length(self) -> Array:
-        """``clip(ceil((pi/2) / step_size), 1, 64)``, or the number that the leapfrog is made for."""
+        """Return ``clip(ceil((pi/2) / step_size), 1, 64)``, or the number of steps fixed by the leapfrog integrator."""
         quarter = jnp.clip(jnp.ceil((math.pi / 2) / jnp.asarray(self.step_size)), 1, 64).astype(int)
         return self.leapfrog.length(quarter)
 
     def _length(self, noise: HMCNoise) -> Array:
+        """Return the number of leapfrog steps of one transition."""
         steps = self.num_integration_steps
         if steps is None:
             return self.default_length()
@@ -118,7 +134,7 @@ class HMC(GradientKernel):
         return self.leapfrog.length(jnp.asarray(steps, int))
 
     def _momentum(self, normal: Array) -> Array:
-        """p with covariance M: z / sqrt(M^{-1}), or L^{-T} z with M^{-1} = L L^T."""
+        """Return a momentum with covariance M: z / sqrt(M^{-1}), or L^{-T} z with M^{-1} = L L^T."""
         metric = self.inverse_mass_matrix
         if metric is None:
             return normal
@@ -128,11 +144,12 @@ class HMC(GradientKernel):
         return jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(metric), normal, lower=True, trans=1)
 
     def _velocity(self, momentum: Array) -> Array:
-        """M^{-1} p."""
+        """Return M^{-1} p."""
         if self.inverse_mass_matrix is None:
             return momentum
         metric = jnp.asarray(self.inverse_mass_matrix, momentum.dtype)
         return metric * momentum if metric.ndim < 2 else metric @ momentum
 
     def _kinetic(self, momentum: Array) -> Array:
+        """Return the kinetic energy p^T M^{-1} p / 2."""
         return 0.5 * jnp.sum(momentum * self._velocity(momentum))

@@ -1,11 +1,14 @@
-"""How the L leapfrog steps of one HMC proposal are taken: one after the other, or all at once by a Newton-type solver.
+"""Leapfrog integrators for HMC proposals, sequential or parallel across the trajectory.
 
-A leapfrog step is itself a recurrence, of (position, momentum) without noise:
+One leapfrog (velocity Verlet) step of size h is a recurrence of (position, momentum) = (q, p) without noise:
 
     p' = p[t-1] + h/2 grad(q[t-1]),   q[t] = q[t-1] + h M^-1 p',   p[t] = p' + h/2 grad(q[t])
 
-Its Jacobian couples a coordinate above all with its own momentum, so block quasi-DEER, with 2x2 blocks of diagonals,
-is the solver for it (Zoltowski et al. 2025, section 3).
+`SequentialLeapfrog` takes the L steps one after the other. `ParallelLeapfrog` solves all L states at once by a
+Newton-type solver. The Jacobian of a step couples a coordinate mainly with its own momentum, so the solver is block
+quasi-DEER, which keeps 2x2 blocks of diagonals. `UniformLength` makes the number of steps random.
+
+Source: Zoltowski et al. (2025), section 3.
 """
 
 import abc
@@ -26,10 +29,17 @@ from pmcmc.target import Target
 @register_dataclass
 @dataclass(frozen=True)
 class UniformLength:
-    """Number of leapfrog steps drawn uniformly from ``low .. high`` at every step.
+    """Number of leapfrog steps drawn uniformly from ``low .. high`` at every HMC step.
 
-    Lanes then wait for the longest trajectory among them: a share of about ``1 - mean / high`` of the work is lost
-    (a third for 1..2, half for 1..L). Step-size jitter breaks resonance at no such cost.
+    Lanes wait for the longest trajectory among them, so about ``1 - mean / high`` of the work is lost (a quarter for
+    1..2, nearly half for 1..L with large L). Step-size jitter breaks resonance without this cost.
+
+    Args:
+        low: Smallest number of steps, at least 1.
+        high: Largest number of steps.
+
+    Raises:
+        ValueError: Not ``1 <= low <= high``.
     """
 
     low: Scalar
@@ -41,30 +51,46 @@ class UniformLength:
 
 
 class Leapfrog(abc.ABC):
-    """Velocity Verlet over ``length`` steps; an implementation says in which order its L states are found.
+    """Base class of leapfrog (velocity Verlet) integrators, which differ in how they find the L states of a trajectory.
 
-    A new one needs `check`, `length` and `integrate`.
+    A subclass implements `check`, `length` and `integrate`.
     """
 
     @abc.abstractmethod
     def check(self, num_integration_steps: Any) -> None:
-        """Raise where this number of steps, as given to the kernel, cannot be taken."""
+        """Raise an error if the integrator cannot take the kernel's number of steps.
+
+        Args:
+            num_integration_steps: The kernel's setting: an int, a `UniformLength` or None.
+        """
 
     @abc.abstractmethod
     def length(self, asked: Array) -> Array:
-        """The number of steps taken where the kernel asks for ``asked``."""
+        """Return the number of steps taken when the kernel asks for ``asked``."""
 
     @abc.abstractmethod
     def integrate(
         self, target: Target, state: GradientState, momentum: Array, step_size: Array, length: Array, velocity: Callable
     ) -> tuple[GradientState, Array]:
-        """The end of the trajectory and the momentum there. velocity: ``p -> M^-1 p``."""
+        """Integrate a trajectory.
+
+        Args:
+            target: Target to sample.
+            state: Start of the trajectory.
+            momentum: Momentum at the start; shape (D,).
+            step_size: Step size h.
+            length: Number of steps.
+            velocity: Function ``p -> M^-1 p``.
+
+        Returns:
+            The state at the end of the trajectory, and the momentum there; shape (D,).
+        """
 
 
 @register_dataclass
 @dataclass(frozen=True)
 class SequentialLeapfrog(Leapfrog):
-    """One step after the other, L gradients one after the other; the number of steps may be drawn.
+    """Leapfrog steps taken one after the other: L gradients on the critical path; the number of steps may be random.
 
     Example:
         >>> import pmcmc
@@ -92,26 +118,29 @@ class SequentialLeapfrog(Leapfrog):
 @register_dataclass
 @dataclass(frozen=True)
 class ParallelLeapfrog(Leapfrog):
-    """All L states at once, with the same end as `SequentialLeapfrog` up to rounding.
+    """All L leapfrog steps solved at once by a Newton-type solver.
 
-    num_steps: L, an int, since the trajectory's states need a shape. The kernel's num_integration_steps may be left
-        out; if given it must be the same.
-    solver: `Newton(BlockDiagonal())` by default; `Newton(HutchinsonBlockDiagonal(key))` for large D. Its max_iters is
-        set to L, which always suffices. It starts from the drift without force.
+    The end of the trajectory equals that of `SequentialLeapfrog` up to rounding. The solver starts from the motion at
+    constant momentum. If it fails, the proposal is NaN and is rejected as divergent.
 
-    Where the solver finds no finite trajectory the proposal is rejected as a divergence.
+    The critical path falls from L gradients to K + 1 rounds. Each round evaluates L gradients in parallel; all but the
+    last also evaluate L D Jacobian-vector products (2 L per probe with Hutchinson) and a scan. On whitened German
+    credit (D = 25, h = 0.2, 5 starts, float32), K was 5 or 6 for L = 16 and 8 or 9 for L = 64, with exact and with
+    one-probe blocks. If a round costs three gradients, that is up to 21 against 16 and 30 against 64. It therefore pays
+    from about L = 32 on a device that evaluates L gradients in the time of one. These are counts; no time was measured.
 
-    When it pays: the critical path falls from L gradients to K + 1 rounds, each of L gradients side by side and, but
-    for the last, of L D Jacobian-vector products (2 L a probe with Hutchinson) and a scan. On whitened German credit
-    (D = 25, h = 0.2, 5 starts, float32) K was 5 or 6 for L = 16 and 8 or 9 for L = 64, with exact and with one-probe
-    blocks. If a round is worth three gradients that is 21 against 16 and 30 against 64, so L should be some 32 or more
-    on a device that runs L gradients in the time of one. Counts only: no time was measured.
+    Args:
+        num_steps: L, an int, because the states of the trajectory need a static shape. The kernel's
+            ``num_integration_steps`` may be left out; if given, it must equal L.
+        solver: ``Newton(BlockDiagonal())`` by default; ``Newton(HutchinsonBlockDiagonal(key))`` for large D. Its
+            ``max_iters`` is set to L, which always suffices.
 
     Raises:
-        ValueError: num_steps below 1; another number of steps in the kernel.
-        TypeError: num_steps is no int; the kernel draws its number of steps; solver is no `Newton`.
+        TypeError: ``num_steps`` is not an int, the kernel's number of steps is random, or ``solver`` is not a `Newton`.
+        ValueError: ``num_steps`` is below 1, or differs from the kernel's number of steps.
 
-    Source: Zoltowski et al. 2025, block quasi-DEER; there with a cap on iterations that says nothing when reached.
+    Source: Zoltowski et al. (2025), block quasi-DEER. Their code caps the number of iterations and does not report when
+    the cap is reached.
 
     Example:
         >>> import pmcmc
@@ -136,8 +165,8 @@ class ParallelLeapfrog(Leapfrog):
     def check(self, num_integration_steps):
         if isinstance(num_integration_steps, int) and num_integration_steps != self.num_steps:
             raise ValueError(
-                f"the kernel takes {num_integration_steps} leapfrog steps, ParallelLeapfrog {self.num_steps}: leave "
-                "num_integration_steps out, or make them equal."
+                f"the kernel takes {num_integration_steps} leapfrog steps, but ParallelLeapfrog {self.num_steps}: "
+                "leave num_integration_steps out, or make them equal."
             )
         if isinstance(num_integration_steps, UniformLength):
             raise TypeError(
@@ -150,7 +179,7 @@ class ParallelLeapfrog(Leapfrog):
 
     def integrate(self, target, state, momentum, step_size, length, velocity):
         def step(x, _):
-            # momentum half a step ahead of the position: one gradient a step
+            # The momentum is carried half a step ahead of the position, so that a step needs one gradient.
             position, ahead = x
             position = position + step_size * velocity(ahead)
             now = GradientState(position, *target.value_and_grad(position))
@@ -163,7 +192,7 @@ class ParallelLeapfrog(Leapfrog):
         guess = drift, jnp.broadcast_to(ahead, drift.shape)
         solver = replace(self.solver, max_iters=self.num_steps)
         found = solver.solve(step, (state.position, ahead), length=self.num_steps, initial_guess=guess, has_aux=True)
-        # A trajectory neither contracts nor forgets: that nearby ones separate is no reason to distrust it.
+        # Trajectories of HMC need not contract, so `not_contracting` is no reason to reject this one.
         solved = (found.result == RESULTS.successful) | (found.result == RESULTS.not_contracting)
         end = jax.tree.map(lambda x: jnp.where(solved, x[-1], jnp.nan), found.aux)
         return end

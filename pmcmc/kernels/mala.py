@@ -1,4 +1,10 @@
-"""The Metropolis-adjusted Langevin algorithm."""
+"""The Metropolis-adjusted Langevin algorithm.
+
+`MALA` proposes ``y = x + h grad log p(x) + sqrt(2 h) z``, an Euler step of the Langevin diffusion, and accepts or
+rejects it by a Metropolis decision. A step costs one gradient.
+
+Source: Besag (1994); Roberts & Tweedie (1996).
+"""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +19,12 @@ from pmcmc.random.distributions import normals, uniforms
 
 
 class MALANoise(NamedTuple):
-    """normal: (D,) standard normal. log_uniform: log of a uniform on (0, 1)."""
+    """Randomness of one MALA step.
+
+    Attributes:
+        normal: Standard normal z of the proposal; shape (D,).
+        log_uniform: Log of a uniform on (0, 1), for the Metropolis decision.
+    """
 
     normal: Array
     log_uniform: Array
@@ -24,17 +35,19 @@ class MALANoise(NamedTuple):
 class MALA(GradientKernel):
     """Langevin proposal ``y = x + h grad log p(x) + sqrt(2 h) z`` with a Metropolis correction.
 
-    step_size: the h above, in squared units of the target's coordinates; None: tuned by warm-up to an acceptance
-        rate of 0.574 (Roberts & Rosenthal 1998) in whitened coordinates.
-    surrogate: derivative of the accept decision, seen only by Newton-type solvers.
+    The log acceptance ratio is computed as
+    ``log p(y) - log p(x) + |z|^2 / 2 - |z + sqrt(h/2) (grad(x) + grad(y))|^2 / 2``, which avoids cancellation at small
+    h. Given the same noise, every step equals that of ``blackjax.mala``.
 
-    The log acceptance ratio is ``log p(y) - log p(x) + |z|^2 / 2 - |z + sqrt(h/2) (grad(x) + grad(y))|^2 / 2``,
-    a form without cancellation at small h.
-
-    Source: Besag 1994; Roberts & Tweedie 1996. Given the same noise, step for step equal to ``blackjax.mala``.
+    Args:
+        step_size: h, in squared units of the target's coordinates. None: tuned by warm-up, in whitened coordinates, to
+            an acceptance rate of 0.574 (Roberts & Rosenthal 1998).
+        surrogate: Derivative of the accept decision, used by Newton-type solvers only.
 
     Raises:
-        ValueError: step_size is not positive.
+        ValueError: ``step_size`` is not positive.
+
+    Source: Besag (1994); Roberts & Tweedie (1996).
 
     Example:
         >>> import pmcmc
@@ -53,7 +66,7 @@ class MALA(GradientKernel):
         return 0.574
 
     def first_step_size(self, dim):
-        return dim ** (-1 / 3)  # optimal scaling, Roberts & Rosenthal 1998
+        return dim ** (-1 / 3)  # optimal scaling of Roberts & Rosenthal (1998)
 
     def sample_noise(self, rng_key, target):
         u = uniforms(rng_key, target.dim + 1, target.spec.dtype)

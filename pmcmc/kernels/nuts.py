@@ -1,4 +1,12 @@
-"""The No-U-Turn sampler."""
+"""The No-U-Turn sampler.
+
+`NUTS` doubles a leapfrog trajectory of ``H(x, p) = -log p(x) + |p|^2 / 2``, forwards or backwards at random, until it
+turns back on itself, and draws the new state from the trajectory with weights exp(-H). A transition is a loop over the
+state machine of `pmcmc.kernels.nuts_tree`, one leapfrog step at a time. A batch of lanes advances together, and solvers
+may let lanes go on to their next transition without waiting for the others (`NUTS.stages`).
+
+Source: Hoffman & Gelman (2014); Betancourt (2017); Phan et al. (2019).
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -20,7 +28,12 @@ from pmcmc.target import Target
 
 
 class NUTSNoise(NamedTuple):
-    """momentum: (D,) standard normal. key: (2,) words, for what is drawn along the trajectory."""
+    """Randomness of one NUTS transition.
+
+    Attributes:
+        momentum: Standard normal; shape (D,).
+        key: Raw key for the randomness along the trajectory; shape (2,).
+    """
 
     momentum: Array
     key: Array
@@ -29,20 +42,26 @@ class NUTSNoise(NamedTuple):
 @register_dataclass
 @dataclass(frozen=True)
 class NUTS(GradientKernel):
-    """A trajectory of ``H(x, p) = -log p(x) + |p|^2 / 2`` doubled until it turns back on itself; multinomial NUTS.
+    """Multinomial No-U-Turn sampler.
 
-    step_size: the leapfrog step, in units of the target's coordinates; None: tuned by warm-up to an acceptance rate
-        of 0.8, as for HMC. The metric is the identity, right in the whitened coordinates of warm-up.
-    max_num_doublings: deepest tree, of ``2^max_num_doublings - 1`` leapfrog steps; NumPyro's ``max_tree_depth``.
+    A leapfrog trajectory of ``H(x, p) = -log p(x) + |p|^2 / 2`` is doubled until it turns back on itself. The metric is
+    the identity, which suits the whitened coordinates of warm-up. Given the same keys, every step equals that of
+    ``blackjax.nuts`` (1.7).
 
-    Extra fields ``num_steps`` and ``tree_depth`` beside those of HMC; ``accept_prob`` is the mean over the trajectory.
-    `Info.margin` is NaN, since a step makes many decisions: its near ties are not counted.
-    Given the same keys, step for step equal to ``blackjax.nuts`` (1.7).
+    In addition to the extra fields of gradient kernels there are ``energy``, ``num_steps`` and ``tree_depth``.
+    ``accept_prob`` is the mean over the trajectory. `Info.margin` is NaN, since a transition makes many decisions, so
+    near ties are not counted.
+
+    Args:
+        step_size: Leapfrog step, in units of the target's coordinates. None: tuned by warm-up to an acceptance rate of
+            0.8, as for HMC.
+        max_num_doublings: Depth of the deepest tree, which has ``2^max_num_doublings - 1`` leapfrog steps; NumPyro's
+            ``max_tree_depth``.
 
     Raises:
-        ValueError: step_size not positive, max_num_doublings below 1.
+        ValueError: ``step_size`` is not positive, or ``max_num_doublings`` is below 1.
 
-    Source: Hoffman & Gelman 2014; multinomial and iterative as in Betancourt 2017 and Phan et al. 2019.
+    Source: Hoffman & Gelman (2014); multinomial and iterative as in Betancourt (2017) and Phan et al. (2019).
 
     Example:
         >>> import pmcmc
@@ -70,12 +89,12 @@ class NUTS(GradientKernel):
         return _step_of(treedef)(*leaves)
 
     def step_alone(self, target: Target, state: GradientState, noise: NUTSNoise) -> tuple[GradientState, Info]:
-        """`step` by a loop over one transition."""
+        """Take one step by a loop over a single transition."""
         advance = lambda tree: self._advance(target.value_and_grad, tree)
         return self._conclude(jax.lax.while_loop(lambda tree: ~tree.finished, advance, self._begin(state, noise)))
 
     def stages(self, target: Target) -> Staged:
-        """`step` of a batch of lanes, which need not wait for each other's trees."""
+        """Return `step` in stages for a batch of lanes, so that lanes need not wait for each other's trees."""
         value_and_grad = jax.vmap(target.value_and_grad, in_axes=-1, out_axes=-1)
         return Staged(
             begin=lambda state, noise: self._begin(*_lanes_last((state, noise))),
@@ -109,21 +128,23 @@ class NUTS(GradientKernel):
 
 @cache
 def _step_of(treedef: Any) -> Callable:
-    """``step`` of the leaves of (target, kernel, state, noise), which may be mapped over.
+    """Return ``step`` as a function of the leaves of (target, kernel, state, noise), with its own rule for `jax.vmap`.
 
-    Of leaves, since jax 0.10 cannot differentiate a custom_vmap whose arguments hold a None.
+    It takes leaves because jax 0.10 cannot differentiate a custom_vmap whose arguments contain None.
     """
 
     def alone(*leaves: ArrayLeaf) -> tuple[GradientState, Info]:
+        """Take one step of one lane."""
         target, kernel, state, noise = jax.tree.unflatten(treedef, leaves)
         return kernel.step_alone(target, state, noise)
 
     def lanes(axis_size: int, in_batched: Any, *leaves: ArrayLeaf) -> Any:
-        """Lanes last, until the deepest tree of all is done: what `jax.vmap` makes of `alone` is several times slower.
+        """Take one step of all lanes, in one loop that ends when the deepest tree is complete.
 
-        Lanes with data or step sizes of their own are left to it.
+        Lanes are on the last axis. The batched loop that `jax.vmap` makes of `alone` is several times slower; it is
+        used only if lanes differ in their target or kernel, such as in data or step sizes.
         """
-        if not any(in_batched):  # only derivatives are mapped
+        if not any(in_batched):  # only tangents are mapped
             out = alone(*leaves)
             return out, jax.tree.map(lambda _: False, out)
         target, kernel, _, _ = jax.tree.unflatten(treedef, in_batched)
@@ -146,8 +167,10 @@ def _step_of(treedef: Any) -> Callable:
 
 
 def _lanes_last(tree: PyTree) -> PyTree:
+    """Move the lanes from the first to the last axis of every leaf."""
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), tree)
 
 
 def _lanes_first(tree: PyTree) -> PyTree:
+    """Move the lanes from the last to the first axis of every leaf."""
     return jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), tree)

@@ -1,25 +1,26 @@
-"""One NUTS transition as a flat state machine: every `advance` is one leapfrog step and all the bookkeeping due there.
+"""One NUTS transition as a flat state machine: each `advance` takes one leapfrog step and all bookkeeping due after it.
 
-A trajectory is doubled, forwards or backwards at random, until it turns back on itself. Doubling d adds a subtree of
-2^d leaves (states), taken one by one; a state is drawn from the subtree with weights exp(-H) as it grows, and when it
-is complete its draw replaces that of the trajectory with probability min(1, ratio of weights). A subtree that turns,
-or diverges, is thrown away, and ends the transition.
+The trajectory is doubled, forwards or backwards at random, until it turns back on itself. Doubling d adds a subtree of
+2^d leaves (states), one by one. As the subtree grows, one of its states is selected with weights exp(-H). When the
+subtree is complete, its selection replaces that of the trajectory with probability min(1, ratio of weights). A subtree
+that turns back or diverges is discarded and ends the transition.
 
-Loops over leaves and doublings within the transition would make each lane of a batch wait for the slowest in every
-one of them, and carry everything through selects; here the only loop is around `advance`, and it need not be one:
-lanes may be at different leaves of different transitions. Everything works on one transition, arrays (D,), or on a
-batch with the lanes last, (D, L): neighbours in memory, so that sums over coordinates are vectorised too.
+Why flat: with loops over leaves and doublings inside a transition, each lane of a batch would wait for the slowest lane
+in every loop, and all state would pass through selects. Here the only loop is around `advance`, and lanes may be at
+different leaves of different transitions. All functions accept one transition, arrays (D,), or a batch with lanes last,
+(D, L), where lanes are contiguous in memory, so that sums over coordinates are vectorised too.
 
-U-turns inside a subtree (Phan et al. 2019, appendix A): leaf n ends every balanced subtree of 2, 4, ... leaves that
-has n as its last one, as many as n has trailing ones in binary. The first leaf of each is at hand as a checkpoint: an
-even leaf n is stored in the row that the number of ones in n / 2 says. Lanes share one loop over the rows that any of
-them has to read, a few out of ``max_num_doublings``.
+U-turns inside a subtree (Phan et al. 2019, appendix A): leaf n is the last leaf of a balanced subtree of 2, 4, ...
+leaves, one for each trailing one of n in binary. The first leaf of each of these subtrees was stored as a checkpoint:
+an even leaf n is stored in row popcount(n / 2). Lanes share one loop over the rows that any of them has to read, which
+are few of the ``max_num_doublings - 1`` rows.
 
-Randomness is that of ``blackjax.nuts`` 1.7: ``key, d -> (direction, leaves, merge)``, ``leaves, n -> leaf``. It is
-drawn one step ahead: what is carried from step to step XLA computes once, what is not it hashes anew wherever read.
+The randomness is that of ``blackjax.nuts`` 1.7: ``key, d -> (direction, leaves, merge)``, ``leaves, n -> leaf``. It is
+drawn one step ahead: XLA computes a value carried from step to step once, but would hash again at every place that
+reads a value which is not carried.
 
-Sources: Hoffman & Gelman 2014; Betancourt 2017 (multinomial, biased merge); Phan et al. 2019 (iterative); Dance et al.
-2025 (state machines for lanes).
+Source: Hoffman & Gelman (2014); Betancourt (2017) for multinomial weights and the biased combination of draws; Phan et
+al. (2019) for the iterative form; Dance et al. (2025) for state machines over lanes.
 """
 
 from collections.abc import Callable
@@ -35,7 +36,13 @@ from pmcmc.random.threefry import fold_in
 
 
 class End(NamedTuple):
-    """An end of the trajectory; all (D,)."""
+    """One end of the trajectory.
+
+    Attributes:
+        position: Position; shape (D,).
+        momentum: Momentum; shape (D,).
+        gradient: Gradient of the log density; shape (D,).
+    """
 
     position: Array
     momentum: Array
@@ -43,7 +50,13 @@ class End(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """A state drawn from a part of the trajectory. weight: log of the sum of exp(H0 - H) over that part."""
+    """A state selected from a part of the trajectory.
+
+    Attributes:
+        state: The state.
+        energy: H of the state.
+        weight: Log of the sum of exp(H0 - H) over that part of the trajectory.
+    """
 
     state: GradientState
     energy: Array
@@ -51,10 +64,14 @@ class Draw(NamedTuple):
 
 
 class Subtree(NamedTuple):
-    """The doubling under way.
+    """The doubling in progress.
 
-    num_leaves: so far. momentum_sum: (D,) over them.
-    checkpoints, sums: (rows, D) momenta of first leaves, and momentum sums up to the middle of them.
+    Attributes:
+        num_leaves: Number of leaves so far.
+        momentum_sum: Sum of the momenta of these leaves; shape (D,).
+        draw: State selected from these leaves.
+        checkpoints: Momenta of stored leaves; shape (rows, D).
+        sums: Momentum sums up to the middle of the stored leaves; shape (rows, D).
     """
 
     num_leaves: Array
@@ -65,7 +82,13 @@ class Subtree(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Randomness of the next step. direction: of the doubling, 1 or -1. leaf, merge: uniforms that decide on draws."""
+    """Randomness of the next step.
+
+    Attributes:
+        direction: Direction of the doubling, 1 or -1.
+        leaf: Uniform that decides whether the next leaf is selected within its subtree.
+        merge: Uniform that decides whether the selection of a complete subtree replaces that of the trajectory.
+    """
 
     direction: Array
     leaf: Array
@@ -73,11 +96,23 @@ class Drawn(NamedTuple):
 
 
 class Tree(NamedTuple):
-    """A transition under way.
+    """A transition in progress.
 
-    key: (2,) words. energy: H0, of its start. front, back: it is extended at its front. heading: 1 or -1, the
-    direction in which it was last. depth: doublings ended. num_steps: leapfrog steps. acceptance: sum of
-    min(1, exp(H0 - H)) over them.
+    Attributes:
+        key: Raw key; shape (2,).
+        drawn: Randomness of the next step.
+        energy: H0, the energy of the start.
+        front: End of the trajectory that is extended.
+        back: The other end.
+        heading: Direction of the last doubling, 1 or -1.
+        momentum_sum: Sum of the momenta of the trajectory without the doubling in progress; shape (D,).
+        draw: State selected from the trajectory.
+        subtree: The doubling in progress.
+        depth: Number of doublings ended.
+        num_steps: Number of leapfrog steps.
+        acceptance: Sum of min(1, exp(H0 - H)) over these steps.
+        is_divergent: Whether a step diverged.
+        finished: Whether the transition has ended.
     """
 
     key: Array
@@ -97,7 +132,17 @@ class Tree(NamedTuple):
 
 
 def begin(state: GradientState, momentum: Array, key: Array, max_num_doublings: int) -> Tree:
-    """The trajectory of one state, about to be doubled. key: (2,) words."""
+    """Return the transition at its start, a trajectory of one state.
+
+    Args:
+        state: Start of the trajectory.
+        momentum: Momentum at the start; shape (D,) or (D, L).
+        key: Raw key; shape (2,) or (2, L).
+        max_num_doublings: Depth of the deepest tree.
+
+    Returns:
+        A `Tree` with no leapfrog step taken.
+    """
     batch, dtype = momentum.shape[1:], momentum.dtype
     zero, real, never = jnp.zeros(batch, int), jnp.zeros(batch, dtype), jnp.zeros(batch, bool)
     energy = kinetic(momentum) - state.logdensity
@@ -123,8 +168,19 @@ def begin(state: GradientState, momentum: Array, key: Array, max_num_doublings: 
 
 
 def advance(value_and_grad: Callable, step_size: Array, max_num_doublings: int, tree: Tree) -> Tree:
-    """One leapfrog step. Of a finished transition it changes nothing that is read of it."""
+    """Take one leapfrog step; a finished transition keeps everything that is read of it.
+
+    Args:
+        value_and_grad: Log density and gradient at positions like those of the tree.
+        step_size: Leapfrog step.
+        max_num_doublings: Depth of the deepest tree.
+        tree: The transition.
+
+    Returns:
+        The transition after the step.
+    """
     live, drawn = ~tree.finished, tree.drawn
+    # A doubling in the other direction extends the other end.
     turned_about = (tree.subtree.num_leaves == 0) & (drawn.direction != tree.heading)
     back = choose(turned_about, tree.front, tree.back)
     front = choose(turned_about, tree.back, tree.front)
@@ -135,6 +191,7 @@ def advance(value_and_grad: Callable, step_size: Array, max_num_doublings: int, 
     weight, diverges = log_acceptance(jnp.where(usable, tree.energy - energy, jnp.nan))
     subtree, turns = _add_leaf(tree.subtree, front.momentum, Draw(state, energy, weight), drawn.leaf)
 
+    # The doubling ends if its subtree is complete, turns or diverges.
     broken = diverges | turns
     ended = live & (broken | (subtree.num_leaves == 1 << tree.depth))
     depth = tree.depth + ended
@@ -160,25 +217,29 @@ def advance(value_and_grad: Callable, step_size: Array, max_num_doublings: int, 
 
 
 def choose(mask: Array, on_true: PyTree, on_false: PyTree) -> PyTree:
-    """Leaf-wise ``where`` with a mask over the trailing axes."""
+    """Select leaf by leaf with a mask over the trailing axes."""
     wide = lambda x: mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
     return jax.tree.map(lambda a, b: jnp.where(wide(a), a, b), on_true, on_false)
 
 
 def kinetic(momentum: Array) -> Array:
-    """``|p|^2 / 2`` of momenta (D, ...)."""
+    """Return ``|p|^2 / 2`` of momenta (D, ...)."""
     return 0.5 * jnp.sum(momentum * momentum, 0)
 
 
 def _is_turning(first: Array, last: Array, between: Array) -> Array:
-    """Whether a stretch of the trajectory turns at either end, ``r . rho <= 0`` (Betancourt 2013).
+    """Return whether a part of the trajectory turns at either end, ``r . rho <= 0`` (Betancourt 2013).
 
-    between: rho, the sum of its momenta with those at its ends counted by half.
+    Args:
+        first: Momentum r at the first state.
+        last: Momentum r at the last state.
+        between: rho, the sum of the momenta, with those of the first and last state weighted by one half.
     """
     return (jnp.sum(first * between, 0) <= 0) | (jnp.sum(last * between, 0) <= 0)
 
 
 def _leapfrog(value_and_grad: Callable, step: Array, end: End) -> tuple[End, Array]:
+    """Return the end of the trajectory after one leapfrog step, and the log density there."""
     step = step[None]
     momentum = end.momentum + 0.5 * step * end.gradient
     position = end.position + step * momentum
@@ -187,7 +248,7 @@ def _leapfrog(value_and_grad: Callable, step: Array, end: End) -> tuple[End, Arr
 
 
 def _draw_ahead(key: Array, depth: Array, leaf: Array, dtype) -> Drawn:
-    """For a leaf of a doubling."""
+    """Return the randomness for leaf ``leaf`` of doubling ``depth``."""
     key = fold_in(key, depth)
     direction, leaves, merge = (fold_in(key, jnp.full_like(depth, i)) for i in range(3))
     first_uniform = lambda key: jax_uniforms(key, jnp.zeros_like(depth, jnp.uint32), dtype)
@@ -196,15 +257,16 @@ def _draw_ahead(key: Array, depth: Array, leaf: Array, dtype) -> Drawn:
 
 
 def _add_leaf(subtree: Subtree, momentum: Array, leaf: Draw, uniform: Array) -> tuple[Subtree, Array]:
-    """The subtree with one more leaf, and whether it turns there."""
+    """Return the subtree with one more leaf, and whether it turns there."""
     number, old = subtree.num_leaves, subtree.draw
     first = number == 0
     momentum_sum = momentum + choose(first, jnp.zeros_like(momentum), subtree.momentum_sum)
     draw = choose(first | (uniform < jax.nn.sigmoid(leaf.weight - old.weight)), leaf, old)
     draw = draw._replace(weight=jnp.where(first, leaf.weight, _log_add(old.weight, leaf.weight)))
 
+    # Rows lowest..row hold the first leaves of the balanced subtrees that end at this leaf.
     row = jax.lax.population_count(number >> 1)
-    lowest = row + 1 - jax.lax.population_count(number & ~(number + 1))  # of the rows due: none for an even leaf
+    lowest = row + 1 - jax.lax.population_count(number & ~(number + 1))  # an even leaf ends no subtree
     rows = jnp.arange(subtree.sums.shape[0]).reshape(-1, *(1,) * number.ndim)
     store = ((rows == row[None]) & (number % 2 == 0)[None])[:, None]
     middle = momentum_sum - momentum / 2
@@ -220,12 +282,19 @@ def _add_leaf(subtree: Subtree, momentum: Array, leaf: Draw, uniform: Array) -> 
 
 
 def _draw_from_both(old: Draw, new: Draw, uniform: Array, complete: Array) -> Draw:
-    """The biased merge of a trajectory's draw with that of a subtree, where that is ``complete``."""
+    """Combine the selection of a trajectory with that of a subtree where the subtree is ``complete``.
+
+    The combination is biased towards the subtree, which replaces the old selection with probability min(1, ratio of
+    weights).
+    """
     taken = complete & (uniform < jnp.exp(jnp.minimum(new.weight - old.weight, 0.0)))
     weight = jnp.where(complete, _log_add(old.weight, new.weight), old.weight)
     return choose(taken, new, old)._replace(weight=weight)
 
 
 def _log_add(a: Array, b: Array) -> Array:
-    """``log(exp(a) + exp(b))`` for finite a; XLA's log1p is not vectorised on CPU, and a weight needs it no better."""
+    """Return ``log(exp(a) + exp(b))`` for finite a.
+
+    It uses log instead of log1p, which XLA does not vectorise on CPU; weights do not need the extra accuracy.
+    """
     return jnp.maximum(a, b) + jnp.log(1 + jnp.exp(-jnp.abs(a - b)))

@@ -1,4 +1,11 @@
-"""Random-walk Metropolis whose chains merge under common noise."""
+"""Random-walk Metropolis whose coupled chains merge.
+
+Two chains that add the same increment to their states never come closer. `RandomWalk` makes the increment depend on the
+state, in ways that keep the Metropolis step exact: radial steps bring coupled chains closer, and grid and independent
+steps let them merge bit for bit. A step costs one log density and no gradient.
+
+Source: Metropolis et al. (1953); Papp & Sherlock (2022); Neal (1999).
+"""
 
 import math
 from dataclasses import dataclass
@@ -14,18 +21,27 @@ from pmcmc.random.distributions import normals, uniforms
 
 
 class WalkState(NamedTuple):
-    """Position (D,) in the target's coordinates with the log density there."""
+    """A position with its log density.
+
+    Attributes:
+        position: Position in the target's coordinates; shape (D,).
+        logdensity: Log density at the position.
+    """
 
     position: Array
     logdensity: Array
 
 
 class WalkNoise(NamedTuple):
-    """vector: (D,) the grid's offset, uniform on (0, 1), in a grid step; else standard normal.
+    """Randomness of one step of `RandomWalk`.
 
-    radial: standard normal, the increment's component along the radius. is_grid, is_independent: which of the three
-    proposals it is. half_square: |vector|^2 / 2, for independent steps; None, as is_independent, where there are none.
-    log_uniform: log of a uniform on (0, 1).
+    Attributes:
+        vector: Standard normal z; in a grid step the grid's offset, uniform on (0, 1). Shape (D,).
+        radial: Standard normal, the component of the increment along the radius.
+        is_grid: Whether the step is a grid step.
+        is_independent: Whether the step is an independent step; None if the kernel takes none.
+        half_square: |vector|^2 / 2, for independent steps; None if the kernel takes none.
+        log_uniform: Log of a uniform on (0, 1), for the Metropolis decision.
     """
 
     vector: Array
@@ -39,39 +55,43 @@ class WalkNoise(NamedTuple):
 @register_dataclass
 @dataclass(frozen=True)
 class RandomWalk(PositionKernel):
-    """Metropolis' random walk, without gradients: a move of variance h^2 a coordinate, kept or not.
+    """Random-walk Metropolis without gradients: a proposal of variance h^2 per coordinate, accepted or rejected.
 
-    Chains that add the same increments stay as far apart as they are. What a step's noise means is therefore made to
-    depend on the state, in ways that leave the proposal's law as it is; each step is of a kind drawn in its noise:
+    Chains that add the same increments keep their distance. Here the increment depends on the state as well as on the
+    noise, in ways that keep the Metropolis step exact. The kind of each step is part of its noise:
 
-    - Radial: ``y = x + h (z + (v - z.n) n)`` with ``n = x / |x|`` and normal z (D,) and v drawn first. Given x, v takes
-      the place of the component of z along n, which it equals in law and is independent of the others, so the
-      increment is N(0, h^2 I) at any x. Two chains move outwards or inwards together but around the origin each in its
-      own direction, which draws them towards each other, the more the closer they are. n is zero, and the increment
-      h z, where |x|^2 underflows.
+    - Radial: ``y = x + h (z + (v - z.n) n)`` with ``n = x / |x|`` and normal z (D,) and v drawn first. Given x, v
+      replaces the component of z along n, which has the same distribution and is independent of the others, so the
+      increment is N(0, h^2 I) at any x. Two chains move outwards or inwards together, each in its own direction from
+      the origin, so they approach each other, the more strongly the closer they are. If |x|^2 underflows, n is zero and
+      the increment is h z.
     - Grid: the point nearest to x of a lattice of width ``w = sqrt(12) h`` with an offset u uniform on its cell,
-      ``y = w (round(x / w - u) + u)``. Given x, the fraction of x / w - u is uniform whatever x is, so y is uniform on
-      the box of width w around x. As y lies in the box around x if and only if x lies in the box around y, the
-      proposal is symmetric. All chains in one cell propose the same point, bit for bit, and have merged if they accept.
+      ``y = w (round(x / w - u) + u)``. Given x, the fractional part of x / w - u is uniform for any x, so y is uniform
+      on the box of width w around x. Since y lies in the box around x if and only if x lies in the box around y, the
+      proposal is symmetric. All chains in one cell propose the same point, bit for bit, and have merged if they accept
+      it.
     - Independent: ``y ~ N(0, I)``, with the ratio ``exp((|y|^2 - |x|^2) / 2)`` of its densities in the acceptance.
 
-    Origin and unit are those of the coordinates of warm-up, fixed before the chain: the posterior's mean and spread.
+    Origin and unit are those of the coordinates found by warm-up, fixed before the chain: the posterior's mean and
+    spread.
 
-    step_size: the h above, a standard deviation; None: tuned by warm-up to an acceptance rate of 0.234 + 0.206 / D.
-    grid_share: probability of a grid step. None: ``min(1, 6 D^(-3/2))``. A step misses when a cell's border lies
-        between two chains, and leaves them about w apart; with more coordinates this is likelier, and radial steps
-        bring them close more slowly.
-    independence_share: probability of an independent step. Where the whitened posterior is near enough to a Gaussian
-        that they are accepted now and then, chains merge after a few of them; elsewhere they are wasted. None: none.
-    surrogate: derivative of the accept decision, seen only by Newton-type solvers.
-
-    Sources: Metropolis et al. 1953; Papp & Sherlock 2022, "A new and asymptotically optimally contracting coupling for
-    the random walk Metropolis" (a shared component along the gradient, which on a spherical Gaussian is the radius);
-    Neal 1999, "Circularly-coupled Markov chain sampling" (the random grid, and its use once others have brought chains
-    close); Roberts, Gelman & Gilks 1997 (0.234).
+    Args:
+        step_size: h, a standard deviation. None: tuned by warm-up to an acceptance rate of 0.234 + 0.206 / D.
+        grid_share: Probability of a grid step. None: ``min(1, 6 D^(-3/2))``. A grid step fails to merge two chains if a
+            cell border lies between them, and leaves them about w apart. In more dimensions this is likelier, and
+            radial steps bring the chains close more slowly.
+        independence_share: Probability of an independent step. If the whitened posterior is so close to a Gaussian that
+            independent steps are accepted now and then, chains merge after a few of them; otherwise they are wasted.
+            None: no independent steps.
+        surrogate: Derivative of the accept decision, used by Newton-type solvers only.
 
     Raises:
-        ValueError: step_size is not positive; a share outside [0, 1].
+        ValueError: ``step_size`` is not positive, or a share is outside [0, 1].
+
+    Source: Metropolis et al. (1953); Papp & Sherlock (2022), "A new and asymptotically optimally contracting coupling
+    for the random walk Metropolis" (a shared component along the gradient, which is the radius on a spherical
+    Gaussian); Neal (1999), "Circularly-coupled Markov chain sampling" (the random grid, used once other steps have
+    brought chains close); Roberts, Gelman & Gilks (1997) for 0.234.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -95,8 +115,8 @@ class RandomWalk(PositionKernel):
                 raise ValueError(f"{name} must lie in [0, 1], got {share}.")
 
     def target_acceptance_rate(self, dim):
-        # 0.44 for D = 1 and the limit for large D. Measured on Gaussians at the optimal step 2.38 / sqrt(D): 0.44,
-        # 0.36, 0.32, 0.29, 0.26, 0.25 for D = 1, 2, 3, 5, 10, 25.
+        # Interpolates between 0.44 at D = 1 and the limit 0.234 for large D. Rates measured on Gaussians at the optimal
+        # step 2.38 / sqrt(D): 0.44, 0.36, 0.32, 0.29, 0.26, 0.25 for D = 1, 2, 3, 5, 10, 25.
         return 0.234 + 0.206 / dim
 
     def first_step_size(self, dim):
@@ -132,8 +152,8 @@ class RandomWalk(PositionKernel):
         x, vector = state.position, noise.vector
         step_size = jnp.asarray(self.step_size, x.dtype)
         squared = jnp.sum(x**2)
-        # All kinds are a x + b z: one pass over the coordinates. Written one after the other, with a reduction inside
-        # each, a step in ten dimensions took 2.2 instead of 0.2 us on CPU.
+        # Radial and independent proposals are both a x + b z, so one pass over the coordinates computes either of them.
+        # Separately, each with its own reduction, a step in ten dimensions took 2.2 us instead of 0.2 us on CPU.
         of_x, of_vector = 1 + step_size * _radial_weight(x, squared, noise), step_size
         log_weight = jnp.zeros((), x.dtype)
         if noise.is_independent is not None:
@@ -146,11 +166,12 @@ class RandomWalk(PositionKernel):
         return decide(self.surrogate, state, proposal, log_ratio, noise.log_uniform)
 
     def _grid_share(self, dim: int) -> Scalar:
+        """Return the probability of a grid step in ``dim`` dimensions."""
         return min(1.0, 6 * dim**-1.5) if self.grid_share is None else self.grid_share
 
 
 def _radial_weight(x: Array, squared: Array, noise: WalkNoise) -> Array:
-    """c such that z + c x is z with v for its component along x; 0 where |x|^2 is too small to be accurate."""
+    """Return c such that z + c x is z with v as its component along x; 0 if |x|^2 is too small to be accurate."""
     limits = jnp.finfo(x.dtype)
     usable = squared > limits.tiny / limits.eps
     squared = jnp.where(usable, squared, 1.0)
@@ -158,6 +179,9 @@ def _radial_weight(x: Array, squared: Array, noise: WalkNoise) -> Array:
 
 
 def _grid_point(x: Array, offset: Array, step_size: Array) -> Array:
-    """The same bits for all x of a cell: the integers are exact, and what follows does not see x."""
+    """Return the lattice point nearest to x, with the same bits for all x of a cell.
+
+    The integers are exact, and everything computed from them is independent of x.
+    """
     width = math.sqrt(12) * step_size
     return (jnp.round(x / width - offset) + offset) * width

@@ -1,4 +1,11 @@
-"""Conditional updates of one site: maps of the state and of noise drawn first."""
+"""Conditional updates of one site for `Gibbs`, as maps of the state and of pre-drawn noise.
+
+An `Update` writes a draw from a full conditional as ``x' = g(state, noise)``: `NormalUpdate`, `GammaUpdate`,
+`InverseGammaUpdate` and `DirichletUpdate` scale standard variates drawn first, `CategoricalUpdate` inverts the
+distribution function at uniforms drawn first, and `CustomUpdate` is the user's own map.
+
+Source: Gelfand & Smith (1990); Zoltowski et al. (2025) for noise drawn first.
+"""
 
 import abc
 from collections.abc import Callable
@@ -16,18 +23,30 @@ from pmcmc.random.threefry import key_pair, raw_keys_are_threefry
 
 
 class Site(NamedTuple):
-    """What an update knows of its site. like: shapes and dtypes of its value. dtype: of noise, floating."""
+    """Shapes and dtypes that an update needs of its site.
+
+    Attributes:
+        like: Shapes and dtypes of the site's value, a pytree.
+        dtype: Floating dtype of the noise.
+    """
 
     like: PyTree
     dtype: Any
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of a site that is a single array."""
         return self.like.shape
 
 
 class Drawn(NamedTuple):
-    """value: of the site. margin, failed: of discrete draws, see `DiscreteDraw`; inf and False elsewhere."""
+    """Result of one update.
+
+    Attributes:
+        value: New value of the site.
+        margin: Margin of discrete draws, see `DiscreteDraw`; inf for continuous ones.
+        failed: Whether a discrete draw failed, see `DiscreteDraw`; False for continuous ones.
+    """
 
     value: PyTree
     margin: Array | float = jnp.inf
@@ -38,7 +57,9 @@ Function = Untraced | Traced
 
 
 class Update(abc.ABC):
-    """How one site is drawn given all the others, ``x' = g(state, noise)``; a frozen dataclass and a pytree.
+    """Base class of updates, which draw one site given all others as ``x' = g(state, noise)``.
+
+    An update is a frozen dataclass and a pytree.
 
     Example:
         >>> import pmcmc
@@ -48,63 +69,88 @@ class Update(abc.ABC):
 
     @abc.abstractmethod
     def draw_noise(self, rng_key: PRNGKey, site: Site) -> PyTree:
-        """All the randomness of one update."""
+        """Draw all randomness of one update.
+
+        Args:
+            rng_key: Key of this update.
+            site: Shapes and dtypes of the site.
+
+        Returns:
+            Noise of one update, a pytree.
+        """
 
     @abc.abstractmethod
     def draw(self, state: PyTree, noise: PyTree, site: Site) -> Drawn:
-        """The new value of the site. state: the values of all sites, this one included."""
+        """Compute the new value of the site.
+
+        Args:
+            state: Values of all sites, this one included.
+            noise: Noise from `draw_noise`.
+            site: Shapes and dtypes of the site.
+
+        Returns:
+            The value and, for discrete draws, their margin and whether they failed.
+        """
 
     def nudge(self, noise: PyTree, amount: Array) -> PyTree:
-        """See `Kernel.nudge`."""
+        """Return the noise with ``amount`` added to the variables that decide; see `Kernel.nudge`."""
         return noise
 
     def traced(self, state: PyTree, site: Site) -> "Update":
-        """This update with its functions of the state as they are now. state: shapes of the values of all sites."""
+        """Return this update with its functions of the state replaced by their current traces.
+
+        Args:
+            state: Shapes and dtypes of the values of all sites.
+            site: Shapes and dtypes of this site.
+        """
         functions = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         now = {name: fn.at(state) for name, fn in functions.items() if _is_function(fn)}
         return replace(self, **now)  # type: ignore[type-var]
 
 
 def _read(parameter: Any, state: PyTree, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Return the value of a parameter, a function of the state or not, as an array of the given shape."""
     value = parameter(state) if _is_function(parameter) else parameter
     return jnp.broadcast_to(jnp.asarray(value, dtype), shape)
 
 
 def _is_function(parameter: Any) -> bool:
-    """Whether a parameter is a function of the state."""
+    """Return whether a parameter is a function of the state."""
     return isinstance(parameter, (Untraced, Traced))
 
 
 def _wrap(update: Any, *names: str) -> None:
-    """Functions among the parameters become pytrees without leaves, so that numbers can be leaves."""
+    """Turn functions among the parameters into pytrees without leaves, so that numbers can be leaves."""
     for name in names:
         if callable(value := getattr(update, name)) and not _is_function(value):
             object.__setattr__(update, name, Untraced(value))
 
 
 def _gamma_noise(shape: Any, rng_key: PRNGKey, site: Site) -> Array:
-    """Logs of standard gammas where the shape is known beforehand, else the key to draw them by."""
+    """Return logs of standard gammas if the shape is fixed, otherwise the key to draw them with."""
     if _is_function(shape):
         return key_pair(rng_key)
     return log_gammas(rng_key, _read(shape, None, site.shape, site.dtype))
 
 
 def _log_gamma(shape: Any, state: PyTree, noise: Array, site: Site) -> Array:
+    """Return logs of standard gammas, drawn with the noise as a key if the shape depends on the state."""
     if _is_function(shape):
         return log_gammas(noise, _read(shape, state, site.shape, site.dtype))
     return noise
 
 
 def _positive(log_value: Array) -> Array:
-    """``exp``, held within the positive numbers of the dtype: 0 and inf are no values of a positive site.
+    """Return ``exp(log_value)``, clipped to the positive numbers of the dtype: a positive site has no value 0 or inf.
 
-    What was not finite before stays so: a rate of 0, for instance.
+    Values that are not finite already, such as those from a rate of 0, are not clipped.
     """
     info, value = jnp.finfo(log_value.dtype), jnp.exp(log_value)
     return jnp.where(jnp.isfinite(log_value), jnp.clip(value, info.tiny, info.max), value)
 
 
 def _check_callable(update: Any, name: str, form: str) -> None:
+    """Raise a TypeError if a parameter is not a function."""
     if not callable(getattr(update, name)):
         raise TypeError(f"{type(update).__name__} needs {name} as a function, {form}, got {getattr(update, name)!r}.")
 
@@ -112,11 +158,15 @@ def _check_callable(update: Any, name: str, form: str) -> None:
 @register_dataclass
 @dataclass(frozen=True)
 class NormalUpdate(Update):
-    """``x' = loc + scale z``, z standard normal.
+    """Normal conditional ``x' = loc + scale z`` with z standard normal.
 
-    conditional: ``state -> (loc, scale)``, each of the site's shape or broadcast to it.
+    Args:
+        conditional: Function ``state -> (loc, scale)``, both of the site's shape or broadcast to it.
 
-    Source: Gelfand & Smith 1990 (Gibbs sampling from full conditionals).
+    Raises:
+        TypeError: ``conditional`` is not a function.
+
+    Source: Gelfand & Smith (1990), Gibbs sampling from full conditionals.
 
     Example:
         >>> import pmcmc
@@ -140,15 +190,21 @@ class NormalUpdate(Update):
 @register_dataclass
 @dataclass(frozen=True)
 class GammaUpdate(Update):
-    """``x' = g / rate``, g ~ Gamma(shape, 1): density proportional to ``x^(shape - 1) exp(-rate x)``.
+    """Gamma conditional ``x' = g / rate`` with g ~ Gamma(shape, 1).
 
-    shape, rate: numbers, arrays that broadcast to the site, or functions of the state. A shape that is a number is
-        smooth: g is drawn beforehand. One that is a function of the state is drawn within the step by its key.
+    Its density is proportional to ``x^(shape - 1) exp(-rate x)``. If ``shape`` is a number or an array, g is drawn
+    first and the update is smooth in the state. If it is a function of the state, g is drawn within the step from its
+    key.
 
-    A value below the smallest positive (normal) number of the dtype, as small shapes give, is that number, and one
-    above the largest the largest; in float32 that is 17 % of the draws of shape 0.02.
+    Values are clipped to the range of positive normal numbers of the dtype. Small shapes often give smaller values: in
+    float32, 17 % of the draws of shape 0.02.
 
-    Source: Gelfand & Smith 1990; Zoltowski et al. 2025 (drawn beforehand); Marsaglia & Tsang 2000 (the draws).
+    Args:
+        shape: A number, an array that broadcasts to the site, or a function of the state.
+        rate: A number, an array that broadcasts to the site, or a function of the state.
+
+    Source: Gelfand & Smith (1990); Zoltowski et al. (2025) for draws made first; Marsaglia & Tsang (2000) for gamma
+    variates.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -172,14 +228,18 @@ class GammaUpdate(Update):
 @register_dataclass
 @dataclass(frozen=True)
 class InverseGammaUpdate(Update):
-    """``x' = scale / g``, g ~ Gamma(shape, 1): density proportional to ``x^(-shape - 1) exp(-scale / x)``.
+    """Inverse gamma conditional ``x' = scale / g`` with g ~ Gamma(shape, 1).
 
-    shape, scale: as `GammaUpdate`. A scaled inverse chi-squared with nu degrees and scale s^2 has shape ``nu / 2`` and
-        scale ``nu s^2 / 2``.
+    Its density is proportional to ``x^(-shape - 1) exp(-scale / x)``. Values are clipped as in `GammaUpdate`. A scaled
+    inverse chi-squared distribution with nu degrees of freedom and scale s^2 has shape ``nu / 2`` and scale
+    ``nu s^2 / 2``.
 
-    Values beyond the range of the dtype as there.
+    Args:
+        shape: A number, an array that broadcasts to the site, or a function of the state; see `GammaUpdate`.
+        scale: A number, an array that broadcasts to the site, or a function of the state.
 
-    Source: as `GammaUpdate`.
+    Source: Gelfand & Smith (1990); Zoltowski et al. (2025) for draws made first; Marsaglia & Tsang (2000) for gamma
+    variates.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -203,13 +263,17 @@ class InverseGammaUpdate(Update):
 @register_dataclass
 @dataclass(frozen=True)
 class DirichletUpdate(Update):
-    """``x' = g / sum(g)`` over the last axis, g ~ Gamma(concentration, 1).
+    """Dirichlet conditional ``x' = g / sum(g)`` over the last axis, with g ~ Gamma(concentration, 1).
 
-    concentration: a number, an array that broadcasts to the site, or a function of the state, as the shape of
-        `GammaUpdate`. Beta variates are the case of two components. Small ones need no care: gammas and their ratio
-        are taken in logs.
+    Beta variates are the case of two components. Small concentrations are safe: gamma variates and their ratio are
+    computed in logs.
 
-    Source: as `GammaUpdate`.
+    Args:
+        concentration: A number, an array that broadcasts to the site, or a function of the state; drawn first or within
+            the step like the shape of `GammaUpdate`.
+
+    Source: Gelfand & Smith (1990); Zoltowski et al. (2025) for draws made first; Marsaglia & Tsang (2000) for gamma
+    variates.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -231,16 +295,23 @@ class DirichletUpdate(Update):
 @register_dataclass
 @dataclass(frozen=True)
 class CategoricalUpdate(Update):
-    """``x' = least k with p[0] + ... + p[k] >= u``, p = softmax(logits), one uniform u an element.
+    """Categorical conditional by inverse CDF: ``x' = least k with p[0] + ... + p[k] >= u``, p = softmax(logits).
 
-    logits: ``state -> (..., K)``, the site's shape and an axis of the K values 0..K-1; constants are free. Elements
-        are drawn side by side, so they must be independent of each other given the other sites.
+    Each element has its own uniform u. With a shared u, two copies of the chain draw the same value with a probability
+    near that of the best coupling, and ordered values if their distributions are ordered. If the probabilities are not
+    finite (a logit is NaN or +inf, or all are -inf), the site keeps its old value and the step is counted as divergent.
 
-    Under a shared u two copies of the chain draw the same value with a probability near that of the best coupling, and
-    in the same order where their distributions are ordered. Where logits are not finite the old value is kept and the
-    step counted as divergent.
+    Args:
+        logits: Function ``state -> (..., K)``, the site's shape followed by an axis of the K values 0..K-1; an additive
+            constant does not matter. Elements are drawn all at once, so they must be independent of each other given
+            the other sites.
 
-    Source: Gelfand & Smith 1990; the monotone coupling of Propp & Wilson 1996.
+    Raises:
+        TypeError: ``logits`` is not a function.
+        ValueError: The logits do not have the site's shape and one more axis, or the site's dtype cannot hold the
+            values.
+
+    Source: Gelfand & Smith (1990); the monotone coupling of Propp & Wilson (1996).
 
     Example:
         >>> import pmcmc
@@ -273,12 +344,17 @@ class CategoricalUpdate(Update):
 @register_dataclass
 @dataclass(frozen=True)
 class CustomUpdate(Update):
-    """``x' = update(state, noise)``, the user's own map of the user's own noise.
+    """User-defined update ``x' = update(state, noise)``, a map of user-defined noise.
 
-    sample_noise: ``rng_key -> noise``, any pytree. update: ``(state, noise) -> value`` of the site's shape.
+    It must leave the conditional distribution of its site invariant. Near ties of its decisions, if it makes any, are
+    not counted.
 
-    It must leave the conditional distribution of its site unchanged. Its decisions, if any, are not counted as near
-    ties.
+    Args:
+        sample_noise: Function ``rng_key -> noise``, any pytree.
+        update: Function ``(state, noise) -> value``, of the site's shape.
+
+    Raises:
+        TypeError: ``sample_noise`` or ``update`` is not a function.
 
     Example:
         >>> import jax, pmcmc

@@ -1,4 +1,8 @@
-"""The seam of warm-up: from dispersed starts to a tuned kernel, a basis, and states near the posterior."""
+"""The interface of warm-up: from dispersed starts to a tuned kernel, a basis, and states near the posterior.
+
+A `Warmup` implements `Warmup.run`, which returns a `Tuned`. Its result does not depend on how the run that follows is
+scheduled. A `Watch` is called with the steps of the lanes as they are taken.
+"""
 
 import abc
 from collections.abc import Callable
@@ -14,40 +18,47 @@ from pmcmc.target import Target
 class WarmupError(RuntimeError):
     """Warm-up found nothing to sample with.
 
-    No accepted move, no movement in some coordinate, or states that are not finite: the message says which, and what
-    to do. Nothing has been sampled.
+    No move was accepted, some coordinate never moved, or states are not finite; the message says which, and suggests a
+    remedy. Nothing has been sampled.
     """
 
 
 class LaneTiming(NamedTuple):
-    """Seconds that a step of the tuned kernel took on ``num_lanes`` lanes at once."""
+    """Measured time of a step of the tuned kernel on many lanes at once.
+
+    Attributes:
+        num_lanes: Number of lanes.
+        seconds_per_step: Seconds of one step of all lanes.
+    """
 
     num_lanes: int
     seconds_per_step: float
 
 
-# Told what warm-up does: the target in the coordinates of the moment, and where the lanes stood in them after each
-# step, (steps, lanes, D).
+# Observes warm-up: called with the target in its current coordinates, and the lanes' coordinates after each step,
+# shape (steps, lanes, D).
 Watch = Callable[[Target, Array], None]
 
 
 def ignore(target: Target, path: Array) -> None:
-    """The `Watch` that looks away."""
+    """A `Watch` that does nothing."""
 
 
 class Tuned(NamedTuple):
-    """What warm-up hands to sampling.
+    """Result of warm-up.
 
-    target: in the coordinates that warm-up found. kernel: with every tunable set.
-    states: (lanes, ...) last unknowns of the ensemble; chains start here, and guesses for block starts are drawn
-        here. Lanes of different halves descend from different starts.
-    acceptance_rate: of the tuned kernel over the last steps of warm-up.
-    timing: of its lanes, for the planner; None where it was not taken.
-    remark: what is doubtful about all this and what may help, in sentences; "" where nothing is.
-    order: (lanes,) from which chains should start, one after the other, so that they start apart; None where the lanes
-        have mixed, and any will do.
-    num_lost: times that a lane was put on another's place, because it did not move and its log density was far below
-        that of all that did.
+    Attributes:
+        target: The target in the coordinates that warm-up found.
+        kernel: The kernel, with every tunable set.
+        states: Last unknowns of the ensemble, with leading axis lanes. Chains start at some of them, and guesses of
+            block starts are taken from them. Lanes of different halves of the ensemble descend from different starts.
+        acceptance_rate: Mean acceptance rate of the tuned kernel over the last steps of warm-up.
+        timing: Time of a step of these lanes, for the planner; None if it was not measured.
+        remark: Sentences that say what is doubtful about the result and what may help; "" if nothing is.
+        order: Lane numbers in the order in which chains should start from them, so that the chains start apart; shape
+            (lanes,). None if the lanes have mixed, and any order is as good.
+        num_lost: Number of times that a lane was moved to another lane's position, because it did not move and its log
+            density was far below that of all lanes that moved.
     """
 
     target: Target
@@ -61,21 +72,24 @@ class Tuned(NamedTuple):
 
 
 class Warmup(abc.ABC):
-    """Tunes a kernel.
+    """Base class of warm-ups, which tune a kernel.
 
-    Its cost and its result never depend on the number of chains or blocks of the run, so the same key gives the same
-    chain whatever the schedule.
+    The cost and the result of warm-up never depend on the number of chains or blocks of the run, so the same key gives
+    the same chain for any schedule.
+
+    Attributes:
+        num_starts: Number of positions from which `run` starts.
+        shows_path: Whether `run` passes all steps of all lanes to its watch, so that they can be kept as draws.
     """
 
     num_starts: int
-    # whether `run` shows its watch all steps of all lanes, so that they can be kept as draws
     shows_path: ClassVar[bool] = False
 
     def tuned_shapes(self, target: Target, kernel: Kernel) -> Tuned | None:
-        """Shapes of the arrays in what `run` will return; None where they are not known before.
+        """Return the shapes of the arrays in the result of `run`, or None if they are not known in advance.
 
-        With them sampling is compiled beside warm-up. They are a promise that saves time: where it is broken, programs
-        are compiled once more.
+        If they are known, sampling is compiled while warm-up runs. Wrong shapes cost only time: programs are then
+        compiled again.
         """
         return None
 
@@ -89,10 +103,19 @@ class Warmup(abc.ABC):
         num_steps: int,
         watch: Watch = ignore,
     ) -> Tuned:
-        """Tune on ``num_steps`` steps from ``starts``, positions with leading axis `num_starts`.
+        """Tune a kernel on ``num_steps`` steps.
 
-        watch: called with the steps of lanes as they are taken, as far as they are known one by one.
+        Args:
+            target: Target to sample.
+            kernel: Kernel to tune.
+            rng_key: Key of the warm-up.
+            starts: Positions with leading axis `num_starts`.
+            num_steps: Number of warm-up steps.
+            watch: Called with the steps of the lanes as they are taken, as far as they are available one by one.
+
+        Returns:
+            The tuned kernel, the target in its coordinates, and the ensemble.
 
         Raises:
-            WarmupError: with what was seen and a remedy.
+            WarmupError: The posterior cannot be sampled like this; with what was observed and a remedy.
         """

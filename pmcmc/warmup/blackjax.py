@@ -1,4 +1,14 @@
-"""Warm-up by BlackJAX's adaptation: windows (Stan), ChEES-HMC, Pathfinder."""
+"""Warm-up by BlackJAX's adaptation algorithms.
+
+- `WindowAdaptation`: Stan's windows with NUTS find location and metric.
+- `ChEESAdaptation`: tunes the trajectory length of `pmcmc.HMC` by the ChEES criterion, the change in the estimator of
+  the expected square.
+- `Pathfinder`: moves each start to a draw of a Gaussian approximation fitted along an L-BFGS path.
+
+After that the step size is tuned on 32 lanes, by `pmcmc.warmup.lanes.tune`.
+
+Source: Hoffman & Gelman (2014); Hoffman, Radul & Sountsov (2021); Zhang, Carpenter, Gelman & Vehtari (2022).
+"""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -32,16 +42,22 @@ from pmcmc.warmup.lanes import (
 class WindowAdaptation(Warmup):
     """Stan's windows with NUTS for location and metric, then dual averaging of the kernel's own step size.
 
-    1. From each of ``num_starts`` starts BlackJAX's window adaptation runs NUTS for ``num_steps`` steps. The second
+    1. From each of ``num_starts`` starts, BlackJAX's window adaptation runs NUTS for ``num_steps`` steps. The second
        halves of these paths, pooled, give the mean and covariance that become the target's basis.
-    2. In that basis 32 lanes of the kernel run for a quarter as many steps (at least 102). Over the first two thirds
-       dual averaging brings their mean acceptance rate to the kernel's target; the rest decorrelates the lanes.
+    2. In that basis 32 lanes of the kernel (``32 // num_starts`` of each start) run for a quarter as many steps, at
+       least 102 (rounded up, see `pmcmc.warmup.lanes.tune`). Over the first two thirds of these, dual averaging brings
+       their mean acceptance rate to the kernel's target; the last third decorrelates the lanes.
 
-    dense: full covariance (True) or its diagonal (False). None: full up to 50 dimensions.
-    target_acceptance_rate: None: the kernel's own, such as 0.574 for MALA and 0.8 for HMC.
-    num_starts: size of the first ensemble.
+    Args:
+        dense: Full covariance (True) or its diagonal (False). None: full up to 50 dimensions.
+        target_acceptance_rate: Acceptance rate to tune to. None: the kernel's own, such as 0.574 for MALA and 0.8 for
+            HMC.
+        num_starts: Number of starts, from 1 to 32.
 
-    Sources: Hoffman & Gelman 2014 (dual averaging); Stan Development Team (windows).
+    Raises:
+        ValueError: ``num_starts`` is not in 1..32.
+
+    Source: Hoffman & Gelman (2014) for dual averaging; Stan Development Team for windows.
     """
 
     dense: bool | None = field(default=None, metadata=dict(static=True))
@@ -65,7 +81,7 @@ class WindowAdaptation(Warmup):
         watch: Watch = ignore,
     ) -> Tuned:
         if num_steps < 20:
-            raise ValueError(f"num_warmup must be 0 or at least 20 (windows need room), got {num_steps}.")
+            raise ValueError(f"num_warmup must be 0 or at least 20 (for its windows), got {num_steps}.")
         check_metric(target, kernel)
         metric_key, step_key = jax.random.split(rng_key)
         positions = jax.vmap(target.coordinates)(starts)
@@ -80,7 +96,21 @@ class WindowAdaptation(Warmup):
 
 @tuned_jit(static_argnames=("num_steps", "dense"))
 def _explore(target: Target, rng_key: PRNGKey, positions: Array, *, num_steps: int, dense: bool) -> Exploration:
+    """Run BlackJAX's window adaptation from each position and pool the second halves of the paths.
+
+    Args:
+        target: Target to sample.
+        rng_key: Key of the adaptation.
+        positions: Starts in the target's coordinates; shape (num_starts, D).
+        num_steps: Number of steps per start.
+        dense: Whether the scale is a full matrix.
+
+    Returns:
+        Moments of the draws, and positions for the lanes, evenly spaced along the second halves.
+    """
+
     def one(key, position):
+        """Return the path of one start, and its mean acceptance rate."""
         path = window_adaptation(target.logdensity_fn, key, position, num_steps, is_mass_matrix_diagonal=not dense)
         return path.positions, jnp.mean(path.acceptance_rate)
 
@@ -93,7 +123,7 @@ def _explore(target: Target, rng_key: PRNGKey, positions: Array, *, num_steps: i
     variance = jnp.mean(centred**2, axis=0)
     scale = jnp.sqrt(variance)
     if dense:
-        # Shrinkage towards the diagonal keeps the factor finite when there are few draws for the dimension.
+        # Shrink towards the diagonal, so that the factor stays finite if there are few draws for the dimension.
         weight = target.dim / (target.dim + draws.shape[0])
         standardised = centred / scale[None]
         correlation = standardised.T @ standardised / draws.shape[0]
@@ -105,34 +135,40 @@ def _explore(target: Target, rng_key: PRNGKey, positions: Array, *, num_steps: i
     return Exploration(mean, scale, last, jnp.max(jnp.std(late, axis=1), axis=0), jnp.mean(acceptance_rate))
 
 
-# Adam's, as in Hoffman et al. 2021.
+# Learning rate of Adam, as in Hoffman et al. (2021).
 LEARNING_RATE = 0.025
 
 
-# A trajectory that ChEES wants longer than this in steps is cut: NumPyro's deepest tree.
+# Largest number of leapfrog steps, that of NumPyro's deepest tree; longer trajectories are cut.
 MAX_STEPS = 1023
 
 
 @register_dataclass
 @dataclass(frozen=True)
 class ChEESAdaptation(Warmup):
-    """For `HMC`: its trajectory length by the change in the estimator of the expected square, over 32 lanes.
+    """Warm-up of `HMC` that tunes the trajectory length by the ChEES criterion, over 32 lanes.
 
-    1. Location and metric as in `EnsembleAdaptation`, on half of ``num_steps``.
-    2. In that basis BlackJAX's ChEES adapts step size (to a harmonic mean acceptance rate of 0.651) and the longest
-       trajectory T of HMC whose lengths are uniform on (0, T), for a quarter as many steps (at least 102).
-    3. The kernel gets ``UniformLength(1, T / step_size)`` and the step size, unless it has one of its own; its lanes
-       run for some hundred steps, which decorrelates and times them.
+    The criterion is the change in the estimator of the expected square, which ChEES maximises.
 
-    Worth its longer compilation where a quarter of a period in whitened coordinates, `HMC`'s own length, is far from
-    the best: strong dependence that no linear map removes. It raises the cost of a step, see `UniformLength`.
+    1. Location and metric are found as in `EnsembleAdaptation`, on half of ``num_steps``.
+    2. In that basis BlackJAX's ChEES adapts the step size (to a harmonic mean acceptance rate of 0.651) and the longest
+       trajectory T of HMC with lengths uniform on (0, T), for a quarter as many steps, at least 102.
+    3. The kernel gets ``UniformLength(1, T / step_size)`` and, unless one is given, the step size. Its lanes then
+       run for as many steps again, which decorrelates and times them.
 
-    dense: full covariance (True) or its diagonal (False). None: full up to 50 dimensions.
+    It is worth its longer compilation if `HMC`'s default length, a quarter of a period in whitened coordinates, is far
+    from the best, as under strong dependence that no linear map removes. It raises the cost of a step, see
+    `UniformLength`.
 
-    Raises (on use):
-        ValueError: the kernel is no HMC with ``num_integration_steps=None``.
+    Args:
+        dense: Full covariance (True) or its diagonal (False). None: full up to 50 dimensions.
 
-    Source: Hoffman, Radul & Sountsov 2021.
+    Raises:
+        ValueError: When run, if the kernel is not an `HMC` with ``num_integration_steps=None`` and
+            `SequentialLeapfrog`.
+        WarmupError: When run, if ChEES finds no step size or trajectory length.
+
+    Source: Hoffman, Radul & Sountsov (2021).
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -165,7 +201,9 @@ class ChEESAdaptation(Warmup):
                 "out, or use EnsembleAdaptation()."
             )
         if not isinstance(kernel.leapfrog, SequentialLeapfrog):
-            raise ValueError(f"ChEESAdaptation draws the number of steps, which {kernel.leapfrog!r} cannot take.")
+            raise ValueError(
+                f"ChEESAdaptation draws the number of steps: use SequentialLeapfrog(), got {kernel.leapfrog!r}."
+            )
         explore_key, chees_key, step_key = split_key(rng_key, number=3)
         explored = explore_basis(target, kernel, explore_key, starts, num_steps, self.dense, watch)
         whitened, num_tuning = target.with_basis(explored.basis), max(102, num_steps // 4)
@@ -178,6 +216,7 @@ class ChEESAdaptation(Warmup):
 
 @tuned_jit(static_argnames="num_steps")
 def _find_length(target: Target, rng_key: PRNGKey, positions: Array, *, num_steps: int) -> AdaptedTrajectory:
+    """Run BlackJAX's ChEES from positions (lanes, D) in whitened coordinates."""
     first: Scalar = 0.5 * target.dim ** (-1 / 4)
     return chees_adaptation(
         target.logdensity_fn, rng_key, positions, num_steps, step_size=first, learning_rate=LEARNING_RATE
@@ -185,11 +224,16 @@ def _find_length(target: Target, rng_key: PRNGKey, positions: Array, *, num_step
 
 
 def _take_length(target: Target, kernel: HMC, found: AdaptedTrajectory) -> HMC:
+    """Return the kernel with the step size and trajectory length that ChEES found.
+
+    Raises:
+        WarmupError: The step size or the length is not finite and positive.
+    """
     step_size = float(found.step_size)
     length = step_size * float(found.num_integration_steps)
     if not (math.isfinite(length) and step_size > 0):
         raise WarmupError(
-            f"ChEES found no trajectory (step size {step_size:.3g}, length {length:.3g}): lengthen num_warmup, or use "
+            f"ChEES found no trajectory (step size {step_size:.3g}, length {length:.3g}): raise num_warmup, or use "
             "EnsembleAdaptation()."
         )
     if kernel.step_size is None:
@@ -201,15 +245,17 @@ def _take_length(target: Target, kernel: HMC, found: AdaptedTrajectory) -> HMC:
 @register_dataclass
 @dataclass(frozen=True)
 class Pathfinder(Warmup):
-    """Moves every start to a draw of a Gaussian fitted along L-BFGS from there, then warms up with ``then``.
+    """Warm-up that moves every start by Pathfinder, then continues with another warm-up.
 
-    Each start has a path of its own, so starts of different modes stay apart; where a path finds nothing finite the
-    start stays. For posteriors whose bulk is far from the starts: L-BFGS takes tens of gradients where HMC from the
-    tails takes hundreds. It compiles longer than it runs on small models.
+    Pathfinder fits a Gaussian along an L-BFGS path from the start, and moves the start to a draw of it. Each start has
+    its own path, so starts in different modes stay apart. If a path finds nothing finite, its start stays. Use it for
+    posteriors whose bulk is far from the starts: L-BFGS takes tens of gradients where HMC from the tails takes
+    hundreds. On small models it takes longer to compile than to run.
 
-    then: the warm-up that goes on from these starts.
+    Args:
+        then: The warm-up that continues from the new starts.
 
-    Source: Zhang, Carpenter, Gelman & Vehtari 2022, algorithm 1 with 30 iterations.
+    Source: Zhang, Carpenter, Gelman & Vehtari (2022), algorithm 1 with 30 iterations.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -249,7 +295,10 @@ class Pathfinder(Warmup):
 
 @tuned_jit()
 def _move(target: Target, rng_key: PRNGKey, starts: PyTree) -> PyTree:
+    """Return the starts moved by Pathfinder, as positions of the same structure."""
+
     def one(key: PRNGKey, start: Array) -> Array:
+        """Return the draw found from one start, or the start itself if anything there is not finite."""
         moved, elbo = pathfinder(target.logdensity_fn, key, start)
         value, gradient = target.value_and_grad(moved)
         usable = jnp.isfinite(elbo) & jnp.isfinite(value) & jnp.all(jnp.isfinite(gradient))

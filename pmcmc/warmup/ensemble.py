@@ -1,4 +1,16 @@
-"""Warm-up by one ensemble: the lanes that tune the kernel's step size also find location and metric beforehand."""
+"""Warm-up by one ensemble of lanes, which find location and metric before they tune the kernel's step size.
+
+`EnsembleAdaptation` runs 32 lanes of HMC in windows of growing length. After each window the mean m and Cholesky factor
+F of all draws, in the current coordinates, update the basis ``x = loc + scale y``:
+
+    loc' = loc + scale m,    scale' = scale F
+
+(elementwise for a diagonal basis). `explore` does this, an `Explorer` carries its state, and `explore_basis` also
+applies the user's metric. In the basis found, `pmcmc.warmup.lanes.tune` tunes the kernel.
+
+Source: Stan's windows (Stan Development Team) with moments pooled over chains (Zhang et al. 2020); Hoffman & Gelman
+(2014) for dual averaging.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -28,22 +40,25 @@ from pmcmc.warmup.lanes import (
     tuned_shapes,
 )
 
-# A basis is settled when draws made in it look standard to within this factor, and have mixed to this share.
+# A basis is settled if draws made in it look standard to within the factor SETTLED, and at least the share MIXED of
+# their variance is within lanes.
 SETTLED, MIXED = 3.0, 0.2
 
 
-# A lane that is held far out gets so many more windows, tuned for it, until it is put on another's place.
+# Number of further windows, with a step size tuned for it, that a held lane far out gets before it is moved to another
+# lane's position.
 PATIENCE = 1
 
 
-# The last window is repeated at most so many times where it did not settle the basis.
+# Largest number of times that the last window is repeated because it did not settle the basis.
 MAX_REPEATS = 8
 
 
 UNSETTLED = (
-    "Warm-up did not settle: the last window still moved the posterior's location and scales, so chains may start off "
-    "it and move and merge slowly. Raise num_warmup (it was {num_steps}), or try warmup=pmcmc.WindowAdaptation(); "
-    "where neither helps, separate modes or a funnel leave no one scale to find: reparametrise."
+    "Warm-up did not settle: the last window still changed its estimates of the posterior's location and scales, so "
+    "chains may start far off, and move and merge slowly. Raise num_warmup (it was {num_steps}), or try "
+    "warmup=pmcmc.WindowAdaptation(). If neither helps, the posterior may have separate modes or a funnel, which no "
+    "single scale fits: reparametrise."
 )
 
 
@@ -52,25 +67,29 @@ UNSETTLED = (
 class EnsembleAdaptation(Warmup):
     """Windows over an ensemble of 32 lanes of jittered HMC, then dual averaging of the kernel's own step size.
 
-    1. 32 lanes, each from a start of its own, run HMC. After every 16 steps mean and covariance of all their draws
-       become the basis in which they go on, until the basis looks right and the lanes mix (see `SETTLED`, `MIXED`), or
-       for a quarter of ``num_steps``. Then come windows of 32, 64, ... steps, a quarter of ``num_steps`` in all; the
-       last, at least half of these, gives the target's basis. It is repeated, up to eight times, where it moved it.
-       In each window dual averaging of one step size for all begins anew. A lane that does not move counts for half of
-       the acceptance rate that is tuned, so that the step size falls until it does. Only if it still does not move in
-       the window after that, and its log density is far below that of all that moved, is it put on another's place.
-    2. In that basis the lanes run the kernel for a quarter as many steps (at least 102), as in `WindowAdaptation`.
+    1. Exploration: 32 lanes run HMC, each from its own start. After every 16 steps the mean and covariance of all their
+       draws become the basis in which they continue, until the basis looks right and the lanes mix (see `SETTLED`,
+       `MIXED`), or for a quarter of ``num_steps``. Then come windows of 32, 64, ... steps, a quarter of ``num_steps``
+       in total. The last of them, at least half of this quarter, gives the target's basis; as long as it does not
+       settle the basis, it is repeated, up to eight times. In each window dual averaging of one step size for all lanes
+       starts anew. Lanes that do not move count together for half of the acceptance rate that is tuned, so the step
+       size falls until they move. A lane that does not move and whose log density is far below that of all lanes that
+       moved is moved to another lane's position if this is still so one window later.
+    2. Tuning: in that basis the lanes run the kernel for a quarter as many steps (at least 102), as in
+       `WindowAdaptation`.
 
-    One program of a few leapfrog steps is compiled, and for HMC both parts run it; NUTS along 4 paths, as in
-    `WindowAdaptation`, takes several times as long to compile, and as many steps one after the other.
+    One program of a few leapfrog steps is compiled, and for HMC both parts run it. NUTS along 4 paths, as in
+    `WindowAdaptation`, takes several times as long to compile, and as many steps sequentially.
 
-    dense: full covariance (True) or its diagonal (False). None: full up to 50 dimensions.
-    target_acceptance_rate: None: the kernel's own, such as 0.574 for MALA and 0.8 for HMC.
-    inverse_mass_matrix: M^{-1}, a number, (D,) or (D, D), about the posterior's (co)variance, kept as it is for any
-        kernel: then part 1 finds only where the posterior is. None: found in part 1.
+    Args:
+        dense: Full covariance (True) or its diagonal (False). None: full up to 50 dimensions.
+        target_acceptance_rate: Acceptance rate to tune to. None: the kernel's own, such as 0.574 for MALA and 0.8 for
+            HMC.
+        inverse_mass_matrix: M^{-1}, about the posterior's (co)variance; a number, (D,) or (D, D). It is kept as it is
+            for any kernel, and part 1 finds only where the posterior is. None: found in part 1.
 
-    Source: Stan's windows (Stan Development Team) with moments pooled over chains, as cross-chain warm-up does
-    (Zhang et al. 2020); Hoffman & Gelman 2014 for dual averaging.
+    Source: Stan's windows (Stan Development Team) with moments pooled over chains, as in cross-chain warm-up (Zhang et
+    al. 2020); Hoffman & Gelman (2014) for dual averaging.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -114,12 +133,20 @@ class EnsembleAdaptation(Warmup):
 
 @partial(jax.jit, static_argnames="number")
 def split_key(rng_key: PRNGKey, *, number: int) -> tuple[PRNGKey, ...]:
-    """`jax.random.split`, unpacked, in one program."""
+    """Return the keys of `jax.random.split`, unpacked, from one compiled program."""
     return tuple(jax.random.split(rng_key, number))
 
 
 class Explored(NamedTuple):
-    """The kernel without its metric, the basis, the lanes (lanes, D) in it; remark and num_lost as in `Tuned`."""
+    """Result of `explore_basis`.
+
+    Attributes:
+        kernel: The kernel without its metric, which is part of the basis.
+        basis: The basis found, or that of the user's metric.
+        lanes: Coordinates of the lanes in this basis; shape (lanes, D).
+        remark: What is doubtful about the exploration, as in `Tuned`.
+        num_lost: Number of lanes moved to another lane's position, as in `Tuned`.
+    """
 
     kernel: Any
     basis: Basis
@@ -128,7 +155,7 @@ class Explored(NamedTuple):
     num_lost: int
 
     def told(self, tuned: Tuned) -> Tuned:
-        """What was tuned on these lanes, with what is to be said of how they were found."""
+        """Return a `Tuned` made from these lanes, with the remark and counts of the exploration added."""
         remark = " ".join(filter(None, (self.remark, tuned.remark)))
         return tuned._replace(remark=remark, num_lost=self.num_lost)
 
@@ -143,14 +170,27 @@ def explore_basis(
     watch: Watch = ignore,
     metric: ArrayLeaf | None = None,
 ) -> Explored:
-    """The basis found on half of ``num_steps``, or that of the user's metric, see `check_metric`.
+    """Return the basis found on half of ``num_steps``, or that of the user's metric.
+
+    Args:
+        target: Target to sample.
+        kernel: Kernel to tune.
+        rng_key: Key of the exploration.
+        starts: Positions with leading axis 32.
+        num_steps: Number of warm-up steps.
+        dense: Whether the basis is a full matrix. None: up to 50 dimensions.
+        watch: Called with the steps of the lanes.
+        metric: Inverse mass matrix given to the warm-up, see `check_metric`.
+
+    Returns:
+        The kernel, the basis, and the lanes in it.
 
     Raises:
-        ValueError: too few steps, or a metric that does not fit.
-        WarmupError: the posterior cannot be explored.
+        ValueError: There are too few steps, or a metric does not fit.
+        WarmupError: The posterior cannot be explored.
     """
     if num_steps < 20:
-        raise ValueError(f"num_warmup must be 0 or at least 20 (windows need room), got {num_steps}.")
+        raise ValueError(f"num_warmup must be 0 or at least 20 (for its windows), got {num_steps}.")
     check_metric(target, kernel, metric)
     num_pieces = max(2, math.ceil(num_steps / (4 * PIECE)))
     found = explore(target, rng_key, _as_rows(starts), num_pieces, is_dense(target, dense), watch)
@@ -163,26 +203,41 @@ def explore_basis(
 
 
 class Frame:
-    """A `Basis` on the host, in float64, for rows of points."""
+    """A `Basis` on the host, in float64, for rows of points.
+
+    Args:
+        loc: Location; shape (D,).
+        scale: Standard deviations (D,), or lower triangular (D, D).
+    """
 
     def __init__(self, loc: np.ndarray, scale: np.ndarray):
         self.loc, self.scale = loc, scale
 
     def basis(self, dtype) -> Basis:
+        """Return the `Basis` in a given dtype."""
         return Basis(np.asarray(self.loc, dtype), np.asarray(self.scale, dtype))
 
     def to_positions(self, y: np.ndarray) -> np.ndarray:
+        """Return positions ``loc + scale y`` of rows of coordinates (..., D)."""
         return Basis(self.loc, self.scale).to_positions(y)
 
     def to_coordinates(self, x: np.ndarray) -> np.ndarray:
+        """Return coordinates of rows of positions (N, D); the inverse of `to_positions`."""
         centred = x - self.loc
         return np.linalg.solve(self.scale, centred.T).T if self.scale.ndim == 2 else centred / self.scale
 
 
 class Explorer:
-    """An ensemble of HMC on its way into the posterior. positions: (lanes, D) in the user's coordinates.
+    """An ensemble of HMC lanes that explores the posterior.
 
-    The first window runs in the target's own basis, where it has one.
+    The first window runs in the target's own basis, if it has one.
+
+    Args:
+        target: Target to sample.
+        rng_key: Key of the exploration.
+        positions: Starts in the user's coordinates; shape (lanes, D).
+        dense: Whether the basis is a full matrix.
+        watch: Called with the steps of the lanes.
     """
 
     def __init__(self, target: Target, rng_key: PRNGKey, positions: np.ndarray, dense: bool, watch: Watch = ignore):
@@ -196,9 +251,10 @@ class Explorer:
         self.movement, self.acceptance_rate = np.zeros(target.dim), 0.0
 
     def run_window(self, num_pieces: int) -> None:
-        """`PIECE` steps a piece; then the basis is that of their draws."""
+        """Run a window of ``num_pieces`` pieces of `PIECE` steps, then set the basis to the moments of their draws."""
         if not self.finite:
             return
+        # Run the window in the current basis; dual averaging starts anew.
         target = self.target.with_basis(self.frame.basis(self.target.spec.dtype))
         self.lanes.enter(target, self.frame.to_coordinates(self.positions))
         pieces = [self.lanes.run(adapting=True)[0] for _ in range(num_pieces)]
@@ -206,6 +262,7 @@ class Explorer:
         self.movement = np.ptp(self.frame.to_positions(path), axis=0).max(axis=0)
         acceptance_rate = np.concatenate([piece.acceptance_rate for piece in pieces])
         self.acceptance_rate = float(np.mean(acceptance_rate))
+        # Move lanes that were held far out for too long to the positions of moving lanes.
         held = held_lanes(np.mean([piece.moved for piece in pieces], axis=0), acceptance_rate, self.lanes.rate)
         far = far_lanes(held, np.concatenate([piece.logdensity for piece in pieces]), self.target.dim)
         self.num_waits = np.where(far, self.num_waits + 1, 0)
@@ -214,6 +271,7 @@ class Explorer:
         self.num_lost += int(lost.sum())
         self.positions = self.frame.to_positions(_with_places(path[-1], np.flatnonzero(lost), np.flatnonzero(~held)))
         self.finite = bool(np.all(np.isfinite(path)))
+        # Update the basis from the draws of the window.
         if self.finite:
             mean, factor = _moments(path, self.dense)
             self.settled = _is_settled(path, mean, factor)
@@ -221,6 +279,7 @@ class Explorer:
             self.frame = Frame(self.frame.to_positions(mean[None])[0], scale)
 
     def found(self) -> Exploration:
+        """Return what has been found so far."""
         frame = self.frame
         return Exploration(
             frame.loc, frame.scale, self.positions, self.movement, self.acceptance_rate, self.settled, self.num_lost
@@ -230,12 +289,26 @@ class Explorer:
 def explore(
     target: Target, rng_key: PRNGKey, positions: np.ndarray, num_pieces: int, dense: bool, watch: Watch = ignore
 ) -> Exploration:
-    """Location and metric of the posterior, from positions (lanes, D) in the user's coordinates."""
+    """Find the location and metric of the posterior.
+
+    Args:
+        target: Target to sample.
+        rng_key: Key of the exploration.
+        positions: Starts in the user's coordinates; shape (lanes, D).
+        num_pieces: Number of pieces in each of the two phases, first short windows and then windows of growing length.
+        dense: Whether the basis is a full matrix.
+        watch: Called with the steps of the lanes.
+
+    Returns:
+        Moments and positions in the user's coordinates.
+    """
     explorer = Explorer(target, rng_key, positions, dense, watch)
+    # Short windows, until the basis is settled.
     for _ in range(num_pieces):
         explorer.run_window(1)
         if explorer.settled:
             break
+    # Windows of growing length; the last is repeated until it settles the basis.
     lengths = _window_lengths(num_pieces)
     for length in lengths:
         explorer.run_window(length)
@@ -246,7 +319,7 @@ def explore(
 
 
 def _window_lengths(num_pieces: int) -> list[int]:
-    """2, 4, 8, ... as long as the last window is at least half of all."""
+    """Return window lengths 2, 4, 8, ... in pieces, the last of them at least half of ``num_pieces``."""
     lengths: list[int] = []
     left = num_pieces
     while left > 6 * 2 ** len(lengths):
@@ -256,10 +329,16 @@ def _window_lengths(num_pieces: int) -> list[int]:
 
 
 def _is_settled(path: np.ndarray, mean: np.ndarray, factor: np.ndarray) -> bool:
-    """Whether a path (steps, lanes, D) of this mean and Cholesky factor, (D,) or (D, D), says that its basis is right.
+    """Return whether a path shows that the basis in which it was run is right.
 
-    Standard deviations and means of the draws lie within a factor `SETTLED` of 1, in every direction; and the spread is
-    each lane's own, not that between lanes still on their way: a share `MIXED` of the variance in every direction.
+    The standard deviations of the draws must lie within a factor `SETTLED` of 1, and their means within `SETTLED` of 0,
+    in every direction. At least a share `MIXED` of the variance in every direction must be within lanes, not between
+    lanes that are still on their way.
+
+    Args:
+        path: Coordinates of the lanes; shape (steps, lanes, D).
+        mean: Mean of the path; shape (D,).
+        factor: Cholesky factor of its covariance (D, D), or standard deviations (D,).
     """
     within = (path - path.mean(axis=0)).reshape(-1, path.shape[-1])
     if factor.ndim == 2:
@@ -273,19 +352,29 @@ def _is_settled(path: np.ndarray, mean: np.ndarray, factor: np.ndarray) -> bool:
 
 
 def _with_places(last: np.ndarray, lost: np.ndarray, moving: np.ndarray) -> np.ndarray:
-    """Rows (lanes, D) with those of moving lanes in place of lost ones; both are given by their numbers."""
+    """Return the last coordinates of all lanes, lost lanes replaced by moving ones.
+
+    Args:
+        last: Coordinates of all lanes; shape (lanes, D).
+        lost: Numbers of the lost lanes.
+        moving: Numbers of the lanes that move.
+    """
     last = last.copy()
-    if len(lost):  # never all lanes
+    if len(lost):  # lost lanes are never all lanes, so some are moving
         last[lost] = last[moving[lost % len(moving)]]
     return last
 
 
 def _moments(path: np.ndarray, dense: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (D,) and Cholesky factor (D, D), or deviations (D,), of the draws, path (steps, lanes, D).
+    """Return the mean (D,) and Cholesky factor (D, D), or standard deviations (D,), of the draws of a path.
 
     A coordinate that did not move keeps its scale. The correlation is shrunk towards the identity by
-    ``(D / (D + n))^2``, n the effective number of draws: nothing for many draws, however strong the correlation, and
-    enough to keep the factor finite for few.
+    ``(D / (D + n))^2``, with n the effective number of draws. This is negligible for many draws, however strong the
+    correlation, and enough to keep the factor finite for few.
+
+    Args:
+        path: Coordinates of the lanes; shape (steps, lanes, D).
+        dense: Whether to return a full factor.
     """
     num_steps, num_lanes, dim = path.shape
     draws = path.reshape(-1, dim)
@@ -304,10 +393,10 @@ def _moments(path: np.ndarray, dense: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _as_rows(positions: PyTree) -> np.ndarray:
-    """(lanes, D) in the user's coordinates.
+    """Return positions as rows in the user's coordinates; shape (lanes, D).
 
-    A pilot pairs lanes of the two halves. Where starts repeat, as those given for four chains do, its first pairs shall
-    have different starts, and later ones others again: blocks of four lanes in the second half are turned.
+    A pilot pairs lanes of the two halves. If starts repeat, as those given for four chains do, the first pairs must
+    have different starts, and so must later ones: groups of four lanes in the second half are rotated.
     """
     leaves = [np.asarray(x, float) for x in jax.tree.leaves(positions)]
     rows = np.concatenate([x.reshape(len(x), -1) for x in leaves], axis=1)

@@ -1,8 +1,14 @@
-"""Lanes of one kernel, run in short pieces by one compiled program; a step size tuned on them.
+"""Lanes of one kernel, run in short pieces by one compiled program, and a step size tuned on them.
 
-Every warm-up ends here: its exploration gives a basis and positions, and on lanes that start there dual averaging sets
-the step size of the kernel at hand. `run_piece` takes a fixed number of steps, so one program serves warm-ups of any
-length, and exploration and tuning alike where both use the same kind of kernel.
+Every warm-up of a kernel over vectors ends in `tune`: its exploration gives a basis and positions, and on lanes that
+start there dual averaging sets the step size of the kernel. With acceptance rates a[t] of the lanes and a target rate
+delta, dual averaging drives the running mean of ``delta - a[t]`` to zero.
+
+`run_piece` takes a fixed number of steps, so one program serves warm-ups of any length, and both exploration and tuning
+if they use the same kind of kernel. `LaneEnsemble` carries lanes from piece to piece. The functions ``check_*`` raise
+errors that name a remedy, and `take_metric` turns the user's metric into a basis.
+
+Source: Nesterov (2009) and Hoffman & Gelman (2014) for dual averaging.
 """
 
 import math
@@ -24,40 +30,46 @@ from pmcmc.target import Basis, Target
 from pmcmc.warmup.base import LaneTiming, Tuned, WarmupError, Watch, ignore
 from pmcmc.warmup.starts import start_order
 
-# Lanes on which the kernel's own step size is adapted and whose last states seed chains and blocks.
+# Number of lanes on which the kernel's step size is adapted, and whose last states are starts of chains and blocks.
 NUM_LANES = 32
 
 
-# Steps of one run of the program.
+# Number of steps in one run of the program.
 PIECE = 16
 
 
-# A lane is held where it did not move in a piece and its mean acceptance rate was below this share of the target.
+# A lane is held if it did not move in a piece and its mean acceptance rate was below this share of the target rate.
 HELD = 0.1
 
 
-# A held lane is far out where its log density lies this much, and another nat a dimension, below all that the moving
-# lanes visited meanwhile. It waits for a smaller step size, so where it is the posterior is not wider than where they
-# are, and holds less than about exp(-20) of the mass.
+# A held lane is far out if its log density is lower than every value that the moving lanes visited in the meantime, by
+# more than this plus one nat per dimension. It needs a smaller step size than they do, so the posterior is no wider
+# there than where they are, and has less than about exp(-20) of its mass there.
 FAR = 20.0
 
 
 HELD_STILL = (
-    "{num_held} of the {num_lanes} lanes of warm-up did not move in its last third: there is a region of the posterior "
-    "that the step size does not resolve, and chains that enter it stand still. Take smaller steps by a higher "
+    "{num_held} of the {num_lanes} lanes of warm-up did not move in its last third: the step size is too large for "
+    "some region of the posterior, and chains that enter it get stuck. Use a smaller step size by aiming at a higher "
     "acceptance rate, as in warmup=EnsembleAdaptation(target_acceptance_rate=0.95), raise num_warmup, or reparametrise."
 )
 
 
-# Pieces that say what a step takes, at least: the last ones, since the length of HMC depends on the step size.
+# Least number of pieces from which the time of a step is taken. They are the last ones, because the number of leapfrog
+# steps of HMC depends on the step size.
 NUM_TIMED = 5
 
 
 class Piece(NamedTuple):
     """`PIECE` steps on all lanes.
 
-    averaged: state of the dual averaging. path: (steps, lanes, D) coordinates. acceptance_rate: (steps, lanes).
-    logdensity: (steps, lanes). moved: (lanes,) share of the steps that changed the coordinates.
+    Attributes:
+        states: Unknowns of the lanes after the last step, with leading axis lanes.
+        averaged: State of the dual averaging after the last step.
+        path: Coordinates after each step; shape (steps, lanes, D).
+        acceptance_rate: Acceptance rates; shape (steps, lanes).
+        logdensity: Log densities; shape (steps, lanes).
+        moved: Share of the steps that changed the coordinates; shape (lanes,).
     """
 
     states: PyTree
@@ -69,7 +81,7 @@ class Piece(NamedTuple):
 
 
 def _with_step(kernel: Any, target: Target, averaged: PyTree, averaging: Any, adapting: Array) -> Any:
-    """The kernel with the step size of the moment, or with its own where that is given or where it has none."""
+    """Return the kernel with the current step size of dual averaging; a given step size is kept."""
     if not hasattr(kernel, "step_size"):
         return kernel
     step_size = kernel.step_size
@@ -80,6 +92,7 @@ def _with_step(kernel: Any, target: Target, averaged: PyTree, averaging: Any, ad
 
 @tuned_jit()
 def _start_lanes(target: Target, kernel: Any, positions: Array, averaged: PyTree, rate: Scalar) -> PyTree:
+    """Return the unknowns of lanes that start at positions (lanes, D) in the target's coordinates."""
     ready = _with_step(kernel, target, averaged, dual_averaging(rate), jnp.array(True))
     return jax.vmap(lambda y: ready.unknown(ready.start(target, y)))(positions)
 
@@ -96,11 +109,24 @@ def run_piece(
     adapting: Array,
     weights: Array,
 ) -> Piece:
-    """`PIECE` steps of all lanes from unknowns ``states``, under noise that belongs to the piece of this number.
+    """Take `PIECE` steps of all lanes.
 
-    weights: (lanes,), sum 1: of their acceptance rates in the one that is tuned.
+    Args:
+        target: Target to sample.
+        kernel: Kernel, with a step size of None if it is tuned.
+        rng_key: Key of the whole warm-up.
+        number: Number of the piece, which determines its noise.
+        states: Unknowns of the lanes, with leading axis lanes.
+        averaged: State of the dual averaging.
+        rate: Acceptance rate to tune to.
+        adapting: Whether dual averaging continues; otherwise the step size is its final one.
+        weights: Weights of the lanes' acceptance rates in the one that is tuned, with sum 1; shape (lanes,).
+
+    Returns:
+        The states after the steps, and what happened on the way.
     """
     averaging = dual_averaging(rate)
+    # All noise of the piece is drawn first, from a key for each step and lane.
     num_lanes = jax.tree.leaves(states)[0].shape[0]
     numbers = number * PIECE * num_lanes + jnp.arange(PIECE * num_lanes)
     keys = jax.vmap(lambda n: fold_in(key_pair(rng_key), n))(numbers)
@@ -126,34 +152,51 @@ def run_piece(
 
 
 def held_lanes(moved: np.ndarray, acceptance_rate: np.ndarray, rate: float) -> np.ndarray:
-    """(lanes,) whether a lane did not move, and not by chance.
+    """Return which lanes are held: they did not move, and not by chance; shape (lanes,).
 
-    moved: (lanes,) share of its steps that did. acceptance_rate: (steps, lanes). rate: that is aimed at.
+    Args:
+        moved: Share of its steps that moved each lane; shape (lanes,).
+        acceptance_rate: Acceptance rates; shape (steps, lanes).
+        rate: Acceptance rate that is tuned to.
     """
     return (moved == 0) & (np.mean(acceptance_rate, axis=0) < HELD * rate)
 
 
 def half_for_held(held: np.ndarray) -> np.ndarray:
-    """(lanes,) weights of sum 1: half for the held lanes together, where there are any, and half for the others."""
+    """Return weights of the lanes, with sum 1: half for all held lanes together, half for the others; shape (lanes,).
+
+    If all lanes are held, or none, the weights are equal.
+    """
     groups = [group for group in (held, ~held) if group.any()]
     return np.sum([group / group.sum() for group in groups], axis=0) / len(groups)
 
 
 def far_lanes(held: np.ndarray, logdensity: np.ndarray, dim: int) -> np.ndarray:
-    """(lanes,) which of the held lanes the posterior has no mass for, see `FAR`; none where every lane is held.
+    """Return which held lanes are where the posterior has no mass, see `FAR`; shape (lanes,).
 
-    logdensity: (steps, lanes).
+    No lane is far if all of them are held.
+
+    Args:
+        held: Which lanes are held; shape (lanes,).
+        logdensity: Log densities; shape (steps, lanes).
+        dim: Number of dimensions D.
     """
     if held.all():
         return np.zeros_like(held)
-    return held & (logdensity[-1] < np.min(logdensity[:, ~held]) - FAR - dim)  # not where it is NaN
+    return held & (logdensity[-1] < np.min(logdensity[:, ~held]) - FAR - dim)  # False where NaN
 
 
 class LaneEnsemble:
     """Lanes of one kernel, carried from piece to piece.
 
-    rate: acceptance rate to tune to, on average over the lanes. Where some are held, they count as much as all others
-    together: the step size falls until they move.
+    If some lanes are held, they count together as much as all others in the acceptance rate that is tuned, so the step
+    size falls until they move.
+
+    Args:
+        kernel: Kernel, with a step size of None if it is tuned.
+        rng_key: Key of the noise; None if only shapes are needed.
+        rate: Acceptance rate to tune to, a weighted mean over the lanes.
+        watch: Called with the steps of the lanes.
     """
 
     def __init__(self, kernel: Any, rng_key: PRNGKey | None, rate: Scalar, watch: Watch = ignore):
@@ -162,7 +205,7 @@ class LaneEnsemble:
         self._weights: np.ndarray | None = None
 
     def enter(self, target: Target, positions: np.ndarray) -> None:
-        """Put the lanes at coordinates (lanes, D) of a target; dual averaging begins anew."""
+        """Put the lanes at coordinates (lanes, D) of a target and restart dual averaging."""
         self.target, self.averaged = target, self.first_average(target)
         positions = np.asarray(positions, target.spec.dtype)
         if self._weights is None:
@@ -170,12 +213,19 @@ class LaneEnsemble:
         self.states = _start_lanes(target, self.kernel, positions, self.averaged, self.rate)
 
     def first_average(self, target: Target) -> PyTree:
-        """The state that dual averaging begins with."""
+        """Return the state at which dual averaging starts."""
         as_leaf = lambda x: np.asarray(x, target.spec.dtype if is_real(x) else int)
         return jax.tree.map(as_leaf, self._averaging.init(self.kernel.first_step_size(target.dim)))
 
     def run(self, adapting: bool) -> tuple[Piece, float]:
-        """One more piece, and the seconds that its run took."""
+        """Run one more piece.
+
+        Args:
+            adapting: Whether dual averaging continues.
+
+        Returns:
+            The piece, and the seconds that it took to run.
+        """
         arguments = (self.states, self.averaged, self.rate, np.asarray(adapting), self._weights)
         piece, (_, seconds) = run_piece.timed(
             self.target, self.kernel, self.rng_key, np.asarray(self._number), *arguments
@@ -188,11 +238,13 @@ class LaneEnsemble:
         return piece, seconds
 
     def tuned_kernel(self) -> Any:
+        """Return the kernel with the final step size and, for HMC, its number of leapfrog steps."""
         return _tuned_kernel(self.target, self.kernel, self.averaged, self.rate)
 
 
 @tuned_jit()
 def _tuned_kernel(target: Target, kernel: Any, averaged: PyTree, rate: Scalar) -> Any:
+    """Return the kernel with the final step size of dual averaging; see `LaneEnsemble.tuned_kernel`."""
     tuned = _with_step(kernel, target, averaged, dual_averaging(rate), jnp.array(False))
     if isinstance(kernel, HMC) and kernel.num_integration_steps is None:
         tuned = replace(tuned, num_integration_steps=tuned.default_length())
@@ -208,21 +260,36 @@ def tune(
     num_steps: int,
     watch: Watch = ignore,
 ) -> Tuned:
-    """The kernel's step size, on lanes from ``positions`` (lanes, D): two thirds of the steps adapt.
+    """Tune the kernel's step size on lanes, then run them on to decorrelate them.
 
-    The last third decorrelates the lanes. What a step takes is the lower median of its pieces, and of a few before them
-    where it has less than `NUM_TIMED`. rate: None for the kernel's own.
+    Two thirds of the steps adapt the step size; the last third decorrelates the lanes. Each third is rounded up to
+    whole pieces of `PIECE` steps. The time of a step is the lower median over the pieces of the last third, extended by
+    earlier pieces to `NUM_TIMED`.
+
+    Args:
+        target: Target in the basis of the exploration.
+        kernel: Kernel to tune.
+        rng_key: Key of the noise.
+        positions: Starts of the lanes in the target's coordinates; shape (lanes, D).
+        rate: Acceptance rate to tune to. None: the kernel's own.
+        num_steps: Number of steps, before rounding.
+        watch: Called with the steps of the lanes.
+
+    Returns:
+        The tuned kernel and the lanes.
 
     Raises:
-        WarmupError: no step size can be found, states are not finite, or nothing moved in the last third.
+        WarmupError: No step size can be found, states are not finite, or nothing moved in the last third.
     """
     rate = kernel.target_acceptance_rate(target.dim) if rate is None else rate
     lanes = LaneEnsemble(kernel, rng_key, rate, watch)
     lanes.enter(target, positions)
+    # Adapt the step size for two thirds of the steps; decorrelate the lanes in the last third.
     third = math.ceil(num_steps / (3 * PIECE))
     before = [lanes.run(adapting=True)[1] for _ in range(2 * third)]
     last, seconds = zip(*(lanes.run(adapting=False) for _ in range(third)), strict=True)
     timed = [*before, *seconds][-max(third, NUM_TIMED) :]
+    # Judge the tuned kernel by the last third.
     tuned = lanes.tuned_kernel()
     acceptance_rate = np.concatenate([piece.acceptance_rate for piece in last])
     moved = np.mean([piece.moved for piece in last], axis=0)
@@ -230,13 +297,23 @@ def tune(
     timing = LaneTiming(len(positions), median_low(timed) / PIECE)
     order = start_order(*(np.concatenate(parts) for parts in ([p.path for p in last], [p.logdensity for p in last])))
     num_held = int(held_lanes(moved, acceptance_rate, lanes.rate).sum())
-    some = 0 < num_held < len(moved)  # of all of them `check_tuned` speaks
+    some = 0 < num_held < len(moved)  # if all are held, `check_tuned` has raised
     remark = HELD_STILL.format(num_held=num_held, num_lanes=len(moved)) if some else ""
     return Tuned(target, tuned, lanes.states, jnp.asarray(np.mean(acceptance_rate)), timing, remark, order)
 
 
 def check_tuned(kernel: Kernel, states: PyTree, acceptance_rate: Any, moved: Any) -> None:
-    """Raise where the lanes are not fit to sample from; moved: share of moves that were accepted."""
+    """Raise an error if the lanes cannot be sampled from.
+
+    Args:
+        kernel: The tuned kernel.
+        states: Unknowns of the lanes.
+        acceptance_rate: Mean acceptance rate.
+        moved: Share of moves that were accepted.
+
+    Raises:
+        WarmupError: No step size can be found, states are not finite, or nothing moved.
+    """
     step_size = np.asarray(getattr(kernel, "step_size", ()))
     if np.isnan(step_size).any() and np.isnan(acceptance_rate):
         raise WarmupError(
@@ -253,11 +330,16 @@ def check_tuned(kernel: Kernel, states: PyTree, acceptance_rate: Any, moved: Any
 
 
 class Exploration(NamedTuple):
-    """Pooled moments, in the target's coordinates.
+    """Pooled moments of an exploration, in the user's coordinates.
 
-    mean: (D,). scale: (D,) standard deviations or (D, D) Cholesky factor. last: (lanes, D).
-    movement: (D,) largest spread within one path. acceptance_rate: mean.
-    settled: whether more steps would hardly move the moments, as far as anybody looked. num_lost: as in `Tuned`.
+    Attributes:
+        mean: Mean of the draws; shape (D,).
+        scale: Standard deviations (D,), or Cholesky factor of the covariance (D, D).
+        last: Positions of the lanes; shape (lanes, D).
+        movement: Largest spread within one path; shape (D,).
+        acceptance_rate: Mean acceptance rate.
+        settled: Whether more steps would hardly change the moments; True if this was not checked.
+        num_lost: Number of lanes moved to another lane's position, as in `Tuned`.
     """
 
     mean: Any
@@ -270,40 +352,48 @@ class Exploration(NamedTuple):
 
 
 def check_exploration(target: Target, found: Exploration) -> None:
-    """Raise where the posterior cannot be explored: improper, or stuck in some coordinate."""
+    """Raise an error if the posterior cannot be explored.
+
+    Raises:
+        WarmupError: Positions are not finite (the posterior may be improper), or some coordinate never moved.
+    """
     if not all(np.all(np.isfinite(x)) for x in (found.last, found.mean, found.movement)):
         raise WarmupError(
-            "warm-up reached positions, or a spread of them, that are not finite. The posterior may be improper: give "
-            "every parameter a proper prior."
+            "warm-up reached positions that are not finite, or whose spread is not. The posterior may be improper: "
+            "give every parameter a proper prior."
         )
     stuck = np.asarray(found.movement) == 0
     if stuck.any():
         names = _leaf_names(target, stuck)
         raise WarmupError(
-            f"warm-up never moved {names} (mean acceptance rate {float(found.acceptance_rate):.2f}). Start it "
-            "elsewhere with init_params, lengthen num_warmup, or check the density for steps and constraints that its "
-            "support does not state."
+            f"warm-up never moved {names} (mean acceptance rate {float(found.acceptance_rate):.2f}). Start "
+            "elsewhere with init_params, raise num_warmup, or check the density for jumps and for constraints that the "
+            "declared support leaves out."
         )
 
 
 def _leaf_names(target: Target, flags: np.ndarray) -> str:
+    """Return the names of the leaves of a position that contain a flagged coordinate."""
     tree = target.spec.unravel(jnp.asarray(flags, target.spec.dtype))
     names = [jax.tree_util.keystr(p) for p, x in jax.tree_util.tree_leaves_with_path(tree) if bool(jnp.any(x > 0))]
     return ", ".join(f"position{name}" for name in names)
 
 
 def is_dense(target: Target, dense: bool | None) -> bool:
-    """Whether the basis is a full matrix: as told, else up to 50 dimensions."""
+    """Return whether the basis is a full matrix: ``dense`` if it is given, else up to 50 dimensions."""
     return target.dim <= 50 if dense is None else dense
 
 
 def check_metric(target: Target, kernel: Kernel, metric: ArrayLeaf | None = None) -> None:
-    """The user's metric must fit the target and be positive definite: said before an hour of warm-up, not after.
+    """Check that the user's metric fits the target and is positive definite; called before warm-up starts.
 
-    metric: given to the warm-up; None: that of the kernel, if it has one.
+    Args:
+        target: Target to sample.
+        kernel: Kernel to tune.
+        metric: Inverse mass matrix given to the warm-up. None: that of the kernel, if it has one.
 
     Raises:
-        ValueError: it does not, or there are two.
+        ValueError: The metric does not fit or is not positive definite, or there are two.
     """
     own = getattr(kernel, "inverse_mass_matrix", None)
     if own is not None and metric is not None:
@@ -319,15 +409,22 @@ def check_metric(target: Target, kernel: Kernel, metric: ArrayLeaf | None = None
         )
     values = np.linalg.eigvalsh(metric) if metric.ndim == 2 else metric
     if not np.all(np.isfinite(values) & (values > 0)):
-        raise ValueError("inverse_mass_matrix is not positive definite: it stands for the posterior's covariance.")
+        raise ValueError("inverse_mass_matrix is not positive definite: it should be about the posterior's covariance.")
 
 
 def take_metric(
     target: Target, kernel: Kernel, found: Exploration, metric: ArrayLeaf | None = None
 ) -> tuple[Kernel, Basis]:
-    """The basis explored, or the user's metric made a basis: one place where a metric acts.
+    """Return the kernel and the basis to tune it in, the only place where a metric takes effect.
 
-    metric: as of `check_metric`.
+    Args:
+        target: Target to sample.
+        kernel: Kernel to tune.
+        found: The exploration.
+        metric: Inverse mass matrix given to the warm-up, see `check_metric`.
+
+    Returns:
+        The kernel without its metric, and the explored basis, with the scale of the user's metric if there is one.
     """
     scale = found.scale
     if isinstance(kernel, HMC) and kernel.inverse_mass_matrix is not None:
@@ -339,18 +436,27 @@ def take_metric(
 
 
 def scale_of_metric(metric: ArrayLeaf, dim: int) -> np.ndarray:
-    """The scale of the basis whose `Basis.covariance` is an inverse mass matrix: (dim,), or (dim, dim) for a full one.
+    """Return the scale of the basis whose `Basis.covariance` is an inverse mass matrix.
 
-    metric: a number, (dim,) or (dim, dim).
+    Args:
+        metric: Inverse mass matrix; a number, (dim,) or (dim, dim).
+        dim: Number of dimensions.
+
+    Returns:
+        Standard deviations (dim,), or a Cholesky factor (dim, dim) for a full matrix.
     """
     metric = np.asarray(metric, float)
     return np.linalg.cholesky(metric) if metric.ndim == 2 else np.broadcast_to(np.sqrt(metric), (dim,))
 
 
 def tuned_shapes(target: Target, kernel: Kernel, dense: bool, metric: ArrayLeaf | None = None) -> Tuned:
-    """What `tune` will return in a basis of this shape, as far as its shapes are concerned.
+    """Return a `Tuned` whose arrays have the shapes that `tune` will return; their values mean nothing.
 
-    metric: as of `check_metric`.
+    Args:
+        target: Target to sample.
+        kernel: Kernel to tune.
+        dense: Whether the basis is a full matrix.
+        metric: Inverse mass matrix given to the warm-up, see `check_metric`.
     """
     check_metric(target, kernel, metric)
     dtype, dim = target.spec.dtype, target.dim

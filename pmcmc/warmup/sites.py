@@ -1,4 +1,11 @@
-"""Warm-up of kernels over named sites: burn-in on lanes, and each block's own step size and coordinates."""
+"""Warm-up of kernels over named sites.
+
+`BlockAdaptation` runs the kernel itself, a `Gibbs`, `DiscreteGibbs` or `Compose`, on many lanes in four windows. For a
+`Compose`, windows tune the step size of each site group by dual averaging and set its coordinates to the mean and
+covariance of its draws, pooled over the lanes. A `Window` holds the result of one of them.
+
+Source: Hoffman & Gelman (2014) for dual averaging; windows as in Stan.
+"""
 
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,16 +31,22 @@ NUM_WINDOWS = 4
 class BlockAdaptation(Warmup):
     """Four windows of the kernel itself on ``num_starts`` lanes, for `Gibbs`, `DiscreteGibbs` and `Compose`.
 
-    Every lane takes all ``num_warmup`` steps. For blocks whose kernel has a gradient (HMC, MALA, NUTS), the second half
-    of each of the first two windows, pooled over the lanes, gives mean and covariance, which become the block's
-    coordinates; and over the first three windows dual averaging brings the block's acceptance rate, averaged over the
-    lanes, to its target. In the last window nothing changes. Blocks without tunables only burn in.
+    Every lane takes all ``num_warmup`` steps, rounded down to a multiple of four. For site groups whose kernel works on
+    vectors (such as HMC, MALA and NUTS), the second half of each of the first two windows, pooled over the lanes, gives
+    the mean and covariance that become the group's coordinates. Over the first three windows dual averaging brings the
+    group's acceptance rate, averaged over the lanes, to its target. In the last window nothing changes. Kernels without
+    tunable parameters are run without adaptation.
 
-    dense: full covariances (True) or their diagonals (False). None: full up to 50 dimensions.
-    target_acceptance_rate: None: each kernel's own, such as 0.574 for MALA and 0.8 for HMC.
-    num_starts: lanes, whose last states seed chains and blocks.
+    Args:
+        dense: Full covariances (True) or their diagonals (False). None: full up to 50 dimensions.
+        target_acceptance_rate: Acceptance rate to tune to. None: each kernel's own, such as 0.574 for MALA and 0.8 for
+            HMC.
+        num_starts: Number of lanes, at least 2. Their last states are starts of chains and blocks.
 
-    Source: Hoffman & Gelman 2014 (dual averaging); windows after Stan.
+    Raises:
+        ValueError: ``num_starts`` is below 2.
+
+    Source: Hoffman & Gelman (2014) for dual averaging; windows as in Stan.
 
     Example:
         >>> import pmcmc
@@ -59,10 +72,11 @@ class BlockAdaptation(Warmup):
         watch: Watch = ignore,
     ) -> Tuned:
         if num_steps < 20:
-            raise ValueError(f"num_warmup must be 0 or at least 20 (windows need room), got {num_steps}.")
+            raise ValueError(f"num_warmup must be 0 or at least 20 (for its windows), got {num_steps}.")
         if not isinstance(kernel, SiteKernel):
             raise TypeError(f"BlockAdaptation warms up Gibbs, DiscreteGibbs and Compose, got {type(kernel).__name__}.")
         _check_metrics(target, kernel)
+        # Start the lanes, with identity bases and dual averaging at its beginning.
         length, last = num_steps // NUM_WINDOWS, NUM_WINDOWS - 1
         kernel = self._first_bases(target, kernel)
         rates = tuple(self._rate(target, block) for block in _blocks(kernel))
@@ -76,6 +90,7 @@ class BlockAdaptation(Warmup):
             seconds.append(took)
             _check_window(target, kernel, window)
             unknowns, averaged = window.unknowns, window.averaged
+            # New coordinates: restart the lanes in them, and dual averaging.
             if number < last - 1 and isinstance(kernel, Compose):
                 positions = _positions(target, kernel, unknowns)
                 blocks = zip(kernel.blocks, window.paths, strict=True)
@@ -83,22 +98,25 @@ class BlockAdaptation(Warmup):
                 averaged = _begin(target, kernel, rates)
                 ready = _with_steps(target, kernel, averaged, rates, jnp.array(True))
                 unknowns = _start_lanes(target, ready, positions)
+        # Set the final step sizes, and time a step.
         tuned = _finished(_with_steps(target, kernel, averaged, rates, jnp.array(False)))
         _check_moved(tuned, window)
-        # all windows are one program; where the machine stalled in one of the last three, the others tell
+        # All windows run one program, so if the machine stalls in one of the last three, the others give its time.
         timing = LaneTiming(self.num_starts, median_low(seconds[1:]) / length)
         return Tuned(target, tuned, unknowns, jnp.nanmean(window.acceptance_rates), timing)
 
     def _rate(self, target: Target, block: Block) -> Scalar:
+        """Return the acceptance rate to which the step size of a site group is tuned."""
         if self.target_acceptance_rate is not None:
             return self.target_acceptance_rate
         return block.kernel.target_acceptance_rate(block.given(target).dim)
 
     def _dense(self, dim: int) -> bool:
+        """Return whether the covariance of a site group of ``dim`` dimensions is a full matrix."""
         return dim <= 50 if self.dense is None else self.dense
 
     def _first_bases(self, target: Target, kernel: Kernel) -> Kernel:
-        """The identity, so that later bases are new numbers in the same program."""
+        """Return the kernel with identity bases, so that later bases are new numbers in the same program."""
         if not isinstance(kernel, Compose):
             return kernel
 
@@ -112,7 +130,12 @@ class BlockAdaptation(Warmup):
         return replace(kernel, blocks=tuple(map(with_basis, kernel.blocks)))
 
     def _rebased(self, block: Block, path: Array | None) -> Block:
-        """In the coordinates of the second half of a window, all lanes pooled. path: (steps, lanes, D)."""
+        """Return a site group in the coordinates given by the second half of a window, all lanes pooled.
+
+        Args:
+            block: The site group.
+            path: Positions of the window as vectors; shape (steps, lanes, D). None: the group takes no basis.
+        """
         if path is None:
             return block
         draws = path[path.shape[0] // 2 :].reshape(-1, path.shape[-1])
@@ -120,10 +143,14 @@ class BlockAdaptation(Warmup):
 
 
 class Window(NamedTuple):
-    """What a window of steps on all lanes left; tuples have one entry per block.
+    """Result of a window of steps on all lanes; tuples have one entry per site group.
 
-    averaged: states of the dual averaging. paths: of blocks that take a basis, positions as vectors (steps, lanes, D).
-    acceptance_rates, moved: (blocks,) means over steps and lanes; moved: share of steps that changed the block.
+    Attributes:
+        unknowns: Unknowns of the lanes after the last step, with leading axis lanes.
+        averaged: States of the dual averaging; None for groups that are not tuned.
+        paths: Positions as vectors (steps, lanes, D); None for groups that take no basis.
+        acceptance_rates: Mean acceptance rates over steps and lanes; shape (groups,).
+        moved: Share of steps that changed the group; shape (groups,).
     """
 
     unknowns: PyTree
@@ -134,16 +161,17 @@ class Window(NamedTuple):
 
 
 def _blocks(kernel: Kernel) -> tuple[Block, ...]:
+    """Return the site groups of a `Compose`; other kernels have none."""
     return kernel.blocks if isinstance(kernel, Compose) else ()
 
 
 def _takes_basis(block: Block) -> bool:
-    """Vectors, unless the user's metric already acts on them."""
+    """Return whether a site group works on vectors that no metric of the user's acts on already."""
     return not isinstance(block.kernel, SiteKernel) and getattr(block.kernel, "inverse_mass_matrix", None) is None
 
 
 def _begin(target: Target, kernel: Kernel, rates: tuple) -> tuple:
-    """Dual averaging of each block whose step size is to be found; None for the others."""
+    """Return the initial dual averaging state of each group whose step size is tuned; None for the others."""
 
     def one(block: Block, rate: Scalar) -> PyTree:
         if block.kernel.is_tuned:
@@ -156,7 +184,7 @@ def _begin(target: Target, kernel: Kernel, rates: tuple) -> tuple:
 
 
 def _with_steps(target: Target, kernel: Kernel, averaged: tuple, rates: tuple, adapting: Array) -> Kernel:
-    """The kernel with the step sizes of the moment, given ones kept."""
+    """Return the kernel with the current step sizes of dual averaging; given step sizes are kept."""
     if not isinstance(kernel, Compose):
         return kernel
 
@@ -172,17 +200,19 @@ def _with_steps(target: Target, kernel: Kernel, averaged: tuple, rates: tuple, a
 
 @tuned_jit()
 def _start_lanes(target: Target, kernel: Kernel, positions: PyTree) -> PyTree:
+    """Return the unknowns of lanes that start at positions with leading axis lanes."""
     return jax.vmap(lambda position: kernel.unknown(kernel.init(target, position)))(positions)
 
 
 @tuned_jit()
 def _positions(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
+    """Return the positions of unknowns with leading axis lanes."""
     return jax.vmap(lambda unknown: kernel.position(target, unknown))(unknowns)
 
 
 @tuned_jit(static_argnames=("num_lanes", "num_steps"))
 def _draw_noise(target: Target, kernel: Kernel, rng_key: PRNGKey, *, num_lanes: int, num_steps: int) -> PyTree:
-    """Leading axes (num_steps, num_lanes)."""
+    """Draw the noise of a window; leading axes (num_steps, num_lanes)."""
     keys = jax.random.split(rng_key, (num_steps, num_lanes))
     return jax.vmap(jax.vmap(lambda key: kernel.sample_noise(key, target)))(keys)
 
@@ -191,15 +221,28 @@ def _draw_noise(target: Target, kernel: Kernel, rng_key: PRNGKey, *, num_lanes: 
 def _run_window(
     target: Target, kernel: Kernel, noise: PyTree, unknowns: PyTree, averaged: tuple, rates: tuple, adapting: Array
 ) -> Window:
+    """Run a window on all lanes.
+
+    Args:
+        target: Target to sample.
+        kernel: Kernel in its current bases.
+        noise: Noise with leading axes (steps, lanes).
+        unknowns: Unknowns of the lanes, with leading axis lanes.
+        averaged: States of the dual averaging, one entry per site group.
+        rates: Acceptance rates to tune to, one entry per site group.
+        adapting: Whether dual averaging continues.
+    """
     blocks = _blocks(kernel)
 
     def step(now: Kernel, unknown: PyTree, u: PyTree) -> tuple[PyTree, tuple[Array, ...]]:
+        """Take one step of one lane; return its unknown and the groups' acceptance rates."""
         if isinstance(now, Compose):
             unknown, infos = now.step_blocks(target, unknown, u)
             return unknown, tuple(info.acceptance_rate for info in infos)
         return now.step(target, unknown, u)[0], ()
 
     def vectors(unknown: PyTree) -> tuple:
+        """Return the position of each group as a vector; None for groups that take no basis."""
         if not blocks:
             return ()
         given = [block.given(target) for block in blocks]
@@ -227,20 +270,20 @@ def _run_window(
 
 
 def _changed(new: PyTree, old: PyTree) -> Array:
-    """Share of lanes whose unknown differs anywhere."""
+    """Return the share of lanes whose unknown differs anywhere."""
     leaf = lambda a, b: jnp.any((a != b).reshape(a.shape[0], -1), axis=1)
     return jnp.mean(jnp.any(jnp.stack(jax.tree.leaves(jax.tree.map(leaf, new, old))), axis=0))
 
 
 @partial(jax.jit, static_argnames="dense")
 def _pooled(draws: Array, *, dense: bool) -> Basis:
-    """Mean and standard deviations of draws (N, D), or Cholesky factor of their covariance."""
+    """Return the basis of draws (N, D): their mean, and standard deviations or Cholesky factor of their covariance."""
     mean = jnp.mean(draws, axis=0)
     centred = draws - mean[None]
     scale = jnp.sqrt(jnp.mean(centred**2, axis=0))
     if not dense:
         return Basis(mean, scale)
-    # shrinkage towards the diagonal keeps the factor finite when there are few draws for the dimension
+    # Shrink towards the diagonal, so that the factor stays finite if there are few draws for the dimension.
     count, dim = draws.shape
     weight = dim / (dim + count)
     standardised = centred / scale[None]
@@ -249,7 +292,7 @@ def _pooled(draws: Array, *, dense: bool) -> Basis:
 
 
 def _finished(kernel: Kernel) -> Kernel:
-    """Lengths that were derived from the step size become numbers."""
+    """Fix the numbers of leapfrog steps that were derived from step sizes."""
     if not isinstance(kernel, Compose):
         return kernel
 
@@ -263,6 +306,11 @@ def _finished(kernel: Kernel) -> Kernel:
 
 
 def _check_window(target: Target, kernel: Kernel, window: Window) -> None:
+    """Raise an error if the lanes are not usable.
+
+    Raises:
+        WarmupError: States are not finite, or some coordinate of a site group never moved in the window.
+    """
     if not bool(all_finite(window.unknowns)):
         raise WarmupError(
             "warm-up reached states that are not finite. Check the updates and the density for NaN and overflow, give "
@@ -277,12 +325,17 @@ def _check_window(target: Target, kernel: Kernel, window: Window) -> None:
             flags = jax.tree_util.tree_leaves_with_path(spec.unravel(stuck.astype(spec.dtype)))
             names = ", ".join(f"position{jax.tree_util.keystr(p)}" for p, x in flags if bool(jnp.any(x > 0)))
             raise WarmupError(
-                f"warm-up never moved {names} (mean acceptance rate {float(rate):.2f}). Start it elsewhere, lengthen "
-                "num_warmup, or check the density for steps and constraints that its support does not state."
+                f"warm-up never moved {names} (mean acceptance rate {float(rate):.2f}). Start elsewhere, raise "
+                "num_warmup, or check the density for jumps and for constraints that the declared support leaves out."
             )
 
 
 def _check_moved(kernel: Kernel, window: Window) -> None:
+    """Raise an error if a site group cannot be sampled with its tuned step size.
+
+    Raises:
+        WarmupError: The step size could not be tuned, or no move was accepted in the last window.
+    """
     for block, moved in zip(_blocks(kernel), window.moved, strict=False):
         if isinstance(block.kernel, SiteKernel):
             continue
@@ -293,16 +346,21 @@ def _check_moved(kernel: Kernel, window: Window) -> None:
             )
         if float(moved) == 0.0:
             raise WarmupError(
-                f"no move of the block {who} was accepted at the end of warm-up (step size {float(step_size):.3g}). "
+                f"no move of {who} was accepted at the end of warm-up (step size {float(step_size):.3g}). "
                 "Leave step_size=None so that it is tuned, take a smaller one, or start elsewhere."
             )
 
 
 def _check_metrics(target: Target, kernel: Kernel) -> None:
+    """Raise an error if the metric of a site group does not fit it.
+
+    Raises:
+        ValueError: The shape of the metric is wrong.
+    """
     for block in _blocks(kernel):
         metric, dim = getattr(block.kernel, "inverse_mass_matrix", None), block.given(target).dim
         if metric is not None and jnp.shape(metric) not in ((), (dim,), (dim, dim)):
             raise ValueError(
-                f"inverse_mass_matrix of the block {block.names(target)} has shape {jnp.shape(metric)}: expected "
-                f"({dim},) or ({dim}, {dim}), the number of its parameters."
+                f"inverse_mass_matrix of the sites {block.names(target)} has shape {jnp.shape(metric)}: expected "
+                f"({dim},) or ({dim}, {dim}), the number of their parameters."
             )

@@ -150,7 +150,7 @@ HMC = pmcmc.HMC(step_size=0.1)
         ([(HMC, ["a", "b"]), GIBBS], ValueError, r"updates \['b'\] more than once"),
         ([(HMC, ["a", "c"]), GIBBS], ValueError, r"updates \['c'\], but the position has sites \['a', 'b'\]"),
         ([HMC, GIBBS], TypeError, r"HMC does not name its sites: write the pair"),
-        ([pmcmc.Compose([GIBBS]), (HMC, ["a"])], TypeError, "no Compose"),
+        ([pmcmc.Compose([GIBBS]), (HMC, ["a"])], TypeError, "not a Compose"),
         (
             [(HMC, ["a"]), (pmcmc.HMC(inverse_mass_matrix=jnp.ones(3)), ["b"])],
             ValueError,

@@ -196,7 +196,7 @@ def test_errors_of_supports() -> None:
         with pytest.raises(TypeError, match="list of numbers"):
             pmcmc.DiscreteGibbs(supports={"spin": wrong})
     for repeated in ([0, 1, 1], [0, 0.0], [True, 1]):  # a value that stands there twice would be drawn twice as often
-        with pytest.raises(ValueError, match=r"has \[.*\] more than once.*weights belong into the log density"):
+        with pytest.raises(ValueError, match=r"has \[.*\] more than once.*weights belong in the log density"):
             pmcmc.DiscreteGibbs(supports={"spin": repeated})
     with pytest.raises(ValueError, match=r"finite numbers, got \[nan, inf\]"):
         pmcmc.DiscreteGibbs(supports={"spin": [0, np.nan, np.inf]})

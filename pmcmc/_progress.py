@@ -55,7 +55,7 @@ class Progress:
         self._enter("compile and sample" if new else "sample")
 
     def _enter(self, stage: str) -> None:
-        """Set the description. A new one is drawn at once, since its stage may last; tqdm decides when to draw others."""
+        """Set the description. A new one is drawn at once, since its stage may last; tqdm times all other updates."""
         self._bar.set_description(stage, refresh=stage != self._stage)
         self._stage = stage
 

@@ -224,8 +224,8 @@ class DiscreteDraw(NamedTuple):
 def inverse_cdf(logits: Float[Array, "*dims K"], uniform: Float[Array, "*dims"]) -> DiscreteDraw:
     """Return the least k with ``p[0] + ... + p[k] >= u``, p = softmax(logits).
 
-    Monotone in u. Under a shared uniform, draws from two ordered distributions are ordered too, and draws from two close
-    distributions differ with a probability near their total variation distance.
+    Monotone in u. Under a shared uniform, draws from two ordered distributions are ordered too, and draws from two
+    close distributions differ with a probability near their total variation distance.
 
     Args:
         logits: Unnormalised log probabilities of K categories, shape ``(..., K)``.
@@ -239,7 +239,7 @@ def inverse_cdf(logits: Float[Array, "*dims K"], uniform: Float[Array, "*dims"])
 
 
 def _by_columns(logits: Array, uniform: Array) -> DiscreteDraw:
-    """Treat each category as an array, which XLA fuses into one pass instead of a reduction and a scan of a short axis."""
+    """Draw with one array per category: XLA makes one pass, instead of a reduction and a scan over a short axis."""
     columns = [logits[..., k] for k in range(logits.shape[-1])]
     largest = reduce(jnp.maximum, columns)
     steps = list(accumulate(jnp.exp(column - largest) for column in columns))

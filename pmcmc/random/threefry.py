@@ -63,7 +63,10 @@ def key_pair(rng_key: PRNGKey) -> Array:
 
 
 def threefry_key(rng_key: PRNGKey) -> PRNGKey:
-    """Return a typed threefry key: the key itself if it is one, otherwise one made of its words. Not for batches of keys."""
+    """Return the key itself if it is a typed threefry key, otherwise a typed one made of its words.
+
+    Not for batches of keys.
+    """
     typed = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
     if typed and str(jax.random.key_impl(rng_key)) == IMPL:
         return rng_key

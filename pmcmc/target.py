@@ -2,8 +2,8 @@
 
 A `Target` is a pytree whose leaves are the model's data and the basis. The `Model` itself is static: the user's
 function as it was when the target was made, traced, and compared by what it computes (see `pmcmc._xla.trace`). Two
-calls whose models differ only in the numbers of their arrays therefore compile once, and a changed model is compiled
-anew.
+calls whose models differ only in the numbers of their arrays therefore compile once, and a changed model is
+recompiled.
 
 Kernels and solvers see coordinates y, (D,), with ``x = loc + scale y`` in the `Basis` that warm-up found; x is the
 user's pytree as a vector.
@@ -57,7 +57,7 @@ class Model(abc.ABC):
         """Return what the user sees of a position, such as constrained values."""
 
     def explain(self, data: PyTree, position: PyTree) -> str:
-        """Return a sentence saying which part of the density is not finite at ``position``; empty if that is unknown."""
+        """Return a sentence saying which part of the density is not finite at ``position``; empty if unknown."""
         return ""
 
     def sites(self, data: PyTree, position: PyTree) -> PyTree:
@@ -116,7 +116,7 @@ class Model(abc.ABC):
 class LogDensity(Model):
     """A plain log density ``logdensity_fn(position) -> scalar``. Its data are the arrays that the function read.
 
-    Args:
+    Attributes:
         trace: The function, traced.
     """
 
@@ -152,7 +152,7 @@ class WithoutDensity(Model):
 class Conditional(Model):
     """Some sites of a model, given the others. Its data are (the model's data, {other site: value}).
 
-    Args:
+    Attributes:
         model: The model of all sites.
     """
 
@@ -194,7 +194,7 @@ def _product(matrix: Array, vector: Array) -> Array:
 class Basis:
     """Affine coordinates ``x = loc + scale y``; kernels and solvers see y.
 
-    Args:
+    Attributes:
         loc: Shape (D,).
         scale: Shape (D,) for a diagonal map, (D, D) lower triangular for a full one.
     """
@@ -231,7 +231,7 @@ class Target:
     Kernels that update named sites work on the pytree itself, whose leaves may then be integers. Build a target with
     `Target.from_logdensity`.
 
-    Args:
+    Attributes:
         model: The static half, compared by what the user's function computes.
         spec: How positions map to vectors.
         data: Arrays that the model reads, as leaves.
@@ -361,11 +361,13 @@ def _spec(position: PyTree) -> RavelSpec:
 # each loop that evaluates it.
 @plain_jit()
 def _logdensity(target: Target, y: Array) -> Array:
+    """Return the log density at coordinates ``y``, in the dtype of the position."""
     return target.model.logdensity(target.data, target.position(y)).astype(target.spec.dtype)
 
 
 @plain_jit()
 def _value_and_grad(target: Target, y: Array) -> tuple[Array, Array]:
+    """Return `_logdensity` and its gradient with respect to ``y``."""
     return jax.value_and_grad(partial(_logdensity, target))(y)
 
 
@@ -455,4 +457,5 @@ def _evaluate_start(target: Target, position: PyTree) -> tuple[Array, PyTree]:
 
 @tuned_jit()
 def _evaluate_starts(target: Target, starts: PyTree) -> Any:
+    """Return `_evaluate_start` of all starts."""
     return jax.vmap(lambda position: _evaluate_start(target, position))(starts)

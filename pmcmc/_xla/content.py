@@ -121,7 +121,7 @@ class Content:
         if isinstance(value, dict):
             return "dict", tuple((repr(key), self.of_value(x)) for key, x in value.items())
         if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
-            return type(value).__qualname__, repr(value)  # 0.0 is not -0.0 here, nor 1 True
+            return type(value).__qualname__, repr(value)  # distinguishes 0.0 from -0.0, and 1 from True
         if hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, jax.core.Tracer):
             return self._of_array(value)
         if isinstance(value, (enum.Enum, np.dtype)):

@@ -5,7 +5,7 @@ function object need not compute the same thing, so the function object cannot i
 therefore traces a function when it is passed in. The arrays that it reads become leaves (``constants``), and the rest,
 the `Trace`, is compared by its content: operations, shapes and numbers. So
 
-- a function that has changed has another trace, and its programs are compiled anew;
+- a function that has changed has another trace, and its programs are recompiled;
 - other arrays of the same shapes are other leaves, and nothing is compiled;
 - later changes to the user's objects do not affect what was traced.
 
@@ -368,9 +368,9 @@ def refuse_transformation(who: str, *arguments: PyTree) -> None:
 
 
 def _is_clean() -> bool:
-    """Whether no transformation is under way, as far as JAX tells.
+    """Whether no transformation is under way, as far as JAX reports.
 
-    Needed besides a look at the arguments, since a closure may contain tracers that the arguments lack.
+    This complements a look at the arguments, since a closure may contain tracers that the arguments lack.
     """
     try:
         from jax._src.core import trace_state_clean

@@ -81,7 +81,7 @@ def jax_uniforms(pair: Array, index: Array, dtype) -> Array:
 def jax_normals(pair: Array, count: int, dtype) -> Float[Array, " count"]:
     """Return ``jax.random.normal(key, (count,), dtype)``, up to the rounding of `normals`."""
     uniform = jax_uniforms(pair, jnp.arange(count, dtype=jnp.uint32), dtype)
-    return normals(jnp.maximum(uniform, jnp.finfo(dtype).eps / 4))  # 0 would be minus infinity
+    return normals(jnp.maximum(uniform, jnp.finfo(dtype).eps / 4))  # u = 0 would give minus infinity
 
 
 # Coefficients of Giles 2012, table 5 (single precision), highest power first: around w = 2.5, and in sqrt(w) around 3.

@@ -38,7 +38,7 @@ def compose(second: Array, first: Array, vector_ndim: int) -> Array:
 
 
 def apply_affine(a: Array, e: Array) -> Array:
-    """Product ``A e`` of a dense, diagonal or block A, told apart by their shapes."""
+    """Product ``A e`` of a dense, diagonal or block A, distinguished by their shapes."""
     extra = a.ndim - e.ndim
     if extra == 0:
         return a * e

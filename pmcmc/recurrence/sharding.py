@@ -311,6 +311,7 @@ class SomeSteps(NamedTuple):
         # one message per leaf: in a common one, A, which is known, could not be separated from b's tangents
         totals = jax.lax.all_gather(jax.tree.map(lambda x: x[0] if reverse else x[-1], own), AXIS)
         upto = jax.lax.associative_scan(operator, totals, reverse=reverse)
+        # Combine with the totals of all devices on one side; the device at that end has none.
         device = jax.lax.axis_index(AXIS)
         edge, neighbour = (self.num_devices - 1, device + 1) if reverse else (0, device - 1)
         incoming = jax.tree.map(

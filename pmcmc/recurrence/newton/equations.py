@@ -250,7 +250,7 @@ def conclude(system: System, now: Evaluation, course: Course, iterates: Array | 
     steps = system.steps
     known = jnp.all(jnp.isfinite(system.start)) & (steps.numbers() < course.blocked)
     standing = _standing(system, now, known)
-    # After the first state that f makes NaN or infinite, all states are unknown and set to NaN.
+    # From the first state that f makes NaN or infinite onwards, states are unknown and set to NaN.
     path = jnp.where(known[:, None], now.path, jnp.nan)
     finite, converged = steps.all(known & finite_rows(path)), steps.all(now.holds & known)
     result = jnp.select(

@@ -1,7 +1,7 @@
 """Stochastic diagonals: the diagonal of a Jacobian from a few Jacobian-vector products.
 
 For z with independent entries of +1 and -1, ``E[z * (J z)] = diag(J)`` (Hutchinson 1990; Bekas et al. 2007). One probe
-costs one JVP, about two evaluations of the step, whatever D. The estimate only steers the iteration: the solution
+costs one JVP, about two evaluations of the step, independent of D. The estimate only steers the iteration: the solution
 satisfies the recurrence whatever the probes were, so they do not contribute to a chain's randomness.
 
 `HutchinsonDiagonal` estimates `Diagonal`, `HutchinsonBlockDiagonal` estimates `BlockDiagonal`.
@@ -41,7 +41,7 @@ class FreshProbes(ProbeSchedule):
 @register_dataclass
 @dataclass(frozen=True)
 class FixedProbes(ProbeSchedule):
-    """The same probes at every iteration.
+    """Identical probes at every iteration.
 
     The approximation is then one fixed matrix for a given path.
 
@@ -109,7 +109,7 @@ class HutchinsonDiagonal(Scanned):
 class HutchinsonBlockDiagonal(Scanned):
     """Estimate of `BlockDiagonal`: with z nonzero in one half at a time, ``E[z * (J_pq z)] = diag(J_pq)``.
 
-    It takes two JVPs per probe, whatever D.
+    It takes two JVPs per probe, independent of D.
 
     Args:
         rng_key: Key of the probes. The chains of a batch share their probes; steps do not.

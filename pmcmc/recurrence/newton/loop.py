@@ -13,7 +13,7 @@ Entries that are not finite restart the linear recursion. The policy acts on ite
 3. An entry of the new iterate that is still not finite is replaced by that of x[0]: its last finite value is often
    already on the way to overflow.
 
-None of this can lead to a false success: a step counts only if its equation is satisfied when evaluated anew, and if f
+None of this can lead to a false success: a step counts only if its equation is satisfied when evaluated again, and if f
 itself is not finite after a prefix that is satisfied, the solve ends as `nonfinite`. The exact prefix still grows by at
 least one step per iteration, because e = 0 there and nothing within it is restarted.
 """
@@ -169,6 +169,7 @@ class NewtonType(VectorSolver):
         """Do one iteration: propose, evaluate, judge."""
         path, plan = self.propose(system, it)
         path = jnp.where(jnp.isfinite(path), path, jnp.broadcast_to(system.start, path.shape))
+        # Every step of the candidate is evaluated: the residual, not the increment, decides whether it is a solution.
         candidate = system.evaluate(path)
         now, memory, retry = self.judge(system, it, candidate, plan)
         blocked = blocked_at(system, now)

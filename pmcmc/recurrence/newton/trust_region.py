@@ -1,4 +1,4 @@
-"""Levenberg-Marquardt by Kalman filtering: Newton's recursion, held near the current iterate.
+"""Levenberg-Marquardt by Kalman filtering: Newton's recursion, kept near the current iterate.
 
 Newton's step solves the linearised system whatever its size. Where the products of A[t] grow, it overflows although the
 recurrence itself does not. ELK (Gonzalez et al. 2024, section 4) adds a penalty on the increments d,
@@ -231,10 +231,12 @@ class AdaptiveRegularization(Regularization):
         return prefix + 1
 
     def update(self, memory, trial):
+        # Acceptance: fewer steps that are not finite, or as many and a merit below the reference.
         merits = jnp.roll(memory.merits, 1).at[0].set(trial.before)
         reference = jnp.max(merits)
         same = trial.lost_after == trial.lost_before
         accepted = (trial.lost_after < trial.lost_before) | (same & (trial.after < reference))
+        # lambda from the ratio of actual and predicted decrease, both relative to the reference.
         safe = jnp.where(reference > 0, reference, 1.0)
         actual = 1 - (trial.after / safe) ** 2
         predicted = 1 - (trial.predicted / safe) ** 2

@@ -117,6 +117,7 @@ class Windowed(VectorSolver):
             )
 
         last = jax.lax.while_loop(lambda s: _unfinished(self.solver, system, s, width), body, slide)
+        # Judge the whole path, from what was last known about each step.
         it = last.window
         blocked = jnp.where(it.blocked < width, last.first + it.blocked, system.length)
         course = Course(it.moving, blocked, it.num_iters, last.rounds, width)
@@ -156,7 +157,7 @@ def _slide(solver: NewtonType, system: System, slide: Slide, width: int, guess_g
     def moved() -> Slide:
         first = slide.first + step
         path = jax.lax.dynamic_slice_in_dim(slide.all.path, first, width, 0)
-        if not guess_given:
+        if not guess_given:  # steps that enter for the first time start from the last state of the window
             new = first + jnp.arange(width) >= slide.reach
             path = jnp.where(new[:, None], slide.all.path[slide.reach - 1], path)
         part = _part(system, slide.all.path, first, width)
@@ -175,7 +176,7 @@ def _slide(solver: NewtonType, system: System, slide: Slide, width: int, guess_g
 
 
 def _trusted(part: System, now: Evaluation) -> Array:
-    """Length of the prefix of a window that may be left behind.
+    """Length of the prefix of a window that the window may advance past.
 
     It is the whole window if all its equations are satisfied; otherwise the states that satisfy them on their own
     scale, because a later state that explodes inflates the scale of the window.

@@ -93,7 +93,7 @@ class Problem(NamedTuple):
         return real_dtype(self.x0)
 
     def guess_at(self, steps: Array) -> PyTree:
-        """Return guessed states at the given steps (numbered from 0), leading axes (C, steps); None without a guess."""
+        """Return guessed states after these steps (numbered from 0), leading axes (C, steps); None without a guess."""
         if self.guess is None:
             return None
         return self.guess(steps) if callable(self.guess) else jax.tree.map(lambda g: g[:, steps], self.guess)

@@ -11,7 +11,8 @@ iterations. The solver is `Newton`; the options that it shares with others are i
 
 Differences from the published code: 1. the stopping rule is the residual at every t, never the increment, and
 finiteness is tested separately; 2. entries that are not finite restart the recursion (see
-`pmcmc.recurrence.newton.loop`), which keeps the exact prefix growing. They can delay convergence, but never claim it.
+`pmcmc.recurrence.newton.loop`), which keeps the exact prefix growing. This can delay convergence, but never leads to a
+false success.
 """
 
 from collections.abc import Sequence

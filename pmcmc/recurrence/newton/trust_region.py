@@ -193,7 +193,7 @@ class AdaptiveRegularization(Regularization):
     steps count as iterations; their exact prefix is kept and grows by at least one step per iteration.
 
     A further difference from the textbook concerns paths on which the recurrence is not finite at some steps: phi is
-    taken over the others; fewer such steps are always progress, and more never are.
+    taken over the others; fewer such steps always count as progress, and more never do.
 
     Args:
         initial: lambda of the first step.
@@ -203,8 +203,9 @@ class AdaptiveRegularization(Regularization):
             Covariances reach 1 / lambda along unstable directions and about 1 along stable ones; at 1e-5, errors of
             2e-4 of their size were seen in float32 steps (`Filter`).
         largest: Upper bound of lambda.
-        history: Number of iterates. 1 requires a decrease at every step, the textbook's rule, which advances by only a
-            step per iteration along accept flips and folds, where phi must rise before it falls.
+        history: Number of accepted iterates that the reference is taken over. 1 requires a decrease at every step, the
+            textbook's rule, which advances by only a step per iteration along accept flips and folds, where phi must
+            rise before it falls.
 
     Raises:
         ValueError: history is below 1.

@@ -1,4 +1,15 @@
-"""Sample one exact Markov chain in parallel across its length."""
+"""Sample one exact Markov chain in parallel across its length.
+
+With its randomness drawn first, a Markov chain is a recurrence ``x[t] = f(x[t-1], noise[t])``, t = 1..T. pmcmc solves
+all T equations at once and certifies the solution on the equations themselves. Where coupled chains contract, the
+result is the chain that sequential sampling with the same key would give, with fewer steps one after the other.
+
+Start with `parallel_chain` for a NumPyro model, `sample` for a log density, or `ParallelMCMC` in the place of
+``numpyro.infer.MCMC``. All three take a `Kernel` (`HMC` by default), a `Warmup` and a solver; the first two return a
+`Chain`. `load` reads saved chains, `resume` finishes an interrupted run. `pmcmc.recurrence` solves recurrences
+without any MCMC, `pmcmc.stability` measures whether a chain contracts, `pmcmc.planning` predicts run times, and
+`pmcmc.plots` draws the results.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +109,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`ParallelMCMC` on first use: it is a subclass of NumPyro's, and NumPyro is slow to import."""
+    """Import `ParallelMCMC` on first use: it subclasses NumPyro's ``MCMC``, and NumPyro is slow to import."""
     if name != "ParallelMCMC":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from pmcmc.drop_in import ParallelMCMC

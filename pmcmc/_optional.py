@@ -1,15 +1,18 @@
-"""Packages that pmcmc can do without until something needs them."""
+"""Checks for optional packages, made before anything runs that needs them."""
 
 import importlib.util
 
 
 def require(packages: tuple[str, ...], who: str, install: str) -> None:
-    """Raise where packages are not installed, before anything runs that needs them.
+    """Raise if a package is not installed.
 
-    packages: as they are imported. who: needs them. install: what pip installs them by, such as ``pmcmc[zarr]``.
+    Args:
+        packages: Names as they are imported.
+        who: What needs them; the subject of the error message.
+        install: What to pass to ``pip install``, such as ``pmcmc[zarr]``.
 
     Raises:
-        ImportError: some are missing, and how to get them.
+        ImportError: A package is missing. The message says how to install it.
     """
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
         verb = "is" if len(missing) == 1 else "are"

@@ -1,4 +1,4 @@
-"""What a run shows of itself on its way, and the draws of warm-up for those who asked for them."""
+"""The progress bar of a run."""
 
 import sys
 from collections.abc import Hashable
@@ -6,15 +6,20 @@ from typing import Any
 
 
 class Progress:
-    """One bar through warm-up, compilation and sampling: draws that stand in every chain, sweeps, time left.
+    """One progress bar through warm-up, compilation and sampling.
 
-    Shown in terminals and notebooks, nowhere else: logs and pipes stay free of it.
+    It counts the draws of each chain that are final and shows the number of sweeps and the remaining time. It is
+    visible in terminals and notebooks only, so that logs and pipes stay clean.
+
+    Args:
+        num_samples: Steps per chain to be sampled, the total of the bar.
+        show: Whether the user wants a bar.
     """
 
     def __init__(self, num_samples: int, show: bool):
         from tqdm import asyncio, auto
 
-        in_notebook = auto.tqdm is not asyncio.tqdm  # a subclass that draws a widget
+        in_notebook = auto.tqdm is not asyncio.tqdm  # in notebooks auto.tqdm is a subclass that draws a widget
         shown = show and (in_notebook or sys.stderr.isatty())
         self._bar: Any = auto.tqdm(total=num_samples, unit="draw", unit_scale=True, disable=not shown)
         self._warmed, self._compiled = 0, set[Hashable]()
@@ -26,27 +31,32 @@ class Progress:
         self._bar.close()
 
     def warmed(self, num_steps: int) -> None:
-        """Warm-up took ``num_steps`` more steps."""
+        """Add ``num_steps`` to the count of warm-up steps."""
         self._warmed += num_steps
         self._bar.set_postfix_str(f"{self._warmed:,} steps")
 
     def sample(self) -> None:
-        """Warm-up is over. Its time is no sign of how long sampling takes."""
+        """End warm-up, and keep its duration out of the estimated rate of sampling."""
         self._bar.unpause()
         self._bar.set_postfix_str("", refresh=False)
 
     def solve(self, program: Hashable) -> None:
-        """A stretch of draws begins; a program that was not met before is waited for first."""
+        """Begin a segment; say so if its program has not been used before and must be compiled first."""
         new = program not in self._compiled
         self._compiled.add(program)
         self._enter("compile and sample" if new else "sample")
 
     def _enter(self, stage: str) -> None:
-        """Drawn at once where it is another one, since it may last; tqdm draws the rest as often as is sensible."""
+        """Set the description. A new one is drawn at once, since its stage may last; tqdm times all other updates."""
         self._bar.set_description(stage, refresh=stage != self._stage)
         self._stage = stage
 
     def update(self, num_steps: int, num_sweeps: int) -> None:
-        """So many more draws of every chain stand; sweeps: of the blocks that gave them, 0 for steps in order."""
+        """Add ``num_steps`` draws per chain that are final.
+
+        Args:
+            num_steps: Further final draws of each chain.
+            num_sweeps: Repair sweeps that the segment took; 0 if it was sampled sequentially.
+        """
         self._bar.set_postfix_str(f"sweeps: {num_sweeps}" if num_sweeps else "", refresh=False)
         self._bar.update(num_steps)

@@ -1,7 +1,7 @@
-"""Pytrees as vectors, and reductions over pytrees that do not lose NaN.
+"""Pytrees: registration, conversion to vectors, masks, and the one distance between states.
 
-On CPU ``jnp.max`` silently drops NaN for large arrays, so no norm here is trusted to carry one:
-finiteness is always tested on its own.
+On CPU ``jnp.max`` silently drops NaN for large arrays. No reduction here relies on NaN passing through it:
+finiteness is always tested separately.
 """
 
 import math
@@ -15,9 +15,9 @@ from pmcmc._typing import Array, ArrayLeaf, PyTree
 
 
 def register_dataclass(cls: type) -> type:
-    """Class decorator: a dataclass as a pytree whose fields are leaves, but for those with metadata ``static=True``.
+    """Register a dataclass as a pytree; fields with metadata ``static=True`` are static, all others are leaves.
 
-    Differs from ``jax.tree_util.register_dataclass`` in one thing: the class is part of the structure. There, in jax
+    Differs from ``jax.tree_util.register_dataclass`` in one point: the class is part of the tree structure. In jax
     0.10.2, two classes with the same fields have equal structures with different hashes, so about one in 300 such
     pairs shared a slot of jit's cache, and one class ran the other's program.
 
@@ -51,10 +51,15 @@ def register_dataclass(cls: type) -> type:
 
 @dataclass(frozen=True)
 class RavelSpec:
-    """How a pytree of arrays maps to one real vector and back; hashable, so it can be static in a jit.
+    """How a pytree of arrays maps to one real vector and back.
 
-    Unlike ``jax.flatten_util.ravel_pytree`` the inverse is a value that compares equal across calls,
-    which is what keeps two calls with the same shapes at one compilation.
+    Unlike the closure that ``jax.flatten_util.ravel_pytree`` returns, a spec is hashable and compares equal across
+    calls. It can therefore be static in a jit, and calls with the same shapes share one compilation.
+
+    Attributes:
+        treedef: Structure of the pytree.
+        shapes: Shape of each leaf.
+        dtypes: Dtype of each leaf.
     """
 
     treedef: Any
@@ -63,31 +68,33 @@ class RavelSpec:
 
     @classmethod
     def of(cls, tree: PyTree) -> "RavelSpec":
+        """Return the spec of a pytree of arrays or shapes."""
         leaves, treedef = jax.tree.flatten(tree)
         return cls(treedef, tuple(jnp.shape(x) for x in leaves), tuple(jnp.result_type(x) for x in leaves))
 
     @property
     def size(self) -> int:
+        """Total number of entries, the length of the vector."""
         return sum(math.prod(shape) for shape in self.shapes)
 
     @property
     def dtype(self) -> Any:
-        """The widest floating dtype among the leaves (the default float where there is none)."""
+        """Widest floating dtype among the leaves; the default float if no leaf is floating."""
         return real_dtype(self.template)
 
     @property
     def template(self) -> PyTree:
-        """Shapes and dtypes in the place of the leaves."""
+        """The pytree with a ``jax.ShapeDtypeStruct`` for each leaf."""
         leaves = [jax.ShapeDtypeStruct(*leaf) for leaf in zip(self.shapes, self.dtypes, strict=True)]
         return jax.tree.unflatten(self.treedef, leaves)
 
     def ravel(self, tree: PyTree) -> Array:
-        """The leaves of ``tree``, flattened and joined: shape ``(size,)``."""
+        """Flatten and concatenate the leaves of ``tree``, shape ``(size,)``."""
         leaves = [jnp.ravel(x).astype(self.dtype) for x in jax.tree.leaves(tree)]
         return leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves)
 
     def unravel(self, vectors: ArrayLeaf) -> PyTree:
-        """Inverse of `ravel`, of one vector or of many: (..., size)."""
+        """Inverse of `ravel`, for one vector or many, shape ``(..., size)``."""
         leaves, start = [], 0
         for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
             stop = start + math.prod(shape)
@@ -97,27 +104,30 @@ class RavelSpec:
 
 
 def is_real(x: Any) -> bool:
-    """Whether a leaf (array, number or shape) is compared by distance (floating), not equality (integer, boolean)."""
+    """Whether a leaf (array, number or shape) is floating.
+
+    Floating leaves are compared by distance, integer and boolean ones by equality.
+    """
     return jnp.issubdtype(jnp.result_type(x), jnp.floating)
 
 
 def tree_index(tree: PyTree, index: Any) -> PyTree:
-    """``x[index]`` of every leaf."""
+    """Return ``x[index]`` for every leaf x."""
     return jax.tree.map(lambda x: x[index], tree)
 
 
 def expand_mask(mask: Array, like: Array) -> Array:
-    """``mask`` with trailing axes of length one, so that it broadcasts against ``like``."""
+    """Append axes of length one to ``mask`` so that it broadcasts against ``like``."""
     return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
 
 
 def tree_where(mask: Array, on_true: PyTree, on_false: PyTree) -> PyTree:
-    """Leaf-wise ``where`` with a mask over the leading axes."""
+    """Apply ``jnp.where`` to each leaf, with a mask over the leading axes."""
     return jax.tree.map(lambda a, b: jnp.where(expand_mask(mask, a), a, b), on_true, on_false)
 
 
 def finite_rows(tree: PyTree, num_axes: int = 1) -> Array:
-    """For each index of the leading ``num_axes`` axes: are all real entries finite?"""
+    """For each index of the leading ``num_axes`` axes, whether all real entries are finite."""
     leaves = [x for x in jax.tree.leaves(tree)]
     shape = leaves[0].shape[:num_axes]
     flags = [jnp.all(jnp.isfinite(x), axis=tuple(range(num_axes, x.ndim))) for x in leaves if is_real(x)]
@@ -133,15 +143,24 @@ def leading_true(mask: Array) -> Array:
 
 
 def all_finite(tree: PyTree) -> Array:
-    """True where every real entry of the pytree is finite."""
+    """Whether every real entry of the pytree is finite; a scalar."""
     return jnp.all(finite_rows(tree, 0))
 
 
 def relative_distance(a: PyTree, b: PyTree, scale: PyTree, num_axes: int = 1) -> Array:
-    """``max |a - b| / scale`` over everything behind the leading axes.
+    """Largest ``|a - b| / scale`` over all axes after the leading ``num_axes``, and over all leaves.
 
-    ``scale`` has the structure of one state (no leading axes). Equal entries are at distance 0 whatever
-    the scale; entries that are not finite, or integers that differ, are at distance inf.
+    Equal entries have distance 0 whatever the scale. Entries that are not finite, and integers that differ, have
+    distance inf.
+
+    Args:
+        a: Pytree of arrays.
+        b: Pytree of the same structure and shapes.
+        scale: Structure of one state, without the leading axes.
+        num_axes: Leading axes that the result keeps.
+
+    Returns:
+        Distances, with the shape of the leading axes.
     """
 
     def leaf(x, y, s):
@@ -161,12 +180,12 @@ def relative_distance(a: PyTree, b: PyTree, scale: PyTree, num_axes: int = 1) ->
 
 
 def within_rounding(a: Array, b: Array, ulps: float = 2.0) -> Array:
-    """Rows of two arrays ``(T, D)`` whose entries differ by at most ``ulps`` units of rounding at their size."""
+    """Whether rows of two arrays ``(T, D)`` agree to ``ulps`` units of rounding at the size of each entry; ``(T,)``."""
     gap = ulps * jnp.finfo(a.dtype).eps * jnp.maximum(jnp.abs(a), jnp.abs(b))
     return jnp.all(jnp.abs(a - b) <= gap, axis=-1)
 
 
 def real_dtype(tree: PyTree) -> Any:
-    """The widest floating dtype among the leaves (the default float where there is none)."""
+    """Widest floating dtype among the leaves; the default float if no leaf is floating."""
     dtypes = [jnp.result_type(x) for x in jax.tree.leaves(tree) if is_real(x)]
     return jnp.result_type(*dtypes) if dtypes else jnp.result_type(float)

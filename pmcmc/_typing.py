@@ -1,4 +1,4 @@
-"""Type aliases shared by all rooms."""
+"""Type aliases shared by the whole package."""
 
 from typing import Annotated, Any
 
@@ -7,10 +7,13 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 __all__ = ["Array", "ArrayLeaf", "Bool", "Float", "Int", "PRNGKey", "PyTree", "Scalar"]
 
 
-PRNGKey = Any  # a typed key (jax.random.key) or a raw uint32 key (jax.random.PRNGKey)
+# A typed key (jax.random.key) or a raw uint32 key (jax.random.PRNGKey).
+PRNGKey = Any
 
 
-Scalar = Annotated[Any, "no axes"]  # a Python number or a 0-d array
+# A Python number or a 0-d array.
+Scalar = Annotated[Any, "no axes"]
 
 
-ArrayLeaf = Any  # an array as a field of a pytree; jax also rebuilds pytrees with its own placeholders as leaves
+# An array as a field of a pytree. Any, because jax also rebuilds pytrees with its own placeholders as leaves.
+ArrayLeaf = Any

@@ -1,8 +1,12 @@
 """What is sampled: a model over any pytree, and its log density over a vector.
 
-A `Target` is a pytree whose leaves are the model's data and the basis. The model itself is static: the user's function
-as it was when the target was made, traced, and compared by what it computes (see `pmcmc._xla.trace`). So two calls
-whose models differ in nothing but the numbers of their arrays compile once, and a changed model compiles anew.
+A `Target` is a pytree whose leaves are the model's data and the basis. The `Model` itself is static: the user's
+function as it was when the target was made, traced, and compared by what it computes (see `pmcmc._xla.trace`). Two
+calls whose models differ only in the numbers of their arrays therefore compile once, and a changed model is
+recompiled.
+
+Kernels and solvers see coordinates y, (D,), with ``x = loc + scale y`` in the `Basis` that warm-up found; x is the
+user's pytree as a vector.
 """
 
 import abc
@@ -21,18 +25,20 @@ from pmcmc._typing import Array, ArrayLeaf, Float, PyTree
 from pmcmc._xla.compile import plain_jit, tuned_jit
 from pmcmc._xla.trace import Trace, trace
 
-# Matrices of this many rows are multiplied without a library.
+# Up to this dimension a matrix is multiplied without calling a library.
 SMALL_DIM = 32
 
 
-Supports = tuple[tuple[str, tuple[int | float, ...]], ...]  # (site, its values)
+# Pairs (site, its values) of discrete sites.
+Supports = tuple[tuple[str, tuple[int | float, ...]], ...]
 
 
 class Model(abc.ABC):
     """The static half of a target: hashable, compared by what it computes.
 
-    has_density: False where only the kernel knows what is sampled; then `logdensity` is NaN.
-    supports: values of each discrete site, as far as the model knows them.
+    Attributes:
+        has_density: False if only the kernel knows what is sampled; `logdensity` is then NaN.
+        supports: Values of each discrete site, as far as the model knows them.
     """
 
     has_density: bool = True
@@ -40,31 +46,40 @@ class Model(abc.ABC):
 
     @abc.abstractmethod
     def logdensity(self, data: PyTree, position: PyTree) -> Array:
-        """Log density (up to a constant) at an unconstrained position, a scalar."""
+        """Return the log density (up to a constant) at an unconstrained position, a scalar."""
 
     def density_shape(self, data: PyTree, position: PyTree) -> Any:
-        """Shape and dtype of `logdensity`."""
+        """Return the shape and dtype of `logdensity`."""
         return jax.eval_shape(self.logdensity, data, position)
 
     @abc.abstractmethod
     def constrain(self, data: PyTree, position: PyTree) -> PyTree:
-        """What the user wants to see of a position."""
+        """Return what the user sees of a position, such as constrained values."""
 
     def explain(self, data: PyTree, position: PyTree) -> str:
-        """A sentence that says which part of the density is not finite at ``position``, or nothing."""
+        """Return a sentence saying which part of the density is not finite at ``position``; empty if unknown."""
         return ""
 
     def sites(self, data: PyTree, position: PyTree) -> PyTree:
-        """Values of all sites of the model: those of the position, and others that the data may hold."""
+        """Return the values of all sites of the model: those of the position, and others that the data may contain."""
         return position
 
     def element_logdensities(self, data: PyTree, position: PyTree, site: str, values: Array) -> Array:
-        """Log densities of each element of a discrete site at each value, up to constants: (*shape, K).
+        """Return log densities of each element of a discrete site at each value, up to constants.
 
-        For elements that are independent of each other given all other sites.
+        It requires elements that are independent of each other given all other sites.
+
+        Args:
+            data: The model's data.
+            position: Values of the sites.
+            site: Name of the discrete site.
+            values: Its K values.
+
+        Returns:
+            Log densities, shape ``(*shape, K)``.
 
         Raises:
-            ValueError: the model does not know which of its terms belong to which element.
+            ValueError: The model does not know which of its terms belong to which element.
         """
         raise ValueError(
             f"independent=[{site!r}] needs a NumPyro model with {site!r} in a plate. Write CategoricalUpdate for a "
@@ -72,34 +87,38 @@ class Model(abc.ABC):
         )
 
     def site_scales(self, data: PyTree, position: PyTree) -> dict[str, Array]:
-        """Scales of the latent sites of location-scale families, as far as the model has sites."""
+        """Return the scales of latent sites from location-scale families; empty if the model has no sites."""
         return {}
 
     def non_centred_form(self, site: str) -> str:
-        """What to write for a non-centred form of one of these sites, as the end of a sentence."""
+        """Return how to write one of these sites in non-centred form, as the end of a sentence."""
         return "try a non-centred form"
 
     def observed(self, data: PyTree, position: PyTree) -> dict[str, Array]:
-        """Values of the observed sites, as far as the model has sites."""
+        """Return the values of the observed sites; empty if the model has no sites."""
         return {}
 
     def content(self, data: PyTree) -> tuple[Hashable, Hashable]:
-        """What the model computes, and the numbers that it reads: equal as long as it is the same model."""
+        """Return what the model computes, and the numbers that it reads; equal as long as the model is the same."""
         return type(self), ()
 
     @property
     def dims(self) -> dict[str, list[str]]:
-        """Names of the leading axes of a site's values, as far as the model has sites."""
+        """Names of the leading axes of each site's values; empty if the model has no sites."""
         return {}
 
     def log_likelihood(self, data: PyTree, position: PyTree) -> dict[str, Array]:
-        """Of each observation by observed site, as far as the model has sites."""
+        """Return the log likelihood of each observation by observed site; empty if the model has no sites."""
         return {}
 
 
 @dataclass(frozen=True)
 class LogDensity(Model):
-    """A plain log density ``logdensity_fn(position) -> scalar``. Its data are the arrays that the function read."""
+    """A plain log density ``logdensity_fn(position) -> scalar``. Its data are the arrays that the function read.
+
+    Attributes:
+        trace: The function, traced.
+    """
 
     trace: Trace
 
@@ -118,7 +137,7 @@ class LogDensity(Model):
 
 @dataclass(frozen=True)
 class WithoutDensity(Model):
-    """Nothing but a kernel that samples it by itself, such as Gibbs."""
+    """A model without a density, for kernels that sample it without one, such as `Gibbs`."""
 
     has_density = False
 
@@ -131,7 +150,11 @@ class WithoutDensity(Model):
 
 @dataclass(frozen=True)
 class Conditional(Model):
-    """Some sites of a model given the others. Its data are (the model's data, {other site: value})."""
+    """Some sites of a model, given the others. Its data are (the model's data, {other site: value}).
+
+    Attributes:
+        model: The model of all sites.
+    """
 
     model: Model
 
@@ -160,7 +183,7 @@ class Conditional(Model):
 
 
 def _product(matrix: Array, vector: Array) -> Array:
-    """``matrix @ vector``; a small one by a sum, which XLA fuses with what is around it (see `in_one_kernel`)."""
+    """Return ``matrix @ vector``; a small one as a sum, which XLA fuses with its surroundings (see `in_one_kernel`)."""
     if len(vector) > SMALL_DIM:
         return matrix @ vector
     return jnp.sum(matrix * vector[None, :], axis=1)
@@ -169,45 +192,51 @@ def _product(matrix: Array, vector: Array) -> Array:
 @register_dataclass
 @dataclass(frozen=True)
 class Basis:
-    """Affine coordinates ``x = loc + scale y``; y is what kernels and solvers see.
+    """Affine coordinates ``x = loc + scale y``; kernels and solvers see y.
 
-    loc: (D,). scale: (D,) for a diagonal map, (D, D) lower triangular for a full one.
+    Attributes:
+        loc: Shape (D,).
+        scale: Shape (D,) for a diagonal map, (D, D) lower triangular for a full one.
     """
 
     loc: ArrayLeaf
     scale: ArrayLeaf
 
     def to_position(self, y: Float[Array, " dim"]) -> Float[Array, " dim"]:
+        """Return ``x = loc + scale y``, (D,)."""
         return self.loc + (_product(self.scale, y) if self.scale.ndim == 2 else self.scale * y)
 
     def to_positions(self, rows: np.ndarray) -> np.ndarray:
-        """`to_position` of many coordinates (..., D), by numpy in float64."""
+        """Map many coordinates (..., D) by `to_position`, in numpy and float64."""
         loc, scale = np.asarray(self.loc, float), np.asarray(self.scale, float)
         return loc + (rows @ scale.T if scale.ndim == 2 else rows * scale)
 
     def to_coordinates(self, x: Float[Array, " dim"]) -> Float[Array, " dim"]:
+        """Inverse of `to_position`, (D,)."""
         if self.scale.ndim == 2:
             return jax.scipy.linalg.solve_triangular(self.scale, x - self.loc, lower=True)
         return (x - self.loc) / self.scale
 
     @property
     def covariance(self) -> Array:
-        """The inverse mass matrix this basis stands for: scale scale^T, or its diagonal."""
+        """The inverse mass matrix that this basis corresponds to: scale scale^T, or its diagonal."""
         return self.scale @ self.scale.T if self.scale.ndim == 2 else self.scale**2
 
 
 @register_dataclass
 @dataclass(frozen=True)
 class Target:
-    """A log density over vectors of length D, with the way back to the user's pytree.
+    """A log density over vectors of length D, with the map back to the user's pytree.
 
-    Kernels that update named sites work on the pytree itself, whose leaves may then be integers.
+    Kernels that update named sites work on the pytree itself, whose leaves may then be integers. Build a target with
+    `Target.from_logdensity`.
 
-    model: the static half, compared by the user's function.
-    spec: how positions map to vectors.
-    data: arrays the model reads, as leaves.
-    basis: coordinates the kernels work in, from warm-up; None for the user's own.
-    context: what else programs depend on, static: functions of the user's within a kernel. None: nothing.
+    Attributes:
+        model: The static half, compared by what the user's function computes.
+        spec: How positions map to vectors.
+        data: Arrays that the model reads, as leaves.
+        basis: Coordinates that kernels work in, found by warm-up. None: the user's own.
+        context: What compiled programs depend on besides, static: the user's functions within a kernel. None: nothing.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -224,12 +253,13 @@ class Target:
 
     @classmethod
     def from_logdensity(cls, logdensity_fn: Callable | None, position: PyTree) -> "Target":
-        """A target from ``logdensity_fn(position) -> scalar`` over pytrees like ``position``.
+        """Make a target from a log density over pytrees like ``position``.
 
-        The function is traced once, now: what becomes of arrays and attributes that it reads does not change the
-        target.
+        The function is traced once, now. Later changes to arrays and attributes that it reads do not affect the target.
 
-        logdensity_fn: None for kernels that evaluate no density, such as `Gibbs`.
+        Args:
+            logdensity_fn: ``position -> scalar``. None for kernels that evaluate no density, such as `Gibbs`.
+            position: A pytree of arrays.
 
         Raises:
             TypeError: ``logdensity_fn`` is not callable.
@@ -245,7 +275,11 @@ class Target:
 
     @classmethod
     def build(cls, model: Model, position: PyTree, data: PyTree) -> "Target":
-        """A target from a `Model`; checks shapes and dtypes without evaluating anything."""
+        """Make a target from a `Model`; check shapes and dtypes without evaluating anything.
+
+        Raises:
+            ValueError: ``position`` is empty, or the density is not a real scalar.
+        """
         spec = _spec(position)
         out = model.density_shape(data, spec.template)
         if jnp.shape(out) != () or not jnp.issubdtype(jnp.result_type(out), jnp.floating):
@@ -257,15 +291,20 @@ class Target:
 
     @property
     def owner(self) -> Hashable:
-        """What programs are compiled for: targets with the same differ in numbers and coordinates only."""
+        """Key of the compiled programs: targets with equal keys differ only in numbers and coordinates."""
         return self.model, self.context
 
     @property
     def dim(self) -> int:
+        """D, the length of the vectors."""
         return self.spec.size
 
     def check_real(self) -> None:
-        """Raise where the position has leaves that are not floating, and so no gradient."""
+        """Raise if the position has leaves that are not floating, which have no gradient.
+
+        Raises:
+            TypeError: Some leaf is not floating.
+        """
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.spec.template):
             if not is_real(leaf):
                 raise TypeError(
@@ -275,10 +314,11 @@ class Target:
                 )
 
     def logdensity_fn(self, y: Float[Array, " dim"]) -> Float[Array, ""]:
-        """Log density at coordinates ``y``, (D,); the basis' constant Jacobian is left out."""
+        """Log density at coordinates ``y``, (D,), without the constant Jacobian of the basis."""
         return _logdensity(self, y)
 
     def value_and_grad(self, y: Float[Array, " dim"]) -> tuple[Float[Array, ""], Float[Array, " dim"]]:
+        """Log density at coordinates ``y``, (D,), and its gradient with respect to y."""
         return _value_and_grad(self, y)
 
     def position(self, y: Float[Array, " dim"]) -> PyTree:
@@ -295,40 +335,52 @@ class Target:
         return self.model.constrain(self.data, self.position(y))
 
     def given(self, names: tuple[str, ...], others: PyTree, basis: Basis | None = None) -> "Target":
-        """The sites ``names`` of a dict position given the others, whose values may be left out until needed."""
+        """Restrict the target to some sites of a dict position, given the others.
+
+        Args:
+            names: The sites.
+            others: Values of the other sites; may be left out until the density is evaluated.
+            basis: Coordinates of the sites.
+        """
         spec = RavelSpec.of({name: self.spec.template[name] for name in names})
         return Target(Conditional(self.model), spec, (self.data, others), basis, self.context)
 
     def with_basis(self, basis: Basis | None) -> "Target":
+        """Return this target in other coordinates."""
         return replace(self, basis=basis)
 
 
 def _spec(position: PyTree) -> RavelSpec:
+    """Return the spec of a position, which must not be empty."""
     if not sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(position)):
         raise ValueError("the position holds no numbers: there is nothing to sample.")
     return RavelSpec.of(position)
 
 
-# Within other programs these two are calls that XLA inlines: the model is traced once, and not again by each program
-# and each loop within it that evaluates it.
+# Within other programs these two are calls that XLA inlines: the model is traced once, rather than by each program and
+# each loop that evaluates it.
 @plain_jit()
 def _logdensity(target: Target, y: Array) -> Array:
+    """Return the log density at coordinates ``y``, in the dtype of the position."""
     return target.model.logdensity(target.data, target.position(y)).astype(target.spec.dtype)
 
 
 @plain_jit()
 def _value_and_grad(target: Target, y: Array) -> tuple[Array, Array]:
+    """Return `_logdensity` and its gradient with respect to ``y``."""
     return jax.value_and_grad(partial(_logdensity, target))(y)
 
 
 def check_starts(target: Target, starts: PyTree) -> None:
-    """Raise where the density or its gradient is not finite at some start; name what is to blame.
+    """Raise if the density or its gradient is not finite at some start, and name the cause.
 
-    starts: positions, leading axis N. Without a density they need only be finite; gradients are those of real leaves.
+    Args:
+        target: What is sampled. Without a density, starts need only be finite; gradients are those of real leaves.
+        starts: Positions, leading axis N.
 
     Raises:
-        ValueError: some starts, or all, are not usable.
-        TypeError: the density has no gradient, or cannot be mapped over positions.
+        ValueError: Some or all starts are not usable.
+        TypeError: The density has no gradient, or cannot be mapped over positions.
     """
     try:
         values, gradients, usable = evaluate_starts(target, starts)
@@ -340,7 +392,7 @@ def check_starts(target: Target, starts: PyTree) -> None:
         raise ValueError("the initial position is not finite: start from other values.")
     bad = int(np.argmin(usable))
     position = jax.tree.map(lambda x: x[bad], starts)
-    where = "every start" if not usable.any() else f"{int(np.sum(~usable))} of {len(usable)} starts"
+    where = "any start" if not usable.any() else f"{int(np.sum(~usable))} of {len(usable)} starts"
     if not np.isfinite(values[bad]):
         blame = f"The log density is {float(values[bad])} there. " + target.model.explain(target.data, position)
     else:
@@ -357,24 +409,30 @@ def check_starts(target: Target, starts: PyTree) -> None:
 
 
 def _obstacle(target: Target, starts: PyTree) -> str:
-    """Why densities and gradients cannot be had at many starts."""
+    """Say why densities and gradients cannot be computed at many starts."""
     try:
         jax.eval_shape(_evaluate_start, target, jax.tree.map(lambda x: x[0], starts))
     except (TypeError, ValueError, NotImplementedError):
         return (
-            "jax cannot differentiate it. Write it with operations of jax that have a derivative (scan in place of "
-            "while_loop), or give it one by jax.custom_jvp."
+            "JAX cannot differentiate it. Write it with JAX operations that have a derivative (scan instead of "
+            "while_loop), or define its derivative with jax.custom_jvp."
         )
     return (
-        "jax.vmap cannot map it over several, as chains and blocks are. Use operations of jax, or tell how they are "
-        "mapped, as by vmap_method= of jax.pure_callback."
+        "jax.vmap cannot map it over several, as chains and blocks require. Use JAX operations, or say how to map "
+        "them, for instance by vmap_method= of jax.pure_callback."
     )
 
 
 def evaluate_starts(target: Target, starts: PyTree) -> tuple[np.ndarray, PyTree, np.ndarray]:
-    """Log densities (N,), gradients of real leaves (N, ...) at positions, and where both are finite.
+    """Evaluate densities and gradients at starts.
 
-    Without a density the first two mean nothing, and positions need only be finite themselves.
+    Args:
+        target: What is sampled.
+        starts: Positions, leading axis N.
+
+    Returns:
+        Log densities (N,); gradients of real leaves (N, ...), None for others; and whether both are finite (N,).
+        Without a density, the first is NaN, the second None, and the last says whether the position itself is finite.
     """
     if target.model.has_density:
         values, gradients = jax.tree.map(np.asarray, _evaluate_starts(target, starts))
@@ -387,7 +445,7 @@ def evaluate_starts(target: Target, starts: PyTree) -> tuple[np.ndarray, PyTree,
 
 
 def _evaluate_start(target: Target, position: PyTree) -> tuple[Array, PyTree]:
-    """Log density, and its gradient with respect to real leaves (None in the place of others)."""
+    """Return the log density, and its gradient with respect to real leaves (None for others)."""
     split = lambda keep: jax.tree.map(lambda x: x if is_real(x) == keep else None, position)
     real, discrete = split(True), split(False)
     merge = lambda a, b: b if a is None else a
@@ -399,4 +457,5 @@ def _evaluate_start(target: Target, position: PyTree) -> tuple[Array, PyTree]:
 
 @tuned_jit()
 def _evaluate_starts(target: Target, starts: PyTree) -> Any:
+    """Return `_evaluate_start` of all starts."""
     return jax.vmap(lambda position: _evaluate_start(target, position))(starts)

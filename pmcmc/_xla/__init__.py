@@ -1,1 +1,1 @@
-"""What works around XLA: programs and their caches, traces of user code, fused loops, memory."""
+"""Everything that works around XLA and JAX: compilation and its caches, traces of user code, fused loops, memory."""

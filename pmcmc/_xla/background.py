@@ -1,4 +1,4 @@
-"""Programs compiled in a second thread, beside what need not wait for them: warm-up, or steps taken in order."""
+"""Compilation in a second thread, alongside work that need not wait for it, such as warm-up or sequential steps."""
 
 import os
 import threading
@@ -8,14 +8,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 
 def num_cores() -> int:
-    """Cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class BackgroundCompiler:
-    """Runs compilations one after the other without being waited for.
+    """Run compilations one after the other in a background thread.
 
-    XLA compiles without holding Python's lock, so what runs meanwhile is slowed by the tracing of a program alone.
+    XLA compiles without holding Python's lock. Work in the main thread is therefore slowed down only while a program
+    is being traced.
     """
 
     def __init__(self) -> None:
@@ -23,19 +24,28 @@ class BackgroundCompiler:
         self._jobs: dict[Hashable, _Job] = {}
 
     def begin(self, name: Hashable, compilation: Callable[[], Callable[[], None] | None]) -> None:
-        """Once for each name. What reads the user's model is done when ``compilation`` returns; the rest it returns."""
+        """Submit a compilation, unless one was submitted under this name before.
+
+        Args:
+            name: Key of the compilation.
+            compilation: Reads the user's model (traces it) and returns a function that does the rest, or None. The
+                model is not read after ``compilation`` has returned.
+        """
         if name not in self._jobs:
             job = self._jobs[name] = _Job(compilation)
             job.future = self._pool.submit(job.run)
 
     def ready(self, name: Hashable) -> bool:
-        """Whether it has ended; so too where it was never begun, since there is nothing to wait for."""
+        """Whether there is nothing to wait for: the compilation has ended, or was never submitted."""
         return name not in self._jobs or self._jobs[name].future.done()
 
     def wait(self, name: Hashable) -> float:
-        """Until it has ended; returns the seconds that took.
+        """Wait until the compilation has ended.
 
-        A compilation that failed is not reported: it fails again, and is seen, where its program is wanted.
+        A failed compilation is not reported here: it fails again, visibly, when its program is needed.
+
+        Returns:
+            Seconds waited.
         """
         begin = time.perf_counter()
         if name in self._jobs:
@@ -43,7 +53,7 @@ class BackgroundCompiler:
         return time.perf_counter() - begin
 
     def close(self) -> None:
-        """Begin nothing more, and wait until no model is being read: the caller may go on to use it."""
+        """Cancel what has not begun, and wait until no model is being read, so that the caller may use it again."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         for job in self._jobs.values():
             if not job.future.cancelled():
@@ -51,6 +61,8 @@ class BackgroundCompiler:
 
 
 class _Job:
+    """A submitted compilation; ``traced`` is set once it no longer reads the user's model."""
+
     def __init__(self, compilation: Callable[[], Callable[[], None] | None]):
         self._compilation = compilation
         self.traced = threading.Event()

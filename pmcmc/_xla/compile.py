@@ -1,4 +1,8 @@
-"""jit as this package's programs want it: compiler options, known faults avoided, and the time they take."""
+"""``jax.jit`` for this package's programs: compiler options, workarounds for known faults, caches and timings.
+
+Functions whose first argument is a `pmcmc.Target` are decorated with `tuned_jit` or `plain_jit`. Their programs are
+kept per target, in `programs_of`, and dropped with the targets that were used least recently.
+"""
 
 import ctypes
 import threading
@@ -14,16 +18,16 @@ from pmcmc._xla.factorizations import few_at_a_time, may_wait_for_ever
 
 
 def default_platform() -> str:
-    """Of the device that computes unless told otherwise: that of `jax.default_device`, or else the default backend."""
+    """Platform of the default device: that of ``jax.default_device`` if set, otherwise the default backend."""
     device = jax.config.jax_default_device  # type: ignore[attr-defined]
     return jax.default_backend() if device is None else getattr(device, "platform", device)
 
 
 @cache
 def compiler_options(platform: str) -> dict[str, Any] | None:
-    """Options for XLA on a platform; None where nothing is known to be better than its defaults.
+    """Return XLA's compiler options for a platform; None where nothing is known to be better than the defaults.
 
-    On CPU jaxlib 0.10 hands small reductions to a library that takes 5 times as long as XLA's own loops once there
+    On CPU, jaxlib 0.10 hands small reductions to a library that takes 5 times as long as XLA's own loops once there
     are a few hundred lanes (mixture, MALA: 100 against 20 us a step of 1,024 lanes). A jaxlib that does not know the
     option needs none.
     """
@@ -38,11 +42,15 @@ def compiler_options(platform: str) -> dict[str, Any] | None:
 
 
 def that_ends(fn: Callable) -> Callable:
-    """``fn``, to be traced: as it is, but for a CPU with some versions of jaxlib; see `_factorizations`."""
+    """Return ``fn``, which is about to be traced, protected against the deadlock of some jaxlib versions on CPU.
+
+    See `pmcmc._xla.factorizations`. Elsewhere ``fn`` is returned unchanged.
+    """
     return few_at_a_time(fn) if default_platform() == "cpu" and may_wait_for_ever() else fn
 
 
-# Targets whose programs are kept, the last that were used: fits of ever new models must not fill the memory.
+# Number of targets whose programs are kept, the most recently used: fitting one new model after another must not fill
+# the memory.
 MAX_TARGETS = 8
 
 
@@ -53,7 +61,10 @@ _lock = threading.Lock()
 
 
 def programs_of(target: Any) -> dict[Hashable, Any]:
-    """What was compiled for a target, and for others that differ in their numbers only; empty once it was dropped."""
+    """Return the programs compiled for a target, shared by all targets that differ only in their numbers.
+
+    The dict is empty if the target is new or its programs were dropped.
+    """
     with _lock:
         found = _programs.setdefault(target.owner, {})
         _programs.move_to_end(target.owner)
@@ -65,10 +76,10 @@ def programs_of(target: Any) -> dict[Hashable, Any]:
 
 
 def return_memory() -> None:
-    """Give what was freed back to the system, where the C library can (glibc).
+    """Return freed memory to the system, where the C library can (glibc).
 
-    Compilation allocates and frees in small pieces, so without this a process that fits ever new models grows by
-    several MiB a fit although nothing is kept.
+    Compilation allocates and frees in small pieces. Without this, a process that fits one new model after another
+    grows by several MiB a fit although nothing is kept.
     """
     trim = _malloc_trim()
     if trim is not None:
@@ -77,6 +88,7 @@ def return_memory() -> None:
 
 @cache
 def _malloc_trim() -> Callable[[int], int] | None:
+    """Return glibc's ``malloc_trim``; None with other C libraries."""
     try:
         return ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):
@@ -84,18 +96,21 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 
 def forget_programs() -> None:
-    """Drop them all."""
+    """Drop the programs of all targets."""
     _programs.clear()
 
 
 class TargetJit:
     """``jax.jit`` of a function whose first argument is a target.
 
-    Each target has a jitted function of its own, which `programs_of` keeps, so that its programs can be dropped: JAX
-    drops those of a function when the function goes.
+    Each target gets its own jitted function, stored in `programs_of`. JAX drops the programs of a function when the
+    function is deleted, so this makes the programs of one target removable.
 
-    tuned: with `compiler_options`, read on use and not on import, and with `that_ends`. False for functions that other
-        programs call.
+    Args:
+        fn: Function ``(target, ...) -> result``.
+        tuned: Whether to use `compiler_options` (read on first use, not on import) and `that_ends`. False for
+            functions that are called within other programs.
+        jit_options: Further arguments of ``jax.jit``.
     """
 
     def __init__(self, fn: Callable, tuned: bool, **jit_options: Any):
@@ -103,6 +118,7 @@ class TargetJit:
         update_wrapper(self, fn)
 
     def _jitted(self, target: Any) -> Any:
+        """Return the jitted function of this target on the current platform."""
         platform, programs = default_platform(), programs_of(target)
         if (self, platform) not in programs:
             fn = that_ends(self._fn) if self._tuned else self._fn
@@ -112,18 +128,19 @@ class TargetJit:
         return programs[self, platform]
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call the jitted function of this target."""
         return self._jitted(target)(target, *args, **kwargs)
 
     def lower(self, target: Any, *args: Any, **kwargs: Any) -> Any:
-        """Traced for these arguments; ``compile()`` it, and a later call with the same shapes finds the program."""
+        """Trace for these arguments. After ``.compile()``, a later call with the same shapes finds the program."""
         return self._jitted(target).lower(target, *args, **kwargs)
 
     def eval_shape(self, target: Any, *args: Any, **kwargs: Any) -> Any:
-        """Shapes and dtypes of the result."""
+        """Return the shapes and dtypes of the result."""
         return self._jitted(target).eval_shape(target, *args, **kwargs)
 
     def timed(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[float, float]]:
-        """The finished result, with the seconds of compiling and of running."""
+        """Compile and run; return the finished result and ``(seconds of compilation, seconds of the run)``."""
         begin = time.perf_counter()
         self.lower(*args, **kwargs).compile()
         compiled = time.perf_counter()
@@ -132,10 +149,10 @@ class TargetJit:
 
 
 def tuned_jit(**jit_options: Any) -> Callable[[Callable], TargetJit]:
-    """Decorator of a function of a target: ``@tuned_jit(static_argnames=...)``."""
+    """Decorate a function of a target with `TargetJit`, tuned: ``@tuned_jit(static_argnames=...)``."""
     return lambda fn: TargetJit(fn, True, **jit_options)
 
 
 def plain_jit(**jit_options: Any) -> Callable[[Callable], TargetJit]:
-    """The same for functions that other programs call, or that are too small to be tuned."""
+    """Like `tuned_jit`, for functions called within other programs, or too small to be worth tuning."""
     return lambda fn: TargetJit(fn, False, **jit_options)

@@ -1,4 +1,8 @@
-"""What a traced program does, as a value to compare and to hash."""
+"""The content of a traced program, as a value that can be compared and hashed.
+
+`Content` turns a jaxpr into nested tuples: primitives, shapes, parameters and numbers, without names or addresses.
+Two programs with equal content compute the same.
+"""
 
 import enum
 import hashlib
@@ -12,27 +16,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
-# Derivatives of a function with rules of its own that take part in comparisons: gradients, and the Jacobians of steps
-# that use them.
+# A function with custom derivative rules is compared by its derivatives up to this order: gradients, and the Jacobians
+# of steps that use them.
 _MAX_ORDER = 3
 
 
-# Rules of the functions in these folders do not change between two calls.
+# Functions in these folders have derivative rules that do not change between two calls.
 _LIBRARIES = (os.path.join(os.path.dirname(str(jax.__file__)), ""),)
 
 
 _CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 
 
-# Parameters that say nothing of what is computed.
+# Parameters that do not affect what is computed.
 _LABELS = frozenset(("name", "debug_info"))
 
 
-Place = tuple[int, int]  # equation, operand
+# Where an operand occurs in a program: (number of the equation, number of the operand).
+Place = tuple[int, int]
 
 
 class ById:
-    """An object that is compared by identity, and kept alive so that no other gets its address."""
+    """An object compared by identity, and kept alive so that no other object gets its address."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -48,21 +53,27 @@ class ById:
 
 
 class Content:
-    """Programs and what they hold as nested tuples that are equal where the programs do the same.
+    """Programs and what they contain as nested tuples, equal if the programs compute the same.
 
-    order: of the derivative that is looked at.
+    Args:
+        order: Order of the derivative being inspected; 0 for the function itself.
     """
 
     def __init__(self, order: int = 0):
         self._order = order
 
     def of_whole(self, program: Jaxpr) -> tuple[tuple, dict[Place, tuple]]:
-        """The content without the numbers among operands, and these by their place."""
+        """Return the content of a program without its numeric operands, and those operands by their place."""
         scalars: dict[Place, tuple] = {}
         return self.of_program(program, scalars), scalars
 
     def of_program(self, program: Jaxpr, scalars: dict[Place, tuple] | None = None) -> tuple:
-        """scalars: where given, numbers that could as well be read are put there instead."""
+        """Return the content of a program.
+
+        Args:
+            program: The program.
+            scalars: If given, numeric operands that could as well be inputs are stored here instead.
+        """
         numbers: dict[Any, int] = {}
 
         def name(var: Any) -> Any:
@@ -89,6 +100,7 @@ class Content:
         return inputs, equations, tuple(map(name, program.outvars))
 
     def _of_params(self, equation: Any) -> tuple:
+        """Return the parameters of an equation and, for custom derivative rules of the user's, their derivatives."""
         params = {key: value for key, value in equation.params.items() if key not in _LABELS}
         rules: tuple = ()
         if equation.primitive.name in _CUSTOM_RULES:
@@ -99,7 +111,7 @@ class Content:
         return tuple((key, self.of_value(params[key])) for key in sorted(params)), rules
 
     def of_value(self, value: Any) -> Any:
-        """The content of anything that an equation may have as a parameter."""
+        """Return the content of anything that can be a parameter of an equation."""
         if isinstance(value, ClosedJaxpr):
             return self.of_program(value.jaxpr), tuple(self._of_array(x) for x in value.consts)
         if isinstance(value, Jaxpr):
@@ -109,7 +121,7 @@ class Content:
         if isinstance(value, dict):
             return "dict", tuple((repr(key), self.of_value(x)) for key, x in value.items())
         if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
-            return type(value).__qualname__, repr(value)  # 0.0 is not -0.0 here, nor 1 True
+            return type(value).__qualname__, repr(value)  # distinguishes 0.0 from -0.0, and 1 from True
         if hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, jax.core.Tracer):
             return self._of_array(value)
         if isinstance(value, (enum.Enum, np.dtype)):
@@ -117,8 +129,9 @@ class Content:
         return self._of_object(value)
 
     def _of_object(self, value: Any) -> Any:
+        """Return the content of a function by its code, of a dataclass by its fields, of other objects by equality."""
         code = getattr(value, "__code__", None)
-        if code is not None and not hasattr(value, "__self__"):  # functions made anew by each run of a model
+        if code is not None and not hasattr(value, "__self__"):  # each run of a model may create its functions anew
             cells = [_cell(cell) for cell in value.__closure__ or ()]
             known = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *cells)
             return "function", code, tuple(map(self._of_held, known))
@@ -131,14 +144,14 @@ class Content:
         return type(value), value
 
     def _of_held(self, value: Any) -> Any:
-        """The content of what a callback holds: objects that can change before it runs are known by identity."""
+        """Return the content of what a callback refers to; objects that can change before it runs count by identity."""
         if isinstance(value, tuple):
             return type(value), tuple(map(self._of_held, value))
         fixed = value is None or isinstance(value, (bool, int, float, complex, str, bytes))
         return self.of_value(value) if fixed or hasattr(value, "__code__") else ById(value)
 
     def _of_array(self, value: Any) -> tuple:
-        """Shape, dtype and content of an array that no leaf stands for."""
+        """Return shape, dtype and content of an array that is not a leaf; large arrays count by their hash."""
         if isinstance(value, jax.core.Tracer):
             return "tracer", ById(value)
         if jnp.issubdtype(getattr(value, "dtype", np.dtype("O")), jax.dtypes.prng_key):
@@ -149,13 +162,14 @@ class Content:
 
 
 def _may_be_read(equation: Any, var: Any) -> bool:
-    """Whether an operand that is a number may as well be an array that is read: not in loops and calls."""
+    """Whether a numeric operand could as well be an array input; not true of operands of loops and calls."""
     values = [x for value in equation.params.values() for x in (value if isinstance(value, tuple) else (value,))]
     has_program = any(isinstance(value, (ClosedJaxpr, Jaxpr)) for value in values)
     return not has_program and not equation.effects and jnp.issubdtype(var.aval.dtype, jnp.number)
 
 
 def _cell(cell: Any) -> Any:
+    """Return the content of a closure cell."""
     try:
         return cell.cell_contents
     except ValueError:  # not filled yet
@@ -163,20 +177,21 @@ def _cell(cell: Any) -> Any:
 
 
 def shape_of(aval: Any) -> tuple:
+    """Return shape, dtype and weak type of an abstract value."""
     if not hasattr(aval, "shape"):
         return (str(aval),)
     return aval.shape, str(aval.dtype), bool(getattr(aval, "weak_type", False))
 
 
 def _is_library(program: ClosedJaxpr | Jaxpr) -> bool:
-    """Whether a function with rules of its own is one of JAX's."""
+    """Whether a function with custom derivative rules belongs to JAX."""
     inner = program.jaxpr if isinstance(program, ClosedJaxpr) else program
     source = getattr(inner.debug_info, "func_filename", None)
     return source is not None and source.startswith(_LIBRARIES)
 
 
 def _derivatives(equation: Any) -> Iterator[ClosedJaxpr]:
-    """Programs that show what the rules of an equation are: forward for a custom_jvp, backward for a custom_vjp."""
+    """Yield programs that expose the custom rules of an equation: forward for custom_jvp, backward for custom_vjp."""
     invars = list(dict.fromkeys(var for var in equation.invars if not isinstance(var, Literal)))
     outvars = [var for var in equation.outvars if type(var).__name__ != "DropVar"]
     shapes = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in invars]

@@ -1,10 +1,11 @@
-"""Batched matrix factorisations in small parts, where jaxlib might otherwise wait for ever.
+"""Batched matrix factorisations in small parts, to avoid a deadlock in jaxlib.
 
-On a CPU, jaxlib 0.10.0 to 0.11.0 spreads a batch of LAPACK calls over the threads of the pool that also runs the
-program, and the thread that asked waits for them. Once as many batches are asked for at once as there are threads, all
-of them wait for one another: on two cores, with four Gaussian processes mapped over chains, within ten calls. A small
-batch is factorised by the thread that asks, so a loop over small parts of the batch cannot wait. Every large batch is
-looped over: that one needs the result of another does not keep XLA from asking for both at once, nor other threads.
+On CPU, jaxlib 0.10.0 to 0.11.0 spreads a batch of LAPACK calls over the thread pool that also runs the program, and
+the calling thread waits for them. When as many batches are requested at the same time as there are threads, they all
+wait for one another, for ever: on two cores, with four Gaussian processes mapped over chains, within ten calls. A
+small batch is factorised by the calling thread itself, so a loop over small parts of the batch cannot deadlock. Every
+large batch is replaced by a loop, even one that needs the result of another: such a dependence keeps neither XLA nor
+other threads from requesting two batches at once.
 """
 
 import math
@@ -21,13 +22,18 @@ from pmcmc._typing import PyTree
 
 
 class _Call(NamedTuple):
-    """One call of LAPACK. ranks: axes that it takes of each operand. cost: at most, in cubes of the longest axis."""
+    """One LAPACK call.
+
+    Attributes:
+        ranks: Number of axes that it takes of each operand.
+        cost: Upper bound of its operations, in cubes of the longest axis.
+    """
 
     ranks: tuple[int, ...]
     cost: int
 
 
-# Primitives that call it.
+# Primitives that call LAPACK.
 _LAPACK = {
     "cholesky": _Call((2,), 1),
     "eig": _Call((2,), 64),
@@ -47,11 +53,11 @@ _LAPACK = {
 }
 
 
-# Operations below which those jaxlibs factorise a batch in the thread that asks.
+# Number of operations below which these jaxlibs factorise a batch in the calling thread.
 _SMALL = 200_000
 
 
-# Primitives whose own programs can be put in place of others.
+# Primitives whose inner programs can be replaced.
 _CALLS = frozenset(
     " ".join(
         (
@@ -63,12 +69,12 @@ _CALLS = frozenset(
 
 
 def may_wait_for_ever() -> bool:
-    """Whether this jaxlib is one of those that do so on a CPU."""
+    """Whether this jaxlib is one of the versions that can deadlock on CPU."""
     return (0, 10, 0) <= jaxlib.version.__version_info__[:3] <= (0, 11, 0)
 
 
 def few_at_a_time(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """``fn``, to be traced by `jax.jit`, with loops over small batches."""
+    """Return ``fn``, to be traced by ``jax.jit``, with loops over small batches."""
 
     @wraps(fn)
     def traced(*args: Any, **kwargs: Any) -> PyTree:
@@ -81,6 +87,7 @@ def few_at_a_time(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
             args, kwargs = jax.tree.unflatten(treedef, filled)
             return fn(*args, **kwargs)
 
+        # Trace as a function of the traced leaves alone, then run the program with its large batches replaced.
         given = [x for x, t in zip(leaves, is_traced, strict=True) if t]
         program, shapes = jax.make_jaxpr(of_traced, return_shape=True)(*given)
         looped = _Loops().instead_of(program)
@@ -90,35 +97,37 @@ def few_at_a_time(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
 
 
 def _batch_shape(name: str, operands: list[Any]) -> tuple[int, ...]:
+    """Return the batch axes of the first operand."""
     shape = operands[0].aval.shape
     return shape[: len(shape) - _LAPACK[name].ranks[0]]
 
 
 def _at_once(name: str, operands: list[Any]) -> int:
-    """Calls that make a small batch."""
+    """Number of LAPACK calls that still make a small batch."""
     call = _LAPACK[name]
     longest = max(max(x.aval.shape[-rank:]) for x, rank in zip(operands, call.ranks, strict=True))
     return max(1, (_SMALL - 1) // (call.cost * max(1, longest) ** 3))
 
 
 def _is_large(equation: Any) -> bool:
-    """Whether it asks for a batch that would be shared out."""
+    """Whether the equation is a batch that jaxlib would spread over threads."""
     name, operands = equation.primitive.name, equation.invars
     return name in _LAPACK and math.prod(_batch_shape(name, operands)) > _at_once(name, operands)
 
 
-# Of a program: whether it asks for any large batch.
+# Whether a program contains a large batch.
 _KNOWN: WeakKeyDictionary[Jaxpr, bool] = WeakKeyDictionary()
 
 
 def _holds_large(program: Jaxpr) -> bool:
+    """Whether a program, or one that it calls, contains a large batch."""
     if program not in _KNOWN:
         _KNOWN[program] = any(_is_large(e) or any(map(_holds_large, _inner(e))) for e in program.eqns)
     return _KNOWN[program]
 
 
 def _inner(equation: Any) -> Iterator[Jaxpr]:
-    """Programs that an equation calls."""
+    """Yield the programs that an equation calls."""
     if equation.primitive.name in _CALLS:
         for value in equation.params.values():
             for one in value if isinstance(value, tuple) else (value,):
@@ -127,12 +136,13 @@ def _inner(equation: Any) -> Iterator[Jaxpr]:
 
 
 class _Loops:
-    """Programs with loops in the place of large batches; one that is called twice stays one."""
+    """Replaces large batches in programs by loops. A program that is called twice is replaced once."""
 
     def __init__(self) -> None:
-        self._made: dict[int, tuple[Any, ClosedJaxpr]] = {}  # with the old one, whose id is used
+        self._made: dict[int, tuple[Any, ClosedJaxpr]] = {}  # by id of the old program, which is kept alive
 
     def instead_of(self, program: ClosedJaxpr) -> ClosedJaxpr:
+        """Return the program with its large batches replaced."""
         if not _holds_large(program.jaxpr):
             return program
         if id(program) not in self._made:
@@ -141,6 +151,7 @@ class _Loops:
         return self._made[id(program)][1]
 
     def _run(self, program: ClosedJaxpr, args: tuple[Any, ...]) -> list[Any]:
+        """Evaluate the program equation by equation, with its large batches replaced."""
         values = dict(zip(program.jaxpr.invars, args, strict=True))
         values |= dict(zip(program.jaxpr.constvars, program.consts, strict=True))
         read = lambda v: v.val if isinstance(v, Literal) else values[v]
@@ -152,6 +163,7 @@ class _Loops:
         return [read(v) for v in program.jaxpr.outvars]
 
     def _call(self, equation: Any, operands: list[Any]) -> Any:
+        """Evaluate one equation: a large batch as a loop, a call with its inner programs replaced."""
         if _is_large(equation):
             return _loop(equation, operands)
         params = equation.params
@@ -160,6 +172,7 @@ class _Loops:
         return equation.primitive.bind(*operands, **equation.primitive.get_bind_params(params))
 
     def _replace(self, value: Any) -> Any:
+        """Replace the programs within a parameter."""
         if isinstance(value, ClosedJaxpr):
             return self.instead_of(value)
         if isinstance(value, Jaxpr):  # without constants
@@ -171,7 +184,7 @@ class _Loops:
 
 
 def _loop(equation: Any, operands: list[Any]) -> Any:
-    """One small batch after the other."""
+    """Factorise one small batch after the other."""
     name = equation.primitive.name
     batch = _batch_shape(name, operands)
     rows = [x.reshape(math.prod(batch), *x.shape[len(batch) :]) for x in operands]

@@ -1,8 +1,8 @@
-"""A loop as one kernel: on a CPU, XLA otherwise dispatches every operation of every step by itself.
+"""Run a loop as one kernel; on CPU, XLA otherwise dispatches every operation of every step separately.
 
-For small models that dispatch takes longer than the arithmetic, and XLA may hand neighbouring operations to two
-threads, which then wait for each other. XLA has a pass that compiles loops over less than a kilobyte into one function;
-its threshold is out of reach of a single program, but what it marks loops with is not.
+For small models this dispatch takes longer than the arithmetic, and XLA may hand neighbouring operations to two
+threads, which then wait for each other. XLA has a pass that compiles loops over less than a kilobyte into one function.
+Its threshold cannot be set for a single program, but the attribute with which it marks such loops can.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,12 +15,12 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from pmcmc._typing import Array, PyTree
 from pmcmc._xla.compile import default_platform
 
-# Chains, or copies of one, that one kernel of one thread takes through their steps no slower than other programs would.
+# Up to this many lanes (chains, or copies of one), one single-threaded kernel is no slower than other programs.
 FEW_LANES = 8
 
 
-# What the pass itself would leave alone are matrix products, convolutions, scatters, collectives and calls of
-# libraries. Packages may add primitives that are such calls, so those known to be none are listed.
+# The pass itself skips matrix products, convolutions, scatters, collectives and library calls. Packages may add
+# primitives that are library calls, so the primitives known not to be are listed.
 _ELEMENTWISE = """abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil clamp clz
 convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow
 is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or population_count pow real
@@ -47,9 +47,10 @@ _SIMPLE = frozenset(" ".join((_ELEMENTWISE, _STRUCTURAL, _REDUCTIONS, _CALLS, _R
 
 
 def in_one_kernel(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
-    """``fn(*args)``, within a program, by one kernel of one thread where XLA can do that; else as ever.
+    """Compute ``fn(*args)`` as one single-threaded kernel if XLA supports it, otherwise unchanged.
 
-    Eight schools in order: 1.9 -> 0.7 us a step of HMC, 12 -> 2.6 of NUTS. Not for many lanes: see docs/decisions.md.
+    To be called while a program is traced. Eight schools, sequential: 1.9 -> 0.7 us a step of HMC, 12 -> 2.6 of NUTS.
+    Not for many lanes: see docs/decisions.md.
     """
     jitted = jax.jit(fn)  # traced once: later calls find the program
     if default_platform() != "cpu" or not _is_simple(jax.make_jaxpr(jitted)(*jax.tree.map(jax.typeof, args)).jaxpr):
@@ -58,12 +59,12 @@ def in_one_kernel(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
 
 
 def _read_all(args: PyTree, out: PyTree) -> PyTree:
-    """``out``, made to depend on every array of ``args`` in a way that XLA cannot see through.
+    """Make ``out`` depend on every array of ``args`` in a way that XLA cannot simplify.
 
-    XLA aborts the process where a kernel has an argument that its simplifications leave unused, such as k in 0 * k.
+    XLA aborts the process if a kernel has an argument that its simplifications leave unused, such as k in 0 * k.
     """
     total = sum((_first_as_integer(x) for x in jax.tree.leaves(args) if x.size), jnp.zeros((), jnp.int32))
-    never = total * (total + 1) & 1 == 1  # one of two neighbours is even
+    never = total * (total + 1) & 1 == 1  # one of two consecutive integers is even
     leaves, treedef = jax.tree.flatten(out)
     sizes = [(x.size, number) for number, x in enumerate(leaves) if x.size]
     if sizes:
@@ -73,24 +74,25 @@ def _read_all(args: PyTree, out: PyTree) -> PyTree:
 
 
 def _first_as_integer(x: Array) -> Array:
-    """Whatever an array begins with."""
+    """Return the first entry of an array, converted to int32."""
     x = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
     return x[(0,) * x.ndim].real.astype(jnp.int32)
 
 
 def _mark(result: Any) -> Any:
-    """Mark the call behind a result."""
+    """Mark the call that computes a result."""
     return set_xla_metadata(result, xla_cpu_small_call="true", inlineable="false")
 
 
 def _is_simple(jaxpr: Any) -> bool:
+    """Whether a program consists of the listed primitives only."""
     return all(
         equation.primitive.name in _SIMPLE and all(map(_is_simple, _inner(equation.params))) for equation in jaxpr.eqns
     )
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:
-    """Programs among an equation's parameters."""
+    """Yield the programs among an equation's parameters."""
     for value in params.values():
         for one in value if isinstance(value, (tuple, list)) else (value,):
             inner = getattr(one, "jaxpr", one)

@@ -1,8 +1,8 @@
-"""Host memory: how much there is."""
+"""Available host memory."""
 
 from pathlib import Path
 
-# Limit and use of a control group, as a container sees its own: version 2, then version 1.
+# Files with the limit and the use of a container's control group: version 2, then version 1.
 _GROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -10,7 +10,7 @@ _GROUPS = (
 
 
 def available_bytes() -> float:
-    """Host memory that this process may still take; inf where the system does not tell."""
+    """Return the bytes of host memory that this process may still allocate; inf if the system does not say."""
     found = [float("inf")]
     for line in _read("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
@@ -23,16 +23,21 @@ def available_bytes() -> float:
 
 
 def check_available(needed: int, remedy: str) -> None:
-    """Raise where so many bytes are not to be had.
+    """Raise if less memory is available than the draws need.
+
+    Args:
+        needed: Bytes.
+        remedy: Last sentence of the error message.
 
     Raises:
-        MemoryError: with the remedy.
+        MemoryError: Fewer than ``needed`` bytes are available.
     """
     if needed > (available := available_bytes()):
         raise MemoryError(f"the draws need {size_text(needed)}, and {size_text(available)} are available. {remedy}")
 
 
 def _read(path: str) -> str:
+    """Return the text of a file; empty if it cannot be read."""
     try:
         return Path(path).read_text()
     except OSError:
@@ -40,5 +45,5 @@ def _read(path: str) -> str:
 
 
 def size_text(number: float | int) -> str:
-    """For people: a number of bytes in MiB, or in GiB from half of one on."""
+    """Format a number of bytes in MiB, or in GiB from 0.5 GiB up."""
     return f"{number / 2**30:,.1f} GiB" if number >= 2**29 else f"{number / 2**20:,.1f} MiB"

@@ -1,16 +1,16 @@
-"""The user's functions as they were when a run began: traced once, with their arrays as data.
+"""Snapshots of the user's functions: traced once when a run begins, with the arrays they read as data.
 
 A Python function may read anything: an attribute, a closure, a global, a column of a data frame. Two calls of the same
-function object need not compute the same thing, so no program may be found again by the function alone. Here a function
-is traced at the call. The arrays that it reads become leaves (``constants``), and the rest, the `Trace`, is compared by
-its content: operations, shapes and numbers. So
+function object need not compute the same thing, so the function object cannot identify a compiled program. `trace`
+therefore traces a function when it is passed in. The arrays that it reads become leaves (``constants``), and the rest,
+the `Trace`, is compared by its content: operations, shapes and numbers. So
 
-- a function that has changed has another trace, and programs are compiled for it;
+- a function that has changed has another trace, and its programs are recompiled;
 - other arrays of the same shapes are other leaves, and nothing is compiled;
-- what was traced stays as it was, whatever becomes of the user's objects.
+- later changes to the user's objects do not affect what was traced.
 
-What JAX itself remembers is out of reach: a function that the user's own code hands to ``jax.jit`` or ``jax.lax.scan``
-is traced by JAX once for each function object, here as in NumPyro.
+JAX's own caches are out of reach: a function that the user's code passes to ``jax.jit`` or ``jax.lax.scan`` is traced
+by JAX once per function object, here as in NumPyro.
 """
 
 import hashlib
@@ -29,27 +29,32 @@ from pmcmc._pytree import register_dataclass
 from pmcmc._typing import Array, PyTree
 from pmcmc._xla.content import Content, Place, shape_of
 
-# Calls of functions that the user's own code has jitted.
+# Calls of functions that the user's code has jitted.
 _JIT = ("jit", "pjit")
 
 
-# Bytes from which on an array that occurs twice is kept once.
+# Size in bytes from which arrays with equal content are kept only once.
 _LARGE = 4096
 
 
 class Trace:
-    """What a function does to arguments of given shapes and dtypes, without the arrays that it read.
+    """What a function computes for arguments of given shapes and dtypes, without the arrays that it reads.
 
-    Two traces of equal content are equal, and usually one object.
+    Traces with equal content are equal, and usually the same object.
+
+    Args:
+        program: The function as a jaxpr, whose constants are the arrays that it reads.
+        reads: For each constant of the program, its index in the list of arrays that a call passes.
+        in_tree: Structure of the arguments.
+        out_tree: Structure of the result.
+        operations: Content of the program, see `Content`.
+        held: (place, number) for each number in the program; None instead of a number that is read, as one of the
+            last constants.
     """
 
     def __init__(
         self, program: Jaxpr, reads: tuple[int, ...], in_tree: Any, out_tree: Any, operations: tuple, held: tuple = ()
     ):
-        """operations: see `Content`. reads: of each constant of the program, its number among those handed over.
-
-        held: numbers of the program by place, None for those that it reads: the last of its constants.
-        """
         self.program, self.in_tree, self.out_tree, self._reads, self._held = program, in_tree, out_tree, reads, held
         self.operations = (in_tree, out_tree, operations)
         self.key = (self.operations, held, reads)
@@ -63,7 +68,7 @@ class Trace:
         return self is other or (isinstance(other, Trace) and self._hash == other._hash and self.key == other.key)
 
     def __call__(self, constants: list[Array], *args: PyTree) -> PyTree:
-        """The function's value, with these arrays in the place of those that it read."""
+        """Evaluate the function with ``constants`` as the arrays that it reads."""
         leaves, in_tree = jax.tree.flatten(args)
         if in_tree != self.in_tree:
             raise TypeError(f"this function was traced for arguments of structure {self.in_tree}, got {in_tree}.")
@@ -73,14 +78,14 @@ class Trace:
 
     @property
     def out_shapes(self) -> PyTree:
-        """Shapes and dtypes of what the function returns."""
+        """Shapes and dtypes of the result."""
         avals = [var.aval for var in self.program.outvars]
         return jax.tree.unflatten(self.out_tree, [jax.ShapeDtypeStruct(*shape_of(aval)[:2]) for aval in avals])
 
     def part(self, name: str) -> "Trace":
-        """One entry of the dict that the function returns, without what only others need.
+        """Return the trace of one entry of the dict that the function returns.
 
-        It takes the constants of the whole.
+        Equations that only other entries need are dropped. The part takes the constants of the whole.
         """
         if name not in self._parts:
             outputs = jax.tree.unflatten(self.out_tree, self.program.outvars)[name]
@@ -91,7 +96,7 @@ class Trace:
         return self._parts[name]
 
     def content(self, constants: list[Array]) -> tuple[tuple, tuple]:
-        """What is computed, and with which numbers; the same whether a number is held or read."""
+        """Return what is computed, and the numbers used; a number counts the same whether it is held or read."""
         read = [Content().of_value(constants[number]) for number in self._reads]
         num_scalars = sum(value is None for _, value in self._held)
         arrays, scalars = read[: len(read) - num_scalars], iter(read[len(read) - num_scalars :])
@@ -102,6 +107,7 @@ class Trace:
 
 
 def _fitted(x: Any, aval: Any) -> Any:
+    """Convert an argument to the traced dtype, and check its shape."""
     if jnp.shape(x) != aval.shape:
         raise TypeError(f"this function was traced for an argument of shape {aval.shape}, got {jnp.shape(x)}.")
     return x if getattr(x, "dtype", None) == aval.dtype else jnp.asarray(x, aval.dtype)
@@ -110,7 +116,11 @@ def _fitted(x: Any, aval: Any) -> Any:
 @register_dataclass
 @dataclass(frozen=True)
 class Untraced:
-    """A function of the user's that was not traced yet: a pytree without leaves, compared by identity."""
+    """A user function that has not been traced yet: a pytree without leaves, compared by identity.
+
+    Attributes:
+        fn: The function.
+    """
 
     fn: Callable = field(metadata=dict(static=True))
 
@@ -118,14 +128,19 @@ class Untraced:
         return self.fn(*args)
 
     def at(self, *args: PyTree) -> "Traced":
-        """As it is now, for arguments like these."""
+        """Trace the function as it is now, for arguments like these."""
         return trace(self.fn, *args)
 
 
 @register_dataclass
 @dataclass(frozen=True)
 class Traced:
-    """A function of the user's as it was when it was traced: a pytree whose leaves are the arrays that it read."""
+    """A user function as it was when it was traced: a pytree whose leaves are the arrays that it reads.
+
+    Attributes:
+        trace: What it computes.
+        constants: The arrays that it reads.
+    """
 
     trace: Trace = field(metadata=dict(static=True))
     constants: list[Array]
@@ -134,6 +149,7 @@ class Traced:
         return self.trace(self.constants, *args)
 
     def at(self, *args: PyTree) -> "Traced":
+        """Return itself: what was traced stays."""
         return self
 
     @property
@@ -143,28 +159,34 @@ class Traced:
 
 
 def trace(fn: Callable, *args: PyTree) -> Traced:
-    """``fn`` as it is now.
+    """Trace ``fn`` as it is now.
 
     Args:
-        fn: any function that JAX can trace.
-        args: its arguments, arrays or shapes.
+        fn: Any function that JAX can trace.
+        args: Its arguments, arrays or shapes.
+
+    Returns:
+        The traced function.
     """
     shapes: Any = None
 
-    def fresh(*args: Any) -> Any:  # a new object at each call: JAX remembers the traces of old ones
+    def fresh(*args: Any) -> Any:  # a new object at each call, since JAX caches traces by function object
         nonlocal shapes
         out = fn(*args)
         shapes = jax.tree.structure(out)
         return out
 
+    # Trace, expose the arrays within jitted functions, drop what is not needed.
     program = jax.make_jaxpr(fresh)(*args)
     if _hides_constants(program.jaxpr):
         program = jax.make_jaxpr(lambda *leaves: _replay(program, leaves))(*program.in_avals)
     program = _needed(program)
+    # Numbers that differed between equal programs become constants that are read, like arrays.
     content, scalars = Content().of_whole(program.jaxpr)
     varying = _varying(hash(content), scalars)
     if varying:
         program = _with_scalars_read(program, varying)
+    # Keep each array once, and one Trace for each content.
     constants, reads = _distinct(program.consts)
     in_tree = jax.tree.structure(args)
     held = tuple((place, None if place in varying else value) for place, value in scalars.items())
@@ -172,20 +194,21 @@ def trace(fn: Callable, *args: PyTree) -> Traced:
     return Traced(_KNOWN.setdefault(made.key, made), constants)
 
 
-# Traces that are in use, by their content.
+# Traces in use, by their content.
 _KNOWN: WeakValueDictionary[tuple, Trace] = WeakValueDictionary()
 
 
-# Numbers that a program has not read but holds: those of earlier traces that were equal but for them, by place, and the
-# places where they have differed. Any places would be right; which they are decides what is compiled anew.
+# Number of programs whose numbers are remembered, the most recently traced.
 _MAX_SEEN = 256
 
 
+# For programs that are equal apart from their numbers: the numbers of the first trace by place, and the places where
+# later traces differed. Any choice of places is correct; it decides only what is compiled again.
 _seen: OrderedDict[int, tuple[dict, set]] = OrderedDict()
 
 
 def _varying(content: int, scalars: dict[Place, tuple]) -> tuple[Place, ...]:
-    """Where a program's numbers were not always the same: there they are data, such as the mean of a column."""
+    """Return the places where a program's numbers have changed between traces: there they are data, such as a mean."""
     first, places = _seen.setdefault(content, (scalars, set()))
     _seen.move_to_end(content)
     if len(_seen) > _MAX_SEEN:
@@ -195,9 +218,12 @@ def _varying(content: int, scalars: dict[Place, tuple]) -> tuple[Place, ...]:
 
 
 def _replay(program: ClosedJaxpr, args: Iterable[Any], read: dict[Place, Any] | None = None) -> list[Any]:
-    """The program's results, with calls of jitted functions that hold arrays in line.
+    """Evaluate the program, with calls of jitted functions that contain arrays inlined.
 
-    read: operands in the place of numbers.
+    Args:
+        program: The program.
+        args: Its arguments.
+        read: Operands that replace the numbers at these places.
     """
     values = dict(zip(program.jaxpr.invars, args, strict=True))
     values |= dict(zip(program.jaxpr.constvars, program.consts, strict=True))
@@ -217,16 +243,17 @@ def _replay(program: ClosedJaxpr, args: Iterable[Any], read: dict[Place, Any] | 
 
 
 def _holds_arrays(program: ClosedJaxpr) -> bool:
+    """Whether a program contains arrays, its own or those of a jitted function that it calls."""
     return bool(program.consts) or _hides_constants(program.jaxpr)
 
 
 def _hides_constants(program: Jaxpr) -> bool:
-    """Whether a jitted function that it calls holds arrays."""
+    """Whether the program calls a jitted function that contains arrays."""
     return any(e.primitive.name in _JIT and _holds_arrays(e.params["jaxpr"]) for e in program.eqns)
 
 
 def _with_scalars_read(program: ClosedJaxpr, places: tuple[Place, ...]) -> ClosedJaxpr:
-    """Numbers of the program as constants that it reads."""
+    """Turn the numbers at these places into the last constants of the program."""
     held = {place: program.jaxpr.eqns[place[0]].invars[place[1]] for place in places}
     scalars = [np.array(var.val, var.aval.dtype) for var in held.values()]
     run = lambda scalars, leaves: _replay(program, leaves, dict(zip(held, scalars, strict=True)))
@@ -237,7 +264,7 @@ def _with_scalars_read(program: ClosedJaxpr, places: tuple[Place, ...]) -> Close
 
 
 def _needed(program: ClosedJaxpr) -> ClosedJaxpr:
-    """The program without equations and constants that nothing needs."""
+    """Drop equations and constants that no output needs."""
     kept = _with_outputs(program.jaxpr, program.jaxpr.outvars)
     read = {var for equation in kept.eqns for var in equation.invars if not isinstance(var, Literal)}
     read.update(var for var in kept.outvars if not isinstance(var, Literal))
@@ -246,7 +273,7 @@ def _needed(program: ClosedJaxpr) -> ClosedJaxpr:
 
 
 def _distinct(constants: list[Any]) -> tuple[list[Array], tuple[int, ...]]:
-    """Each array once, as a copy where the user's could change it, and which one each of ``constants`` is."""
+    """Return each array once, copied if the user could change it, and the index in that list of each constant."""
     kept: list[Any] = []
     reads = []
     for constant in constants:
@@ -258,7 +285,7 @@ def _distinct(constants: list[Any]) -> tuple[list[Array], tuple[int, ...]]:
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    """Whether two arrays are one in memory, or large and the same bit for bit."""
+    """Whether two arrays share their memory, or are large and equal bit for bit."""
     if a is b or a.shape != b.shape or a.dtype != b.dtype or _is_opaque(a) or _is_opaque(b):
         return a is b
     a, b = np.asarray(a), np.asarray(b)
@@ -270,21 +297,21 @@ def _is_same(a: Any, b: Any) -> bool:
 
 
 def _is_opaque(x: Any) -> bool:
-    """Whether the numbers of an array are not to be had here, or only by a copy from another device."""
+    """Whether the numbers of an array are unavailable, or only by a copy from another device."""
     if isinstance(x, jax.core.Tracer) or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return True
     return isinstance(x, jax.Array) and any(device.platform != "cpu" for device in x.devices())
 
 
 def _own(constant: Any) -> Array:
-    """An array that changes with nothing of the user's."""
+    """Return an array that later changes of the user's arrays do not affect."""
     if isinstance(constant, (jax.Array, jax.core.Tracer)):
         return constant
     return jnp.asarray(np.array(constant, copy=True))
 
 
 def _with_outputs(program: Jaxpr, outvars: list[Any]) -> Jaxpr:
-    """The equations that some outputs need, and those with effects."""
+    """Keep the equations that these outputs need, and those with effects."""
     needed = {var for var in outvars if not isinstance(var, Literal)}
     kept = []
     for equation in reversed(program.eqns):
@@ -295,18 +322,21 @@ def _with_outputs(program: Jaxpr, outvars: list[Any]) -> Jaxpr:
 
 
 def traced_functions(tree: PyTree) -> list[Traced]:
-    """All traced functions in a pytree."""
+    """Return all traced functions in a pytree."""
     is_function = lambda x: isinstance(x, Traced)
     return [x for x in jax.tree.leaves(tree, is_leaf=is_function) if is_function(x)]
 
 
 def digest(value: Any) -> str:
-    """A short text for a trace, arrays, or tuples of them, in every process with one version of JAX the same."""
+    """Return a hash of a trace, arrays, or tuples of them, as text.
+
+    It is the same in every process with the same version of JAX.
+    """
     return hashlib.sha256(_stable(Content().of_value(value)).encode()).hexdigest()
 
 
 def _stable(value: Any) -> str:
-    """Text of a content without addresses."""
+    """Convert content to text without addresses."""
     if isinstance(value, Trace):
         return _stable(value.key)
     if isinstance(value, tuple):
@@ -320,23 +350,30 @@ def _stable(value: Any) -> str:
 
 
 def refuse_transformation(who: str, *arguments: PyTree) -> None:
-    """Raise where ``who`` is called while JAX transforms a function around it.
+    """Raise if ``who`` is called while JAX transforms a function around it.
+
+    Args:
+        who: Name of the function that is called.
+        arguments: Its arguments.
 
     Raises:
-        TypeError: with what to do instead.
+        TypeError: The call is within a transformation. The message says what to do instead.
     """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)) or not _is_clean():
         raise TypeError(
-            f"{who} cannot be called within jax.jit, jax.vmap or jax.grad, since it compiles programs of its own and "
-            "decides by what they return: call it outside; for several data sets or keys in a Python loop, where equal "
-            "shapes are compiled once; for several chains pass num_chains."
+            f"{who} cannot be called within jax.jit, jax.vmap or jax.grad, since it compiles programs itself and makes "
+            "decisions from their results: call it outside; for several data sets or keys in a Python loop, where "
+            "equal shapes are compiled once; for several chains pass num_chains."
         )
 
 
 def _is_clean() -> bool:
-    """No transformation is under way, as far as JAX tells: a closure may hold what its arguments do not show."""
+    """Whether no transformation is under way, as far as JAX reports.
+
+    This complements a look at the arguments, since a closure may contain tracers that the arguments lack.
+    """
     try:
         from jax._src.core import trace_state_clean
-    except ImportError:  # a private name, which NumPyro uses too
+    except ImportError:  # a private name of JAX, which NumPyro uses too
         return True
     return trace_state_clean()

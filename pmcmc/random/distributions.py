@@ -1,7 +1,9 @@
-"""Uniform and normal noise of one step from its key, two floats to a hash.
+"""Uniform, normal, gamma and discrete draws for one step, from the step's key.
 
 On two CPU cores the noise of a tiny model costs as much as its steps. ``jax.random`` spends one hash on each float and
-two on each split; here a hash of the step's key and a counter gives two floats, and nothing is split.
+two on each split. Here `uniforms` gets two floats from one hash of the step's key and a counter, and nothing is split.
+`normals` and `inverse_cdf` transform uniforms, `log_gammas` takes a key. `jax_uniforms` and `jax_normals` reproduce the
+numbers of ``jax.random``.
 """
 
 import math
@@ -19,10 +21,10 @@ from pmcmc.random.threefry import key_pair, threefry_2x32
 
 
 def uniforms(rng_key: PRNGKey, count: int, dtype) -> Float[Array, " count"]:
-    """``count`` independent uniforms on the open interval (0, 1), a function of the key alone.
+    """Return ``count`` independent uniforms on the open interval (0, 1), a function of the key alone.
 
-    Integers from the hash are centred in their cells, so that 0 and 1 never occur and logs stay finite. 23 bits in
-    float32 and 52 in float64, as in ``jax.random.uniform``.
+    Integers from the hash are centred in their cells, so that 0 and 1 never occur and logs stay finite. There are 23
+    bits in float32 and 52 in float64, as in ``jax.random.uniform``.
     """
     double = jnp.finfo(dtype).bits > 32
     counter = jnp.arange(count if double else -(-count // 2), dtype=jnp.uint32)
@@ -34,26 +36,28 @@ def uniforms(rng_key: PRNGKey, count: int, dtype) -> Float[Array, " count"]:
 
 
 def _from_word(word: Array, dtype) -> Array:
+    """Convert 32-bit words to uniforms of at most 32 bits."""
     # The centre of a cell, (n + 1/2) 2^-23 with n < 2^23, has 24 bits: exact in float32.
     return (((word >> 9).astype(jnp.float32) + 0.5) * 2.0**-23).astype(dtype)
 
 
 def _from_words(high: Array, low: Array, dtype) -> Array:
+    """Convert pairs of 32-bit words to float64 uniforms."""
     wide = high.astype(jnp.uint64) << 20 | low.astype(jnp.uint64) >> 12
     return (wide.astype(dtype) + 0.5) * 2.0**-52
 
 
 def uniform_array(rng_key: PRNGKey, shape: tuple[int, ...], dtype) -> Array:
-    """Uniforms as those of `uniforms`, a hash for each, for numbers that go straight into further arithmetic.
+    """Return uniforms like those of `uniforms`, one hash each, for use in further arithmetic.
 
-    XLA fuses the concatenation in `uniforms` into a reader that is alone, and then neither vectorises nor hashes once:
-    nine normals took 290 ns on CPU by halves and 55 by twice the hashes.
+    XLA fuses the concatenation in `uniforms` into its reader if there is only one, and then neither vectorises nor
+    hashes only once: nine normals took 290 ns on CPU from `uniforms`, and 55 ns with twice the hashes.
     """
     return _uniform_pair(rng_key, shape, dtype, 0)[0]
 
 
 def _uniform_pair(rng_key: PRNGKey, shape: tuple[int, ...], dtype, stream: Array | int) -> tuple[Array, Array]:
-    """Two arrays of uniforms, independent of those of every other ``stream``; 0 is that of `uniform_array`."""
+    """Return two arrays of uniforms, independent of those of other streams; 0 is the stream of `uniform_array`."""
     size = math.prod(shape)
     counter = jnp.arange(size, dtype=jnp.uint32).reshape(shape)
     second = jnp.full_like(counter, stream)
@@ -66,7 +70,7 @@ def _uniform_pair(rng_key: PRNGKey, shape: tuple[int, ...], dtype, stream: Array
 
 
 def jax_uniforms(pair: Array, index: Array, dtype) -> Array:
-    """``jax.random.uniform(key, shape, dtype)`` on [0, 1) at the flat ``index``."""
+    """Return ``jax.random.uniform(key, shape, dtype)`` on [0, 1) at the flat ``index``."""
     high, low = threefry_2x32(pair, jnp.zeros_like(index), index)
     if jnp.finfo(dtype).bits > 32:
         wide = high.astype(jnp.uint64) << 20 | low.astype(jnp.uint64) >> 12
@@ -75,9 +79,9 @@ def jax_uniforms(pair: Array, index: Array, dtype) -> Array:
 
 
 def jax_normals(pair: Array, count: int, dtype) -> Float[Array, " count"]:
-    """``jax.random.normal(key, (count,), dtype)``, to the rounding of `normals`."""
+    """Return ``jax.random.normal(key, (count,), dtype)``, up to the rounding of `normals`."""
     uniform = jax_uniforms(pair, jnp.arange(count, dtype=jnp.uint32), dtype)
-    return normals(jnp.maximum(uniform, jnp.finfo(dtype).eps / 4))  # 0 would be minus infinity
+    return normals(jnp.maximum(uniform, jnp.finfo(dtype).eps / 4))  # u = 0 would give minus infinity
 
 
 # Coefficients of Giles 2012, table 5 (single precision), highest power first: around w = 2.5, and in sqrt(w) around 3.
@@ -94,11 +98,13 @@ _TAIL = (
 
 
 def normals(uniform: Array) -> Array:
-    """Standard normals from uniforms by the inverse distribution function, ``sqrt(2) erfinv(2 u - 1)``.
+    """Transform uniforms to standard normals by the inverse distribution function, ``sqrt(2) erfinv(2 u - 1)``.
 
-    In float32 by the polynomials of Giles (2012, "Approximating the erfinv function"), which XLA uses too, but with
-    ``w = -log(4 u (1 - u))`` where XLA takes a log1p that its CPU compiler does not vectorise: 33 instead of 115 ns
-    for the noise of a step in ten dimensions. w enters the polynomials as it is, so log loses nothing against log1p.
+    In float32 it uses the polynomials of Giles, as XLA does, but with ``w = -log(4 u (1 - u))`` where XLA calls log1p,
+    which its CPU compiler does not vectorise: 33 instead of 115 ns for the noise of a step in ten dimensions. The
+    polynomials take w itself, so log loses no accuracy against log1p.
+
+    Source: Giles (2012), "Approximating the erfinv function".
     """
     root_two = jnp.asarray(math.sqrt(2), uniform.dtype)
     if uniform.dtype != jnp.float32:
@@ -109,15 +115,25 @@ def normals(uniform: Array) -> Array:
 
 
 def log_gammas(rng_key: PRNGKey, shape: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
-    """Logs of gamma variates of unit rate by the method of Marsaglia & Tsang (2000), all elements side by side.
+    """Return logs of gamma variates of unit rate, all elements side by side.
 
-    With d = a - 1/3, c = 1 / sqrt(9 d): ``d (1 + c z)^3`` for a normal z is accepted with a probability that is above
-    0.95 for every a >= 1, else drawn again; below 1 by ``log G(a) = log G(a + 1) + log(U) / a``. In logs, since a
-    variate of a small shape is often below every positive number of the dtype: one in six of shape 0.02 in float32.
-    `jax.random.gamma` runs one element after the other on CPU, at 680 ns a draw.
+    Method of Marsaglia & Tsang. With d = a - 1/3 and c = 1 / sqrt(9 d), the proposal is ``d (1 + c z)^3`` for a normal
+    z. It is accepted with a probability above 0.95 for every a >= 1, otherwise drawn again. Shapes below 1 follow from
+    ``log G(a) = log G(a + 1) + log(U) / a``. Logs, because a variate of a small shape is often below every positive
+    number of the dtype: one in six of shape 0.02 in float32. ``jax.random.gamma`` draws one element after the other on
+    CPU, at 680 ns a draw.
 
-    Differentiable forward in the shape: the derivative is that of the proposal accepted. NaN where the shape is not a
-    positive number, for which no try would ever be accepted.
+    Forward-mode differentiable in the shape parameter: the derivative is that of the accepted proposal.
+
+    Args:
+        rng_key: Key of the draws.
+        shape: Shape parameters a, an array of any dimensions.
+
+    Returns:
+        Logs of the variates, an array like ``shape``; NaN where the shape parameter is not a positive number, for which
+        no proposal would ever be accepted.
+
+    Source: Marsaglia & Tsang (2000).
     """
     valid = (shape > 0) & jnp.isfinite(shape)
     shape = jnp.where(valid, shape, 1.0)
@@ -126,7 +142,7 @@ def log_gammas(rng_key: PRNGKey, shape: Float[Array, "*dims"]) -> Float[Array, "
     c = 1 / jnp.sqrt(9 * d)
 
     def propose(stream: Array | int) -> Array:
-        """One try each, 0 where it is rejected: a second output would have XLA hash a second time."""
+        """Propose every element once, 0 where rejected; a second output would make XLA hash twice."""
         u, v = _uniform_pair(rng_key, shape.shape, shape.dtype, stream)
         z = normals(u)
         cube = (1 + c * z) ** 3
@@ -142,7 +158,7 @@ def log_gammas(rng_key: PRNGKey, shape: Float[Array, "*dims"]) -> Float[Array, "
     _, value = jax.lax.while_loop(lambda state: ~jnp.all(state[1] > 0), again, first)
 
     def boost(log_value: Array) -> Array:
-        power, _ = _uniform_pair(rng_key, shape.shape, shape.dtype, 2**32 - 1)  # a stream that no round will reach
+        power, _ = _uniform_pair(rng_key, shape.shape, shape.dtype, 2**32 - 1)  # a stream that no round reaches
         return jnp.where(small, log_value + jnp.log(power) / shape, log_value)
 
     drawn = jax.lax.cond(jnp.any(small), boost, lambda log_value: log_value, jnp.log(value))
@@ -150,26 +166,33 @@ def log_gammas(rng_key: PRNGKey, shape: Float[Array, "*dims"]) -> Float[Array, "
 
 
 def _horner(coefficients: tuple[float, ...], x: Array) -> Array:
+    """Evaluate a polynomial, highest power first."""
     total = jnp.full_like(x, coefficients[0])
     for coefficient in coefficients[1:]:
         total = coefficient + total * x
     return total
 
 
-# Up to so many categories are one array each. Programs grow with them: 111 took XLA 18 s to compile, 1.1 by a scan.
+# Up to this many categories, each is a separate array. Programs grow with their number: with 111 categories XLA
+# compiled for 18 s, against 1.1 s with a scan.
 MAX_COLUMNS = 8
 
 
 def check_values(dtype: Any, values: Sequence[int | float], who: str) -> None:
-    """Raise where an array of this dtype cannot hold the values, each as itself or, for reals, rounded but apart.
+    """Raise if an array of this dtype cannot represent the values.
 
-    who: begins the sentence.
+    Integers must be exact. Reals may be rounded, but must stay finite and distinct.
+
+    Args:
+        dtype: Dtype of the array.
+        values: The values.
+        who: The subject of the error message.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: A value cannot be represented.
     """
     if jnp.issubdtype(dtype, jnp.floating):
-        with np.errstate(over="ignore"):  # it is told below
+        with np.errstate(over="ignore"):  # overflow is reported below
             held = np.asarray(values, float).astype(dtype)
         lost = [v for v, x in zip(values, held, strict=True) if not np.isfinite(x)]
         lost = lost or ([] if len(np.unique(held)) == len(held) else list(values))
@@ -185,9 +208,12 @@ def check_values(dtype: Any, values: Sequence[int | float], who: str) -> None:
 
 
 class DiscreteDraw(NamedTuple):
-    """category: (...) what was drawn. margin: least distance of a uniform to a step of its CDF, a scalar.
+    """Draws of `inverse_cdf`.
 
-    failed: scalar, some probabilities were not finite; what was drawn there means nothing.
+    Attributes:
+        category: Drawn categories, the shape of the uniforms.
+        margin: Smallest distance of a uniform to a step of its distribution function, a scalar.
+        failed: Whether some probabilities were not finite, a scalar; the categories drawn from them are meaningless.
     """
 
     category: Array
@@ -196,17 +222,24 @@ class DiscreteDraw(NamedTuple):
 
 
 def inverse_cdf(logits: Float[Array, "*dims K"], uniform: Float[Array, "*dims"]) -> DiscreteDraw:
-    """The least k with ``p[0] + ... + p[k] >= u``, p = softmax(logits).
+    """Return the least k with ``p[0] + ... + p[k] >= u``, p = softmax(logits).
 
-    Monotone in u: under a shared uniform the two draws from two distributions that are ordered keep that order, and
-    two that are close differ with a probability near their total variation distance.
+    Monotone in u. Under a shared uniform, draws from two ordered distributions are ordered too, and draws from two
+    close distributions differ with a probability near their total variation distance.
+
+    Args:
+        logits: Unnormalised log probabilities of K categories, shape ``(..., K)``.
+        uniform: Uniforms u on (0, 1), shape ``(...)``.
+
+    Returns:
+        Categories, shape ``(...)``, and how close they were to another outcome.
     """
     draw = _by_columns if logits.shape[-1] <= MAX_COLUMNS else _by_scan
     return draw(logits, uniform)
 
 
 def _by_columns(logits: Array, uniform: Array) -> DiscreteDraw:
-    """In place of a reduction and a scan over a short axis, XLA makes one pass over the elements."""
+    """Draw with one array per category: XLA makes one pass, instead of a reduction and a scan over a short axis."""
     columns = [logits[..., k] for k in range(logits.shape[-1])]
     largest = reduce(jnp.maximum, columns)
     steps = list(accumulate(jnp.exp(column - largest) for column in columns))
@@ -221,6 +254,7 @@ def _by_columns(logits: Array, uniform: Array) -> DiscreteDraw:
 
 
 def _by_scan(logits: Array, uniform: Array) -> DiscreteDraw:
+    """Draw with a cumulative sum over the categories."""
     steps = jnp.cumsum(jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), axis=-1)
     total = steps[..., -1:]
     gaps = uniform[..., None] - steps[..., :-1] / total

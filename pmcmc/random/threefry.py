@@ -1,10 +1,10 @@
-"""JAX's own hash, written out.
+"""JAX's hash threefry-2x32, written as plain arithmetic.
 
-``jax.random`` runs threefry on CPU as a loop whose every round goes through memory: 47 ns a hash for a million
-hashes. The same twenty rounds as plain arithmetic fuse into one pass over registers. The numbers are the same to the
-bit (a test compares them), so keys made here and keys made by ``jax.random`` are interchangeable.
+On CPU ``jax.random`` runs threefry as a loop whose every round goes through memory: 47 ns a hash for a million
+hashes. The same twenty rounds as plain arithmetic fuse into one pass over registers. The results are identical bit for
+bit (a test compares them), so keys made here and by ``jax.random`` are interchangeable.
 
-Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", threefry-2x32-20.
+Source: Salmon et al. (2011), "Parallel random numbers: as easy as 1, 2, 3", threefry-2x32-20.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -24,7 +24,16 @@ _PARITY = 0x1BD11BDA
 
 
 def threefry_2x32(key: Array, first: Array, second: Array) -> tuple[Array, Array]:
-    """Hash pairs of 32-bit words elementwise under a key of two words, shape ``(2,)``."""
+    """Hash pairs of 32-bit words elementwise.
+
+    Args:
+        key: Two words, shape ``(2,)``.
+        first: First word of each pair.
+        second: Second word of each pair, of the same shape.
+
+    Returns:
+        Both words of each hash.
+    """
     schedule = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(_PARITY))
     x, y = first + schedule[0], second + schedule[1]
     for group in range(5):
@@ -38,9 +47,10 @@ def threefry_2x32(key: Array, first: Array, second: Array) -> tuple[Array, Array
 
 
 def key_pair(rng_key: PRNGKey) -> Array:
-    """The two words of a threefry key, typed or raw; the words of a longer key are hashed down to two.
+    """Return a key, typed or raw, as two words; a longer key is hashed down to two.
 
-    Hashed here and not by the key's own implementation: bits of ``rbg`` under `jax.vmap` are others than alone.
+    It is hashed here rather than by the key's own implementation, because ``rbg`` gives other bits under ``jax.vmap``
+    than without.
     """
     data = rng_key if jnp.issubdtype(rng_key.dtype, jnp.uint32) else jax.random.key_data(rng_key)
     if data.shape == (2,):
@@ -53,7 +63,10 @@ def key_pair(rng_key: PRNGKey) -> Array:
 
 
 def threefry_key(rng_key: PRNGKey) -> PRNGKey:
-    """The same key, typed, where it is a threefry key; else one made of its words. Not for batches of keys."""
+    """Return the key itself if it is a typed threefry key, otherwise a typed one made of its words.
+
+    Not for batches of keys.
+    """
     typed = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
     if typed and str(jax.random.key_impl(rng_key)) == IMPL:
         return rng_key
@@ -61,12 +74,12 @@ def threefry_key(rng_key: PRNGKey) -> PRNGKey:
 
 
 def raw_keys_are_threefry() -> AbstractContextManager:
-    """Within it ``jax.random`` takes the raw keys (2,) of steps for what they are, whatever its default is."""
+    """Context in which ``jax.random`` reads raw keys ``(2,)`` as threefry keys, whatever its default implementation."""
     if jax.config.jax_default_prng_impl == IMPL:  # type: ignore[attr-defined]
         return nullcontext()
     return jax.default_prng_impl(IMPL)
 
 
 def fold_in(pair: Array, number: Array) -> Array:
-    """``jax.random.fold_in`` of a threefry key: the raw key ``(2,)`` of one step."""
+    """Fold ``number`` into a raw threefry key as ``jax.random.fold_in`` does; returns a raw key ``(2,)``."""
     return jnp.stack(threefry_2x32(pair, jnp.uint32(0), number.astype(jnp.uint32)))

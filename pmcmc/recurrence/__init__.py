@@ -1,4 +1,14 @@
-"""Recurrences ``x[t] = fn(x[t-1], inputs[t])`` solved for all t at once. Knows nothing of MCMC."""
+"""Solve recurrences ``x[t] = fn(x[t-1], inputs[t])``, t = 1..T, for all t at once. Independent of MCMC.
+
+`solve` is the entry point; it takes a function or a `Recurrence` and any `RecurrenceSolver`, and returns a `Solution`
+with a `RESULTS` code and `Stats`:
+
+- `MultipleShooting` runs blocks of the path at once and repairs them. It needs no derivative.
+- `Newton` and `LevenbergMarquardt` iterate on all states at once, with a `JacobianStructure` that approximates the
+  Jacobian. `deer`, `quasi_deer`, `elk`, `quasi_elk`, `picard` and `jacobi` build them by the names of the papers, and
+  `Windowed` restricts their iterations to a window.
+- `Sequential` is the plain loop over t, the reference for the others.
+"""
 
 from collections.abc import Callable
 
@@ -75,21 +85,28 @@ def solve(
     has_aux: bool = False,
     scale: PyTree = None,
 ) -> Solution:
-    """All states of ``x[t] = fn(x[t-1], inputs[t])``, t = 1..T.
+    """Solve ``x[t] = fn(x[t-1], inputs[t])`` for all states t = 1..T.
 
-    fn: ``(x, u) -> x``, or ``(x, u) -> (x, aux)`` with has_aux=True; or a `Recurrence`, whose step carries caches.
-    x0: the state before the first step, any pytree of arrays.
-    inputs: pytree with leading axis T, or None with length=T.
-    solver: any `RecurrenceSolver`; MultipleShooting() by default.
-    initial_guess: states for t = 1..T, leading axis T, or a function from step numbers (0..T-1) to states, which is
-        asked only for the steps a solver needs (shooting: its block starts). By default x0 repeated.
-    scale: the typical spread of each coordinate, structure of x0 (leaves broadcast). Tolerances are relative to it.
-        By default it is measured on the path.
+    A failed solve is reported by the `result` of the solution, never by an exception, so solve may be used inside jit.
 
-    Returns a `Solution`; failure is its `result`, never an exception, so solve may stand inside jit.
+    Args:
+        fn: ``(x, u) -> x``, or ``(x, u) -> (x, aux)`` with has_aux=True; or a `Recurrence`, whose step carries caches.
+        x0: State before the first step, any pytree of arrays.
+        inputs: Pytree with leading axis T, or None with length=T.
+        solver: Any `RecurrenceSolver`. None: ``MultipleShooting()``.
+        length: T, required if there are no inputs.
+        initial_guess: States for t = 1..T, leading axis T; or a function from step numbers (0..T-1) to states, called
+            only for the steps that a solver needs (shooting: its block starts). None: x0 repeated.
+        has_aux: Whether fn also returns auxiliary output.
+        scale: Typical spread of each coordinate, structure of x0 (leaves broadcast). Tolerances are relative to it.
+            None: measured on the path.
+
+    Returns:
+        A `Solution`.
 
     Raises:
-        ValueError: shapes of fn's result, inputs or guess do not fit.
+        ValueError: Shapes of fn's result, inputs or guess do not fit.
+        TypeError: fn is not callable, or a Newton-type solver gets integer or boolean states.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -102,9 +119,15 @@ def solve(
 
 
 def deer(**options) -> Newton:
-    """DEER (Lim et al. 2024): Newton with the full Jacobian.
+    """DEER: Newton's method with the full Jacobian.
 
-    Options: all of `Newton` but the Jacobian.
+    Args:
+        options: All arguments of `Newton` except ``jacobian``.
+
+    Returns:
+        ``Newton(Dense(), ...)``.
+
+    Source: Lim et al. (2024).
 
     Example:
         >>> deer(max_iters=50).jacobian
@@ -114,9 +137,15 @@ def deer(**options) -> Newton:
 
 
 def quasi_deer(**options) -> Newton:
-    """quasi-DEER (Gonzalez et al. 2024): Newton with the Jacobian's diagonal.
+    """quasi-DEER: Newton iterations with the diagonal of the Jacobian.
 
-    Options: all of `Newton` but the Jacobian.
+    Args:
+        options: All arguments of `Newton` except ``jacobian``.
+
+    Returns:
+        ``Newton(Diagonal(), ...)``.
+
+    Source: Gonzalez et al. (2024).
 
     Example:
         >>> quasi_deer(max_iters=50).jacobian
@@ -126,9 +155,15 @@ def quasi_deer(**options) -> Newton:
 
 
 def picard(**options) -> Newton:
-    """Picard iteration (Shih et al. 2023): Newton with A = I.
+    """Picard iteration: Newton iterations with A = I.
 
-    Options: all of `Newton` but the Jacobian, damping and clip.
+    Args:
+        options: All arguments of `Newton` except ``jacobian``, ``damping`` and ``clip``.
+
+    Returns:
+        ``Newton(Identity(), ...)``.
+
+    Source: Shih et al. (2023).
 
     Example:
         >>> picard(max_iters=50).jacobian
@@ -138,9 +173,13 @@ def picard(**options) -> Newton:
 
 
 def jacobi(**options) -> Newton:
-    """Jacobi iteration: Newton with A = 0.
+    """Jacobi iteration: Newton iterations with A = 0.
 
-    Options: all of `Newton` but the Jacobian, damping and clip.
+    Args:
+        options: All arguments of `Newton` except ``jacobian``, ``damping`` and ``clip``.
+
+    Returns:
+        ``Newton(Zero(), ...)``.
 
     Example:
         >>> jacobi(max_iters=50).jacobian
@@ -150,16 +189,30 @@ def jacobi(**options) -> Newton:
 
 
 def elk(**options) -> LevenbergMarquardt:
-    """ELK (Gonzalez et al. 2024): the full Jacobian in a trust region. Options of `LevenbergMarquardt`.
+    """ELK: the full Jacobian in a trust region.
 
     With lambda fixed, as published: ``elk(regularization=FixedRegularization(0.1))``.
+
+    Args:
+        options: All arguments of `LevenbergMarquardt` except ``jacobian``.
+
+    Returns:
+        ``LevenbergMarquardt(Dense(), ...)``.
+
+    Source: Gonzalez et al. (2024).
     """
     return LevenbergMarquardt(Dense(), **options)
 
 
 def quasi_elk(**options) -> LevenbergMarquardt:
-    """quasi-ELK (Gonzalez et al. 2024): the Jacobian's diagonal in a trust region.
+    """quasi-ELK: the diagonal of the Jacobian in a trust region.
 
-    Options as `elk`.
+    Args:
+        options: All arguments of `LevenbergMarquardt` except ``jacobian``.
+
+    Returns:
+        ``LevenbergMarquardt(Diagonal(), ...)``.
+
+    Source: Gonzalez et al. (2024).
     """
     return LevenbergMarquardt(Diagonal(), **options)

@@ -1,8 +1,11 @@
-"""Paths as lanes: the layout in which a solver that walks step by step reads its inputs and writes its path.
+"""Paths as lanes: the memory layout of solvers that walk along the path step by step.
 
-A chain of T steps is cut into P blocks of S steps; lane ``c * P + p`` holds steps ``p S + 1 .. (p + 1) S`` of chain c.
-Buffers are (lanes, capacity, ...) with S <= capacity. The capacity is part of a program's shapes, S is a number: a
-compiled program solves any path of up to P * capacity steps, in time proportional to S.
+A chain of T steps is cut into P blocks of S steps. Lane ``c * P + p`` contains steps ``p S + 1 .. (p + 1) S`` of chain
+c. Buffers have shape (lanes, capacity, ...) with S <= capacity. The capacity is part of a program's shapes, S is a
+number, so one compiled program solves any path of up to P * capacity steps, in time proportional to S.
+
+`Layout` converts between chains and lanes, `Lanes` is a batch of recurrences in this layout, and `LaneSolver` is the
+base class of the solvers. `walk` steps all lanes together; `walk_apart` lets each lane be at its own step.
 """
 
 import abc
@@ -21,8 +24,12 @@ from pmcmc.recurrence.solution import RecurrenceSolver, Solution
 class Layout(NamedTuple):
     """How chains are cut into lanes. The first three numbers are static, the others may be traced.
 
-    block_length: S, at most ``capacity``; see `LaneSolver.unit` for which numbers will do.
-    length: steps of each chain, at most P S.
+    Attributes:
+        num_chains: C.
+        num_blocks: P, blocks per chain.
+        capacity: Steps that a lane's buffers have room for.
+        block_length: S, at most ``capacity``; see `LaneSolver.unit` for the numbers allowed.
+        length: T, steps of each chain, at most P S.
     """
 
     num_chains: int
@@ -33,17 +40,22 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, problem: Problem, num_blocks: int, num_devices: int = 1) -> "Layout":
-        """Blocks as long as the buffers: every number is static. They are shared out evenly; the last may be empty."""
+        """Return a static layout whose blocks are as long as the buffers.
+
+        Blocks are equally long. Their number is chosen to be a multiple of ``num_devices``, so the last ones may be
+        empty.
+        """
         block_length = -(-problem.length // num_blocks)
         blocks = num_devices * -(-problem.length // (block_length * num_devices))
         return cls(problem.num_chains, blocks, block_length, block_length, problem.length)
 
     @property
     def num_lanes(self) -> int:
+        """C P, the lanes of all chains."""
         return self.num_chains * self.num_blocks
 
     def to_lanes(self, tree: PyTree) -> PyTree:
-        """``(C, T, ...)`` to ``(C * P, S, ...)`` where S is the capacity; the last step is repeated as padding."""
+        """Cut ``(C, T, ...)`` into lanes ``(C * P, capacity, ...)``; the last step is repeated as padding."""
         pad = self.num_blocks * self.capacity - self.length
 
         def leaf(x):
@@ -54,53 +66,70 @@ class Layout(NamedTuple):
         return jax.tree.map(leaf, tree)
 
     def to_chains(self, tree: PyTree) -> PyTree:
-        """Inverse of `to_lanes`; the padding is dropped."""
+        """Inverse of `to_lanes`; drops the padding."""
         leaf = lambda x: x.reshape(self.num_chains, -1, *x.shape[2:])[:, : self.length]
         return jax.tree.map(leaf, tree)
 
     def by_chain(self, lanes: Array) -> Array:
+        """Reshape ``(lanes,)`` to ``(C, P)``."""
         return lanes.reshape(self.num_chains, self.num_blocks)
 
     def valid_steps(self) -> Array:
-        """(lanes,) steps of each block that lie within the path; the last block may be padded."""
+        """Number of steps of each block that lie within the path, shape ``(lanes,)``; the last block may be padded."""
         start = jnp.arange(self.num_blocks) * self.block_length
         return jnp.tile(jnp.clip(self.length - start, 0, self.block_length), self.num_chains)
 
     def shift(self, lanes: Array) -> Array:
-        """Hand each block's entry to its successor; the first block keeps its own (it is never restarted)."""
+        """Pass each block's entry to its successor; the first block keeps its own, since it is never restarted."""
         blocks = lanes.reshape(self.num_chains, self.num_blocks, *lanes.shape[1:])
         return jnp.concatenate([blocks[:, :1], blocks[:, :-1]], axis=1).reshape(lanes.shape)
 
 
 class Lanes(NamedTuple):
-    """A batch of recurrences laid out as lanes; compare `Problem`."""
+    """A batch of recurrences laid out as lanes; compare `Problem`.
+
+    Attributes:
+        recurrence: The recurrence.
+        x0: States before the first step, (C, ...).
+        inputs: Inputs, (lanes, capacity, ...).
+        guess_at: See `Problem.guess_at`; None without a guess.
+        scale: Spread of each coordinate, structure of one state; None: measured.
+        layout: How chains are cut into lanes.
+        buffers: (value, aux) of an earlier solution of this layout, which are overwritten. None: new buffers.
+        measured: Whether the scale was measured on runs from guesses rather than given.
+        held: Lanes of this device, where a solver distributes lanes over devices: see `AllLanes`.
+    """
 
     recurrence: Recurrence
-    x0: PyTree  # (C, ...)
-    inputs: PyTree  # (lanes, capacity, ...)
-    guess_at: Callable | None  # see `Problem.guess_at`
+    x0: PyTree
+    inputs: PyTree
+    guess_at: Callable | None
     scale: PyTree
     layout: Layout
-    buffers: PyTree = None  # (value, aux) of an earlier solution of this layout, overwritten; None: new ones
-    measured: bool = False  # whether the scale was not given, but measured on runs from guesses
-    held: Any = None  # by the device at hand, where a solver shares lanes out: see `AllLanes`
+    buffers: PyTree = None
+    measured: bool = False
+    held: Any = None
 
 
 class LaneSolver(RecurrenceSolver):
-    """A solver that walks: each lane takes one step after the other, so any number of steps is one program.
+    """A solver that walks: each lane takes one step after the other, so one program serves any number of steps.
 
-    unit: S must be a multiple of the largest common divisor of this and the capacity.
+    Attributes:
+        unit: S must be a multiple of the greatest common divisor of this and the capacity.
     """
 
     unit: ClassVar[int] = 1
 
     @abc.abstractmethod
     def blocks_for(self, length: int) -> int:
-        """P for a path of ``length`` steps."""
+        """Return P for a path of ``length`` steps."""
 
     @abc.abstractmethod
     def solve_lanes(self, lanes: Lanes) -> Solution:
-        """Solve; value and aux of the solution are (lanes, capacity, ...), of no meaning behind S steps."""
+        """Solve for all lanes.
+
+        Value and aux of the solution have shape (lanes, capacity, ...); entries after the first S steps are undefined.
+        """
 
     def solve_problem(self, problem: Problem) -> Solution:
         layout = Layout.of(problem, self.blocks_for(problem.length), max(1, len(self.shared_by)))
@@ -111,19 +140,19 @@ class LaneSolver(RecurrenceSolver):
 
 
 def read_step(buffer: PyTree, step: Array | int) -> PyTree:
-    """One step of every lane of ``(lanes, S, ...)`` buffers, the same or each its own, (lanes,)."""
+    """Read one step of every lane from buffers ``(lanes, S, ...)``; ``step`` is one number, or one per lane."""
     if jnp.ndim(step):
         return jax.tree.map(lambda b: b.at[jnp.arange(b.shape[0]), step].get(mode="clip"), buffer)
     return jax.tree.map(lambda b: jax.lax.dynamic_index_in_dim(b, step, 1, keepdims=False), buffer)
 
 
 def write_step(buffer: PyTree, new: PyTree, step: Array | int) -> PyTree:
-    """Inverse of `read_step`, for a step that all lanes share."""
+    """Inverse of `read_step`, for one step shared by all lanes."""
     return jax.tree.map(lambda b, n: jax.lax.dynamic_update_index_in_dim(b, n, step, 1), buffer, new)
 
 
 def write_where(mask: Array, buffer: PyTree, new: PyTree, step: Array | int) -> PyTree:
-    """`write_step` for the lanes of a mask; steps may be each lane's own."""
+    """Write like `write_step`, only in the lanes where ``mask`` is True; each lane may have its own step."""
     if jnp.ndim(step):
 
         def leaf(b, n):
@@ -134,10 +163,16 @@ def write_where(mask: Array, buffer: PyTree, new: PyTree, step: Array | int) -> 
 
 
 def walk(step: Callable, carry: PyTree, lanes: Lanes, chunk: int) -> tuple[PyTree, PyTree]:
-    """``S`` steps of every lane from ``carry``, rounded up to whole chunks; returns the last carry and the record.
+    """Take S steps of every lane, rounded up to whole chunks.
 
-    step: ``(carry, input) -> (carry, record)`` of all lanes at once. The record is (lanes, capacity, ...), of no
-    meaning where nothing was written.
+    Args:
+        step: ``(carry, input) -> (carry, record)`` of all lanes at once.
+        carry: Carries of all lanes before the first step.
+        lanes: Inputs, layout and, if there are any, buffers to overwrite.
+        chunk: Steps between two writes to the large buffers; divides the capacity.
+
+    Returns:
+        The last carry, and the record ``(lanes, capacity, ...)``, undefined where nothing was written.
     """
     layout, inputs, record = lanes.layout, lanes.inputs, record_for(step, carry, lanes)
     run_chunk = _run_alone if layout.num_blocks == 1 else _run_abreast
@@ -146,7 +181,7 @@ def walk(step: Callable, carry: PyTree, lanes: Lanes, chunk: int) -> tuple[PyTre
 
 
 def record_for(step: Callable, carry: PyTree, lanes: Lanes) -> PyTree:
-    """The buffers to be overwritten by `walk`, or new ones."""
+    """Return the buffers that `walk` overwrites, or new ones."""
     if lanes.buffers is not None:
         return lanes.buffers
     _, shapes = jax.eval_shape(step, carry, read_step(lanes.inputs, 0))
@@ -154,7 +189,7 @@ def record_for(step: Callable, carry: PyTree, lanes: Lanes) -> PyTree:
 
 
 def _run_alone(step, inputs, first, chunk, carry, record):
-    """Few lanes: each step reads and writes the large buffers. A loop of known length costs 15 ns a step less."""
+    """Step few lanes: each step reads and writes the large buffers. A fixed loop length saves 15 ns a step."""
 
     def body(number, state):
         carry, record = state
@@ -165,9 +200,9 @@ def _run_alone(step, inputs, first, chunk, carry, record):
 
 
 def _run_abreast(step, inputs, first, chunk, carry, record):
-    """Many lanes: through small buffers (steps, lanes, ...), where a step's lanes are neighbours.
+    """Step many lanes through small buffers (steps, lanes, ...), in which the lanes of a step are adjacent.
 
-    Writing each step into the large buffers touches a page per lane and array.
+    Writing each step into the large buffers would touch a page per lane and array.
     """
     swap = lambda tree: jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tree)
     u = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, chunk, 1), inputs)
@@ -176,19 +211,26 @@ def _run_abreast(step, inputs, first, chunk, carry, record):
     return carry, jax.tree.map(write, record, swap(new))
 
 
-# Ended steps are reported and new ones begun when this share of the lanes waits for it.
+# Lanes that have ended their step wait until this share of the active lanes has; then all of these begin a new step.
 SHARE = 0.1
 
 
 def walk_apart(
     staged: Staged, inputs: PyTree, start: PyTree, state: Any, going: Callable, visit: Callable
 ) -> tuple[PyTree, Any]:
-    """Take steps until no lane is going; returns the carries where each stopped, and the last state.
+    """Take steps of varying length until no lane is going; lanes need not be at the same step.
 
-    start: carries. inputs: (lanes, capacity, ...). state: of the caller, with a field ``step``, (lanes,): the number of
-    the step that each lane is in. going: ``state -> (lanes,)``, which lanes have a step to take.
-    visit: ``(state, carry, aux, arrived) -> state`` for the lanes whose step has ended, the only ones whose number may
-    change.
+    Args:
+        staged: The step in stages.
+        inputs: Inputs, (lanes, capacity, ...).
+        start: Carries before the first step, leading axis lanes.
+        state: The caller's state, with a field ``step``, (lanes,): the number of the step that each lane is in.
+        going: ``state -> (lanes,)``, whether a lane has a step to take.
+        visit: ``(state, carry, aux, arrived) -> state``, called when lanes have ended a step. Only lanes where
+            ``arrived`` is True may change their step number.
+
+    Returns:
+        The carries where each lane stopped, and the last state.
     """
 
     def body(loop: Any) -> Any:
@@ -199,10 +241,12 @@ def walk_apart(
         def few_wait(work: PyTree) -> Array:
             return jnp.sum(under_way & staged.finished(work)) < enough
 
+        # Advance until enough lanes have ended their step, then report these.
         work = jax.lax.while_loop(few_wait, staged.advance, work)
         arrived = under_way & staged.finished(work)
         carry, aux = staged.conclude(work)
         state = visit(state, carry, aux, arrived)
+        # Begin the next step in the lanes that go on; all others keep their work.
         begun = staged.begin(carry, read_step(inputs, state.step))
         again = arrived & going(state)
         wide = lambda x: again.reshape((1,) * (x.ndim - 1) + again.shape)

@@ -1,4 +1,8 @@
-"""What is to be solved: a recurrence, its inputs and a guess."""
+"""The problem to be solved: a recurrence ``x[t] = f(x[t-1], u[t])``, its inputs, an initial guess and a scale.
+
+Users write a `Recurrence` (or a plain function); `make_problem` checks shapes and returns the `Problem` that solvers
+get.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,20 +16,25 @@ from pmcmc._typing import Array, PyTree
 
 
 def _identity(x):
+    """Return x."""
     return x
 
 
 @dataclass(frozen=True)
 class Staged:
-    """A step taken in stages, their number a function of carry and input: begin, advance until finished, conclude.
+    """A step in stages, whose number depends on carry and input: begin, advance until finished, conclude.
 
-    All four take and give a batch of lanes at once. The work, all that is known of a step under way, has the lanes on
-    the last axis of every leaf, where what is per lane is contiguous; carries, inputs and aux have them first.
+    All four functions take and return a batch of lanes. The *work* is everything known of an unfinished step. It has
+    the lanes on the last axis of every leaf, so that per-lane numbers are contiguous; carries, inputs and aux have them
+    on the first axis.
 
-    begin: ``(carry, input) -> work``. advance: ``work -> work``; what conclude reads of a finished lane must stay.
-    finished: ``work -> (lanes,)``. conclude: ``work -> (carry, aux)``.
+    Args:
+        begin: ``(carry, input) -> work``.
+        advance: ``work -> work``. It must not change what conclude reads of a finished lane.
+        finished: ``work -> (lanes,)``, whether a lane's step has ended.
+        conclude: ``work -> (carry, aux)``.
 
-    Source: Dance et al. 2025, "Efficiently vectorized MCMC on modern accelerators".
+    Source: Dance et al. (2025), "Efficiently vectorized MCMC on modern accelerators".
     """
 
     begin: Callable
@@ -38,10 +47,12 @@ class Staged:
 class Recurrence:
     """A recurrence whose step carries more than the unknown, such as a cached gradient.
 
-    step: ``(carry, input) -> (carry, aux)``, one step.
-    unknown: ``carry -> x``, what is solved for, compared and stored.
-    restore: ``x -> carry``, rebuilds the caches.
-    staged: the same step in stages, where its length varies; solvers that walk lanes then let none wait. Else None.
+    Args:
+        step: ``(carry, input) -> (carry, aux)``, one step.
+        unknown: ``carry -> x``, what is solved for, compared and stored.
+        restore: ``x -> carry``, rebuilds the caches.
+        staged: The same step in stages, if its length varies; solvers that walk lanes then let no lane wait for the
+            slowest. None: no stages.
     """
 
     step: Callable
@@ -50,35 +61,63 @@ class Recurrence:
     staged: Staged | None = None
 
     def __call__(self, x: PyTree, u: PyTree) -> tuple[PyTree, PyTree]:
-        """``x[t], aux[t]`` from ``x[t-1]`` without caches."""
+        """Return ``x[t], aux[t]`` from ``x[t-1]``, without caches."""
         carry, aux = self.step(self.restore(x), u)
         return self.unknown(carry), aux
 
 
 class Problem(NamedTuple):
-    """A validated batch of recurrences: every leading axis is chains, the next one time."""
+    """A validated batch of recurrences; leading axes are chains and time.
+
+    Attributes:
+        recurrence: The recurrence.
+        x0: States before the first step, (C, ...).
+        inputs: Inputs, (C, T, ...).
+        guess: States (C, T, ...), a function of step numbers, or None.
+        scale: Spread of each coordinate, structure of one state. None: measured on the path.
+        num_chains: C.
+        length: T.
+    """
 
     recurrence: Recurrence
-    x0: PyTree  # (C, ...)
-    inputs: PyTree  # (C, T, ...)
-    guess: PyTree  # (C, T, ...), or a function of step numbers, or None
-    scale: PyTree  # structure of one state, or None: taken from the path itself
+    x0: PyTree
+    inputs: PyTree
+    guess: PyTree
+    scale: PyTree
     num_chains: int
     length: int
 
     @property
     def dtype(self) -> Any:
+        """Widest floating dtype of the state."""
         return real_dtype(self.x0)
 
     def guess_at(self, steps: Array) -> PyTree:
-        """Guessed states after the given steps (numbered from 0), leading axes (C, steps); None without a guess."""
+        """Return guessed states after these steps (numbered from 0), leading axes (C, steps); None without a guess."""
         if self.guess is None:
             return None
         return self.guess(steps) if callable(self.guess) else jax.tree.map(lambda g: g[:, steps], self.guess)
 
 
 def make_problem(fn, x0, inputs, length, guess, has_aux, scale) -> Problem:
-    """Check shapes and dtypes of a batch and bring ``fn`` to the form of a `Recurrence`."""
+    """Check shapes and dtypes of a batch, and convert ``fn`` to a `Recurrence`.
+
+    Args:
+        fn: Function or `Recurrence`, see `pmcmc.recurrence.solve`.
+        x0: States before the first step, (C, ...).
+        inputs: Inputs, (C, T, ...), or None.
+        length: T, or None if there are inputs.
+        guess: States (C, T, ...), a function of step numbers, or None.
+        has_aux: Whether ``fn`` also returns auxiliary output.
+        scale: Spread of each coordinate, structure of one state, or None.
+
+    Returns:
+        The problem; x0 has the dtypes of the function's result.
+
+    Raises:
+        ValueError: Shapes do not fit, or the length is missing or below 1.
+        TypeError: ``fn`` is not callable.
+    """
     x0 = jax.tree.map(jnp.asarray, x0)
     inputs = jax.tree.map(jnp.asarray, inputs)
     if not jax.tree.leaves(x0):
@@ -104,7 +143,10 @@ def make_problem(fn, x0, inputs, length, guess, has_aux, scale) -> Problem:
 
 
 def as_recurrence(fn: Callable | Recurrence, has_aux: bool = False) -> Recurrence:
-    """``fn`` itself if it is a `Recurrence`, else ``(x, u) -> x`` or ``(x, u) -> (x, aux)`` as one without caches."""
+    """Return ``fn`` as a `Recurrence`.
+
+    ``(x, u) -> x`` and ``(x, u) -> (x, aux)`` become recurrences without caches.
+    """
     if isinstance(fn, Recurrence):
         return fn
     if not callable(fn):
@@ -113,6 +155,7 @@ def as_recurrence(fn: Callable | Recurrence, has_aux: bool = False) -> Recurrenc
 
 
 def _length(inputs: PyTree, length: int | None) -> int:
+    """Return T from inputs and ``length``, which must agree."""
     leaves = jax.tree.leaves(inputs)
     if any(x.ndim < 2 for x in leaves):
         raise ValueError("every leaf of inputs needs a leading time axis of length T.")
@@ -128,9 +171,10 @@ def _length(inputs: PyTree, length: int | None) -> int:
 
 
 def _check_guess(guess, state, num_chains, length):
+    """Check the shapes of a guess and convert it to the state's dtypes."""
     if guess is None:
         return None
-    if callable(guess):  # checked on two steps, called by the solver on those it needs
+    if callable(guess):  # its shapes are checked on two steps; solvers call it on the steps that they need
         given, rows = jax.eval_shape(guess, jnp.arange(2)), 2
         checked: Any = lambda steps: jax.tree.map(lambda g, s: jnp.asarray(g, s.dtype), guess(steps), state)
     else:

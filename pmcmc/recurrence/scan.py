@@ -1,7 +1,7 @@
-"""Affine recursions ``e[t] = A[t] e[t-1] + b[t]``, e[0] = 0, by associative scan and, as its twin, by a loop.
+"""Affine recursions ``e[t] = A[t] e[t-1] + b[t]``, e[0] = 0, by an associative scan, and by a loop as its reference.
 
-Composing two affine maps gives an affine map: ``(A2, b2) o (A1, b1) = (A2 A1, A2 b1 + b2)``. The operator is
-associative, so all prefixes follow in O(log T) parallel rounds (Blelloch 1990). With b of shape ``(T, D)``, A is
+The composition of two affine maps is affine: ``(A2, b2) o (A1, b1) = (A2 A1, A2 b1 + b2)``. This operator is
+associative, so all prefixes take O(log T) parallel rounds (Blelloch 1990). With b of shape ``(T, D)``, A is
 
 | structure | shape of A | entry |
 |---|---|---|
@@ -9,7 +9,8 @@ associative, so all prefixes follow in O(log T) parallel rounds (Blelloch 1990).
 | diagonal | ``(T, D)`` | products are elementwise |
 | 2x2 blocks of diagonals | ``(T, 2, 2, D/2)`` | A[t, p, q, i] maps entry i of half q to entry i of half p |
 
-Each product stays in its structure, so diagonal and block scans need O(T D) memory.
+Products keep their structure, so diagonal and block scans need O(T D) memory. `affine_scan` is the parallel form,
+`affine_scan_sequential` the plain loop, and `running` computes prefixes under other operators.
 """
 
 from collections.abc import Callable
@@ -22,13 +23,13 @@ from pmcmc.recurrence.sharding import Steps
 
 
 def compose(second: Array, first: Array, vector_ndim: int) -> Array:
-    """The product ``A2 A1`` of two structured matrices that act on arrays with ``vector_ndim`` axes."""
+    """Product ``A2 A1`` of two structured matrices that act on arrays with ``vector_ndim`` axes."""
     extra = second.ndim - vector_ndim
     if extra == 0:
         return second * first
     if extra == 1:
         return second @ first
-    # [a b; c d] of diagonals, written out: a batched 2x2 matrix product would be slower than these elementwise ones
+    # [a b; c d] of diagonals, written out: a batched 2x2 matrix product would be slower than elementwise products
     rows = [
         [second[..., p, 0, :] * first[..., 0, q, :] + second[..., p, 1, :] * first[..., 1, q, :] for q in range(2)]
         for p in range(2)
@@ -37,7 +38,7 @@ def compose(second: Array, first: Array, vector_ndim: int) -> Array:
 
 
 def apply_affine(a: Array, e: Array) -> Array:
-    """``A e`` for a dense, diagonal or block A; the shapes tell which."""
+    """Product ``A e`` of a dense, diagonal or block A, distinguished by their shapes."""
     extra = a.ndim - e.ndim
     if extra == 0:
         return a * e
@@ -49,18 +50,25 @@ def apply_affine(a: Array, e: Array) -> Array:
 
 
 def affine_operator(first, second):
-    """``(A2, b2) o (A1, b1)``, the associative operator of all three structures."""
+    """Compose ``(A2, b2) o (A1, b1)``, the associative operator for all three structures."""
     (a1, b1), (a2, b2) = first, second
     return compose(a2, a1, b1.ndim), apply_affine(a2, b1) + b2
 
 
 def affine_scan(steps: Steps, a: Array, b: Array, reverse: bool = False) -> Array:
-    """All e[t], shape ``(T, D)``, in O(log T) rounds; reverse runs ``e[t] = A[t] e[t+1] + b[t]`` from the end."""
+    """Compute all e[t], shape ``(T, D)``, in O(log T) rounds.
+
+    Args:
+        steps: Steps of the path, on one device or several.
+        a: A[t], in one of the three structures.
+        b: b[t], shape ``(T, D)``.
+        reverse: Run ``e[t] = A[t] e[t+1] + b[t]`` from the end of the path instead.
+    """
     return steps.scan(affine_operator, (a, b), reverse)[1]
 
 
 def affine_scan_sequential(a: Array, b: Array, reverse: bool = False) -> Array:
-    """The same by a loop over t; the reference for `affine_scan`."""
+    """Compute `affine_scan` by a loop over t, as its reference."""
 
     def body(e, ab):
         e = apply_affine(ab[0], e) + ab[1]
@@ -69,11 +77,25 @@ def affine_scan_sequential(a: Array, b: Array, reverse: bool = False) -> Array:
     return jax.lax.scan(body, jnp.zeros_like(b[0]), (a, b), reverse=reverse)[1]
 
 
+# Consecutive elements that `running` combines sequentially; the rows of this length are processed side by side.
 ROW = 64
 
 
 def running(steps: Steps, operator: Callable, elements: PyTree, identity: PyTree) -> PyTree:
-    """All prefixes of elements (own steps, ...) under an associative operator with this identity."""
+    """Compute all prefixes of the elements under an associative operator, on the steps of this device.
+
+    The path is cut into rows. The elements of a row are combined sequentially, all rows side by side; then the totals
+    of rows and of devices.
+
+    Args:
+        steps: Steps of the path, on one device or several.
+        operator: ``(first, second) -> combined``, associative.
+        elements: Pytree with leading axis own steps.
+        identity: The operator's identity, one number per leaf.
+
+    Returns:
+        Prefixes, with the shapes of ``elements``.
+    """
     length = steps.num_own
     rows = -(-length // ROW)
 
@@ -85,10 +107,12 @@ def running(steps: Steps, operator: Callable, elements: PyTree, identity: PyTree
         carry = operator(carry, element)
         return carry, carry
 
+    # Prefixes within each row.
     neutral = lambda like: jax.tree.map(lambda x, one: jnp.full_like(x, one), like, identity)
     elements = jax.tree.map(cut, elements, identity)
     first = neutral(jax.tree.map(lambda x: x[0], elements))
     totals, within = jax.lax.scan(along, first, elements)  # (rows, ...), (ROW, rows, ...)
+    # What comes before each row: earlier rows of this device, and all steps of earlier devices.
     total, before = jax.lax.scan(
         lambda carry, row: (operator(carry, row), carry), jax.tree.map(lambda x: x[0], first), totals
     )

@@ -1,4 +1,4 @@
-"""The reference: one step after the other."""
+"""The sequential solver: ``x[t] = fn(x[t-1], inputs[t])``, one step after the other. See `Sequential`."""
 
 import math
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from pmcmc.recurrence.lanes import Lanes, LaneSolver, walk
 from pmcmc.recurrence.problem import Problem
 from pmcmc.recurrence.solution import RESULTS, Solution, Stats
 
-# Where the number of steps is traced they come in chunks of this many.
+# Steps per chunk, where the number of steps is traced.
 CHUNK = 128
 
 
 @register_dataclass
 @dataclass(frozen=True)
 class Sequential(LaneSolver):
-    """Evaluate ``x[t] = fn(x[t-1], inputs[t])`` for t = 1, 2, ..., T in order, by one scan.
+    """Evaluate ``x[t] = fn(x[t-1], inputs[t])`` sequentially, t = 1..T, by one scan.
 
-    Several chains run as lanes of the same scan. Needs no guess and no contraction: the twin that every
-    parallel solver is tested against, and the fallback where parallel would not pay.
+    Several chains run as lanes of the same scan. It needs neither a guess nor contraction: it is the reference for
+    tests of all parallel solvers, and the fallback where a parallel solve would not pay.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -60,7 +60,7 @@ class Sequential(LaneSolver):
         return _conclude(value, aux, leading_true(finite), problem.length)
 
     def solve_lanes(self, lanes: Lanes) -> Solution:
-        """As `solve_problem`, for a number of steps that may be traced; one lane a chain."""
+        """Solve like `solve_problem`, for a number of steps that may be traced; one lane per chain."""
         recurrence, layout = lanes.recurrence, lanes.layout
 
         def one(carry: Any, u: Any) -> Any:
@@ -87,7 +87,7 @@ class Sequential(LaneSolver):
 
 
 def _conclude(value: Any, aux: Any, finite_steps: Array, length: int | Array) -> Solution:
-    """finite_steps: (C,) length of the prefix that is finite."""
+    """Return the solution, given the length of the finite prefix of each chain, ``finite_steps`` (C,)."""
     steps = jnp.full(finite_steps.shape, length)
     none = jnp.zeros_like(steps)
     finite, dtype = finite_steps == length, real_dtype(value)

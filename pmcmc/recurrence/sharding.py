@@ -1,4 +1,9 @@
-"""Work shared by several devices: lanes, each device some of them, or steps, each device a part of every path."""
+"""Work shared by several devices: each device gets some of the lanes, or a part of the steps of every path.
+
+Solvers are written once, against the methods of `AllLanes` or `AllSteps` (one device). On several devices,
+`over_devices` passes `SomeLanes` to solvers that walk lanes, and `over_steps` passes `SomeSteps` to Newton-type
+solvers; their methods exchange what is needed between devices.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -17,10 +22,10 @@ AXIS = "lanes"
 
 
 def distinct(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
-    """As a solver keeps them: hashable, as what is static must be.
+    """Return devices as a tuple, which is hashable as static fields must be.
 
     Raises:
-        ValueError: none, or repeated ones.
+        ValueError: There is no device, or one is repeated.
     """
     devices = tuple(devices)
     if not devices or len(set(devices)) < len(devices):
@@ -29,55 +34,65 @@ def distinct(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
 
 
 def lane_sharding(devices: Sequence[jax.Device]) -> NamedSharding:
-    """Of arrays whose first axis is lanes."""
+    """Sharding of arrays whose first axis is lanes."""
     return NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
 
 
 def replicated(devices: Sequence[jax.Device]) -> NamedSharding:
-    """Of arrays that every device holds whole."""
+    """Sharding of arrays that every device stores completely."""
     return NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec())
 
 
 class AllLanes(NamedTuple):
-    """One device holds all lanes. Its methods say what `SomeLanes` must do."""
+    """All lanes, on one device. Its methods document those of `SomeLanes`.
+
+    Attributes:
+        layout: How chains are cut into lanes.
+    """
 
     layout: Layout
 
     @property
     def num_lanes(self) -> int:
+        """Number of own lanes."""
         return self.layout.num_lanes
 
     def own(self, lanes: PyTree) -> PyTree:
-        """Out of arrays of all lanes."""
+        """Select the own lanes from arrays of all lanes."""
         return lanes
 
     def valid_steps(self) -> Array:
-        """See `Layout.valid_steps`, of own lanes."""
+        """`Layout.valid_steps` of the own lanes."""
         return self.layout.valid_steps()
 
     def numbers(self) -> Array:
-        """Of own lanes among all."""
+        """Numbers of the own lanes among all lanes."""
         return jnp.arange(self.num_lanes)
 
     def first_of_chain(self) -> Array:
-        """(own lanes,) whether a lane is the first of its chain."""
+        """Whether a lane is the first of its chain, (own lanes,)."""
         return self.numbers() % self.layout.num_blocks == 0
 
     def hand_over(self, ends: PyTree) -> PyTree:
-        """Each own lane's entry goes to the next lane; the first of a chain keeps its own."""
+        """Pass each own lane's entry to the next lane; the first lane of a chain keeps its own."""
         return jax.tree.map(self.layout.shift, ends)
 
     def most(self, *counts: Array) -> Array:
-        """Over the lanes of each chain, of integers (own lanes,): (counts, C)."""
+        """Maximum over the lanes of each chain, for integers (own lanes,); shape (counts, C)."""
         return jnp.stack([jnp.max(self.layout.by_chain(c), axis=1) for c in counts])
 
     def every(self, stride: int, record: PyTree) -> PyTree:
-        """Every so manieth step of all lanes in order, of real leaves (own lanes, capacity, ...)."""
+        """Return every ``stride``-th step of the concatenated lanes, for real leaves (own lanes, capacity, ...)."""
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[::stride], record)
 
 
 class SomeLanes(NamedTuple):
-    """One of several devices, inside `over_devices`; see `AllLanes`."""
+    """The lanes of one of several devices, inside `over_devices`; see `AllLanes`.
+
+    Attributes:
+        layout: How chains are cut into lanes.
+        num_devices: Number of devices; divides the number of lanes.
+    """
 
     layout: Layout
     num_devices: int
@@ -111,7 +126,7 @@ class SomeLanes(NamedTuple):
         return jax.tree.map(leaf, ends, before)
 
     def most(self, *counts: Array) -> Array:
-        # a chain of which this device holds no lane has the least integer there
+        # chains without a lane on this device get the smallest integer
         chains = self.numbers() // self.layout.num_blocks
         own = jax.ops.segment_max(jnp.stack(counts, axis=1), chains, self.layout.num_chains)
         return jax.lax.pmax(own.T, AXIS)
@@ -126,16 +141,24 @@ class SomeLanes(NamedTuple):
             if not is_real(x):
                 return jnp.zeros((len(steps), *x.shape[2:]), x.dtype)
             own = x.reshape(-1, *x.shape[2:]).at[here].get(mode="clip")
-            return jax.lax.psum(jnp.where(expand_mask(mine, own), own, 0), AXIS)  # one of them is not zero: exact
+            # exact, since at most one device contributes a number other than zero
+            return jax.lax.psum(jnp.where(expand_mask(mine, own), own, 0), AXIS)
 
         return jax.tree.map(leaf, record)
 
 
 def over_devices(devices: Sequence[jax.Device], fn: Callable, lanes: PyTree, out: PyTree, layout: Layout) -> PyTree:
-    """``fn(held, own lanes)`` on each device.
+    """Call ``fn(held, own lanes)`` on each device.
 
-    lanes: arrays of all lanes. out: of the result, a tree of True for what is per lane, and False for what is the same
-    on every device.
+    Args:
+        devices: The devices.
+        fn: ``(SomeLanes, own lanes) -> result``.
+        lanes: Arrays of all lanes.
+        out: Structure of the result, with True for leaves per lane and False for leaves equal on every device.
+        layout: How chains are cut into lanes.
+
+    Returns:
+        The result, with all lanes.
     """
     spec = jax.tree.map(lambda per_lane: PartitionSpec(AXIS) if per_lane else PartitionSpec(), out)
     held = SomeLanes(layout, len(devices))
@@ -144,12 +167,12 @@ def over_devices(devices: Sequence[jax.Device], fn: Callable, lanes: PyTree, out
         mesh=lane_sharding(devices).mesh,
         in_specs=PartitionSpec(AXIS),
         out_specs=spec,
-        check_vma=False,  # loops whose carry begins with constants would have to mark each of them as varying
+        check_vma=False,  # otherwise loops would have to mark each constant in their first carry as varying
     )(lanes)
 
 
 def _to_bytes(tree: PyTree) -> Array:
-    """All leaves as one vector, so that one message holds them."""
+    """Concatenate the bytes of all leaves, so that one message carries them."""
 
     def leaf(x: Array) -> Array:
         x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, jnp.uint8)
@@ -177,61 +200,62 @@ AXIS = "steps"
 
 
 def step_sharding(devices: Sequence[jax.Device]) -> NamedSharding:
-    """Of arrays (chains, steps, ...)."""
+    """Sharding of arrays (chains, steps, ...) whose second axis is steps."""
     return NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(None, AXIS))
 
 
 class AllSteps(NamedTuple):
-    """One device holds the whole path. Its methods say what `SomeSteps` must do.
+    """All steps of a path, on one device. Its methods document those of `SomeSteps`.
 
-    length: T.
+    Attributes:
+        length: T.
     """
 
     length: int
 
     @property
     def num_own(self) -> int:
-        """Steps that this device holds, padding included."""
+        """Number of own steps, padding included."""
         return self.length
 
     def numbers(self) -> Array:
-        """Of own steps, from 0; padding has T and more."""
+        """Numbers of the own steps, from 0; padding has numbers of T and above."""
         return jnp.arange(self.length)
 
     def delayed(self, x: Array, first: Array | float = 0) -> Array:
-        """``x[t-1]`` of an array (own steps, ...); ``first`` before the path."""
+        """Return ``x[t-1]`` of an array (own steps, ...); ``first`` before the path."""
         return jnp.concatenate([jnp.broadcast_to(first, x[:1].shape).astype(x.dtype), x[:-1]])
 
     def ahead(self, x: Array) -> Array:
-        """``x[t+1]``; zero behind the path."""
+        """Return ``x[t+1]`` of an array (own steps, ...); zero after the path."""
         return jnp.concatenate([x[1:], jnp.zeros_like(x[:1])])
 
     def scan(self, operator: Callable, elements: PyTree, reverse: bool = False) -> PyTree:
-        """All prefixes (reverse: suffixes) of a path of elements under an associative operator."""
+        """Compute all prefixes (reverse: suffixes) of the path's elements under an associative operator."""
         return jax.lax.associative_scan(operator, elements, reverse=reverse)
 
     def before(self, operator: Callable, total: PyTree, identity: PyTree) -> PyTree:
-        """Of the totals that each device has of its own steps, those of the devices before this one, joined."""
+        """Combine the totals of the devices before this one, each device giving the ``total`` of its own steps."""
         return jax.tree.map(lambda x, one: jnp.full_like(x, one), total, identity)
 
     def all(self, holds: Array) -> Array:
-        """Over the path."""
+        """Whether all entries over the path are True."""
         return jnp.all(holds)
 
     def any(self, holds: Array) -> Array:
-        """Over the path."""
+        """Whether any entry over the path is True."""
         return jnp.any(holds)
 
     def max(self, x: Array) -> Array:
-        """The largest entry over the path."""
+        """Largest entry over the path."""
         return jnp.max(x)
 
     def sum(self, x: Array) -> Array:
-        """Of all entries over the path."""
+        """Sum of all entries over the path."""
         return jnp.sum(x)
 
     def total(self, own: Array) -> Array:
-        """Of a number that each device has."""
+        """Sum over devices of a number that each device has."""
         return own
 
     def leading(self, holds: Array) -> Array:
@@ -239,12 +263,17 @@ class AllSteps(NamedTuple):
         return leading_true(holds)
 
     def every(self, stride: int, x: Array) -> Array:
-        """Every so manieth row of the path."""
+        """Return every ``stride``-th row of the path."""
         return x[::stride]
 
 
 class SomeSteps(NamedTuple):
-    """One of several devices, inside `over_steps`; see `AllSteps`."""
+    """The steps of one of several devices, inside `over_steps`; see `AllSteps`.
+
+    Attributes:
+        length: T.
+        num_devices: Number of devices.
+    """
 
     length: int
     num_devices: int
@@ -255,14 +284,14 @@ class SomeSteps(NamedTuple):
 
     @property
     def padding(self) -> int:
-        """Of the path as a whole."""
+        """Number of padding steps after the path, on all devices together."""
         return self.num_own * self.num_devices - self.length
 
     def numbers(self) -> Array:
         return jax.lax.axis_index(AXIS) * self.num_own + jnp.arange(self.num_own)
 
     def inside(self) -> Array:
-        """(own steps,) whether a step is no padding."""
+        """Whether a step belongs to the path rather than the padding, (own steps,)."""
         return self.numbers() < self.length
 
     def delayed(self, x: Array, first: Array | float = 0) -> Array:
@@ -279,9 +308,10 @@ class SomeSteps(NamedTuple):
 
     def scan(self, operator: Callable, elements: PyTree, reverse: bool = False) -> PyTree:
         own = jax.lax.associative_scan(operator, elements, reverse=reverse)
-        # not joined into one message: there A, which is known, could not be told from b's tangents
+        # one message per leaf: in a common one, A, which is known, could not be separated from b's tangents
         totals = jax.lax.all_gather(jax.tree.map(lambda x: x[0] if reverse else x[-1], own), AXIS)
         upto = jax.lax.associative_scan(operator, totals, reverse=reverse)
+        # Combine with the totals of all devices on one side; the device at that end has none.
         device = jax.lax.axis_index(AXIS)
         edge, neighbour = (self.num_devices - 1, device + 1) if reverse else (0, device - 1)
         incoming = jax.tree.map(
@@ -321,7 +351,8 @@ class SomeSteps(NamedTuple):
         here = jnp.arange(0, self.length, stride) - self.numbers()[0]
         mine = (here >= 0) & (here < self.num_own)
         rows = x.at[here].get(mode="clip")
-        return self.total(jnp.where(expand_mask(mine, rows), rows, 0))  # one of them is not zero: exact
+        # exact, since at most one device contributes a number other than zero
+        return self.total(jnp.where(expand_mask(mine, rows), rows, 0))
 
 
 Steps = AllSteps | SomeSteps
@@ -330,10 +361,19 @@ Steps = AllSteps | SomeSteps
 def over_steps(
     devices: Sequence[jax.Device], fn: Callable, whole: PyTree, shared: PyTree, out: PyTree, length: int
 ) -> PyTree:
-    """``fn(steps, whole, own part of shared)`` on each device.
+    """Call ``fn(steps, whole, own part of shared)`` on each device.
 
-    whole: arrays that every device gets. shared: arrays (chains, T, ...). out: of the result, a tree with the number of
-    the axis that is steps, or -1 for what is the same on every device.
+    Args:
+        devices: The devices.
+        fn: ``(SomeSteps, whole, own part of shared) -> result``.
+        whole: Arrays that every device gets completely.
+        shared: Arrays (chains, T, ...), cut along the steps.
+        out: Structure of the result, with the number of the steps axis of each leaf, or -1 for leaves that are equal on
+            every device.
+        length: T.
+
+    Returns:
+        The result, with all steps and without padding.
     """
     steps = SomeSteps(length, len(devices))
 
@@ -348,7 +388,7 @@ def over_steps(
         out_specs=jax.tree.map(spec, out),
         check_vma=False,  # as in `over_devices`
     )
-    # one program also where the caller compiles none: else each operation would be one
+    # jitted here as well: without a jit around it, each operation would be compiled as a separate program
     found = jax.jit(shared_program)(whole, jax.tree.map(pad, shared) if steps.padding else shared)
     if not steps.padding:
         return found

@@ -1,4 +1,7 @@
-"""What solvers return, and what they are."""
+"""What solvers return (`Solution`, `Stats`, `RESULTS`), and their base class `RecurrenceSolver`.
+
+It also defines what "small" means: the default tolerance of a dtype, and the scale that residuals are relative to.
+"""
 
 import abc
 import enum
@@ -14,11 +17,16 @@ from pmcmc.recurrence.problem import Problem, Recurrence, make_problem
 
 
 class RESULTS(enum.IntEnum):
-    """How a solve ended. Failure is data: a code inside jit, a sentence with a remedy outside.
+    """How a solve ended.
 
-    successful: every state satisfies the recurrence. max_iters_reached: the budget ran out first. nonfinite: a state is
-    NaN or infinite. stagnated: the iterates stopped short of a solution. not_contracting: the recurrence holds within
-    the tolerance, but nearby paths separate.
+    Inside jit it is an integer code. Outside, `message` says what happened and what to do.
+
+    Attributes:
+        successful: Every state satisfies the recurrence.
+        max_iters_reached: The budget ran out first.
+        nonfinite: A state is NaN or infinite.
+        stagnated: The iterates stopped changing short of a solution.
+        not_contracting: The recurrence is satisfied within the tolerance, but nearby paths separate.
 
     Example:
         >>> RESULTS(2).name
@@ -33,7 +41,7 @@ class RESULTS(enum.IntEnum):
 
     @property
     def message(self) -> str:
-        """What happened and what to do, in one sentence each."""
+        """What happened, and what to do about it, in one sentence each."""
         return _MESSAGES[self]
 
 
@@ -41,11 +49,11 @@ _MESSAGES = {
     RESULTS.successful: "Every state satisfies the recurrence within the tolerance.",
     RESULTS.max_iters_reached: (
         "The budget of iterations or sweeps ran out before the recurrence held everywhere. Only the first "
-        "`certified_steps` states stand: raise the budget, or continue sequentially from there."
+        "`certified_steps` states are certified: raise the budget, or continue sequentially from there."
     ),
     RESULTS.nonfinite: (
-        "A state of the solution, or the start, is NaN or infinite. Only the first `certified_steps` states stand: "
-        "check x0 and the recurrence there with the sequential solver."
+        "A state of the solution, or the start, is NaN or infinite. Only the first `certified_steps` states are "
+        "certified: check x0 and the recurrence there with the sequential solver."
     ),
     RESULTS.stagnated: (
         "The iterates stopped moving although the recurrence does not hold. Damp the Jacobian, use a trust region, "
@@ -53,28 +61,30 @@ _MESSAGES = {
     ),
     RESULTS.not_contracting: (
         "The recurrence holds within the tolerance, but nearby paths separate, so the solution may be a pseudo-orbit "
-        "far from the sequential one. Only the first `certified_steps` states stand: sample sequentially."
+        "far from the sequential one. Only the first `certified_steps` states are certified: sample sequentially."
     ),
 }
 
 
 class Stats(NamedTuple):
-    """What a solve cost and how far it is certified. Scalars, or arrays with one entry per chain.
+    """Cost of a solve, and how far it is certified. Scalars, or arrays with one entry per chain.
 
-    num_iters: Newton-type iterations (0 for other solvers).
-    num_sweeps: repair sweeps of multiple shooting (0 for other solvers).
-    num_sequential_steps: critical path, in evaluations of the recurrence one after the other.
-    num_fn_evals: evaluations of the recurrence in all.
-    certified_steps: length of the prefix that is the sequential path whatever `result` says. All T steps where the
-        solve is successful. Else a step counts if every step up to it holds on a scale that depends on the states up
-        to it alone (the given one, or the range of those states if that is smaller than the measured one), so that
-        wild states behind it cannot make it hold; and if the residuals up to it, carried on by the measured growth of
-        small distances, stay within the tolerance. For shooting: whole blocks from the start on, with no splice that
-        was not exact where paths separate. Steps that hold exactly always count.
-    growth_rate: mean log growth per step of small distances between paths (a finite-distance estimate of the
-        largest Lyapunov exponent); NaN where none was observed.
-    certified_residual: largest residual of the certified steps, 0 where there are none, on the scale that they were
-        judged by; None: the solver does not tell.
+    Attributes:
+        num_iters: Newton-type iterations; 0 for other solvers.
+        num_sweeps: Repair sweeps of multiple shooting; 0 for other solvers.
+        num_sequential_steps: Critical path: evaluations of the recurrence one after the other.
+        num_fn_evals: Evaluations of the recurrence in total.
+        certified_steps: Length of the prefix that is the sequential path within the tolerance, whatever `result` says;
+            T if the solve is successful. Otherwise, for Newton-type solvers, a step counts if two conditions are met.
+            Every equation up to it is satisfied on a scale that depends only on the states up to it (the given scale,
+            or the smaller of the measured one and the range of those states), so that wild later states cannot make it
+            count. And the residuals up to it, propagated by the measured growth of small distances, stay within the
+            tolerance. Steps that are satisfied exactly always count. For shooting: whole blocks from the start; where
+            paths separate, only blocks without inexact merges.
+        growth_rate: Mean log growth per step of small distances between paths, a finite-distance estimate of the
+            largest Lyapunov exponent; NaN if none was observed.
+        certified_residual: Largest residual of the certified steps, on the scale by which they were judged; 0 if there
+            are none. None: the solver does not report it.
     """
 
     num_iters: Array
@@ -87,17 +97,18 @@ class Stats(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """States x[1..T] and how far they can be trusted.
+    """States x[1..T], and how far they can be trusted.
 
-    value: the states, leading axis T.
-    aux: what fn returned beside the state, leading axis T, or None.
-    result: a `RESULTS` code (integer array).
-    residual: max over t of |x[t] - fn(x[t-1], inputs[t])| / scale, as the solver evaluated it. Where a Newton-type
-        solve did not hold as a whole, on the scale of `Stats.certified_steps`.
-    stats: see `Stats`.
-    iterates: Newton iterates, leading axis ``num_iterates``, where asked for; the initial guess is the first.
-    residual_profile: the residual of each step, ``(T,)``, where the solver judges every step (Newton-type solvers);
-        inf where a step was not evaluated or is not finite.
+    Attributes:
+        value: The states, leading axis T.
+        aux: What fn returned besides the state, leading axis T, or None.
+        result: A `RESULTS` code (integer array).
+        residual: Largest ``|x[t] - fn(x[t-1], inputs[t])| / scale`` over all t, as the solver evaluated it. If a
+            Newton-type solve did not satisfy all equations, it is on the scale of `Stats.certified_steps`.
+        stats: See `Stats`.
+        iterates: Newton iterates, leading axis ``num_iterates``, if requested; the initial guess is the first.
+        residual_profile: Residual of each step, ``(T,)``, from solvers that judge every step (Newton-type solvers); inf
+            where a step was not evaluated or is not finite. None from other solvers.
     """
 
     value: PyTree
@@ -110,34 +121,34 @@ class Solution(NamedTuple):
 
 
 class RecurrenceSolver(abc.ABC):
-    """Solves ``x[t] = fn(x[t-1], inputs[t])`` for t = 1..T.
+    """Base class of solvers of ``x[t] = fn(x[t-1], inputs[t])``, t = 1..T.
 
     A solver implements `solve_problem` for a batch of recurrences of one shape; `solve` and `solve_batch` check the
-    arguments and call it. It is a frozen dataclass and a pytree: numbers are leaves.
+    arguments and call it. It is a frozen dataclass and a pytree whose numbers are leaves.
     """
 
     def numbers_per_step(self, dim: int) -> int:
-        """How many numbers a solve holds for each step of a state of so many, beside inputs, states and aux.
+        """Numbers that a solve stores for each step of a state of ``dim`` numbers, besides inputs, states and aux.
 
-        Whoever cuts long recurrences into segments asks for it. None where nothing but those is written.
+        Used to size segments. The default is 0: the solver writes nothing else.
         """
         return 0
 
     @property
     def decision(self) -> str:
-        """What reports call it: "sequential", "shooting", "newton", or, for solvers from elsewhere, their class."""
+        """Name of the solver in reports: "sequential", "shooting", "newton", or the class name for other solvers."""
         return type(self).__name__
 
     @property
     def shared_by(self) -> Sequence[jax.Device]:
-        """Devices that share the work; none of them named: the one that JAX uses by default."""
+        """Devices that share the work. Empty: JAX's default device alone."""
         return ()
 
     def with_devices(self, devices: Sequence[jax.Device] | None) -> "RecurrenceSolver":
-        """This solver, its work shared by these devices; None: by none that are named.
+        """Return this solver with its work shared by these devices; None leaves it unchanged.
 
         Raises:
-            ValueError: it cannot share its work.
+            ValueError: The solver cannot share its work.
         """
         if devices is None:
             return self
@@ -180,26 +191,29 @@ class RecurrenceSolver(abc.ABC):
         has_aux: bool = False,
         scale: PyTree = None,
     ) -> Solution:
-        """Solve many recurrences of one shape at once: x0 ``(C, ...)``, inputs ``(C, T, ...)``."""
+        """Solve many recurrences of one shape at once: x0 ``(C, ...)``, inputs ``(C, T, ...)``.
+
+        Other arguments as in `pmcmc.recurrence.solve`, with the chain axis first.
+        """
         return self.solve_problem(make_problem(fn, x0, inputs, length, initial_guess, has_aux, scale))
 
 
 def default_tolerance(dtype: Any) -> float:
     """Relative tolerance that a contracting recurrence reaches in this precision.
 
-    Coupled paths stop approaching each other at a floor of 5-8 eps of the state's scale in float32; 32 eps
-    (3.8e-6) clears it. In float64 512 eps is 1.1e-13.
+    Coupled paths stop approaching each other at 5 to 8 eps of the state's scale in float32; 32 eps (3.8e-6) is above
+    this floor. In float64 it is 512 eps, 1.1e-13.
     """
     eps = float(jnp.finfo(dtype).eps)
     return (32 if eps > 1e-8 else 512) * eps
 
 
 def typical_scale(path: PyTree) -> PyTree:
-    """Scale of each coordinate from a path ``(time, ...)``: the interquartile range over 1.349.
+    """Scale of each coordinate of a path ``(time, ...)``: the interquartile range over 1.349.
 
-    A tolerance relative to |x| would call anything converged on a shifted target; the spread of the path is
-    invariant to shifts, and quartiles do not see the transients of a poor guess. At most 4,096 evenly spaced
-    states are read. Where the spread is below the resolution of the dtype, as on a constant path, it is |x|.
+    A tolerance relative to ``|x|`` would call anything converged on a shifted target. The spread of the path is
+    invariant to shifts, and quartiles ignore the transients of a poor guess. At most about 4,096 evenly spaced states
+    are read. Where the spread is below the resolution of the dtype, as on a constant path, the scale is ``|x|``.
     """
 
     def leaf(x):

@@ -115,12 +115,12 @@ def test_densities_that_are_no_real_number(logdensity_fn) -> None:
     ids=["NaN", "inf", "-inf", "gradient"],
 )
 def test_densities_that_are_not_finite_at_the_start(logdensity_fn, words: str) -> None:
-    with pytest.raises(ValueError, match=f"cannot be used at every start. .*{words}"):
+    with pytest.raises(ValueError, match=f"cannot be used at any start. .*{words}"):
         sample(logdensity_fn=logdensity_fn, initial_position={"a": 0.0, "b": 0.0})
 
 
 def test_start_that_is_not_finite() -> None:
-    with pytest.raises(ValueError, match="cannot be used at every start"):
+    with pytest.raises(ValueError, match="cannot be used at any start"):
         sample(initial_position=jnp.array([0.0, jnp.nan, 0.0]))
 
 

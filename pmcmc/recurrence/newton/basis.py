@@ -1,9 +1,9 @@
 """Coordinates in which a Newton-type solver approximates the Jacobian.
 
-A diagonal is a good approximation in some coordinates and a poor one in others. With ``x = L z`` the Jacobian of
-the recurrence in z is ``L^-1 J L``; whitening or rotating by an estimate of the posterior's covariance makes it
-nearly diagonal for samplers. The solver maps increments only, ``dz = L^-1 dx``, so a location would cancel and none
-is asked for; the states, the residual and the tolerance keep their meaning.
+A diagonal is a good approximation in some coordinates and a poor one in others. With ``x = L z`` the Jacobian of the
+recurrence in z is ``L^-1 J L``. Whitening or rotating by an estimate of the posterior's covariance makes it nearly
+diagonal for samplers. The solver maps only increments, ``dz = L^-1 dx``, so a location would cancel and none is
+needed. The states, the residual and the tolerance are not affected.
 """
 
 import abc
@@ -20,25 +20,25 @@ from pmcmc._typing import Array
 class Basis(abc.ABC):
     """An invertible linear map L between increments of the state, both vectors of length D.
 
-    A solver works on ``z = L^{-1} e`` and maps back, so neither the solution nor its residual changes meaning; what
-    changes is how well a diagonal describes the Jacobian ``L^{-1} J L``.
+    A solver works on ``dz = L^-1 dx`` and maps back, so the solution and its residual do not depend on L. What changes
+    is how well a diagonal approximates the Jacobian ``L^-1 J L``.
     """
 
     @abc.abstractmethod
     def encode(self, dx: Array) -> Array:
-        """``dz = L^-1 dx``."""
+        """Return ``dz = L^-1 dx``."""
 
     @abc.abstractmethod
     def decode(self, dz: Array) -> Array:
-        """``dx = L dz``."""
+        """Return ``dx = L dz``."""
 
 
 @register_dataclass
 @dataclass(frozen=True)
 class StandardBasis(Basis):
-    """The state's own coordinates: L = I.
+    """The state's own coordinates, L = I.
 
-    The default; nothing is mapped.
+    This is the default; nothing is mapped.
     """
 
     def encode(self, dx):
@@ -51,12 +51,16 @@ class StandardBasis(Basis):
 @register_dataclass
 @dataclass(frozen=True)
 class ScaledBasis(Basis):
-    """L = diag(scale), scale of shape ``(D,)`` or one number.
+    """Diagonal scaling, L = diag(scale).
 
-    Changes nothing for a diagonal Jacobian without clipping; it does for a trust region, whose ball it reshapes.
+    It has no effect on a diagonal Jacobian without clipping. It does change a trust region, which is a ball in the
+    basis.
+
+    Args:
+        scale: Scale of each coordinate, shape ``(D,)``, or one number.
     """
 
-    scale: Any  # a leaf, so no narrower: transformations put placeholders here
+    scale: Any  # not a narrower type: it is a leaf, and jax transformations put placeholders here
 
     def encode(self, dx):
         return dx / self.scale
@@ -68,9 +72,13 @@ class ScaledBasis(Basis):
 @register_dataclass
 @dataclass(frozen=True)
 class LinearBasis(Basis):
-    """L is a matrix ``(D, D)``, kept with its inverse.
+    """Basis given by a matrix L, stored with its inverse.
 
     Build it with `from_matrix`, `from_scale_tril` (a Cholesky factor) or `from_covariance` (its principal axes).
+
+    Args:
+        matrix: L, shape ``(D, D)``.
+        inverse: Inverse of L, shape ``(D, D)``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -84,7 +92,11 @@ class LinearBasis(Basis):
 
     @classmethod
     def from_matrix(cls, matrix: Array) -> "LinearBasis":
-        """Any invertible L."""
+        """Use any invertible L, shape ``(D, D)``.
+
+        Raises:
+            ValueError: The matrix is not square.
+        """
         matrix = jnp.asarray(matrix)
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"a basis needs a square matrix, got shape {matrix.shape}.")
@@ -92,14 +104,14 @@ class LinearBasis(Basis):
 
     @classmethod
     def from_scale_tril(cls, scale_tril: Array) -> "LinearBasis":
-        """L = a lower-triangular Cholesky factor of the covariance: whitening."""
+        """Whiten: L is a lower-triangular Cholesky factor of the covariance, shape ``(D, D)``."""
         scale_tril = jnp.asarray(scale_tril)
         eye = jnp.eye(scale_tril.shape[-1], dtype=scale_tril.dtype)
         return cls(scale_tril, jax.scipy.linalg.solve_triangular(scale_tril, eye, lower=True))
 
     @classmethod
     def from_covariance(cls, covariance: Array) -> "LinearBasis":
-        """L = the eigenvectors of the covariance: a rotation to its principal axes."""
+        """Rotate to principal axes: L contains the eigenvectors of the covariance, shape ``(D, D)``."""
         vectors = jnp.linalg.eigh(jnp.asarray(covariance))[1]
         return cls(vectors, vectors.T)
 

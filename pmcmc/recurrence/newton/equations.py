@@ -1,6 +1,7 @@
 """One chain as a system of equations in vectors: ``x[t] = f(x[t-1], u[t])``, t = 1..T, x[t] of shape ``(D,)``.
 
-What every Newton-type solver shares: evaluating all T equations at once, and deciding which of them hold.
+All Newton-type solvers use it to evaluate all T equations at once (`System`, `Evaluation`) and to judge the last
+iterate: `conclude` decides which states are certified, and the result code.
 """
 
 from collections.abc import Callable
@@ -17,29 +18,41 @@ from pmcmc.recurrence.sharding import AllSteps, Steps
 from pmcmc.recurrence.shooting.growth import amplified, mean_growth, separates, tangent_growth
 from pmcmc.recurrence.solution import RESULTS, Stats, default_tolerance, typical_scale
 
-# About so many states say what the scale is, as in `typical_scale`.
+# The scale is measured on about this many states, as in `typical_scale`.
 SCALE_STATES = 4096
 
 
 class Evaluation(NamedTuple):
-    """An iterate and what the recurrence says about it."""
+    """An iterate and how well it satisfies the equations.
 
-    path: Array  # (T, D): x[1..T]
-    images: Array  # (T, D): f(x[t-1], u[t])
+    Attributes:
+        path: x[1..T], (T, D).
+        images: f(x[t-1], u[t]), (T, D).
+        aux: Auxiliary output of f, leading axis T.
+        residual: ``|x[t] - f(x[t-1], u[t])| / scale``, (T,); inf where it is not finite.
+        holds: Whether the equation is satisfied within the tolerance, (T,).
+        scale: Scale that residuals are relative to, (D,).
+    """
+
+    path: Array
+    images: Array
     aux: PyTree
-    residual: Array  # (T,) |x[t] - f(x[t-1])| / scale; inf where not finite
-    holds: Array  # (T,) whether that is within the tolerance
-    scale: Array | None  # (D,) what "small" was measured by
+    residual: Array
+    holds: Array
+    scale: Array | None
 
 
 @dataclass(frozen=True)
 class System:
-    """The equations of one chain, or those of them that one device holds; then arrays are of its own steps.
+    """The equations of one chain, or those of them that one device has; arrays then contain its own steps only.
 
-    fn: ``(x, u) -> (x, aux)`` on vectors. start: x[0], ``(D,)``. inputs: leading axis T.
-    scale: spread of each coordinate ``(D,)``, or None: measured on the images of each iterate.
-    tol: largest residual of an equation that holds. None: that of the dtype, see `default_tolerance`.
-    steps: what joins them.
+    Attributes:
+        fn: ``(x, u) -> (x, aux)`` on vectors.
+        start: x[0], ``(D,)``.
+        inputs: Leading axis T.
+        scale: Spread of each coordinate, ``(D,)``. None: measured on the images of each iterate.
+        tol: Largest residual of a satisfied equation. None: that of the dtype, see `default_tolerance`.
+        steps: Operations across steps, on one device or several.
     """
 
     fn: Callable
@@ -51,24 +64,26 @@ class System:
 
     @property
     def length(self) -> int:
+        """T, the steps of the whole path."""
         return self.steps.length
 
     def image(self, x: Array, u: PyTree) -> Array:
+        """Return f(x, u)."""
         return self.fn(x, u)[0]
 
     def previous(self, path: Array) -> Array:
-        """x[0..T-1]."""
+        """Return x[0..T-1]."""
         return self.steps.delayed(path, self.start)
 
     def evaluate(self, path: Array) -> Evaluation:
-        """All T equations at once."""
+        """Evaluate all T equations at once."""
         images, aux = jax.vmap(self.fn)(self.previous(path), self.inputs)
         return self.compare(path, images, aux)
 
     def splice(self, new: Evaluation, old: Evaluation, whole: Array) -> Evaluation:
-        """The new iterate where ``whole``, else its exact prefix followed by the rest of the old one.
+        """Return the new iterate if ``whole``, otherwise its exact prefix followed by the rest of the old iterate.
 
-        Without another evaluation: an image depends on the state before it alone.
+        Needs no further evaluation, since an image depends only on the state before it.
         """
         index, prefix = self.steps.numbers(), exact_prefix(self, new)
         pick = lambda stop: lambda x, y: jnp.where(whole | expand_mask(index < stop, x), x, y)
@@ -76,24 +91,34 @@ class System:
         return self.compare(pick(prefix)(new.path, old.path), images, aux)
 
     def compare(self, path: Array, images: Array, aux: PyTree) -> Evaluation:
-        """Which equations hold, given both sides of them."""
+        """Compare both sides of the equations, path and images."""
         scale = self.scale
         if scale is None:
             scale = measured_scale(self, images)
         residual = relative_distance(path, images, scale)
         tol = default_tolerance(path.dtype) if self.tol is None else self.tol
-        # No state can satisfy the equation better than its own rounding (a posterior shifted by 1e5).
+        # No state can satisfy the equation better than its rounding (consider a posterior shifted by 1e5).
         holds = (residual <= jnp.asarray(tol, path.dtype)) | within_rounding(path, images)
         return Evaluation(path, images, aux, residual, holds & jnp.isfinite(residual), scale)
 
     def part(self, start: Array, first: Array, length: int) -> "System":
-        """Steps ``first + 1 .. first + length``, from the state ``start`` before them."""
+        """Return the equations of steps ``first + 1 .. first + length``, given the state ``start`` before them."""
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, length, 0)
         return replace(self, start=start, inputs=jax.tree.map(cut, self.inputs), steps=AllSteps(length))
 
 
 class Outcome(NamedTuple):
-    """What a solver found for one chain; the fields of `Solution` on vectors."""
+    """What a solver found for one chain; the fields of `Solution` on vectors.
+
+    Attributes:
+        path: States, (T, D).
+        aux: Auxiliary output, leading axis T.
+        result: `RESULTS` code.
+        residual: Largest residual.
+        stats: Cost and certification.
+        iterates: Iterates (num_iterates, T, D), or None.
+        residual_profile: Residual of each step, (T,).
+    """
 
     path: Array
     aux: PyTree
@@ -105,46 +130,56 @@ class Outcome(NamedTuple):
 
 
 def measured_scale(system: System, images: Array) -> Array:
-    """Spread of each coordinate ``(D,)`` over the images, where no scale is given."""
+    """Spread of each coordinate over the images, ``(D,)``, used if no scale is given."""
     return typical_scale(system.steps.every(max(1, system.length // SCALE_STATES), images))
 
 
 def exact_prefix(system: System, now: Evaluation) -> Array:
-    """Length of the prefix that holds to rounding: where the iteration stands, not what is certified (`conclude`).
+    """Length of the prefix that satisfies its equations to rounding.
 
-    To rounding, not to the tolerance: that is relative to a scale which an exploding iterate inflates.
+    It measures the progress of the iteration; `conclude` decides what is certified. Rounding is used rather than the
+    tolerance, because the latter is relative to a scale that an exploding iterate inflates.
     """
     return system.steps.leading(now.holds & within_rounding(now.path, now.images))
 
 
 def blocked_at(system: System, now: Evaluation) -> Array:
-    """The step t (from 0) whose predecessors are right to rounding while f is not finite there; T if there is none."""
+    """Step t (from 0) where f is not finite although all earlier states are correct to rounding; T if there is none."""
     prefix = exact_prefix(system, now)
     behind = system.steps.numbers() == prefix
     return jnp.where(system.steps.any(behind & ~finite_rows(now.images)), prefix, system.length)
 
 
 class Course(NamedTuple):
-    """How the iterations went."""
+    """How the iterations went.
 
-    moving: Array  # whether the iterates still changed
-    blocked: Array  # see `blocked_at`; T where there is none
+    Attributes:
+        moving: Whether the iterates still changed.
+        blocked: See `blocked_at`; T if no step is blocked.
+        num_iters: Number of iterations.
+        rounds: Evaluations of the system one after the other.
+        width: Steps per evaluation.
+    """
+
+    moving: Array
+    blocked: Array
     num_iters: Array
-    rounds: Array  # evaluations one after the other
-    width: int  # steps in each of them
+    rounds: Array
+    width: int
 
 
 def own_residual(system: System, now: Evaluation) -> Array:
-    """``(T,)`` residual of each step on a scale that depends on the states before it alone.
+    """Residual of each step on a scale that depends only on the states before it, ``(T,)``.
 
-    Where the scale is measured, a wild iterate inflates it, and against it wrong states hold. So each step is compared
-    on the smaller of that scale and the range of x[0] and the images up to its own: as long as the steps before hold,
-    those are states of the sequential path. A given scale stays.
+    A wild iterate inflates a measured scale, and relative to that scale wrong states pass. Each step is therefore
+    compared on the smaller of that scale and the range of x[0] and the images up to its own: as long as the earlier
+    equations are satisfied, these are states of the sequential path. A given scale is used as it is.
     """
     if system.scale is not None:
         return now.residual
     start = jnp.broadcast_to(system.start, now.images.shape)
-    images = jnp.where(finite_rows(now.images)[:, None], now.images, start)  # where it is not, no step holds
+    images = jnp.where(finite_rows(now.images)[:, None], now.images, start)  # steps with other images fail below
+    # One scan for both ends of the range: the running minimum is minus the running maximum of -images.
     both = running(system.steps, jnp.maximum, jnp.concatenate([images, -images], axis=1), -jnp.inf)
     high, low = jnp.split(both, 2, axis=1)
     high, low = jnp.maximum(high, start), jnp.minimum(-low, start)
@@ -155,38 +190,46 @@ def own_residual(system: System, now: Evaluation) -> Array:
 
 
 def holding(system: System, now: Evaluation, residual: Array) -> Array:
-    """Which equations hold with this residual, see `own_residual`."""
+    """Whether each equation is satisfied, given this residual from `own_residual`."""
     tol = default_tolerance(now.path.dtype) if system.tol is None else system.tol
     return now.holds & ((residual <= tol) | within_rounding(now.path, now.images))
 
 
 class Standing(NamedTuple):
-    """What is known of the states that an iterate has."""
+    """How far the states of an iterate are certified.
 
-    growth_rate: Array  # NaN where the path does not hold as a whole, or exactly
-    separating: Array  # whether the path as a whole may be a pseudo-orbit
-    residual: Array  # (T,) as it is reported
-    prefix: Array  # length of the prefix that is the sequential path within the tolerance
+    Attributes:
+        growth_rate: Mean log growth of small distances; NaN if some equation is not satisfied, or all are exactly.
+        separating: Whether the path as a whole may be a pseudo-orbit.
+        residual: Residual of each step as it is reported, (T,).
+        prefix: Length of the prefix that is the sequential path within the tolerance.
+    """
+
+    growth_rate: Array
+    separating: Array
+    residual: Array
+    prefix: Array
 
 
 def _standing(system: System, now: Evaluation, known: Array) -> Standing:
-    """Judge the path as a whole where all steps hold, else the longest prefix that is right by itself.
+    """Judge the whole path if all equations are satisfied, otherwise the longest prefix that is correct by itself.
 
-    A step that holds is f of its predecessor up to a residual. Errors of the prefix are residuals, each carried on by
-    the growth of small distances along the states behind it; they must stay within the tolerance.
+    A satisfied step is f of its predecessor up to a residual. The errors of a prefix are these residuals, propagated by
+    the growth of small distances along the later states. They must stay within the tolerance.
     """
     steps, all_hold, dtype = system.steps, system.steps.all(now.holds), now.path.dtype
     tol = default_tolerance(dtype) if system.tol is None else system.tol
     residual = jnp.where(all_hold, now.residual, own_residual(system, now))
     holds = known & holding(system, now, residual)
     inexact = steps.any((residual > 0) & (steps.numbers() < steps.leading(holds)))
+    # Propagate the residuals along the path. Growth is needed only where some of them are not zero.
     unit = cast(Array, now.scale)
     growth = tangent_growth(system.image, system.previous(now.path), system.inputs, unit, inexact, steps)
-    # rounding is relative to the state, not to the scale
+    # Rounding is relative to the state, not to the scale.
     rounded = jnp.minimum(residual, 2 * jnp.finfo(dtype).eps)
     error = amplified(jnp.where(within_rounding(now.path, now.images), rounded, residual), growth, steps)
     growth_rate = jnp.where(all_hold & inexact, mean_growth(growth, steps), jnp.nan)
-    # errors above the square root of the tolerance are no longer small, and the linear recursion says nothing of them
+    # Above the square root of the tolerance errors are no longer small, and the linear recursion is not valid for them.
     blown_up = steps.max(error) > jnp.maximum(tol, jnp.sqrt(tol))
     separating = separates(growth_rate, steps.max(now.residual), tol, system.length) | blown_up
     exact = steps.leading(known & (residual == 0))
@@ -196,11 +239,18 @@ def _standing(system: System, now: Evaluation, known: Array) -> Standing:
 
 
 def conclude(system: System, now: Evaluation, course: Course, iterates: Array | None) -> Outcome:
-    """From the last iterate to an `Outcome`: what stands, and the code that says why the rest does not."""
+    """Turn the last iterate into an `Outcome`: the states, how far they are certified, and the result code.
+
+    Args:
+        system: The equations.
+        now: The last iterate.
+        course: How the iterations went.
+        iterates: Stored iterates, or None.
+    """
     steps = system.steps
     known = jnp.all(jnp.isfinite(system.start)) & (steps.numbers() < course.blocked)
     standing = _standing(system, now, known)
-    # From the first state that f makes NaN or infinite on, nothing is known, and the path says so.
+    # From the first state that f makes NaN or infinite onwards, states are unknown and set to NaN.
     path = jnp.where(known[:, None], now.path, jnp.nan)
     finite, converged = steps.all(known & finite_rows(path)), steps.all(now.holds & known)
     result = jnp.select(

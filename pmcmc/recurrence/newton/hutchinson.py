@@ -1,8 +1,10 @@
 """Stochastic diagonals: the diagonal of a Jacobian from a few Jacobian-vector products.
 
-For z with independent entries of +1 and -1, ``E[z * (J z)] = diag(J)`` (Hutchinson 1990; Bekas et al. 2007). One
-probe costs one JVP, about two evaluations of the step, whatever D. The estimate steers the iteration only: the
-solution satisfies the recurrence exactly whatever the probes were, so they are no part of a chain's randomness.
+For z with independent entries of +1 and -1, ``E[z * (J z)] = diag(J)`` (Hutchinson 1990; Bekas et al. 2007). One probe
+costs one JVP, about two evaluations of the step, independent of D. The estimate only steers the iteration: the solution
+satisfies the recurrence whatever the probes were, so they do not contribute to a chain's randomness.
+
+`HutchinsonDiagonal` estimates `Diagonal`, `HutchinsonBlockDiagonal` estimates `BlockDiagonal`.
 """
 
 import abc
@@ -21,7 +23,7 @@ class ProbeSchedule(abc.ABC):
 
     @abc.abstractmethod
     def key(self, rng_key: PRNGKey, iteration: Array) -> PRNGKey:
-        """The key of this iteration."""
+        """Return the key of this iteration."""
 
 
 @register_dataclass
@@ -29,7 +31,7 @@ class ProbeSchedule(abc.ABC):
 class FreshProbes(ProbeSchedule):
     """New probes at every iteration.
 
-    The errors of the diagonal average out along the iterations.
+    The errors of the diagonal average out over the iterations.
     """
 
     def key(self, rng_key, iteration):
@@ -39,9 +41,11 @@ class FreshProbes(ProbeSchedule):
 @register_dataclass
 @dataclass(frozen=True)
 class FixedProbes(ProbeSchedule):
-    """The same probes at every iteration, as the published code of Zoltowski et al. (2025) does.
+    """Identical probes at every iteration.
 
     The approximation is then one fixed matrix for a given path.
+
+    Source: published code of Zoltowski et al. (2025).
     """
 
     def key(self, rng_key, iteration):
@@ -49,6 +53,7 @@ class FixedProbes(ProbeSchedule):
 
 
 def _check(num_probes):
+    """Raise if ``num_probes`` is a Python number below 1."""
     if isinstance(num_probes, int) and num_probes < 1:
         raise ValueError(f"num_probes must be at least 1, got {num_probes}. Use Zero() for no derivative.")
 
@@ -56,16 +61,20 @@ def _check(num_probes):
 @register_dataclass
 @dataclass(frozen=True)
 class HutchinsonDiagonal(Scanned):
-    """Diagonal estimate ``mean over probes of z * (J z)``, one JVP a probe: stochastic quasi-DEER.
+    """Diagonal estimate ``mean over probes of z * (J z)``, one JVP per probe: stochastic quasi-DEER.
 
-    rng_key: key of the probes. Chains of a batch share their probes; steps t do not.
-    num_probes: JVPs per step and iteration; the variance of entry i is ``sum of J[i, j]^2, j != i, / num_probes``.
-    schedule: `FreshProbes` (default) or `FixedProbes`.
+    It needs O(T D) memory.
 
-    O(T D) memory. Source: Zoltowski et al. 2025, section 3 (there: fixed probes, one).
+    Args:
+        rng_key: Key of the probes. The chains of a batch share their probes; steps do not.
+        num_probes: JVPs per step and iteration. The variance of entry i is
+            ``sum over j != i of J[i, j]^2 / num_probes``.
+        schedule: `FreshProbes` (default) or `FixedProbes`.
 
     Raises:
-        ValueError: num_probes below 1.
+        ValueError: num_probes is below 1.
+
+    Source: Zoltowski et al. (2025), section 3, with one fixed probe.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -91,16 +100,26 @@ class HutchinsonDiagonal(Scanned):
             z = jax.random.rademacher(jax.random.fold_in(key, i), x.shape, x.dtype)
             return total + z * jax.vmap(lambda x, u, v: pushforward(fn, x, u, v))(x, inputs, z)
 
-        # a loop: probes must not multiply the memory
+        # a loop rather than vmap, so that memory does not grow with the number of probes
         return jax.lax.fori_loop(0, self.num_probes, add, jnp.zeros_like(x)) / self.num_probes
 
 
 @register_dataclass
 @dataclass(frozen=True)
 class HutchinsonBlockDiagonal(Scanned):
-    """Estimate of `BlockDiagonal`: with ``z`` over one half at a time, ``E[z * (J_pq z)] = diag(J_pq)``.
+    """Estimate of `BlockDiagonal`: with z nonzero in one half at a time, ``E[z * (J_pq z)] = diag(J_pq)``.
 
-    Two JVPs a probe whatever D; arguments as `HutchinsonDiagonal`. Source: Zoltowski et al. 2025 (leapfrog).
+    It takes two JVPs per probe, independent of D.
+
+    Args:
+        rng_key: Key of the probes. The chains of a batch share their probes; steps do not.
+        num_probes: Pairs of JVPs per step and iteration.
+        schedule: `FreshProbes` (default) or `FixedProbes`.
+
+    Raises:
+        ValueError: num_probes is below 1; or, in a solve, D is odd.
+
+    Source: Zoltowski et al. (2025), for leapfrog steps.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -1,18 +1,21 @@
-"""From a batch of recurrences to vectors and back, with derivatives through the solution.
+"""Convert a batch of recurrences to vectors and back, and differentiate through the solution.
 
-At a solution ``x[t] = f(x[t-1], u[t], theta)`` for every t. Differentiating the equation, not the iterations,
+At a solution ``x[t] = f(x[t-1], u[t], theta)`` for every t. Differentiating the equation rather than the iterations,
 
     dx[t] = J[t] dx[t-1] + v[t],    v[t] = (df/du) du[t] + (df/dtheta) dtheta,    dx[0] given,
 
-one affine recursion, so one more scan, whatever the solver did and however many iterations it took. Reverse mode is
-the transpose of that scan. It uses the full Jacobian, T D^2 memory, also after a diagonal solve, because only the
-full Jacobian gives the derivative. Values closed over by fn are found by tracing it once; they, the inputs, x0 and
-the aux output can all be differentiated, also twice. Residual, result and stats have derivative zero; the guess, the
-tolerance and the solver's numbers do not move the solution, so their derivative is zero too.
+is one affine recursion, so the derivative takes one more scan, whatever the solver did and however many iterations it
+took. Reverse mode is the transpose of that scan. It uses the full Jacobian, T D^2 memory, also after a diagonal solve,
+because only the full Jacobian gives the derivative. States and aux output can be differentiated, also twice, with
+respect to x0, the inputs and the values that fn closes over, which are found by tracing it once. Residual, result and
+stats have derivative zero. The guess, the tolerance and the solver's numbers do not affect the solution, so the
+derivative with respect to them is zero too.
 
-The derivative is that of the equation at the states found: where `result` is not successful it means nothing.
+The derivative is that of the equation at the states found. It is meaningless if `result` is not successful.
 
-Sources: implicit function theorem; Lim et al. 2024, section 3.1 (one scan forward, its dual backward).
+`solve_differentiably` is the entry point.
+
+Sources: implicit function theorem; Lim et al. (2024), section 3.1 (one scan forward, its dual backward).
 """
 
 from functools import partial
@@ -34,19 +37,24 @@ if TYPE_CHECKING:
     from pmcmc.recurrence.newton.loop import VectorSolver
 
 
-# Of a batch of solutions the axis that is steps, -1 where there is none: of value, aux, result, residual, stats,
-# iterates and residual_profile.
+# The steps axis of value, aux, result, residual, stats, iterates and residual_profile in a batch of solutions; -1 for
+# none.
 STEP_AXES = Solution._make((1, 1, -1, -1, -1, 2, 1))
 
 
 class Traced(NamedTuple):
-    """fn as a program with its closed-over values as arguments, on vectors."""
+    """fn on vectors as a jaxpr, whose arguments include the values that fn closes over.
+
+    Attributes:
+        jaxpr: The program.
+        out_tree: Structure of its result.
+    """
 
     jaxpr: Any
     out_tree: Any
 
     def bind(self, consts: list):
-        """``(x, u) -> (x, aux)``."""
+        """Return ``(x, u) -> (x, aux)`` with these closed-over values."""
         closed = jax.extend.core.ClosedJaxpr(self.jaxpr, consts)
 
         def fn(x, u):
@@ -57,7 +65,13 @@ class Traced(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """The static part of a solve."""
+    """The static part of a solve.
+
+    Attributes:
+        traced: fn as a program.
+        steps: Operations across steps, on one device or several.
+        guess_given: Whether there is an initial guess.
+    """
 
     traced: Traced
     steps: Steps
@@ -65,7 +79,13 @@ class Setup(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """Everything the states depend on."""
+    """Everything that the states depend on.
+
+    Attributes:
+        consts: Values that fn closes over.
+        start: x[0], (D,).
+        inputs: Leading axis T.
+    """
 
     consts: list
     start: Array
@@ -73,7 +93,12 @@ class Arguments(NamedTuple):
 
 
 def solve_differentiably(solver: "VectorSolver", problem: Problem) -> Solution:
-    """Run ``solver.run`` on every chain of the batch, on the devices that share its steps, and give it a derivative."""
+    """Run ``solver.run`` on every chain of the batch, and make the solution differentiable.
+
+    Args:
+        solver: The solver. If it has devices, they share the steps.
+        problem: The batch.
+    """
     abstract = lambda tree, axes: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[axes:], x.dtype), tree)
     spec = RavelSpec.of(abstract(problem.x0, 1))
 
@@ -81,6 +106,7 @@ def solve_differentiably(solver: "VectorSolver", problem: Problem) -> Solution:
         x, aux = problem.recurrence(spec.unravel(x), u)
         return spec.ravel(x), aux
 
+    # fn on vectors, with the values that it closes over as arguments
     start = jax.vmap(spec.ravel)(problem.x0)
     closed, out = jax.make_jaxpr(fn, return_shape=True)(abstract(start, 1), abstract(problem.inputs, 2))
     traced = Traced(closed.jaxpr, jax.tree.structure(out))
@@ -107,6 +133,7 @@ def solve_differentiably(solver: "VectorSolver", problem: Problem) -> Solution:
 def _solve_one(
     setup: Setup, solver: "VectorSolver", spec: RavelSpec, arguments: Arguments, guess: PyTree, scale: Array | None
 ) -> Solution:
+    """Solve one chain, converting guess and solution."""
     if guess is None:
         path = jnp.broadcast_to(arguments.start, (setup.steps.num_own, spec.size))
     else:
@@ -125,6 +152,7 @@ def _solve_one(
 
 
 def _ravel_scale(spec: RavelSpec, scale: PyTree) -> Array:
+    """Broadcast the scale to the state's shapes and convert it to a vector."""
     leaves = jax.tree.leaves(scale)
     full = [jnp.broadcast_to(s, shape) for s, shape in zip(leaves, spec.shapes, strict=True)]
     return spec.ravel(jax.tree.unflatten(spec.treedef, full))
@@ -132,6 +160,7 @@ def _ravel_scale(spec: RavelSpec, scale: PyTree) -> Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _solve(setup: Setup, solver: "VectorSolver", arguments: Arguments, guess: Array, scale: Array | None) -> Outcome:
+    """Run the solver on vectors; its derivative is `_solve_jvp`."""
     fn = setup.traced.bind(arguments.consts)
     system = System(fn, arguments.start, arguments.inputs, scale, solver.tolerance, setup.steps)
     return solver.run(system, guess, setup.guess_given)
@@ -139,6 +168,7 @@ def _solve(setup: Setup, solver: "VectorSolver", arguments: Arguments, guess: Ar
 
 @_solve.defjvp
 def _solve_jvp(setup: Setup, primals, tangents):
+    """Derivative of `_solve`: v from one JVP of all equations, then the affine scan."""
     arguments, dots = primals[1], tangents[1]
     outcome = _solve(setup, *primals)
     path, steps = outcome.path, setup.steps

@@ -1,7 +1,8 @@
-"""What stands for A[t] in the Newton-type recursion: the structure of a Jacobian is a type.
+"""Approximations A[t] of the Jacobian in Newton-type solvers; each structure is a type.
 
-Every structure answers two questions: what A[t] is at a linearisation point (`linearize`), and how the recursion
-``e[t] = A[t] e[t-1] + r[t]`` is solved (`recur`). States are vectors here, ``(T, D)`` over time.
+A `JacobianStructure` says what A[t] is at a linearisation point (`linearize`), and how to solve the recursion
+``e[t] = A[t] e[t-1] + r[t]`` (`recur`). `Dense`, `Diagonal` and `BlockDiagonal` are exact entries of the Jacobian,
+`Identity` and `Zero` need no derivative. States are vectors here, ``(T, D)`` over time.
 """
 
 import abc
@@ -20,26 +21,40 @@ from pmcmc.recurrence.sharding import Steps
 class JacobianStructure(abc.ABC):
     """Approximation A[t] of df/dx used by `Newton` and `LevenbergMarquardt`.
 
-    The structure decides what a Newton-type iteration costs and how fast it converges: the rate is set by the error
+    The structure determines what a Newton-type iteration costs and how fast it converges: the rate is set by the error
     of the approximation and by the contraction of the recurrence (Gonzalez et al. 2025).
     """
 
     @abc.abstractmethod
     def linearize(self, fn: Callable, x: Array, inputs: PyTree, iteration: Array) -> Array | None:
-        """A[t] at every ``x[t-1]``, shape ``(T, ...)``, for ``fn(x, u) -> x``; None where nothing is stored.
+        """Compute A[t] at every ``x[t-1]``.
 
-        iteration: how many iterations went before; only stochastic estimates read it.
+        Args:
+            fn: ``(x, u) -> x`` on vectors.
+            x: States x[0..T-1], shape ``(T, D)``.
+            inputs: Inputs, leading axis T.
+            iteration: Number of earlier iterations; only stochastic estimates use it.
+
+        Returns:
+            A, shape ``(T, ...)``; None if nothing is stored.
         """
 
     def num_entries(self, dim: int) -> int:
-        """Numbers of one A[t], to tell what fits into memory."""
+        """Numbers stored for one A[t], from which memory is estimated."""
         return dim * dim
 
     @abc.abstractmethod
     def recur(self, a: Array | None, r: Array, steps: Steps) -> Array:
-        """All ``A[t] e[t-1]`` of the recursion ``e[t] = A[t] e[t-1] + r[t]``, e[0] = 0, shape ``(T, D)``.
+        """Solve the recursion ``e[t] = A[t] e[t-1] + r[t]``, e[0] = 0.
 
-        steps: what joins steps, on one device or several: ``steps.scan(operator, elements)``, ``steps.delayed(e)``.
+        Args:
+            a: A from `linearize`.
+            r: Residuals, shape ``(T, D)``.
+            steps: Operations across steps, on one device or several: ``steps.scan(operator, elements)``,
+                ``steps.delayed(e)``.
+
+        Returns:
+            All ``A[t] e[t-1]``, shape ``(T, D)``.
         """
 
 
@@ -53,9 +68,11 @@ class Scanned(JacobianStructure):
 @register_dataclass
 @dataclass(frozen=True)
 class Dense(Scanned):
-    """The full Jacobian, D JVPs a step: Newton's method, DEER (Lim et al. 2024).
+    """The full Jacobian, D JVPs per step: Newton's method, DEER.
 
-    T D^2 memory and T D^3 work an iteration; converges quadratically near the solution.
+    An iteration needs T D^2 memory and T D^3 work. Convergence is quadratic near the solution.
+
+    Source: Lim et al. (2024).
 
     Example:
         >>> import jax.numpy as jnp
@@ -70,9 +87,11 @@ class Dense(Scanned):
 @register_dataclass
 @dataclass(frozen=True)
 class Diagonal(Scanned):
-    """The exact diagonal of the Jacobian, D JVPs a step one after the other: quasi-DEER (Gonzalez et al. 2024).
+    """The exact diagonal of the Jacobian, D JVPs per step one after the other: quasi-DEER.
 
-    T D memory: no D x D matrix is ever formed.
+    It needs T D memory: no D x D matrix is ever formed.
+
+    Source: Gonzalez et al. (2024).
 
     Example:
         >>> import jax.numpy as jnp
@@ -93,14 +112,16 @@ class Diagonal(Scanned):
 @register_dataclass
 @dataclass(frozen=True)
 class BlockDiagonal(Scanned):
-    """2x2 blocks of exact diagonals for a state whose vector is (position, momentum) halves, D JVPs a step.
+    """2x2 blocks of exact diagonals for a state of (position, momentum) halves, D JVPs per step: block quasi-DEER.
 
-    ``A = [diag(dq'/dq) diag(dq'/dp); diag(dp'/dq) diag(dp'/dp)]``: the coupling of a coordinate with its own momentum,
-    which a diagonal misses and which is what a leapfrog step does. Block quasi-DEER (Zoltowski et al. 2025).
-    O(T D) memory. `HutchinsonBlockDiagonal` estimates the same from two JVPs a probe.
+    ``A = [diag(dq'/dq) diag(dq'/dp); diag(dp'/dq) diag(dp'/dp)]`` contains the coupling of each coordinate with its own
+    momentum, which is what a leapfrog step computes and a diagonal misses. It needs O(T D) memory.
+    `HutchinsonBlockDiagonal` estimates the same with two JVPs per probe.
 
     Raises:
-        ValueError: in a solve, if D is odd.
+        ValueError: In a solve, if D is odd.
+
+    Source: Zoltowski et al. (2025).
 
     Example:
         >>> import jax.numpy as jnp
@@ -128,9 +149,11 @@ class BlockDiagonal(Scanned):
 @register_dataclass
 @dataclass(frozen=True)
 class Identity(JacobianStructure):
-    """A = I: Picard iteration, a cumulative sum (Shih et al. 2023).
+    """A = I: Picard iteration, a cumulative sum.
 
-    No derivative is taken. Suits recurrences whose steps change the state little.
+    No derivative is taken. It suits recurrences whose steps change the state little.
+
+    Source: Shih et al. (2023).
     """
 
     def num_entries(self, dim):
@@ -146,9 +169,9 @@ class Identity(JacobianStructure):
 @register_dataclass
 @dataclass(frozen=True)
 class Zero(JacobianStructure):
-    """A = 0: Jacobi iteration, one evaluation of every step a round.
+    """A = 0: Jacobi iteration, one evaluation of every step per round.
 
-    No derivative is taken. Suits recurrences that forget their state at once.
+    No derivative is taken. It suits recurrences that forget their state at once.
     """
 
     def num_entries(self, dim):
@@ -162,17 +185,21 @@ class Zero(JacobianStructure):
 
 
 def pushforward(fn: Callable, x: Array, u: PyTree, v: Array) -> Array:
-    """The Jacobian-vector product ``(df/dx)(x, u) v``, shape ``(D,)``."""
+    """Return the Jacobian-vector product ``(df/dx)(x, u) v``, shape ``(D,)``."""
     return jax.jvp(lambda x: fn(x, u), (x,), (v,))[1]
 
 
 def unit(i: Array, like: Array) -> Array:
-    """The i-th unit vector of the length and dtype of ``like``."""
+    """Return the i-th unit vector, with the length and dtype of ``like``."""
     return jnp.zeros_like(like).at[i].set(1)
 
 
 def half_size(x: Array) -> int:
-    """D/2 for states ``(T, D)`` that are (position, momentum) halves."""
+    """Return D/2 for states ``(T, D)`` of (position, momentum) halves.
+
+    Raises:
+        ValueError: D is odd.
+    """
     if x.shape[-1] % 2:
         raise ValueError(
             f"BlockDiagonal needs a state of two equal halves (position, momentum), got {x.shape[-1]} numbers. "

@@ -1,21 +1,21 @@
-"""The loop that all Newton-type solvers share, and the options they share.
+"""The iteration and the options that all Newton-type solvers share.
 
-With the residual ``r[t] = f(x[t-1], u[t]) - x[t]`` of the current iterate and an approximation A[t] of its Jacobian,
-a solver proposes the next iterate from the linear recursion ``e[t] = A[t] e[t-1] + r[t]``, e[0] = 0; the loop
-evaluates it, lets the solver accept or reject, and stops when every equation holds, when nothing moves or when the
-budget ends.
+With the residual ``r[t] = f(x[t-1], u[t]) - x[t]`` of the current iterate and an approximation A[t] of its Jacobian, a
+solver proposes the next iterate from the linear recursion ``e[t] = A[t] e[t-1] + r[t]``, e[0] = 0. The loop evaluates
+it, lets the solver accept or reject it, and stops when every equation is satisfied, when nothing changes, or when the
+budget is spent. `NewtonType` is the base class of `Newton` and `LevenbergMarquardt`.
 
-Entries that are not finite. The policy is *restart*, and it acts on iterates only:
+Entries that are not finite restart the linear recursion. The policy acts on iterates only:
 
-1. A row of r or A that is NaN or infinite counts as zero in the linear recursion, so the recursion restarts behind it
-   and does not carry the NaN to the end of the path.
+1. A row of r or A that is NaN or infinite counts as zero in the linear recursion, which therefore restarts after it and
+   does not carry the NaN to the end of the path.
 2. A correction that overflows is dropped: that entry takes the Jacobi update ``x[t] <- f(x[t-1], u[t])``.
-3. An entry of the new iterate that is still not finite becomes that of x[0]: its last finite value is often already
-   on the way to overflow.
+3. An entry of the new iterate that is still not finite is replaced by that of x[0]: its last finite value is often
+   already on the way to overflow.
 
-None of this can become a claimed success: a step holds only if its equation does, evaluated anew, and where f itself is
-not finite behind a prefix that holds, the solve ends as `nonfinite`. The exact prefix keeps growing by at least one
-step an iteration, because e = 0 there and so nothing is ever restarted in it.
+None of this can lead to a false success: a step counts only if its equation is satisfied when evaluated again, and if f
+itself is not finite after a prefix that is satisfied, the solve ends as `nonfinite`. The exact prefix still grows by at
+least one step per iteration, because e = 0 there and nothing within it is restarted.
 """
 
 import abc
@@ -38,30 +38,51 @@ from pmcmc.recurrence.solution import RecurrenceSolver, Solution
 
 
 class Iterate(NamedTuple):
-    """State of the loop."""
+    """State of the loop.
+
+    Attributes:
+        now: The current iterate, evaluated.
+        memory: What a solver remembers between iterations, such as the strength of its trust region.
+        moving: Whether another iteration can change anything.
+        solved: Whether every equation is satisfied.
+        blocked: See `blocked_at`.
+        num_iters: Number of iterations so far.
+        iterates: Stored iterates, (num_iterates, T, D), or None.
+    """
 
     now: Evaluation
-    memory: PyTree  # what a solver remembers between iterations, such as the strength of its trust region
-    moving: Array  # whether another iteration can change anything
-    solved: Array  # whether every equation holds
-    blocked: Array  # see `blocked_at`
+    memory: PyTree
+    moving: Array
+    solved: Array
+    blocked: Array
     num_iters: Array
-    iterates: Array | None  # (num_iterates, T, D)
+    iterates: Array | None
 
 
 class Linearization(NamedTuple):
-    """The linear recursion of an iterate, in the solver's basis."""
+    """The linear recursion of an iterate, in the solver's basis.
+
+    Attributes:
+        a: A[t], in the solver's structure; None if nothing is stored.
+        r: Residuals, (T, D).
+    """
 
     a: Array | None
     r: Array
 
 
 class VectorSolver(RecurrenceSolver):
-    """A solver that finds real states of one chain at a time and can be differentiated through."""
+    """A solver for real states, one chain at a time, whose solution can be differentiated."""
 
     @abc.abstractmethod
     def run(self, system: System, guess: Array, guess_given: bool) -> Outcome:
-        """Solve one chain from the guess ``(T, D)``."""
+        """Solve one chain.
+
+        Args:
+            system: The equations.
+            guess: Initial guess, ``(T, D)``.
+            guess_given: Whether the user gave it; otherwise it is x[0] repeated.
+        """
 
     @property
     @abc.abstractmethod
@@ -77,7 +98,7 @@ class VectorSolver(RecurrenceSolver):
 
 
 class NewtonType(VectorSolver):
-    """What `Newton` and `LevenbergMarquardt` share; both have the fields annotated here."""
+    """Base class of `Newton` and `LevenbergMarquardt`, both of which have the fields annotated here."""
 
     jacobian: JacobianStructure
     basis: Basis
@@ -100,30 +121,30 @@ class NewtonType(VectorSolver):
         return replace(self, devices=devices)  # type: ignore[type-var]  # its subclasses are dataclasses
 
     def numbers_per_step(self, dim):
-        # of XLA's own count for Dense and the diagonals, D = 4 and 24, on a CPU: the affine scan holds four A[t], and
-        # iterates, images, residuals and their like come to 13 to 17 states
+        # From XLA's memory analysis for Dense and the diagonals, D = 4 and 24, on a CPU: the affine scan stores four
+        # A[t], and iterates, images, residuals and similar arrays amount to 13 to 17 states.
         return 4 * self.jacobian.num_entries(dim) + 17 * dim + 16
 
     @abc.abstractmethod
     def begin(self, system: System) -> PyTree:
-        """The memory before the first iteration."""
+        """Return the memory before the first iteration."""
 
     @abc.abstractmethod
     def propose(self, system: System, it: Iterate) -> tuple[Array, Any]:
-        """The next path ``(T, D)``, and whatever `judge` needs to know about it."""
+        """Return the next path ``(T, D)``, and what `judge` needs to know about it."""
 
     @abc.abstractmethod
     def judge(
         self, system: System, it: Iterate, candidate: Evaluation, plan: Any
     ) -> tuple[Evaluation, PyTree, Array | bool]:
-        """The next iterate, the new memory, and whether to go on even if the path stays the same."""
+        """Return the next iterate, the new memory, and whether to continue even if the path does not change."""
 
     @property
     def tolerance(self):
         return self.tol
 
     def check(self):
-        """Static mistakes; the constructors call it."""
+        """Raise on invalid static arguments; called by the constructors."""
         if isinstance(self.max_iters, int) and self.max_iters < 0:
             raise ValueError(f"max_iters must be at least 0, got {self.max_iters}.")
         if isinstance(self.num_iterates, int) and self.num_iterates < 0:
@@ -137,6 +158,7 @@ class NewtonType(VectorSolver):
             )
 
     def start(self, system: System, guess: Array) -> Iterate:
+        """Evaluate the guess."""
         now = system.evaluate(guess)
         store = jnp.broadcast_to(guess, (self.num_iterates, *guess.shape)) if self.num_iterates else None
         none = jnp.zeros((), int)
@@ -144,19 +166,21 @@ class NewtonType(VectorSolver):
         return Iterate(now, self.begin(system), jnp.array(True), solved, blocked_at(system, now), none, store)
 
     def advance(self, system: System, it: Iterate) -> Iterate:
-        """One iteration: propose, evaluate, judge."""
+        """Do one iteration: propose, evaluate, judge."""
         path, plan = self.propose(system, it)
         path = jnp.where(jnp.isfinite(path), path, jnp.broadcast_to(system.start, path.shape))
+        # Every step of the candidate is evaluated: the residual, not the increment, decides whether it is a solution.
         candidate = system.evaluate(path)
         now, memory, retry = self.judge(system, it, candidate, plan)
         blocked = blocked_at(system, now)
         moving = system.steps.any(jnp.any(now.path != it.now.path, axis=1)) | retry
-        # f is not finite at the same step of a path that holds before it, twice: no iteration will mend that
+        # Stop if f is not finite twice at the same step after a correct prefix: no iteration can change that.
         moving = moving & ((blocked == system.length) | (blocked != it.blocked))
         solved, num_iters = system.steps.all(now.holds), it.num_iters + 1
         return Iterate(now, memory, moving, solved, blocked, num_iters, record(it.iterates, now.path, num_iters))
 
     def unfinished(self, it: Iterate) -> Array:
+        """Whether to iterate again."""
         return ~it.solved & it.moving & (it.num_iters < self.max_iters)
 
     def run(self, system, guess, guess_given):
@@ -167,12 +191,12 @@ class NewtonType(VectorSolver):
         return conclude(system, last.now, course, finish(last.iterates, last.now.path, last.num_iters))
 
     def linearize(self, system: System, it: Iterate) -> Linearization:
-        """A and r in the basis, damped, clipped, restarted where they are not finite."""
+        """Compute A and r in the basis: damped, clipped, and restarted where they are not finite."""
         encode, decode = self.basis.encode, self.basis.decode
         x, inputs = system.previous(it.now.path), system.inputs
         fn: Callable = system.image
         if not isinstance(self.basis, StandardBasis):
-            # as a function of the increment at 0, so that the point of linearisation is x to the last bit
+            # linearise in the increment, at 0, so that the point of linearisation is x to the last bit
             fn = lambda dz, xu: encode(system.image(xu[0] + decode(dz), xu[1]))
             x, inputs = jnp.zeros_like(x), (x, inputs)
         a = self.jacobian.linearize(fn, x, inputs, it.num_iters)
@@ -184,11 +208,12 @@ class NewtonType(VectorSolver):
 
 
 def _restart(rows: Array) -> Array:
+    """Set rows that are not finite to zero, where the recursion restarts."""
     return jnp.where(finite_rows(rows).reshape((-1,) + (1,) * (rows.ndim - 1)), rows, 0.0)
 
 
 def drop_overflow(correction: Array) -> Array:
-    """Zero where a correction is not finite: the Jacobi update there."""
+    """Set corrections that are not finite to zero; these entries take the Jacobi update."""
     return jnp.where(jnp.isfinite(correction), correction, 0.0)
 
 
@@ -200,7 +225,7 @@ def record(iterates: Array | None, path: Array, index: Array) -> Array | None:
 
 
 def finish(iterates: Array | None, path: Array, num_iters: Array) -> Array | None:
-    """Fill the places behind the last iterate with it."""
+    """Fill the unused places with the last iterate."""
     if iterates is None:
         return None
     behind = jnp.arange(iterates.shape[0]) > num_iters

@@ -1,19 +1,23 @@
-"""Levenberg-Marquardt by Kalman filtering: Newton's recursion, held near the current iterate.
+"""Levenberg-Marquardt by Kalman filtering: Newton's recursion, kept near the current iterate.
 
-Newton's step solves the linearised system whatever its size; where the products of A[t] grow, it overflows although the
-recurrence itself is tame. ELK (Gonzalez et al. 2024, section 4) adds a penalty on the increments d,
+Newton's step solves the linearised system whatever its size. Where the products of A[t] grow, it overflows although the
+recurrence itself does not. ELK (Gonzalez et al. 2024, section 4) adds a penalty on the increments d,
 
     minimise  sum over t of  |d[t] - A[t] d[t-1] - r[t]|^2 + lambda |d[t]|^2
 
-which is the mode of a linear Gaussian state-space model with pseudo-observations, so a Kalman smoother finds it by
-associative scans (see `_kalman`). The published method uses the filter alone, a cheaper step that looks at the past
-only. Both shrink the products of A[t]: they stay bounded for every lambda > 0, and lambda = 0 is Newton.
+The minimiser is the mode of a linear Gaussian state-space model with pseudo-observations, so a Kalman smoother finds it
+by associative scans (see `pmcmc.recurrence.newton.kalman`). The published method uses the filter alone, a cheaper step
+that takes only the past into account. Both shrink the products of A[t]: they stay bounded for every lambda > 0, and
+lambda = 0 is Newton.
+
+The solver is `LevenbergMarquardt`. A `StepRule` chooses between filter and smoother; a `Regularization` chooses lambda
+and accepts or rejects steps.
 
 With lambda > 0 the step is not exact along a growing prefix, and where decisions flip (Metropolis) or f folds, the sum
-has points where no small step lowers it. So `AdaptiveRegularization` differs from the source: behind the prefix that
-already holds, one more increment is free of the penalty, and a rejected iterate still gives its prefix. So the prefix
-grows by a step an iteration, as in Newton's method, and T iterations suffice (one more where the first evaluation,
-outside the loop, rounds differently).
+has points from which no small step lowers it. `AdaptiveRegularization` therefore differs from the source: after the
+prefix that is already satisfied, one more increment is free of the penalty, and of a rejected iterate the exact prefix
+is kept. The prefix then grows by a step per iteration, as in Newton's method, and T iterations suffice (one more if the
+first evaluation, outside the loop, rounds differently).
 """
 
 import abc
@@ -36,32 +40,44 @@ from pmcmc.recurrence.sharding import Steps
 
 
 class Step(NamedTuple):
-    """A trust-region step in the basis."""
+    """A trust-region step in the basis.
 
-    beyond_images: Array  # (T, D): new path minus the images of the old one
-    model: Array  # (T, D): residual that the linear model predicts behind the step
+    Attributes:
+        beyond_images: New path minus the images of the old one, (T, D).
+        model: Residual after the step as predicted by the linear model, (T, D).
+    """
+
+    beyond_images: Array
+    model: Array
 
 
 class StepRule(abc.ABC):
     """Which mean of the state-space model is the step.
 
-    The filtered mean at t has seen the pseudo-observations up to t, the smoothed mean all of them.
+    The filtered mean at t depends on the pseudo-observations up to t, the smoothed mean on all of them.
     """
 
     @abc.abstractmethod
     def step(self, a: Any, r: Array, strength: Scalar, num_known: Array | int, steps: Steps) -> Step:
-        """The step for A ``(T, ...)``, r ``(T, D)`` and lambda; the first num_known increments are Newton's.
+        """Compute the step.
 
-        steps: as in `JacobianStructure.recur`.
+        Args:
+            a: A, shape ``(T, ...)``.
+            r: Residuals, shape ``(T, D)``.
+            strength: lambda.
+            num_known: Number of increments at the start that are Newton's, free of the penalty.
+            steps: As in `JacobianStructure.recur`.
         """
 
 
 @register_dataclass
 @dataclass(frozen=True)
 class Filter(StepRule):
-    """The filtered mean, as in the published ELK (Gonzalez et al. 2024).
+    """The filtered mean, as in the published ELK.
 
-    One Riccati and one affine scan an iteration.
+    An iteration takes one scan for the covariances and one affine scan.
+
+    Source: Gonzalez et al. (2024).
     """
 
     def step(self, a, r, strength, num_known, steps):
@@ -74,7 +90,7 @@ class Filter(StepRule):
 class Smoother(StepRule):
     """The smoothed mean, the exact Levenberg-Marquardt step.
 
-    One more affine scan than `Filter`, from the end of the path.
+    It takes one more affine scan than `Filter`, from the end of the path.
     """
 
     def step(self, a, r, strength, num_known, steps):
@@ -85,45 +101,60 @@ class Smoother(StepRule):
 
 
 class Trial(NamedTuple):
-    """What is known about a step when it is judged: the residual over the path, where it is finite."""
+    """What is known when a step is judged: residuals over the steps of the path where they are finite.
 
-    before: Array  # root of its sum of squares
+    Attributes:
+        before: Root of the sum of squares before the step.
+        after: The same after the step.
+        predicted: The same after the step, as predicted by the linear model.
+        lost_before: Number of steps of the path whose residual is not finite, before.
+        lost_after: Their number after the step.
+    """
+
+    before: Array
     after: Array
-    predicted: Array  # by the linear model
-    lost_before: Array  # number of steps where it is not finite
+    predicted: Array
+    lost_before: Array
     lost_after: Array
 
 
 class Regularization(abc.ABC):
     """How strong the trust region is, and when a step is accepted.
 
-    lambda is the precision of the pseudo-observations: 0 gives the step of Newton, a large one keeps the iterate.
+    lambda is the precision of the pseudo-observations: 0 gives Newton's step, a large lambda keeps the iterate.
     """
 
     @abc.abstractmethod
     def begin(self, dtype: Any) -> PyTree:
-        """The memory before the first iteration of a solve in this precision."""
+        """Return the memory before the first iteration of a solve in this precision."""
 
     @abc.abstractmethod
     def strength(self, memory: PyTree) -> Scalar:
-        """lambda of the next step."""
+        """Return lambda of the next step."""
 
     def num_exact(self, prefix: Array) -> Array | int:
-        """How many increments at the start are Newton's, free of the penalty, where ``prefix`` states hold already."""
+        """Return the number of increments at the start that are Newton's, free of the penalty.
+
+        Args:
+            prefix: Number of states that are already exact.
+        """
         return 0
 
     @abc.abstractmethod
     def update(self, memory: PyTree, trial: Trial) -> tuple[Array, PyTree, Array]:
-        """Whether the step is accepted, the new memory, and whether a rejected step should be tried again."""
+        """Return whether the step is accepted, the new memory, and whether to retry after a rejected step."""
 
 
 @register_dataclass
 @dataclass(frozen=True)
 class FixedRegularization(Regularization):
-    """One lambda for all iterations, every step accepted, as in the published ELK (there: 1e-8 by default).
+    """One lambda for all iterations, with every step accepted, as in the published ELK (there: 1e-8 by default).
 
-    value: lambda, at least 0. Where A = 0 the error shrinks by lambda / (1 + lambda) an iteration. In float32 keep it
-        above 1e-5 (see `AdaptiveRegularization`), or at 0 where Newton's step is wanted.
+    Where A = 0 the error shrinks by lambda / (1 + lambda) per iteration.
+
+    Args:
+        value: lambda, at least 0. In float32 keep it above 1e-5 (see `AdaptiveRegularization`), or at 0 for Newton's
+            step.
     """
 
     value: Scalar = 0.1
@@ -139,35 +170,45 @@ class FixedRegularization(Regularization):
 
 
 class Adaptation(NamedTuple):
-    """Memory of `AdaptiveRegularization`."""
+    """Memory of `AdaptiveRegularization`.
 
-    strength: Array  # lambda
-    merits: Array  # (history,) roots of phi of the last iterates that were accepted, zeros before
+    Attributes:
+        strength: lambda.
+        merits: Roots of phi of the last accepted iterates, (history,); zeros before these.
+    """
+
+    strength: Array
+    merits: Array
 
 
 @register_dataclass
 @dataclass(frozen=True)
 class AdaptiveRegularization(Regularization):
-    """lambda from how well the linear model predicted the last step, without asking for a decrease each time.
+    """Choose lambda by how well the linear model predicted the last step, without requiring a decrease at each step.
 
-    The merit is ``phi = sum of |r[t]|^2`` and the reference the largest phi of the last ``history`` iterates (Grippo,
-    Lampariello & Lucidi 1986; in trust regions: Toint 1996). A step is accepted if its phi is below the reference;
-    with ``rho`` = actual over predicted decrease from there, lambda grows by ``increase`` if rho < 1/4 and shrinks by
-    ``decrease`` if rho > 3/4, within [smallest, largest] (Nocedal & Wright 2006, algorithm 4.1). Rejected steps count
-    as iterations; the prefix on which they hold is kept, and grows by at least one step (see the module).
+    The merit is ``phi = sum of |r[t]|^2``, and the reference is the largest phi of the last ``history`` iterates
+    (Grippo, Lampariello & Lucidi 1986; in trust regions: Toint 1996). A step is accepted if its phi is below the
+    reference. With rho = actual / predicted decrease from the reference, lambda is multiplied by ``increase`` if rho <
+    1/4 and by ``decrease`` if rho > 3/4, within [smallest, largest] (Nocedal & Wright 2006, algorithm 4.1). Rejected
+    steps count as iterations; their exact prefix is kept and grows by at least one step per iteration.
 
-    initial: lambda of the first step.
-    smallest: None: the square root of the dtype's eps (1.5e-8, or 3.5e-4 in float32). Along unstable directions the
-        covariances reach 1 / lambda beside 1 along stable ones. At 1e-5, float32 steps were seen off by 2e-4 of their
-        size (`Filter`).
-    history: 1 asks for a decrease in every step, the textbook's rule: it creeps along accept flips and folds, where
-        phi must rise before it falls, at a step an iteration.
+    A further difference from the textbook concerns paths on which the recurrence is not finite at some steps: phi is
+    taken over the others; fewer such steps always count as progress, and more never do.
 
-    Differs from the textbook, besides, where the recurrence is not finite at some steps of the path: phi is taken over
-    the others, fewer such steps are always progress, and more never are.
+    Args:
+        initial: lambda of the first step.
+        increase: Factor of lambda after a poor prediction.
+        decrease: Factor of lambda after a good prediction.
+        smallest: Lower bound of lambda. None: the square root of the dtype's eps (1.5e-8, or 3.5e-4 in float32).
+            Covariances reach 1 / lambda along unstable directions and about 1 along stable ones; at 1e-5, errors of
+            2e-4 of their size were seen in float32 steps (`Filter`).
+        largest: Upper bound of lambda.
+        history: Number of accepted iterates that the reference is taken over. 1 requires a decrease at every step, the
+            textbook's rule, which advances by only a step per iteration along accept flips and folds, where phi must
+            rise before it falls.
 
     Raises:
-        ValueError: history below 1.
+        ValueError: history is below 1.
     """
 
     initial: Scalar = 1.0
@@ -191,14 +232,16 @@ class AdaptiveRegularization(Regularization):
         return prefix + 1
 
     def update(self, memory, trial):
+        # Acceptance: fewer steps that are not finite, or as many and a merit below the reference.
         merits = jnp.roll(memory.merits, 1).at[0].set(trial.before)
         reference = jnp.max(merits)
         same = trial.lost_after == trial.lost_before
         accepted = (trial.lost_after < trial.lost_before) | (same & (trial.after < reference))
+        # lambda from the ratio of actual and predicted decrease, both relative to the reference.
         safe = jnp.where(reference > 0, reference, 1.0)
         actual = 1 - (trial.after / safe) ** 2
         predicted = 1 - (trial.predicted / safe) ** 2
-        # a model that predicts no decrease is a poor one, whatever happened
+        # a model that predicts no decrease is poor, whatever the step achieved
         rho = jnp.where(predicted > 0, actual / jnp.where(predicted > 0, predicted, 1.0), -1.0)
         poor = ~(rho >= 0.25) | (trial.lost_after > trial.lost_before)
         good = rho > 0.75
@@ -214,17 +257,28 @@ class AdaptiveRegularization(Regularization):
 class LevenbergMarquardt(NewtonType):
     """ELK and its relatives: Newton-type iterations inside a trust region.
 
-    jacobian: `Dense` (ELK), `Diagonal` (quasi-ELK), `HutchinsonDiagonal`, `BlockDiagonal`, `HutchinsonBlockDiagonal`.
-    regularization: `AdaptiveRegularization` or `FixedRegularization`: lambda, without unit.
-    step_rule: `Filter`, as published, or `Smoother`, the exact Levenberg-Marquardt step.
-    tol, max_iters, basis, damping, clip, num_iterates, devices: as `Newton`. The trust region is a ball in the basis. T
-        iterations suffice with `AdaptiveRegularization`, not with a fixed lambda.
+    Each iteration minimises the sum over t of ``|d[t] - A[t] d[t-1] - r[t]|^2 + lambda |d[t]|^2`` over increments d of
+    the path, exactly or in part (see ``step_rule``). The trust region is a ball in the basis.
+
+    Args:
+        jacobian: `Dense` (ELK), `Diagonal` (quasi-ELK), `HutchinsonDiagonal`, `BlockDiagonal` or
+            `HutchinsonBlockDiagonal`.
+        regularization: `AdaptiveRegularization` or `FixedRegularization`: lambda, dimensionless.
+        step_rule: `Filter`, as published, or `Smoother`, the exact Levenberg-Marquardt step.
+        tol: As in `Newton`.
+        max_iters: As in `Newton`. T iterations suffice with `AdaptiveRegularization`, but not with a fixed lambda.
+        basis: As in `Newton`.
+        damping: As in `Newton`.
+        clip: As in `Newton`.
+        num_iterates: As in `Newton`.
+        devices: As in `Newton`.
 
     Raises:
-        ValueError: as `Newton`.
-        TypeError: a Jacobian without entries (`Identity`, `Zero`); integer leaves in the state.
+        ValueError: As in `Newton`.
+        TypeError: The Jacobian has no entries (`Identity`, `Zero`); or, in a solve, the state has integer leaves.
 
-    Source: Gonzalez et al. 2024, section 4; Sarkka & Garcia-Fernandez 2021 (scans), Nocedal & Wright 2006 (lambda).
+    Sources: Gonzalez et al. (2024), section 4; Sarkka & Garcia-Fernandez (2021) (scans); Nocedal & Wright (2006)
+        (lambda).
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -273,7 +327,7 @@ class LevenbergMarquardt(NewtonType):
 
 
 def _norm(steps: Steps, r: Array) -> Array:
-    """Root sum of squares of the finite rows, without overflow."""
+    """Root of the sum of squares of the finite rows, without overflow."""
     r = jnp.where(finite_rows(r)[:, None], r, 0.0)
     largest = steps.max(jnp.abs(r))
     safe = jnp.where(largest > 0, largest, 1.0)

@@ -1,9 +1,9 @@
 """Iterate on a window that slides along the path, instead of on all T steps at once.
 
-Far from the certified prefix early iterations are wasted: the states there hang on states that are still wrong. A
-window of W steps behind the prefix keeps the work and the memory of an iteration at W instead of T; whenever its first
-states hold, it advances past them, and what stays in the window is a warm start. Picard iteration with a sliding
-window is due to Shih et al. 2023; here any Newton-type solver will do.
+Far from the certified prefix early iterations are wasted: the states there depend on states that are still wrong. A
+window of W steps after the prefix limits the work and memory of an iteration to W steps. Whenever its first states are
+correct, the window advances past them; what remains in it is a warm start. Picard iteration with a sliding window is
+due to Shih et al. (2023); `Windowed` takes any Newton-type solver.
 """
 
 from dataclasses import dataclass, field
@@ -28,13 +28,22 @@ from pmcmc.recurrence.newton.loop import Iterate, NewtonType, VectorSolver, fini
 
 
 class Slide(NamedTuple):
-    """State of the outer loop."""
+    """State of the outer loop.
 
-    all: Evaluation  # (T, ...): what was last known about every step
-    window: Iterate  # (W, ...)
-    first: Array  # steps before the window, all of which hold
-    reach: Array  # steps that have been in a window so far
-    rounds: Array  # evaluations of a window
+    Attributes:
+        all: What was last known about every step, (T, ...).
+        window: Iterate of the window, (W, ...).
+        first: Number of steps before the window, all of which are correct.
+        reach: Number of steps that have been in a window so far.
+        rounds: Evaluations of a window so far.
+        iterates: Stored iterates, (num_iterates, T, D), or None.
+    """
+
+    all: Evaluation
+    window: Iterate
+    first: Array
+    reach: Array
+    rounds: Array
     iterates: Array | None
 
 
@@ -43,15 +52,18 @@ class Slide(NamedTuple):
 class Windowed(VectorSolver):
     """Solve by sliding a window of ``window`` steps past the certified prefix.
 
-    solver: a Newton-type solver; its options hold, ``max_iters`` being the budget of iterations over all windows.
-    window: W, the number of steps solved for at once; the whole path where T <= W.
+    A step that enters the window starts from the initial guess or, if none was given, from the last state of the
+    window. If no `scale` is given, it is measured on the window. Steps that no window reached have residual inf. After
+    ``max_iters`` iterations at least that many steps are correct (for `Newton`); under contraction the window advances
+    by W steps every few iterations.
 
-    A step that enters the window starts from the initial guess, or, where none was given, from the last state of the
-    window. Where no `scale` is given it is measured on the window. Steps that no window reached have residual inf.
-    After max_iters iterations at least as many steps hold (for `Newton`); with contraction it is W every few.
+    Args:
+        solver: A Newton-type solver. Its options apply; ``max_iters`` is the budget over all windows.
+        window: W, the number of steps solved for at once; the whole path if T <= W.
 
     Raises:
-        ValueError: window below 1, or a solver with devices. TypeError: solver is not Newton-type.
+        ValueError: window is below 1, or the solver has devices.
+        TypeError: The solver is not Newton-type.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -71,8 +83,8 @@ class Windowed(VectorSolver):
             raise TypeError("Windowed needs a Newton-type solver: Newton(...) or LevenbergMarquardt(...).")
         if isinstance(self.solver, NewtonType) and self.solver.shared_by:
             raise ValueError(
-                "a window slides over the path on one device, got a solver with devices. Drop devices, or Windowed: "
-                "without it each device holds only its share of the path."
+                "Windowed runs on one device, got a solver with devices. Drop devices; or drop Windowed, then each "
+                "device stores only its share of the path."
             )
 
     @property
@@ -84,8 +96,8 @@ class Windowed(VectorSolver):
         return self.solver.tolerance
 
     def numbers_per_step(self, dim):
-        # of XLA's own count on a CPU (MALA, D = 4 and 24: 18 and 46 to 99). What the window holds, W times the numbers
-        # of `solver`, does not grow with the path: whoever chooses W counts it
+        # From XLA's memory analysis on a CPU (MALA, D = 4 and 24: 18 and 46 to 99). The window's own memory, W times
+        # the numbers of `solver`, does not grow with the path and is left out.
         return 4 * dim + 4
 
     def run(self, system, guess, guess_given):
@@ -105,16 +117,18 @@ class Windowed(VectorSolver):
             )
 
         last = jax.lax.while_loop(lambda s: _unfinished(self.solver, system, s, width), body, slide)
+        # Judge the whole path, from what was last known about each step.
         it = last.window
         blocked = jnp.where(it.blocked < width, last.first + it.blocked, system.length)
         course = Course(it.moving, blocked, it.num_iters, last.rounds, width)
         seen = last.all
-        if system.scale is None:  # there, that of the last window
+        if system.scale is None:  # now.scale is that of the last window
             seen = seen._replace(scale=measured_scale(system, seen.images))
         return conclude(system, seen, course, finish(last.iterates, last.all.path, it.num_iters))
 
 
 def _begin(solver: NewtonType, system: System, guess: Array, width: int) -> Slide:
+    """Evaluate the guess in the first window; all later steps are unknown."""
     part = system.part(system.start, jnp.zeros((), int), width)
     window = solver.start(part, guess[:width])
     window = window._replace(moving=jnp.all(jnp.isfinite(system.start)), iterates=None)
@@ -127,14 +141,15 @@ def _begin(solver: NewtonType, system: System, guess: Array, width: int) -> Slid
 
 
 def _unfinished(solver: NewtonType, system: System, slide: Slide, width: int) -> Array:
+    """Whether to iterate again."""
     it = slide.window
-    # A window that holds altogether does not move, yet there may be more path ahead of it.
+    # A window that is solved does not change any more, but the path may continue after it.
     ahead = slide.first + width < system.length
     return jnp.where(it.solved, ahead, it.moving) & (it.num_iters < solver.max_iters)
 
 
 def _slide(solver: NewtonType, system: System, slide: Slide, width: int, guess_given: bool) -> Slide:
-    """Advance past the states that hold, if any, and evaluate what is new."""
+    """Advance past the states that are correct, if any, and evaluate the new window."""
     now = slide.window.now
     part = _part(system, slide.all.path, slide.first, width)
     step = jnp.minimum(_trusted(part, now), system.length - width - slide.first)
@@ -142,7 +157,7 @@ def _slide(solver: NewtonType, system: System, slide: Slide, width: int, guess_g
     def moved() -> Slide:
         first = slide.first + step
         path = jax.lax.dynamic_slice_in_dim(slide.all.path, first, width, 0)
-        if not guess_given:
+        if not guess_given:  # steps that enter for the first time start from the last state of the window
             new = first + jnp.arange(width) >= slide.reach
             path = jnp.where(new[:, None], slide.all.path[slide.reach - 1], path)
         part = _part(system, slide.all.path, first, width)
@@ -161,23 +176,26 @@ def _slide(solver: NewtonType, system: System, slide: Slide, width: int, guess_g
 
 
 def _trusted(part: System, now: Evaluation) -> Array:
-    """Length of the prefix of a window that may be left behind for good.
+    """Length of the prefix of a window that the window may advance past.
 
-    All of it where the whole window holds; else the states that hold on a scale of their own, as an iterate that
-    explodes behind them inflates that of the window.
+    It is the whole window if all its equations are satisfied; otherwise the states that satisfy them on their own
+    scale, because a later state that explodes inflates the scale of the window.
     """
     return leading_true(jnp.all(now.holds) | holding(part, now, own_residual(part, now)))
 
 
 def _before(system: System, path: Array, first: Array) -> Array:
+    """Return the state before the window."""
     return jnp.where(first > 0, path[jnp.maximum(first - 1, 0)], system.start)
 
 
 def _part(system: System, path: Array, first: Array, width: int) -> System:
+    """Return the equations of the window."""
     return system.part(_before(system, path, first), first, width)
 
 
 def _write(everything: Evaluation, window: Evaluation, first: Array) -> Evaluation:
+    """Write the window into the arrays of the whole path."""
     put = lambda x, w: jax.lax.dynamic_update_slice_in_dim(x, w, first, 0)
     same = everything._replace(scale=None), window._replace(scale=None)
     return jax.tree.map(put, *same)._replace(scale=window.scale)

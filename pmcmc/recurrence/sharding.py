@@ -18,7 +18,8 @@ from pmcmc._typing import Array, PyTree
 from pmcmc._xla.compile import that_ends
 from pmcmc.recurrence.lanes import Layout
 
-AXIS = "lanes"
+# Name of the one axis of the device mesh: along lanes, or along steps.
+AXIS = "devices"
 
 
 def distinct(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
@@ -194,9 +195,6 @@ def _from_bytes(message: Array, like: PyTree) -> PyTree:
             part = jax.lax.bitcast_convert_type(part.reshape(-1, width) if width > 1 else part, x.dtype)
         leaves.append(part.reshape(x.shape))
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
-
-
-AXIS = "steps"
 
 
 def step_sharding(devices: Sequence[jax.Device]) -> NamedSharding:

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from pmcmc._pytree import expand_mask, finite_rows, relative_distance, within_rounding
 from pmcmc._typing import Array, PyTree
+from pmcmc.recurrence.growth import amplified, mean_growth, separates, tangent_growth
 from pmcmc.recurrence.scan import running
 from pmcmc.recurrence.sharding import AllSteps, Steps
-from pmcmc.recurrence.shooting.growth import amplified, mean_growth, separates, tangent_growth
 from pmcmc.recurrence.solution import RESULTS, Stats, default_tolerance, typical_scale
 
 # The scale is measured on about this many states, as in `typical_scale`.

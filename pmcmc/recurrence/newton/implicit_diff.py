@@ -18,24 +18,21 @@ The derivative is that of the equation at the states found. It is meaningless if
 Sources: implicit function theorem; Lim et al. (2024), section 3.1 (one scan forward, its dual backward).
 """
 
+import abc
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.extend
 import jax.numpy as jnp
 from jax.custom_derivatives import zero_from_primal
 
-from pmcmc._pytree import RavelSpec
-from pmcmc._typing import Array, PyTree
+from pmcmc._pytree import RavelSpec, is_real
+from pmcmc._typing import Array, PyTree, Scalar
 from pmcmc.recurrence.newton.equations import Outcome, System
 from pmcmc.recurrence.problem import Problem
 from pmcmc.recurrence.scan import affine_scan
 from pmcmc.recurrence.sharding import AllSteps, Steps, over_steps
-from pmcmc.recurrence.solution import Solution
-
-if TYPE_CHECKING:
-    from pmcmc.recurrence.newton.loop import VectorSolver
-
+from pmcmc.recurrence.solution import RecurrenceSolver, Solution
 
 # The steps axis of value, aux, result, residual, stats, iterates and residual_profile in a batch of solutions; -1 for
 # none.
@@ -92,7 +89,33 @@ class Arguments(NamedTuple):
     inputs: PyTree
 
 
-def solve_differentiably(solver: "VectorSolver", problem: Problem) -> Solution:
+class VectorSolver(RecurrenceSolver):
+    """A solver for real states, one chain at a time, whose solution can be differentiated."""
+
+    @abc.abstractmethod
+    def run(self, system: System, guess: Array, guess_given: bool) -> Outcome:
+        """Solve one chain.
+
+        Args:
+            system: The equations.
+            guess: Initial guess, ``(T, D)``.
+            guess_given: Whether the user gave it; otherwise it is x[0] repeated.
+        """
+
+    @property
+    @abc.abstractmethod
+    def tolerance(self) -> Scalar | None:
+        """Largest residual / scale of a solution; None: that of the dtype."""
+
+    def solve_problem(self, problem: Problem) -> Solution:
+        if not all(is_real(x) for x in jax.tree.leaves(problem.x0)):
+            raise TypeError(
+                "Newton-type solvers need real states, got integer or boolean leaves. Use MultipleShooting()."
+            )
+        return solve_differentiably(self, problem)
+
+
+def solve_differentiably(solver: VectorSolver, problem: Problem) -> Solution:
     """Run ``solver.run`` on every chain of the batch, and make the solution differentiable.
 
     Args:
@@ -131,7 +154,7 @@ def solve_differentiably(solver: "VectorSolver", problem: Problem) -> Solution:
 
 
 def _solve_one(
-    setup: Setup, solver: "VectorSolver", spec: RavelSpec, arguments: Arguments, guess: PyTree, scale: Array | None
+    setup: Setup, solver: VectorSolver, spec: RavelSpec, arguments: Arguments, guess: PyTree, scale: Array | None
 ) -> Solution:
     """Solve one chain, converting guess and solution."""
     if guess is None:
@@ -159,7 +182,7 @@ def _ravel_scale(spec: RavelSpec, scale: PyTree) -> Array:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _solve(setup: Setup, solver: "VectorSolver", arguments: Arguments, guess: Array, scale: Array | None) -> Outcome:
+def _solve(setup: Setup, solver: VectorSolver, arguments: Arguments, guess: Array, scale: Array | None) -> Outcome:
     """Run the solver on vectors; its derivative is `_solve_jvp`."""
     fn = setup.traced.bind(arguments.consts)
     system = System(fn, arguments.start, arguments.inputs, scale, solver.tolerance, setup.steps)

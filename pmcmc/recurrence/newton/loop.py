@@ -26,15 +26,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pmcmc._pytree import finite_rows, is_real
+from pmcmc._pytree import finite_rows
 from pmcmc._typing import Array, PyTree, Scalar
 from pmcmc.recurrence.newton.basis import Basis, StandardBasis
-from pmcmc.recurrence.newton.equations import Course, Evaluation, Outcome, System, blocked_at, conclude
-from pmcmc.recurrence.newton.implicit_diff import solve_differentiably
+from pmcmc.recurrence.newton.equations import Course, Evaluation, System, blocked_at, conclude
+from pmcmc.recurrence.newton.implicit_diff import VectorSolver
 from pmcmc.recurrence.newton.jacobian import Identity, JacobianStructure, Zero
-from pmcmc.recurrence.problem import Problem
 from pmcmc.recurrence.sharding import distinct
-from pmcmc.recurrence.solution import RecurrenceSolver, Solution
 
 
 class Iterate(NamedTuple):
@@ -69,32 +67,6 @@ class Linearization(NamedTuple):
 
     a: Array | None
     r: Array
-
-
-class VectorSolver(RecurrenceSolver):
-    """A solver for real states, one chain at a time, whose solution can be differentiated."""
-
-    @abc.abstractmethod
-    def run(self, system: System, guess: Array, guess_given: bool) -> Outcome:
-        """Solve one chain.
-
-        Args:
-            system: The equations.
-            guess: Initial guess, ``(T, D)``.
-            guess_given: Whether the user gave it; otherwise it is x[0] repeated.
-        """
-
-    @property
-    @abc.abstractmethod
-    def tolerance(self) -> Scalar | None:
-        """Largest residual / scale of a solution; None: that of the dtype."""
-
-    def solve_problem(self, problem: Problem) -> Solution:
-        if not all(is_real(x) for x in jax.tree.leaves(problem.x0)):
-            raise TypeError(
-                "Newton-type solvers need real states, got integer or boolean leaves. Use MultipleShooting()."
-            )
-        return solve_differentiably(self, problem)
 
 
 class NewtonType(VectorSolver):

@@ -1,4 +1,21 @@
-"""The repair rule: which blocks are run again, and when their path has met the recorded one."""
+"""The repair rule of multiple shooting: which blocks are run again, and when they have merged.
+
+Each clause keeps the certificate true:
+
+1. Starts are never compared. In the first repair sweep every block but the first is active. Later, block p+1 is active
+   if and only if block p ran to its end without merging.
+2. An active lane takes at least one step from its new start and compares the new state with the recorded one at that
+   step. It has merged if the two are equal, or if they are within the tolerance after `WATCHED_STEPS` steps at small
+   distances or at the end of the block. Then the recorded state is kept. Otherwise it is overwritten, and the lane
+   goes on.
+3. If no scale is given, it is that of the zeroth sweep, but at most twice the range of the lane's own states since its
+   start: runs from wild guesses may have any spread, and relative to that any two states are close.
+4. The residual is the running maximum of the accepted differences. Elsewhere every state is the image of its
+   predecessor by construction. The exact prefix grows by at least one block per sweep.
+
+`pmcmc.recurrence.shooting.reference` is the same rule as a plain loop. `repair_sweep` is one sweep, `_compare` is clauses
+2 to 4.
+"""
 
 from typing import NamedTuple
 
@@ -8,63 +25,94 @@ import jax.numpy as jnp
 from pmcmc._pytree import finite_rows, is_real, relative_distance, tree_where
 from pmcmc._typing import Array, PyTree, Scalar
 from pmcmc.recurrence.lanes import Lanes, read_step, walk_apart, write_where
+from pmcmc.recurrence.shooting.reference import WATCHED_STEPS
 from pmcmc.recurrence.solution import default_tolerance
-
-# A lane merges once it has been watched for so many steps at small distances, unless it meets the recording exactly.
-WATCHED_STEPS = 8
 
 
 class Recording(NamedTuple):
-    """The path as it stands, and what its merges say about it; arrays are (lanes,) unless said otherwise."""
+    """The current path and what its merges tell.
 
-    path: PyTree  # (lanes, S, ...)
-    aux: PyTree  # (lanes, S, ...)
-    splice: Array  # largest accepted difference that may still stand in each block, 0 where there is none
-    residual: Array  # running maximum of accepted differences
-    growth: Array  # sum of log growths of small distances
+    Attributes:
+        path: States, (lanes, S, ...).
+        aux: Auxiliary results of the steps, (lanes, S, ...).
+        splice: Largest accepted difference that is still part of each block, 0 if there is none; (lanes,).
+        residual: Running maximum of accepted differences, (lanes,).
+        growth: Sum of the log growths of small distances, (lanes,).
+        growth_count: Number of terms in ``growth``, (lanes,).
+    """
+
+    path: PyTree
+    aux: PyTree
+    splice: Array
+    residual: Array
+    growth: Array
     growth_count: Array
 
 
 class Sweep(NamedTuple):
-    """State between sweeps."""
+    """State between sweeps.
 
-    number: Array  # of repair sweeps run
-    start: PyTree  # carries the active lanes start from
-    active: Array  # (lanes,)
-    pending: Array  # any lane of any device is active
-    end: PyTree  # carries at the end of each block, as recorded
+    Attributes:
+        number: Number of repair sweeps so far.
+        start: Carries from which the active lanes start.
+        active: Lanes to be run again, (lanes,).
+        pending: Whether any lane of any device is active.
+        end: Recorded carries at the end of each block.
+        recording: The current path.
+        num_sweeps: Repair sweeps in which the chain had work, (chains,).
+        critical_path: Sequential steps, (chains,).
+        evaluations: Steps taken while active, (lanes,).
+        depth: Sequential steps so far, the largest over chains and devices.
+    """
+
+    number: Array
+    start: PyTree
+    active: Array
+    pending: Array
+    end: PyTree
     recording: Recording
-    num_sweeps: Array  # (chains,) repair sweeps in which the chain had work
-    critical_path: Array  # (chains,)
-    evaluations: Array  # (lanes,) steps taken while active
-    depth: Array  # steps one after the other so far
+    num_sweeps: Array
+    critical_path: Array
+    evaluations: Array
+    depth: Array
 
 
 class Pass(NamedTuple):
-    """State within a repair sweep."""
+    """State within a repair sweep.
 
-    step: Array  # that all lanes are in, or (lanes,) each its own
+    Attributes:
+        step: Step within the block, the same for all lanes or one for each, (lanes,).
+        active: Lanes that have to go on, (lanes,).
+        ran_out: Lanes that were active and have not merged so far, (lanes,).
+        distance: Distance to the recording at the previous step, (lanes,).
+        recording: The current path.
+        taken: Steps taken in this sweep, (lanes,).
+        watched: Steps at small distances in this sweep, (lanes,).
+        reach: Smallest and largest state of each lane; None if a scale is given.
+    """
+
+    step: Array
     active: Array
-    ran_out: Array  # active and not merged so far
-    distance: Array  # to the recording, at the previous step
+    ran_out: Array
+    distance: Array
     recording: Recording
-    taken: Array  # steps taken by each lane in this sweep
-    watched: Array  # steps of each lane at small distances in this sweep
-    reach: tuple[PyTree, PyTree] | None  # least and largest state of each lane; None where a scale is given
+    taken: Array
+    watched: Array
+    reach: tuple[PyTree, PyTree] | None
 
 
 def successor_starts(lanes: Lanes, end: PyTree, ran_out: Array) -> tuple[PyTree, Array]:
-    """Starts from the ends of the blocks before; active if and only if that block ran to its end unmerged."""
+    """Return starts (the ends of the preceding blocks) and which lanes are active (clause 1)."""
     start, active = lanes.held.hand_over((end, ran_out))
     return start, active & ~lanes.held.first_of_chain() & (lanes.held.valid_steps() > 0)
 
 
 def repair_sweep(lanes: Lanes, tol: Array, max_steps: Scalar, sweep: Sweep) -> Sweep:
-    """One pass over the active lanes, then hand the new ends to their successors."""
+    """Run the active lanes once, then give the new ends to their successors."""
     carry, done = _run_pass(lanes, tol, max_steps - sweep.depth, sweep)
     end = tree_where(done.ran_out, carry, sweep.end)
     start, active = successor_starts(lanes, end, done.ran_out & ~done.active)
-    # stopped by the budget on its way: its block does not hold
+    # a lane that the budget stopped is still active: its block is not certified
     active = active | done.active
     counts = lanes.held.most(done.taken, sweep.active.astype(int), active.astype(int))
     taken, had_work, unfinished = counts
@@ -74,7 +122,7 @@ def repair_sweep(lanes: Lanes, tol: Array, max_steps: Scalar, sweep: Sweep) -> S
         active=active,
         pending=jnp.any(unfinished > 0),
         end=end,
-        # a block overwritten to its end has no splice left
+        # a block that was overwritten to its end contains no splice any more
         recording=done.recording._replace(splice=jnp.where(done.ran_out, 0.0, done.recording.splice)),
         num_sweeps=sweep.num_sweeps + had_work,
         critical_path=sweep.critical_path + taken,
@@ -84,7 +132,7 @@ def repair_sweep(lanes: Lanes, tol: Array, max_steps: Scalar, sweep: Sweep) -> S
 
 
 def _run_pass(lanes: Lanes, tol: Array, budget: Array, sweep: Sweep) -> tuple[PyTree, Pass]:
-    """Step all lanes until every active one has merged, the blocks end or the budget does; also their last carries."""
+    """Step all lanes until every active one has merged or ended, or the budget has; returns the last carries, too."""
     staged, num_lanes = lanes.recurrence.staged, lanes.held.num_lanes
     none = jnp.zeros(num_lanes, int)
     begin = Pass(
@@ -112,7 +160,16 @@ def _run_pass(lanes: Lanes, tol: Array, budget: Array, sweep: Sweep) -> tuple[Py
 
 
 def _compare(lanes: Lanes, tol: Array, now: Pass, carry: PyTree, aux: PyTree, arrived: Array) -> Pass:
-    """The rule, for the lanes that have arrived at the end of a step."""
+    """Apply the rule to the lanes that have completed a step.
+
+    Args:
+        lanes: What is solved.
+        tol: Largest accepted distance.
+        now: State of the sweep before the step.
+        carry: Carries after the step.
+        aux: Auxiliary results of the step.
+        arrived: Lanes that have completed it; (lanes,), or a scalar if all have.
+    """
     valid = lanes.held.valid_steps()
     x = jax.vmap(lanes.recurrence.unknown)(carry)
     reach, scale = now.reach, lanes.scale
@@ -121,14 +178,14 @@ def _compare(lanes: Lanes, tol: Array, now: Pass, carry: PyTree, aux: PyTree, ar
         scale = _own_scale(reach, scale, tol)
     distance = relative_distance(x, read_step(now.recording.path, now.step), scale).astype(tol.dtype)
     live = now.active & arrived & (now.step < valid)
-    # Small: within the square root of the tolerance, where a distance behaves linearly. By optional stopping the
-    # mean growth per step is unbiased although a lane enters this regime from above and leaves it by merging.
+    # Small means below the square root of the tolerance, where distances grow linearly. By optional stopping the mean
+    # growth per step is unbiased, although a lane enters this regime from above and leaves it by merging.
     small = live & (now.distance < jnp.sqrt(tol)) & (now.distance > 0)
     watched = now.watched + small
     last = now.step + 1 >= valid
     merged = live & (distance <= tol) & ((distance == 0) | (watched >= WATCHED_STEPS) | last)
     overwrite = live & ~merged
-    lost = overwrite & ~finite_rows(x)  # from a state that is not finite there is nothing to repair
+    lost = overwrite & ~finite_rows(x)  # a run from a non-finite state repairs nothing
     return Pass(
         step=now.step + arrived,
         active=jnp.where(arrived, overwrite & ~lost & (now.step + 1 < valid), now.active),
@@ -142,15 +199,16 @@ def _compare(lanes: Lanes, tol: Array, now: Pass, carry: PyTree, aux: PyTree, ar
 
 
 def _widened(reach: tuple[PyTree, PyTree], x: PyTree) -> tuple[PyTree, PyTree]:
-    """Least and largest states, this one included."""
+    """Extend the range of states by this one."""
     return jax.tree.map(jnp.minimum, reach[0], x), jax.tree.map(jnp.maximum, reach[1], x)
 
 
 def _own_scale(reach: tuple[PyTree, PyTree], scale: PyTree, tol: Array) -> PyTree:
-    """Scale of each lane ``(lanes, ...)``: that of the path, at most twice the range of the lane's own states.
+    """Return the scale of each lane (lanes, ...): that of the path, at most twice the range of the lane's own states.
 
-    The path's is measured on runs from guesses, and wild ones inflate it. A lane that counts runs from the end of the
-    block before it, so its states are those of the sequential path. Four units of rounding are always allowed.
+    The scale of the path is measured on runs from guesses, and wild guesses inflate it. An active lane runs from the end
+    of the preceding block, so its own states are on the scale of the sequential path. Four units of rounding are always
+    allowed.
     """
     floor = 4 / jnp.maximum(tol, default_tolerance(tol.dtype))
 
@@ -164,9 +222,9 @@ def _own_scale(reach: tuple[PyTree, PyTree], scale: PyTree, tol: Array) -> PyTre
 
 
 def _write(now: Pass, x, aux, distance, live, merged, overwrite, small, tol) -> Recording:
-    """Overwrite the recording on lanes that have not merged; account for merges and for small distances.
+    """Overwrite the recording of lanes that have not merged; account for merges and for small distances.
 
-    Where a lane merges, the recorded state stands, but aux is that of the step just taken: its predecessor has changed.
+    If a lane merges, the recorded state is kept, but aux is that of the step just taken: its predecessor has changed.
     """
     recording = now.recording
     floor = tol * 2.0**-10

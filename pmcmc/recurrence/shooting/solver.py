@@ -1,33 +1,26 @@
-"""Multiple shooting with repair: the whole path from blocks that run at once.
+"""Multiple shooting with repair: solve a path in blocks that run at once.
 
-T steps are cut into P blocks of S = ceil(T / P) steps. Every block starts from a guess and runs S ordinary steps,
-all P at once: the zeroth sweep. Then block p+1 is restarted from the end of block p with the same inputs, again all
-at once; where paths under common inputs coalesce, the repaired path soon meets the recorded one, and from there on
-the recording stands. A block whose repair ran to its end has a new end, so its successor is restarted in the next
-sweep, and so on until nothing is pending.
+The T steps are cut into P blocks of S = ceil(T / P) steps.
 
-The rule, to the letter (each clause keeps a certificate true):
+1. *Zeroth sweep.* Every block starts from a guess and takes S ordinary steps, all blocks at once.
+2. *Repair sweeps.* Block p+1 is run again from the end of block p with the same inputs, again all at once. If paths under
+   common inputs coalesce, the repaired path soon merges with the recorded one, and from there on the recording is
+   valid. A block that ran to its end without merging has a new end, so its successor is run again in the next sweep,
+   until no block is pending.
 
-- Starts are never compared. In the first repair sweep every block but the first is active; later, block p+1 is
-  active if and only if block p ran to its end unmerged.
-- An active lane takes at least one step from its new start and compares f(new) with the recording at that step.
-  Equal, or within the tolerance after `WATCHED_STEPS` steps at small distances or at the end of the block: merged, and
-  the recorded state stands. Otherwise it is overwritten and the lane goes on.
-- Where no scale is given, it is that of the zeroth sweep, but at most twice the range of the lane's own states since
-  its start: runs from wild guesses may have any spread, and within that any two states are close.
-- The residual is the running maximum of the accepted differences; elsewhere a state is f of its predecessor by
-  construction. The exact prefix grows by at least one block a sweep.
+`pmcmc.recurrence.shooting.repair` states the rule and each of its clauses; `pmcmc.recurrence.shooting.reference` is the
+same algorithm as a plain loop.
 
-Depth: S + the sum over sweeps of the longest merge, instead of T. Work: about T (1 + t_c / S), with t_c the
-coalescence time. No derivative is needed, and discrete states are welcome.
+The critical path is S plus the sum over sweeps of the longest merge, instead of T. The work is about T (1 + t_c / S)
+steps, where t_c is the coalescence time. No derivatives are needed, and states may be discrete.
 
-A merge within the tolerance proves little where nearby paths separate: two orbits of a chaotic map come close by
-chance. So the rate at which small distances (below the square root of the tolerance) grow is measured on the way, on
-the very lanes that merge, each for at least `WATCHED_STEPS` steps; where it is not negative and a merge was not
-bitwise, the result is `not_contracting`.
+A merge within the tolerance proves little if nearby paths separate: two orbits of a chaotic map come close by chance.
+The growth rate of small distances (below the square root of the tolerance) is therefore measured on the lanes that
+merge, each for at least `WATCHED_STEPS` steps. If it is not negative and a merge was not bitwise, the result is
+`not_contracting`.
 
-Sources: time-parallel simulation (Heidelberger & Stone 1990), circular coupling (Neal 1999), parallel shooting for
-dissipative systems (Chartier & Philippe 1993).
+Source: Heidelberger & Stone (1990), time-parallel simulation; Neal (1999), circular coupling; Chartier & Philippe
+(1993), parallel shooting for dissipative systems.
 """
 
 import math
@@ -40,35 +33,34 @@ import jax.numpy as jnp
 
 from pmcmc._pytree import expand_mask, finite_rows, is_real, leading_true, real_dtype, register_dataclass
 from pmcmc._typing import Array, PyTree, Scalar
+from pmcmc.recurrence.growth import separates
 from pmcmc.recurrence.lanes import Lanes, LaneSolver, Layout, read_step, record_for, walk, walk_apart, write_where
 from pmcmc.recurrence.problem import Staged
 from pmcmc.recurrence.sharding import AllLanes, distinct, lane_sharding, over_devices, replicated
-from pmcmc.recurrence.shooting.growth import separates
 from pmcmc.recurrence.shooting.repair import Recording, Sweep, repair_sweep, successor_starts
 from pmcmc.recurrence.solution import RESULTS, Solution, Stats, default_tolerance, typical_scale
 
-# Steps of the zeroth sweep between writes to the path, where they divide the capacity.
+# Steps of the zeroth sweep between writes to the path, if they divide the capacity.
 CHUNK = 16
-
-
-# About so many states say what the scale is, as in `typical_scale`.
+# The scale is measured on about this many states, as in `typical_scale`.
 SCALE_STATES = 4096
 
 
 @register_dataclass
 @dataclass(frozen=True)
 class MultipleShooting(LaneSolver):
-    """Run blocks of the path at once and repair them until they join.
+    """Run blocks of the path at once and repair them until they merge.
 
-    num_blocks: P, blocks per chain. None: about sqrt(8 T), at least 16 steps a block.
-    merge_tol: largest accepted |recorded - repaired| / scale. None: 32 eps in float32, 512 eps in float64.
-    max_sweeps: budget of repair sweeps. None: P, with which the solve always completes.
-    max_steps: budget of steps one after the other, S for the blocks included. None: no limit.
-    devices: that share the blocks evenly, P being rounded up to a multiple of their number; the solution is the same.
-        None: the one device that JAX uses by default.
+    Args:
+        num_blocks: P, blocks per chain. None: about sqrt(8 T), with at least 16 steps per block.
+        merge_tol: Largest accepted ``|recorded - repaired| / scale``. None: 32 eps in float32, 512 eps in float64.
+        max_sweeps: Budget of repair sweeps. None: P, with which the solve always completes.
+        max_steps: Budget of the critical path, including the S steps of the zeroth sweep. None: no limit.
+        devices: Devices that share the blocks evenly; P is rounded up to a multiple of their number. The solution is
+            the same. None: the default device of JAX.
 
     Raises:
-        ValueError: num_blocks, max_sweeps or max_steps below 1, or no or repeated devices.
+        ValueError: ``num_blocks``, ``max_sweeps`` or ``max_steps`` is below 1, or ``devices`` is empty or repeats one.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -123,7 +115,7 @@ class MultipleShooting(LaneSolver):
 
         if not self.shared_by:
             return _conclude(lanes, tol, run(AllLanes(lanes.layout), (lanes.inputs, lanes.buffers)))
-        per_lane = Outcome._make((True, True, True, False, False))  # what is said of chains, every device knows
+        per_lane = Outcome._make((True, True, True, False, False))  # per-chain values are replicated
         outcome = over_devices(self.shared_by, run, (lanes.inputs, lanes.buffers), per_lane, lanes.layout)
         solution = _conclude(lanes, tol, outcome)
         constrain = jax.lax.with_sharding_constraint
@@ -133,10 +125,10 @@ class MultipleShooting(LaneSolver):
 
 
 def default_num_blocks(length: int, max_blocks: int = 4096) -> int:
-    """P of about sqrt(8 T), a power of two, at least 16 steps a block.
+    """Return P of about sqrt(8 T), a power of two, with at least 16 steps per block.
 
-    The time (T/P + t_c)(a + b P), with a the cost of a step and b of a lane in it, is least at
-    P = sqrt(a T / (b t_c)); a/b is some hundreds on a CPU, t_c some tens of steps on well-conditioned posteriors.
+    The time ``(T/P + t_c) (a + b P)``, where a is the cost of a step and b that of a lane in it, is smallest at
+    ``P = sqrt(a T / (b t_c))``. On a CPU a/b is some hundreds; t_c is some tens of steps on well-conditioned posteriors.
     """
     blocks = 1
     while blocks * blocks * 4 <= 8 * length and 2 * blocks * 16 <= length and blocks < max_blocks:
@@ -145,7 +137,7 @@ def default_num_blocks(length: int, max_blocks: int = 4096) -> int:
 
 
 class Outcome(NamedTuple):
-    """What is left of the last sweep; see `Sweep`."""
+    """The fields of the last `Sweep` that the solution is made of."""
 
     recording: Recording
     active: Array
@@ -155,14 +147,14 @@ class Outcome(NamedTuple):
 
 
 class Filled(NamedTuple):
-    """State within the zeroth sweep of lanes that advance apart."""
+    """State of the zeroth sweep if every lane is at a step of its own."""
 
     step: Array  # (lanes,)
     record: PyTree
 
 
 def _run(lanes: Lanes, tol: Array, max_sweeps: Scalar, max_steps: Scalar) -> Outcome:
-    """The zeroth sweep and as many of repair as it takes, of the lanes that this device holds."""
+    """Run the zeroth sweep and all repair sweeps, for the lanes of this device."""
     sweep = _fill(lanes)
     if lanes.scale is None:
         lanes = lanes._replace(scale=_scale(lanes, sweep), measured=True)
@@ -175,7 +167,7 @@ def _run(lanes: Lanes, tol: Array, max_sweeps: Scalar, max_steps: Scalar) -> Out
 
 
 def _guessed_starts(lanes: Lanes) -> PyTree:
-    """Carries at the block starts: x0 for the first block of a chain, the guess for the others."""
+    """Return the carries at the block starts: x0 for the first block of a chain, the guess for the others."""
     layout = lanes.layout
     if lanes.guess_at is None:
         starts = jax.tree.map(lambda x: jnp.repeat(x, layout.num_blocks, axis=0), lanes.x0)
@@ -187,7 +179,7 @@ def _guessed_starts(lanes: Lanes) -> PyTree:
 
 
 def _scale(lanes: Lanes, sweep: "Sweep") -> PyTree:
-    """Scale of each coordinate, from the states of the zeroth sweep."""
+    """Measure the scale of each coordinate on the states of the zeroth sweep."""
     layout = lanes.layout
     known = jnp.arange(layout.capacity)[None] < lanes.held.valid_steps()[:, None]
     stride = max(1, layout.num_lanes * layout.capacity // SCALE_STATES)
@@ -195,7 +187,7 @@ def _scale(lanes: Lanes, sweep: "Sweep") -> PyTree:
 
 
 def _fill(lanes: Lanes) -> Sweep:
-    """The zeroth sweep: S plain steps of every block."""
+    """Run the zeroth sweep: S plain steps of every block."""
     layout, held, recurrence = lanes.layout, lanes.held, lanes.recurrence
     step, unknown = jax.vmap(recurrence.step), jax.vmap(recurrence.unknown)
     start = _guessed_starts(lanes)
@@ -229,7 +221,7 @@ def _fill(lanes: Lanes) -> Sweep:
 
 
 def _fill_apart(staged: Staged, unknown, start: PyTree, lanes: Lanes, record: PyTree) -> tuple[PyTree, PyTree]:
-    """As `walk`, each lane at a step of its own."""
+    """Do what `walk` does, with each lane at a step of its own."""
 
     def visit(now: Filled, carry, aux, arrived) -> Filled:
         record = write_where(arrived, now.record, (unknown(carry), aux), now.step)
@@ -242,33 +234,36 @@ def _fill_apart(staged: Staged, unknown, start: PyTree, lanes: Lanes, record: Py
 
 
 def _blank(known: Array, value: PyTree) -> PyTree:
-    """NaN in the real leaves of states that are not known."""
+    """Replace the real leaves of unknown states by NaN."""
     return jax.tree.map(lambda x: jnp.where(expand_mask(known, x), x, jnp.nan) if is_real(x) else x, value)
 
 
 def _conclude(lanes: Lanes, tol: Array, sweep: Outcome) -> Solution:
+    """Decide how far the path is certified, and say why not further."""
     recording, layout = sweep.recording, lanes.layout
     valid = layout.valid_steps()
     steps = jnp.arange(layout.capacity)[None]
+    # The finite prefix of each chain.
     leading = jnp.minimum(leading_true(finite_rows(recording.path, 2) | (steps >= valid[:, None])), valid)
     finite_prefix = jnp.where(
         finite_rows(lanes.x0), _prefix(layout, layout.by_chain(leading == valid), layout.by_chain(leading)), 0
     )
+    # Does the recurrence contract? Otherwise inexact merges do not count.
     active, splice = layout.by_chain(sweep.active), layout.by_chain(recording.splice)
     all_finite, complete = finite_prefix == layout.length, ~jnp.any(active, 1)
     count = jnp.sum(layout.by_chain(recording.growth_count), axis=1)
     growth = jnp.sum(layout.by_chain(recording.growth), axis=1)
     growth_rate = jnp.where(count > 0, growth / jnp.maximum(count, 1), jnp.nan)
     separating = separates(growth_rate, jnp.max(splice, axis=1), tol, layout.length)
-    # A block pending, or in a separating recurrence spliced inexactly, ends the prefix that stands.
+    # The certified prefix ends at a pending block, or, if nearby paths separate, at one that merged inexactly.
     prefix = _prefix(layout, ~active & ((splice == 0) | ~separating[:, None]), jnp.zeros_like(active, int))
     residual = jnp.max(layout.by_chain(recording.residual), axis=1)
     first = (jnp.arange(layout.num_blocks) * layout.block_length)[None]
     known = steps < jnp.reshape(finite_prefix[:, None] - first, (-1, 1))
     certified = jnp.minimum(prefix, finite_prefix)
     return Solution(
-        # behind a state that is not finite nothing is known: a block there may still be the run of a guess
-        # (a loop of one turn or none: unlike a branch it needs no second path)
+        # after the first non-finite state all values are unknown: a block there may still be the run of a guess
+        # (a loop of at most one iteration, which unlike a branch needs no second copy of the path)
         value=jax.lax.fori_loop(0, jnp.where(jnp.all(all_finite), 0, 1), lambda _, x: _blank(known, x), recording.path),
         aux=recording.aux,
         result=jnp.select(
@@ -290,7 +285,7 @@ def _conclude(lanes: Lanes, tol: Array, sweep: Outcome) -> Solution:
 
 
 def _prefix(layout: Layout, whole: Array, partial: Array) -> Array:
-    """(chains,) steps before the first block that is not ``whole``, and the ``partial`` steps of that one."""
+    """Count the steps before the first block that is not ``whole``, plus the ``partial`` steps of that one; (chains,)."""
     blocks = leading_true(whole)
     within = jnp.take_along_axis(partial, jnp.minimum(blocks, layout.num_blocks - 1)[:, None], axis=1)[:, 0]
     steps = blocks * layout.block_length + jnp.where(blocks < layout.num_blocks, within, 0)

@@ -1,0 +1,101 @@
+"""Multiple shooting as a plain sequential loop over blocks and steps: the algorithm on one page.
+
+`MultipleShooting` computes the same in parallel, for many chains at once. The tests compare the two step by step. Read
+this file for the rule and `pmcmc.recurrence.shooting.repair` for its parallel form.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from pmcmc._typing import PyTree
+
+# Steps at small distances after which a merge within the tolerance is accepted.
+WATCHED_STEPS = 8
+
+
+class Reference(NamedTuple):
+    """What the plain loop finds.
+
+    Attributes:
+        path: States x[1..T], leading axis T.
+        residual: Largest accepted distance between a repaired and a recorded state.
+        num_sweeps: Number of repair sweeps.
+        num_sequential_steps: Critical path: block length plus the longest run of each repair sweep.
+        num_fn_evals: Steps taken by all blocks together.
+    """
+
+    path: PyTree
+    residual: float
+    num_sweeps: int
+    num_sequential_steps: int
+    num_fn_evals: int
+
+
+def distance(x: PyTree, y: PyTree) -> float:
+    """Return the largest absolute difference of two states; infinite if integers differ."""
+    gaps = [0.0]
+    for a, b in zip(map(np.asarray, jax.tree.leaves(x)), map(np.asarray, jax.tree.leaves(y)), strict=True):
+        if np.issubdtype(a.dtype, np.floating):
+            gaps.append(float(np.max(np.abs(a - b))))
+        else:
+            gaps.append(0.0 if np.all(a == b) else np.inf)
+    return max(gaps)
+
+
+def solve_plainly(
+    fn: Callable, x0: PyTree, inputs: PyTree, guess: PyTree, *, num_blocks: int, merge_tol: float
+) -> Reference:
+    """Solve ``x[t] = fn(x[t-1], inputs[t])``, t = 1..T, by multiple shooting with repair, one step after the other.
+
+    Args:
+        fn: The recurrence ``(x, u) -> x``. All coordinates have scale 1.
+        x0: State before the first step.
+        inputs: Leading axis T.
+        guess: States for t = 1..T, leading axis T. Only those before block starts are used.
+        num_blocks: P.
+        merge_tol: Largest accepted distance.
+
+    Returns:
+        The `Reference` solution.
+
+    Source: Heidelberger & Stone (1990); Neal (1999); Chartier & Philippe (1993).
+    """
+    at = lambda tree, t: jax.tree.map(lambda x: x[t], tree)
+    length = len(jax.tree.leaves(inputs)[0])
+    size = -(-length // num_blocks)
+    blocks = [range(first, min(first + size, length)) for first in range(0, length, size)]
+
+    # Zeroth sweep: every block runs from its guess.
+    path: list[Any] = [None] * length
+    for block in blocks:
+        x = x0 if block[0] == 0 else at(guess, block[0] - 1)
+        for t in block:
+            path[t] = x = fn(x, at(inputs, t))
+
+    # Repair sweeps: a block is run again from the end of its predecessor until it meets its own recording.
+    residual, num_sweeps, critical_path, num_fn_evals = 0.0, 0, size, length
+    active = list(range(1, len(blocks)))
+    while active:
+        num_sweeps += 1
+        starts = {p: path[blocks[p][0] - 1] for p in active}  # as they were before this sweep: blocks run at once
+        longest, unmerged = 0, []
+        for p in active:
+            x, taken, before, watched = starts[p], 0, np.inf, 0
+            for t in blocks[p]:
+                x, taken = fn(x, at(inputs, t)), taken + 1
+                gap = distance(x, path[t])
+                watched += 0 < before < np.sqrt(merge_tol)
+                if gap <= merge_tol and (gap == 0 or watched >= WATCHED_STEPS or t == blocks[p][-1]):
+                    residual = max(residual, gap)  # merged: the recording is valid from here on
+                    break
+                path[t], before = x, gap
+            else:
+                unmerged.append(p)  # its end has changed, so its successor has to be run again
+            longest, num_fn_evals = max(longest, taken), num_fn_evals + taken
+        critical_path += longest
+        active = [p + 1 for p in unmerged if p + 1 < len(blocks)]
+    stacked = jax.tree.map(lambda *xs: np.stack(xs), *path)
+    return Reference(stacked, residual, num_sweeps, critical_path, num_fn_evals)

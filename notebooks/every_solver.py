@@ -18,7 +18,7 @@
 #
 # $$x_t^{k+1} = f(x_{t-1}^k, u_t) + A_t\, (x_{t-1}^{k+1} - x_{t-1}^k),$$
 #
-# a *linear* recurrence in the new states, which a parallel scan solves in $O(\log T)$ rounds. They differ in $A_t$
+# a *linear* recurrence in the new states, which a parallel scan solves with depth $O(\log T)$. They differ in $A_t$
 # (Gonzalez et al. 2025):
 #
 # | method | $A_t$ | source |
@@ -29,10 +29,10 @@
 # | Picard | the identity | Shih et al. 2023 |
 # | Jacobi | zero | |
 #
-# *Multiple shooting* is another way: cut the path into blocks, run all blocks from guessed starts, then restart each
-# block from the end of its predecessor until it meets its own recording. It needs no derivative.
+# *Multiple shooting* is a different method: cut the path into blocks, run all blocks from guessed starts, then restart each
+# block from the end of its predecessor until it merges with its recorded path. It needs no derivative.
 #
-# Here all of them solve the same Markov chain, and we watch the error fall.
+# In this notebook all of them solve the same Markov chain, and we plot how the error decreases.
 
 # %%
 # On Colab this installs pmcmc. What runs the GPU (jax, jaxlib, their CUDA plugin) and numpy stay at the versions that
@@ -83,8 +83,9 @@ STEP_SIZES = np.geomspace(0.01, 1.0, 3 if SMALL else 11)
 # %% [markdown]
 # ## The posterior: O-rings
 #
-# The 23 flights before the Challenger disaster (Dalal, Fowlkes & Hoadley 1989): was there damage to the O-rings, given
-# the temperature at launch? Logistic regression with standardised temperature and $N(0, 2^2)$ priors:
+# The data are the 23 flights before the Challenger disaster (Dalal, Fowlkes & Hoadley 1989): was there damage to the
+# O-rings, given the temperature at launch? The model is a logistic regression with standardised temperature and
+# $N(0, 2^2)$ priors:
 
 # %%
 temperature = np.array([66, 70, 69, 68, 67, 72, 73, 70, 57, 63, 70, 78, 67, 53, 67, 75, 70, 81, 76, 79, 75, 76, 58.0])
@@ -106,8 +107,8 @@ target = pmcmc.Target.from_logdensity(logdensity, origin)
 # ## The chain as a recurrence
 #
 # The Metropolis-adjusted Langevin algorithm with step size $h$ proposes $y = x + h \nabla \log p(x) + \sqrt{2h}\, z$ and
-# accepts if $\log u$ is below the log acceptance ratio. With $(z, u)$ of all steps drawn beforehand that is a
-# deterministic map. `kernel.transition(target)` is this map, and anything in `pmcmc.recurrence` can solve it.
+# accepts if $\log u$ is below the log acceptance ratio. With $(z, u)$ of all steps drawn beforehand this is a
+# deterministic map. `kernel.transition(target)` is this map, and every solver in `pmcmc.recurrence` can solve it.
 
 # %%
 kernel = pmcmc.MALA(step_size=0.2)
@@ -130,8 +131,8 @@ print(f"{accepted:.0%} of the proposals accepted; Lyapunov exponent {float(lyapu
 # %% [markdown]
 # ## All solvers
 #
-# Each starts from the same guess, the start of the chain repeated $T$ times, and stops by itself when every one of the
-# $T$ equations holds to $10^{-13}$ of the path's own spread.
+# Each solver starts from the same guess, the start of the chain repeated $T$ times, and stops when all $T$ equations are
+# satisfied to $10^{-13}$ of the path's own spread.
 
 # %%
 options = dict(max_iters=LENGTH, num_iterates=NUM_ITERATES)
@@ -165,13 +166,13 @@ for name, s in solutions.items():
     )
 
 # %% [markdown]
-# The error is against the sequential chain, the largest over all states, in units of the path's standard deviation. All
-# solvers that finish find *the same chain*. Evaluations are of the step alone; Jacobians come on top.
+# The error is the largest distance of a state from the sequential chain, in units of the path's standard deviation. All
+# solvers that converge find *the same chain*. The evaluations count the step only, without the Jacobians.
 #
-# ## Watching them converge
+# ## Convergence
 #
-# For each solver, $\log_{10}$ of the error over the step $t$ (across) and the iteration (downwards). Blue is solved. Black
-# dots: steps at which the iterate still accepts where the chain rejects, or the other way round.
+# The figure shows $\log_{10}$ of the error for each solver, over the step $t$ (horizontal) and the iteration (downwards).
+# Blue is solved. Black dots mark steps at which the iterate accepts and the chain rejects, or vice versa.
 
 
 # %%
@@ -212,18 +213,18 @@ figure.colorbar(image, ax=panels, label="$\\log_{10}$ error (path sd)", shrink=0
 plt.show()
 
 # %% [markdown]
-# Three things to see.
+# The figure shows three effects.
 #
-# - *Causality.* After $k$ iterations at least the first $k$ states are exact: the blue triangle at the left. So $T$
+# - *Causality.* After $k$ iterations at least the first $k$ states are exact: the blue triangle on the left. So $T$
 #   iterations always suffice, and Picard, whose cumulative sum never forgets an error, needs nearly all of them.
-# - *Forgetting.* The methods that contract do not wait for the triangle: errors vanish all along the path at once. Even
-#   Jacobi, with no derivative at all, finishes as soon as paths from a wrong start have merged with the right one.
-# - *Accept decisions.* For Newton's method and its relatives, what stays red longest lies behind dots. A decision that is wrong in the iterate is a jump
-#   that no derivative sees coming; once it is right, the stretch behind it falls quickly.
+# - *Forgetting.* The methods that contract do not depend on the triangle: errors vanish along the whole path at once. Even
+#   Jacobi, without derivatives, finishes as soon as paths from a wrong start have merged with the right one.
+# - *Accept decisions.* For Newton-type methods the errors that remain longest follow the dots. A wrong decision in the
+#   iterate is a jump that no derivative anticipates; once it is right, the errors after it decrease quickly.
 #
-# ## Which one is best depends on the kernel
+# ## The best solver depends on the kernel
 #
-# The step size decides how fast the chain forgets. Step sizes are numbers, not code, so nothing is compiled again.
+# The step size determines how fast the chain forgets. Step sizes are numbers, so changing them compiles nothing.
 
 # %%
 counts = {name: [] for name in solvers}
@@ -246,16 +247,16 @@ right.set(xscale="log", xlabel="step size $h$", ylabel="largest Lyapunov exponen
 plt.show()
 
 # %% [markdown]
-# Small steps forget slowly. Jacobi and shooting live on forgetting alone and pay for it; the methods with a derivative do
-# not, since a map close to the identity is close to linear (and for Picard, $A_t = I$ is then nearly right). Where the
-# exponent is lowest, Jacobi and shooting are at their best. Beyond, steps overshoot where they are accepted and forget
-# nothing where they are rejected: the exponent climbs above zero, and in the end all methods need of the order of $T$.
+# With small steps the chain forgets slowly. This slows down Jacobi and shooting, which rely on forgetting alone, but not the
+# methods with a derivative, since a map close to the identity is close to linear (and for Picard $A_t = I$ is then nearly
+# right). Jacobi and shooting are best where the exponent is lowest. For larger step sizes, accepted steps overshoot and
+# rejected steps forget nothing: the exponent rises above zero, and in the end all methods need of the order of $T$ iterations.
 #
-# ## What an iteration costs
+# ## The cost of an iteration
 #
 # Counts are not seconds. An iteration of DEER evaluates $T$ Jacobians and multiplies $D \times D$ matrices along a
-# scan, $O(T D^3)$ work; quasi-DEER $O(T D)$; shooting takes plain steps only. `LENGTH` steps of this tiny model, once
-# compiled, median of 5:
+# scan, $O(T D^3)$ work; quasi-DEER takes $O(T D)$; shooting takes plain steps only. The times below are for `LENGTH` steps of
+# this small model, once compiled, median of 5:
 
 # %%
 import time
@@ -276,8 +277,8 @@ for name, solver in {"sequential": recurrence.Sequential(), **solvers}.items():
 print(f"on {device.device_kind} ({device.platform})")
 
 # %% [markdown]
-# The times stored here are from two CPU cores that were busy with other work, too: no more than orders of magnitude, and
-# nothing about a GPU. Two cores have little to run side by side, so the solvers' extra evaluations count in full. Run the
-# notebook on a GPU, with `LENGTH` as it is set there.
+# The times stored here are from two CPU cores that were also busy with other work. They show only orders of magnitude, and
+# say nothing about a GPU. Two cores can run little in parallel, so the extra evaluations of the solvers count in full. Run
+# the notebook on a GPU, where `LENGTH` is larger, to compare.
 #
 # More: [when it pays](when_it_pays.ipynb); [a recurrent network](rnn.ipynb) with derivatives through these solvers.

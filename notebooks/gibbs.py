@@ -14,10 +14,10 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/pmcmc/pmcmc/blob/main/notebooks/gibbs.ipynb)
 #
-# Newton's method needs derivatives; blocks that merge do not. So a Gibbs sampler, with integers among its states, is
-# solved in parallel like any other chain: each conditional draw becomes a map of the state and of noise drawn
-# beforehand, an inverse CDF for a discrete site, $\mu + \sigma z$ for a normal one, a standard gamma variate divided by its
-# rate for a gamma one.
+# Newton's method needs derivatives; multiple shooting does not. So a Gibbs sampler whose state contains integers is solved
+# in parallel like any other chain. Each conditional draw is a map of the state and of noise drawn beforehand: the inverse
+# CDF for a discrete site, $\mu + \sigma z$ for a normal site, and a standard gamma variate divided by the rate for a gamma
+# site.
 
 # %%
 # On Colab this installs pmcmc. What runs the GPU (jax, jaxlib, their CUDA plugin) and numpy stay at the versions that
@@ -68,8 +68,8 @@ NUM_PAIRS, MAX_STEPS = (8, 100) if SMALL else (64, 200)
 # %% [markdown]
 # ## When did coal mining become safer?
 #
-# Disasters in British coal mines by year, 1851 to 1962 (Jarrett 1979; as a Gibbs example Carlin, Gelfand & Smith 1992).
-# The counts are Poisson with one rate up to year $k$ and another after it:
+# The data are the numbers of disasters in British coal mines per year, 1851 to 1962 (Jarrett 1979; as a Gibbs example
+# Carlin, Gelfand & Smith 1992). The counts are Poisson with one rate up to year $k$ and another after it:
 #
 # $$y_i \sim \text{Poisson}(\lambda_1)\ (i \le k), \quad y_i \sim \text{Poisson}(\lambda_2)\ (i > k), \qquad
 # \lambda_j \sim \text{Gamma}(2, \text{rate } 1), \quad k \sim \text{uniform on } 1, \ldots, n - 1.$$
@@ -105,8 +105,8 @@ kernel = pmcmc.Gibbs(
 
 # %% [markdown]
 # `k` is an index here, 0 for a change after the first year; hence `2 + k` years and pseudo-years in the first rate.
-# Functions get a dict of all sites and return a parameter. There is no log density to pass (`None`), and no step size to
-# tune.
+# The functions receive a dict of all sites and return a parameter. No log density is needed (`None`), and there is no step
+# size to tune.
 
 # %%
 start = {"early": 3.0, "late": 1.0, "k": jnp.array(n // 2)}
@@ -141,8 +141,8 @@ print(
 # %% [markdown]
 # ## Integers merge exactly
 #
-# Two chains with common noise and the same $k$ draw the same gammas from then on: they have merged, to the last bit. So
-# the merge time is the time until two copies agree on $k$ once, and the tolerance of the solver plays no role.
+# Two chains with common noise and the same $k$ draw the same gamma variates from then on: they have merged to the last bit.
+# So the merge time is the number of steps until two copies agree on $k$ once, and the tolerance of the solver does not matter.
 
 # %%
 target = chain.target
@@ -165,10 +165,10 @@ print(
 # %% [markdown]
 # ## Discrete sites of a NumPyro model
 #
-# A straight line, with some observations that are not from it. Each carries an indicator $z_i$ of being an outlier, a
+# The model is a straight line with some outliers. Each observation has an indicator $z_i$ of being an outlier, a
 # discrete latent site. `DiscreteGibbs` draws such sites by inverse CDF over their support, from the model's own log density,
-# and `HMC` the others, given them; `Compose` puts the two together. Given the line, the indicators are independent of each
-# other, so all are drawn at once (`independent="z"`, which is checked at random points).
+# and `HMC` samples the other sites given them; `Compose` combines the two. Given the line, the indicators are independent of
+# each other, so all are drawn at once (`independent="z"`, which is checked at random points).
 
 # %%
 rng = np.random.default_rng(3)
@@ -217,10 +217,10 @@ plt.show()
 print("posterior probability above 1/2:", np.flatnonzero(probability > 0.5), " planted:", np.array(planted))
 
 # %% [markdown]
-# All planted outliers are found; one more point, at the left edge, is a doubtful case. (Seconds stored here are from two CPU
+# All planted outliers are found; one more point, at the left edge, is uncertain. (The seconds stored here are from two CPU
 # cores.)
 #
-# Without `kernel=`, `parallel_chain` adds `DiscreteGibbs()` by itself when a model has discrete latent sites; then elements
-# are drawn one after the other, which is right whatever depends on what.
+# Without `kernel=`, `parallel_chain` adds `DiscreteGibbs()` if a model has discrete latent sites. It then draws the elements
+# one after the other, which is correct whatever their dependence.
 #
 # More: [NUTS](nuts.ipynb); [when it pays](when_it_pays.ipynb).

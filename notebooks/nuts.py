@@ -14,12 +14,12 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/pmcmc/pmcmc/blob/main/notebooks/nuts.ipynb)
 #
-# The No-U-Turn sampler decides at every step how far to go: it doubles a trajectory until it turns back on itself. Is
-# that still a map $x_t = f(x_{t-1}, u_t)$? Yes: once the momentum and the coin tosses of the doublings are drawn, the
-# whole transition follows. So a chain of NUTS can be cut into blocks that run side by side, like any other.
+# The No-U-Turn sampler decides at every step how far to go: it doubles a trajectory until it turns back on itself. It is
+# still a map $x_t = f(x_{t-1}, u_t)$: the momentum and the random choices of the doublings determine the whole transition.
+# So a chain of NUTS can be cut into blocks that run in parallel, like any other.
 #
-# Two questions decide whether that pays. Do coupled chains merge although their trees differ? And do lanes that run side
-# by side have to wait for the deepest tree?
+# Whether that pays depends on two questions. Do coupled chains merge although their trees differ? And do parallel lanes
+# have to wait for the deepest tree?
 
 # %%
 # On Colab this installs pmcmc. What runs the GPU (jax, jaxlib, their CUDA plugin) and numpy stay at the versions that
@@ -74,7 +74,8 @@ NUM_PAIRS, MAX_STEPS = (8, 200) if SMALL else (32, 400)
 # %% [markdown]
 # ## A regression
 #
-# Progression of diabetes in 442 patients by ten standardised covariates (Efron et al. 2004), with errors of Student's t:
+# The model regresses the progression of diabetes in 442 patients on ten standardised covariates (Efron et al. 2004), with
+# Student's t errors:
 #
 # $$y_i \sim t_5(\alpha + x_i^\top \beta, \sigma), \qquad \alpha, \beta_j \sim N(0, 1), \quad \sigma \sim \text{half-Normal}(1).$$
 
@@ -92,9 +93,9 @@ def regression(covariates, progression=None):
 
 
 # %% [markdown]
-# ## Blocks, and the sequential chain
+# ## Blocks and the sequential chain
 #
-# The same key, once in blocks and once in order.
+# We sample with the same key, once in blocks and once sequentially.
 
 # %%
 settings = dict(
@@ -118,9 +119,9 @@ for name, c in {"blocks": chain, "in order": ordinary}.items():
 print(f"on {device.device_kind} ({device.platform})")
 
 # %% [markdown]
-# Where a draw differs, float32 rounding decided a near tie somewhere before (one more doubling, or another point of the
-# trajectory); both paths are valid chains, and they merge again. The seconds stored here are from two CPU cores. A GPU
-# has other prices: run it there and look.
+# Where a draw differs, float32 rounding decided an earlier near tie (one more doubling, or another point of the
+# trajectory). Both paths are valid chains, and they merge again. The seconds stored here are from two CPU cores; costs on a
+# GPU differ, so run the notebook there to compare.
 
 # %%
 az.summary(chain.to_arviz(), round_to=3)
@@ -128,9 +129,9 @@ az.summary(chain.to_arviz(), round_to=3)
 # %% [markdown]
 # ## Do coupled chains of NUTS merge?
 #
-# Pairs from independent draws, driven by the same noise. Their trees differ at first, and so do the points they pick; but
-# once two paths are close they turn at the same leaf and pick the same point of nearly the same trajectory. Whether they
-# *get* close depends on the posterior. Beside the regression we take a hierarchy: batting averages of 18 baseball players
+# We run pairs from independent draws with the same noise. Their trees differ at first, and so do the points they select.
+# Once two paths are close, they turn at the same leaf and select the same point of nearly the same trajectory. Whether they
+# *become* close depends on the posterior. Besides the regression we use a hierarchy: batting averages of 18 baseball players
 # in their first 45 at-bats of 1970 (Efron & Morris 1975),
 #
 # $$y_j \sim \text{Binomial}(45, \text{logit}^{-1}(\mu + \sigma z_j)), \quad z_j \sim N(0, 1), \quad
@@ -189,16 +190,16 @@ for column, (name, p) in enumerate(pairs.items()):
 plt.show()
 
 # %% [markdown]
-# The posterior of the regression is nearly Gaussian, and all pairs merge soon. In the hierarchy they wander: they come close
-# and part again, and only some reach the tolerance. A likely reason is that the scale of $z$'s influence, $\sigma$, differs
-# between the two paths of a pair, so that their trees turn at different leaves. `solver="auto"` sees that in its pilot and
-# samples such a chain in order. Another kernel may merge where NUTS does not: [when it pays](when_it_pays.ipynb) shows how
+# The posterior of the regression is nearly Gaussian, and all pairs merge soon. In the hierarchy pairs come close and
+# separate again, and only some reach the tolerance. A likely reason is that the scale $\sigma$ of the influence of $z$ differs
+# between the two paths of a pair, so that their trees turn at different leaves. `solver="auto"` detects this in its pilot and
+# samples such a chain sequentially. Another kernel may merge where NUTS does not: [when it pays](when_it_pays.ipynb) shows how
 # to measure it.
 #
-# ## Nobody waits for the deepest tree
+# ## Lanes do not wait for the deepest tree
 #
-# Lanes under `vmap` advance in lockstep: a transition of all lanes ends with the deepest tree among them. What that would
-# cost is the ratio of the longest to the mean trajectory among so many lanes:
+# Lanes under `vmap` advance in lockstep: a transition of all lanes ends with the deepest tree among them. The cost of that
+# would be the ratio of the longest to the mean trajectory over the lanes:
 
 # %%
 for name, c in chains.items():
@@ -208,9 +209,9 @@ for name, c in chains.items():
         print(f"{name:11s}{lanes:4d} lanes: longest / mean = {np.mean(groups.max(axis=1)) / leaves.mean():.2f}")
 
 # %% [markdown]
-# `pmcmc.NUTS` therefore is a state machine: one *advance* is one leapfrog step of every lane, and a lane whose tree is
-# complete goes on with its own next transition (after Dance et al. 2025). Blocks give the device as many lanes as it wants
-# from a few long chains, with one warm-up.
+# `pmcmc.NUTS` is therefore a state machine: one *advance* is one leapfrog step of every lane, and a lane whose tree is
+# complete continues with its own next transition (after Dance et al. 2025). Blocks provide as many lanes as the device can
+# use from a few long chains, with one warm-up.
 #
-# Have a script with `numpyro.infer.NUTS`? `pmcmc.ParallelMCMC(NUTS(model), ...)` reads its options: see the
+# If you have a script with `numpyro.infer.NUTS`, `pmcmc.ParallelMCMC(NUTS(model), ...)` reads its options: see the
 # [quickstart](quickstart.ipynb). More: [Gibbs and discrete states](gibbs.ipynb).

@@ -14,9 +14,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/pmcmc/pmcmc/blob/main/notebooks/quickstart.ipynb)
 #
-# MCMC is sequential: 100,000 draws are 100,000 steps, one after the other. But draw all the randomness first, and a
-# step is a deterministic map, $x_t = f(x_{t-1}, u_t)$, and the chain is one equation for all its states at once. pmcmc
-# solves it, and certifies that every state is $f$ of its predecessor. The draws are those of the ordinary sequential
+# MCMC is sequential: 100,000 draws are 100,000 consecutive steps. But once all the randomness is drawn, a step is a
+# deterministic map, $x_t = f(x_{t-1}, u_t)$, and the chain is one equation for all its states. pmcmc solves this
+# equation and certifies that every state is $f$ of its predecessor. The draws are those of the ordinary sequential
 # chain.
 
 # %%
@@ -61,8 +61,8 @@ import arviz as az
 plt.rcParams["figure.dpi"] = 80
 
 # %% [markdown]
-# Sizes are set here and nowhere else: small where `PMCMC_SMALL` is set (tests), smaller on a GPU, where steps in order
-# take much longer than on a CPU.
+# All sizes are set here: small if `PMCMC_SMALL` is set (tests), and smaller on a GPU, where sequential steps take much
+# longer than on a CPU.
 
 # %%
 SMALL = "PMCMC_SMALL" in os.environ
@@ -77,7 +77,7 @@ THINNING = 10 if SMALL else 50
 # $$y_j \sim N(\theta_j, \sigma_j^2), \quad \theta_j = \mu + \tau z_j, \quad z_j \sim N(0, 1), \quad
 # \mu \sim N(0, 5^2), \quad \tau \sim \text{half-Cauchy}(5).$$
 #
-# This is an ordinary NumPyro model; nothing in it knows of pmcmc.
+# This is an ordinary NumPyro model without any changes for pmcmc.
 
 # %%
 effect = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
@@ -96,9 +96,9 @@ def model(error, effect=None):
 # %% [markdown]
 # ## Sample
 #
-# `parallel_chain` warms up, takes some steps, sees what they cost and how soon coupled chains merge, chooses between
-# blocks of the chain side by side and ordinary sequential sampling, and certifies the result. The report says what it
-# did and why. Which way it goes depends on the machine and on the length of the run; the draws do not.
+# `parallel_chain` warms up, takes some steps, measures their cost and how soon coupled chains merge, chooses between
+# parallel blocks of the chain and ordinary sequential sampling, and certifies the result. The report says what it did and
+# why. The choice depends on the machine and on the length of the run; the draws do not.
 
 # %%
 settings = dict(model_args=(error, effect), num_samples=NUM_SAMPLES, thinning=THINNING, progress_bar=False)
@@ -106,11 +106,11 @@ chain = pmcmc.parallel_chain(model, 0, **settings)
 print(chain.report)
 
 # %% [markdown]
-# ## Read it with ArviZ
+# ## Results in ArviZ
 #
-# Dimensions carry the names of the plates, and the solver's statistics travel along in `sample_stats` and the
-# attributes. `log_likelihood=True` is what `az.loo` and `az.compare` need. (With one observation a school, leaving one
-# out changes the posterior of its effect a lot; the Pareto diagnostic of `az.loo` is about that, not about the sampler.)
+# Dimensions are named after the plates, and the solver's statistics are in `sample_stats` and the attributes.
+# `log_likelihood=True` adds what `az.loo` and `az.compare` need. (With one observation per school, leaving one out changes
+# the posterior of its effect a lot; the Pareto diagnostic of `az.loo` reflects that, not the sampler.)
 
 # %%
 idata = chain.to_arviz(log_likelihood=True)
@@ -132,12 +132,12 @@ axes.legend(frameon=False, fontsize="small", loc="center right")
 plt.show()
 
 # %% [markdown]
-# ## It is the sequential chain
+# ## The result is the sequential chain
 #
-# Ask for a solver by name and compare. `MultipleShooting` cuts each chain into blocks that start from guesses and run
-# at the same time; then each block is restarted from the end of its predecessor *with the same noise* until it meets
-# its own recording. `Sequential` takes the steps in order. Same key, same chain: where the draws differ, an accept
-# decision was so close that float32 rounding settles it, and the two paths merge again some steps later.
+# Choose the solvers yourself and compare. `MultipleShooting` cuts each chain into blocks that start from guesses and run
+# at the same time; then each block is restarted from the end of its predecessor *with the same noise* until it merges
+# with its recorded path. `Sequential` takes one step after the other. The same key gives the same chain: where the draws
+# differ, an accept decision was so close that float32 rounding decides it, and the two paths merge again some steps later.
 
 # %%
 blocks = pmcmc.parallel_chain(model, 0, solver=pmcmc.recurrence.MultipleShooting(), **settings)
@@ -150,17 +150,18 @@ for name, c in {"blocks": blocks, "in order": ordinary}.items():
     print(f"{name:9s} {steps:9,} steps one after the other, {c.report.solve_seconds:5.2f} s to solve")
 
 # %% [markdown]
-# The number of steps one after the other is what an ideal parallel machine would wait for. Seconds depend on how much
-# the machine can do side by side: those stored here are from two CPU cores, where the chains in order are one compiled
-# kernel and blocks gain much less than that. They say nothing about a GPU. Run the notebook on one to see.
+# The number of steps one after the other, the critical path, determines the time on an ideal parallel machine. The
+# seconds depend on how much the machine can do in parallel. Those stored here are from two CPU cores, where sequential
+# sampling is one compiled kernel and blocks gain much less than the critical path suggests. They say nothing about a GPU;
+# run the notebook on one to see.
 #
-# `blocks` and `ordinary` hold the same draws, so use whichever is cheaper; that is what `solver="auto"` tries to find out,
-# compilation included.
+# `blocks` and `ordinary` hold the same draws, so the cheaper solver is the better one. `solver="auto"` predicts which one
+# that is, including compilation.
 #
-# ## Go on later
+# ## Continuing a chain
 #
-# `extend` continues the same chain, without another warm-up, with the draws that one long run would have given;
-# `save` and `pmcmc.load` do so on another machine.
+# `extend` continues the same chain without another warm-up, with the draws that one long run would have given. `save` and
+# `pmcmc.load` continue it on another machine.
 
 # %%
 longer = chain.extend(NUM_SAMPLES // 2, progress_bar=False)
@@ -168,10 +169,10 @@ print(chain.num_samples, "->", longer.num_samples, "draws kept per chain")
 print("the first part is unchanged:", np.array_equal(longer.unknowns[:, : chain.num_samples], chain.unknowns))
 
 # %% [markdown]
-# ## A script you already have
+# ## Existing NumPyro scripts
 #
-# `pmcmc.ParallelMCMC` is a `numpyro.infer.MCMC`: change the line that makes yours, and `get_samples`, `print_summary`,
-# `Predictive` and `az.from_numpyro` work as before.
+# `pmcmc.ParallelMCMC` is a `numpyro.infer.MCMC`: change the line that creates the `MCMC` object, and `get_samples`,
+# `print_summary`, `Predictive` and `az.from_numpyro` work as before.
 
 # %%
 from numpyro.infer import NUTS

@@ -14,12 +14,12 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/pmcmc/pmcmc/blob/main/notebooks/rnn.ipynb)
 #
-# `pmcmc.recurrence` knows nothing of MCMC. A recurrent network $h_t = f_\vartheta(h_{t-1}, r_t)$ is a recurrence with
-# inputs $r_t$ like any other: Newton's method finds all its states at once (DEER: Lim et al. 2024), and its solution can be
-# differentiated, so that it can be trained. The reason that a Bayesian may care: the likelihood of a nonlinear state-space
-# or time-series model is often just such a recursion.
+# `pmcmc.recurrence` does not depend on MCMC. A recurrent network $h_t = f_\vartheta(h_{t-1}, r_t)$ is a recurrence with
+# inputs $r_t$: Newton's method finds all its states at once (DEER: Lim et al. 2024), and the solution can be differentiated,
+# so that the network can be trained. This also matters for Bayesian models: the likelihood of a nonlinear state-space or
+# time-series model is often such a recursion.
 #
-# We let a gated recurrent unit (GRU) learn how rain becomes river flow.
+# In this notebook a gated recurrent unit (GRU) learns how rain becomes river flow.
 
 # %%
 # On Colab this installs pmcmc. What runs the GPU (jax, jaxlib, their CUDA plugin) and numpy stay at the versions that
@@ -67,10 +67,10 @@ NUM_UPDATES = 20 if SMALL else 400
 DIM = 4  # hidden states, D
 
 # %% [markdown]
-# ## Data: a reservoir that does not leak linearly
+# ## Data: a reservoir with nonlinear outflow
 #
-# A storage $s_t$ fills with rain and empties faster the fuller it is, $q_t = 0.1\, s_t^{1.5}$. We see rain and a noisy flow, for
-# as many days to train on as to test on.
+# A storage $s_t$ fills with rain and empties faster the fuller it is, $q_t = 0.1\, s_t^{1.5}$. We observe rain and a noisy
+# flow. The training series and the test series are equally long.
 
 # %%
 rng = np.random.default_rng(0)
@@ -114,9 +114,9 @@ origin = jnp.zeros(DIM)
 parameters = initial_parameters(jax.random.key(1))
 
 # %% [markdown]
-# ## Evaluated in parallel
+# ## Evaluation in parallel
 #
-# One call, and as many iterations as the residual asks for. The states are those of the loop.
+# One call iterates until the residual is small. The states are those of the sequential loop.
 
 # %%
 newton = recurrence.deer(max_iters=100)
@@ -144,17 +144,17 @@ print(f"largest difference from the loop: {float(jnp.max(jnp.abs(solution.value 
 print(f"largest Lyapunov exponent: {float(exponent.exponents[0]):.2f} a step")
 
 # %% [markdown]
-# The exponent is negative: the network forgets its past, and that is why a few iterations suffice
+# The exponent is negative: the network forgets its past, so a few iterations suffice
 # ([when it pays](when_it_pays.ipynb)).
 #
 # ## Derivatives through the solution
 #
-# At a solution $h_t = f_\vartheta(h_{t-1}, r_t)$ for all $t$. Differentiate this equation, not the iterations:
+# A solution satisfies $h_t = f_\vartheta(h_{t-1}, r_t)$ for all $t$. We differentiate this equation, not the iterations:
 #
 # $$dh_t = J_t\, dh_{t-1} + \frac{\partial f}{\partial \vartheta}\, d\vartheta,$$
 #
-# one more linear recurrence, so one more parallel scan, whatever the number of iterations was. Reverse mode is its
-# transpose. The gradient of the mean squared error, by both ways:
+# This is one more linear recurrence, so it takes one more parallel scan, whatever the number of iterations was. Reverse mode
+# is its transpose. We compare the gradients of the mean squared error, computed in parallel and sequentially:
 
 
 # %%
@@ -184,10 +184,10 @@ difference = jnp.linalg.norm(flat(first) - flat(second)) / jnp.linalg.norm(flat(
 print(f"{flat(first).size} derivatives; relative difference of the two gradients: {float(difference):.1e}")
 
 # %% [markdown]
-# ## Trained in parallel
+# ## Training in parallel
 #
-# Adam, on the whole series at once. The states of the last update are the guess for the next: the parameters have moved a
-# little, so Newton's method starts close.
+# Adam uses the whole series in each update. The states of one update are the guess for the next: the parameters have changed
+# little, so Newton's method starts close to the solution.
 
 # %%
 schedule = optax.adam(0.02)
@@ -252,13 +252,13 @@ print(
 )
 
 # %% [markdown]
-# The two losses follow the same curve: the parallel gradient *is* the gradient, to rounding. The network starts the test
-# series from $h = 0$, hence its first days.
+# The two losses follow the same curve: the parallel gradient equals the sequential one to rounding. The network starts the
+# test series from $h = 0$, which explains the errors of the first days.
 #
-# ## What it costs
+# ## Cost
 #
-# A scan does $O(T)$ steps one after the other, forward and back. DEER does a few rounds of $O(\log T)$ depth with $T D^3$ work
-# each. Loss and gradient, compiled, median of 5:
+# A sequential scan has a critical path of $O(T)$ steps, forward and backward. DEER takes a few iterations of depth $O(\log T)$
+# with $T D^3$ work each. The times are for loss and gradient, compiled, median of 5:
 
 
 # %%
@@ -279,11 +279,11 @@ print(f"in parallel: {cold:.2f} ms from zeros, {warm:.2f} ms from the last state
 print(f"on {device.device_kind} ({device.platform}), T = {LENGTH}, D = {DIM}")
 
 # %% [markdown]
-# The numbers stored here are from two busy CPU cores, where there is little to run side by side and the work of the
-# Jacobians counts in full. The case for DEER is a long series, a small state and a GPU: there, set `LENGTH` and look.
+# The numbers stored here are from two busy CPU cores, which can run little in parallel, so the work of the Jacobians counts in
+# full. DEER suits long series, small states and GPUs; set `LENGTH` there and compare.
 #
-# Does the trained network still forget? Gradients cannot explode where tangents shrink, and the number of Newton iterations
-# stays small:
+# Does the trained network still forget its past? If tangents shrink, gradients cannot explode, and the number of Newton
+# iterations stays small:
 
 # %%
 exponent = stability.lyapunov_exponent(partial(unit, trained), origin, rain[to_train], num_batches=8)

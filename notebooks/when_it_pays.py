@@ -15,9 +15,9 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/pmcmc/pmcmc/blob/main/notebooks/when_it_pays.ipynb)
 #
 # A chain with its noise drawn first is a recurrence $x_t = f(x_{t-1}, u_t)$. Solvers that find all its states at once
-# need few rounds if and only if the recurrence *forgets*: two paths from different starts, driven by the same $u$, must
-# come together. This notebook shows how to measure that, first on systems without any statistics in them, then on
-# posteriors, a centred and a non-centred hierarchy and a funnel among them.
+# need few rounds if and only if the recurrence *forgets* its start: two paths from different starts, driven by the same
+# $u$, must merge. This notebook shows how to measure that, first on dynamical systems, then on posteriors, including a
+# centred and a non-centred hierarchy and a funnel.
 
 # %%
 # On Colab this installs pmcmc. What runs the GPU (jax, jaxlib, their CUDA plugin) and numpy stay at the versions that
@@ -71,9 +71,9 @@ NUM_SAMPLES = 2_000 if SMALL else 2_000_000 if LARGE else 5_000_000  # of the ru
 # %% [markdown]
 # ## From contracting to chaotic
 #
-# A network with gain $g$ and noise: $x_t = \tanh(g\, Q\, x_{t-1}) + 0.1\, u_t$ with a random rotation $Q$ in 16 dimensions.
-# For small $g$ it forgets its past; for large $g$ it is chaotic. The **largest Lyapunov exponent** (LLE) is the mean
-# log growth per step of an infinitesimal difference $v$,
+# The example is a network with gain $g$ and noise, $x_t = \tanh(g\, Q\, x_{t-1}) + 0.1\, u_t$, with a random rotation $Q$ in
+# 16 dimensions. For small $g$ it forgets its past; for large $g$ it is chaotic. The **largest Lyapunov exponent** (LLE) is
+# the mean log growth per step of an infinitesimal difference $v$,
 #
 # $$\lambda = \lim_{T \to \infty} \frac1T \log \lVert J_T \cdots J_1 v \rVert, \qquad J_t = \partial f / \partial x
 # \text{ at } (x_{t-1}, u_t).$$
@@ -122,16 +122,16 @@ right.legend(frameon=False, fontsize="small")
 plt.show()
 
 # %% [markdown]
-# Well left of zero both solvers finish in a fraction of $T$ rounds. Towards zero merging takes longer than the blocks are,
-# and shooting falls back to $T$; right of zero Newton's iterations grow to the order of $T$, too. Then nothing is gained, and
-# every round costs more than a plain step. (A round of Newton's method is not the price of a step anyway: it evaluates all
-# $T$ Jacobians and multiplies them up.)
+# If the exponent is clearly negative, both solvers finish in a fraction of $T$ rounds. As it approaches zero, merges take
+# longer than a block, and the critical path of shooting increases to $T$. If it is positive, Newton's iterations grow to the
+# order of $T$ as well. Then nothing is gained, and every round costs more than a plain step. (A round of Newton's method
+# always costs more than a step: it evaluates all $T$ Jacobians and multiplies them.)
 #
 # ## A small residual is no proof
 #
 # Every solver here judges itself by the residual $r_t = x_t - f(x_{t-1}, u_t)$. Where paths converge, a small residual
-# means a small error. Where they separate, it does not: by chance two chaotic paths come close, and joining them there
-# gives a *pseudo-orbit*. The logistic map $x_t = r\, x_{t-1}(1 - x_{t-1})$ at $r = 4$, with a loose tolerance:
+# means a small error. Where they separate, it does not: by chance two chaotic paths come close, and merging them there
+# gives a *pseudo-orbit*. An example is the logistic map $x_t = r\, x_{t-1}(1 - x_{t-1})$ at $r = 4$, with a loose tolerance:
 
 # %%
 steps = 16_384
@@ -150,24 +150,24 @@ for rate in (2.8, 4.0):
     )
 
 # %% [markdown]
-# Two residuals of one size, and two very different errors. So the solver also measures, on the very blocks that merge,
-# whether small distances shrink or grow, and refuses to call the second case solved. (By default it merges at rounding,
-# $10^{-13}$ in float64; the loose tolerance is for show.)
+# The two residuals are of similar size, but the errors are very different. The solver therefore also measures, on the
+# blocks that merge, whether small distances shrink or grow, and does not certify the second case. (By default blocks merge
+# at rounding, $10^{-13}$ in float64; the loose tolerance is for illustration.)
 #
 # ## Posteriors: coupled chains
 #
-# For a Markov chain tangents are not enough. They do not see that an accept decision may flip between two nearby paths,
-# or that two paths sit in different modes. So the question is put to finite distances: start *pairs* of chains at
+# For a Markov chain tangents are not enough. They do not reflect that an accept decision may differ between two nearby
+# paths, or that two paths may be in different modes. So we measure finite distances: start *pairs* of chains at
 # independent draws, give both the same noise, and count the steps until they agree to rounding. `coalescence_time` does
-# that for any recurrence; a kernel's recurrence on a target is `kernel.transition(target)`.
+# this for any recurrence; the recurrence of a kernel on a target is `kernel.transition(target)`.
 #
-# Four posteriors with their HMC kernels as warm-up leaves them. The first two are *the same* hierarchy,
+# We compare four posteriors, each with HMC as tuned by warm-up. The first two are *the same* hierarchy,
 #
 # $$\text{non-centred: } \theta_j = \mu + \tau z_j,\ z_j \sim N(0,1); \qquad
 #   \text{centred: } \theta_j \sim N(\mu, \tau^2),$$
 #
-# the third is Neal's funnel, $v \sim N(0, 3^2)$, $x_j \sim N(0, e^v)$, which is a centred hierarchy without data, and the
-# fourth has two modes that are far apart.
+# the third is Neal's funnel, $v \sim N(0, 3^2)$, $x_j \sim N(0, e^v)$, a centred hierarchy without data, and the fourth has
+# two modes that are far apart.
 
 # %%
 effect = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
@@ -243,13 +243,13 @@ figure.supylabel("distance of a pair (posterior sd)", fontsize="medium")
 plt.show()
 
 # %% [markdown]
-# One line is one pair. In the non-centred form all of them fall to the tolerance (dotted) at an even rate. In the centred
-# form and in the funnel a step size that suits the wide part is far too large for the neck, where
-# both paths of a pair get stuck, separately, for long stretches. That is the reason why such posteriors are hard for HMC
-# at all; parallel solving inherits the difficulty, and a better parametrisation cures both. With two modes, pairs in the
-# same one merge, and pairs in different ones stay as far apart as the modes are.
+# Each line is one pair. In the non-centred form all distances fall to the tolerance (dotted) at a steady rate. In the
+# centred form and in the funnel a step size that suits the wide part is far too large for the neck, where both paths of a
+# pair get stuck independently for many steps. For the same reason such posteriors are hard for HMC itself; a better
+# parametrisation solves both problems. With two modes, pairs in the same mode merge, and pairs in different modes stay as
+# far apart as the modes are.
 #
-# What do tangents say?
+# The exponents of the tangents, for comparison:
 
 # %%
 for name, chain in short.items():
@@ -263,16 +263,16 @@ for name, chain in short.items():
     )
 
 # %% [markdown]
-# ("nan": no pair came close enough to have small distances.) An exponent above zero, as in the funnel, settles it. Below
-# zero it does not: with two modes tangents shrink within either, and know nothing of the other. *A negative exponent is
-# necessary; pairs from dispersed starts that merge decide.*
+# ("nan": no pair came close enough to have small distances.) A positive exponent, as in the funnel, rules out merging. A
+# negative exponent does not guarantee it: with two modes tangents shrink within each mode, but do not reflect the other. *A
+# negative exponent is necessary; the criterion is that pairs from dispersed starts merge.*
 
 # %% [markdown]
-# ## What "auto" does with it
+# ## How "auto" uses these measurements
 #
-# `parallel_chain(..., solver="auto")`, the default, makes such a pilot by itself whenever the run is long enough to gain
-# anything, predicts the critical path and the seconds of every candidate, and takes the cheapest. Where chains do not
-# merge it samples sequentially and says which sites are to blame.
+# `parallel_chain(..., solver="auto")`, the default, runs such a pilot if the run is long enough to gain from it, predicts
+# the critical path and the seconds of every candidate, and chooses the cheapest. If chains do not merge, it samples
+# sequentially and names the sites that keep them apart.
 
 # %%
 for name in ("eight schools, non-centred", "eight schools, centred"):
@@ -282,8 +282,8 @@ for name in ("eight schools, non-centred", "eight schools, centred"):
         print(chain.report.plan, "\n")
 
 # %% [markdown]
-# The seconds are those of the machine that ran this notebook: stored here, two CPU cores, where chains in order are
-# compiled into one kernel and blocks gain little on a model this small. A GPU may decide otherwise. The draws are the
-# same whatever was chosen.
+# The seconds are those of the machine that ran this notebook. The outputs stored here are from two CPU cores, where
+# sequential sampling is compiled into one kernel and blocks gain little on such a small model. On a GPU the decision may
+# differ. The draws are the same whatever was chosen.
 #
 # More: [one chain, every solver](every_solver.ipynb).

@@ -13,8 +13,8 @@ Each clause keeps the certificate true:
 4. The residual is the running maximum of the accepted differences. Elsewhere every state is the image of its
    predecessor by construction. The exact prefix grows by at least one block per sweep.
 
-`pmcmc.recurrence.shooting.reference` is the same rule as a plain loop. `repair_sweep` is one sweep, `_compare` is clauses
-2 to 4.
+`pmcmc.recurrence.shooting.reference` is the same rule as a plain loop. `repair_sweep` is one sweep, `_compare` is
+clauses 2 to 4.
 """
 
 from typing import NamedTuple
@@ -206,9 +206,9 @@ def _widened(reach: tuple[PyTree, PyTree], x: PyTree) -> tuple[PyTree, PyTree]:
 def _own_scale(reach: tuple[PyTree, PyTree], scale: PyTree, tol: Array) -> PyTree:
     """Return the scale of each lane (lanes, ...): that of the path, at most twice the range of the lane's own states.
 
-    The scale of the path is measured on runs from guesses, and wild guesses inflate it. An active lane runs from the end
-    of the preceding block, so its own states are on the scale of the sequential path. Four units of rounding are always
-    allowed.
+    The scale of the path is measured on runs from guesses, and wild guesses inflate it. An active lane runs from the
+    end of the preceding block, so its own states are on the scale of the sequential path. Four units of rounding are
+    always allowed.
     """
     floor = 4 / jnp.maximum(tol, default_tolerance(tol.dtype))
 

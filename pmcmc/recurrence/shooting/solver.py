@@ -3,7 +3,8 @@
 The T steps are cut into P blocks of S = ceil(T / P) steps.
 
 1. *Zeroth sweep.* Every block starts from a guess and takes S ordinary steps, all blocks at once.
-2. *Repair sweeps.* Block p+1 is run again from the end of block p with the same inputs, again all at once. If paths under
+2. *Repair sweeps.* Block p+1 is run again from the end of block p with the same inputs, again all at once. If paths
+   under
    common inputs coalesce, the repaired path soon merges with the recorded one, and from there on the recording is
    valid. A block that ran to its end without merging has a new end, so its successor is run again in the next sweep,
    until no block is pending.
@@ -128,7 +129,8 @@ def default_num_blocks(length: int, max_blocks: int = 4096) -> int:
     """Return P of about sqrt(8 T), a power of two, with at least 16 steps per block.
 
     The time ``(T/P + t_c) (a + b P)``, where a is the cost of a step and b that of a lane in it, is smallest at
-    ``P = sqrt(a T / (b t_c))``. On a CPU a/b is some hundreds; t_c is some tens of steps on well-conditioned posteriors.
+    ``P = sqrt(a T / (b t_c))``. On a CPU a/b is some hundreds; t_c is some tens of steps on well-conditioned
+    posteriors.
     """
     blocks = 1
     while blocks * blocks * 4 <= 8 * length and 2 * blocks * 16 <= length and blocks < max_blocks:
@@ -285,7 +287,9 @@ def _conclude(lanes: Lanes, tol: Array, sweep: Outcome) -> Solution:
 
 
 def _prefix(layout: Layout, whole: Array, partial: Array) -> Array:
-    """Count the steps before the first block that is not ``whole``, plus the ``partial`` steps of that one; (chains,)."""
+    """Count the steps before the first block that is not ``whole``, plus the ``partial`` steps of that one;
+    (chains,).
+    """
     blocks = leading_true(whole)
     within = jnp.take_along_axis(partial, jnp.minimum(blocks, layout.num_blocks - 1)[:, None], axis=1)[:, 0]
     steps = blocks * layout.block_length + jnp.where(blocks < layout.num_blocks, within, 0)

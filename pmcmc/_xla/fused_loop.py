@@ -49,7 +49,7 @@ _SIMPLE = frozenset(" ".join((_ELEMENTWISE, _STRUCTURAL, _REDUCTIONS, _CALLS, _R
 def in_one_kernel(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
     """``fn(*args)``, within a program, by one kernel of one thread where XLA can do that; else as ever.
 
-    Eight schools in order: 1.9 -> 0.7 us a step of HMC, 12 -> 2.6 of NUTS. Not for many lanes: see docs/decisions.md.
+    Eight schools in order: 1.9 -> 0.7 us a step of HMC, 12 -> 2.6 of NUTS. Not for many lanes: see docs/decisions/004.
     """
     jitted = jax.jit(fn)  # traced once: later calls find the program
     if default_platform() != "cpu" or not _is_simple(jax.make_jaxpr(jitted)(*jax.tree.map(jax.typeof, args)).jaxpr):

@@ -37,7 +37,7 @@ CPU_OVERHEAD, CPU_WARMUP_OVERHEAD, FREE_LANES = 2e-6, 1e-5, 8192
 
 
 # What CPU devices, which are threads of the same cores, add to a step that they share, and what each gains: two of them
-# were 1.09 to 1.79 times as fast as one at steps of 97 us and more, and as slow as 0.68 at short ones (docs/decisions/019).
+# were 1.09 to 1.79 times as fast as one at steps of 97 us and more, and as slow as 0.68 at short ones (decision 019).
 CPU_DEVICE_OVERHEAD, CPU_DEVICE_GAIN = 1e-5, 0.2
 
 

@@ -70,10 +70,10 @@ class ParallelState(NamedTuple):
         """
         target = self.chains.target
         kernel: Any = self.chains.kernel
-        if not hasattr(kernel, "step_size"):
+        if "step_size" not in kernel.tunables:
             return None
         # without a warm-up that of the kernel was not made a basis
-        metric = getattr(kernel, "inverse_mass_matrix", None)
+        metric = kernel.metric
         if metric is None:
             metric = jnp.ones((), target.spec.dtype) if target.basis is None else target.basis.covariance
         metric = jnp.broadcast_to(metric, jnp.shape(metric) or (target.dim,))
@@ -387,7 +387,7 @@ def _states(chain: Chain, extra_fields: Sequence[str]) -> dict[str, Any]:
         positions = _positions(chain)
         states |= {name: positions[name[2:]] for name in extra_fields if name.startswith("z.")}
     if _STEP_SIZE in extra_fields:
-        step_size = jnp.asarray(getattr(chain.kernel, "step_size", jnp.nan))
+        step_size = jnp.asarray(chain.kernel.tunables.get("step_size", jnp.nan))
         states[_STEP_SIZE] = jnp.broadcast_to(step_size, (chain.num_chains, chain.num_samples))
     return states
 

@@ -93,7 +93,7 @@ def fields(kernel: Any, info: Info) -> dict[str, Any]:
         found["energy"] = info.energy
     steps = info.num_integration_steps
     if steps is None:
-        steps = getattr(kernel, "num_integration_steps", None)
+        steps = kernel.tunables.get("num_integration_steps")
     if steps is not None:
         found["num_steps"] = np.broadcast_to(np.asarray(steps), info.margin.shape)
     if info.tree_depth is not None:
@@ -110,8 +110,8 @@ def sample_stats(kernel: Any, info: Info) -> dict[str, Any]:
         "diverging": found["diverging"],
         "accept_margin": info.margin,
     }
-    if hasattr(kernel, "step_size"):
-        stats["step_size"] = np.broadcast_to(np.asarray(kernel.step_size), info.margin.shape)
+    if "step_size" in kernel.tunables:
+        stats["step_size"] = np.broadcast_to(np.asarray(kernel.tunables["step_size"]), info.margin.shape)
     if "energy" in found:
         stats["energy"] = found["energy"]
     if "num_steps" in found:

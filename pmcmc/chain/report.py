@@ -9,7 +9,7 @@ import numpy as np
 
 from pmcmc.chain.mixing import MIN_DRAWS, Mixing
 from pmcmc.planning import Plan
-from pmcmc.recurrence import RESULTS, Sequential
+from pmcmc.recurrence import RESULTS
 from pmcmc.stability import Diagnosis
 
 # Bias, in posterior standard deviations, that a report calls small.
@@ -148,7 +148,7 @@ class SolveReport:
         """
         if self.plan is None:
             return float("nan")
-        sequential = isinstance(self.plan.solver, Sequential)
+        sequential = self.plan.solver.is_sequential
         return self.plan.chosen.seconds * (self.plan.correction if sequential else 1.0)
 
     @property
@@ -194,7 +194,7 @@ class SolveReport:
     def _planned(self, plan: Plan) -> str:
         """What was planned, as corrected, beside what it took."""
         line = f"Planned: {_corrected(self.predicted_seconds, plan.chosen.seconds)}, took {self.planned_seconds:.2f} s"
-        if isinstance(plan.solver, Sequential):
+        if plan.solver.is_sequential:
             return f"{line}."
         alone = _corrected(self.predicted_sequential_seconds, plan.sequential_seconds)
         return f"{line}; sequential sampling was expected to take {alone}."

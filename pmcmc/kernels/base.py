@@ -22,10 +22,13 @@ import jax
 import jax.numpy as jnp
 
 from pmcmc._pytree import RavelSpec
-from pmcmc._typing import Array, PRNGKey, PyTree, Scalar
+from pmcmc._typing import Array, ArrayLeaf, PRNGKey, PyTree, Scalar
 from pmcmc._xla.trace import trace
 from pmcmc.recurrence import Recurrence
 from pmcmc.target import Target
+
+# Fields that warm-up may set if a kernel has them.
+TUNABLES = ("step_size", "num_integration_steps", "inverse_mass_matrix")
 
 
 class Info(NamedTuple):
@@ -184,9 +187,40 @@ class Kernel(abc.ABC):
         return noise
 
     @property
+    def tunables(self) -> dict[str, Any]:
+        """The fields that warm-up may set, by name: those of `TUNABLES` that the kernel has. None means to be tuned."""
+        return {name: getattr(self, name) for name in TUNABLES if hasattr(self, name)}
+
+    @property
+    def metric(self) -> ArrayLeaf | None:
+        """The inverse mass matrix that the user gave to the kernel; None if there is none."""
+        return self.tunables.get("inverse_mass_matrix")
+
+    def without_metric(self) -> "Kernel":
+        """Return the kernel without its inverse mass matrix, which warm-up makes the basis of the target."""
+        if self.metric is None:
+            return self
+        changes: dict[str, Any] = {"inverse_mass_matrix": None}
+        return replace(self, **changes)  # type: ignore[type-var]
+
+    def finalize(self) -> "Kernel":
+        """Return the kernel with all that follows from its tuned step size fixed; called at the end of warm-up."""
+        return self
+
+    @property
+    def may_resonate(self) -> bool:
+        """Whether all steps are trajectories of one length, which a posterior may have as a period."""
+        return False
+
+    @property
+    def divergences_matter(self) -> bool:
+        """Whether a divergence is a fault. It is none if proposals may be far off by design, as in a random walk."""
+        return True
+
+    @property
     def is_tuned(self) -> bool:
         """Whether the kernel can step without warm-up."""
-        return getattr(self, "step_size", 0.0) is not None
+        return self.tunables.get("step_size", 0.0) is not None
 
     @property
     def takes_basis(self) -> bool:

@@ -109,6 +109,13 @@ class Compose(SiteKernel):
             raise TypeError(f"blocks must be a list of (kernel, sites) pairs or kernels, got {blocks!r}.")
         object.__setattr__(self, "blocks", tuple(_block(given) for given in blocks))
 
+    def finalize(self):
+        return replace(self, blocks=tuple(replace(block, kernel=block.kernel.finalize()) for block in self.blocks))
+
+    @property
+    def divergences_matter(self):
+        return any(block.kernel.divergences_matter for block in self.blocks)
+
     def site_names(self, target):
         return tuple(name for block in self.blocks for name in block.names(target))
 

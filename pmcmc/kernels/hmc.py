@@ -8,11 +8,12 @@ Source: Duane et al. (1987); Neal (2011).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pmcmc._pytree import register_dataclass
 from pmcmc._typing import Array, ArrayLeaf, Scalar
@@ -116,6 +117,19 @@ class HMC(GradientKernel):
         return new, info._replace(
             energy=jnp.where(info.margin > 0, proposal_energy, energy),
             num_integration_steps=length if noise.length is not None else None,
+        )
+
+    def finalize(self):
+        return (
+            self
+            if self.num_integration_steps is not None
+            else replace(self, num_integration_steps=self.default_length())
+        )
+
+    @property
+    def may_resonate(self):
+        return not (
+            isinstance(self.num_integration_steps, UniformLength) or np.any(np.asarray(self.step_size_jitter) > 0)
         )
 
     def default_length(self) -> Array:

@@ -125,6 +125,10 @@ class RandomWalk(PositionKernel):
     def restore(self, target, unknown: Array) -> WalkState:
         return WalkState(unknown, target.logdensity_fn(unknown))
 
+    @property
+    def divergences_matter(self):
+        return False
+
     def sample_noise(self, rng_key, target):
         u = uniforms(rng_key, target.dim + 3 + (self.independence_share is not None), target.spec.dtype)
         vector, rest = u[: target.dim], u[target.dim :]

@@ -123,7 +123,7 @@ def plan(
     DEER and quasi-DEER take their predicted iterations (`predict_iterations`), each a step of C T (1 + D) lanes, for
     the map and its D tangents, and log2(T) overheads for the scan. They are considered where T states fit into memory;
     where what an iteration holds of T steps does not, windows of as many steps as do slide along the path (`Windowed`).
-    Trust regions (ELK) are not: where chains merge, none was the cheapest of 77 measured cases (docs/decisions.md).
+    Trust regions (ELK) are not: where chains merge, none was the cheapest of 77 measured cases (docs/decisions/018).
 
     num_steps: T, steps per chain that are left. num_chains: C. costs: s, a, b and the seconds of a compilation.
     coalescence: the pilot; None where nothing is known of how chains merge.

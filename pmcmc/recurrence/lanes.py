@@ -118,7 +118,7 @@ class LaneSolver(RecurrenceSolver):
         unit: S must be a multiple of the greatest common divisor of this and the capacity.
     """
 
-    unit: ClassVar[int] = 1
+    walks: ClassVar[bool] = True
 
     @abc.abstractmethod
     def blocks_for(self, length: int) -> int:

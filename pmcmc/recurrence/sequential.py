@@ -32,6 +32,7 @@ class Sequential(LaneSolver):
         Array([1.  , 1.5 , 1.75], dtype=float32)
     """
 
+    is_sequential: ClassVar[bool] = True
     unit: ClassVar[int] = CHUNK
 
     @property

@@ -6,7 +6,7 @@ It also defines what "small" means: the default tolerance of a dtype, and the sc
 import abc
 import enum
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +126,25 @@ class RecurrenceSolver(abc.ABC):
     A solver implements `solve_problem` for a batch of recurrences of one shape; `solve` and `solve_batch` check the
     arguments and call it. It is a frozen dataclass and a pytree whose numbers are leaves.
     """
+
+    # Whether the solver takes one step after the other and can do nothing wrong: its states need no certificate.
+    is_sequential: ClassVar[bool] = False
+    # Whether it walks along lanes: the number of steps is an argument of its program, and its buffers can be reused.
+    walks: ClassVar[bool] = False
+    # Block lengths are multiples of the greatest common divisor of this and the capacity.
+    unit: ClassVar[int] = 1
+
+    def blocks_for(self, length: int) -> int:
+        """Return the number of blocks into which a path of ``length`` steps is cut."""
+        return 1
+
+    def solve_lanes(self, lanes: Any) -> Solution:
+        """Solve a batch that is laid out as lanes; see `pmcmc.recurrence.lanes.Lanes`.
+
+        The default solves each chain as a whole, so there is one lane per chain.
+        """
+        guess = lanes.guess_at
+        return self.solve_batch(lanes.recurrence, lanes.x0, lanes.inputs, initial_guess=guess, scale=lanes.scale)
 
     def numbers_per_step(self, dim: int) -> int:
         """Numbers that a solve stores for each step of a state of ``dim`` numbers, besides inputs, states and aux.

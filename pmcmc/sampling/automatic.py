@@ -37,7 +37,7 @@ CPU_OVERHEAD, CPU_WARMUP_OVERHEAD, FREE_LANES = 2e-6, 1e-5, 8192
 
 
 # What CPU devices, which are threads of the same cores, add to a step that they share, and what each gains: two of them
-# were 1.09 to 1.79 times as fast as one at steps of 97 us and more, and as slow as 0.68 at short ones (decisions.md).
+# were 1.09 to 1.79 times as fast as one at steps of 97 us and more, and as slow as 0.68 at short ones (decision 019).
 CPU_DEVICE_OVERHEAD, CPU_DEVICE_GAIN = 1e-5, 0.2
 
 
@@ -120,7 +120,7 @@ class Automatic:
         self.plan, self.reason, self._began = planned, planned.reason, time.perf_counter()
         if isinstance(planned.solver, MultipleShooting):
             self.in_blocks(planned, planned.solver)
-        elif not isinstance(planned.solver, Sequential):
+        elif not planned.solver.is_sequential:
             self.run.with_solver(planned.solver)
         elif better := self.in_order(planned):
             return self.follow(better)
@@ -217,7 +217,7 @@ class Automatic:
             if correction > SURPRISE * known and run.left * sequential > SHORT_SECONDS:
                 known = correction
                 again = self.planned(planned.costs._replace(sequential=sequential), planned.coalescence)
-                if not isinstance(again.solver, Sequential):
+                if not again.solver.is_sequential:
                     self._planned_pace = run.in_order.seconds_per_step
                     return again
         return None

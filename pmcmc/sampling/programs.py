@@ -22,7 +22,7 @@ from pmcmc.kernels.base import near_tie_bound
 from pmcmc.random.streams import chain_keys, step_noise
 from pmcmc.random.threefry import key_pair
 from pmcmc.recurrence import RecurrenceSolver, Sequential, Solution
-from pmcmc.recurrence.lanes import Lanes, LaneSolver, Layout
+from pmcmc.recurrence.lanes import Lanes, Layout
 from pmcmc.recurrence.sharding import AllLanes, Steps, lane_sharding, over_devices, over_steps, step_sharding
 from pmcmc.sampling.settings import Settings
 from pmcmc.target import Target
@@ -186,14 +186,11 @@ def solve_noise(
             return jax.tree.map(lambda x: x[pick], guesses)
 
         transition = kernel.transition(target)
-        if isinstance(solver, LaneSolver):
-            layout = shape.layout(num_chains, block_length)
-            solution = solver.solve_lanes(Lanes(transition, x0, noise, guess, scale, layout, buffers))
-        else:
-            solution = solver.solve_batch(transition, x0, noise, initial_guess=guess, scale=scale)
+        layout = shape.layout(num_chains, block_length)
+        solution = solver.solve_lanes(Lanes(transition, x0, noise, guess, scale, layout, buffers))
         return solution, jnp.abs(solution.aux.margin) <= near_tie_bound(solution.aux)
 
-    if isinstance(solver, Sequential) and num_chains <= FEW_LANES:
+    if solver.is_sequential and num_chains <= FEW_LANES:
         return in_one_kernel(solve, *arrays)
     return solve(*arrays)
 
@@ -297,11 +294,11 @@ class Engine:
     def shape_for(self, solver: RecurrenceSolver, num_steps: int) -> Shape:
         """Programs for ``num_steps`` steps at once, or for an even share of them that fits into memory."""
         budget = SEGMENT_BYTES if self.max_bytes is None else self.max_bytes
-        if isinstance(solver, Sequential):
+        if solver.is_sequential:
             budget = min(budget, SEQUENTIAL_BYTES)
         pieces = math.ceil(num_steps * self.bytes_per_step(solver) / budget)
         length = math.ceil(num_steps / pieces)
-        if not isinstance(solver, LaneSolver):
+        if not solver.walks:
             shares = max(1, len(solver.shared_by))
             return Shape(1, shares * math.ceil(length / shares), solver.shared_by, by_steps=bool(solver.shared_by))
         blocks = solver.blocks_for(length)
@@ -357,7 +354,7 @@ class Engine:
         """Trace the programs; returns their compilation, which reads the model no more."""
         begin = time.perf_counter()
         noise, record = buffers = self._buffer_shapes(shape)
-        record = record if isinstance(solver, LaneSolver) else None
+        record = record if solver.walks else None
         number = jax.ShapeDtypeStruct((), jnp.result_type(int))
         numbers = jax.ShapeDtypeStruct((self.num_chains,), jnp.result_type(int))
         x0 = jax.tree.map(lambda g: jax.ShapeDtypeStruct((self.num_chains, *g.shape[1:]), g.dtype), self.guesses)
@@ -397,7 +394,7 @@ class Engine:
         integer = jnp.result_type(int)
         first, length = np.asarray(self.origin + first_step, integer), np.asarray(block_length, integer)
         noise, record = self._take_buffers(shape)
-        record = record if isinstance(solver, LaneSolver) else None
+        record = record if solver.walks else None
         noise, drawing = draw_noise.timed(self.target, self.kernel, self.chain_keys, first, length, noise, shape=shape)
         (solution, near_ties), solving = solve_noise.timed(
             self.target, self.kernel, solver, noise, x0, first, length, self.guesses, self.scale, record, shape=shape

@@ -13,7 +13,7 @@ from pmcmc.chain.draws import judge_mixing
 from pmcmc.chain.mixing import stride_of
 from pmcmc.chain.report import MANY_DIVERGENCES, SolveReport, by_result, span
 from pmcmc.chain.state import ChainState
-from pmcmc.kernels import Compose, Kernel, RandomWalk, SiteKernel
+from pmcmc.kernels import SiteKernel
 from pmcmc.recurrence import Sequential
 from pmcmc.sampling.automatic import Automatic
 from pmcmc.sampling.segments import Counts, Run
@@ -91,7 +91,7 @@ class Outcome:
         moves = self.run.draws.moves
         num_divergent, num_draws = int(np.sum(moves.num_divergent)), int(np.sum(moves.num_draws))
         few = num_draws < FEW_DRAWS or num_divergent <= MANY_DIVERGENCES * num_draws
-        if few or not _divergences_tell(self.state.kernel):
+        if few or not self.state.kernel.divergences_matter:
             return
         if isinstance(self.state.kernel, SiteKernel):
             cause = (
@@ -199,13 +199,6 @@ def _spread(state: ChainState, unknowns: PyTree) -> float:
     deviation = np.std(rows[:, ::stride], axis=(0, 1), dtype=float)
     with np.errstate(divide="ignore"):
         return float(np.max(np.maximum(deviation, 1 / deviation)))
-
-
-def _divergences_tell(kernel: Kernel) -> bool:
-    """Whether a divergence is a fault; a random walk loses much log density by a proposal that is merely far off."""
-    if isinstance(kernel, Compose):
-        return any(_divergences_tell(block.kernel) for block in kernel.blocks)
-    return not isinstance(kernel, RandomWalk)
 
 
 def _growth_rate(counts: Counts) -> np.ndarray:

@@ -12,8 +12,7 @@ from pmcmc._pytree import is_real
 from pmcmc._typing import PyTree
 from pmcmc.chain.report import by_result, span
 from pmcmc.planning.schedule import Pace
-from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential
-from pmcmc.recurrence.lanes import LaneSolver
+from pmcmc.recurrence import RESULTS, RecurrenceSolver, Sequential
 from pmcmc.sampling.programs import Clock, Engine, Segment, Shape
 from pmcmc.sampling.sinks import Keeper
 
@@ -116,7 +115,7 @@ class Run:
 
     def with_solver(self, solver: RecurrenceSolver) -> None:
         """The rest of the run by one solver in as few segments as memory allows, sequentially where it fails."""
-        if isinstance(solver, Sequential):
+        if solver.is_sequential:
             self.sequentially()
             return
         shape = self.engine.shape_for(solver, self.num_planned)
@@ -152,13 +151,13 @@ class Run:
             NonFiniteState: a state is not finite even when sampled sequentially.
         """
         wanted, block_length = min(wanted, self.left), shape.capacity
-        if isinstance(solver, LaneSolver):
+        if solver.walks:
             unit = math.gcd(shape.capacity, solver.unit)
             block_length = min(shape.capacity, math.ceil(math.ceil(wanted / shape.num_blocks) / unit) * unit)
         wanted = min(wanted, block_length * shape.num_blocks)
         self.progress.solve((jax.tree.structure(solver), shape))
         segment, clock = self.engine.solve(solver, shape, self.x, self.position, block_length)
-        if isinstance(solver, Sequential):
+        if solver.is_sequential:
             self.in_order.add(wanted, clock.run_seconds)
         codes = np.asarray(segment.solution.result)
         stands = np.where(codes == RESULTS.successful, wanted, np.asarray(segment.solution.stats.certified_steps))
@@ -171,7 +170,7 @@ class Run:
         self.draws.settle(not self.left)
         if not (stands < ends).any():
             return segment, "", clock
-        if isinstance(solver, Sequential):
+        if solver.is_sequential:
             raise NonFiniteState(
                 f"a chain reached a state that is not finite at step {self.done + 1}. Check the kernel and the density "
                 "there: proposals that are NaN are rejected, so the state itself must have overflowed. Draws from "
@@ -197,11 +196,11 @@ class Run:
         self.x = jax.tree.map(last, self.x, path)
         self.position += keep
         self.progress.update(self.done - before, int(np.max(stats.num_sweeps)))
-        if isinstance(solver, Sequential):
+        if solver.is_sequential:
             counts.critical_path += keep
             return
         counts.critical_path += np.asarray(stats.num_sequential_steps)
-        counts.num_blocks = segment.num_blocks if isinstance(solver, MultipleShooting) else 1
+        counts.num_blocks = segment.num_blocks
         counts.num_iters = np.maximum(counts.num_iters, np.asarray(stats.num_iters))
         counts.num_sweeps = np.maximum(counts.num_sweeps, np.asarray(stats.num_sweeps))
         counts.certified_steps += keep

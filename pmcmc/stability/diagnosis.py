@@ -9,7 +9,7 @@ import numpy as np
 
 from pmcmc._pytree import is_real
 from pmcmc._typing import PyTree
-from pmcmc.kernels import HMC, Info, Kernel, RandomWalk, SiteKernel, UniformLength
+from pmcmc.kernels import Info, Kernel, SiteKernel
 from pmcmc.stability.coalescence import Coalescence
 from pmcmc.stability.distance import site_distances
 from pmcmc.target import Target
@@ -282,11 +282,10 @@ def _most(gaps: _Gaps, which: dict[str, np.ndarray]) -> list[str]:
 def _about_length(kernel: Kernel, gaps: _Gaps, pace: _Pace) -> list[str]:
     """Trajectories that are too short, or of the one length that keeps pairs apart."""
     if pace.movement <= CRAWL:
-        longer = "longer trajectories, or another kernel" if isinstance(kernel, HMC) else "another kernel"
+        has_length = "num_integration_steps" in kernel.tunables
+        longer = "longer trajectories, or another kernel" if has_length else "another kernel"
         return [f"Chains move {pace.movement:.2g} sd a step only: try {longer}."]
-    if not isinstance(kernel, HMC) or isinstance(kernel.num_integration_steps, UniformLength):
-        return []
-    if np.any(np.asarray(kernel.step_size_jitter) > 0) or pace.shrinking > 0 or _most(gaps, gaps.separate):
+    if not kernel.may_resonate or pace.shrinking > 0 or _most(gaps, gaps.separate):
         return []
     if not _most(gaps, gaps.steady):
         return []
@@ -297,10 +296,10 @@ def _about_length(kernel: Kernel, gaps: _Gaps, pace: _Pace) -> list[str]:
 
 
 def _about_steps(target: Target, kernel: Kernel, info: Info) -> list[str]:
-    if not np.size(info.is_divergent) or not hasattr(kernel, "step_size"):  # Gibbs and Compose have none of their own
+    if not np.size(info.is_divergent) or "step_size" not in kernel.tunables:  # Gibbs and Compose have none of their own
         return []
     goal, rate = kernel.target_acceptance_rate(target.dim), float(np.mean(info.acceptance_rate))
-    divergent = 0.0 if isinstance(kernel, RandomWalk) else float(np.mean(info.is_divergent))
+    divergent = float(np.mean(info.is_divergent)) if kernel.divergences_matter else 0.0
     if not (rate < LOW_ACCEPTANCE * goal or divergent > MANY_DIVERGENCES):  # a kernel that reports no rate has NaN
         return []
     seen = f"acceptance rate {rate:.2f}, {divergent:.1%} of steps divergent"
@@ -311,8 +310,8 @@ def _about_steps(target: Target, kernel: Kernel, info: Info) -> list[str]:
 
 
 def _about_basis(target: Target, kernel: Kernel, gaps: _Gaps) -> list[str]:
-    metric = getattr(kernel, "inverse_mass_matrix", None)
-    if target.basis is not None or isinstance(kernel, SiteKernel) or not kernel.takes_basis or metric is not None:
+    by_sites = isinstance(kernel, SiteKernel)
+    if target.basis is not None or by_sites or not kernel.takes_basis or kernel.metric is not None:
         return []
     spreads = gaps.spreads[gaps.spreads > 0]
     if not spreads.size or not spreads.max() > UNEVEN * spreads.min():

@@ -195,7 +195,7 @@ def explore_basis(
     num_pieces = max(2, math.ceil(num_steps / (4 * PIECE)))
     found = explore(target, rng_key, _as_rows(starts), num_pieces, is_dense(target, dense), watch)
     check_exploration(target, found)
-    is_given = metric is not None or getattr(kernel, "inverse_mass_matrix", None) is not None
+    is_given = metric is not None or kernel.metric is not None
     kernel, basis = take_metric(target, kernel, found, metric)
     frame = Frame(np.asarray(basis.loc, float), np.asarray(basis.scale, float))
     remark = "" if found.settled or is_given else UNSETTLED.format(num_steps=num_steps)

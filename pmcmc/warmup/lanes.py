@@ -12,7 +12,6 @@ Source: Nesterov (2009) and Hoffman & Gelman (2014) for dual averaging.
 """
 
 import math
-from dataclasses import replace
 from statistics import median_low
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from pmcmc._pytree import is_real
 from pmcmc._typing import Array, ArrayLeaf, PRNGKey, PyTree, Scalar
 from pmcmc._xla.compile import tuned_jit
 from pmcmc.interop.blackjax import dual_averaging
-from pmcmc.kernels import HMC, Kernel
+from pmcmc.kernels import Kernel
 from pmcmc.random.threefry import fold_in, key_pair, raw_keys_are_threefry
 from pmcmc.target import Basis, Target
 from pmcmc.warmup.base import LaneTiming, Tuned, WarmupError, Watch, ignore
@@ -82,7 +81,7 @@ class Piece(NamedTuple):
 
 def _with_step(kernel: Any, target: Target, averaged: PyTree, averaging: Any, adapting: Array) -> Any:
     """Return the kernel with the current step size of dual averaging; a given step size is kept."""
-    if not hasattr(kernel, "step_size"):
+    if "step_size" not in kernel.tunables:
         return kernel
     step_size = kernel.step_size
     if step_size is None:
@@ -245,10 +244,7 @@ class LaneEnsemble:
 @tuned_jit()
 def _tuned_kernel(target: Target, kernel: Any, averaged: PyTree, rate: Scalar) -> Any:
     """Return the kernel with the final step size of dual averaging; see `LaneEnsemble.tuned_kernel`."""
-    tuned = _with_step(kernel, target, averaged, dual_averaging(rate), jnp.array(False))
-    if isinstance(kernel, HMC) and kernel.num_integration_steps is None:
-        tuned = replace(tuned, num_integration_steps=tuned.default_length())
-    return tuned
+    return _with_step(kernel, target, averaged, dual_averaging(rate), jnp.array(False)).finalize()
 
 
 def tune(
@@ -314,7 +310,7 @@ def check_tuned(kernel: Kernel, states: PyTree, acceptance_rate: Any, moved: Any
     Raises:
         WarmupError: No step size can be found, states are not finite, or nothing moved.
     """
-    step_size = np.asarray(getattr(kernel, "step_size", ()))
+    step_size = np.asarray(kernel.tunables.get("step_size", ()))
     if np.isnan(step_size).any() and np.isnan(acceptance_rate):
         raise WarmupError(
             "the step size could not be tuned, because the kernel reports no acceptance rate: pass step_size= to it."
@@ -395,7 +391,7 @@ def check_metric(target: Target, kernel: Kernel, metric: ArrayLeaf | None = None
     Raises:
         ValueError: The metric does not fit or is not positive definite, or there are two.
     """
-    own = getattr(kernel, "inverse_mass_matrix", None)
+    own = kernel.metric
     if own is not None and metric is not None:
         raise ValueError("inverse_mass_matrix is given twice, to the kernel and to warmup=: leave one of them out.")
     metric = own if metric is None else metric
@@ -427,9 +423,7 @@ def take_metric(
         The kernel without its metric, and the explored basis, with the scale of the user's metric if there is one.
     """
     scale = found.scale
-    if isinstance(kernel, HMC) and kernel.inverse_mass_matrix is not None:
-        metric = kernel.inverse_mass_matrix
-        kernel = replace(kernel, inverse_mass_matrix=None)
+    metric, kernel = metric if kernel.metric is None else kernel.metric, kernel.without_metric()
     if metric is not None:
         scale = scale_of_metric(metric, target.dim)
     return kernel, Basis(*(jnp.asarray(np.asarray(x, target.spec.dtype)) for x in (found.mean, scale)))

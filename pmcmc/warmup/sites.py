@@ -19,7 +19,7 @@ from pmcmc._pytree import all_finite, is_real, register_dataclass
 from pmcmc._typing import Array, PRNGKey, PyTree, Scalar
 from pmcmc._xla.compile import tuned_jit
 from pmcmc.interop.blackjax import dual_averaging
-from pmcmc.kernels import HMC, Block, Compose, Kernel, SiteKernel
+from pmcmc.kernels import Block, Compose, Kernel, SiteKernel
 from pmcmc.target import Basis, Target
 from pmcmc.warmup.base import LaneTiming, Tuned, Warmup, WarmupError, Watch, ignore
 
@@ -99,7 +99,7 @@ class BlockAdaptation(Warmup):
                 ready = _with_steps(target, kernel, averaged, rates, jnp.array(True))
                 unknowns = _start_lanes(target, ready, positions)
         # Set the final step sizes, and time a step.
-        tuned = _finished(_with_steps(target, kernel, averaged, rates, jnp.array(False)))
+        tuned = _with_steps(target, kernel, averaged, rates, jnp.array(False)).finalize()
         _check_moved(tuned, window)
         # All windows run one program, so if the machine stalls in one of the last three, the others give its time.
         timing = LaneTiming(self.num_starts, median_low(seconds[1:]) / length)
@@ -167,7 +167,7 @@ def _blocks(kernel: Kernel) -> tuple[Block, ...]:
 
 def _takes_basis(block: Block) -> bool:
     """Return whether a site group works on vectors that no metric of the user's acts on already."""
-    return not isinstance(block.kernel, SiteKernel) and getattr(block.kernel, "inverse_mass_matrix", None) is None
+    return not isinstance(block.kernel, SiteKernel) and block.kernel.metric is None
 
 
 def _begin(target: Target, kernel: Kernel, rates: tuple) -> tuple:
@@ -291,20 +291,6 @@ def _pooled(draws: Array, *, dense: bool) -> Basis:
     return Basis(mean, scale[:, None] * jnp.linalg.cholesky(correlation))
 
 
-def _finished(kernel: Kernel) -> Kernel:
-    """Fix the numbers of leapfrog steps that were derived from step sizes."""
-    if not isinstance(kernel, Compose):
-        return kernel
-
-    def one(block: Block) -> Block:
-        inner = block.kernel
-        if isinstance(inner, HMC) and inner.num_integration_steps is None:
-            return replace(block, kernel=replace(inner, num_integration_steps=inner.default_length()))
-        return block
-
-    return replace(kernel, blocks=tuple(map(one, kernel.blocks)))
-
-
 def _check_window(target: Target, kernel: Kernel, window: Window) -> None:
     """Raise an error if the lanes are not usable.
 
@@ -339,7 +325,7 @@ def _check_moved(kernel: Kernel, window: Window) -> None:
     for block, moved in zip(_blocks(kernel), window.moved, strict=False):
         if isinstance(block.kernel, SiteKernel):
             continue
-        who, step_size = type(block.kernel).__name__, getattr(block.kernel, "step_size", 0.0)
+        who, step_size = type(block.kernel).__name__, block.kernel.tunables.get("step_size", 0.0)
         if bool(jnp.isnan(jnp.asarray(step_size))):
             raise WarmupError(
                 f"the step size of {who} could not be tuned, because it reports no acceptance rate: pass step_size=."
@@ -358,7 +344,7 @@ def _check_metrics(target: Target, kernel: Kernel) -> None:
         ValueError: The shape of the metric is wrong.
     """
     for block in _blocks(kernel):
-        metric, dim = getattr(block.kernel, "inverse_mass_matrix", None), block.given(target).dim
+        metric, dim = block.kernel.metric, block.given(target).dim
         if metric is not None and jnp.shape(metric) not in ((), (dim,), (dim, dim)):
             raise ValueError(
                 f"inverse_mass_matrix of the sites {block.names(target)} has shape {jnp.shape(metric)}: expected "

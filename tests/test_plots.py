@@ -102,8 +102,8 @@ def test_speed_up() -> None:
     ax = plots.speed_up([*rows, replace(chain(), report=report)], label="CPU")
     lines = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
     assert lines["CPU, mixture"] == [[100, 1.0], [1000, 3.0]]
-    assert lines["CPU, steps one after the other"] == [[300, 5.0]]
-    assert "CPU, seconds, as predicted in order" not in lines  # it was not planned
+    assert lines["CPU, sequential steps"] == [[300, 5.0]]
+    assert "CPU, seconds, predicted sequential" not in lines  # it was not planned
     assert [text.get_text() for text in ax.get_legend().get_texts()] == [x for x in lines if x.startswith("CPU")]
 
 

@@ -213,7 +213,7 @@ def _maximum() -> Finding:
 
 
 def _eight_schools(x: jax.Array) -> jax.Array:
-    """Log density of the eight schools of Rubin (1981), non-centred: mu / 5, log(tau / 5), and the standardised effects."""
+    """Log density of the eight schools of Rubin (1981), non-centred: mu / 5, log(tau / 5) and standardised effects."""
     y = jnp.array([28.0, 8, -3, 7, -1, 1, 18, 12])
     error = jnp.array([15.0, 10, 16, 11, 9, 11, 10, 18])
     mu, log_tau, z = x[0], x[1], x[2:]
@@ -236,10 +236,12 @@ def _blocks(num_steps: int = 2048) -> Finding:
     blocks, order = solve(MultipleShooting(16)), solve(Sequential())
     apart = np.max(np.abs(np.asarray(blocks.value) - np.asarray(order.value)), axis=1)
     share, result = float(np.mean(apart < 1e-2)), RESULTS(int(blocks.result))
-    seen = f"A chain of {num_steps:,} steps in 16 blocks: {result.name}, {share:.1%} of its states as sampled sequentially"
+    seen = (
+        f"A chain of {num_steps:,} steps in 16 blocks: {result.name}, {share:.1%} of its states match a sequential run"
+    )
     if result == RESULTS.successful and share > 0.9:
         return Finding(f"{seen}.")
-    return Finding(f"{seen}.", "Lanes may round differently from single chains here, or worse: please report this line.")
+    return Finding(f"{seen}.", "Lanes may round differently from single chains, or worse: please report this line.")
 
 
 class Timing(NamedTuple):
@@ -255,7 +257,7 @@ class Timing(NamedTuple):
 
 
 def time_lanes(num_lanes: int, seconds: float) -> Timing:
-    """Time a step of the calibration's chain on this many lanes, including its noise, in the program that `sample` runs."""
+    """Time a step of the calibration's chain on this many lanes, with its noise, in the program that `sample` runs."""
     target = Target.from_logdensity(_eight_schools, jnp.zeros(10))
     x0 = jnp.zeros((num_lanes, 10))
     shape = Shape(1, max(64, 2**17 // num_lanes))
@@ -289,6 +291,6 @@ def calibration(seconds: float) -> Iterator[str]:
         yield "Blocks gain little on a model this small here: one chain already uses most of the machine."
     else:
         yield (
-            "That is the most that blocks of one chain can gain on such a model here; repairs and several chains reduce "
-            "it."
+            "That is the most that blocks of one chain can gain on such a model here; repairs and several chains "
+            "reduce it."
         )

@@ -311,8 +311,8 @@ def _about_regions(gaps: _Gaps, pace: _Pace, num_steps: int, explained: set[str]
         return []
     shrink = f"Small distances shrink by {pace.shrinking:.0%} a step, but paths" if pace.seen else "Paths move, but"
     return [
-        f"{shrink} keep to regions of their own at {_names(names)}, at most 1/{SEPARATE:.0f} as wide as they are "
-        "apart: they may sit in separate modes, which another parametrisation does not join. Run more chains to see "
+        f"{shrink} keep to separate regions at {_names(names)}, at most 1/{SEPARATE:.0f} as wide as they are apart: "
+        "they may be in separate modes, which another parametrisation does not connect. Run more chains to see "
         "them; an ordering constraint removes modes that differ by labels alone, and marginalising or more informative "
         "priors remove others."
     ]

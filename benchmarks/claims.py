@@ -101,7 +101,7 @@ def mixture(means: np.ndarray, scales: np.ndarray, shares: np.ndarray) -> Callab
 
 
 def two_modes(distance: float, dim: int, *, weight: float = 0.5, ratio: float = 1.0) -> Callable:
-    """Two modes along the first axis at -distance/2 and distance/2; the right one has this weight and ratio of scales."""
+    """Two modes along the first axis at -distance/2 and distance/2; the right one's weight and ratio of scales vary."""
     means = np.zeros((2, dim))
     means[:, 0] = -distance / 2, distance / 2
     return mixture(means, np.array([1.0, ratio]), np.array([1 - weight, weight]))

@@ -103,7 +103,7 @@ def correlated(length: int = 10**5) -> Case:
 
 
 def german_target() -> tuple[Target, jax.Array, jax.Array]:
-    """Return the logistic regression in its own coordinates, and mode and Cholesky factor of its Laplace approximation."""
+    """Return the logistic regression in its own coordinates, with the mode and Cholesky factor of its Laplace fit."""
     design, good = _german_data()
     mode, scale_tril = _laplace(design, good)
     x, y = jnp.asarray(design, float), jnp.asarray(good, float)

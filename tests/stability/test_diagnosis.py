@@ -26,7 +26,7 @@ from tests.helpers.targets import funnel, funnel_may_warn, start_like
 SENTENCES = {
     "scale": r"The scale of '\w+' depends on other latent sites, and differs by a factor \S+ between paths",
     "discrete": r"Paths keep different values of the discrete '\w+'",
-    "modes": r"(Small distances shrink by \d+% a step, but paths|Paths move, but) keep to separate regions at .* separate modes",
+    "modes": r"(Small distances .* a step, but paths|Paths move, but) keep to separate regions at .* separate modes",
     "forgets": r"Small distances shrink by \S+% a step only: pairs merge after about",
     "crawl": r"Chains move \S+ sd a step only",
     "resonance": r"Chains move \S+ sd a step and stay as far apart .* may resonate: try step_size_jitter=0.2",

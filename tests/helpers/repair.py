@@ -28,7 +28,7 @@ def distance(x, y) -> float:
 
 
 def repair_by_hand(step, x0, inputs, guess, num_blocks: int, tol: float) -> Repaired:
-    """All states of ``x[t] = step(x[t-1], inputs[t])``, scale 1."""
+    """Return all states of ``x[t] = step(x[t-1], inputs[t])`` by the rule, with scale 1."""
     at = lambda tree, t: jax.tree.map(lambda x: x[t], tree)
     length = len(jax.tree.leaves(inputs)[0])
     size = -(-length // num_blocks)
@@ -42,7 +42,7 @@ def repair_by_hand(step, x0, inputs, guess, num_blocks: int, tol: float) -> Repa
     active = list(range(1, len(blocks)))
     while active:
         num_sweeps += 1
-        starts = {p: path[blocks[p][0] - 1] for p in active}  # all at once: ends before this sweep
+        starts = {p: path[blocks[p][0] - 1] for p in active}  # taken together: the ends before this sweep
         longest, unmerged = 0, []
         for p in active:
             x, taken, before, watched = starts[p], 0, np.inf, 0

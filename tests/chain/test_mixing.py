@@ -79,7 +79,7 @@ def test_the_worst_element_of_each_site_is_named() -> None:
 
 
 def test_values_that_do_not_vary_in_every_respect() -> None:
-    """Draws of two values in halves, whose distances from the median are all equal; and chains that each stand still."""
+    """Draws of two values in halves, at equal distances from the median; and chains that each stand still."""
     coin = judge({"x": np.random.default_rng(0).permutation(np.arange(1000) % 2).reshape(2, 500)})
     assert coin.max_rhat < 1.02
     assert coin.doubt == ""

@@ -24,7 +24,7 @@ class Numbers(NamedTuple):
         size: Scale of the whole.
         shift: Shift of the whole.
         step: Height of a discontinuity at the first mode.
-        limit: Coordinate after which the log density is ``beyond``.
+        limit: Largest value of y[1]; above it the log density is ``beyond``.
         beyond: NaN or -inf.
     """
 

@@ -81,7 +81,7 @@ def conjugate_means() -> np.ndarray:
 
 
 def gibbs(precision: Callable, extra: float) -> pmcmc.Gibbs:
-    """Gibbs over mu with prior precision ``precision(v)``, and v with extra / 2 and extra mu^2 / 2 in its InverseGamma."""
+    """Gibbs over mu with prior precision ``precision(v)``, and v with extra / 2 and extra mu^2 / 2 in its update."""
 
     def conditional_mean(x):
         total = precision(x["v"]) + NUM_DATA / x["v"]

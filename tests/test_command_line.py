@@ -1,4 +1,4 @@
-"""``python -m pmcmc``: what the doctor finds, and the examples' names."""
+"""``python -m pmcmc``: what the doctor finds, and the names of the examples."""
 
 import tomllib
 from pathlib import Path

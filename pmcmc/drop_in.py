@@ -408,7 +408,7 @@ def _positions(chain: Chain) -> dict[str, Array]:
 
 
 def _translate(sampler: Any, num_warmup: int) -> tuple[Kernel, EnsembleAdaptation]:
-    """Return the pmcmc kernel and warm-up that correspond to a NumPyro kernel; raise if there are none."""
+    """Return the pmcmc kernel and warm-up that correspond to a NumPyro kernel; raise if it has no counterpart."""
     if type(sampler) not in (NumpyroHMC, NumpyroNUTS):
         raise TypeError(
             f"{type(sampler).__name__} has no counterpart that is sampled in parallel: expected numpyro.infer.NUTS or "

@@ -134,7 +134,7 @@ def test_arviz_from_numpyro() -> None:
 
 
 def test_going_on_with_its_own_key_is_one_long_run() -> None:
-    """As in NumPyro's documentation of post_warmup_state; each run returns its own draws."""
+    """It works as in NumPyro's documentation of post_warmup_state; each run returns its own draws."""
     mcmc = make()
     mcmc.run(jax.random.key(0), Y)
     first = mcmc.get_samples(group_by_chain=True)
@@ -309,7 +309,7 @@ def quadratic(inverse_mass_matrix, r):
 def test_samplers_without_a_counterpart(make_sampler, error, words) -> None:
     options = {**SIZES, "num_samples": 10}
     if words.startswith("sampler must"):
-        with pytest.raises(TypeError):  # by the annotation here, by a message of its own in production
+        with pytest.raises(TypeError):  # by the annotation here, by pmcmc's own message in production
             ParallelMCMC(make_sampler(), **options)
         return
     with pytest.raises(error, match=words):

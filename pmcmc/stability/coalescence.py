@@ -209,10 +209,12 @@ def coalescence_time(
     max_steps, num_pairs = _check(first, second, inputs)
     dtype = real_dtype(first)
     tol = jnp.asarray(default_tolerance(dtype) if tol is None else tol, dtype)
+    # All paths are lanes of one program: the first paths of all pairs, then the second ones.
     both = lambda x: jnp.concatenate([x, x])
     start = jax.tree.map(lambda a, b: jnp.concatenate([a, jnp.asarray(b, a.dtype)]), first, second)
     step, unknown = jax.vmap(recurrence.step), jax.vmap(recurrence.unknown)
     carry = jax.vmap(recurrence.restore)(start)
+    # The loop needs a carry of the dtypes that a step returns.
     out, _ = jax.eval_shape(step, carry, jax.tree.map(both, tree_index(inputs, 0)))
     carry = jax.tree.map(lambda c, o: c.astype(o.dtype), carry, out)
     grid = checkpoint_steps(max_steps, num_checkpoints)
@@ -338,6 +340,7 @@ def _conclude(run: _Run, num_pairs: int, tol: Array, grid: np.ndarray) -> Coales
     spread = jnp.sum((run.growth - rate * run.growth_count) ** 2)  # variance of a ratio estimate, over pairs
     seen = jnp.sum(run.growth_count > 0)
     error = jnp.sqrt(spread * seen / jnp.maximum(seen - 1, 1)) / jnp.maximum(count, 1)
+    # A coordinate has merged after the last step at which it was above the tolerance.
     stayed = jnp.where(run.finite[:, None], run.last_above + 1, max_steps + 1)
     first = jax.tree.map(lambda s: s[:, :num_pairs], run.states)
     second = jax.tree.map(lambda s: s[:, num_pairs:], run.states)

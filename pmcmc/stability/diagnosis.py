@@ -166,7 +166,7 @@ def diagnose(target: Target, kernel: Kernel, pilot: Coalescence, info: Info) -> 
 
 
 def _names(names: list[str]) -> str:
-    """Join the first `MOST_NAMES` names, and count the others."""
+    """List the first `MOST_NAMES` names, and count the others."""
     more = len(names) - MOST_NAMES
     return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
@@ -176,6 +176,7 @@ def _gaps(target: Target, kernel: Kernel, pilot: Coalescence, open_pairs: np.nda
     points = pilot.checkpoints
     last = int(np.sum(np.asarray(points.reached)))
     rows = np.arange(min(1, last - 1), last)  # the starts only if nothing else was reached
+    # Unmerged pairs at the checkpoints: as coordinates (paths) and, at the last one, as positions (ends).
     take = lambda tree, some: jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[some][:, open_pairs]), tree)
     position = jax.jit(jax.vmap(lambda unknown: kernel.position(target, unknown)))
     flat: Any = kernel.coordinates
@@ -185,6 +186,7 @@ def _gaps(target: Target, kernel: Kernel, pilot: Coalescence, open_pairs: np.nda
     ends = [position(jax.tree.map(lambda x: x[0], take(side, rows[-1:]))) for side in sides]
     paths = [np.asarray(flat(take(side, rows))) for side in sides]
     distances = _distances(target, paths)
+    # Judge each site by its distances at the last checkpoints.
     real = dict(zip(distances, map(is_real, jax.tree.leaves(target.spec.template)), strict=True))
     apart, steady, separate, sites = {}, {}, {}, {}
     for name, (distance, spread) in distances.items():
@@ -220,6 +222,7 @@ def _distances(target: Target, paths: list[np.ndarray]) -> dict[str, tuple[np.nd
         sites = site_distances(target, jnp.asarray(first), jnp.asarray(second), scale=scale)
         return {name: np.reshape(np.asarray(x), (*first.shape[:2], -1)) for name, x in sites.items()}
 
+    # The spread of a path is that over its later half, about its own mean.
     late = [path[len(path) // 2 :] for path in paths]
     own = [between(path, np.broadcast_to(path.mean(axis=0), path.shape)) for path in late]
     width = lambda x: np.sqrt(np.mean(x**2, axis=0))

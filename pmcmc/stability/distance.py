@@ -88,6 +88,7 @@ def site_distances(target: Target, first: Array, second: Array, *, scale: PyTree
         >>> {name: float(distance) for name, distance in sites.items()}
         {'a': 1.0, 'b': 2.0}
     """
+    # Undo the basis: from coordinates to unconstrained positions.
     gap = first - second
     basis = target.basis
     if basis is not None:

@@ -110,6 +110,7 @@ def lyapunov_exponent(
 
     start = (path.x0, jnp.asarray(frame, path.x0.dtype))
     (last, _), growth = jax.lax.scan(body, start, path.inputs, length=path.length)
+    # Batch means over the end of the path; the steps before count as transient.
     batch = usable // num_batches
     batches = growth[path.length - num_batches * batch :].reshape(num_batches, batch, num_exponents)
     finite_time = jnp.mean(batches, axis=1)
@@ -249,6 +250,7 @@ def contraction_bound(
         x, product, log_size = state
         x, pushforward = jax.linearize(lambda x: path.image(x, u), x)
         product = jax.vmap(pushforward, in_axes=1, out_axes=1)(product)
+        # Keep the product at size 1 and its log apart: long products overflow or underflow.
         size = jnp.max(jnp.abs(product))
         return (x, product / jnp.where(size == 0, 1, size), log_size + jnp.log(size)), None
 
@@ -257,6 +259,7 @@ def contraction_bound(
         (x, product, log_size), _ = jax.lax.scan(push, begin, inputs, length=window)
         return x, (log_size + jnp.log(jnp.linalg.norm(product, 2))) / window
 
+    # Settle first, then take whole windows up to the end of the path.
     first = path.length - num_windows * window
     settle = lambda x, u: (path.image(x, u), None)
     x, _ = jax.lax.scan(settle, path.x0, jax.tree.map(lambda u: u[:first], path.inputs), length=first)

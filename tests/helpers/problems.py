@@ -1,4 +1,4 @@
-"""One log density that stands for many problems: a program compiled for its shapes serves all numbers in it."""
+"""One log density for many problems: a program compiled for its shapes serves all numbers in it."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple

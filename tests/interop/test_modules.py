@@ -71,7 +71,7 @@ def test_weights_are_sampled(model: Callable) -> None:
 
 
 def test_weights_without_a_prior_are_constants() -> None:
-    """As in NumPyro, they have the values at which the module starts them, the same in every call."""
+    """They have the values at which the module starts them, as in NumPyro, the same in every call."""
     pytest.importorskip("flax")
     names = {"kernel": dist.Normal(0, PRIOR)}
     options = dict(model_args=(names,), num_warmup=100, num_samples=100, progress_bar=False)

@@ -223,7 +223,7 @@ def test_models_that_cannot_be_sampled(model, words: str) -> None:
 
 def test_no_model() -> None:
     for wrong in (3.0, {"not": "a model"}):
-        with pytest.raises(TypeError):  # by the annotation here, by a message of its own in production
+        with pytest.raises(TypeError):  # by the annotation here, by pmcmc's own message in production
             pmcmc.parallel_chain(wrong, 0)
 
 

@@ -318,7 +318,7 @@ def test_errors_say_what_to_do(updates, start, error, words: str) -> None:
 
 def test_errors_of_updates() -> None:
     for wrong in (lambda: pmcmc.NormalUpdate(1.0), lambda: pmcmc.Gibbs([NORMAL])):
-        with pytest.raises(TypeError):  # by the annotation here, by a message of its own in production
+        with pytest.raises(TypeError):  # by the annotation here, by pmcmc's own message in production
             wrong()
     with pytest.raises(TypeError, match="needs a log density"):
         sample(pmcmc.HMC(step_size=0.1), {"a": 0.0})

@@ -71,12 +71,12 @@ def end_to_end(rng: np.random.Generator, kernel: pmcmc.Kernel, solver, num_chain
 @pytest.mark.filterwarnings("ignore:the draws have not mixed", "ignore:.*were divergent")
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: type(kernel).__name__)
 def test_a_thousand_problems(kernel: pmcmc.kernels.Kernel) -> None:
-    """As many for each kernel, in separate tests: together they would exceed the time limit of a test."""
+    """Each kernel has its own test, since all together would exceed the time limit of a test."""
     families = [family for family in FAMILIES if family[0] == kernel]
     number, ends = NUM_PROBLEMS // len(KERNELS), Counter()
     rng = np.random.default_rng(KERNELS.index(kernel))
     for problem in range(number):
-        _, solver, chains = families[problem * len(families) // number]  # alternate, since programs may be dropped
+        _, solver, chains = families[problem * len(families) // number]  # one family after the other: programs may be dropped
         ends[end_to_end(rng, kernel, solver, chains, 200)] += 1
     print(dict(ends))
     assert sum(ends.values()) == number

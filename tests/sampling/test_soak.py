@@ -76,7 +76,7 @@ def test_a_thousand_problems(kernel: pmcmc.kernels.Kernel) -> None:
     number, ends = NUM_PROBLEMS // len(KERNELS), Counter()
     rng = np.random.default_rng(KERNELS.index(kernel))
     for problem in range(number):
-        _, solver, chains = families[problem * len(families) // number]  # one family after the other: programs may be dropped
+        _, solver, chains = families[problem * len(families) // number]  # family by family: programs may be dropped
         ends[end_to_end(rng, kernel, solver, chains, 200)] += 1
     print(dict(ends))
     assert sum(ends.values()) == number

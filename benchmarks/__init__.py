@@ -1,1 +1,1 @@
-"""Benchmarks. ``python -m benchmarks`` runs the quick subset, ``python -m benchmarks.NAME`` one module in full."""
+"""Benchmarks. ``python -m benchmarks`` runs a quick subset, ``python -m benchmarks.NAME`` one module in full."""

@@ -1,9 +1,9 @@
-"""All benchmarks by one command.
+"""Run all benchmarks by one command.
 
-python -m benchmarks                    a small subset, minutes; its files go to build/benchmarks
+python -m benchmarks                    a small subset in minutes; its files go to build/benchmarks
 python -m benchmarks --suite kernels    one suite in full, into benchmarks/results
 python -m benchmarks --all              every suite in full: hours
-python -m benchmarks --gpu              what a GPU is asked, ten minutes, into benchmarks/results/<device>.json
+python -m benchmarks --gpu              a ten-minute suite for GPUs, into benchmarks/results/<device>.json
 """
 
 import argparse
@@ -13,7 +13,7 @@ from benchmarks import end_to_end, import_time, kernels, memory, scaling, solver
 from benchmarks._harness import RESULTS, SKETCHES, device_name
 from benchmarks.gpu import run as run_gpu
 
-# In full, by name; each takes the command line of its own module.
+# Suites in full, by name; each takes the command line of its module.
 SUITES: dict[str, Callable[[list[str]], None]] = {
     "solvers": solvers.main,
     "kernels": kernels.main,
@@ -25,7 +25,7 @@ QUICK_CASES = ("mixture", "eight_schools", "eight_schools_nuts", "schools_gibbs"
 
 
 def quick(scale: float) -> None:
-    """Small runs of each suite; seconds of compiling are most of it."""
+    """Run small versions of every suite; most of the time goes into compilation."""
     import_time.main()
     effort = kernels.Effort(repeats=5, seconds=2.0)
     kernels.run(QUICK_CASES, (64, 256), 0.5 * scale, effort, f"kernels_{device_name()}", SKETCHES)
@@ -35,11 +35,12 @@ def quick(scale: float) -> None:
 
 
 def file_of(suite: str) -> str:
-    """Iterations are the same on any device, give or take rounding."""
+    """Name the result file of a suite; iterations ("solvers") are the same on every device up to rounding."""
     return suite if suite == "solvers" else f"{suite.replace('-', '_')}_{device_name()}"
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line and run what it asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--all", action="store_true", help="every suite in full")

@@ -1,4 +1,4 @@
-"""What XLA is asked to compile, for counts and for tests."""
+"""Record what XLA compiles, for counts and for tests."""
 
 import threading
 from collections.abc import Iterator
@@ -9,7 +9,12 @@ import jax
 
 
 class Compilation(NamedTuple):
-    """A program by its name, and whether the main thread waited for it."""
+    """One compilation.
+
+    Attributes:
+        name: Name of the program.
+        waited: Whether the main thread waited for it.
+    """
 
     name: str
     waited: bool
@@ -17,7 +22,7 @@ class Compilation(NamedTuple):
 
 @contextmanager
 def compilations() -> Iterator[list[Compilation]]:
-    """The programs that XLA is handed, from its own count."""
+    """Yield a list that receives every program that XLA compiles, as counted by JAX's monitoring events."""
     seen: list[Compilation] = []
 
     def listen(event: str, duration_secs: float, **details: str | int) -> None:

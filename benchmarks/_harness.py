@@ -1,4 +1,7 @@
-"""Timing in one process: alternating runs, medians and spreads, bytes, success stored beside time, JSON out."""
+"""Timing and result files: alternating runs in one process, medians and spreads, bytes, and rows in JSON.
+
+Every row records whether its run succeeded, besides its times.
+"""
 
 import json
 import os
@@ -15,17 +18,17 @@ import jax
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
-SKETCHES = Path(__file__).parents[1] / "build" / "benchmarks"  # small runs, not to be kept
+SKETCHES = Path(__file__).parents[1] / "build" / "benchmarks"  # small runs, which are not kept
 SHARED = Path(__file__).parents[2] / "shared"
 
 
 def device_name() -> str:
-    """Of the device that JAX uses by default, as part of a file name: ``cpu``, ``nvidia-h100-80gb-hbm3``."""
+    """Return the name of JAX's default device as part of a file name: ``cpu``, ``nvidia-h100-80gb-hbm3``."""
     return re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
 
 
 def environment() -> dict[str, Any]:
-    """Device and versions a figure belongs to."""
+    """Return the device and the versions that figures belong to."""
     device = jax.devices()[0]
     return {
         "device": device.device_kind if device.platform != "cpu" else f"cpu, {jax.device_count()} device(s)",
@@ -39,17 +42,17 @@ def environment() -> dict[str, Any]:
 
 
 def peak_bytes() -> dict[str, int]:
-    """Largest so far: resident memory of this process, and memory of the device where it keeps count."""
+    """Return the largest resident memory of this process so far, and of the device if it keeps count."""
     stats = jax.devices()[0].memory_stats() or {}
     device = {"device": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
-    status = Path("/proc/self/status")  # getrusage counts what the parent held when it forked
+    status = Path("/proc/self/status")  # getrusage includes what the parent used when it forked
     found = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
     resident = int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"resident": 1024 * resident, **device}
 
 
 def program_bytes(program: Any) -> dict[str, int]:
-    """What a compiled program needs: its arguments, and what it takes beside them."""
+    """Return the bytes of a compiled program's arguments, and of what it needs besides them."""
     stats = program.memory_analysis()
     fresh = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     return {"arguments": stats.argument_size_in_bytes, "beside them": fresh}
@@ -63,9 +66,16 @@ def alternate(
 ) -> dict[str, dict[str, float]]:
     """Time each callable ``repeats`` times, A B A B ..., after one run of each that compiles.
 
-    Alternation lets a ratio hold when the machine's speed drifts. Returns first (compile included), median, min, max.
-    seconds_of: what a result itself says it took, in place of the wall clock.
-    budget: seconds, after which three runs of each must do.
+    Because runs alternate, ratios stay valid when the machine's speed drifts.
+
+    Args:
+        runs: Callables by name.
+        repeats: Timed runs of each.
+        seconds_of: Seconds of a result, used instead of the wall clock.
+        budget: Seconds after which three timed runs of each are enough.
+
+    Returns:
+        First (compilation included), median, smallest and largest seconds of each.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     began = time.perf_counter()
@@ -89,12 +99,12 @@ def alternate(
 
 
 def ratio(timing: dict[str, dict[str, float]], slow: str, fast: str) -> float:
-    """Median over median."""
+    """Return the ratio of two medians."""
     return timing[slow]["median_s"] / timing[fast]["median_s"]
 
 
 def with_others(name: str, rows: list[dict[str, Any]], keys: tuple[str, ...], folder: Path = RESULTS) -> list[dict]:
-    """Rows, behind those of the result file that they do not measure anew: that differ from all of them in some key."""
+    """Prepend the rows of the result file that these do not replace: those that differ from all of them in some key."""
     path = folder / f"{name}.json"
     what = lambda row: [row.get(key) for key in keys]
     new = [what(row) for row in rows]

@@ -1,4 +1,4 @@
-"""Chains of a case in programs of the engine's: in order, in blocks, in blocks without repair, as separate chains."""
+"""Run a case in the engine's programs: sequentially, in blocks, in blocks without repair, or as separate chains."""
 
 import time
 from collections.abc import Callable
@@ -20,12 +20,12 @@ from pmcmc.recurrence.lanes import LaneSolver
 from pmcmc.sampling.programs import Clock, Engine, Segment, Shape, solve_noise
 
 NUM_STATES = 64
-# With fewer cores than this a second compilation only slows the first.
+# With fewer cores than this, a second compilation only slows the first.
 MANY_CORES = 8
 
 
 def solve_program(engine: Engine, solver: LaneSolver, shape: Shape) -> Any:
-    """The compiled program that solves; noise, states and info are among its arguments."""
+    """Compile the program that solves; noise, states and info are among its arguments."""
     noise, record = engine._buffer_shapes(shape)
     integer = jnp.result_type(int)
     number, numbers = np.asarray(0, integer), np.zeros(engine.num_chains, integer)
@@ -36,63 +36,74 @@ def solve_program(engine: Engine, solver: LaneSolver, shape: Shape) -> Any:
 
 @dataclass
 class Run:
-    """Chains of a case under one solver, noise included; runs again in the same program.
+    """Chains of a case under one solver, noise included; it can be run again in the same program.
 
-    num_steps: of each chain, rounded up to whole blocks.
+    Args:
+        case: The case.
+        bank: Unknowns: starts of chains and guesses of block starts.
+        solver: The solver.
+        num_steps: Steps of each chain, rounded up to whole blocks.
+        num_chains: Number of chains.
     """
 
     case: Case
-    bank: PyTree  # unknowns: starts of chains and guesses of block starts
+    bank: PyTree
     solver: LaneSolver
     num_steps: int
     num_chains: int = 1
 
     @cached_property
     def engine(self) -> Engine:
+        """The engine of these chains."""
         keys = jax.random.split(jax.random.key(0), self.num_chains)
         return Engine(self.case.target, self.case.kernel, keys, self.bank, self.case.scale)
 
     @cached_property
     def shape(self) -> Shape:
-        """As `pmcmc.sample` would have it."""
+        """The shape that `pmcmc.sample` would use."""
         blocks = self.solver.blocks_for(self.num_steps)
         unit = self.solver.unit if self.num_steps >= 4 * self.solver.unit * blocks else 1
         return Shape(blocks, -(-self.num_steps // (blocks * unit)) * unit, self.solver.shared_by)
 
     def __call__(self, solver: LaneSolver | None = None, block_length: int | None = None) -> tuple[Segment, Clock]:
-        """solver: of the same program, with other numbers. block_length: fewer steps."""
+        """Solve once.
+
+        Args:
+            solver: Solver for the same program, with other numbers.
+            block_length: Fewer steps than the capacity of a block.
+        """
         engine, numbers = self.engine, np.zeros(self.num_chains, int)
         x0 = jax.tree.map(lambda x: x[jnp.arange(self.num_chains) % len(x)], self.bank)
         return engine.solve(solver or self.solver, self.shape, x0, numbers, block_length or self.shape.capacity)
 
     def seconds(self, solver: LaneSolver | None = None, block_length: int | None = None) -> float:
-        """By the engine's own clock: looking its programs up takes some 50 ms a call."""
+        """Return the seconds of a solve by the engine's clock: looking up its programs takes about 50 ms per call."""
         return self(solver, block_length)[1].run_seconds
 
     def bytes_per_draw(self) -> float:
-        """Of noise, states, info and whatever the program takes beside them."""
+        """Return the bytes per draw of noise, states, info and what the program needs besides them."""
         states = self.num_chains * self.shape.num_blocks * self.shape.capacity
         return sum(program_bytes(solve_program(self.engine, self.solver, self.shape)).values()) / states
 
 
 def in_order(case: Case, bank: PyTree, num_chains: int = 1, num_steps: int | None = None) -> Run:
-    """Sequential sampling; of many chains, as lanes of one program."""
+    """Sample sequentially; many chains run as lanes of one program."""
     return Run(case, bank, Sequential(), num_steps or case.length, num_chains)
 
 
 def in_blocks(case: Case, bank: PyTree, num_blocks: int, num_chains: int = 1, **options: Any) -> Run:
-    """Multiple shooting. The budget of sweeps is a number, so that `without_repair` is the same program."""
+    """Sample by multiple shooting. The budget of sweeps is an array, so that `without_repair` uses the same program."""
     solver = MultipleShooting(num_blocks=num_blocks, max_sweeps=np.int32(num_blocks), **options)
     return Run(case, bank, solver, case.length, num_chains)
 
 
 def without_repair(run: Run) -> LaneSolver:
-    """The zeroth sweep alone: its blocks as if they were independent chains."""
+    """Return a solver for sweep 0 alone, whose blocks cost as much as independent chains."""
     return MultipleShooting(run.shape.num_blocks, max_sweeps=np.int32(0), devices=run.solver.shared_by or None)
 
 
 def compile_all(runs: list[Run]) -> list[float]:
-    """Seconds that each run's programs take to compile, at once where there are cores enough."""
+    """Compile each run's programs and return the seconds; concurrently if there are enough cores."""
     jobs = []
     for run in runs:
         begin = time.perf_counter()
@@ -102,13 +113,14 @@ def compile_all(runs: list[Run]) -> list[float]:
 
 
 def _seconds(job: Callable[[], None]) -> float:
+    """Return the seconds that a job takes."""
     begin = time.perf_counter()
     job()
     return time.perf_counter() - begin
 
 
 def typical_states(case: Case) -> PyTree:
-    """What warm-up would hand over: starts, or the last states of an ensemble of chains from there."""
+    """Return states like those after warm-up: starts, or the last states of an ensemble of chains from there."""
     starts = case.start(jax.random.key(1), NUM_STATES)
     if not case.settle:
         return starts

@@ -15,7 +15,7 @@ from pmcmc.recurrence import Sequential
 
 
 def tuned(posterior: Callable[[], Posterior], kernel: Kernel, length: int = 10**5) -> Case:
-    """In the coordinates and with the kernel of pmcmc's default warm-up, from its ensemble."""
+    """Make a case with the coordinates, kernel and ensemble of pmcmc's default warm-up."""
     found = posterior()
     chain = found.sampler()(
         0, kernel=kernel, solver=Sequential(), num_samples=1, num_chains=1, progress_bar=False

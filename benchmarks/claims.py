@@ -1,17 +1,17 @@
-"""What is true of a run, and what is said of it: posteriors made to mislead, beside well-behaved ones.
+"""Compare what a run claims with what is true, on posteriors made to mislead and on well-behaved ones.
 
-Each case is sampled by `pmcmc.sample` or `pmcmc.parallel_chain` as a user would, under five seeds. What is true: the
-mean of a test function of which the exact value is known (by symmetry, by quadrature or by independent draws), compared
-with that of the draws in units of its standard deviation. A run is *wrong* where it is off by more than `WRONG` and
-more than four standard errors of as many independent draws as the smallest effective sample size, or of 400 where it
-has fewer. What is said: warnings, and the report's line on bias. It must not be that
+Each case is sampled by `pmcmc.sample` or `pmcmc.parallel_chain` as a user would do, under five seeds. The truth is the
+mean of a test function whose exact value is known (by symmetry, by quadrature or by independent draws). It is compared
+with the mean of the draws in units of the function's standard deviation. A run is *wrong* if it is off by more than
+`WRONG` and by more than four standard errors of as many independent draws as the smallest effective sample size, or of
+400 draws if it has fewer. The claims are the warnings and the report's line on bias. Three failures are counted:
 
-- a run is wrong and nothing warns (*silent*), or
-- a run of a well-behaved case warns (*alarm*), or
-- the line on bias calls small what is off in the region that warm-up found (*false bias*).
+- *silent*: a run is wrong and nothing warns;
+- *alarm*: a run of a well-behaved case warns;
+- *false bias*: the line on bias claims a small bias, and the run is off in the region that warm-up found.
 
-Nothing can warn of a mode that none of warm-up's lanes was in: wrong runs whose check is an event that all lanes agreed
-on over its last 64 steps are counted apart (*unseen*).
+Nothing can warn of a mode that none of warm-up's lanes visited: wrong runs whose check is an event on which all lanes
+agreed over their last 64 steps are counted separately (*unseen*).
 
     python -m benchmarks.claims [--cases NAME ...] [--seeds 5] [--save claims]
 """
@@ -33,7 +33,7 @@ from numpyro.infer.reparam import LocScaleReparam
 import pmcmc
 from benchmarks._harness import save
 
-# Of the standard deviation of a test function.
+# Error from which a run is wrong, in standard deviations of the test function.
 WRONG = 0.1
 KINDS = ("well-behaved", "modes", "funnel", "tails", "slow", "start", "label", "unidentified", "shape")
 RNG = np.random.default_rng(20261128)
@@ -44,8 +44,15 @@ NUM_REFERENCE = 400_000
 class Case:
     """One posterior, and a function of its draws whose mean is known.
 
-    model: a NumPyro model, or a log density where ``start`` is given. check: of the draws, (num_chains, num_draws).
-    mean, deviation: exact, of the check. options: of the call.
+    Args:
+        name: Name of the case.
+        kind: One of `KINDS`.
+        model: A NumPyro model, or a log density if ``start`` is given.
+        check: The test function: draws to values of shape (num_chains, num_draws).
+        mean: Exact mean of the check.
+        deviation: Exact standard deviation of the check.
+        start: Starting position of a log density.
+        options: Options of the call.
     """
 
     name: str
@@ -59,26 +66,28 @@ class Case:
 
 
 def above(index: int, edge: float) -> Callable:
-    """Share of draws whose coordinate lies above an edge."""
+    """Whether each draw's coordinate lies above an edge."""
     return lambda draws: draws[..., index] > edge
 
 
 def coordinate(index: int) -> Callable:
+    """One coordinate of each draw."""
     return lambda draws: draws[..., index]
 
 
 def share(name: str, kind: str, model: Callable, check: Callable, probability: float, **options: Any) -> Case:
-    """A case whose check is an event of known probability."""
+    """Make a case whose check is an event of known probability."""
     deviation = float(np.sqrt(probability * (1 - probability)))
     return Case(name, kind, model, check, probability, deviation, **options)
 
 
 def gaussian(scales: np.ndarray, loc: Any = 0.0) -> Callable:
+    """Independent Gaussian coordinates."""
     return lambda x: -0.5 * jnp.sum(((x - loc) / scales) ** 2)
 
 
 def mixture(means: np.ndarray, scales: np.ndarray, shares: np.ndarray) -> Callable:
-    """Isotropic Gaussians. means: (k, D)."""
+    """A mixture of isotropic Gaussians; ``means`` has shape (k, D)."""
     dim = means.shape[1]
 
     def logdensity(x: Any) -> Any:
@@ -92,24 +101,26 @@ def mixture(means: np.ndarray, scales: np.ndarray, shares: np.ndarray) -> Callab
 
 
 def two_modes(distance: float, dim: int, *, weight: float = 0.5, ratio: float = 1.0) -> Callable:
-    """Two modes along the first axis, at -distance/2 and distance/2; weight, ratio of scales: of the right one."""
+    """Two modes along the first axis at -distance/2 and distance/2; the right one's weight and ratio of scales vary."""
     means = np.zeros((2, dim))
     means[:, 0] = -distance / 2, distance / 2
     return mixture(means, np.array([1.0, ratio]), np.array([1 - weight, weight]))
 
 
 def narrow_mode() -> None:
+    """Two modes of equal weight; in nine further dimensions one is 90 times narrower than the other."""
     a = numpyro.sample("a", dist.MixtureSameFamily(dist.Categorical(jnp.ones(2) / 2), dist.Normal(CENTRES, 0.25)))
     numpyro.sample("z", dist.Normal(0, jnp.where(a < -1.4, 0.011, 1.0)).expand([9]).to_event(1))
 
 
 def funnel() -> None:
+    """Neal's funnel in ten dimensions."""
     v = numpyro.sample("v", dist.Normal(0, 3))
     numpyro.sample("x", dist.Normal(0, jnp.exp(v / 2)).expand([9]).to_event(1))
 
 
 def schools(centred: bool, scale: float = 5.0) -> Callable:
-    """Rubin's eight schools."""
+    """Rubin's eight schools, centred or not."""
 
     def model() -> None:
         mu = numpyro.sample("mu", dist.Normal(0, 5))
@@ -122,6 +133,7 @@ def schools(centred: bool, scale: float = 5.0) -> Callable:
 
 
 def horseshoe() -> None:
+    """Linear regression under a horseshoe prior, on data that are zero."""
     scale = numpyro.sample("scale", dist.HalfCauchy(0.1))
     local = numpyro.sample("local", dist.HalfCauchy(1).expand([10]).to_event(1))
     beta = numpyro.sample("beta", dist.Normal(0, scale * local).to_event(1))
@@ -129,12 +141,13 @@ def horseshoe() -> None:
 
 
 def regression() -> None:
+    """Linear regression with a Gaussian posterior."""
     beta = numpyro.sample("beta", dist.Normal(0, 1).expand([5]).to_event(1))
     numpyro.sample("y", dist.Normal(DESIGN[:, :5] @ beta, 1), obs=RESPONSE)
 
 
 def labels(num: int) -> Callable:
-    """A mixture with exchangeable components, on data that know them apart."""
+    """A mixture with exchangeable components, on data that separate them."""
 
     def model() -> None:
         means = numpyro.sample("means", dist.Normal(0, 10).expand([num]).to_event(1))
@@ -145,29 +158,34 @@ def labels(num: int) -> Callable:
 
 
 def lognormal() -> None:
+    """Five independent log-normal sites."""
     numpyro.sample("x", dist.LogNormal(0, 1).expand([5]).to_event(1))
 
 
 def probability() -> None:
+    """A beta distribution on the unit interval."""
     numpyro.sample("p", dist.Beta(4.0, 6.0))
 
 
 def corners() -> None:
+    """Three U-shaped beta distributions."""
     numpyro.sample("p", dist.Beta(0.3, 0.3).expand([3]).to_event(1))
 
 
 def walk() -> None:
+    """A Gaussian random walk observed with noise, sampled by its steps."""
     steps = numpyro.sample("steps", dist.Normal(0, 1).expand([30]).to_event(1))
     numpyro.sample("y", dist.Normal(jnp.cumsum(steps), 1.0).to_event(1), obs=jnp.zeros(30))
 
 
 def spike(x: Any) -> Any:
-    """Half within 0.01, half within 1 of the origin, in each of two dimensions."""
+    """Half of the mass at scale 0.01, half at scale 1, in each of two dimensions."""
     terms = [jnp.log(0.5) - 2 * jnp.log(s) - 0.5 * jnp.sum((x / s) ** 2) for s in (0.01, 1.0)]
     return jnp.logaddexp(*terms)
 
 
 def ring(x: Any) -> Any:
+    """A ring of radius 10 and width 0.1."""
     return -0.5 * ((jnp.sqrt(jnp.sum(x**2)) - 10) / 0.1) ** 2
 
 
@@ -177,21 +195,22 @@ def banana(bend: float, width: float) -> Callable:
 
 
 def student(df: float) -> Callable:
+    """Independent Student t coordinates."""
     return lambda x: jnp.sum(-(df + 1) / 2 * jnp.log1p(x**2 / df))
 
 
 def steps(x: Any) -> Any:
-    """Ten steps of heights 2 and 1 in turn: gradients are zero."""
+    """Ten steps of alternating heights 2 and 1, whose gradients are zero."""
     return jnp.where(jnp.abs(x[0]) < 5, jnp.log(1.0 + jnp.mod(jnp.floor(x[0]), 2)), -jnp.inf)
 
 
 def sums(x: Any) -> Any:
-    """Only the sum is known; each term has a wide prior."""
+    """A posterior in which only the sum is identified; each term has a wide prior."""
     return -0.5 * ((x[0] + x[1] - 1) / 0.01) ** 2 - 0.5 * jnp.sum((x / 100) ** 2)
 
 
 def products(x: Any) -> Any:
-    """Only the product is known, up to sign and scale."""
+    """A posterior in which only the product is identified, up to sign and scale."""
     return -0.5 * ((x[0] * x[1] - 1) / 0.05) ** 2 - 0.5 * jnp.sum((x / 3) ** 2)
 
 
@@ -211,10 +230,10 @@ SLOW: dict[str, dict[str, Any]] = {
 
 
 def schools_reference() -> tuple[float, float]:
-    """Mean and standard deviation of log tau: on a grid, with the effects and mu integrated out."""
+    """Return mean and standard deviation of log tau, on a grid with the effects and mu integrated out."""
     log_tau = np.linspace(-9, 6, 6001)
     tau = np.exp(log_tau)
-    variance = ERRORS**2 + tau[:, None] ** 2  # of the effects, given mu and tau
+    variance = ERRORS**2 + tau[:, None] ** 2  # variance of the effects, given mu and tau
     precision, weighted = (1 / variance).sum(1) + 1 / 25, (EFFECTS / variance).sum(1)
     logp = -0.5 * np.log(variance).sum(1) - 0.5 * (EFFECTS**2 / variance).sum(1)
     logp += 0.5 * weighted**2 / precision - 0.5 * np.log(precision) - np.log1p((tau / 5) ** 2) + log_tau
@@ -224,19 +243,20 @@ def schools_reference() -> tuple[float, float]:
 
 
 def regression_reference(dim: int = 5) -> tuple[float, float]:
+    """Return mean and standard deviation of the first coefficient."""
     design = DESIGN[:, :dim]
     covariance = np.linalg.inv(np.eye(dim) + design.T @ design)
     return float((covariance @ design.T @ RESPONSE)[0]), float(np.sqrt(covariance[0, 0]))
 
 
 def walk_reference() -> float:
-    """Standard deviation of the first step."""
+    """Return the standard deviation of the first step."""
     total = np.tril(np.ones((30, 30)))
     return float(np.sqrt(np.linalg.inv(np.eye(30) + total.T @ total)[0, 0]))
 
 
 def cases() -> list[Case]:
-    """All of them, in the order of `KINDS`."""
+    """Return all cases, sorted as in `KINDS`."""
     log_tau = lambda draws: np.log(draws["tau"])
     first = lambda name: lambda draws: draws[name][..., 0]
     spread = lambda draws: np.linalg.norm(draws, axis=-1) < 0.05
@@ -324,13 +344,23 @@ def cases() -> list[Case]:
 
 
 def event(probability: float) -> tuple[float, float]:
-    """Mean and standard deviation of an event."""
+    """Return mean and standard deviation of an event."""
     return float(probability), float(np.sqrt(probability * (1 - probability)))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """error: of the mean, in standard deviations. unseen: see above. seconds: of the call."""
+    """What one run found.
+
+    Attributes:
+        error: Absolute error of the mean, in standard deviations of the check.
+        unseen: Whether no lane of warm-up could show the error, see above.
+        ess: Smallest effective sample size.
+        rhat: Largest R-hat.
+        warnings: Messages of the warnings.
+        report: The report.
+        seconds: Seconds of the call.
+    """
 
     error: float
     unseen: bool
@@ -342,15 +372,17 @@ class Outcome:
 
     @property
     def is_wrong(self) -> bool:
+        """Whether the error exceeds `WRONG` and four standard errors."""
         return self.error > max(WRONG, 4 / np.sqrt(max(self.ess, 400)))
 
     @property
     def says_small_bias(self) -> bool:
+        """Whether the report calls the bias small."""
         return "relative to the region" in str(self.report)
 
 
 def run(case: Case, seed: int, **options: Any) -> Outcome:
-    """One call, with what it says."""
+    """Make one call and collect its warnings and report."""
     options = dict(num_samples=1000, progress_bar=False) | case.options | options
     options["save_warmup"] = options.get("num_warmup", 1000) > 0
     begin = time.perf_counter()
@@ -369,6 +401,7 @@ def run(case: Case, seed: int, **options: Any) -> Outcome:
 
 
 def _is_unseen(case: Case, chain: pmcmc.Chain) -> bool:
+    """Whether the check is an event on which all lanes of warm-up agreed over their last 64 steps."""
     if chain.warmup_path is None:
         return False
     seen = case.check(jax.tree.map(np.asarray, chain.get_warmup_samples()))
@@ -376,7 +409,7 @@ def _is_unseen(case: Case, chain: pmcmc.Chain) -> bool:
 
 
 def row(case: Case, seeds: int) -> dict[str, Any]:
-    """What is true and what is said, counted over the seeds."""
+    """Count errors and claims over the seeds."""
     found: list[Outcome | str] = []
     for seed in range(seeds):
         try:
@@ -407,6 +440,7 @@ def row(case: Case, seeds: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Run the cases, print their rows and the totals."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="*")
     parser.add_argument("--seeds", type=int, default=5)

@@ -1,7 +1,7 @@
-"""How long until two chains merge under the same noise, by posterior and kernel.
+"""Measure how long it takes until two chains merge under the same noise, by posterior and kernel.
 
-Pairs start at N(0, spread^2 I) in the coordinates of warm-up, independent of each other, with the kernel tuned there;
-merged within 1e-6 of a standard deviation (float64). A pair that has not merged after ``--steps`` counts as "-".
+Pairs start at independent draws of N(0, spread^2 I) in the coordinates of warm-up, with the kernel tuned there. They
+merge within 1e-6 of a standard deviation (float64). A pair that has not merged after ``--steps`` counts as "-".
 
     python -m benchmarks.coalescence [--posteriors eight_schools ...] [--kernels NUTS ...] [--save coalescence]
 """
@@ -24,12 +24,12 @@ from pmcmc.stability import coalescence_time
 
 
 def _elliptical(logdensity_fn: Callable, mean: Any, cov: Any) -> Any:
-    """The target over N(0, I) as the likelihood."""
+    """Elliptical slice sampling with prior N(0, I) and the rest of the target as the likelihood."""
     return blackjax.elliptical_slice(lambda x: logdensity_fn(x) + 0.5 * jnp.sum(x**2), mean=mean, cov=cov)
 
 
 def kernels(dim: int) -> dict[str, Kernel]:
-    """By name. MCLMC has no step size of its own to tune: 0.3 D^(1/4) and a decoherence length of sqrt(D)."""
+    """Return kernels by name. MCLMC is not tuned: step size 0.3 D^(1/4) and decoherence length sqrt(D)."""
     return {
         "HMC, fixed length": HMC(step_size_jitter=0.0),
         "HMC": HMC(),
@@ -43,7 +43,7 @@ def kernels(dim: int) -> dict[str, Kernel]:
 
 
 def measure(posterior: Posterior, kernel: Kernel, num_pairs: int, num_steps: int, spread: float) -> dict[str, Any]:
-    """Merge steps of the pairs; None for those that did not merge."""
+    """Return the merge steps of the pairs; None for pairs that did not merge."""
     chain = posterior.sampler()(0, kernel=kernel, num_samples=1, num_chains=1, solver=Sequential(), progress_bar=False)
     target, tuned = chain.target, chain.kernel
     key, first_key, second_key = jax.random.split(jax.random.key(1), 3)
@@ -63,7 +63,7 @@ def measure(posterior: Posterior, kernel: Kernel, num_pairs: int, num_steps: int
 
 
 def line(row: dict[str, Any]) -> str:
-    """One posterior and kernel."""
+    """Return the line of one posterior and kernel."""
     steps = sorted(np.inf if s is None else s for s in row["steps"])
     show = lambda s: "-" if s == np.inf else f"{s:,.0f}"
     values = " / ".join(show(s) for s in (steps[0], steps[len(steps) // 2], steps[-1]))
@@ -73,6 +73,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Measure every posterior and kernel, and print and save the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--posteriors", nargs="*", default=list(POSTERIORS), choices=list(POSTERIORS), metavar="NAME")
     parser.add_argument("--kernels", nargs="*", default=list(kernels(1)), choices=list(kernels(1)), metavar="NAME")
@@ -91,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
             row: dict[str, Any] = {"posterior": name, "dim": posterior.dim, "kernel": label, "spread": options.spread}
             try:
                 row |= measure(posterior, kernel, options.pairs, options.steps, options.spread)
-            except Exception as error:  # warm-up of a hopeless pair is a finding, not the end
+            except Exception as error:  # a failing warm-up is a finding, not the end of the benchmark
                 print(f"{name:24s} {label:18s} {type(error).__name__}: {error}", flush=True)
                 continue
             rows.append(row)

@@ -1,12 +1,12 @@
-"""Counts that no noisy machine changes: a gate against regressions, in a minute.
+"""Count what does not depend on a noisy machine: a gate against regressions that takes a minute.
 
     python -m benchmarks.counts            compare with benchmarks/results/counts.json; exit status 1 if any got worse
-    python -m benchmarks.counts --save     write that file anew
+    python -m benchmarks.counts --save     write that file again
 
-Of whole chains by each solver: the critical path and the evaluations of the step. Of a cold call: the programs that
-XLA compiles and how often the user's density is traced; of a second one with other numbers: the same, which must be
-none. Of the program that solves blocks: the bytes it needs beside its arguments and results. All in float64, with fixed
-keys, so that only a change of the code, or of jax, changes them.
+The counts are, for whole chains by each solver, the critical path, the iterations and the uncertified steps; for a cold
+call, the programs that XLA compiles and how often the user's density is traced; for a second call with other numbers,
+the same, which must be zero; and for the program that solves blocks, the bytes it needs. All counts are in float64 with
+fixed keys, so that they change only if the code or jax changes.
 """
 
 import argparse
@@ -26,13 +26,13 @@ from benchmarks._runs import solve_program
 from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Sequential, deer, quasi_deer
 from pmcmc.sampling.programs import Engine
 
-# Worse by more than this share fails. Paths differ a little between processors, which round differently.
+# A count that is worse by more than this share fails. Paths differ a little between processors because of rounding.
 TOLERANCE = 0.1
 DIM = 10
 
 
 def density(x: jax.Array) -> jax.Array:
-    """A Gaussian whose standard deviations span a factor of ten, with a light banana."""
+    """A Gaussian whose standard deviations span a factor of ten, slightly bent."""
     scale = jnp.logspace(-0.5, 0.5, DIM)
     bent = x.at[1].add(0.1 * x[0] ** 2)
     return -0.5 * jnp.sum((bent / scale) ** 2)
@@ -49,7 +49,7 @@ CHAINS: dict[str, tuple[pmcmc.Kernel, RecurrenceSolver, int]] = {
 
 
 def paths() -> dict[str, dict[str, float]]:
-    """Critical path, and evaluations by step of the chain."""
+    """Count the critical path, the iterations and the uncertified steps of every chain."""
     found = {}
     for name, (kernel, solver, num_steps) in CHAINS.items():
         chain = _sample(kernel, solver, num_steps, density)
@@ -63,12 +63,13 @@ def paths() -> dict[str, dict[str, float]]:
 
 
 def _sample(kernel: pmcmc.Kernel, solver: Any, num_steps: int, fn: Callable, shift: float = 0.0) -> pmcmc.Chain:
+    """Sample a chain after a short warm-up."""
     sizes: dict[str, Any] = dict(num_warmup=200, num_chains=2, num_samples=num_steps)
     return pmcmc.sample(fn, jnp.full(DIM, shift), 0, kernel=kernel, solver=solver, progress_bar=False, **sizes)
 
 
 def programs() -> dict[str, dict[str, float]]:
-    """Of a cold call in order, a cold one in blocks, and one more of each with other numbers."""
+    """Count programs and traces of a cold sequential call, a cold call in blocks, and a second call of each."""
     found = {}
     for name, solver in (("sequential", Sequential()), ("16 blocks", MultipleShooting(16))):
         jax.clear_caches()
@@ -87,7 +88,7 @@ def programs() -> dict[str, dict[str, float]]:
 
 
 def memory() -> dict[str, dict[str, float]]:
-    """Bytes by state of the chain of the program that solves blocks."""
+    """Return the bytes per state of the chain that the program for blocks needs."""
     chain = _sample(pmcmc.HMC(), Sequential(), 256, density)
     engine, solver = Engine.of(chain.state), MultipleShooting(64)
     shape = engine.shape_for(solver, 2**17)
@@ -104,7 +105,7 @@ SUITES: dict[str, Callable[[], dict[str, dict[str, float]]]] = {
 
 
 def compare(now: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[str]:
-    """What got worse, one line each; counts that are new or gone are worse too."""
+    """Return one line for each count that got worse; new and missing counts are listed too."""
     key = lambda row: (row["suite"], row["case"], row["count"])
     old, new = ({key(row): row["value"] for row in rows} for rows in (before, now))
     lines = [f"{', '.join(name)}: not in the file; write it anew with --save" for name in new.keys() - old.keys()]
@@ -116,6 +117,7 @@ def compare(now: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[str
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Count, then compare or save; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/counts.json anew")
     options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
-"""A solve shared out to devices against the same solve on one of them: same noise, same chain, alternating runs.
+"""Time a solve distributed over devices against the same solve on one device: same noise, same chain, alternating runs.
 
-Blocks are shared out, or the steps of Newton's methods. "Cores busy" is processor time over time on one device: what
-XLA spreads over a CPU's cores by itself, a second device of that CPU cannot gain.
+The blocks are distributed, or the steps for Newton's methods. "Cores busy" is processor time over wall time on one
+device: what XLA already distributes over the cores of a CPU cannot be gained by a second device of that CPU.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m benchmarks.devices [--solvers NAME ...] [--save NAME]
 """
@@ -30,7 +30,7 @@ SOLVERS: dict[str, Callable[[int], RecurrenceSolver]] = {
 
 
 def measure(name: str, kernel: str, solver: RecurrenceSolver, num_steps: int, repeats: int) -> dict:
-    """One chain, tuned by a short run."""
+    """Measure one chain, tuned by a short run."""
     tuned = POSTERIORS[name]().sampler()(
         0, kernel=KERNELS[kernel], solver=Sequential(), num_samples=100, num_chains=1, progress_bar=False
     )
@@ -66,7 +66,14 @@ def measure(name: str, kernel: str, solver: RecurrenceSolver, num_steps: int, re
 
 
 class Run(NamedTuple):
-    """One solve."""
+    """One solve.
+
+    Attributes:
+        segment: What was solved.
+        seconds: Seconds by the engine's clock.
+        cores_busy: Processor time over wall time.
+        shape: Shape of the program.
+    """
 
     segment: Segment
     seconds: float
@@ -75,6 +82,7 @@ class Run(NamedTuple):
 
 
 def _engine(tuned: Chain) -> Engine:
+    """Return an engine for one chain with the tuned kernel."""
     state = tuned.state
     keys = jax.random.split(jax.random.key(1), 1)
     scale = jax.tree.map(lambda x: np.ones(x.shape[1:], x.dtype), state.ensemble)
@@ -82,6 +90,7 @@ def _engine(tuned: Chain) -> Engine:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Measure every posterior, kernel and solver, and print and save the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--posteriors", nargs="*", default=["german_credit", "irt", "eight_schools"])
     parser.add_argument("--kernels", nargs="*", default=["HMC", "NUTS"])
@@ -103,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def line(row: dict) -> str:
-    """One case."""
+    """Return the line of one case."""
     times = " ".join(f"{key} {1000 * row[key]['median_s']:.1f} ms" for key in ("one device", "all devices"))
     return (
         f"{row['posterior']:14s} {row['kernel']:5s} {row['solver']:10s} T={row['length']:,}: {times}, "

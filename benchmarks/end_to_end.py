@@ -1,8 +1,9 @@
-"""Time until the worst parameter has so many effective draws: whole cold calls, warm-up and compilation included.
+"""Measure the seconds until the worst parameter has a given effective sample size: whole cold calls, all included.
 
-pmcmc's default beside NumPyro's NUTS, its chains in turn or vectorised, and BlackJAX's. A short run says how many draws
-a chain are needed; a process of its own then takes them, and once more with more of them if they were too few. All in
-float64, 1,000 steps of warm-up a chain. Effective sample sizes are NumPyro's.
+Compared are pmcmc's default, NumPyro's NUTS with sequential or vectorised chains, and BlackJAX's NUTS; warm-up and
+compilation count. A short run estimates how many draws per chain are needed; a separate process then takes them, and
+another one takes more if they were too few. All runs are in float64, with 1,000 steps of warm-up per chain. Effective
+sample sizes are NumPyro's.
 
     python -m benchmarks.end_to_end [--posteriors NAME ...] [--methods NAME ...] [--ess 10000] [--save NAME]
 """
@@ -31,7 +32,7 @@ from benchmarks.whole_call import (
 
 POSTERIORS = ("eight_schools", "german_credit", "mixture", "stochastic_volatility", "irt")
 MANY = (64, 256, 1024)
-# Chains by method.
+# Number of chains of each method.
 METHODS = {
     "pmcmc": NUM_CHAINS,
     "numpyro sequential": NUM_CHAINS,
@@ -39,13 +40,13 @@ METHODS = {
     **{f"numpyro vectorized, {n} chains": n for n in MANY},
     "blackjax": NUM_CHAINS,
 }
-# Draws of the short run, all chains, and least draws a chain of any run.
+# Draws of the short run over all chains, and the least number of draws per chain of any run.
 PILOT, FEWEST = 4000, 50
 MARGIN = 1.15
 
 
 def run_blackjax(what: Problem, seed: int, num_chains: int, num_samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Window adaptation of one chain, then all chains from its end, vectorised."""
+    """Run the window adaptation of one chain, then all chains from its end, vectorised."""
     import blackjax
     from numpyro.infer.util import initialize_model
 
@@ -70,7 +71,7 @@ def run_blackjax(what: Problem, seed: int, num_chains: int, num_samples: int) ->
 
 
 def run_here(name: str, method: str, seed: int, num_samples: int) -> dict[str, Any]:
-    """One run in this process."""
+    """Run one method in this process."""
     jax.config.update("jax_enable_x64", True)
     jax.devices()
     what, chains = problem(name), METHODS[method]
@@ -83,7 +84,7 @@ def run_here(name: str, method: str, seed: int, num_samples: int) -> dict[str, A
 
 
 def measure(name: str, method: str, target: float) -> dict[str, Any]:
-    """The run that reached the target, or the last that was tried."""
+    """Return the run that reached the target, or the last one tried."""
     row: dict[str, Any] = {"suite": "end-to-end", "posterior": name, "method": method, "ess_wanted": target}
     chains = METHODS[method]
     draws = max(FEWEST, PILOT // chains)
@@ -100,7 +101,7 @@ def measure(name: str, method: str, target: float) -> dict[str, Any]:
 
 
 def line(row: dict[str, Any]) -> str:
-    """One posterior and method."""
+    """Return the line of one posterior and method."""
     start = f"{row['posterior']:24s} {row['method']:32s}"
     if "error" in row:
         return f"{start} failed: {row['error']}"
@@ -112,6 +113,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Measure every posterior and method, and print and save the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--posteriors", nargs="*", default=list(POSTERIORS), metavar="NAME")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS), metavar="NAME")
@@ -122,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.one:
         answer(run_here, options.one)
         return
-    jax.config.update("jax_enable_x64", True)  # as in the runs, for what the file says of them
+    jax.config.update("jax_enable_x64", True)  # as in the runs, so that the file records the right setting
     rows: list[dict[str, Any]] = []
     for name in options.posteriors:
         for method in options.methods:

@@ -1,4 +1,4 @@
-"""Figures of the documentation, drawn from the result files alone: ``python -m benchmarks.figures``."""
+"""Draw the figures of the documentation from the result files alone: ``python -m benchmarks.figures``."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ METHODS = ["DEER", "ELK", "quasi-DEER", "quasi-ELK", "Jacobi"]
 
 
 def iterations(path: Path) -> None:
-    """Iterations over T against the Lyapunov exponent, of systems and chains; DEER against T."""
+    """Plot iterations over T against the Lyapunov exponent of systems and chains, and DEER's iterations against T."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -30,12 +30,13 @@ def iterations(path: Path) -> None:
 
 
 def _converged(name: str) -> list[dict]:
+    """Return the successful rows of a result file."""
     rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
     return [row for row in rows if row["result"] == "successful"]
 
 
 def _against_exponent(axes: Any, rows: list[dict], title: str) -> None:
-    """At the T of most rows, one marker a method, each system at its own exponent."""
+    """Plot iterations at the T of most rows, one marker for each method, each system at its own exponent."""
     length = 256
     for method in METHODS:
         found = [r for r in rows if r["solver"] == method and r["length"] == length]
@@ -50,7 +51,7 @@ def _against_exponent(axes: Any, rows: list[dict], title: str) -> None:
 
 
 def _against_length(axes: Any, rows: list[dict]) -> None:
-    """DEER: one line a system (median over seeds), coloured by its exponent."""
+    """Plot iterations of DEER, one line for each system (median over seeds), coloured by its exponent."""
     import matplotlib.pyplot as plt
 
     deer = [r for r in rows if r["solver"] == "DEER"]
@@ -70,7 +71,7 @@ def _against_length(axes: Any, rows: list[dict]) -> None:
 
 
 def efficiency(name: str, path: Path) -> None:
-    """Efficiency against mean coalescence time of the cases of one result file, a colour for each T."""
+    """Plot efficiency against mean coalescence time for the cases of one result file, one colour for each T."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -87,7 +88,7 @@ def efficiency(name: str, path: Path) -> None:
             axes.annotate(row["case"], where, (4, 3), textcoords="offset points", fontsize=6)
     axes.axvline(100, color="0.4", lw=0.8, ls=":")
     axes.set(xlabel="mean coalescence time, steps", ylabel="efficiency against the limit", xscale="log", ylim=(0, 1.05))
-    axes.set_xlim(right=2 * axes.get_xlim()[1])  # room for names
+    axes.set_xlim(right=2 * axes.get_xlim()[1])  # leaves room for names
     axes.legend(frameon=False, fontsize="small", loc="lower left")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110)

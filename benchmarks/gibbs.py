@@ -18,21 +18,24 @@ WEIGHT = zoltowski.MEAN_CONCENTRATION + zoltowski.NUM_SCHOOLS
 
 
 def _tau2_scale(x):
+    """Scale of the inverse gamma update of tau2."""
     prior = zoltowski.MEAN_DEGREES * zoltowski.MEAN_VARIANCE + zoltowski.MEAN_CONCENTRATION * x["mu"] ** 2
     return 0.5 * (prior + jnp.sum((x["theta"] - x["mu"]) ** 2))
 
 
 def _theta(x):
+    """Mean and standard deviation of the update of theta."""
     variance = 1 / (zoltowski.NUM_STUDENTS / x["v"] + 1 / x["tau2"])
     return variance * (zoltowski.NUM_STUDENTS * EFFECT / x["v"] + x["mu"] / x["tau2"]), jnp.sqrt(variance)
 
 
 def _v_scale(x):
+    """Scale of the inverse gamma update of v."""
     squares = zoltowski.NUM_STUDENTS * ERROR**2 + (EFFECT - x["theta"]) ** 2
     return 0.5 * (zoltowski.SCHOOL_DEGREES * zoltowski.SCHOOL_VARIANCE + zoltowski.NUM_STUDENTS * squares)
 
 
-# The sampler of `published.gibbs_step`, 18 numbers, from the package's updates.
+# The sampler of `published.gibbs_step` (18 numbers), built from the package's updates.
 SCHOOLS = pmcmc.Gibbs(
     {
         "tau2": pmcmc.InverseGammaUpdate(0.5 * (zoltowski.MEAN_DEGREES + zoltowski.NUM_SCHOOLS + 1), _tau2_scale),
@@ -44,6 +47,7 @@ SCHOOLS = pmcmc.Gibbs(
 
 
 def schools_start() -> dict:
+    """Start of the eight schools."""
     return {"theta": jnp.zeros(8), "v": jnp.full(8, 10.0), "mu": jnp.array(0.0), "tau2": jnp.array(100.0)}
 
 
@@ -60,10 +64,12 @@ POINTS = jnp.asarray(CENTRES[_rng.integers(3, size=NUM_POINTS)] + _rng.normal(si
 
 
 def _mixture_logits(x):
+    """Logits of the assignments."""
     return jnp.log(x["weight"])[None] - 0.5 * (POINTS[:, None] - x["mu"][None]) ** 2
 
 
 def _mixture_means(x):
+    """Mean and standard deviation of the update of the means."""
     members = jax.nn.one_hot(x["z"], 3)
     precision = 1.0 + jnp.sum(members, axis=0)
     return (jnp.asarray(CENTRES, POINTS.dtype) + jnp.sum(POINTS[:, None] * members, axis=0)) / precision, 1 / jnp.sqrt(
@@ -88,6 +94,7 @@ def mixture_gibbs(length: int = 10**5) -> Case:
 
 
 def mixture_model(y):
+    """The mixture as a NumPyro model."""
     mu = numpyro.sample("mu", dist.Normal(jnp.asarray(CENTRES, float), 1.0).to_event(1))
     weight = numpyro.sample("weight", dist.Dirichlet(jnp.ones(3)))
     with numpyro.plate("points", len(y)):
@@ -96,7 +103,7 @@ def mixture_model(y):
 
 
 def mixture_numpyro(length: int = 10**5) -> Case:
-    """The same from a NumPyro model: assignments side by side, HMC of 4 jittered steps of 0.15 for the rest."""
+    """The same mixture from its NumPyro model: assignments updated in parallel, HMC of 4 jittered steps of 0.15."""
     target = numpyro_target(mixture_model, (POINTS,), {})
     inner = pmcmc.HMC(step_size=0.15, num_integration_steps=4)
     kernel = pmcmc.Compose([pmcmc.DiscreteGibbs(independent="z"), (inner, ["mu", "weight"])])

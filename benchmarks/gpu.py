@@ -1,8 +1,9 @@
-"""What is asked of a GPU, in about ten minutes: ``python -m benchmarks --gpu`` writes ``results/<device>.json``.
+"""A ten-minute suite for GPUs: ``python -m benchmarks --gpu`` writes ``results/<device>.json``.
 
-T = 100,000 for every case, shooting with hundreds to thousands of blocks, beside sequential sampling on the GPU and on
-the CPU in the same process (fewer steps, scaled up, where T of them would take long) and beside the limit. Known faults
-of GPUs are looked for first, slow scatter-adds among them, and are kept in the file.
+Every case has T = 100,000 and is solved by shooting with hundreds to thousands of blocks. It is compared with
+sequential sampling on the GPU and on the CPU in the same process (fewer steps, scaled up, where T would take long) and
+with the embarrassingly parallel limit. Known faults of GPUs are checked first, slow scatter-adds among them, and are
+kept in the file.
 """
 
 from pathlib import Path
@@ -13,7 +14,7 @@ from benchmarks import kernels
 from benchmarks._harness import device_name
 from pmcmc import doctor
 
-# By importance: what the clock leaves no time for is at the end.
+# The most important first: the time may run out before the last ones.
 CASES = (
     "german_credit",
     "german_credit_hmc",
@@ -30,7 +31,7 @@ BLOCKS = (256, 1024, 4096)
 
 
 def run(scale: float, folder: Path, minutes: float = 9.0) -> None:
-    """Faults, then the cases, each written as soon as it is measured."""
+    """Check for faults, then measure the cases, each of which is saved at once."""
     devices = jax.devices()
     if devices[0].platform == "cpu":
         print("No GPU is seen by JAX: this is a rehearsal on the CPU.")

@@ -1,13 +1,14 @@
-"""How near each kernel comes to the embarrassingly parallel limit, and how far ahead of sequential sampling.
+"""Measure how close each kernel gets to the embarrassingly parallel limit, and its speed-up over sequential sampling.
 
-One chain of T steps in P blocks, noise and solve, warm-up and compilation apart, beside
+One chain of T steps is solved in P blocks; noise and solve are timed, warm-up and compilation are not. It is compared
+with
 
-    sequential   the same chain in order; where that is slow, fewer steps of it, scaled up to T
+    sequential   the same chain sequentially; if that is slow, fewer steps of it, scaled up to T
     limit        P independent chains of T / P steps, the faster of two programs: the blocks without repair, and P
-                 vmapped chains in order
-    efficiency   limit over shooting, at the P that is best for shooting; beside it the limit at its own best P
+                 vmapped sequential chains
+    efficiency   limit over shooting, at the P that is best for shooting; and relative to the limit at its own best P
 
-in runs that alternate, by medians. Coalescence: mean steps until a block's repair merges, in the longest blocks run.
+in alternating runs, by medians. Coalescence: mean steps until the repair of a block merges, in the longest blocks run.
 
     python -m benchmarks.kernels [--cases mixture banana] [--blocks 64 256 1024] [--scale 0.1] [--save NAME]
 """
@@ -37,14 +38,19 @@ MIN_BLOCK = 16
 
 
 class Effort(NamedTuple):
-    """How long to measure. repeats: of each run. seconds: for one comparison; a quarter of it for one run in order."""
+    """How long to measure.
+
+    Attributes:
+        repeats: Timed runs of each callable.
+        seconds: Seconds for one comparison; a quarter of them for one sequential run.
+    """
 
     repeats: int = 7
     seconds: float = 4.0
 
 
 def measure(name: str, blocks: Iterable[int], scale: float = 1.0, effort: Effort | None = None) -> dict[str, Any]:
-    """One row: the best number of blocks, and all that were tried."""
+    """Return one row: the best number of blocks, and all that were tried."""
     effort = effort or Effort()
     case = CASES[name]()
     case = replace(case, length=max(500, int(case.length * scale)))
@@ -78,18 +84,18 @@ def measure(name: str, blocks: Iterable[int], scale: float = 1.0, effort: Effort
 
 
 def _blocks(run: Run, effort: Effort) -> dict[str, Any]:
-    """Shooting and its own zeroth sweep, one program."""
+    """Time shooting and its sweep 0 alone, which is the same program."""
     alone = partial(run.seconds, without_repair(run))
     timing = alternate({"shooting": run.seconds, "limit": alone}, effort.repeats, lambda s: s, effort.seconds)
     found = {"num_blocks": run.shape.num_blocks, **timing, **_facts(run)}
-    del run.engine  # with its buffers
+    del run.engine  # frees its buffers
     return found
 
 
 def _facts(run: Run) -> dict[str, Any]:
-    """Certificate, depth and work."""
+    """Return certificate, critical path and work of a solve."""
     solution = run()[0].solution
-    stats = jax.tree.map(lambda x: x[0], solution.stats)  # of the first chain
+    stats = jax.tree.map(lambda x: x[0], solution.stats)  # the first chain's
     blocks, length = run.shape.num_blocks, run.shape.capacity
     evaluations, depth = int(stats.num_fn_evals), int(stats.num_sequential_steps)
     return {
@@ -107,12 +113,12 @@ def _facts(run: Run) -> dict[str, Any]:
 
 
 def _finite(value: jax.Array) -> float | None:
-    """As JSON can say it: Gibbs updates have no acceptance rate."""
+    """Return a number for JSON, or None if it is not finite: Gibbs updates have no acceptance rate."""
     return float(value) if bool(jnp.isfinite(value)) else None
 
 
 def against_all(case: Case, bank: PyTree, num_blocks: int, effort: Effort, num_chains: int = 1) -> dict[str, Any]:
-    """Shooting at one P beside the limit's two programs and sampling in order."""
+    """Time shooting with one P against both programs of the limit and sequential sampling."""
     run, ordered = in_blocks(case, bank, num_blocks, num_chains), in_order(case, bank, num_chains)
     chains = in_order(case, bank, num_blocks * num_chains, run.shape.capacity)
     compile_s = dict(zip(("sequential", "vmapped_chains"), compile_all([ordered, chains]), strict=True))
@@ -145,16 +151,17 @@ def against_all(case: Case, bank: PyTree, num_blocks: int, effort: Effort, num_c
 
 
 def _repair_step(timing: dict[str, dict[str, float]], found: dict[str, Any]) -> float | None:
-    """Seconds of a step of repair over those of a step of the blocks: 1 if comparing and rewriting cost nothing."""
+    """Return the time of a repair step over that of a block step: 1 if comparing and rewriting cost nothing."""
     steps = found["merge_longest"]
     alone, all_of_it = timing["blocks_alone"]["median_s"], timing["shooting"]["median_s"]
     return (all_of_it - alone) / steps / (alone / found["block_length"]) if steps else None
 
 
 def _affordable(ordered: Run, seconds: float) -> Run:
-    """As many steps in order as take about so long, or all of them.
+    """Return a sequential run of as many steps as take about ``seconds``, or of all of them.
 
-    In buffers of their own: what a call costs for large ones, whatever its steps, would else be scaled up with them.
+    The shorter run has its own buffers: the fixed cost of a call with large buffers would otherwise be scaled up with
+    its steps.
     """
     unit, length = ordered.solver.unit, ordered.shape.capacity
     steps, call = min(length, 2 * unit), min(ordered.seconds(None, unit) for _ in range(2))
@@ -169,7 +176,7 @@ def _affordable(ordered: Run, seconds: float) -> Run:
 
 
 def _on_cpu(name: str, length: int, effort: Effort) -> dict[str, float] | None:
-    """Sequential sampling on this machine's CPU; None where JAX uses that anyway, or not at all."""
+    """Time sequential sampling on this machine's CPU; None if JAX uses it anyway, or has no access to it."""
     if jax.default_backend() == "cpu":
         return None
     try:
@@ -177,14 +184,14 @@ def _on_cpu(name: str, length: int, effort: Effort) -> dict[str, float] | None:
     except RuntimeError:  # JAX_PLATFORMS leaves it out
         return None
     with jax.default_device(cpu):
-        case = replace(CASES[name](), length=length)  # anew: its arrays belong to a device
+        case = replace(CASES[name](), length=length)  # made again, because its arrays belong to a device
         ordered = _affordable(in_order(case, typical_states(case)), effort.seconds / 4)
         timing = alternate({"cpu": ordered.seconds}, effort.repeats, lambda s: s, effort.seconds)
     return {key: s * length / ordered.shape.capacity for key, s in timing["cpu"].items()}
 
 
 def line(row: dict[str, Any]) -> str:
-    """One case."""
+    """Return the line of one case."""
     return (
         f"{row['case']:34s} T={row['length']:>9,} P={row['num_blocks']:>5}  {row['speedup']:6.2f}x  efficiency "
         f"{row['efficiency']:.2f} ({row['efficiency_at_best']:.2f} of the best limit, P={row['best_limit_blocks']})  "
@@ -205,7 +212,10 @@ def run(
     minutes: float = float("inf"),
     **facts: Any,
 ) -> list[dict[str, Any]]:
-    """Rows of all cases, printed and saved one after the other. minutes: after which no case is begun."""
+    """Measure all cases; print and save each row.
+
+    No case begins after ``minutes``.
+    """
     rows: list[dict[str, Any]] = []
     began = time.perf_counter()
     for name in names:
@@ -222,6 +232,7 @@ def run(
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line and run the cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES), metavar="NAME")
     parser.add_argument("--blocks", nargs="*", type=int, default=BLOCKS)

@@ -1,7 +1,8 @@
-"""Bytes: what the compiled programs of each case need a draw, and what whole calls of more and more draws take.
+"""Measure bytes: what the compiled programs of each case need per draw, and the peak memory of whole calls.
 
-Programs: noise, states and info of a step, and what XLA takes beside them; compiled, never run. Calls: 4 chains of HMC
-on a Gaussian with D = 10, each call a process of its own, whose largest resident memory is read at the end.
+Programs: noise, states and info of a step, and what XLA needs besides them; compiled, never run. Calls: 4 chains of HMC
+on a Gaussian with D = 10, with more and more draws. Each call has a process to itself, whose peak resident memory is
+read at the end.
 
     python -m benchmarks.memory [--cases NAME ...] [--draws 100000 1000000 ...] [--save NAME]
 """
@@ -25,7 +26,7 @@ LENGTH, NUM_BLOCKS, DIM = 2**14, 64, 10
 
 
 def programs(name: str) -> list[dict[str, Any]]:
-    """In blocks and in order."""
+    """Return the bytes per draw of the programs for blocks and for sequential sampling."""
     case = replace(CASES[name](), length=LENGTH)
     bank = case.start(jax.random.key(0), NUM_BLOCKS)
     rows = []
@@ -44,7 +45,7 @@ def programs(name: str) -> list[dict[str, Any]]:
 
 
 def call(num_samples: int) -> dict[str, Any]:
-    """In this process, before anything else."""
+    """Sample in this process, which has run nothing else, and return its peak memory."""
     before = peak_bytes()["resident"]
     density = lambda x: -0.5 * jnp.sum(x**2)
     chain = pmcmc.sample(density, jnp.zeros(DIM), 0, num_samples=num_samples, num_chains=4, progress_bar=False)
@@ -54,6 +55,7 @@ def call(num_samples: int) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Measure programs and calls, and print and save the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=list(QUICK_CASES), metavar="NAME")
     parser.add_argument("--draws", nargs="*", type=int, default=[25_000, 250_000, 2_500_000], help="of each chain")

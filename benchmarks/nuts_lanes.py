@@ -1,7 +1,8 @@
-"""What lanes of NUTS lose by waiting for the deepest tree of each step, and what a step of a lane takes.
+"""Measure what lanes of NUTS lose by waiting for the deepest tree of each step, and the time of a lane's step.
 
-Ours and BlackJAX's, with the same keys, states and step size, in the whitened coordinates of warm-up. One lane is a
-plain loop; with more, every lane waits for the slowest in every step, as lanes of `jax.vmap` do.
+pmcmc's NUTS and BlackJAX's are compared with the same keys, states and step size, in the whitened coordinates of
+warm-up. One lane is a plain loop; with more lanes, every lane waits for the slowest at every step, as lanes of
+`jax.vmap` do.
 
 ``python -m benchmarks.nuts_lanes [--posteriors eight_schools german_credit] [--lanes 1 16 64 256 1024] [--save NAME]``
 """
@@ -25,14 +26,14 @@ from pmcmc.warmup import Tuned
 
 @tuned_jit()
 def draw(target: Target, kernel: Kernel, key: jax.Array, steps: jax.Array):
-    """Noise, leading axes (steps, lanes)."""
+    """Draw the noise, leading axes (steps, lanes)."""
     flat = step_noise(kernel, target, key, steps.reshape(-1))
     return jax.tree.map(lambda x: x.reshape(*steps.shape, *x.shape[1:]), flat)
 
 
 @tuned_jit()
 def walk(target: Target, kernel: Kernel, positions: jax.Array, noise):
-    """Leapfrog steps of every step, (steps, lanes) or (steps,); positions (lanes, D)."""
+    """Return the leapfrog steps of every step, (steps, lanes) or (steps,), from positions (lanes, D)."""
     step = lambda state, u: kernel.step(target, state, u)
     alone = len(positions) == 1
     if alone:
@@ -48,14 +49,14 @@ def walk(target: Target, kernel: Kernel, positions: jax.Array, noise):
 
 
 def tune(posterior: Posterior) -> Tuned:
-    """As `pmcmc.sample` does, from four starts near zero."""
+    """Warm up as `pmcmc.sample` does, from four starts near zero."""
     target = Target.from_logdensity(posterior.model, jnp.zeros(posterior.dim))
     starts = 0.5 * jax.random.normal(jax.random.key(0), (4, posterior.dim))
     return WindowAdaptation().run(target, NUTS(), jax.random.key(1), starts, 1000)
 
 
 def measure(posterior: Posterior, lanes: list[int], evaluations: int, repeats: int) -> list[dict]:
-    """One row per number of lanes. evaluations: steps times lanes that are timed."""
+    """Return one row for each number of lanes; ``evaluations`` is the product of steps and lanes that are timed."""
     tuned = tune(posterior)
     target, ours, step_size = tuned.target, tuned.kernel, float(getattr(tuned.kernel, "step_size"))  # noqa: B009
     kernels = {
@@ -88,6 +89,7 @@ def measure(posterior: Posterior, lanes: list[int], evaluations: int, repeats: i
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Measure every posterior, and print and save the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--posteriors", nargs="*", default=["eight_schools", "german_credit"])
     parser.add_argument("--lanes", nargs="*", type=int, default=[1, 16, 64, 256, 1024])

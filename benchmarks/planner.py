@@ -1,13 +1,14 @@
-"""Does ``solver="auto"`` decide right? Whole calls under "auto" beside every fixed choice, nothing compiled before.
+"""Measure how well ``solver="auto"`` decides: whole cold calls with "auto" and with every fixed choice.
 
-Each pair of a posterior and a kernel is sampled for about ``--seconds`` of sequential solving. Judged are seconds from
-the end of warm-up to the end of the call (pilot, compilation and solve; set-up and warm-up are the same for all):
+Each pair of a posterior and a kernel is sampled for about ``--seconds`` of sequential solving. The seconds that count
+run from the end of warm-up to the end of the call (pilot, compilation and solve; set-up and warm-up are the same for
+all):
 
     regret = auto / best of all,    speed-up = sequential / auto    (at least 0.9 wanted)
     path   = actual / predicted critical path                       (within a factor 1.5 wanted, in 90 %)
 
-Of sequential sampling and "auto", run in turn, the run of median seconds stands. Runs that cannot pay are not run, and
-say why.
+Sequential sampling and "auto" are run alternately, and the run of median seconds counts. Runs that cannot pay off are
+skipped, and the reason is recorded.
 
     python -m benchmarks.planner [--pairs funnel/HMC ...] [--seconds 3] [--save planner_cpu] [--quick]
 """
@@ -33,17 +34,23 @@ from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequen
 from pmcmc.sampling import automatic
 
 BLOCKS = (16, 64, 256)
-# A solve this many times as long as the sequential one ends the search over more blocks.
+# If a solve takes this many times as long as the sequential one, larger numbers of blocks are skipped.
 HOPELESS = 3.0
-# quasi-DEER: D + 1 steps of every state at each iteration. Beyond these it takes minutes, and is not run.
+# quasi-DEER evaluates D + 1 steps of every state at each iteration. Beyond these sizes it takes minutes and is not run.
 QUASI_DIM, QUASI_STATES, QUASI_ITERS = 12, 10**6, 20
-# Numbers kept of one chain's draws, beyond which the benchmark thins; and most steps.
+# Numbers kept, over all chains, beyond which the benchmark thins; and the largest number of steps.
 MAX_NUMBERS, MAX_STEPS = 2 * 10**7, 5 * 10**7
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A posterior with a kernel."""
+    """A posterior with a kernel.
+
+    Args:
+        posterior: Makes the posterior.
+        kernel: The kernel, not tuned.
+        num_chains: Number of chains.
+    """
 
     posterior: Callable[[], Posterior]
     kernel: Kernel
@@ -51,7 +58,7 @@ class Pair:
 
 
 def _pairs() -> dict[str, Pair]:
-    """By name. A further kernel is one more line. Foreign ones need blackjax."""
+    """Return the pairs by name. A further kernel needs one more line; those of BlackJAX need blackjax."""
     import blackjax
 
     found = {}
@@ -66,7 +73,7 @@ def _pairs() -> dict[str, Pair]:
         add(name, "MALA", MALA())
     for name in ("anisotropic", "correlated", "varying_intercepts"):
         add(name, "MALA", MALA())
-    # half the period of a whitened Gaussian: x becomes -x, and distances stay as they are
+    # Half the period of a whitened Gaussian: x becomes -x, and distances do not change.
     add("correlated", "resonant", HMC(step_size=math.pi / 10, num_integration_steps=10, step_size_jitter=0.0))
     for name in ("eight_schools", "correlated", "german_credit", "funnel"):
         add(name, "NUTS", NUTS())
@@ -90,7 +97,7 @@ QUICK = ("mixture/MALA", "funnel/HMC", "correlated/resonant", "eight_schools/HMC
 
 @dataclass
 class Stopwatch(Warmup):
-    """`EnsembleAdaptation` that notes when it was done: what comes after it is what "auto" decides about."""
+    """`EnsembleAdaptation` that records when it ended: "auto" decides only about what comes after it."""
 
     inner: EnsembleAdaptation = field(default_factory=EnsembleAdaptation)
     num_starts: int = EnsembleAdaptation().num_starts
@@ -108,9 +115,9 @@ class Stopwatch(Warmup):
 def measure(
     name: str, pair: Pair, seconds: float, solvers: dict[str, RecurrenceSolver | str], repeats: int
 ) -> dict[str, Any]:
-    """Runs of a pair with each solver, and what they say about "auto".
+    """Run a pair with each solver and judge "auto".
 
-    Sequential sampling and "auto" differ by some percent, and so do two runs of either: they are run in turn.
+    Sequential sampling and "auto" differ by a few percent, and so do two runs of either: they are run alternately.
     """
     posterior = pair.posterior()
     per_step = _seconds_per_step(posterior, pair, seconds)
@@ -143,7 +150,7 @@ def measure(
 
 
 def _typical(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The run of median seconds, with those of all and the median of whole calls; one that failed, if any did."""
+    """Return the run of median seconds, with the seconds of all and the median of whole calls; or a failed run."""
     failed = [run for run in runs if "error" in run]
     if failed:
         return failed[0]
@@ -153,13 +160,13 @@ def _typical(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _solvers() -> dict[str, RecurrenceSolver | str]:
-    """In the order they run."""
+    """Return the solvers in the order in which they run."""
     blocks = {f"{p} blocks": MultipleShooting(num_blocks=p) for p in BLOCKS}
     return {"sequential": Sequential(), "auto": "auto", **blocks, "quasi_deer": quasi_deer(max_iters=QUASI_ITERS)}
 
 
 def _seconds_per_step(posterior: Posterior, pair: Pair, seconds: float) -> float:
-    """Of sequential sampling, all chains, over a run long enough to be timed."""
+    """Return the seconds per step of sequential sampling, all chains, from a run long enough to be timed."""
     sample, num_steps = posterior.sampler(), 1000
     options = dict(kernel=pair.kernel, solver=Sequential(), num_chains=pair.num_chains, progress_bar=False)
     while True:
@@ -170,7 +177,7 @@ def _seconds_per_step(posterior: Posterior, pair: Pair, seconds: float) -> float
 
 
 def _pointless(label: str, dim: int, num_steps: int, runs: dict[str, dict[str, Any]]) -> str:
-    """Why this solver is not worth running here, or ""."""
+    """Return why this solver is not worth running here, or ""."""
     if label == "quasi_deer":
         fits = dim <= QUASI_DIM and num_steps * dim <= QUASI_STATES
         return "" if fits else f"D = {dim}, T = {num_steps:,}: minutes"
@@ -186,7 +193,7 @@ def _pointless(label: str, dim: int, num_steps: int, runs: dict[str, dict[str, A
 def timed_call(
     posterior: Posterior, pair: Pair, solver: RecurrenceSolver | str, *, num_steps: int, thinning: int
 ) -> tuple[dict[str, Any], Any]:
-    """One whole call from nothing compiled, and its plan where it has one."""
+    """Make one whole call with nothing compiled; return its facts and its plan, if any."""
     jax.clear_caches()
     forget_programs()
     gc.collect()
@@ -205,7 +212,7 @@ def timed_call(
 
 
 def _facts(chain: Chain) -> dict[str, Any]:
-    """What the report says, and what the plan expected."""
+    """Return what the report says, and what the plan predicted."""
     report = chain.report
     facts: dict[str, Any] = {
         "warmup_seconds": report.warmup_seconds,
@@ -233,7 +240,7 @@ def _facts(chain: Chain) -> dict[str, Any]:
 
 
 def _judge(runs: dict[str, dict[str, Any]], plan: Any, num_chains: int) -> dict[str, Any]:
-    """Figures of merit; None where a run is missing."""
+    """Compute the figures of merit; None where a run is missing."""
     found: dict[str, Any] = {}
     for suffix, key in (("", "seconds"), ("_with_warmup", "wall_seconds")):
         seconds = {name: run[key] for name, run in runs.items() if "error" not in run and key in run}
@@ -251,7 +258,7 @@ def _judge(runs: dict[str, dict[str, Any]], plan: Any, num_chains: int) -> dict[
 
 
 def _fixed_paths(runs: dict[str, dict[str, Any]], plan: Any, num_chains: int) -> dict[str, float]:
-    """Actual over predicted path of the fixed numbers of blocks, by the pilot of "auto" where all its pairs merged."""
+    """Return actual over predicted critical path for fixed numbers of blocks, if all pairs of the pilot merged."""
     pilot = None if plan is None else plan.coalescence
     if pilot is None or not np.all(pilot.merged):
         return {}
@@ -265,7 +272,7 @@ def _fixed_paths(runs: dict[str, dict[str, Any]], plan: Any, num_chains: int) ->
 
 
 def line(row: dict[str, Any]) -> str:
-    """One pair."""
+    """Return the line of one pair."""
     show = lambda value: "    -" if value is None else f"{value:5.2f}"
     brief = lambda run: f"{run['seconds']:.1f}" if "seconds" in run else ("!" if "error" in run else "-")
     auto = row["runs"]["auto"]
@@ -281,7 +288,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """Over all pairs."""
+    """Summarise all pairs."""
     have = lambda key: [row[key] for row in rows if row[key] is not None]
     lines = [f"{len(rows)} pairs"]
     for suffix, text in (("", "after warm-up"), ("_with_warmup", "whole call")):
@@ -301,6 +308,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Measure the pairs, print and save the rows, and print the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", nargs="*", default=None, choices=list(PAIRS), metavar="PAIR", help=", ".join(PAIRS))
     parser.add_argument("--seconds", type=float, default=None, help="of sequential solving; 3, or 0.3 with --quick")

@@ -1,4 +1,4 @@
-"""Posteriors that a planner meets: easy and hard to couple, small and large, NumPyro models and plain log densities.
+"""Posteriors for the planner: easy and hard to couple, small and large, NumPyro models and plain log densities.
 
 Densities that `benchmarks.targets` has are taken from there. All data are fixed or drawn with a fixed seed.
 """
@@ -20,7 +20,15 @@ from pmcmc.target import Target
 
 @dataclass(frozen=True)
 class Posterior:
-    """What to sample. dim: unconstrained. model: a NumPyro model with its arguments, or a log density over vectors."""
+    """What to sample.
+
+    Args:
+        name: Name of the posterior.
+        dim: Unconstrained dimension.
+        model: A NumPyro model, or a log density over vectors.
+        arguments: Arguments of the model.
+        is_density: Whether ``model`` is a log density.
+    """
 
     name: str
     dim: int
@@ -29,7 +37,7 @@ class Posterior:
     is_density: bool = False
 
     def sampler(self) -> Callable[..., pmcmc.Chain]:
-        """``sample(rng_key, **options)`` of a new function object: nothing that pmcmc compiles for it is cached."""
+        """Return ``sample(rng_key, **options)`` for a new function object, for which pmcmc has no compiled programs."""
         model = lambda *arguments: self.model(*arguments)
         if self.is_density:
             return lambda key, **options: pmcmc.sample(model, jnp.zeros(self.dim), key, **options)
@@ -37,10 +45,12 @@ class Posterior:
 
 
 def _density(name: str, dim: int, logdensity: Callable) -> Posterior:
+    """Make a posterior of a log density."""
     return Posterior(name, dim, logdensity, is_density=True)
 
 
 def _of_target(name: str, target: Target) -> Posterior:
+    """Make a posterior of a target's log density."""
     return _density(name, target.dim, target.logdensity_fn)
 
 
@@ -107,7 +117,7 @@ def mixture() -> Posterior:
 
 
 def separated() -> Posterior:
-    """Two standard Gaussians 12 apart: tangents contract everywhere, paths in different modes do not meet."""
+    """Two standard Gaussians 12 apart: tangents contract everywhere, but paths in different modes do not merge."""
     centres = jnp.array([[-6.0, 0.0], [6.0, 0.0]])
     return _density("separated modes", 2, lambda x: jax.nn.logsumexp(-0.5 * jnp.sum((x - centres) ** 2, -1)))
 
@@ -130,7 +140,7 @@ def irt(students: int = 100, questions: int = 20) -> Posterior:
 def stochastic_volatility() -> Posterior:
     """Kim, Shephard & Chib (1998), non-centred; 100 synthetic returns.
 
-    The autoregression is an associative scan: a loop of 100 steps in every gradient would be all that is timed.
+    The autoregression is an associative scan: a loop of 100 steps in every gradient would dominate the time.
     """
     rng = np.random.default_rng(3)
     log_variance = np.zeros(100)
@@ -153,7 +163,7 @@ def stochastic_volatility() -> Posterior:
 
 
 def german_credit() -> Posterior:
-    """Logistic regression on German credit, or its synthetic twin; not whitened beforehand."""
+    """Logistic regression on German credit, or on a synthetic data set of the same size; not whitened beforehand."""
     return _of_target("German credit", targets.german_target()[0])
 
 
@@ -173,7 +183,7 @@ def correlated() -> Posterior:
 
 
 def varying_intercepts() -> Posterior:
-    """Radon-like regression (Gelman & Hill 2007, chapter 12), non-centred; 300 synthetic houses in 30 counties.
+    """Regression as on radon data (Gelman & Hill 2007, chapter 12), non-centred; 300 synthetic houses in 30 counties.
 
     Intercepts are gathered by county, so gradients scatter.
     """

@@ -1,4 +1,4 @@
-"""The problems of Zoltowski et al. (2025, "Parallelizing MCMC across the sequence length") with the settings there.
+"""Problems of Zoltowski et al. (2025, "Parallelizing MCMC across the sequence length") with the settings there.
 
 Each is a recurrence with its starts, its initial guess and the iteration counts of the published code (minimum, median
 and maximum over 5 seeds). Their Metropolis decisions have the derivative of a sigmoid, `StraightThrough`.
@@ -19,10 +19,18 @@ from pmcmc.target import Target
 
 @dataclass(frozen=True)
 class Problem:
-    """A recurrence ``fn(x, u)``, and how to draw it and solve it.
+    """A recurrence ``fn(x, u)``, and how to draw and solve it.
 
-    start: ``key -> x0``. inputs: ``(key, T) -> u``, leading axis T. guess: ``(key, x0, T)`` -> states, leading axis T.
-    solver: ``key -> Newton``. published: iterations of the published code, minimum, median, maximum.
+    Args:
+        name: Name of the problem.
+        method: Name of the published method.
+        fn: The recurrence.
+        start: ``key -> x0``.
+        inputs: ``(key, T) -> u``, leading axis T.
+        guess: ``(key, x0, T)`` -> states, leading axis T.
+        solver: ``key -> Newton``.
+        length: T.
+        published: Iterations of the published code: minimum, median, maximum.
     """
 
     name: str
@@ -37,17 +45,19 @@ class Problem:
 
 
 def _repeat(key: Any, x0: jax.Array, length: int) -> jax.Array:
+    """Guess x0 at every step."""
     return jnp.broadcast_to(x0, (length, *x0.shape))
 
 
 def _chain(target: Target, kernel: Kernel) -> dict[str, Callable]:
-    """A kernel on a target as a recurrence, its noise as inputs."""
+    """A kernel on a target as a recurrence with its noise as inputs."""
     transition = kernel.transition(target)
     noise = lambda key, n: jax.vmap(lambda k: kernel.sample_noise(k, target))(jax.random.split(key, n))
     return dict(fn=lambda x, u: transition(x, u)[0], inputs=noise)
 
 
 def _stochastic(key: Any, **options: Any) -> Newton:
+    """Newton with a diagonal estimated by one probe."""
     return Newton(HutchinsonDiagonal(key, num_probes=1), **options)
 
 
@@ -84,10 +94,10 @@ def mixture_mala() -> Problem:
 def banana_hmc() -> Problem:
     """Banana, HMC of 8 leapfrog steps of 0.5 without jitter, from 10 N(0, 1); Jacobians damped by 0.55.
 
-    Differs from the source in the clip, 0.5 for 1.0. With 1.0, 4 of 10 seeds are not solved in 300 iterations in
-    float32 (93/133/301), with none 7 of 10 in 200. The clip was chosen out of some 15 variants (damping, clip,
-    surrogate, guess, basis, trust region) on seeds 0-9, so the figure there, 90/104/139, is a tuned one; seeds
-    100-109 gave 87/109/135.
+    The clip differs from the source: 0.5 instead of 1.0. With 1.0, 4 of 10 seeds are not solved in 300 iterations in
+    float32 (93/133/301); without a clip 7 of 10 are not solved in 200. The clip was chosen among about 15 variants
+    (damping, clip, surrogate, guess, basis, trust region) on seeds 0-9, so the figure there, 90/104/139, is tuned;
+    seeds 100-109 gave 87/109/135.
     """
     kernel = HMC(0.5, 8, step_size_jitter=0.0, surrogate=StraightThrough())
     return Problem(
@@ -114,7 +124,9 @@ def gibbs_step(x: jax.Array, u: tuple) -> jax.Array:
     ~ N(theta[s], v[s]), theta[s] ~ N(mu, tau2), mu ~ N(0, tau2 / 0.1), tau2 and v[s] scaled inverse chi-squared.
     Inverse gammas are ``scale / g`` with g ~ Gamma(shape, 1) drawn first: no shape depends on the state.
 
-    x: theta (8), v (8), mu, tau2. u: standard normals (9,) and gammas (9,), the last of each for mu and tau2.
+    Args:
+        x: The state: theta (8), v (8), mu, tau2.
+        u: Standard normals (9,) and gammas (9,); the last of each are for mu and tau2.
     """
     effect = jnp.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
     error = jnp.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
@@ -132,6 +144,7 @@ def gibbs_step(x: jax.Array, u: tuple) -> jax.Array:
 
 
 def _gibbs_inputs(key: Any, length: int) -> tuple:
+    """Draw the noise of ``length`` sweeps."""
     normal_key, gamma_key = jax.random.split(key)
     shapes = 0.5 * jnp.array([SCHOOL_DEGREES + NUM_STUDENTS] * NUM_SCHOOLS + [MEAN_DEGREES + NUM_SCHOOLS + 1])
     draws = (length, NUM_SCHOOLS + 1)
@@ -139,7 +152,7 @@ def _gibbs_inputs(key: Any, length: int) -> tuple:
 
 
 def _gibbs_start(key: Any) -> jax.Array:
-    """Three sweeps from a rough guess."""
+    """Take three sweeps from a rough guess."""
     x = jnp.concatenate([jnp.zeros(NUM_SCHOOLS), jnp.full(NUM_SCHOOLS, 10.0), jnp.array([0.0, MEAN_VARIANCE])])
     return jax.lax.scan(lambda x, u: (gibbs_step(x, u), None), x, _gibbs_inputs(key, 3))[0]
 
@@ -160,7 +173,10 @@ def gibbs_deer() -> Problem:
 
 
 def gibbs_quasi() -> Problem:
-    """Gibbs on the eight schools with the exact diagonal, clipped; there: one probe, entries divided by 10 or 1,000."""
+    """Gibbs on the eight schools with the exact clipped diagonal.
+
+    The published code uses one probe instead, and divides entries by 10 or 1,000.
+    """
     quasi = lambda key: Newton(Diagonal(), clip=1.0)
     return replace(gibbs_deer(), method="quasi-DEER", solver=quasi, published=(105, 120, 218))
 

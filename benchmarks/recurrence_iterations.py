@@ -1,13 +1,13 @@
-"""Iterations of the parallel solvers against T, for recurrences that contract and for recurrences that do not.
+"""Count iterations of the parallel solvers against T, for recurrences that contract and for recurrences that do not.
 
 Gonzalez et al. (2025): with a largest Lyapunov exponent (LLE) below zero Newton's iterations grow like log T; above
 zero they grow in proportion to T. Run
 
     python -m benchmarks.recurrence_iterations [--lengths 64 256 1024] [--problems RNN] [--save recurrence_iterations]
 
-and read per row: problem, seed, its measured LLE per step, solver, T, iterations, result code, residual, certified
-prefix, seconds without compilation. float64; every solve starts from x[0] repeated. A longer T is left out where it
-would take more than --patience seconds: chaotic problems cost T^2 and more.
+and read per row: problem, seed, measured LLE per step, solver, T, iterations, result code, residual, certified prefix,
+seconds without compilation. All in float64; every solve starts from x[0] repeated. A longer T is left out if it would
+take more than --patience seconds: chaotic problems cost T^2 and more.
 """
 
 import argparse
@@ -28,15 +28,23 @@ from pmcmc.target import Basis
 
 
 class Case(NamedTuple):
-    """A recurrence ``fn(params, x, u)`` of any length; ``inputs(T)`` is a pytree with leading axis T."""
+    """A recurrence ``fn(params, x, u)`` of any length.
+
+    Attributes:
+        fn: The recurrence.
+        params: Numbers that vary between problems of one program.
+        x0: Initial state.
+        inputs: ``T -> u``, a pytree with leading axis T.
+    """
 
     fn: Callable
-    params: Any  # numbers that make one program many problems
+    params: Any
     x0: Any
     inputs: Callable
 
 
 def _linear_step(matrix, x, u):
+    """One step of a linear map."""
     return matrix @ x + u
 
 
@@ -48,6 +56,7 @@ def linear_map(radius: float, key) -> Case:
 
 
 def _rnn_step(matrix, x, u):
+    """One step of a recurrent network."""
     return matrix @ jnp.tanh(x) + u
 
 
@@ -58,6 +67,7 @@ def mean_field_rnn(gain: float, key, dim: int) -> Case:
 
 
 def _gru_step(params, h, x):
+    """One step of a gated recurrent unit."""
     w, u = params
     into = jnp.einsum("gij,j->gi", u, x)
     reset, update = jax.nn.sigmoid(w[0] @ h + into[0]), jax.nn.sigmoid(w[1] @ h + into[1])
@@ -73,6 +83,7 @@ def gru(scale: float, key, hidden: int = 8) -> Case:
 
 
 def _logistic_step(rate, x, u):
+    """One step of the logistic map."""
     return rate * x * (1 - x)
 
 
@@ -82,6 +93,7 @@ def logistic(rate: float) -> Case:
 
 
 def _henon_step(_, x, u):
+    """One step of the Henon map."""
     return jnp.array([1 - 1.4 * x[0] ** 2 + x[1], 0.3 * x[0]])
 
 
@@ -91,6 +103,8 @@ def henon() -> Case:
 
 
 def _lorenz_step(dt, x, u):
+    """One Runge-Kutta step of length dt of the Lorenz flow."""
+
     def rate(x):
         return jnp.array([10 * (x[1] - x[0]), x[0] * (28 - x[2]) - x[1], x[0] * x[1] - 8 / 3 * x[2]])
 
@@ -106,12 +120,13 @@ def lorenz(dt: float = 0.01) -> Case:
 
 
 def _markov_step(params, x, u):
+    """One step of a Markov chain."""
     target, kernel = params
     return kernel.transition(target)(x, u)[0]
 
 
 def chain(target: Target, kernel: Kernel, start: jax.Array, key) -> Case:
-    """A Markov chain: its noise as inputs. Newton sees the derivative of the branch that was taken."""
+    """A Markov chain with its noise as inputs. Newton sees the derivative of the branch that was taken."""
 
     def noise(n):
         return jax.vmap(lambda k: kernel.sample_noise(k, target))(jax.random.split(key, n))
@@ -128,7 +143,13 @@ WITHOUT_ELK = tuple(method for method in ALL if method != "ELK")  # its dense co
 
 
 class Problem(NamedTuple):
-    """A case for each seed, and the methods that are run on it: DEER for all seeds, the others for the first one."""
+    """Cases by seed, and the methods that are run on them: DEER for all seeds, the others for the first one.
+
+    Attributes:
+        make: ``key -> Case``.
+        methods: Names of the methods.
+        num_seeds: Number of seeds.
+    """
 
     make: Callable  # key -> Case
     methods: tuple[str, ...]
@@ -136,7 +157,7 @@ class Problem(NamedTuple):
 
 
 def problems(num_seeds: int) -> dict[str, Problem]:
-    """All problems by name."""
+    """Return all problems by name."""
     found = {f"linear, radius {r}": Problem(lambda key, r=r: linear_map(r, key), ALL, 1) for r in (0.5, 0.9, 1.1)}
     found |= {f"logistic, rate {r}": Problem(lambda key, r=r: logistic(r), ALL, 1) for r in (2.8, 3.5, 4.0)}
     found |= {"Henon": Problem(lambda key: henon(), ALL, 1), "Lorenz": Problem(lambda key: lorenz(), ALL, 1)}
@@ -149,7 +170,7 @@ def problems(num_seeds: int) -> dict[str, Problem]:
 
 
 def _chains() -> dict[str, Problem]:
-    """MALA and HMC on posteriors, in coordinates of scale about one."""
+    """Return MALA and HMC on posteriors, in coordinates of scale about one."""
     found = {}
     for name, make in CASES.items():
         posterior = make()
@@ -165,7 +186,7 @@ def _chains() -> dict[str, Problem]:
 
 
 def solvers(key, max_iters: int) -> dict[str, rec.RecurrenceSolver]:
-    """All methods by paper name."""
+    """Return all methods by the names of their papers."""
     budget: dict[str, Any] = dict(max_iters=max_iters)
     return {
         "DEER": rec.deer(**budget),
@@ -180,6 +201,8 @@ def solvers(key, max_iters: int) -> dict[str, rec.RecurrenceSolver]:
 
 @jax.jit
 def _total_growth(step, params, x0, inputs):
+    """Return the log growth of a tangent vector at each step."""
+
     def body(carry, u):
         x, v = carry
         x, v = jax.jvp(lambda x: step(params, x, u), (x,), (v,))
@@ -190,21 +213,22 @@ def _total_growth(step, params, x0, inputs):
 
 
 def lyapunov_exponent(case: Case, length: int = 4096) -> float:
-    """Mean log growth of a tangent vector along a path, after a transient of a quarter."""
+    """Return the mean log growth of a tangent vector along a path, after a transient of a quarter."""
     growth = _total_growth(jax.tree_util.Partial(case.fn), case.params, case.x0, case.inputs(length))
     return float(jnp.mean(growth[length // 4 :]))
 
 
 @jax.jit
 def _solve(solver, step, params, x0, inputs):
+    """Solve a problem; numbers such as max_iters are arrays, so that other values do not compile again."""
     return solver.solve(lambda x, u: step(params, x, u), x0, inputs)
 
 
 def measure(case: Case, solver: rec.RecurrenceSolver, length: int) -> dict:
-    """One row: what the solver did on T = length steps."""
+    """Return one row: what the solver did on T = length steps."""
     arguments = jax.tree_util.Partial(case.fn), case.params, case.x0, case.inputs(length)
     unsolved: Any = replace(solver, max_iters=0)  # type: ignore[type-var]
-    jax.block_until_ready(_solve(unsolved, *arguments))  # compiles: max_iters is a number
+    jax.block_until_ready(_solve(unsolved, *arguments))  # compiles the same program, since max_iters is an array
     begin = time.perf_counter()
     found = jax.block_until_ready(_solve(solver, *arguments))
     seconds = time.perf_counter() - begin
@@ -221,18 +245,19 @@ def measure(case: Case, solver: rec.RecurrenceSolver, length: int) -> dict:
 
 
 def expected_seconds(rows: list[dict], length: int) -> float:
-    """What a longer T will take: time goes with T, and with T^2 where the iterations grew in proportion to T."""
+    """Predict the seconds of a longer T: they grow like T, or like T^2 where the iterations grew in proportion to T."""
     growth = length / rows[-1]["length"]
     chaotic = rows[-1]["num_iters"] > 0.4 * rows[-1]["length"]
     return rows[-1]["seconds"] * growth * (growth if chaotic else 1.0)
 
 
 def _number(x: float) -> float | None:
-    """JSON has no infinity."""
+    """Return a number for JSON, which has no infinity, or None."""
     return x if math.isfinite(x) else None
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Measure every problem, solver and length, and print and save the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
     parser.add_argument("--problems", nargs="+", help="only those whose name contains one of these")
@@ -251,7 +276,7 @@ def main(arguments: list[str] | None = None) -> None:
             problem_key, probe_key = jax.random.split(jax.random.key(seed))
             case = problem.make(problem_key)
             if programs != (programs := (case.fn, case.x0.shape)):
-                jax.clear_caches()  # several hundred programs are more than Linux maps for one process
+                jax.clear_caches()  # several hundred programs exceed the memory maps that Linux allows one process
             exponent = lyapunov_exponent(case)
             for method, solver in solvers(probe_key, 2 * max(options.lengths)).items():
                 if method not in problem.methods or (options.solvers and method not in options.solvers):

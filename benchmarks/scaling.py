@@ -1,4 +1,6 @@
-"""Time against T, D, chains, blocks and devices: one axis at a time, one chain in blocks unless it says otherwise.
+"""Measure time against T, D, chains, blocks and devices, along one axis at a time.
+
+One chain is solved in blocks unless the axis states otherwise.
 
 python -m benchmarks.scaling [--axes length dim chains blocks devices] [--scale 0.1] [--save NAME]
 """
@@ -19,7 +21,14 @@ from benchmarks.kernels import MIN_BLOCK, Effort, against_all
 
 
 class Point(NamedTuple):
-    """What to run. length: None for the case's own."""
+    """What to run at one point of an axis.
+
+    Attributes:
+        case: Name of the case.
+        num_blocks: Blocks per chain.
+        length: Steps; None for the case's own.
+        num_chains: Number of chains.
+    """
 
     case: str
     num_blocks: int
@@ -36,7 +45,7 @@ AXES: dict[str, dict[int, Point]] = {
 
 
 def measure(axis: str, value: int, point: Point, scale: float, effort: Effort) -> dict[str, Any]:
-    """One row."""
+    """Return the row of one point."""
     case = CASES[point.case]()
     length = max(MIN_BLOCK * point.num_blocks, int((point.length or case.length) * scale))
     case = replace(case, length=length)
@@ -46,7 +55,7 @@ def measure(axis: str, value: int, point: Point, scale: float, effort: Effort) -
 
 
 def line(row: dict[str, Any]) -> str:
-    """One point."""
+    """Return the line of one point."""
     return (
         f"{row['axis']:7s} {row['value']:>10,}  {row['case']:24s} T={row['length']:>10,}  {row['num_chains']:>3} x "
         f"{row['num_blocks']:>5} blocks  {1000 * row['shooting']['median_s']:9.1f} ms  {row['speedup']:6.2f}x  "
@@ -55,7 +64,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def devices(scale: float) -> None:
-    """In a process of its own, which sees each core of a CPU as a device."""
+    """Run `benchmarks.devices` in a separate process, in which each core of a CPU is a device."""
     flags = f"--xla_force_host_platform_device_count={min(8, os.cpu_count() or 1)}"
     environment = os.environ | ({"XLA_FLAGS": flags} if jax.default_backend() == "cpu" else {})
     command = [sys.executable, "-m", "benchmarks.devices", "--length", str(max(1024, int(20_000 * scale)))]
@@ -63,6 +72,7 @@ def devices(scale: float) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Measure every axis, and print and save the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axes", nargs="*", default=[*AXES, "devices"], choices=[*AXES, "devices"])
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of the full lengths")

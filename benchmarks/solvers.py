@@ -1,7 +1,7 @@
-"""Iterations of the parallel-Newton solvers on the problems of their literature, beside the published code's counts.
+"""Count iterations of the parallel-Newton solvers on problems of their literature, against the published code's counts.
 
-Ours: iterations until ``|x[t] - f(x[t-1], u[t])| <= 1e-4 + 1e-3 |x[t]|`` in every coordinate at every t. Published:
-until an iterate moves by no more than that. Run
+Our count: iterations until ``|x[t] - f(x[t-1], u[t])| <= 1e-4 + 1e-3 |x[t]|`` in every coordinate at every t. Published
+count: iterations until an iterate moves by no more than that. Run
 
     python -m benchmarks.solvers [--problems german banana] [--seeds 10] [--first-seed 100] [--save solvers]
 
@@ -26,10 +26,10 @@ ABSOLUTE, RELATIVE = 1e-4, 1e-3
 
 
 def count(problem: Problem, budget: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Iterations until the residual is small elementwise (budget + 1: never), and the solve's own result.
+    """Return the iterations until the residual is small elementwise (budget + 1: never), and the solve's own result.
 
-    The solver's own tolerance is relative to each coordinate's spread; it is set below ours, all iterates are kept,
-    and judged here one after the other.
+    The solver's tolerance is relative to each coordinate's spread, so it is set below ours; all iterates are kept and
+    checked here one by one.
     """
     start_key, input_key, guess_key, probe_key = jax.random.split(key, 4)
     x0, inputs = problem.start(start_key), problem.inputs(input_key, problem.length)
@@ -48,7 +48,7 @@ def count(problem: Problem, budget: int, key: jax.Array) -> tuple[jax.Array, jax
 
 
 def measure(problem: Problem, seeds: list[int], budget: int) -> dict:
-    """One row of the table."""
+    """Return one row of the table."""
     run = jax.jit(partial(count, problem, budget))
     begin = time.perf_counter()
     found = [run(jax.random.key(seed)) for seed in seeds]
@@ -70,6 +70,7 @@ def measure(problem: Problem, seeds: list[int], budget: int) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Count every problem, and print and save the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--problems", nargs="*", default=list(PROBLEMS))
     parser.add_argument("--seeds", type=int, default=10)

@@ -1,4 +1,4 @@
-"""Targets and kernels of the benchmarks, as published where a source is named."""
+"""Targets and kernels of the benchmarks, as published if a source is named."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,8 +17,14 @@ from pmcmc.target import Basis, Target
 class Case:
     """A target with a tuned kernel and typical states.
 
-    scale: of each coordinate, or None: measured on the path. length: steps to solve.
-    settle: steps from ``start`` to typical states; none where it draws from the target, or nearly.
+    Args:
+        name: Name of the case.
+        target: The target.
+        kernel: The tuned kernel.
+        start: ``(key, n)`` -> n states.
+        scale: Scale of each coordinate; None measures it on the path.
+        length: Steps to solve.
+        settle: Steps from ``start`` to typical states; 0 if it draws from the target, or nearly so.
     """
 
     name: str
@@ -31,7 +37,7 @@ class Case:
 
     @property
     def dim(self) -> int:
-        """Numbers of a state."""
+        """Number of entries of a state."""
         one = jax.eval_shape(lambda key: self.start(key, 1), jax.random.key(0))
         return sum(x.size for x in jax.tree.leaves(one))
 
@@ -76,7 +82,7 @@ def eight_schools(length: int = 10**5) -> Case:
 
 
 def german_credit(length: int = 10**5) -> Case:
-    """Logistic regression, N(0, 1) priors, D = 25 (UCI Statlog, or a synthetic twin of the same size), MALA.
+    """Logistic regression, N(0, 1) priors, D = 25 (UCI Statlog, or synthetic data of the same size), MALA.
 
     Whitened by the Laplace approximation at the mode.
     """
@@ -87,7 +93,7 @@ def german_credit(length: int = 10**5) -> Case:
 
 
 def correlated(length: int = 10**5) -> Case:
-    """Gaussian in ten dimensions whose neighbours correlate by 0.5, unwhitened; random walk of step 0.6."""
+    """Gaussian in ten dimensions whose neighbours correlate by 0.5, not whitened; random walk of step 0.6."""
     distance = np.abs(np.subtract.outer(np.arange(10), np.arange(10)))
     covariance = 0.5**distance
     precision, root = jnp.asarray(np.linalg.inv(covariance), float), jnp.asarray(np.linalg.cholesky(covariance), float)
@@ -97,7 +103,7 @@ def correlated(length: int = 10**5) -> Case:
 
 
 def german_target() -> tuple[Target, jax.Array, jax.Array]:
-    """The logistic regression in its own coordinates, with mode and Cholesky factor of its Laplace approximation."""
+    """Return the logistic regression in its own coordinates, with the mode and Cholesky factor of its Laplace fit."""
     design, good = _german_data()
     mode, scale_tril = _laplace(design, good)
     x, y = jnp.asarray(design, float), jnp.asarray(good, float)
@@ -110,10 +116,12 @@ def german_target() -> tuple[Target, jax.Array, jax.Array]:
 
 
 def _target(logdensity: Callable, dim: int) -> Target:
+    """Make a target of a log density over vectors."""
     return Target.from_logdensity(logdensity, jnp.zeros(dim))
 
 
 def _german_data() -> tuple[np.ndarray, np.ndarray]:
+    """Return the standardised design with an intercept, and the labels."""
     path = SHARED / "data" / "german_credit_numeric.csv"
     if path.exists():
         table = np.loadtxt(path, delimiter=",", skiprows=1)
@@ -128,7 +136,7 @@ def _german_data() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _laplace(design: np.ndarray, good: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mode and Cholesky factor of the inverse Hessian, by Newton's method."""
+    """Return the mode and the Cholesky factor of the inverse Hessian, by Newton's method."""
     mode = np.zeros(design.shape[1])
     for _ in range(20):
         p = 1 / (1 + np.exp(-design @ mode))
@@ -140,7 +148,7 @@ def _laplace(design: np.ndarray, good: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def gaussian(dim: int, length: int = 10**5) -> Case:
     """N(0, diag(s^2)), s log-spaced from 0.01 to 1, in the basis that warm-up with a diagonal metric would find.
 
-    HMC, about a radian of steps of 1.3 D^(-1/4), jittered.
+    HMC with jittered steps of 1.3 D^(-1/4), about one radian long.
     """
     scales = jnp.logspace(-2, 0, dim)
     target = _target(lambda x: -0.5 * jnp.sum((x / scales) ** 2), dim).with_basis(Basis(jnp.zeros(dim), scales))

@@ -1,10 +1,10 @@
-"""What a user waits for: whole cold calls, imports apart, beside ``numpyro.infer.MCMC(NUTS)``.
+"""Measure what a user waits for: whole cold calls without imports, compared with ``numpyro.infer.MCMC(NUTS)``.
 
-Every run is a process of its own, so everything is compiled, and all in float64. 4 chains x 25,000 draws, behind 1,000
-steps of warm-up each. Seconds run from the call until the draws, constrained, lie in memory. Posteriors: posteriordb's
-in ``../shared/posteriordb`` (skipped where absent), where the means and standard deviations of the draws are held
-against the reference draws (z-scores), and others without a reference. Methods run in turn, and minima over
-``--repeats`` are reported; CPU seconds beside them, which a busy machine disturbs less.
+Every run has a process to itself, so everything is compiled, and all are in float64: 4 chains of 25,000 draws after
+1,000 steps of warm-up each. Seconds run from the call until the constrained draws are in memory. Posteriors are
+posteriordb's in ``../shared/posteriordb`` (skipped if absent), where means and standard deviations of the draws are
+compared with the reference draws (z-scores), and others without a reference. Methods run alternately, and minima over
+``--repeats`` are reported, with CPU seconds, which depend less on a busy machine.
 
     python -m benchmarks.whole_call [--posteriors NAME ...] [--methods NAME ...] [--repeats 1] [--save NAME] [--quick]
 """
@@ -26,7 +26,7 @@ from benchmarks._harness import SHARED, save
 from benchmarks.posteriors import POSTERIORS
 
 NUM_CHAINS, NUM_WARMUP = 4, 1000
-# The yardstick, and pmcmc's default beside its warm-ups by name.
+# The methods to compare with, and pmcmc's default and other warm-ups by name.
 NUMPYRO = ("numpyro vectorized", "numpyro sequential")
 OURS = {
     "pmcmc": lambda pmcmc: None,
@@ -39,7 +39,14 @@ LIMIT_SECONDS = 900
 
 
 class Problem(NamedTuple):
-    """A NumPyro model with its arguments. reference: posteriordb's moments by name, None where there are none."""
+    """A NumPyro model with its arguments.
+
+    Attributes:
+        model: The model.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        reference: Moments of posteriordb's reference draws by name, or None.
+    """
 
     model: Callable
     args: tuple
@@ -67,7 +74,7 @@ def eight_schools() -> Problem:
 
 @functools.cache
 def posteriordb() -> dict[str, Any]:
-    """The public posteriors by name; none where the folder is absent."""
+    """Return the public posteriors by name; an empty dict if the folder is absent."""
     path = SHARED / "posteriordb" / "posteriors.py"
     if not path.exists():
         print(f"posteriordb's posteriors are absent ({path.parent.name} in the shared folder): skipped.")
@@ -79,19 +86,21 @@ def posteriordb() -> dict[str, Any]:
 
 
 def problem(name: str) -> Problem:
+    """Return a posterior by name: eight schools, one of `benchmarks.posteriors`, or one of posteriordb."""
     if name == "eight_schools":
         return eight_schools()
     if name in POSTERIORS:
         found = POSTERIORS[name]()
         if not found.is_density:
             return Problem(found.model, found.arguments, {}, None)
-        # NumPyro samples a log density as a factor of a flat site
+        # NumPyro samples a log density as a factor of a flat site.
         return Problem(functools.partial(_flat_model, found.model, found.dim), (), {}, None)
     found = posteriordb()[name]
     return Problem(found.model, found.model_args, found.model_kwargs, found.reference())
 
 
 def _flat_model(logdensity: Callable, dim: int) -> None:
+    """A log density as a NumPyro model: a factor of a flat site."""
     import numpyro
     import numpyro.distributions as dist
 
@@ -102,7 +111,7 @@ def _flat_model(logdensity: Callable, dim: int) -> None:
 def run_ours(
     method: str, what: Problem, seed: int, num_samples: int, num_chains: int = NUM_CHAINS
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Draws by site, and the split of the seconds."""
+    """Run pmcmc; return the draws by site, and the seconds by phase."""
     import pmcmc
 
     options: dict[str, Any] = dict(
@@ -137,6 +146,7 @@ def run_ours(
 def run_numpyro(
     method: str, what: Problem, seed: int, num_samples: int, num_chains: int = NUM_CHAINS
 ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run NumPyro's NUTS; return the draws by site, and the seconds."""
     from numpyro.infer import MCMC, NUTS
 
     options: dict[str, Any] = dict(
@@ -155,7 +165,7 @@ def run_numpyro(
 
 
 def columns(samples: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Draws (chains, draws) of every number under Stan's names, ``beta[1]``."""
+    """Return the draws (chains, draws) of every number under Stan's names, such as ``beta[1]``."""
     found = {}
     for site, draws in samples.items():
         draws = np.asarray(draws, float)
@@ -166,7 +176,7 @@ def columns(samples: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def judge(samples: dict[str, Any], reference: dict[str, Any] | None) -> dict[str, Any]:
-    """Smallest bulk effective sample size, and the largest |z| of means and standard deviations."""
+    """Return the smallest effective sample size, largest R-hat, and largest |z| of means and standard deviations."""
     from numpyro.diagnostics import effective_sample_size, gelman_rubin
 
     draws = columns(samples)
@@ -181,14 +191,14 @@ def judge(samples: dict[str, Any], reference: dict[str, Any] | None) -> dict[str
         centred = x - x.mean()
         error = np.hypot(x.std() / np.sqrt(ess[name]), reference["mcse_mean"][i])
         z_mean.append((x.mean() - reference["mean"][i]) / error)
-        squares = centred**2  # delta method: sd(s) is about sd(s^2) / 2 s
+        squares = centred**2  # delta method: sd(s) is about sd(s^2) / (2 s)
         error = squares.std() / np.sqrt(effective_sample_size(squares)) / (2 * x.std())
         z_sd.append((x.std() - reference["sd"][i]) / np.hypot(error, reference["mcse_sd"][i]))
     return {**found, "max_z_mean": float(np.max(np.abs(z_mean))), "max_z_sd": float(np.max(np.abs(z_sd)))}
 
 
 def run_here(name: str, method: str, seed: int, num_samples: int) -> dict[str, Any]:
-    """One run in this process."""
+    """Run one method in this process."""
     jax.config.update("jax_enable_x64", True)
     jax.devices()
     what = problem(name)
@@ -198,7 +208,7 @@ def run_here(name: str, method: str, seed: int, num_samples: int) -> dict[str, A
 
 
 def run_fresh(module: str, *arguments: str) -> dict[str, Any]:
-    """What a module prints under ``--one``, in a new interpreter."""
+    """Return what a module prints under ``--one`` in a new interpreter."""
     command = [sys.executable, "-m", module, "--one", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS)
@@ -210,13 +220,13 @@ def run_fresh(module: str, *arguments: str) -> dict[str, Any]:
 
 
 def answer(run: Callable[[str, str, int, int], dict[str, Any]], one: list[str]) -> None:
-    """The other side of `run_fresh`: prints a run of a posterior, a method, a seed and a number of draws."""
+    """Print a run of a posterior, a method, a seed and a number of draws: what `run_fresh` reads."""
     name, method, seed, num_samples = one
     print(json.dumps(run(name, method, int(seed), int(num_samples))))
 
 
 def measure(name: str, methods: list[str], repeats: int, num_samples: int) -> dict[str, Any]:
-    """All methods on one posterior, in turn; of each the fastest run, with the worst failure beside it."""
+    """Run all methods on one posterior alternately; keep the fastest run of each, and count the failures."""
     runs: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     for seed in range(repeats):
         for method in methods:
@@ -236,7 +246,7 @@ def measure(name: str, methods: list[str], repeats: int, num_samples: int) -> di
 
 
 def lines(row: dict[str, Any]) -> str:
-    """One posterior."""
+    """Return the lines of one posterior."""
     text = [f"{row['posterior']}, {NUM_CHAINS} x {row['num_samples']:,} draws"]
     for method, run in row["runs"].items():
         if "error" in run:
@@ -254,6 +264,7 @@ def lines(row: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Measure the posteriors, print and save the rows, and print the speed-ups."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--posteriors", nargs="*", default=None, help="posteriordb's, eight_schools, or planner's")
     parser.add_argument("--methods", nargs="*", default=["pmcmc", *NUMPYRO], choices=[*OURS, *NUMPYRO])
@@ -268,7 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     num_samples = 2000 if options.quick else options.num_samples
     names = options.posteriors or (["eight_schools"] if options.quick else ["eight_schools", *posteriordb()])
-    jax.config.update("jax_enable_x64", True)  # as in the runs, for what the file says of them
+    jax.config.update("jax_enable_x64", True)  # as in the runs, so that the file records the right setting
     rows: list[dict[str, Any]] = []
     for name in names:
         rows.append(measure(name, options.methods, options.repeats, num_samples))

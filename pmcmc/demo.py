@@ -1,4 +1,7 @@
-"""``python -m pmcmc demo``: two posteriors end to end, beside the sequential run and NumPyro's NUTS."""
+"""``python -m pmcmc demo``: sample two posteriors from start to end, in parallel, sequentially and with NumPyro's NUTS.
+
+`run` samples the named `EXAMPLES`, prints their reports and a table against NUTS, and saves plots.
+"""
 
 import time
 from collections.abc import Callable
@@ -12,13 +15,21 @@ import numpy as np
 import pmcmc
 from pmcmc._optional import require
 
-# Every so many draws are kept: long chains are quick to sample and slow to summarise.
+# Every `THINNING`-th draw is kept: long chains are quick to sample but slow to summarise.
 THINNING = 10
 
 
 @dataclass(frozen=True)
 class Example:
-    """A model with its data. num_samples: steps per chain, every `THINNING`-th kept. var_names: what is shown."""
+    """A model with its data.
+
+    Args:
+        title: Heading of the output.
+        model: The NumPyro model.
+        model_kwargs: Its data.
+        num_samples: Steps per chain, of which every `THINNING`-th is kept.
+        var_names: Sites that are shown.
+    """
 
     title: str
     model: Callable
@@ -69,17 +80,17 @@ EXAMPLES = {"eight_schools": eight_schools, "logistic": logistic}
 
 
 def check_packages(names: list[str]) -> None:
-    """Raise where the named examples need what is not installed.
+    """Raise an error if packages that the named examples need are missing.
 
     Raises:
-        ImportError: and how to get it.
+        ImportError: A package is missing; the message says how to install it.
     """
     data = ("sklearn",) if "logistic" in names else ()
     require(("arviz", "matplotlib", *data), "The demonstration", "pmcmc[demo]")
 
 
 def run(names: list[str], output: Path, scale: float = 1.0) -> None:
-    """Run the named examples; ``scale`` shrinks them for tests. Plots go to ``output``."""
+    """Run the named examples and write plots to ``output``; ``scale`` below 1 shortens the runs for tests."""
     check_packages(names)
     print(f"pmcmc {pmcmc.__version__}, jax {jax.__version__}, {jax.device_count()} {jax.default_backend()} device(s)\n")
     output.mkdir(parents=True, exist_ok=True)
@@ -88,7 +99,7 @@ def run(names: list[str], output: Path, scale: float = 1.0) -> None:
 
 
 def show(name: str, example: Example, output: Path, scale: float) -> None:
-    """One example: parallel, sequential, NUTS, table, plot."""
+    """Run one example: parallel, sequential, NUTS, table, plot."""
     num_samples = max(100, int(example.num_samples * scale))
     print(f"=== {example.title}: 4 chains of {num_samples:,} steps, every {THINNING}th kept ===")
 
@@ -117,6 +128,7 @@ def show(name: str, example: Example, output: Path, scale: float) -> None:
 
 
 def _agreement(chain: pmcmc.Chain, sequential: pmcmc.Chain) -> str:
+    """Say which share of all draws of two runs agree."""
     gap = np.max(np.abs(chain.unknowns - sequential.unknowns), axis=-1)
     return (
         f"{np.mean(gap < 1e-2):.2%} of all draws agree to 1% of the posterior's scale; the others follow accept "
@@ -125,6 +137,7 @@ def _agreement(chain: pmcmc.Chain, sequential: pmcmc.Chain) -> str:
 
 
 def _nuts(example: Example, num_samples: int) -> tuple[Any, float]:
+    """Sample with NumPyro's NUTS; return the MCMC object and its seconds."""
     from numpyro.infer import MCMC, NUTS
 
     mcmc = MCMC(
@@ -142,6 +155,7 @@ def _nuts(example: Example, num_samples: int) -> tuple[Any, float]:
 
 
 def _print_tables(chain: pmcmc.Chain, nuts: Any, nuts_seconds: float, var_names: list[str]) -> None:
+    """Print the posterior summaries of both side by side."""
     import arviz as az
 
     columns = ["mean", "sd", "ess_bulk", "r_hat"]
@@ -153,7 +167,7 @@ def _print_tables(chain: pmcmc.Chain, nuts: Any, nuts_seconds: float, var_names:
 
 
 def _plot(chain: pmcmc.Chain, var_names: list[str], path: Path) -> None:
-    """Trace and marginal of the first entry of each variable, one colour a chain."""
+    """Plot trace and marginal of the first entry of each variable, one colour per chain."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,8 @@
-"""``python -m pmcmc doctor``: what this machine has, what is wrong with it, and what lanes cost on it."""
+"""``python -m pmcmc doctor``: report what this machine has, what is wrong with it, and what lanes cost on it.
+
+`run` prints every `Finding` of `versions`, `devices`, `settings` and `faults`, each with a remedy where something is
+wrong, then a `calibration`: the time of a step on 1 to 8,192 lanes.
+"""
 
 import importlib.metadata
 import os
@@ -22,7 +26,7 @@ from pmcmc.recurrence.solution import default_tolerance
 from pmcmc.sampling.programs import Engine, Shape
 from pmcmc.target import Target
 
-# As in pyproject.toml, which a test compares: a folder on the path has no metadata to ask.
+# The same as in pyproject.toml, which a test checks: if the source folder is on the path, there is no metadata to read.
 DEPENDENCIES = {
     "jax": "0.7.2",
     "numpy": "1.26",
@@ -45,24 +49,29 @@ PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
 SLOW_SCATTER = ((0, 10, 2), (0, 11, 0))
 
 
-# A scatter-add this many times as slow as a sum of the same numbers is such a loop: the reports say 450 to 2,000 times
-# slower than before; on a CPU it is about 3 times as slow as the sum.
+# A scatter-add this many times slower than a sum of the same numbers is such a loop. Issue reports name slowdowns of
+# 450 to 2,000 times; on a CPU it is about 3 times slower than the sum.
 SLOW_RATIO = 100
 
 
-# Lanes of the calibration; the last only where there is an accelerator.
+# Numbers of lanes of the calibration; the last is timed on accelerators only.
 LANES = (1, 16, 64, 256, 1024, 8192)
 
 
 class Finding(NamedTuple):
-    """What was seen, as a sentence, and what to do about it; "" where nothing is wrong."""
+    """One finding of the doctor.
+
+    Attributes:
+        text: What was seen, as a sentence.
+        remedy: What to do about it; "" where nothing is wrong.
+    """
 
     text: str
     remedy: str = ""
 
 
 def run(seconds: float = 10.0) -> int:
-    """Print all findings, then a calibration of about so many seconds; returns how many things are wrong."""
+    """Print all findings, then a calibration of about ``seconds``; return the number of things that are wrong."""
     wrong = 0
     for check in (versions, devices, settings, faults):
         for finding in check():
@@ -72,11 +81,12 @@ def run(seconds: float = 10.0) -> int:
                 print(f"    {finding.remedy}", flush=True)
     for line in calibration(seconds):
         print(line, flush=True)
-    print(f"\n{wrong or 'No'} thing{'' if wrong == 1 else 's'} to mend{', see the lines marked !!' if wrong else ''}.")
+    print(f"\n{wrong or 'No'} thing{'' if wrong == 1 else 's'} to fix{', see the lines marked !!' if wrong else ''}.")
     return wrong
 
 
 def _version(name: str) -> str | None:
+    """Return the installed version of a package, or None."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -84,11 +94,12 @@ def _version(name: str) -> str | None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
+    """Return the first three numbers of a version."""
     return tuple(int(x) for x in re.findall(r"\d+", version)[:3])
 
 
 def versions(version_of: Callable[[str], str | None] = _version) -> Iterator[Finding]:
-    """Every dependency; those that are missing, too old, or do not belong together."""
+    """Report the version of every dependency, and those that are missing, too old or incompatible."""
     found = {name: version_of(name) for name in (*DEPENDENCIES, *OPTIONAL, *PLUGINS)}
     there = ", ".join(f"{name} {version}" for name, version in found.items() if version)
     yield Finding(f"Python {platform.python_version()}, pmcmc {pmcmc.__version__}, {there}.")
@@ -102,13 +113,13 @@ def versions(version_of: Callable[[str], str | None] = _version) -> Iterator[Fin
         if found[name] and found["jaxlib"] and _numbers(found[name] or "") != _numbers(found["jaxlib"]):
             extra = name.split("-")[1]
             yield Finding(
-                f"{name} {found[name]} does not belong to jaxlib {found['jaxlib']}: the GPU is not used.",
-                f"Install all of them together: pip install --upgrade 'jax[{extra}]'; in a notebook, restart it then.",
+                f"{name} {found[name]} does not match jaxlib {found['jaxlib']}: the GPU is not used.",
+                f"Install them together: pip install --upgrade 'jax[{extra}]'; restart the kernel if in a notebook.",
             )
 
 
 def devices() -> Iterator[Finding]:
-    """What jax computes on, and a GPU that it does not see."""
+    """Report the devices that jax computes on, and a GPU that it does not see."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     for device in jax.devices():
         memory = (device.memory_stats() or {}).get("bytes_limit")
@@ -116,24 +127,24 @@ def devices() -> Iterator[Finding]:
         yield Finding(f"Device {device.id}: {device.device_kind} ({device.platform}{limit}).")
     backend, number = jax.default_backend(), jax.device_count()
     if backend == "cpu":
-        yield Finding(f"{cores} CPU core(s): XLA spreads the lanes of one program over them as it sees fit.")
+        yield Finding(f"{cores} CPU core(s): XLA decides how the lanes of one program are distributed over them.")
     if number > 1:
-        yield Finding(f'{number} {backend} devices: blocks are shared out to them where "auto" expects a gain.')
+        yield Finding(f'{number} {backend} devices: "auto" distributes blocks over them where it predicts a gain.')
     if backend == "cpu" and may_wait_for_ever():
         yield Finding(
-            "With this jaxlib, batched matrix factorisations in programs that you compile yourself may wait for each "
-            "other for ever; pmcmc's own do not. jaxlib 0.11.1 mends it, NPROC=1 in the environment avoids it."
+            "With this jaxlib, batched matrix factorisations in programs that you compile yourself may deadlock; "
+            "pmcmc's own do not. jaxlib 0.11.1 fixes this, NPROC=1 in the environment avoids it."
         )
     if backend == "cpu" and (Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi")):
         yield Finding(
             "There is an NVIDIA GPU, but jax computes on the CPU.",
-            "pip install 'pmcmc[cuda12]' (or cuda13, after the driver), unless JAX_PLATFORMS=cpu was meant. On Colab, "
-            "install pmcmc with jax held at the version already there: upgrading jax alone loses the GPU.",
+            "pip install 'pmcmc[cuda12]' (or cuda13, depending on the driver), unless you set JAX_PLATFORMS=cpu. On "
+            "Colab, keep the installed version of jax when you install pmcmc: upgrading jax alone loses the GPU.",
         )
 
 
 def settings() -> Iterator[Finding]:
-    """Of jax, and what they mean here."""
+    """Report the settings of jax that matter here."""
     dtype = jnp.zeros(()).dtype
     how = "float32: JAX_ENABLE_X64=1 takes twice the digits" if dtype == jnp.float32 else "64-bit mode is on"
     yield Finding(
@@ -150,19 +161,20 @@ def settings() -> Iterator[Finding]:
     if "xla_gpu_deterministic_ops" in os.environ.get("XLA_FLAGS", "") and jax.default_backend() != "cpu":
         yield Finding(
             "xla_gpu_deterministic_ops is set: sums repeat to the last bit, and the gradient of alpha[index], which "
-            "hierarchical models take, may become a slow loop (jax issue 17844).",
-            "Leave it out of XLA_FLAGS unless the bits matter: what is certified does not depend on it.",
+            "hierarchical models need, may become a slow loop (jax issue 17844).",
+            "Leave it out of XLA_FLAGS unless you need equal bits: what is certified does not depend on it.",
         )
 
 
 def faults() -> Iterator[Finding]:
-    """Known faults, looked for by small programs rather than by version."""
+    """Run small programs that show known faults, rather than compare versions."""
     yield _scatter()
     yield _maximum()
     yield _blocks()
 
 
 def _seconds(fn: Callable, *args: object) -> float:
+    """Return the shortest of five times that a call takes, after one for compilation."""
     jax.block_until_ready(fn(*args))
     times = []
     for _ in range(5):
@@ -173,7 +185,7 @@ def _seconds(fn: Callable, *args: object) -> float:
 
 
 def _scatter() -> Finding:
-    """The gradient of alpha[index]: many numbers added up in few places."""
+    """Time the gradient of alpha[index]: a sum of many numbers in few places."""
     values = jnp.ones(2**18, jnp.float32)
     index = jnp.arange(2**18) % 16
     add = jax.jit(lambda i, x: jnp.zeros(16, x.dtype).at[i].add(x))
@@ -184,24 +196,24 @@ def _scatter() -> Finding:
     low, high = (".".join(map(str, v)) for v in SLOW_SCATTER)
     return Finding(
         f"{seen}: gradients of hierarchical models (alpha[index]) are a slow loop on this GPU.",
-        f"jaxlib {low} to {high} compile it so (jax issue 38806): take 0.11.1 or newer, or write the sum as a product "
-        "with one_hot(index).",
+        f"jaxlib {low} to {high} compile this loop (jax issue 38806): install 0.11.1 or newer, or write the sum as a "
+        "product with one_hot(index).",
     )
 
 
 def _maximum() -> Finding:
-    """On CPU, jax 0.10.2's maximum of a large array forgets NaN."""
+    """Check that the maximum of a large array keeps NaN; on CPU, that of jax 0.10.2 drops it."""
     largest = jax.jit(jnp.max)(jnp.ones(2**13).at[100].set(jnp.nan))
     if bool(jnp.isnan(largest)):
         return Finding("The maximum of a large array with a NaN in it is NaN, as it should be.")
     return Finding(
-        "The maximum of a large array with a NaN in it is not NaN. pmcmc tests with isfinite and is not deceived; your "
-        "model or your own tests may be, if they take max, min or the inf-norm of what may be NaN."
+        "The maximum of a large array with a NaN in it is not NaN. pmcmc tests with isfinite and is not affected; your "
+        "model or your tests may be, if they take max, min or the inf-norm of arrays that may contain NaN."
     )
 
 
 def _eight_schools(x: jax.Array) -> jax.Array:
-    """Log density of Rubin's eight schools (1981), non-centred: mu / 5, log(tau / 5), and the standardised effects."""
+    """Log density of the eight schools of Rubin (1981), non-centred: mu / 5, log(tau / 5) and standardised effects."""
     y = jnp.array([28.0, 8, -3, 7, -1, 1, 18, 12])
     error = jnp.array([15.0, 10, 16, 11, 9, 11, 10, 18])
     mu, log_tau, z = x[0], x[1], x[2:]
@@ -210,12 +222,12 @@ def _eight_schools(x: jax.Array) -> jax.Array:
     return prior - 0.5 * jnp.sum(((y - theta) / error) ** 2)
 
 
-# Tuned by hand: acceptance rate 0.9.
+# Tuned manually: acceptance rate 0.9.
 _KERNEL = HMC(step_size=0.4, num_integration_steps=4)
 
 
 def _blocks(num_steps: int = 2048) -> Finding:
-    """A short chain in blocks and in order."""
+    """Sample a short chain in blocks and sequentially, and compare."""
     target = Target.from_logdensity(_eight_schools, jnp.zeros(10))
     keys = jax.random.split(jax.random.key(0), num_steps)
     noise = jax.vmap(lambda key: _KERNEL.sample_noise(key, target))(keys)
@@ -224,21 +236,28 @@ def _blocks(num_steps: int = 2048) -> Finding:
     blocks, order = solve(MultipleShooting(16)), solve(Sequential())
     apart = np.max(np.abs(np.asarray(blocks.value) - np.asarray(order.value)), axis=1)
     share, result = float(np.mean(apart < 1e-2)), RESULTS(int(blocks.result))
-    seen = f"A chain of {num_steps:,} steps in 16 blocks: {result.name}, {share:.1%} of its states as in order"
+    seen = (
+        f"A chain of {num_steps:,} steps in 16 blocks: {result.name}, {share:.1%} of its states match a sequential run"
+    )
     if result == RESULTS.successful and share > 0.9:
         return Finding(f"{seen}.")
-    return Finding(f"{seen}.", "Lanes round otherwise than single chains here, or worse: please report this line.")
+    return Finding(f"{seen}.", "Lanes may round differently from single chains, or worse: please report this line.")
 
 
 class Timing(NamedTuple):
-    """Seconds that a step of so many lanes takes."""
+    """Time of a step.
+
+    Attributes:
+        num_lanes: Number of lanes.
+        seconds: Seconds that one step of all lanes takes.
+    """
 
     num_lanes: int
     seconds: float
 
 
 def time_lanes(num_lanes: int, seconds: float) -> Timing:
-    """A step of the calibration's chain on this many lanes, its noise included, by the program that runs sample."""
+    """Time a step of the calibration's chain on this many lanes, with its noise, in the program that `sample` runs."""
     target = Target.from_logdensity(_eight_schools, jnp.zeros(10))
     x0 = jnp.zeros((num_lanes, 10))
     shape = Shape(1, max(64, 2**17 // num_lanes))
@@ -252,7 +271,7 @@ def time_lanes(num_lanes: int, seconds: float) -> Timing:
 
 
 def calibration(seconds: float) -> Iterator[str]:
-    """A table: what a step costs in order, and on lanes."""
+    """Yield the lines of a table of what a step costs sequentially and on lanes."""
     lanes = LANES[:-1] if jax.default_backend() == "cpu" else LANES
     yield f"\nCalibration: eight schools (10 parameters), HMC with 4 leapfrog steps, {jnp.zeros(()).dtype}."
     yield "  lanes     us a step   million steps a second"
@@ -265,13 +284,13 @@ def calibration(seconds: float) -> Iterator[str]:
     best = max(timings, key=rate)
     gain = rate(best) / rate(timings[0])
     yield (
-        f"In order a step takes {1e6 * timings[0].seconds:.2f} us; {best.num_lanes:,} lanes give {gain:.1f} times as "
-        "many steps a second."
+        f"Sequentially a step takes {1e6 * timings[0].seconds:.2f} us; {best.num_lanes:,} lanes give {gain:.1f} times "
+        "as many steps a second."
     )
     if gain < 2:
-        yield "Blocks gain little on a model this small here: one chain already fills what the machine has."
+        yield "Blocks gain little on a model this small here: one chain already uses most of the machine."
     else:
         yield (
-            "That is the most that blocks of one chain can gain on such a model here; repairs take their share of it, "
-            "and several chains theirs."
+            "That is the most that blocks of one chain can gain on such a model here; repairs and several chains "
+            "reduce it."
         )

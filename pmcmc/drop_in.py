@@ -1,4 +1,8 @@
-"""``numpyro.infer.MCMC`` whose chains are sampled in parallel across their length."""
+"""`ParallelMCMC`: ``numpyro.infer.MCMC`` whose chains are sampled in parallel across their length.
+
+NumPyro's samplers are translated into pmcmc's kernels and warm-ups; options without a counterpart are refused before
+anything runs. `ParallelState` and `AdaptState` have the fields that NumPyro users expect in ``last_state``.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -32,16 +36,16 @@ from pmcmc.warmup.lanes import check_metric, scale_of_metric
 
 __all__ = ["AdaptState", "ParallelMCMC", "ParallelState"]
 
-
 _STEP_SIZE = "adapt_state.step_size"
 
 
 class AdaptState(NamedTuple):
-    """What warm-up tuned, as NumPyro's ``HMCAdaptState`` has it; a leading axis num_chains where there are several.
+    """What warm-up tuned, as in NumPyro's ``HMCAdaptState``; with a leading axis num_chains if there are several.
 
-    step_size: the leapfrog step h, in units of the metric.
-    inverse_mass_matrix: M^{-1} by the sites that it acts on, ``{(site, ...): array}``: (D,) a diagonal or (D, D), over
-        the unconstrained values of these sites, raveled one after the other.
+    Attributes:
+        step_size: The leapfrog step h, in units of the metric.
+        inverse_mass_matrix: M^{-1} by the sites that it acts on, ``{(site, ...): array}``: diagonal (D,) or full
+            (D, D), over the concatenated unconstrained values of these sites.
     """
 
     step_size: Array
@@ -49,11 +53,13 @@ class AdaptState(NamedTuple):
 
 
 class ParallelState(NamedTuple):
-    """Where a `ParallelMCMC` stands: its ``last_state`` and ``post_warmup_state``.
+    """State of the chains of a `ParallelMCMC`: its ``last_state`` and ``post_warmup_state``.
 
-    z: unconstrained values by site, with a leading axis num_chains where there are several, as NumPyro has them.
-    potential_energy: there. rng_key: `ParallelMCMC.run` with this key goes on as one long run would.
-    chains: everything else that the chains need to go on.
+    Attributes:
+        z: Unconstrained values by site as in NumPyro, with a leading axis num_chains if there are several chains.
+        potential_energy: Potential energy at z.
+        rng_key: Key that continues this run: `ParallelMCMC.run` with it gives the draws that one long run would.
+        chains: Everything else that the chains need to continue.
     """
 
     z: PyTree
@@ -65,14 +71,14 @@ class ParallelState(NamedTuple):
     def adapt_state(self) -> AdaptState | None:
         """Step size and metric; None for kernels without a step size, such as `Compose`.
 
-        All chains share what warm-up found. To go on with it in another sampler, take that of one chain:
+        All chains share what warm-up found. To use it in another sampler, take that of one chain:
         ``NUTS(model, step_size=..., inverse_mass_matrix=..., adapt_step_size=False, adapt_mass_matrix=False)``.
         """
         target = self.chains.target
         kernel: Any = self.chains.kernel
         if "step_size" not in kernel.tunables:
             return None
-        # without a warm-up that of the kernel was not made a basis
+        # Without a warm-up, the metric of the kernel was not turned into a basis.
         metric = kernel.metric
         if metric is None:
             metric = jnp.ones((), target.spec.dtype) if target.basis is None else target.basis.covariance
@@ -85,27 +91,31 @@ class ParallelState(NamedTuple):
 
 
 class ParallelMCMC(MCMC):
-    """``numpyro.infer.MCMC`` with each chain solved in parallel across its length; change the one line that makes it.
+    """``numpyro.infer.MCMC`` with each chain solved in parallel across its length.
 
-    sampler: ``numpyro.infer.NUTS(model, ...)`` or ``HMC(model, ...)``, translated as described below; or the model
-        itself, sampled by ``kernel``.
-    num_warmup, num_samples, thinning, num_chains: as NumPyro has them: ``num_samples`` counts steps before thinning.
-    chain_method, progress_rate, jit_model_args: accepted without effect. Chains always run side by side, and new data
-        of the same shapes never compile anew.
-    progress_bar: shown in terminals and notebooks only, whatever this says.
-    kernel: a pmcmc kernel, `HMC()` by default, where ``sampler`` is a model.
-    solver, warmup: as in `pmcmc.parallel_chain`.
+    To use it, change the one line that makes the MCMC object. Everything that reads draws is NumPyro's own:
+    ``get_samples``, ``get_extra_fields``, ``print_summary``, ``Predictive``, ``log_likelihood``,
+    ``arviz.from_numpyro``. The attribute ``chain`` is the underlying `Chain`, with its report.
 
-    Everything that reads draws is NumPyro's own: ``get_samples``, ``get_extra_fields``, ``print_summary``,
-    ``Predictive``, ``log_likelihood``, ``arviz.from_numpyro``. ``chain`` is the `Chain` behind them, with its report.
+    These options of NUTS and HMC are kept: ``model``, ``target_accept_prob``, ``dense_mass`` (True or False),
+    ``max_tree_depth``, ``num_steps``, ``init_strategy``, and ``step_size`` and ``inverse_mass_matrix`` if they are not
+    adapted. If they are, NumPyro only starts from them, and pmcmc starts elsewhere. HMC's trajectories are a quarter of
+    a period long, with jittered steps, instead of a fixed 2 pi. Options that cannot be kept are refused.
 
-    Of the options of NUTS and HMC these are kept: ``model``, ``target_accept_prob``, ``dense_mass`` (True or False),
-    ``max_tree_depth``, ``num_steps``, ``init_strategy``, and ``step_size`` and ``inverse_mass_matrix``, each where it
-    is not adapted. Where it is, NumPyro only starts from it, and pmcmc starts elsewhere. HMC's trajectories are
-    a quarter of a period long, with jittered steps, instead of a fixed 2 pi. What cannot be kept is refused.
+    Args:
+        sampler: ``numpyro.infer.NUTS(model, ...)`` or ``HMC(model, ...)``, translated as described above; or the model
+            itself, sampled by ``kernel``.
+        num_warmup, num_samples, num_chains, thinning: As in NumPyro; ``num_samples`` counts steps before thinning.
+        postprocess_fn: Not supported; must be None.
+        progress_bar: Whether to show progress, in terminals and notebooks only.
+        chain_method, progress_rate, jit_model_args: Accepted without effect. Chains always run side by side, and new
+            data of the same shapes never compile again.
+        kernel: A pmcmc kernel, `HMC()` by default, if ``sampler`` is a model.
+        solver, warmup: As in `pmcmc.parallel_chain`.
 
     Raises:
-        TypeError, ValueError: for samplers and options without a counterpart, with what to write instead.
+        TypeError: The sampler has no counterpart; the message says what to write instead.
+        ValueError: An option has no counterpart; the message says what to write instead.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist, pmcmc
@@ -145,18 +155,18 @@ class ParallelMCMC(MCMC):
             if not callable(sampler):
                 raise TypeError(f"sampler must be numpyro.infer.NUTS(model), HMC(model) or the model, got {sampler!r}.")
             self._stands_for = ""
-            sampler = NumpyroNUTS(sampler)  # stands for the model, where NumPyro and ArviZ look for it
+            sampler = NumpyroNUTS(sampler)  # a placeholder, in which NumPyro and ArviZ look for the model
         else:
             if kernel is not None:
                 raise ValueError(
-                    f"both {type(sampler).__name__} and kernel= say how to sample: pass the model instead of the "
+                    f"both {type(sampler).__name__} and kernel= choose the kernel: pass the model instead of the "
                     "former, or leave kernel= out."
                 )
             self._stands_for = type(sampler).__name__
             kernel, adaptation = _translate(sampler, num_warmup)
             warmup = adaptation if warmup is None else _with_metric(warmup, adaptation.inverse_mass_matrix)
         if callable(chain_method) or chain_method in ("parallel", "sequential"):
-            chain_method = "vectorized"  # any other NumPyro refuses
+            chain_method = "vectorized"  # NumPyro refuses other values
         super().__init__(
             sampler,
             num_warmup=num_warmup,
@@ -181,16 +191,16 @@ class ParallelMCMC(MCMC):
         return self._chain
 
     def warmup(self, rng_key, *args, extra_fields=(), collect_warmup=False, init_params=None, **kwargs) -> None:
-        """Tune only: `run` then starts from ``post_warmup_state``. Arguments as in `run`.
+        """Tune only; `run` then starts from ``post_warmup_state``. Arguments are those of `run`.
 
         Raises:
-            ValueError: ``collect_warmup``: warm-up runs an ensemble of its own, which is no chain.
+            ValueError: ``collect_warmup`` is True: warm-up runs a separate ensemble, whose draws belong to no chain.
         """
         if collect_warmup:
             raise ValueError(
-                "collect_warmup=True is not possible: warm-up runs an ensemble of its own, whose draws are no chain's. "
-                "To see them use pmcmc.parallel_chain(model, ..., save_warmup=True).get_warmup_samples(); to see a "
-                "chain from its start, num_warmup=0 and a step size."
+                "collect_warmup=True is not possible: warm-up runs a separate ensemble, whose draws belong to no "
+                "chain. To see them use pmcmc.parallel_chain(model, ..., save_warmup=True).get_warmup_samples(); to "
+                "see a chain from its start, use num_warmup=0 and a step size."
             )
         self._args, self._kwargs, self._warmup_state = args, kwargs, None
         source, key, settings = self._prepare(rng_key, extra_fields)
@@ -201,14 +211,16 @@ class ParallelMCMC(MCMC):
     def run(self, rng_key, *args, extra_fields=(), init_params=None, **kwargs) -> None:
         """Warm up, unless there is a ``post_warmup_state``, and sample.
 
-        rng_key: a key; of a batch with one for each chain, the first counts. Where it is
-            ``post_warmup_state.rng_key``, the chains go on as one long run would; any other key gives new noise.
-            Thinning goes on counting with the noise: where ``thinning`` does not divide ``num_samples``, a run that
-            goes on may keep one draw more than the one before.
-        args, kwargs: of the model.
-        extra_fields: as NumPyro spells them: names of the kernel's fields, ``"adapt_state.step_size"``, ``"z.site"``
-            for unconstrained values, ``"~z.site"`` to leave a site out.
-        init_params: unconstrained starting values by site, with a leading axis num_chains where there are several.
+        Args:
+            rng_key: A key. Of a batch with one key for each chain, the first is used. If it equals
+                ``post_warmup_state.rng_key``, the chains continue as one long run would; any other key gives new noise.
+                Thinning continues with the noise: if ``thinning`` does not divide ``num_samples``, a run that continues
+                may keep one draw more than the run before it.
+            *args, **kwargs: Arguments of the model. extra_fields: Names as in NumPyro: fields of the kernel,
+            ``"adapt_state.step_size"``, ``"z.site"`` for unconstrained
+                values, ``"~z.site"`` to leave a site out.
+            init_params: Unconstrained starting values by site, with a leading axis num_chains if there are several
+                chains.
         """
         self._args, self._kwargs = args, kwargs
         source, key, settings = self._prepare(rng_key, extra_fields)
@@ -228,7 +240,7 @@ class ParallelMCMC(MCMC):
         if self._stands_for and self._warmup_given is None and target.model.supports:
             raise ValueError(
                 f"{self._stands_for} has no counterpart for models with discrete latent sites, here "
-                f"{[name for name, _ in target.model.supports]}: NumPyro would sum over their values, pmcmc draws them "
+                f"{[name for name, _ in target.model.supports]}: NumPyro sums over their values, pmcmc draws them "
                 "by Gibbs. Write ParallelMCMC(model, ...) instead of "
                 f"ParallelMCMC({self._stands_for}(model, ...), ...)."
             )
@@ -256,7 +268,7 @@ class ParallelMCMC(MCMC):
         )
 
     def _with_basis(self, target: Target, kernel: Kernel) -> Target:
-        """In coordinates of the metric that NUTS was given, where no warm-up makes it a basis."""
+        """Use the metric that NUTS was given as the basis, if there is no warm-up to do so."""
         metric = getattr(self._warmup, "inverse_mass_matrix", None)
         if metric is None or self.num_warmup:
             return target
@@ -265,7 +277,7 @@ class ParallelMCMC(MCMC):
         return target.with_basis(Basis(*(jnp.asarray(x, target.spec.dtype) for x in (loc, scale))))
 
     def _init_params(self, rng_key: PRNGKey, given: PyTree) -> PyTree:
-        """Those given, or what the sampler's strategy finds; None for NumPyro's default, which is pmcmc's too."""
+        """Return the given starts, or those of the sampler's strategy; None for the default of NumPyro and pmcmc."""
         strategy = self.sampler._init_strategy
         if given is not None or strategy is init_to_uniform:
             return given
@@ -276,7 +288,7 @@ class ParallelMCMC(MCMC):
         return found.param_info.z
 
     def _go_on(self, source: Source, rng_key: PRNGKey, kernel: Kernel) -> ChainState:
-        """From ``post_warmup_state``, with the model's arguments of this run. kernel: as asked for, not tuned."""
+        """Continue from ``post_warmup_state``, with the model's arguments of this run; ``kernel`` is not tuned."""
         state = self._warmup_state
         if not isinstance(state, ParallelState):
             raise TypeError(
@@ -306,16 +318,16 @@ class ParallelMCMC(MCMC):
         data = jax.random.key_data
         num_unkept = chains.num_unkept % self.thinning
         if not np.array_equal(data(rng_key), data(chains.rng_key)):
-            # not the key itself: it may have drawn these steps before, and chains that share noise would merge
+            # Do not use the key itself: it may have drawn these steps before, and chains that share noise would merge.
             rng_key, num_unkept = jax.random.fold_in(rng_key, chains.num_steps + 1), 0
         target = target.with_basis(chains.target.basis)
         return chains._replace(target=target, rng_key=rng_key, num_unkept=num_unkept, source=source)
 
 
 def _could_be_tuned_to(asked: Any, tuned: Any) -> bool:
-    """Whether warm-up could have made one kernel of the other: all that was asked for is as it was asked for.
+    """Whether warm-up could have turned ``asked`` into ``tuned``: every setting that was given is unchanged.
 
-    What is None is left to warm-up. Functions are not compared: those of the user may have been made anew.
+    A setting of None is left to warm-up. Functions are not compared, since the user may have defined them again.
     """
     if asked is None:
         return True
@@ -331,27 +343,23 @@ def _could_be_tuned_to(asked: Any, tuned: Any) -> bool:
     if isinstance(asked, (tuple, list)):
         return len(asked) == len(tuned) and all(map(_could_be_tuned_to, asked, tuned))
     if isinstance(asked, (int, float, np.ndarray, np.generic, jax.Array)) and tuned is not None:
-        tuned = np.asarray(tuned)  # in the precision of the chain, which the number asked for need not have
+        tuned = np.asarray(tuned)  # compare in the precision of the chain, which may be lower
         return np.array_equal(np.asarray(asked, tuned.dtype), tuned)
     return bool(asked == tuned)
 
 
 def _name(kernel: Kernel, other: Kernel) -> str:
-    """Of one of two kernels: its class where that tells them apart, else all of it."""
+    """Name a kernel in a message about two kernels: its class if that tells them apart, else its repr."""
     return repr(kernel) if type(kernel) is type(other) else type(kernel).__name__
 
 
 def _site(field: str) -> str:
-    """The site that an extra field such as ``"z.mu"`` or ``"~z.mu"`` names, or ""."""
+    """Return the site that an extra field such as ``"z.mu"`` or ``"~z.mu"`` names, or ""."""
     return field.removeprefix("~")[2:] if field.removeprefix("~").startswith("z.") else ""
 
 
 def _kernel_fields(target: Target, kernel: Kernel, extra_fields: Sequence[str]) -> tuple[str, ...]:
-    """Those that the kernel reports; all others are checked before anything is sampled.
-
-    Raises:
-        TypeError: no sequence of names. ValueError: a field, or the site in it, is none that there is.
-    """
+    """Return the extra fields that the kernel reports; raise if a name, or the site in it, does not exist."""
     if isinstance(extra_fields, str):
         raise TypeError(f"extra_fields must be a sequence of names, got {extra_fields!r}: write ({extra_fields!r},).")
     latent = set(target.spec.template)
@@ -378,9 +386,9 @@ def _standing(state: ChainState) -> ParallelState:
 
 
 def _states(chain: Chain, extra_fields: Sequence[str]) -> dict[str, Any]:
-    """What NumPyro's methods read: arrays (num_chains, draws, ...) by field, the samples under ``z``."""
+    """Return what NumPyro's methods read: arrays (num_chains, draws, ...) by field, with the samples under ``z``."""
     wanted = None
-    if any(name.startswith("~") for name in extra_fields):  # those left out shall not be computed
+    if any(name.startswith("~") for name in extra_fields):  # do not compute the sites that are left out
         wanted = [name for name in site_shapes(chain.target) if f"~z.{name}" not in extra_fields]
     states = {"z": dict(chain.get_samples(True, sites=wanted)), **chain.get_extra_fields(group_by_chain=True)}
     if any(name.startswith("z.") for name in extra_fields):
@@ -393,17 +401,13 @@ def _states(chain: Chain, extra_fields: Sequence[str]) -> dict[str, Any]:
 
 
 def _positions(chain: Chain) -> dict[str, Array]:
-    """Unconstrained draws."""
+    """Return the unconstrained draws by site."""
     one = lambda x: chain.kernel.position(chain.target, x)
     return jax.jit(jax.vmap(jax.vmap(one)))(chain.unknowns)
 
 
 def _translate(sampler: Any, num_warmup: int) -> tuple[Kernel, EnsembleAdaptation]:
-    """The pmcmc kernel and warm-up that stand for a NumPyro kernel.
-
-    Raises:
-        TypeError, ValueError: there are none.
-    """
+    """Return the pmcmc kernel and warm-up that correspond to a NumPyro kernel; raise if it has no counterpart."""
     if type(sampler) not in (NumpyroHMC, NumpyroNUTS):
         raise TypeError(
             f"{type(sampler).__name__} has no counterpart that is sampled in parallel: expected numpyro.infer.NUTS or "
@@ -424,35 +428,31 @@ def _translate(sampler: Any, num_warmup: int) -> tuple[Kernel, EnsembleAdaptatio
 
 
 def _whole_metric(sampler: Any) -> Any:
-    """The metric of a NumPyro kernel as one array; `_refuse` leaves but this form of a dict."""
+    """Return the metric of a NumPyro kernel as one array; `_refuse` allows only dicts of one entry."""
     metric = sampler._inverse_mass_matrix
     return next(iter(metric.values())) if isinstance(metric, dict) else metric
 
 
 def _check_metric_sites(metric: Any, target: Target) -> None:
-    """Raise where a metric by sites, as ``adapt_state`` has it, is not over all sites of the model in their order."""
+    """Raise unless a metric by sites, as in ``adapt_state``, covers all sites of the model in their order."""
     sites = tuple(sorted(target.spec.template))
     if isinstance(metric, dict) and tuple(metric) != (sites,):
-        raise ValueError(f"inverse_mass_matrix is over the sites {list(metric)}: expected all in one block, {[sites]}.")
+        raise ValueError(f"inverse_mass_matrix is over the sites {list(metric)}: expected one entry for {[sites]}.")
 
 
 def _with_metric(warmup: Warmup, metric: Any) -> Warmup:
-    """A warm-up of the user's that keeps the metric of the user's sampler.
-
-    Raises:
-        ValueError: it cannot.
-    """
+    """Return the user's warm-up with the metric of the user's sampler; raise if it cannot keep a metric."""
     if metric is None:
         return warmup
     if not isinstance(warmup, EnsembleAdaptation):
         raise ValueError(
-            f"{type(warmup).__name__} finds a metric of its own: leave adapt_mass_matrix=True, or warmup= out."
+            f"{type(warmup).__name__} finds its own metric: keep adapt_mass_matrix=True, or leave out warmup=."
         )
     return replace(warmup, inverse_mass_matrix=metric)
 
 
 def _length(sampler: Any, step_size: Any) -> int | None:
-    """Leapfrog steps of a trajectory; None for pmcmc's own choice."""
+    """Return the leapfrog steps of a trajectory; None for pmcmc's default."""
     if sampler._num_steps is not None:
         return sampler._num_steps
     if step_size is not None:
@@ -466,7 +466,7 @@ def _length(sampler: Any, step_size: Any) -> int | None:
 
 
 def _refuse(sampler: Any) -> None:
-    """Options of NumPyro's HMC and NUTS that nothing here corresponds to."""
+    """Raise for options of NumPyro's HMC and NUTS that have no counterpart."""
     metric = sampler._inverse_mass_matrix
     for unusable, message in (
         (

@@ -1,6 +1,8 @@
-"""Pictures of what a run measured. Matplotlib is imported when a function here runs, not before.
+"""Plot what a run measured. Matplotlib is imported only when a function of this module runs.
 
-As in ArviZ each draws into the axes given by ``ax``, or into new ones, and returns them.
+`merge_distances` shows how coupled chains approach each other, `merge_fronts` how blocks are solved and repaired,
+`newton_iterates` the error of Newton's iterates, `planned_time` the candidates of the plan, and `speed_up` the speed-up
+against the number of steps. As in ArviZ, each draws into the axes given by ``ax``, or into new ones, and returns them.
 """
 
 import math
@@ -23,10 +25,15 @@ from pmcmc.stability import Coalescence, site_distances
 
 
 def axes_for(ax: Any, num_axes: int = 1, **options: Any) -> np.ndarray:
-    """The axes to draw into, an array of ``num_axes``; options: of ``matplotlib.pyplot.subplots``, for new ones.
+    """Return the axes to draw into, an array of ``num_axes``.
+
+    Args:
+        ax: Axes to draw into; None makes new ones.
+        num_axes: Number of axes needed.
+        **options: Options of ``matplotlib.pyplot.subplots`` for new axes.
 
     Raises:
-        ValueError: another number of axes was given.
+        ValueError: Another number of axes was given.
         ImportError: Matplotlib is not installed.
     """
     if ax is None:
@@ -49,20 +56,22 @@ def plain_numbers(axis: Any) -> None:
 
 
 def merge_distances(chain: Chain, max_sites: int = 6, *, ax: Any = None) -> Any:
-    """How coupled chains approach each other: distance against steps, of every pair and of every site of the model.
+    """Plot how coupled chains approach each other: distance against steps, for every pair and every site of the model.
 
-    Left: the largest coordinate's distance in posterior standard deviations, one line a pair of the pilot; the merge
-    tolerance; the slope of the measured Lyapunov exponent. Right: the median over pairs by site, for the ``max_sites``
-    sites that stay apart longest, at the pilot's checkpoints.
+    Left: the distance of the largest coordinate in posterior standard deviations, one line for each pair of the pilot;
+    the merge tolerance; the slope of the measured Lyapunov exponent. Right: the median over pairs by site at the
+    pilot's checkpoints, for the ``max_sites`` sites that stay apart longest.
 
-    chain: from ``solver="auto"``, of a run long enough to be planned.
-    ax: two matplotlib axes to draw into.
+    Args:
+        chain: A chain sampled with ``solver="auto"`` in a run long enough to be planned.
+        max_sites: Number of sites to show.
+        ax: Two matplotlib axes to draw into.
 
     Returns:
         The two axes.
 
     Raises:
-        ValueError: the chain has no pilot.
+        ValueError: The chain has no pilot.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -90,6 +99,7 @@ def merge_distances(chain: Chain, max_sites: int = 6, *, ax: Any = None) -> Any:
 
 
 def _draw_pairs(axes: Any, pilot: Coalescence) -> None:
+    """Plot the distance of every pair and the slope of the growth rate."""
     distances, steps = np.asarray(pilot.distances), np.asarray(pilot.steps)
     shown = np.arange(len(distances))[:, None] <= steps
     positive = np.where(shown & (distances > 0), distances, np.nan)
@@ -97,7 +107,7 @@ def _draw_pairs(axes: Any, pilot: Coalescence) -> None:
     axes.plot([], [], color="tab:blue", lw=0.6, label=f"{steps.size} pairs, {int(pilot.merged.sum())} merged")
     rate, near = float(pilot.growth_rate), np.sqrt(float(pilot.tol))
     entered = [int(np.argmax(column < near)) for column in positive.T if np.any(column < near)]
-    if np.isfinite(rate) and entered:  # from where the median pair entered the regime of small distances
+    if np.isfinite(rate) and entered:  # start the slope where the median pair entered the regime of small distances
         after = np.arange(max(1, int(np.log(near) / rate)) if rate < 0 else len(distances))
         label = f"Lyapunov exponent {rate:.3f} a step"
         axes.plot(np.median(entered) + after, near * np.exp(rate * after), color="tab:red", lw=1.5, label=label)
@@ -105,6 +115,7 @@ def _draw_pairs(axes: Any, pilot: Coalescence) -> None:
 
 
 def _draw_sites(axes: Any, chain: Chain, pilot: Coalescence, max_sites: int) -> None:
+    """Plot the median distance of the sites that stay apart longest."""
     points = pilot.checkpoints
     reached = np.asarray(points.reached)
     coordinates = jax.vmap(jax.vmap(chain.kernel.coordinates))
@@ -120,7 +131,15 @@ def _draw_sites(axes: Any, chain: Chain, pilot: Coalescence, max_sites: int) -> 
 
 
 class Front(NamedTuple):
-    """One run of one block: so many steps from its start, begun when so many had been taken one after the other."""
+    """One run of one block.
+
+    Attributes:
+        sweep: Sweep that the run belongs to; 0 for the first, from guesses.
+        block: Number of the block.
+        begin: Steps taken sequentially before the run began.
+        num_steps: Steps of the run, from the start of the block.
+        merged: Whether the run merged with the recorded states.
+    """
 
     sweep: int
     block: int
@@ -130,22 +149,24 @@ class Front(NamedTuple):
 
 
 def merge_fronts(chain: Chain, num_steps: int = 2048, num_blocks: int = 16, *, number: int = 0, ax: Any = None) -> Any:
-    """Space and time of shooting: the step of the chain against the steps taken one after the other.
+    """Plot space and time of shooting: the step of the chain against the steps taken sequentially.
 
     The first steps of a chain are solved again in blocks, once for every sweep. All blocks run at once (grey), then
     repairs start from the ends of their predecessors and run until they merge (dots) with what was recorded. Sequential
     sampling would follow the dashed line.
 
-    chain: its noise and tuned kernel are used; the draws themselves are not.
-    num_steps, num_blocks: of the picture.
-    number: which of the chains.
-    ax: matplotlib axes to draw into.
+    Args:
+        chain: Its noise and tuned kernel are used; its draws are not.
+        num_steps: Steps to show.
+        num_blocks: Number of blocks to solve them in.
+        number: Number of the chain to show.
+        ax: Matplotlib axes to draw into.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: there is no such chain, or fewer than two steps a block.
+        ValueError: There is no chain of this number, or a block has fewer than two steps.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -160,7 +181,7 @@ def merge_fronts(chain: Chain, num_steps: int = 2048, num_blocks: int = 16, *, n
         raise ValueError(
             f"num_steps={num_steps} in num_blocks={num_blocks}: expected at least 2 blocks of at least 2 steps."
         )
-    (ax,) = axes_for(ax, figsize=(9, 4))  # first: what follows samples
+    (ax,) = axes_for(ax, figsize=(9, 4))  # checked first, since the next line samples
     length = math.ceil(num_steps / num_blocks)
     fronts, depth = _fronts(_recordings(chain, length, num_blocks, number), length)
     last = fronts[-1].sweep
@@ -174,12 +195,12 @@ def merge_fronts(chain: Chain, num_steps: int = 2048, num_blocks: int = 16, *, n
     for sweep in range(last + 1):
         label = f"sweep {sweep}" if sweep else "all blocks from guesses"
         ax.plot([], [], color="0.7" if sweep == 0 else f"C{(sweep - 1) % 10}", label=label)
-    ax.plot([0, 1.1 * depth], [0, 1.1 * depth], color="0.3", lw=0.8, ls="--", label="in order")
+    ax.plot([0, 1.1 * depth], [0, 1.1 * depth], color="0.3", lw=0.8, ls="--", label="sequential")
     ax.set(
         xlim=(0, length * num_blocks),
         ylim=(0, 1.1 * depth),
         xlabel="step of the chain",
-        ylabel="steps one after the other",
+        ylabel="sequential steps",
         title=f"{length * num_blocks:,} steps in {depth:,}",
     )
     ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
@@ -187,11 +208,12 @@ def merge_fronts(chain: Chain, num_steps: int = 2048, num_blocks: int = 16, *, n
 
 
 def _recordings(chain: Chain, length: int, num_blocks: int, number: int) -> list[PyTree]:
-    """What is recorded after each sweep, the zeroth included; arrays (num_blocks, length, ...)."""
+    """Return what is recorded after each sweep, including sweep 0; arrays (num_blocks, length, ...)."""
     engine, x0 = Engine.of_one_chain(chain.state, number)
     recordings: list[PyTree] = []
     for sweep in range(num_blocks + 1):
-        # a budget of one block's steps leaves nothing for repairs; both limits are numbers of one program
+        # Sweep 0 has a budget of one block's steps, which leaves nothing for repairs. Both limits are arrays, so that
+        # all sweeps run the same program.
         most = jnp.asarray(length if sweep == 0 else num_blocks * (num_blocks + 1) * length)
         solver = MultipleShooting(num_blocks, max_sweeps=jnp.asarray(max(sweep, 1)), max_steps=most)
         shape = engine.shape_for(solver, num_blocks * length)
@@ -204,7 +226,10 @@ def _recordings(chain: Chain, length: int, num_blocks: int, number: int) -> list
 
 
 def _fronts(recordings: list[PyTree], length: int) -> tuple[list[Front], int]:
-    """All runs of blocks, and the steps taken one after the other: a repair wrote where two recordings differ."""
+    """Return all runs of blocks, and the number of steps taken sequentially.
+
+    A repair wrote exactly where two successive recordings differ.
+    """
     num_blocks = jax.tree.leaves(recordings[0])[0].shape[0]
     fronts = [Front(0, block, 0, length, False) for block in range(num_blocks)]
     active, depth = np.arange(num_blocks) > 0, length
@@ -216,33 +241,34 @@ def _fronts(recordings: list[PyTree], length: int) -> tuple[list[Front], int]:
             differs |= (old != new).reshape(num_blocks, length, -1).any(axis=2)
         written = np.where(differs.any(axis=1), length - np.argmax(differs[:, ::-1], axis=1), 0)
         merged = written < length
-        taken = np.minimum(written + 1, length)  # the step that merges is taken and not written
+        taken = np.minimum(written + 1, length)  # the step at which a repair merges is taken but not written
         fronts += [Front(sweep, int(b), depth, int(taken[b]), bool(merged[b])) for b in np.flatnonzero(active)]
         depth += int(taken[active].max())
         active = np.concatenate([[False], (active & ~merged)[:-1]])
     return fronts, depth
 
 
-# Columns of the picture; the largest error of the steps within a column is shown.
+# Largest number of columns of the picture. A column shows the largest error of its steps.
 MAX_COLUMNS = 1000
 
 
 def newton_iterates(solution: Solution, path: PyTree = None, *, scale: PyTree = None, ax: Any = None) -> Any:
-    """Heat map of the iterates' error against the chain, over time t and iteration.
+    """Plot a heat map of the error of Newton's iterates against the chain, over time t and iteration.
 
-    Below the staircase of solved states (causality: k iterations solve at least the first k) contraction shows as
-    columns that darken all at once, and its absence as a front that moves one step an iteration.
+    Below the staircase of solved states (by causality, k iterations solve at least the first k states) contraction
+    shows as columns that darken all at once; without contraction a front moves one step per iteration.
 
-    solution: of a Newton-type solver with ``num_iterates`` set, as in ``deer(num_iterates=20)``.
-    path: the chain to compare with, states with leading axis T; the solution itself by default.
-    scale: spread of each coordinate, in whose units errors are; that of the path by default.
-    ax: matplotlib axes to draw into.
+    Args:
+        solution: Solution of a Newton-type solver with ``num_iterates`` set, as in ``deer(num_iterates=20)``.
+        path: The chain to compare with, states with leading axis T; by default the solution itself.
+        scale: Spread of each coordinate, the unit of errors; by default that of the path.
+        ax: Matplotlib axes to draw into.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: the solution holds no iterates.
+        ValueError: The solution holds no iterates.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -259,7 +285,7 @@ def newton_iterates(solution: Solution, path: PyTree = None, *, scale: PyTree = 
     path = solution.value if path is None else path
     errors = _errors(solution.iterates, path, typical_scale(path) if scale is None else scale)
     num_iterates, length = errors.shape
-    stop = min(num_iterates, int(solution.stats.num_iters) + 1)  # behind the last one it is repeated
+    stop = min(num_iterates, int(solution.stats.num_iters) + 1)  # rows after the last iterate repeat it
     width = -(-length // MAX_COLUMNS)
     padded = np.pad(errors[:stop], ((0, 0), (0, -length % width)), mode="edge")
     columns = padded.reshape(stop, -1, width).max(axis=2)
@@ -282,23 +308,24 @@ def newton_iterates(solution: Solution, path: PyTree = None, *, scale: PyTree = 
 
 
 def _errors(iterates: PyTree, path: PyTree, scale: PyTree) -> np.ndarray:
-    """(num_iterates, T) largest coordinate's difference; inf where an iterate is not finite."""
+    """Return the largest coordinate's difference, (num_iterates, T); inf where an iterate is not finite."""
     one = lambda iterate: relative_distance(iterate, path, scale)
     return np.asarray(jax.jit(lambda tree: jax.lax.map(one, tree))(iterates))
 
 
 def planned_time(chain: Chain, max_candidates: int = 8, *, ax: Any = None) -> Any:
-    """Seconds that each way of sampling was expected to take before the run, and what the one taken took.
+    """Plot the seconds that each way of sampling was predicted to take, and the seconds that the chosen one took.
 
-    chain: from ``solver="auto"``, of a run long enough to be planned.
-    max_candidates: bars beside the one taken, the cheapest first.
-    ax: matplotlib axes to draw into.
+    Args:
+        chain: A chain sampled with ``solver="auto"`` in a run long enough to be planned.
+        max_candidates: Number of bars besides the chosen one, the cheapest first.
+        ax: Matplotlib axes to draw into.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: nothing was planned.
+        ValueError: The chain was not planned.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -320,37 +347,38 @@ def planned_time(chain: Chain, max_candidates: int = 8, *, ax: Any = None) -> An
     ax.barh([c.name for c in shown], [c.seconds for c in shown], color=colours)
     place = next(i for i, c in enumerate(shown) if c is plan.chosen)
     ax.plot([report.planned_seconds] * 2, [place - 0.45, place + 0.45], color="tab:red", lw=3, label="took")
-    ax.bar(0, 0, color="tab:blue", label="planned and taken")
-    ax.bar(0, 0, color="0.75", label="planned otherwise")
+    ax.bar(0, 0, color="tab:blue", label="predicted, chosen")
+    ax.bar(0, 0, color="0.75", label="predicted, others")
     seconds = [c.seconds for c in shown] + [report.planned_seconds]
     if max(seconds) > 20 * min(seconds):
         ax.set_xscale("log")
     ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     ax.set(
-        xlabel="seconds behind the pilot",
-        title=f"Warm-up {report.warmup_seconds:.1f} s, pilot {report.pilot_seconds:.1f} s, in all "
+        xlabel="seconds after the pilot",
+        title=f"Warm-up {report.warmup_seconds:.1f} s, pilot {report.pilot_seconds:.1f} s, total "
         f"{report.total_seconds:.1f} s",
     )
     return ax
 
 
 def speed_up(runs: Sequence[Chain | Mapping[str, Any]], *, label: str | None = None, ax: Any = None) -> Any:
-    """Speed-up over sampling in order against the number of steps T, a line a quantity.
+    """Plot the speed-up over sequential sampling against the number of steps T, one line for each quantity.
 
-    Of chains two are known: T over the steps taken one after the other, and where the run was planned, the seconds that
-    sequential sampling should have taken, by the steps that were taken in order, over those that were taken, pilot and
-    compilation included. Of rows of a benchmark it is what they say.
+    A chain gives up to two quantities: T over the critical path, and, if the run was planned, the predicted seconds of
+    sequential sampling over the seconds taken, pilot and compilation included. Rows of a benchmark give the speed-up
+    that they hold.
 
-    runs: chains sampled at several ``num_samples``, or mappings with ``length``, ``speedup`` and maybe ``case``, which
-        has a line of its own.
-    label: put before the names of the lines.
-    ax: matplotlib axes to draw into.
+    Args:
+        runs: Chains sampled with several ``num_samples``, or mappings with ``length``, ``speedup`` and optionally
+            ``case``; each case has its own line.
+        label: Text before the names of the lines.
+        ax: Matplotlib axes to draw into.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: there are no runs, or a row lacks ``length`` or ``speedup``.
+        ValueError: There are no runs, or a row lacks ``length`` or ``speedup``.
 
     Example:
         >>> import pmcmc
@@ -370,18 +398,18 @@ def speed_up(runs: Sequence[Chain | Mapping[str, Any]], *, label: str | None = N
         lengths = np.unique(x)
         colour = f"C{number % 10}"
         ax.plot(x, y, marker="o", ms=4, ls="", color=colour)
-        if x.size:  # through the medians, where there are several runs of one length
+        if x.size:  # the line goes through the medians of runs of the same length
             medians = [np.median(y[x == length]) for length in lengths]
             ax.plot(lengths, medians, color=colour, label=f"{label}, {name}" if label else name)
     ax.axhline(1, color="0.4", lw=0.8, ls=":")
-    ax.set(xscale="log", yscale="log", xlabel="steps T", ylabel="speed-up over sampling in order")
+    ax.set(xscale="log", yscale="log", xlabel="steps T", ylabel="speed-up over sequential sampling")
     plain_numbers(ax.yaxis)
     ax.legend(frameon=False, fontsize="small")
     return ax
 
 
 def _points(run: Chain | Mapping[str, Any]) -> list[tuple[str, tuple[float, float]]]:
-    """(name of the line, (T, speed-up))."""
+    """Return (name of the line, (T, speed-up)) for each quantity of a run."""
     if isinstance(run, Chain):
         return _report_points(run.report)
     if not {"length", "speedup"} <= set(run):
@@ -390,10 +418,11 @@ def _points(run: Chain | Mapping[str, Any]) -> list[tuple[str, tuple[float, floa
 
 
 def _report_points(report: SolveReport) -> list[tuple[str, tuple[float, float]]]:
+    """Return the points of a chain's report."""
     steps = float(report.num_steps)
     took = report.planned_seconds + report.pilot_seconds
     seconds = report.predicted_sequential_seconds / took if took > 0 else float("nan")
     return [
-        ("steps one after the other", (steps, steps / float(np.max(report.num_sequential_steps)))),
-        ("seconds, as predicted in order", (steps, seconds)),
+        ("sequential steps", (steps, steps / float(np.max(report.num_sequential_steps)))),
+        ("seconds, predicted sequential", (steps, seconds)),
     ]

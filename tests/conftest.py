@@ -1,4 +1,4 @@
-"""Settings of every test: float64, no silent broadcasting over ranks, checked annotations, quick compilation."""
+"""Settings of every test: float64, no implicit rank promotion, checked annotations, quick compilation."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,17 +24,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def optimization(request: pytest.FixtureRequest) -> None:
-    """Compilation as users' would take half of most tests' time; those marked ``optimized`` have it."""
+    """Compile quickly, since full compilation would be half of most tests' time; tests marked ``optimized`` get it."""
     marked = request.node.get_closest_marker("optimized")
     compile_quickly(not (marked or request.config.getoption("--optimized")))
 
 
-MAX_MAPS = 30_000  # Linux lets a process have 65,530, of which each compiled program takes some
+MAX_MAPS = 30_000  # Linux allows 65,530 per process, and each compiled program takes several
 
 
 @pytest.fixture(autouse=True)
 def few_programs() -> Iterator[None]:
-    """Forget compiled programs before a worker has more of them than its memory maps allow, which ends in a crash."""
+    """Drop compiled programs before a worker exceeds the limit on its memory maps, which would crash it."""
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MAX_MAPS:
@@ -49,10 +49,10 @@ def rng_key() -> jax.Array:
 
 @pytest.fixture
 def free_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Costs as on a large GPU, whatever this machine is and does beside.
+    """Use the costs of a large GPU, whatever this machine is and whatever else it runs.
 
     No run is too short for a plan, a pilot may take a fifth of it, and blocks always pay where chains merge. Programs
-    are waited for, so that what is sampled in order does not depend on how long they take.
+    are waited for, so that the steps sampled sequentially do not depend on compile times.
     """
     from pmcmc.planning import Costs
     from pmcmc.sampling import automatic, pilot
@@ -66,7 +66,7 @@ def free_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fresh_programs() -> Iterator[None]:
-    """No program is kept from before, so that a planted fault is compiled; and none of this test is kept for others."""
+    """Keep no program from before, so that a planted fault is compiled, and keep none of this test for others."""
     from pmcmc._xla.compile import forget_programs
 
     forget_programs()

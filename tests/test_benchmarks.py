@@ -1,4 +1,4 @@
-"""The suites at a tiny size: rows say what the tables need, files keep what is not measured anew."""
+"""The benchmark suites at a tiny size: rows have what the tables need, files keep what is not measured again."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ import benchmark_tables
 
 @pytest.fixture(scope="module")
 def measured() -> tuple[dict, list]:
-    """A row, and the timings behind it."""
+    """Measure one row, and record the timings it is computed from."""
     timings: list[dict] = []
 
     def remember(*args, **options):
@@ -44,7 +44,7 @@ def test_a_case_is_held_against_its_limits(measured: tuple) -> None:
     assert row["result"] == "successful"
     assert row["length"] == 2000
     assert row["num_blocks"] == 8
-    assert row["num_sequential_steps"] > row["block_length"] == 256  # 250, in whole chunks of 16
+    assert row["num_sequential_steps"] > row["block_length"] == 256  # 250 rounded up to chunks of 16
     assert 1 < row["evaluations_per_step"] < 3
     limit = min(row["blocks_alone"]["median_s"], row["vmapped_chains"]["median_s"])
     assert row["efficiency"] == pytest.approx(limit / row["shooting"]["median_s"])
@@ -58,7 +58,7 @@ def test_a_case_is_held_against_its_limits(measured: tuple) -> None:
 
 
 def test_steps_that_are_scaled_up_pay_for_no_large_buffers() -> None:
-    """10 us a step and 0.3 s a call: in 1.5 s there are some 150,000 steps, in buffers of as many."""
+    """10 us per step and 0.3 s per call: 1.5 s suffice for about 150,000 steps, in buffers of that size."""
 
     class Slow(Run):
         def seconds(self, solver=None, block_length=None):

@@ -1,4 +1,4 @@
-"""``python -m pmcmc``: what the doctor finds, and the examples' names."""
+"""``python -m pmcmc``: what the doctor finds, and the names of the examples."""
 
 import tomllib
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_doctor(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) 
     [
         ({"numpyro": None}, "numpyro is not installed", "pip install 'numpyro>=0.19'"),
         ({"jax": "0.6.9"}, "jax 0.6.9 is older than 0.7.2", "pip install --upgrade 'jax>=0.7.2'"),
-        ({"jaxlib": "0.10.2", "jax-cuda12-plugin": "0.7.2"}, "does not belong to jaxlib", "jax[cuda12]"),
+        ({"jaxlib": "0.10.2", "jax-cuda12-plugin": "0.7.2"}, "does not match jaxlib", "jax[cuda12]"),
     ],
 )
 def test_doctor_sees_versions(installed: dict, seen: str, remedy: str) -> None:
@@ -51,7 +51,7 @@ def test_doctor_sees_faults(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert len(remedies) == 2
     monkeypatch.setattr(doctor, "calibration", lambda seconds: iter(()))
     assert main(["doctor"]) == 1
-    assert "2 things to mend" in capsys.readouterr().out
+    assert "2 things to fix" in capsys.readouterr().out
 
 
 def test_doctor_asks_for_what_is_declared() -> None:

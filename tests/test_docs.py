@@ -1,4 +1,4 @@
-"""The site: every public name has its entry, every example runs, and tables show what the result files say."""
+"""The site: every public name has its entry, every example runs, and tables show what the result files contain."""
 
 import importlib
 import json
@@ -22,14 +22,14 @@ import public_names  # noqa: E402
 
 pytestmark = pytest.mark.optimized
 
-# Its examples are run by tests/test_from_numpyro.py.
+# The examples of this page are run by tests/test_from_numpyro.py.
 ELSEWHERE = {"from-numpyro"}
 TEXTS = {page.stem: page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("*.md"))}
 EXAMPLES = {name: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for name, text in TEXTS.items()}
 
 
 def missing(modules: list, entries: list[str]) -> list[str]:
-    """Public names of the modules that no entry shows; a name that several modules share needs one."""
+    """Return public names of the modules that no entry shows; a name that several modules share needs one entry."""
     shown = [getattr(importlib.import_module(e.rpartition(".")[0]), e.rpartition(".")[2]) for e in entries]
     names = [(f"{module.__name__}.{name}", getattr(module, name)) for module in modules for name in module.__all__]
     return [name for name, value in names if not (type(value) is type(pmcmc) or any(value is s for s in shown))]

@@ -1,4 +1,4 @@
-"""`pmcmc.ParallelMCMC` where NumPyro's MCMC was: what reads its draws, how runs go on, and what is refused."""
+"""`pmcmc.ParallelMCMC` instead of NumPyro's MCMC: what reads its draws, how runs continue, and what is refused."""
 
 import inspect
 import re
@@ -19,7 +19,7 @@ from pmcmc.recurrence import MultipleShooting, Sequential
 
 @pytest.fixture(autouse=True)
 def numpyro_broadcasts_over_ranks():
-    """NumPyro's own code promotes ranks."""
+    """Allow rank promotion, which NumPyro's own code needs."""
     with jax.numpy_rank_promotion("allow"):
         yield
 
@@ -48,7 +48,7 @@ def finished() -> ParallelMCMC:
 
 
 def test_is_a_numpyro_mcmc() -> None:
-    """The canary: the private names by which NumPyro's methods, and ArviZ, read what a run left."""
+    """The private names by which NumPyro's methods and ArviZ read the results of a run still exist."""
     mcmc = finished()
     assert isinstance(mcmc, MCMC)
     assert pmcmc.ParallelMCMC is ParallelMCMC
@@ -106,7 +106,7 @@ def test_print_summary(capsys: pytest.CaptureFixture) -> None:
     assert "mu" in shown
     assert "r_hat" in shown
     assert "Number of divergences" in shown
-    assert "twice" not in shown  # as NumPyro: no deterministic sites
+    assert "twice" not in shown  # no deterministic sites, as in NumPyro
     finished().print_summary(exclude_deterministic=False)
     assert "twice" in capsys.readouterr().out
 
@@ -134,7 +134,7 @@ def test_arviz_from_numpyro() -> None:
 
 
 def test_going_on_with_its_own_key_is_one_long_run() -> None:
-    """As in NumPyro's documentation of post_warmup_state; each run returns its own draws."""
+    """It works as in NumPyro's documentation of post_warmup_state; each run returns its own draws."""
     mcmc = make()
     mcmc.run(jax.random.key(0), Y)
     first = mcmc.get_samples(group_by_chain=True)
@@ -150,7 +150,7 @@ def test_going_on_with_its_own_key_is_one_long_run() -> None:
 
 @pytest.mark.parametrize(("thinning", "kept"), [(4, (22, 23, 22)), (7, (12, 13, 13)), (90, (1, 1, 1))])
 def test_thinning_goes_on_counting(thinning: int, kept: tuple[int, ...]) -> None:
-    """Three runs keep what one of their length keeps, whether or not thinning divides a run's steps."""
+    """Three runs keep what one run of their total length keeps, whether or not thinning divides the steps of a run."""
     options = dict(num_warmup=0, kernel=pmcmc.HMC(step_size=0.3, num_integration_steps=2), thinning=thinning)
     mcmc, parts = make(**options), []
     for number in range(3):
@@ -221,7 +221,7 @@ def test_states_that_do_not_fit() -> None:
     ids=str,
 )
 def test_states_of_another_kernel(kernel, words: str | None) -> None:
-    """Settings that the new sampler leaves open are the state's; those that it has must be the same."""
+    """Settings that the new sampler leaves open are taken from the state; the others must be equal."""
     maker = make(num_warmup=0, kernel=pmcmc.HMC(step_size=0.3, num_integration_steps=2))
     maker.run(jax.random.key(0), Y)
     other = make(kernel=kernel)
@@ -236,7 +236,7 @@ def test_states_of_another_kernel(kernel, words: str | None) -> None:
 
 @pytest.mark.slow
 def test_states_fit_what_warm_up_made_of_the_same_sampler() -> None:
-    """Whose numbers have the precision of the chain, and whose functions may have been made anew."""
+    """Numbers in the state have the precision of the chain, and functions may have been defined again."""
 
     def compose() -> ParallelMCMC:
         scale = pmcmc.CustomUpdate(lambda key: jax.random.normal(key), lambda state, z: jnp.exp(0.1 * z))
@@ -254,7 +254,7 @@ def test_states_fit_what_warm_up_made_of_the_same_sampler() -> None:
 
 
 def test_keys_and_starts() -> None:
-    """A batch of keys; starting values given, or found by the sampler's strategy: tiny steps stay there."""
+    """A batch of keys; starting values given, or found by the sampler's strategy: with tiny steps chains stay there."""
     tiny = dict(num_warmup=0, num_samples=2)
     sampler = lambda **options: NUTS(model, step_size=1e-9, max_tree_depth=1, **options)
     start = {"mu": jnp.array([0.1, 0.2]), "sigma": jnp.array([0.0, 0.3])}
@@ -309,7 +309,7 @@ def quadratic(inverse_mass_matrix, r):
 def test_samplers_without_a_counterpart(make_sampler, error, words) -> None:
     options = {**SIZES, "num_samples": 10}
     if words.startswith("sampler must"):
-        with pytest.raises(TypeError):  # by the annotation here, by a message of its own in production
+        with pytest.raises(TypeError):  # by the annotation here, by pmcmc's own message in production
             ParallelMCMC(make_sampler(), **options)
         return
     with pytest.raises(error, match=words):
@@ -319,7 +319,7 @@ def test_samplers_without_a_counterpart(make_sampler, error, words) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dict(sampler=NUTS(model)), "both NUTS and kernel= say how to sample"),
+        (dict(sampler=NUTS(model)), "both NUTS and kernel= choose the kernel"),
         (dict(postprocess_fn=lambda z: z), "numpyro.deterministic"),
         (dict(num_warmup=0), "pass step_size="),
         (dict(num_samples=2, thinning=3), "greater than thinning"),
@@ -342,7 +342,7 @@ def test_fields_that_are_not_there() -> None:
         make().run(jax.random.key(0), Y, extra_fields=("z.twice",))
 
 
-# What the sentence names is all that there is.
+# The message lists all fields that exist.
 ACCEPTED = ("z", "diverging", "accept_prob", "potential_energy", "energy", "num_steps", "adapt_state.step_size")
 
 
@@ -360,7 +360,7 @@ DIAGONAL, FULL = np.array([4.0, 0.25]), np.array([[1.0, 0.3], [0.3, 0.5]])
 
 @pytest.mark.parametrize(("sampler", "metric"), [(NUTS, FULL), (HMC, DIAGONAL)], ids=["NUTS, full", "HMC, diagonal"])
 def test_a_given_metric_is_kept_while_the_step_size_is_tuned(sampler, metric) -> None:
-    """NumPyro's `adapt_state` is read, and handed to a second sampler."""
+    """NumPyro's `adapt_state` is read and passed to a second sampler."""
     kept = sampler(model, inverse_mass_matrix=metric, adapt_mass_matrix=False, dense_mass=metric.ndim == 2)
     options = {**SIZES, "num_samples": 40}
     mcmc = ParallelMCMC(kept, **options)
@@ -380,7 +380,7 @@ def test_a_given_metric_is_kept_while_the_step_size_is_tuned(sampler, metric) ->
     )
     second = ParallelMCMC(again, **{**options, "num_warmup": 0, "num_chains": 1})
     second.run(jax.random.key(1), Y, init_params={"mu": 0.5, "sigma": 0.0})
-    state = second.last_state.adapt_state  # of one chain without a leading axis
+    state = second.last_state.adapt_state  # the state of one chain has no leading axis
     np.testing.assert_allclose(state.inverse_mass_matrix["mu", "sigma"], metric, rtol=1e-12)
     assert state.step_size.shape == ()
     assert second.chain.report.acceptance_rate.mean() > 0.3
@@ -396,7 +396,7 @@ def test_what_warmup_had_to_say_stays_with_its_state(monkeypatch: pytest.MonkeyP
 
 
 def test_a_given_metric_acts_without_warmup() -> None:
-    """A leapfrog step of size h moves by h M^-1 p, p of covariance M: by a deviation of h sqrt(M^-1)."""
+    """A leapfrog step of size h moves by h M^-1 p, with p of covariance M: by a deviation of h sqrt(M^-1)."""
     metric = jnp.array([9.0, 0.01])
     start = {"mu": jnp.array(0.5), "sigma": jnp.array(0.0)}
     sizes = dict(num_warmup=0, num_samples=400, num_chains=1, solver=Sequential(), progress_bar=False)
@@ -414,12 +414,10 @@ def test_a_given_metric_acts_without_warmup() -> None:
 def test_metrics_that_do_not_fit() -> None:
     options = {**SIZES, "num_samples": 10}
     over_one = NUTS(model, inverse_mass_matrix={("mu",): jnp.ones(1)}, adapt_mass_matrix=False)
-    with pytest.raises(
-        ValueError, match=r"over the sites \[\('mu',\)\]: expected all in one block, \[\('mu', 'sigma'\)\]"
-    ):
+    with pytest.raises(ValueError, match=r"over the sites \[\('mu',\)\]: expected one entry for \[\('mu', 'sigma'\)\]"):
         ParallelMCMC(over_one, **options).run(jax.random.key(0), Y)
     fixed = NUTS(model, inverse_mass_matrix=jnp.ones(2), adapt_mass_matrix=False)
-    with pytest.raises(ValueError, match="WindowAdaptation finds a metric of its own: leave adapt_mass_matrix=True"):
+    with pytest.raises(ValueError, match="WindowAdaptation finds its own metric: keep adapt_mass_matrix=True"):
         ParallelMCMC(fixed, warmup=pmcmc.WindowAdaptation(), **options)
     twice = dict(kernel=pmcmc.HMC(inverse_mass_matrix=1.0), warmup=pmcmc.EnsembleAdaptation(inverse_mass_matrix=1.0))
     with pytest.raises(ValueError, match="inverse_mass_matrix is given twice"):
@@ -427,11 +425,11 @@ def test_metrics_that_do_not_fit() -> None:
 
 
 def test_discrete_sites_beside_a_fitting_warmup() -> None:
-    """The user who names what warms up Gibbs knows that the sites are drawn so."""
+    """A user who passes the warm-up of Gibbs knows that the sites are drawn by Gibbs."""
     mcmc = ParallelMCMC(HMC(with_discrete), **{**SIZES, "num_samples": 10}, warmup=pmcmc.BlockAdaptation())
     mcmc.run(jax.random.key(0), Y)
     assert set(mcmc.get_samples()) == {"x", "cluster"}
-    assert mcmc.last_state.adapt_state is None  # several blocks, each with a step size and a metric
+    assert mcmc.last_state.adapt_state is None  # several kernels, each with a step size and a metric
 
 
 def no_latents(y):

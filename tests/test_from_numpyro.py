@@ -1,4 +1,4 @@
-"""The script of docs/from-numpyro.md, as printed and with the one line changed: the same posterior from both."""
+"""The script of docs/from-numpyro.md, as printed and with the one line changed: both give the same posterior."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "from-numpyro.md"
 
 
 def standard_errors(grouped: np.ndarray) -> np.ndarray:
-    """Monte Carlo standard errors of the means of draws (chain, draw, ...)."""
+    """Return Monte Carlo standard errors of the means of draws (chain, draw, ...)."""
     return np.asarray(grouped).std(axis=(0, 1)) / np.sqrt(effective_sample_size(np.asarray(grouped)))
 
 
@@ -38,7 +38,7 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         a, b = (np.asarray(draws[name], float) for draws in both)
         assert a.shape == b.shape
         for f in (lambda x: x, np.square):
-            fixed = f(a).std(axis=(0, 1)) == 0  # the LKJ factor's zeros and one
+            fixed = f(a).std(axis=(0, 1)) == 0  # the zeros and the one of the LKJ factor
             errors = np.hypot(standard_errors(f(a)), standard_errors(f(b)))
             difference = f(a).mean(axis=(0, 1)) - f(b).mean(axis=(0, 1))
             np.testing.assert_allclose(difference[fixed], 0, atol=1e-12)

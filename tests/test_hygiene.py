@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: layers, light import, docstrings, sizes, banned calls, doctests.
+"""House rules that a machine can check: layers, light import, docstrings, sizes, banned calls, doctests.
 
 Each checker is a function of a source tree, and is itself tested on a small tree that breaks the rule.
 """
@@ -19,7 +19,7 @@ import pytest
 import pmcmc
 from tests.helpers.sources import PACKAGE, imports, source_trees
 
-# A room may import from itself and from the levels before its own; rooms of one level not from each other.
+# A room may import from itself and from earlier levels; rooms of one level may not import from each other.
 LEVELS = [
     {"_typing", "_optional"},
     {"_pytree", "_progress"},
@@ -78,7 +78,7 @@ def may_import(room: str, other: str) -> bool:
 
 
 def layer_violations(root: Path) -> list[str]:
-    """Every import under root that runs against LEVELS or names a foreign package in the wrong room."""
+    """Return every import under root that violates LEVELS or names a foreign package in the wrong room."""
     found = []
     for path, tree in source_trees(root):
         relative = path.relative_to(root)
@@ -193,7 +193,7 @@ def test_cycle_checker_sees(tmp_path: Path) -> None:
 
 
 def toy_package(tmp_path: Path, file: str, source: str) -> Path:
-    """A package ``toy`` of empty rooms, and one file with the given source."""
+    """Make a package ``toy`` of empty rooms, and one file with the given source."""
     path = tmp_path / "toy" / file
     path.parent.mkdir(parents=True)
     (tmp_path / "toy" / "__init__.py").touch()
@@ -202,7 +202,7 @@ def toy_package(tmp_path: Path, file: str, source: str) -> Path:
 
 
 def run_python(code: str, *arguments: str, cwd: Path = PACKAGE.parent) -> str:
-    """Standard output of a fresh interpreter with jax as it comes: float32, no settings of this suite."""
+    """Return the standard output of a fresh interpreter with jax's defaults: float32, no settings of this suite."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
@@ -222,7 +222,7 @@ print(json.dumps({"modules": sorted({m.split(".")[0] for m in set(sys.modules) -
 
 
 def import_effects(package: str, cwd: Path) -> tuple[set[str], list[str]]:
-    """Heavy packages that importing package loads beyond jax, and the jax settings it changes."""
+    """Return the heavy packages that importing package loads besides jax, and the jax settings it changes."""
     effects = json.loads(run_python(IMPORT_EFFECTS, package, cwd=cwd))
     return set(effects["modules"]) & (ROOMS_OF_FOREIGN.keys() | LAZY), effects["config"]
 
@@ -238,13 +238,13 @@ def test_import_checker_sees(tmp_path: Path) -> None:
 
 
 def undocumented(module: types.ModuleType) -> list[str]:
-    """Names in __all__ without a docstring of their own of several lines (one line will do for a module)."""
+    """Return names in __all__ whose docstring is inherited or has fewer than two lines (one is enough for a module)."""
     found = []
     for name in module.__all__:
         value = getattr(module, name)
         if inspect.ismodule(value):
             enough = bool(value.__doc__)
-        elif callable(value):  # classes inherit __doc__, so look at their own
+        elif callable(value):  # classes inherit __doc__, so only their own counts
             doc = (vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__) or ""
             enough = len(doc.strip().splitlines()) > 1
         else:
@@ -289,7 +289,7 @@ def test_docstring_checker_sees() -> None:
 
 
 def num_code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines of a function without its docstring: long documentation is no fault."""
+    """Count the lines of a function without its docstring, which may be long."""
     first = function.body[0]
     has_doc = ast.get_docstring(function) is not None
     doc_lines = first.end_lineno - first.lineno + 1 if has_doc else 0
@@ -297,7 +297,7 @@ def num_code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def banned(node: ast.AST) -> str | None:
-    """What is wrong with this node, if anything."""
+    """Return what is wrong with this node, or None."""
     match node:
         case ast.FunctionDef() | ast.AsyncFunctionDef() if num_code_lines(node) > 60:
             return f"{node.name} has {num_code_lines(node)} lines of code, at most 60 allowed"
@@ -313,7 +313,7 @@ def banned(node: ast.AST) -> str | None:
 
 
 def code_violations(root: Path) -> list[str]:
-    """Files over 500 lines, functions over 60, and banned constructs under root."""
+    """Return files over 500 lines, functions over 60, and banned constructs under root."""
     found = []
     for path, tree in source_trees(root):
         num_lines = len(path.read_text(encoding="utf-8").splitlines())

@@ -1,6 +1,6 @@
-"""The notebooks as committed: pairs that agree, outputs that are clean and small, an install that keeps the GPU's jax.
+"""The notebooks as committed: pairs agree, outputs are clean and small, and installing keeps the GPU's jax.
 
-That they run is `make notebooks`.
+`make notebooks` checks that they run.
 """
 
 import importlib.metadata
@@ -58,7 +58,7 @@ def test_badge_opens_this_notebook(name: str) -> None:
 
 
 def test_notebooks_begin_alike() -> None:
-    """The install, then the device: one text in all."""
+    """All begin with the same text: the install, then the device."""
     assert len({tuple(cell.source for cell in code_of(name)[:2]) for name in NAMES}) == 1
 
 
@@ -69,7 +69,7 @@ def test_links_between_notebooks(name: str) -> None:
 
 
 def run_first_cell(monkeypatch: pytest.MonkeyPatch, installed: dict[str, str], spec: object) -> list[list[str]]:
-    """What the first cell asks of pip, on a machine with these packages."""
+    """Return what the first cell asks of pip, on a machine with these packages."""
     calls: list[list[str]] = []
     distributions = [SimpleNamespace(name=name, version=version) for name, version in installed.items()]
     with monkeypatch.context() as patch:

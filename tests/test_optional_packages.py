@@ -1,4 +1,4 @@
-"""What needs a package that pmcmc can do without says which extra brings it, before anything runs."""
+"""What needs an optional package names the extra that installs it, before anything runs."""
 
 import ast
 import sys
@@ -14,8 +14,8 @@ from pmcmc.interop.zarr import open_lazily, read_arrays
 from tests.helpers.sources import PACKAGE, imports, source_trees
 
 PROJECT = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-IMPORTED_AS = {"scikit-learn": "sklearn"}  # the others as they are called
-# Of these each import was looked at; a new one belongs into a test below.
+IMPORTED_AS = {"scikit-learn": "sklearn"}  # the others have the names of their packages
+# Every import of these was checked; a new one needs a test below.
 KNOWN = {"zarr", "matplotlib", "sklearn"}
 
 
@@ -70,7 +70,7 @@ def test_plots(monkeypatch) -> None:
 
 
 def test_every_optional_package_is_known() -> None:
-    """A package of an extra that the code imports, and that a plain install does not bring."""
+    """A package of an extra that the code imports, and that a plain install does not include."""
     brought = {requirement.split(">=")[0] for requirement in PROJECT["dependencies"]}
     extras = {r.split(">=")[0] for name in ("zarr", "plots", "demo") for r in PROJECT["optional-dependencies"][name]}
     optional = {IMPORTED_AS.get(name, name) for name in extras - brought}

@@ -1,4 +1,4 @@
-"""What the pictures show is what was measured; each draws into the axes it is given."""
+"""Plots show what was measured, and each draws into the axes it is given."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -35,7 +35,7 @@ def chain() -> pmcmc.Chain:
 
 @pytest.mark.slow
 def test_fronts_are_the_solvers_own_counts() -> None:
-    """Steps one after the other, and steps in all, of the very solve that is drawn."""
+    """The critical path, and the total number of steps, of the solve that is drawn."""
     num_blocks, length = 16, 12
     fronts, depth = _fronts(_recordings(chain(), length, num_blocks, 1), length)
     engine, x0 = Engine.of_one_chain(chain().state, 1)
@@ -68,12 +68,12 @@ def test_iterates() -> None:
     ax = plots.newton_iterates(solution, ax=given)
     assert ax is given
     shown = np.asarray(ax.images[0].get_array())
-    assert shown.shape == (int(solution.stats.num_iters) + 1, 834)  # three steps a column
+    assert shown.shape == (int(solution.stats.num_iters) + 1, 834)  # three steps per column
     errors = np.abs(np.asarray(solution.iterates)[1, :2499] - np.asarray(solution.value)[:2499]).reshape(-1, 3).max(1)
     spread = np.subtract(*np.quantile(solution.value, [0.75, 0.25])) / 1.349
     np.testing.assert_allclose(shown[1, :833], np.log10(np.clip(errors / spread, np.finfo(float).eps, 1e3)), atol=0.1)
     assert np.all(shown[-1] < -10)
-    # compared with another path the last iterate is wrong
+    # Compared with another path the last iterate is wrong.
     off = plots.newton_iterates(solution, solution.value + 1.0, scale=1.0)
     np.testing.assert_allclose(np.asarray(off.images[0].get_array())[-1], 0, atol=1e-9)
 
@@ -102,8 +102,8 @@ def test_speed_up() -> None:
     ax = plots.speed_up([*rows, replace(chain(), report=report)], label="CPU")
     lines = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
     assert lines["CPU, mixture"] == [[100, 1.0], [1000, 3.0]]
-    assert lines["CPU, steps one after the other"] == [[300, 5.0]]
-    assert "CPU, seconds, as predicted in order" not in lines  # it was not planned
+    assert lines["CPU, sequential steps"] == [[300, 5.0]]
+    assert "CPU, seconds, predicted sequential" not in lines  # it was not planned
     assert [text.get_text() for text in ax.get_legend().get_texts()] == [x for x in lines if x.startswith("CPU")]
 
 

@@ -20,7 +20,7 @@ def test_readme_example_runs_as_printed() -> None:
     code += '\nprint(chain.get_samples()["theta"].shape, "sample_stats" in str(idata))\n'
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "Decision: " in done.stdout  # which one it is depends on the machine
+    assert "Decision: " in done.stdout  # the decision depends on the machine
     assert "coupled pairs of chains merged" in done.stdout
     assert done.stdout.strip().endswith("(400000, 8) True")
 

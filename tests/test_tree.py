@@ -41,7 +41,7 @@ def test_fields_are_leaves_or_static() -> None:
 
 
 def test_classes_are_told_apart() -> None:
-    """By equality, not by hash alone: jit compares where hashes meet."""
+    """By equality, not by hash alone: jit compares keys whose hashes are equal."""
     assert jax.tree.structure(First(1.0)) != jax.tree.structure(Second(1.0))
     none = [recurrence.Identity(), recurrence.Zero(), recurrence.Dense(), recurrence.Diagonal()]
     assert len({id(a) for a in none}) == 4

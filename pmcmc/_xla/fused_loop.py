@@ -49,8 +49,8 @@ _SIMPLE = frozenset(" ".join((_ELEMENTWISE, _STRUCTURAL, _REDUCTIONS, _CALLS, _R
 def in_one_kernel(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
     """Compute ``fn(*args)`` as one single-threaded kernel if XLA supports it, otherwise unchanged.
 
-    Call it while a program is traced. Sequential sampling of eight schools: 1.9 -> 0.7 us per HMC step, 12 -> 2.6 us per
-    NUTS step. It does not pay for many lanes: see docs/decisions/004.
+    Call it while a program is traced. Sequential sampling of eight schools: 1.9 -> 0.7 us per HMC step, 12 -> 2.6 us
+    per NUTS step. It does not pay for many lanes: see docs/decisions/004.
     """
     jitted = jax.jit(fn)  # traced once: later calls find the program
     if default_platform() != "cpu" or not _is_simple(jax.make_jaxpr(jitted)(*jax.tree.map(jax.typeof, args)).jaxpr):

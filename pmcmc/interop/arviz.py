@@ -1,4 +1,4 @@
-"""ArviZ containers from draws. ArviZ is imported when a function here runs, not before."""
+"""Build ArviZ containers from draws. ArviZ is imported only when a function of this module runs."""
 
 import inspect
 from typing import Any
@@ -9,7 +9,14 @@ import numpy as np
 def to_arviz(
     groups: dict[str, dict[str, Any]], attrs: dict[str, Any], *, dims: dict[str, list[str]], coords: dict[str, Any]
 ) -> Any:
-    """`InferenceData` (ArviZ 0.x) or `xarray.DataTree` (ArviZ 1.x) from arrays by group; empty groups are left out."""
+    """Return an `InferenceData` (ArviZ 0.x) or `xarray.DataTree` (ArviZ 1.x) of arrays by group, without empty groups.
+
+    Args:
+        groups: Arrays by group and name.
+        attrs: Attributes of every group.
+        dims: Names of the axes of a draw, by array.
+        coords: Coordinates of named axes.
+    """
     import arviz as az
 
     arrays: dict[str, Any] = {
@@ -26,10 +33,17 @@ def to_arviz(
 def predictive_groups(
     prior: dict[str, Any] | None, posterior_predictive: dict[str, Any] | None, posterior: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Groups from the draws of NumPyro's `Predictive`, given the posterior's (chain, draw, ...).
+    """Return the groups of draws made with NumPyro's `Predictive`.
+
+    Args:
+        prior: Prior draws by site, leading axis draw; None for none.
+        posterior_predictive: Posterior predictive draws by site, leading axes (chain, draw) or both flattened; None for
+            none.
+        posterior: Posterior draws by site, leading axes (chain, draw); fixes numbers of chains and draws, and which
+            prior draws are of latent sites.
 
     Raises:
-        ValueError: posterior predictive draws that are not as many as the posterior has.
+        ValueError: The number of posterior predictive draws differs from that of the posterior.
     """
     num_chains, num_draws = np.shape(next(iter(posterior.values())))[:2]
     one_chain = {name: np.asarray(x)[None] for name, x in (prior or {}).items()}

@@ -1,4 +1,9 @@
-"""BlackJAX: its algorithms as they are built, and its adaptation."""
+"""Use BlackJAX: its sampling algorithms as kernels, its adaptations, Pathfinder and dual averaging.
+
+`pmcmc.kernels.blackjax` builds kernels from `init_state`, `take_step` and `read_info`; `pmcmc.warmup.blackjax` builds
+warm-ups from `window_adaptation`, `chees_adaptation` and `pathfinder`. BlackJAX is imported only when a function of
+this module needs it.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -12,14 +17,15 @@ from pmcmc._typing import Array, PRNGKey, PyTree, Scalar
 KEY_FIELD = "random_generator_arg"
 
 
-# Algorithms that are given a likelihood, and multiply it by a Gaussian prior of their own.
+# Algorithms that take a likelihood and multiply it by a Gaussian prior which they define themselves.
 LIKELIHOOD_STATES = ("EllipSliceState", "MarginalState")
 
 
 LIKELIHOOD_ALGORITHMS = ("elliptical_slice", "mgrad_gaussian")
 
 
-# A number that no `jax.random.split` of the step's key reaches: folding in a small one would repeat its first keys.
+# Folding in a small number would repeat the first keys of a `jax.random.split` of the step's key; none reaches this
+# one.
 _KEY_TAG = 0x72616E64
 
 
@@ -29,7 +35,7 @@ def is_built(algorithm: Any) -> bool:
 
 
 def is_of_blackjax(value: Any) -> bool:
-    """Whether a constructor or a setting is a number or a function of BlackJAX's, which reads nothing of the user's."""
+    """Whether ``value`` cannot read the user's data: it is a plain setting, or a BlackJAX function without closure."""
     if not callable(value):
         return not is_built(value)
     module = getattr(value, "__module__", None) or type(value).__module__
@@ -44,7 +50,7 @@ def takes_likelihood(constructor: Any) -> bool:
 
 
 def as_function(constructor: Any) -> Callable:
-    """A hashable callable: BlackJAX's constructors are objects without a hash, their bound ``__call__`` has one."""
+    """Return a hashable callable: BlackJAX's constructors have no hash, but their bound ``__call__`` has one."""
     try:
         hash(constructor)
     except TypeError:
@@ -53,10 +59,10 @@ def as_function(constructor: Any) -> Callable:
 
 
 def init_state(algorithm: Any, position: PyTree, rng_key: PRNGKey) -> Any:
-    """``algorithm.init``, with a key where it takes one; keys within the state are removed.
+    """Call ``algorithm.init``, with a key if it takes one, and remove keys from the state.
 
     Raises:
-        TypeError: the state is no NamedTuple with a field ``position``.
+        TypeError: The state is not a NamedTuple with a field ``position``.
     """
     takes_key = len(inspect.signature(algorithm.init).parameters) > 1
     state = algorithm.init(position, rng_key) if takes_key else algorithm.init(position)
@@ -69,7 +75,7 @@ def init_state(algorithm: Any, position: PyTree, rng_key: PRNGKey) -> Any:
 
 
 def take_step(algorithm: Any, rng_key: PRNGKey, state: Any) -> tuple[Any, Any]:
-    """``algorithm.step``, for states whose key was removed: it is drawn from the step's own key instead."""
+    """Call ``algorithm.step``; where `init_state` removed a key from the state, derive one from the key of the step."""
     if getattr(state, KEY_FIELD, 0) is None:
         state = state._replace(**{KEY_FIELD: jax.random.fold_in(rng_key, _KEY_TAG)})
     state, info = algorithm.step(rng_key, state)
@@ -77,7 +83,7 @@ def take_step(algorithm: Any, rng_key: PRNGKey, state: Any) -> tuple[Any, Any]:
 
 
 def _without_key(state: Any) -> Any:
-    """Keys out of the state; counters, which some sequences of trajectory lengths use, stay in it."""
+    """Remove a key from the state. Counters, which some sequences of trajectory lengths use, stay in it."""
     leaf = getattr(state, KEY_FIELD, None)
     if leaf is not None and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return state._replace(**{KEY_FIELD: None})
@@ -85,22 +91,39 @@ def _without_key(state: Any) -> Any:
 
 
 def without_caches(state: Any, caches: tuple[str, ...] | None) -> Any:
-    """The state with None in place of its caches: those named, or by default ``logdensity*`` and ``*grad*``."""
+    """Return the state with None in place of its caches.
+
+    Args:
+        state: State of a BlackJAX algorithm.
+        caches: Names of the fields that are caches; None takes those named ``logdensity*`` or ``*grad*``.
+
+    Raises:
+        ValueError: A name is no field of the state, or is ``position``.
+    """
     if caches is None:
         caches = tuple(name for name in state._fields if name.startswith("logdensity") or "grad" in name)
     unknown = [name for name in caches if name not in state._fields or name == "position"]
     if unknown:
-        raise ValueError(f"caches={caches} must name fields of {list(state._fields)} beside 'position'.")
+        raise ValueError(f"caches={caches} must name fields of {list(state._fields)} other than 'position'.")
     return state._replace(**dict.fromkeys(caches))
 
 
 def with_caches(dynamic: Any, fresh: Any) -> Any:
-    """Inverse of `without_caches`, given a state that ``init`` made at the same position."""
+    """Fill in the caches that `without_caches` removed, from a state that ``init`` made at the same position."""
     return fresh._replace(**{name: x for name, x in dynamic._asdict().items() if x is not None})
 
 
 class StepInfo(NamedTuple):
-    """What BlackJAX says of a step; None where it says nothing."""
+    """Information about one BlackJAX step under common names; a field is None where the algorithm does not report it.
+
+    Attributes:
+        acceptance_rate: Acceptance probability of the step.
+        is_divergent: Whether the step diverged.
+        logdensity: Log density at the new state.
+        energy: Hamiltonian energy.
+        num_integration_steps: Leapfrog steps taken.
+        tree_depth: Doublings of the NUTS trajectory.
+    """
 
     acceptance_rate: Array | None
     is_divergent: Array | None
@@ -111,11 +134,11 @@ class StepInfo(NamedTuple):
 
 
 def read_info(state: Any, info: Any) -> StepInfo:
-    """The fields that infos of the algorithms share, under one name each.
+    """Read the fields that the algorithms' infos share.
 
-    acceptance_rate, is_divergent: a rate of NaN is that of a NaN proposal: 0, and divergent. Where BlackJAX does not
-        say what diverged, a proposal with log density NaN or +inf did.
-    logdensity: None where the state's is that of a likelihood.
+    An acceptance rate of NaN, from a NaN proposal, counts as 0 and as divergent. Where BlackJAX does not report
+    divergences, a proposal with log density NaN or +inf counts as divergent. The log density is None for algorithms
+    whose state holds a log likelihood.
     """
     get = lambda name: getattr(info, name, None)
     divergent = get("is_divergent")
@@ -139,7 +162,13 @@ def read_info(state: Any, info: Any) -> StepInfo:
 
 
 class AdaptedPath(NamedTuple):
-    """positions: (num_steps, D) path of the adaptation. step_size: the one found. acceptance_rate: (num_steps,)."""
+    """Result of `window_adaptation`.
+
+    Attributes:
+        positions: Path of the adaptation; shape (num_steps, D).
+        step_size: The step size found.
+        acceptance_rate: Acceptance rate of each step; shape (num_steps,).
+    """
 
     positions: Array
     step_size: Array
@@ -149,14 +178,17 @@ class AdaptedPath(NamedTuple):
 def window_adaptation(
     logdensity_fn: Callable, rng_key: PRNGKey, position: Array, num_steps: int, *, is_mass_matrix_diagonal: bool
 ) -> AdaptedPath:
-    """Stan's window adaptation with NUTS (Hoffman & Gelman 2014) along one chain."""
+    """Run Stan's window adaptation with NUTS along one chain.
+
+    Source: Hoffman & Gelman (2014) for NUTS; Stan for the windows.
+    """
     import blackjax
 
     adaptation = blackjax.window_adaptation(
         blackjax.nuts,
         logdensity_fn,
         is_mass_matrix_diagonal=is_mass_matrix_diagonal,
-        # only the path is kept: everything else would be (num_steps, ...) of dead weight
+        # Keep only the path and the rates: anything else would be (num_steps, ...) of unused memory.
         adaptation_info_fn=lambda state, info, adaptation_state: (state.position, info.acceptance_rate),
     )
     result, info = adaptation.run(rng_key, position, num_steps)
@@ -165,7 +197,13 @@ def window_adaptation(
 
 
 class AdaptedTrajectory(NamedTuple):
-    """positions: (lanes, D) where the ensemble ended. step_size; num_integration_steps: mean of the longest, real."""
+    """Result of `chees_adaptation`.
+
+    Attributes:
+        positions: Positions at which the ensemble ended; shape (lanes, D).
+        step_size: The step size found.
+        num_integration_steps: Mean number of leapfrog steps of the longest trajectory; a real number.
+    """
 
     positions: Array
     step_size: Array
@@ -181,20 +219,26 @@ def chees_adaptation(
     step_size: float,
     learning_rate: float,
 ) -> AdaptedTrajectory:
-    """ChEES (Hoffman, Radul & Sountsov 2021): step size and trajectory length of jittered HMC on an ensemble."""
+    """Run ChEES on an ensemble: find step size and trajectory length of jittered HMC.
+
+    Source: Hoffman, Radul & Sountsov (2021).
+    """
     import blackjax
     import optax
 
     adaptation = blackjax.chees_adaptation(
         logdensity_fn, positions.shape[0], adaptation_info_fn=lambda state, info, adaptation_state: None
     )
-    with jax.numpy_rank_promotion("allow"):  # it subtracts means (D,) from positions (lanes, D)
+    with jax.numpy_rank_promotion("allow"):  # BlackJAX subtracts means (D,) from positions (lanes, D)
         (states, found), _ = adaptation.run(rng_key, positions, step_size, optax.adam(learning_rate), num_steps)
     return AdaptedTrajectory(states.position, found["step_size"], found["integration_steps_params"][0])
 
 
 def pathfinder(logdensity_fn: Callable, rng_key: PRNGKey, position: Array) -> tuple[Array, Array]:
-    """One draw (D,) of Pathfinder's approximation (Zhang et al. 2022) along L-BFGS from ``position``, and its ELBO."""
+    """Run Pathfinder from ``position``; return one draw (D,) of its approximation along L-BFGS, and the ELBO.
+
+    Source: Zhang et al. (2022).
+    """
     from blackjax.vi.pathfinder import approximate, sample
 
     fit_key, draw_key = jax.random.split(rng_key)
@@ -205,7 +249,16 @@ def pathfinder(logdensity_fn: Callable, rng_key: PRNGKey, position: Array) -> tu
 
 
 class DualAveraging(NamedTuple):
-    """BlackJAX's dual averaging of a step size (Nesterov 2009) towards an acceptance rate."""
+    """BlackJAX's dual averaging of a step size towards an acceptance rate.
+
+    Attributes:
+        init: Initial step size to state.
+        update: State and acceptance rate to state.
+        step_size: State to the current step size.
+        final: State to the averaged step size.
+
+    Source: Nesterov (2009).
+    """
 
     init: Callable[[Any], Any]
     update: Callable[[Any, Any], Any]
@@ -214,7 +267,7 @@ class DualAveraging(NamedTuple):
 
 
 def dual_averaging(target_acceptance_rate: Scalar) -> DualAveraging:
-    """Dual averaging towards ``target_acceptance_rate``: its functions, with the state threaded through."""
+    """Return the functions of dual averaging towards ``target_acceptance_rate``; their state is passed explicitly."""
     from blackjax.adaptation.step_size import dual_averaging_adaptation
 
     init, update, final = dual_averaging_adaptation(target_acceptance_rate)

@@ -1,4 +1,8 @@
-"""NumPyro models as targets. NumPyro is imported when a function here runs, not before."""
+"""Turn NumPyro models into targets. NumPyro is imported only when a function of this module runs.
+
+`numpyro_target` runs the model once under trace and makes a `Target` of it, whose `NumpyroModel` evaluates log density,
+deterministic sites and log likelihoods without running Python again. `numpyro_starts` draws valid starts.
+"""
 
 import inspect
 import math
@@ -20,12 +24,12 @@ from pmcmc.interop.numpyro_sites import active_reparams, check_trace, non_centre
 from pmcmc.random.threefry import key_pair, threefry_2x32
 from pmcmc.target import Model, Supports, Target, evaluate_starts
 
-# NumPyro's stack of handlers is one for all threads: two models that run at once would see each other's sites.
+# All threads share NumPyro's stack of handlers: two models that run at once would see each other's sites.
 _ONE_AT_A_TIME = threading.RLock()
 
 
 def _alone(method: Callable) -> Callable:
-    """Decorator: no other model runs meanwhile."""
+    """Decorate a method so that no other model runs meanwhile."""
 
     @wraps(method)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -39,10 +43,13 @@ def _alone(method: Callable) -> Callable:
 class NumpyroModel(Model):
     """A NumPyro model as it was when it was traced. Its data are the arrays that it read then, arguments or not.
 
-    trace: of `_run`: everything that is asked of a model at a position.
-    about: what its sites are at every position.
-    supports: of discrete latent sites. Positions hold their values as they are, and continuous ones unconstrained.
-    forms: of each site with a scale, what to write for a non-centred one; no part of what the model computes.
+    Attributes:
+        trace: Trace of `_run`, which computes everything that is asked of a model at a position.
+        about: Properties of the sites that are the same at every position.
+        supports: Values of each discrete latent site. Positions hold discrete values as they are, and continuous ones
+            unconstrained.
+        forms: For each site with a scale, a hint how to write a non-centred form. Not used in computations, so not
+            compared.
     """
 
     trace: Trace
@@ -96,9 +103,12 @@ class NumpyroModel(Model):
 
 
 class _Sites(NamedTuple):
-    """What a model's sites are at every position.
+    """Properties of a model's sites that are the same at every position.
 
-    order: their names. dims: names of the leading axes of their values. plates: of each site, (name, axis) pairs.
+    Attributes:
+        order: Names of the sites.
+        dims: Names of the leading axes of their values, by site.
+        plates: Plates of each site, as (name, axis) pairs.
     """
 
     order: tuple[str, ...]
@@ -109,21 +119,26 @@ class _Sites(NamedTuple):
 def _run(
     model: Callable, args: tuple, kwargs: dict, supports: Supports, position: PyTree
 ) -> tuple[dict, _Sites, tuple[tuple[str, str], ...]]:
-    """The model at a position, once, and all that is asked of it there; with `NumpyroModel.about` and its ``forms``.
+    """Run the model once at a position; return all that is asked of it there, its `_Sites` and the non-centred forms.
 
-    Of the dict's entries each program takes the one that it needs, without what only others need. values: of latent and
-    deterministic sites. terms: log probabilities by site, with NumPyro's scales, not summed. log_likelihood: of
-    observed sites, without scales. finite: whether all log probabilities of a site are. scales: of latent sites of
-    location-scale families. observed: the data.
+    Each program takes one entry of the dict, and tracing drops what only the other entries need:
+
+        logdensity: Log density at the position.
+        values: Values of latent and deterministic sites.
+        terms: Log probabilities by site, with NumPyro's scales, not summed.
+        log_likelihood: Log probabilities of observed sites, without scales.
+        finite: Whether all log probabilities of a site are finite.
+        scales: Scales of latent sites of location-scale families.
+        observed: The data.
     """
     from numpyro import handlers
     from numpyro.infer.util import _unconstrain_reparam, compute_log_probs
 
     discrete = {name: position[name] for name, _ in supports}
     continuous = {name: value for name, value in position.items() if name not in discrete}
-    # A fixed key: nothing that the density depends on is drawn.
+    # A fixed key suffices, since nothing that the density depends on is drawn.
     seeded = handlers.seed(handlers.substitute(model, data=discrete) if discrete else model, jax.random.key(0))
-    # As in NumPyro's `potential_energy`, which keeps neither the terms of its sum nor the sites.
+    # Same computation as NumPyro's `potential_energy`, which keeps neither the terms of its sum nor the sites.
     active: dict[str, list] = {}
 
     def start(site: dict) -> Any:
@@ -152,19 +167,19 @@ def _run(
 
 
 def _log_likelihood(site: dict, term: Array) -> Array:
-    """Log probabilities of an observed site without NumPyro's scale. term: with it."""
+    """Return the log probabilities of an observed site without NumPyro's scale; ``term`` includes it."""
     return jnp.asarray(term if site["scale"] is None else site["fn"].log_prob(site["value"]))
 
 
 def _about(sites: dict[str, dict], labelled: set[str]) -> _Sites:
-    """labelled: sites whose values a user sees, and no factors."""
+    """Collect `_Sites`; ``labelled`` are the sites whose values a user sees, without factors."""
     dims, plates = [], []
     for name, site in sites.items():
         if site["type"] not in ("sample", "deterministic"):
             continue
         frames = sorted(site["cond_indep_stack"], key=lambda frame: frame.dim)
         plates.append((name, tuple((frame.name, frame.dim) for frame in frames)))
-        # a deterministic site in a plate need not have the plate's axis
+        # A deterministic site in a plate need not have the plate's axis.
         if name in labelled and jnp.shape(site["value"])[: len(frames)] == tuple(frame.size for frame in frames):
             events = site.get("infer", {}).get("event_dims", [])
             dims.append((name, (*(frame.name for frame in frames), *events)))
@@ -172,24 +187,24 @@ def _about(sites: dict[str, dict], labelled: set[str]) -> _Sites:
 
 
 def array_arguments(model: Callable, args: tuple, kwargs: dict) -> dict[str, np.ndarray]:
-    """Copies of the arrays among a model's arguments, by the names of its parameters."""
+    """Return copies of the arrays among a model's arguments, by the names of its parameters."""
     try:
         arguments = inspect.signature(model).bind(*args, **kwargs).arguments
-    except (TypeError, ValueError):  # a callable that does not tell
+    except (TypeError, ValueError):  # a callable without a signature
         return {}
     return {name: np.array(value) for name, value in arguments.items() if _is_array(value)}
 
 
 def _is_observation(site: dict) -> bool:
-    """Data, and not a factor, whose value is empty."""
+    """Whether a site is data, and not a factor, whose value is empty."""
     return site["type"] == "sample" and site.get("is_observed", False) and jnp.size(site["value"]) > 0
 
 
 def _by_element(about: _Sites, terms: dict[str, Array], name: str, shape: tuple[int, ...]) -> Array:
-    """Sum of the log probabilities that belong to each element of a site: those of all sites within its plates.
+    """Sum the log probabilities that belong to each element of a site: the terms of all sites within its plates.
 
     Raises:
-        ValueError: the site has dimensions that are no plates.
+        ValueError: The site has dimensions that are not plates.
     """
     plates_of = {site: dict(frames) for site, frames in about.plates}
     plates = plates_of[name]
@@ -209,15 +224,20 @@ def _by_element(about: _Sites, terms: dict[str, Array], name: str, shape: tuple[
 
 @_alone
 def numpyro_target(model: Callable, model_args: tuple, model_kwargs: dict) -> Target:
-    """A `Target` over the unconstrained latent sites of a NumPyro model as it is now.
+    """Return a `Target` over the unconstrained latent sites of a NumPyro model as it is now.
 
-    The model runs on the user's own arguments, and numpy computes with them in their own precision; what enters JAX
-    enters it as in NumPyro. Arrays that it reads, arguments or not, become data leaves, so that a second call with the
-    same shapes does not compile again.
+    The model runs on the user's own arguments, so numpy computes with them in their own precision, and values enter JAX
+    as they do in NumPyro. Arrays that the model reads, arguments or not, become data leaves, so a second call with
+    arrays of the same shapes does not compile again.
+
+    Args:
+        model: A NumPyro model: a function with sample sites.
+        model_args: Positional arguments of the model.
+        model_kwargs: Keyword arguments of the model.
 
     Raises:
         TypeError: ``model`` is not callable.
-        ValueError: no latent sites, discrete ones that cannot be enumerated.
+        ValueError: The model has no latent sites, or discrete ones that cannot be enumerated.
     """
     if not callable(model):
         raise TypeError(f"model must be a NumPyro model (a function with sample sites), got {type(model).__name__}.")
@@ -243,7 +263,7 @@ def numpyro_target(model: Callable, model_args: tuple, model_kwargs: dict) -> Ta
 
 
 def _refusing_site(model: Callable, args: tuple, kwargs: dict) -> str:
-    """The site whose distribution NumPyro does not allow, as the beginning of a sentence; "" for other faults."""
+    """Name the site whose distribution NumPyro rejects, as the beginning of a sentence; "" for other faults."""
     from numpyro import handlers, validation_enabled
     from numpyro.infer.initialization import init_to_uniform
 
@@ -260,15 +280,16 @@ def _refusing_site(model: Callable, args: tuple, kwargs: dict) -> str:
 
 
 def _is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array of numbers or booleans."""
     return isinstance(leaf, (np.ndarray, jax.Array)) and getattr(leaf.dtype, "kind", None) in set("fiub")
 
 
 def _prototype_position(
     model: Callable, args: tuple, kwargs: dict
 ) -> tuple[dict[str, np.ndarray], Supports, list[str]]:
-    """Zeros in the shapes of the latent sites, the supports of discrete ones, and the names of sites to be fixed.
+    """Return zeros in the shapes of the latent sites, supports of discrete sites, and names of sites to be fixed.
 
-    The model runs on abstract values: on real ones every primitive of it would be compiled by itself.
+    The model runs on abstract values: with real ones every primitive of it would be compiled separately.
     """
     discrete: list[str] = []
     fixed: list[str] = []
@@ -279,9 +300,9 @@ def _prototype_position(
 
 
 def _fixed_values(model: Callable, args: tuple, kwargs: dict, names: list[str]) -> dict[str, Any]:
-    """Values of ``param`` and ``mutable`` sites, which are constants here as in NumPyro: where the model starts them.
+    """Return the values at which the model starts its ``param`` and ``mutable`` sites: constants here, as in NumPyro.
 
-    They may be pytrees with leaves that are no arrays: placeholders of the weights that a random module samples.
+    They may be pytrees with leaves that are not arrays: placeholders of the weights that a random module samples.
     """
     others: list[Any] = []
 
@@ -297,13 +318,14 @@ def _fixed_values(model: Callable, args: tuple, kwargs: dict, names: list[str]) 
 
 
 def _is_number(leaf: Any) -> bool:
+    """Whether a leaf can be returned from a compiled function."""
     return isinstance(leaf, (bool, int, float, complex, np.ndarray, np.generic, jax.Array))
 
 
 def _traced_position(
     model: Callable, args: tuple, kwargs: dict, rng_key: PRNGKey, discrete: list[str], fixed: list[str]
 ) -> dict[str, Any]:
-    """Values of the latent sites at a random point; the names of discrete and of fixed ones go to these lists."""
+    """Return the latent sites at a random point; append names of discrete and of fixed sites to the two lists."""
     from numpyro.distributions.transforms import biject_to
     from numpyro.infer.util import helpful_support_errors
 
@@ -329,7 +351,7 @@ def _traced_position(
 
 
 def _supports(model: Callable, args: tuple, kwargs: dict, names: list[str]) -> Supports:
-    """The values of each discrete site, which must be the same at two random points."""
+    """Return the values of each discrete site, which must be the same at two random points."""
     first, second = (_random_trace(model, args, kwargs, jax.random.key(seed)) for seed in range(2))
     supports = {name: _support(name, first[name]["fn"]) for name in names}
     moving = [name for name, values in supports.items() if _support(name, second[name]["fn"]) != values]
@@ -342,17 +364,18 @@ def _supports(model: Callable, args: tuple, kwargs: dict, names: list[str]) -> S
 
 
 def _random_trace(model: Callable, args: tuple, kwargs: dict, rng_key: PRNGKey) -> dict:
+    """Trace the model at a random point, without validating its distributions."""
     from numpyro import handlers, validation_enabled
     from numpyro.infer.initialization import init_to_uniform
 
-    with validation_enabled(False):  # values are judged by the density, and named, before anything is sampled
-        # as NumPyro starts its own samplers: an improper prior has no draws
+    with validation_enabled(False):  # invalid values show in the density, and the site is named before sampling starts
+        # Start as NumPyro starts its own samplers: an improper prior cannot be drawn from.
         started = handlers.substitute(handlers.seed(model, rng_key), substitute_fn=init_to_uniform)
         return handlers.trace(started).get_trace(*args, **kwargs)
 
 
 def _support(name: str, fn: Any) -> tuple[int, ...]:
-    """The values of each element of a discrete site."""
+    """Return the values that each element of a discrete site can take."""
     from numpyro.distributions import Independent, MaskedDistribution
 
     while isinstance(fn, (Independent, MaskedDistribution)):
@@ -373,13 +396,14 @@ def _support(name: str, fn: Any) -> tuple[int, ...]:
 
 
 def numpyro_starts(target: Target, rng_key: PRNGKey, num_starts: int) -> PyTree:
-    """Valid unconstrained starts as NumPyro draws them (`init_to_uniform`), leading axis ``num_starts``.
+    """Draw valid unconstrained starts as NumPyro does (`init_to_uniform`), leading axis ``num_starts``.
 
-    Uniform on (-2, 2), and on the values of a discrete site; drawn again up to 100 times where the density or its
-    gradient is not finite. NumPyro's own function compiles anew at every call, which took two thirds of a short one.
+    Starts are uniform on (-2, 2), and on the values of a discrete site; they are drawn again up to 100 times where the
+    density or its gradient is not finite. NumPyro's own function compiles at every call, which took two thirds of a
+    short run.
 
     Raises:
-        ValueError: no start with a finite density and gradient was found; says which site is to blame.
+        ValueError: No start with finite density and gradient was found; the message names the site that is not finite.
     """
     starts, usable = None, np.zeros(num_starts, bool)
     for tries in range(_MAX_TRIES):
@@ -403,7 +427,7 @@ _MAX_TRIES = 100
 
 @plain_jit(static_argnames="num_starts")
 def _draw_starts(target: Target, rng_key: PRNGKey, tries: Array, *, num_starts: int) -> PyTree:
-    """Leading axis num_starts. Neither the density nor jax.random is in here: each took longer to compile."""
+    """Draw starts, leading axis num_starts; without the density or jax.random, each of which took longer to compile."""
     supports, template, drawn = dict(target.model.supports), target.spec.template, 0
 
     def uniform(*shape: int) -> Array:
@@ -421,7 +445,7 @@ def _draw_starts(target: Target, rng_key: PRNGKey, tries: Array, *, num_starts: 
 
 
 def print_summary(samples: dict, prob: float) -> None:
-    """NumPyro's table of means, quantiles, n_eff and r_hat for samples with axes (chain, draw, ...)."""
+    """Print NumPyro's table of means, quantiles, n_eff and r_hat for samples with axes (chain, draw, ...)."""
     from numpyro.diagnostics import print_summary as numpyro_print_summary
 
     numpyro_print_summary(samples, prob=prob, group_by_chain=True)

@@ -1,4 +1,8 @@
-"""What the sites of a NumPyro model show: what pmcmc cannot sample, and the scales that sites depend on."""
+"""Inspect the sites of a NumPyro model: what pmcmc cannot sample, and scales that depend on other sites.
+
+`check_trace` refuses what NumPyro's MCMC refuses and names the site. `scales` and `non_centred_forms` find latent sites
+of location-scale families, for which `pmcmc.stability.diagnose` suggests non-centred forms.
+"""
 
 import warnings
 from typing import Any
@@ -9,17 +13,18 @@ from pmcmc._typing import Array
 
 
 def check_trace(trace: dict[str, dict[str, Any]]) -> None:
-    """Raise, or warn, where NumPyro's MCMC does; the site or plate is named.
+    """Raise or warn where NumPyro's MCMC does, naming the site or plate.
 
-    trace: sites by name, as ``handlers.trace`` records them, of a run under ``seed`` and ``init_to_uniform``.
+    Args:
+        trace: Sites by name, as ``handlers.trace`` records them in a run under ``seed`` and ``init_to_uniform``.
 
     Raises:
-        ValueError: a plate that draws a subsample, a latent site with a delta distribution or a support that has no
-            unconstrained coordinates, a discrete one marked for sequential enumeration, values of a shape that does
-            not fit the site's distribution.
+        ValueError: A plate draws a subsample; a latent site has a delta distribution or a support without unconstrained
+            coordinates; a discrete site is marked for sequential enumeration; values do not fit the shape of the site's
+            distribution.
 
     Warns:
-        UserWarning: a dimension without a plate at a site in plates, a latent site on the circle.
+        UserWarning: A site in plates has a dimension without a plate; a latent site is on the circle.
     """
     for name, site in trace.items():
         if site["type"] == "plate":
@@ -31,7 +36,7 @@ def check_trace(trace: dict[str, dict[str, Any]]) -> None:
 
 
 def _check_plate(name: str, site: dict[str, Any]) -> None:
-    """A plate whose indices were drawn has the key that drew them; those given by ``handlers.substitute`` have none."""
+    """Refuse a plate whose indices were drawn: it has a key, while indices from ``handlers.substitute`` have none."""
     size, subsample_size = site["args"][:2]
     if subsample_size in (None, size) or site["kwargs"].get("rng_key") is None:
         return
@@ -43,6 +48,7 @@ def _check_plate(name: str, site: dict[str, Any]) -> None:
 
 
 def _check_batch_shape(name: str, site: dict[str, Any]) -> None:
+    """Check the shape of a site's value; warn of a dimension without a plate."""
     fn, shape, plates = site["fn"], jnp.shape(site["value"]), {frame.dim for frame in site["cond_indep_stack"]}
     try:
         batch_shape = jnp.broadcast_shapes(tuple(fn.batch_shape), shape[: len(shape) - len(fn.event_shape)])
@@ -65,6 +71,7 @@ def _check_batch_shape(name: str, site: dict[str, Any]) -> None:
 
 
 def _check_latent(name: str, site: dict[str, Any]) -> None:
+    """Refuse a latent site that cannot be sampled."""
     from numpyro.distributions import Delta
     from numpyro.distributions.transforms import biject_to
     from numpyro.infer.util import helpful_support_errors
@@ -86,27 +93,28 @@ def _check_latent(name: str, site: dict[str, Any]) -> None:
         biject_to(site["fn"].support)
 
 
-# What `LocScaleReparam` appends to the name of a site for the one that it samples in its place.
+# Suffix of the auxiliary site that `LocScaleReparam` samples instead of a site.
 DECENTERED = "_decentered"
 
 
 def scales(sites: dict[str, dict]) -> dict[str, Array]:
-    """The scale of each latent site of a location-scale family. sites: sample sites of a trace."""
+    """Return the scale of each latent site of a location-scale family; ``sites`` are the sample sites of a trace."""
     return {name: jnp.asarray(fn.scale) for name, fn in _families(sites).items()}
 
 
 def non_centred_forms(sites: dict[str, dict], active: dict[str, list]) -> tuple[tuple[str, str], ...]:
-    """What to write for a non-centred form of each of these sites, as the end of a sentence.
+    """Return how to write a non-centred form of each latent site of a location-scale family, as the end of a sentence.
 
-    sites: all of a trace. active: by sample site, the configurations of the ``reparam`` handlers within which it was
-    sampled.
+    Args:
+        sites: All sites of a trace.
+        active: By sample site, the configurations of the ``reparam`` handlers within which it was sampled.
     """
     drawn = {name: site for name, site in sites.items() if site["type"] == "sample"}
     return tuple((name, _form(name, fn, sites, active.get(name, []))) for name, fn in _families(drawn).items())
 
 
 def active_reparams() -> list:
-    """Configurations of the ``reparam`` handlers that see the site at hand."""
+    """Return the configurations of the ``reparam`` handlers that see the current site."""
     from numpyro import handlers
     from numpyro.primitives import _PYRO_STACK
 
@@ -114,7 +122,7 @@ def active_reparams() -> list:
 
 
 def _families(sites: dict[str, dict]) -> dict[str, Any]:
-    """Distributions with a location and a scale, without what wraps them, of latent sites."""
+    """Return, by latent site, its distribution without wrappers if it has a location and a scale."""
     from numpyro.distributions import ExpandedDistribution, Independent, MaskedDistribution
 
     found = {}
@@ -130,6 +138,7 @@ def _families(sites: dict[str, dict]) -> dict[str, Any]:
 
 
 def _form(name: str, fn: Any, sites: dict[str, dict], configs: list) -> str:
+    """Write the end of a sentence that suggests a non-centred form of one site."""
     from numpyro.distributions import constraints
 
     others = [parameter for parameter in fn.arg_constraints if parameter not in ("loc", "scale")]
@@ -145,10 +154,10 @@ def _form(name: str, fn: Any, sites: dict[str, dict], configs: list) -> str:
 
 
 def _reparametrised(name: str, sites: dict[str, dict], configs: list) -> str:
-    """The site of the model that ``name`` stands for: itself, unless `LocScaleReparam` made it.
+    """Return the site of the model that ``name`` replaces: itself, unless `LocScaleReparam` made it.
 
-    Then the site it was made for is recorded as deterministic, and one of the handlers names it. A configuration that
-    is a function is taken to do so. Reparametrisations may be nested.
+    In that case the original site is recorded as deterministic, and one of the handlers names it. A configuration that
+    is a function is assumed to do so. Reparametrisations may be nested.
     """
     from numpyro.infer.reparam import LocScaleReparam
 

@@ -1,8 +1,10 @@
-"""Draws on disk as Zarr arrays in ArviZ's layout, which grow. Zarr is imported when a function here runs, not before.
+"""Store draws as growing Zarr arrays in ArviZ's layout. Zarr is imported only when a function of this module runs.
 
-Format 2, since consolidated metadata, which xarray looks for first, are part of that format and not of 3. They are one
-file, replaced as a whole: it alone says how long the arrays are, so a reader never sees one longer than another, nor
-what was written but not shown yet.
+The files use Zarr format 2, because consolidated metadata, which xarray looks for first, is part of format 2 and not of
+format 3. It is one file, replaced as a whole, and the only place that records how long the arrays are. So a reader
+never sees one array longer than another, nor draws that are written but not shown yet.
+
+`DrawArrays` writes; `open_lazily` and `read_arrays` read.
 """
 
 import math
@@ -17,15 +19,15 @@ from pmcmc._optional import require
 Groups = dict[str, dict[str, Any]]  # arrays by group and name
 
 
-# Of one chunk, all chains together: a file each, and the last one is written anew at each `DrawArrays.write`.
+# Size of one chunk, all chains together. A chunk is a file, and each `DrawArrays.write` writes the last one again.
 CHUNK_BYTES = 2**20
 
 
-_DIMS = "_ARRAY_DIMENSIONS"  # where xarray looks for their names in format 2
+_DIMS = "_ARRAY_DIMENSIONS"  # attribute in which xarray looks for names of axes in format 2
 
 
 def check_zarr(who: str = "Chain.stream") -> None:
-    """Raise where draws cannot be written, or read.
+    """Raise an error if Zarr is missing, before draws are written or read.
 
     Raises:
         ImportError: Zarr is not installed.
@@ -36,7 +38,9 @@ def check_zarr(who: str = "Chain.stream") -> None:
 class DrawArrays:
     """Arrays (chain, draw, ...) in the groups of a Zarr hierarchy.
 
-    path: a new folder, or one made by this class. dims: names of the leading axes of a draw, by array.
+    Args:
+        path: A new folder, or one made by this class.
+        dims: Names of the leading axes of a draw, by array.
     """
 
     def __init__(self, path: Path, dims: dict[str, list[str]]):
@@ -48,7 +52,7 @@ class DrawArrays:
         self._whole: dict[str, Any] = {}
 
     def describe(self, attrs: dict[str, Any], num_chains: int, constants: Groups) -> None:
-        """Attributes, numbers of the chains, and arrays without draws."""
+        """Write attributes, chain numbers, and arrays without draws."""
         self._root.attrs.update(attrs)
         for name in ("posterior", "sample_stats"):
             group = self._root.create_group(name, attributes=attrs)
@@ -61,20 +65,24 @@ class DrawArrays:
                 self._fixed(group, key, x, self._names(key, x.shape))
 
     def _fixed(self, group: Any, name: str, x: np.ndarray, dims: list[str]) -> None:
+        """Write an array that does not grow."""
         made = group.create_array(
             name, shape=x.shape, chunks=_some(x.shape), dtype=x.dtype, fill_value=None, attributes={_DIMS: dims}
         )
         made[...] = x
 
     def _names(self, name: str, shape: tuple[int, ...]) -> list[str]:
-        """Of axes: those known, and numbered ones."""
+        """Return names of axes: those known, then numbered ones."""
         known = list(self.dims.get(name, []))
         return known + [f"{name}_dim_{axis}" for axis in range(len(known), len(shape))]
 
     def write(self, first: int, groups: Groups, room: int) -> None:
-        """Put draws behind the first ``first`` ones. Nobody sees them before they are shown.
+        """Write draws after the first ``first`` ones. Readers do not see them before `show`.
 
-        room: draws that the arrays will have at last; for those that are not there yet.
+        Args:
+            first: Number of draws already written.
+            groups: Draws by group and name, leading axes (chain, draw).
+            room: Number of draws that the arrays will have in the end; used for arrays that do not exist yet.
         """
         for group, arrays in groups.items():
             for name, x in arrays.items():
@@ -82,7 +90,7 @@ class DrawArrays:
                 whole[:, first : first + x.shape[1]] = np.asarray(x)
 
     def _open(self, path: str, like: np.ndarray, room: int) -> Any:
-        """A handle that takes the array to be as long as it will be. What others read is its twin's length."""
+        """Return the array at its final length. Readers see the length of a second handle, which `show` resizes."""
         import zarr
 
         if path not in self._whole:
@@ -100,7 +108,7 @@ class DrawArrays:
                     shape=shape,
                     chunks=_some((like.shape[0], min(rows, room), *like.shape[2:])),
                     dtype=like.dtype,
-                    fill_value=None,  # xarray would take a value for missing
+                    fill_value=None,  # xarray would mask entries equal to a fill value as missing
                     attributes={_DIMS: dims},
                 )
             self._whole[path] = whole
@@ -109,7 +117,7 @@ class DrawArrays:
         return self._whole[path]
 
     def show(self, num_draws: int) -> None:
-        """Let readers see so many draws of all arrays, no more and no less."""
+        """Let readers see exactly ``num_draws`` draws of all arrays."""
         import zarr
 
         for x in self._shown.values():
@@ -119,27 +127,30 @@ class DrawArrays:
 
 
 def _some(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Replace zeros in a shape by ones: Zarr needs chunks of at least one element."""
     return tuple(max(1, n) for n in shape)
 
 
 def _grows(x: Any) -> bool:
+    """Whether an array has the axes (chain, draw)."""
     return x.attrs.get(_DIMS, [])[:2] == ["chain", "draw"]
 
 
 def open_lazily(path: Path) -> Any:
-    """ArviZ's container, whose arrays are read when they are used."""
+    """Return ArviZ's container; its arrays are read when they are used."""
     check_zarr("StoredChain.to_arviz")
     import arviz as az
     import xarray as xr
 
     tree = xr.open_datatree(str(path), engine="zarr", chunks=None)
-    # ArviZ 0.x has a class of its own; from 1.0 on the tree is what it works with, which 1.3 calls by that name, too
+    # ArviZ 0.x has its own class InferenceData. From 1.0 on it uses xarray's DataTree, which 1.3 also exports as
+    # InferenceData.
     container: Any = getattr(az, "InferenceData", xr.DataTree)
     return tree if container is xr.DataTree else container.from_datatree(tree)
 
 
 def read_arrays(path: Path, group: str, names: Sequence[str]) -> dict[str, Any]:
-    """Arrays as they are shown, read where they are indexed."""
+    """Return arrays at the length that is shown; each is read where it is indexed."""
     check_zarr("StoredChain.get_samples")
     import zarr
 

@@ -1,4 +1,10 @@
-"""Does the chain contract? Lyapunov exponents, coalescence of coupled paths, and what these prove."""
+"""Measure whether a chain contracts, and what that proves about solving it in parallel.
+
+`coalescence_time` couples pairs of chains by common noise and measures when they merge; `check_pilot` raises where such
+a run proves nothing, and `diagnose` names the sites that keep the pairs apart. `lyapunov_exponent` and
+`contraction_bound` measure how tangents grow along one path. `wasserstein_bound` bounds the distance from stationarity.
+This package only measures; plans and predictions based on its measurements are in `pmcmc.planning`.
+"""
 
 from pmcmc.stability.coalescence import Checkpoints, Coalescence, coalescence_time
 from pmcmc.stability.diagnosis import Diagnosis, SiteDistance, diagnose

@@ -1,4 +1,10 @@
-"""States of coupled pairs on the way, at steps spaced logarithmically."""
+"""Run pairs of chains under common noise and measure how they merge.
+
+`coalescence_time` steps all pairs of x[t] = fn(x[t-1], u[t]) with shared inputs u until they merge (common random
+numbers, as in the circular coupling of Neal, 1999). `Coalescence` holds the merge times, the distances and the growth
+rate of small distances; `Checkpoints` holds states of the pairs at logarithmically spaced steps. Pairs that merge from
+far apart show that `MultipleShooting` can start its blocks from guesses.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,11 +22,14 @@ from pmcmc.stability.distance import coordinate_distances, judged_movement
 
 
 class Checkpoints(NamedTuple):
-    """States of the pairs after some numbers of steps, spaced logarithmically; n of them.
+    """States of the pairs after some numbers of steps, spaced logarithmically; n checkpoints.
 
-    steps: (n,) 0 (the starts), ..., max_steps. reached: (n,) whether the run came so far; behind it real entries are
-        NaN, others zero.
-    first, second: states, leading axes (n, pairs).
+    Attributes:
+        steps: Numbers of steps 0 (the starts), ..., max_steps; shape (n,).
+        reached: Whether the run got to each checkpoint; shape (n,). In the states of the others real entries are NaN
+            and integers zero.
+        first: States of the first paths, leading axes (n, pairs).
+        second: States of the second paths, leading axes (n, pairs).
     """
 
     steps: ArrayLeaf
@@ -30,7 +39,7 @@ class Checkpoints(NamedTuple):
 
 
 def checkpoint_steps(max_steps: int, num_checkpoints: int) -> np.ndarray:
-    """0, 1, ..., max_steps in even ratios; fewer than asked for where they would repeat."""
+    """Return steps 0, 1, ..., max_steps with constant ratios; fewer if rounding makes some of them equal."""
     if num_checkpoints < 1:
         return np.zeros(0, int)
     spaced = np.geomspace(1, max_steps, num_checkpoints - 1) if num_checkpoints > 1 else np.zeros(0)
@@ -38,7 +47,7 @@ def checkpoint_steps(max_steps: int, num_checkpoints: int) -> np.ndarray:
 
 
 def empty_checkpoints(x: PyTree, grid: np.ndarray) -> PyTree:
-    """Room for the states x (2 pairs, ...) at each step of the grid; the first row holds x itself."""
+    """Allocate a buffer for the states x (2 pairs, ...) at each step of the grid; the first row holds x itself."""
     blank = lambda v: jnp.full((grid.size, *v.shape), jnp.nan if is_real(v) else 0, v.dtype)
     return jax.tree.map(lambda v: blank(v).at[0].set(v) if grid.size else blank(v), x)
 
@@ -48,32 +57,35 @@ def store_checkpoint(states: PyTree, x: PyTree, now: Array, grid: np.ndarray) ->
     if not grid.size:
         return states
     row = jnp.searchsorted(jnp.asarray(grid), now)
-    row = jnp.where(jnp.asarray(grid)[row] == now, row, grid.size)  # behind the last: dropped
+    row = jnp.where(jnp.asarray(grid)[row] == now, row, grid.size)  # past the last row: the write is dropped
     return jax.tree.map(lambda buffer, v: buffer.at[row].set(v, mode="drop"), states, x)
 
 
 class Coalescence(NamedTuple):
     """How coupled pairs of paths approach each other. Distances are in units of the scale.
 
-    A distance is the largest over the coordinates; it is inf where integers differ or an entry is not finite. A pair
-    has merged at the first step at which its distance is within ``tol``. Coordinates are the D entries of all leaves
-    of a state, joined.
+    The distance of a pair is the largest over the coordinates; it is inf where integers differ or an entry is not
+    finite. A pair has merged at the first step at which its distance is within ``tol``. Coordinates are the D entries
+    of all leaves of a state, concatenated.
 
-    steps: (pairs,) steps until each pair merged; max_steps + 1 where it did not.
-    dimension_steps: (pairs, D) steps until each coordinate was within the tolerance and stayed there until the pair
-        merged; max_steps + 1 where it did not. The largest of a pair is its `steps`.
-    distance, by_dimension: (pairs,), (pairs, D) last distances.
-    distances: (max_steps + 1, pairs) distance after each number of steps, from 0; NaN behind the last step run.
-    growth_rate: mean log growth per step of distances below sqrt(tol): the largest Lyapunov exponent, from finite
-        distances, so with every decision that flipped between the two paths. NaN where no small distance was seen.
-    growth_error: its standard error, from the differences between pairs; NaN with fewer than two.
-    movement: (max_steps, 2, pairs) mean over coordinates of |x[t] - x[t-1]| / scale (1 for an integer that changed);
-        NaN behind the last step run.
-    dimension_movement: (D,) the same by coordinate, a mean over steps and paths; NaN for an integer that never changed.
-    finite: (pairs,) whether all states were finite.
-    num_steps: steps run; fewer than max_steps once every pair has merged or is not finite.
-    tol: the merge tolerance.
-    checkpoints: see `Checkpoints`.
+    Attributes:
+        steps: Steps until each pair merged; shape (pairs,). max_steps + 1 if it did not.
+        dimension_steps: Steps until each coordinate was within the tolerance and stayed there until the pair merged;
+            shape (pairs, D). max_steps + 1 if it did not. The largest of a pair is its `steps`.
+        distance: Last distance of each pair; shape (pairs,).
+        by_dimension: Last distance of each coordinate; shape (pairs, D).
+        distances: Distance after 0, 1, ... steps; shape (max_steps + 1, pairs). NaN after the last step run.
+        growth_rate: Mean log growth per step of distances below sqrt(tol): the largest Lyapunov exponent measured from
+            finite distances, so decisions that differ between the two paths count. NaN if no small distance was seen.
+        growth_error: Standard error of ``growth_rate`` from the differences between pairs; NaN with fewer than two.
+        movement: Mean over coordinates of |x[t] - x[t-1]| / scale (1 for an integer that changed); shape
+            (max_steps, 2, pairs). NaN after the last step run.
+        dimension_movement: Movement by coordinate, averaged over steps and paths; shape (D,). NaN for an integer that
+            never changed.
+        finite: Whether all states of a pair were finite; shape (pairs,).
+        num_steps: Steps run; fewer than max_steps once every pair has merged or is not finite.
+        tol: The merge tolerance.
+        checkpoints: States of the pairs at some steps, see `Checkpoints`.
     """
 
     steps: ArrayLeaf
@@ -97,26 +109,39 @@ class Coalescence(NamedTuple):
 
     @property
     def merged(self) -> ArrayLeaf:
-        """(pairs,) which pairs merged."""
+        """Which pairs merged; shape (pairs,)."""
         return self.steps <= self.max_steps
 
     def quantiles(self, probabilities: Array) -> Array:
-        """Merge times that these shares of the pairs do not exceed, as observed; inf where so few merged."""
+        """Return observed merge times that the given shares of the pairs do not exceed; inf where fewer merged."""
         steps = jnp.sort(jnp.where(self.merged, self.steps, jnp.inf))
         rank = jnp.ceil(jnp.asarray(probabilities) * steps.size).astype(int) - 1
         return steps[jnp.clip(rank, 0, steps.size - 1)]
 
     def profile(self, scale: PyTree) -> Array:
-        """Distance by coordinate at the checkpoints, (n, pairs, D); NaN where not reached. scale: as was passed."""
+        """Return the distance by coordinate at the checkpoints.
+
+        Args:
+            scale: The scale that was passed to `coalescence_time`.
+
+        Returns:
+            Distances, shape (n, pairs, D); NaN at checkpoints that were not reached.
+        """
         points = self.checkpoints
         gaps = coordinate_distances(points.first, points.second, scale, num_axes=2)
         return jnp.where(points.reached[:, None, None], gaps, jnp.nan)
 
     def steps_within(self, distances: Array) -> Array:
-        """Steps of the first checkpoint from which on ``distances`` stay within tol; those of the pair where later.
+        """Return the step of the first checkpoint from which ``distances`` stay within tol.
 
-        For what only the checkpoints tell, such as `site_distances` of their states. distances: (n, pairs, ...).
-        Returns (pairs, ...); as for the pair, max_steps + 1 where it did not merge.
+        Use it for quantities that are known only at the checkpoints, such as `site_distances` of their states.
+
+        Args:
+            distances: Distances at the checkpoints, shape (n, pairs, ...).
+
+        Returns:
+            Steps, shape (pairs, ...). The merge time of the pair if that is earlier or no checkpoint qualifies; as
+            there, max_steps + 1 if the pair did not merge.
         """
         points, ones = self.checkpoints, [1] * (distances.ndim - 2)
         rows = jnp.arange(1, len(points.steps) + 1).reshape(-1, 1, *ones)
@@ -138,30 +163,39 @@ def coalescence_time(
     num_checkpoints: int = 16,
     has_aux: bool = False,
 ) -> Coalescence:
-    """Run pairs of paths under common inputs until every pair has merged, or the inputs end.
+    """Run pairs of paths under common inputs until every pair has merged or the inputs end.
 
-    The two paths of a pair follow ``x[t] = fn(x[t-1], inputs[t])`` with the same inputs. Where they merge from starts
-    spread wider than the states of interest, any guess of a block start will do for `MultipleShooting`, after as many
-    steps. Needs no derivative; integer leaves merge when they are equal. May stand inside jit.
+    The two paths of a pair follow ``x[t] = fn(x[t-1], inputs[t])`` with the same inputs. If they merge from starts that
+    are spread wider than the states of interest, `MultipleShooting` can start a block from any guess and recovers the
+    path after as many steps. No derivative is needed; integer leaves merge when they are equal. Can be called inside
+    jit.
 
-    fn: ``(x, u) -> x``, or ``(x, u) -> (x, aux)`` with has_aux=True; or a `Recurrence`, which carries caches.
-    first, second: states, leading axis pairs. inputs: leading axes (max_steps, pairs).
-    scale: the typical spread of each coordinate, structure of one state (leaves broadcast).
-    tol: largest distance that counts as merged. None: the merge tolerance of `MultipleShooting`, 32 eps in float32 and
-        512 eps in float64.
-    num_checkpoints: states to keep, see `Checkpoints`; memory of ``2 pairs num_checkpoints`` states.
+    The growth rate is measured as in `MultipleShooting`: over steps of unmerged pairs that start below sqrt(tol), so
+    that by optional stopping a pair that leaves this regime by merging does not bias the mean. A distance of exactly
+    zero counts as ``tol / 1024``.
 
-    The growth rate is measured as `MultipleShooting` does: over steps of unmerged pairs that start below sqrt(tol), so
-    that by optional stopping leaving this regime by merging does not bias the mean. A distance of exactly zero counts
-    as ``tol / 1024``.
-
-    For a coupling with lag L (Biswas, Jacob & Vanetti 2019) pass as `first` states L steps further along than
+    For a coupling with lag L (Biswas, Jacob & Vanetti, 2019) pass as `first` states L steps further along than
     `second`, from the same law of starts; see `wasserstein_bound`.
 
-    Raises:
-        ValueError: no steps; first, second and inputs that do not fit.
+    Args:
+        fn: ``(x, u) -> x``, or ``(x, u) -> (x, aux)`` with has_aux=True, or a `Recurrence`, which carries caches.
+        first: Starting states of the first paths, leading axis pairs.
+        second: Starting states of the second paths, leading axis pairs.
+        inputs: Common inputs, leading axes (max_steps, pairs).
+        scale: Typical spread of each coordinate; structure of one state (leaves broadcast).
+        tol: Largest distance that counts as merged. None takes the merge tolerance of `MultipleShooting`, 32 eps in
+            float32 and 512 eps in float64.
+        num_checkpoints: Number of checkpoints to keep, see `Checkpoints`; uses the memory of ``2 pairs
+            num_checkpoints`` states.
+        has_aux: Whether ``fn`` returns auxiliary output, which is dropped.
 
-    Sources: common random numbers as in circular coupling (Neal 1999); optional stopping: Wald's identity.
+    Returns:
+        Merge times, distances, movement and checkpoints of all pairs.
+
+    Raises:
+        ValueError: inputs has no steps; first, second and inputs do not fit each other.
+
+    Source: Neal (1999): circular coupling by common random numbers. Optional stopping: Wald's identity.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -175,10 +209,12 @@ def coalescence_time(
     max_steps, num_pairs = _check(first, second, inputs)
     dtype = real_dtype(first)
     tol = jnp.asarray(default_tolerance(dtype) if tol is None else tol, dtype)
+    # All paths are lanes of one program: the first paths of all pairs, then the second ones.
     both = lambda x: jnp.concatenate([x, x])
     start = jax.tree.map(lambda a, b: jnp.concatenate([a, jnp.asarray(b, a.dtype)]), first, second)
     step, unknown = jax.vmap(recurrence.step), jax.vmap(recurrence.unknown)
     carry = jax.vmap(recurrence.restore)(start)
+    # The loop needs a carry of the dtypes that a step returns.
     out, _ = jax.eval_shape(step, carry, jax.tree.map(both, tree_index(inputs, 0)))
     carry = jax.tree.map(lambda c, o: c.astype(o.dtype), carry, out)
     grid = checkpoint_steps(max_steps, num_checkpoints)
@@ -194,12 +230,12 @@ def coalescence_time(
 
 
 class _Run(NamedTuple):
-    """State of the loop after ``step`` steps; `Coalescence` says what the fields it shares mean."""
+    """State of the loop after ``step`` steps; fields shared with `Coalescence` have the same meaning."""
 
     step: Array
     carry: PyTree
     x: PyTree  # (2 pairs, ...)
-    pending: Array  # (pairs,) neither merged nor lost to a state that is not finite
+    pending: Array  # (pairs,) finite so far and not merged
     steps: Array
     last_above: Array  # (pairs, D) the last step at which a coordinate was not within the tolerance
     by_dimension: Array
@@ -213,7 +249,7 @@ class _Run(NamedTuple):
 
 
 def _check(first: PyTree, second: PyTree, inputs: PyTree) -> tuple[int, int]:
-    """max_steps and the number of pairs."""
+    """Check the shapes; return max_steps and the number of pairs."""
     shapes = [jax.tree.map(jnp.shape, tree) for tree in (first, second)]
     if not jax.tree.leaves(first) or shapes[0] != shapes[1]:
         raise ValueError(f"first and second must be states of the same shapes, got {shapes[0]} and {shapes[1]}.")
@@ -231,14 +267,17 @@ def _check(first: PyTree, second: PyTree, inputs: PyTree) -> tuple[int, int]:
 
 
 def _halves(x: PyTree, num_pairs: int) -> tuple[PyTree, PyTree]:
+    """Split states (2 pairs, ...) into those of the first and of the second paths."""
     return jax.tree.map(lambda v: v[:num_pairs], x), jax.tree.map(lambda v: v[num_pairs:], x)
 
 
 def _largest(by_dimension: Array) -> Array:
+    """Reduce distances (pairs, D) to the largest coordinate's; shape (pairs,)."""
     return jnp.max(by_dimension, axis=1)  # never NaN: entries that are not finite are at distance inf
 
 
 def _begin(carry: PyTree, x: PyTree, max_steps: int, num_pairs: int, scale: PyTree, grid: np.ndarray) -> _Run:
+    """Return the state of the loop before the first step."""
     dtype = real_dtype(x)
     by_dimension = coordinate_distances(*_halves(x, num_pairs), scale).astype(dtype)
     finite = finite_rows(x)
@@ -271,6 +310,7 @@ def _observe(run: _Run, carry: PyTree, x: PyTree, num_pairs: int, scale: PyTree,
     finite = finite_rows(x)
     finite = run.finite & finite[:num_pairs] & finite[num_pairs:]
     merged = run.pending & finite & (distance <= tol)
+    # Only steps of unmerged pairs that start in the regime of small distances count: see optional stopping above.
     small = run.pending & finite & (before < jnp.sqrt(tol)) & (before > 0)
     floor = tol * 2.0**-10
     growth = jnp.log(jnp.maximum(jnp.minimum(distance, 1.0), floor) / jnp.maximum(before, floor))
@@ -293,12 +333,14 @@ def _observe(run: _Run, carry: PyTree, x: PyTree, num_pairs: int, scale: PyTree,
 
 
 def _conclude(run: _Run, num_pairs: int, tol: Array, grid: np.ndarray) -> Coalescence:
+    """Summarise the finished loop: growth rate with its error over pairs, and times by coordinate."""
     max_steps = run.movement.shape[0]
     count = jnp.sum(run.growth_count)
     rate = jnp.where(count > 0, jnp.sum(run.growth) / jnp.maximum(count, 1), jnp.nan)
-    spread = jnp.sum((run.growth - rate * run.growth_count) ** 2)  # of a ratio, over pairs
+    spread = jnp.sum((run.growth - rate * run.growth_count) ** 2)  # variance of a ratio estimate, over pairs
     seen = jnp.sum(run.growth_count > 0)
     error = jnp.sqrt(spread * seen / jnp.maximum(seen - 1, 1)) / jnp.maximum(count, 1)
+    # A coordinate has merged after the last step at which it was above the tolerance.
     stayed = jnp.where(run.finite[:, None], run.last_above + 1, max_steps + 1)
     first = jax.tree.map(lambda s: s[:, :num_pairs], run.states)
     second = jax.tree.map(lambda s: s[:, num_pairs:], run.states)

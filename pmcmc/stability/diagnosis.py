@@ -1,4 +1,10 @@
-"""Why do coupled chains not merge, and what usually helps? Each suggestion rests on a measurement."""
+"""Explain why coupled chains do not merge, and suggest what usually helps.
+
+`diagnose` looks at the unmerged pairs of a pilot towards its end, names the sites at which they are apart, and adds a
+suggestion for each cause that a measurement supports: scales that depend on other sites, discrete sites, separate
+regions, trajectories that are too short or resonate, steps that are too large, a missing basis. `Diagnosis` is its
+result.
+"""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,51 +20,55 @@ from pmcmc.stability.coalescence import Coalescence
 from pmcmc.stability.distance import site_distances
 from pmcmc.target import Target
 
-# Posterior standard deviations from which on a pair is apart at a site, and the log factor from which on two scales
-# differ. Closer paths differ by their tangent (`LINEAR_REGIME` of `_predict`): the gap is what a site takes over from
-# others that are apart, and goes when theirs does.
+# A pair is apart at a site from this many posterior standard deviations on, and two scales differ from this log factor
+# on. Closer paths are within the linear regime (`LINEAR_REGIME` of `pmcmc.planning.predict`): a site then only follows
+# others that are apart, and its gap closes when theirs do.
 APART = 0.1
 
 
-# A pair may come close for a moment, and be far apart just before it meets: the median of so many checkpoints counts.
+# A pair may come close for a moment, or be far apart just before it merges, so the median over this many last
+# checkpoints counts.
 LAST_CHECKPOINTS = 4
 
 
-# A distance that never falls below this share of its largest value at these checkpoints does not come down. It is what
-# half of the pairs that are apart must show before a site is said to do so.
+# A distance is steady if at these checkpoints it never falls below the share STEADY of its largest value. A site is
+# reported if at least the share MOST of the pairs that are apart there are steady.
 STEADY, MOST = 0.5, 0.5
 
 
-# Paths are in regions of their own where they are so many times as far apart as either spreads over: normals this far
-# from each other have a valley of density between them, with less than a seventh of that at their peaks.
+# Paths are in separate regions if they are this many times as far apart as the wider of them spreads. Midway between
+# two normals this far apart, the density of each is below a seventh of its peak: exp(-2) = 0.135.
 SEPARATE = 4.0
 
 
-# Acceptance rates below this share of what warm-up aims at, and shares of divergent steps above which, are those of a
-# step size that is too large.
+# A step size is too large if the acceptance rate is below the share LOW_ACCEPTANCE of what warm-up aims at, or the
+# share of divergent steps is above MANY_DIVERGENCES.
 LOW_ACCEPTANCE, MANY_DIVERGENCES = 0.75, 0.001
 
 
-# Movement a step, in posterior scales, below which a chain crawls: a random walk of such steps takes 400 for one sd.
+# Movement per step, in posterior scales, below which a chain crawls: a random walk of such steps takes 400 for one sd.
 CRAWL = 0.05
 
 
-# Spreads of coordinates that differ by this factor: steps that suit the narrowest are that much too short for the
-# widest.
+# Spreads of coordinates are uneven if they differ by more than this factor: steps that suit the narrowest coordinate
+# are too short for the widest by the same factor.
 UNEVEN = 3.0
 
 
-# Sites that are named at most.
+# Number of sites that are named at most.
 MOST_NAMES = 8
 
 
 class SiteDistance(NamedTuple):
-    """How far apart the unmerged pairs of a pilot are at a site.
+    """Distance between the unmerged pairs of a pilot at one site.
 
-    num_apart: pairs that are measurably apart there, which is 0.1 posterior standard deviations or more at the largest
-        entry of the site; of a discrete site those that differ. num_pairs: all that had not merged.
-    distance: median over the pairs that are apart, in posterior standard deviations; of a discrete site the share of
-        its elements that differ.
+    Attributes:
+        distance: Median over the pairs that are apart, in posterior standard deviations; for a discrete site the share
+            of its elements that differ.
+        num_apart: Pairs that are measurably apart at the site: 0.1 posterior standard deviations or more at its largest
+            entry; for a discrete site pairs whose values differ.
+        num_pairs: All pairs that had not merged.
+        is_discrete: Whether the site is discrete.
     """
 
     distance: float
@@ -74,11 +84,13 @@ class SiteDistance(NamedTuple):
 class Diagnosis(NamedTuple):
     """What keeps coupled chains apart.
 
-    sites: those at which some pair is measurably apart towards the end of the pilot (median of the last checkpoints),
-        the ones that most pairs are apart at first. Empty where pairs that did not meet are close everywhere.
-    suggestions: sentences, each with what it rests on; none where nothing was measured that one could rest on.
+    Standard deviations are those that warm-up found, or without a warm-up those of the pilot's states.
 
-    Standard deviations are those that warm-up found, or without it those of the pilot's states.
+    Attributes:
+        sites: Sites at which some pair is measurably apart towards the end of the pilot (median of the last
+            checkpoints), sorted by the number of pairs that are apart. Empty if pairs that did not merge are close at
+            every site.
+        suggestions: Sentences, each with the measurement that supports it; empty if no measurement supports any.
     """
 
     sites: dict[str, SiteDistance]
@@ -95,9 +107,13 @@ class Diagnosis(NamedTuple):
 class _Gaps(NamedTuple):
     """Unmerged pairs towards the end of a pilot.
 
-    ends: positions of both paths, (pairs, ...). apart, steady, separate: by site, (pairs,) whether a pair is apart
-    there, at a distance that does not come down, and in regions of their own besides. sites: see `Diagnosis`.
-    spreads: (D,) of single paths; NaN where not known.
+    Attributes:
+        ends: Positions of both paths; leaves (pairs, ...).
+        apart: By site, whether each pair is apart; shape (pairs,).
+        steady: By site, whether each pair is apart at a distance that does not shrink; shape (pairs,).
+        separate: By site, whether a steady pair is also in separate regions; shape (pairs,).
+        sites: See `Diagnosis`.
+        spreads: Standard deviations of single paths by coordinate; shape (D,). NaN where not known.
     """
 
     ends: list[PyTree]
@@ -109,9 +125,14 @@ class _Gaps(NamedTuple):
 
 
 class _Pace(NamedTuple):
-    """movement: of real coordinates, in scales a step. seen: whether there were small distances. shrinking: share by
-    which they shrink a step, NaN where they were not seen to. meeting: steps that this takes from one scale to the
-    tolerance."""
+    """How fast the chains of a pilot move and contract.
+
+    Attributes:
+        movement: Mean movement of real coordinates per step, in scales.
+        seen: Whether small distances were seen.
+        shrinking: Share by which small distances shrink per step; NaN if they were not seen to shrink.
+        meeting: Steps that this takes from one scale to the tolerance.
+    """
 
     movement: float
     seen: bool
@@ -120,12 +141,19 @@ class _Pace(NamedTuple):
 
 
 def diagnose(target: Target, kernel: Kernel, pilot: Coalescence, info: Info) -> Diagnosis:
-    """Sites that keep the pairs of a pilot apart, and what may help.
+    """Find the sites that keep the pairs of a pilot apart, and what may help.
 
-    pilot: with pairs that did not merge; states are unknowns of the kernel. info: of the chains' own steps.
+    Args:
+        target: The target of the chains.
+        kernel: The tuned kernel.
+        pilot: Result of `coalescence_time` with pairs that did not merge; its states are unknowns of the kernel.
+        info: Info of the chains' own steps.
+
+    Returns:
+        The sites and the suggestions.
 
     Raises:
-        ValueError: every pair merged, or those that did not reached states that are not finite.
+        ValueError: Every pair merged, or those that did not reached states that are not finite.
     """
     open_pairs = np.asarray(pilot.finite) & ~np.asarray(pilot.merged)
     if not open_pairs.any():
@@ -138,23 +166,27 @@ def diagnose(target: Target, kernel: Kernel, pilot: Coalescence, info: Info) -> 
 
 
 def _names(names: list[str]) -> str:
+    """List the first `MOST_NAMES` names, and count the others."""
     more = len(names) - MOST_NAMES
     return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _gaps(target: Target, kernel: Kernel, pilot: Coalescence, open_pairs: np.ndarray) -> _Gaps:
+    """Measure the unmerged pairs at the checkpoints, by site."""
     points = pilot.checkpoints
     last = int(np.sum(np.asarray(points.reached)))
-    rows = np.arange(min(1, last - 1), last)  # behind the starts
+    rows = np.arange(min(1, last - 1), last)  # the starts only if nothing else was reached
+    # Unmerged pairs at the checkpoints: as coordinates (paths) and, at the last one, as positions (ends).
     take = lambda tree, some: jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[some][:, open_pairs]), tree)
     position = jax.jit(jax.vmap(lambda unknown: kernel.position(target, unknown)))
     flat: Any = kernel.coordinates
-    if target.basis is None:  # blocks have bases of their own
+    if target.basis is None:  # coordinates of the kernel may then be in the bases of its site groups
         flat = lambda unknown: target.spec.ravel(kernel.position(target, unknown))
     flat, sides = jax.jit(jax.vmap(jax.vmap(flat))), (points.first, points.second)
     ends = [position(jax.tree.map(lambda x: x[0], take(side, rows[-1:]))) for side in sides]
     paths = [np.asarray(flat(take(side, rows))) for side in sides]
     distances = _distances(target, paths)
+    # Judge each site by its distances at the last checkpoints.
     real = dict(zip(distances, map(is_real, jax.tree.leaves(target.spec.template)), strict=True))
     apart, steady, separate, sites = {}, {}, {}, {}
     for name, (distance, spread) in distances.items():
@@ -172,9 +204,13 @@ def _gaps(target: Target, kernel: Kernel, pilot: Coalescence, open_pairs: np.nda
 
 
 def _distances(target: Target, paths: list[np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By site: distances of the pairs, (rows, pairs, entries), and what the wider path of each spreads over.
+    """Return by site the distances of the pairs and the spread of the wider path of each pair.
 
-    paths: coordinates, (rows, pairs, D). Without a basis in standard deviations of all of them.
+    Distances have shape (rows, pairs, entries), spreads (pairs, entries). Without a basis both are in standard
+    deviations over all paths and checkpoints.
+
+    Args:
+        paths: Coordinates of the first and of the second paths, (rows, pairs, D) each.
     """
     scale = None
     if target.basis is None:
@@ -186,6 +222,7 @@ def _distances(target: Target, paths: list[np.ndarray]) -> dict[str, tuple[np.nd
         sites = site_distances(target, jnp.asarray(first), jnp.asarray(second), scale=scale)
         return {name: np.reshape(np.asarray(x), (*first.shape[:2], -1)) for name, x in sites.items()}
 
+    # The spread of a path is that over its later half, about its own mean.
     late = [path[len(path) // 2 :] for path in paths]
     own = [between(path, np.broadcast_to(path.mean(axis=0), path.shape)) for path in late]
     width = lambda x: np.sqrt(np.mean(x**2, axis=0))
@@ -194,7 +231,13 @@ def _distances(target: Target, paths: list[np.ndarray]) -> dict[str, tuple[np.nd
 
 
 def _spreads(paths: list[np.ndarray]) -> np.ndarray:
-    """Of single paths over their later half of checkpoints, (rows, pairs, D): modes apart do not widen it."""
+    """Return the standard deviation of single paths over the later half of their checkpoints; shape (D,).
+
+    Each path is centred on its own mean, so paths in different modes do not widen it.
+
+    Args:
+        paths: Coordinates of the first and of the second paths, (rows, pairs, D) each.
+    """
     halves = np.concatenate([path[len(path) // 2 :] for path in paths], axis=1)
     if len(halves) < LAST_CHECKPOINTS:
         return np.full(halves.shape[2], np.nan)
@@ -202,15 +245,16 @@ def _spreads(paths: list[np.ndarray]) -> np.ndarray:
 
 
 def _pace(pilot: Coalescence) -> _Pace:
+    """Measure how fast the chains move and how fast small distances shrink."""
     finite = np.asarray(pilot.finite)
     if finite.all():
         leaves = jax.tree.leaves(pilot.checkpoints.first)
         real = np.concatenate([np.full(int(np.prod(x.shape[2:])), is_real(x)) for x in leaves])
         moves = np.asarray(pilot.dimension_movement)[real]
-    else:  # by coordinate it is not known without the pairs that are lost
+    else:  # movement by coordinate includes the pairs that are not finite, so use that by pair
         moves = np.asarray(pilot.movement)[: int(pilot.num_steps)][:, :, finite]
     rate, error = float(pilot.growth_rate), float(pilot.growth_error)
-    # of one pair there is no error; if it merged, it shrank
+    # One pair alone has no standard error; if it merged, its distance shrank.
     shrinks = rate < 0 and (rate + 2 * error < 0 or (np.isnan(error) and np.any(pilot.merged)))
     return _Pace(
         float(moves.mean()) if moves.size else np.nan,
@@ -221,13 +265,16 @@ def _pace(pilot: Coalescence) -> _Pace:
 
 
 def _about_scales(target: Target, gaps: _Gaps) -> tuple[set[str], list[str]]:
-    """Sites that are apart and whose scales are; with them those that such a scale depends on, which it explains."""
+    """Suggest other forms for sites whose scales differ between the paths.
+
+    Returns the sites that such a scale depends on, which it explains, and the suggestions.
+    """
     model, explained, found = target.model, set(), []
     scales = jax.jit(jax.vmap(partial(model.site_scales, target.data)))
     first, second = (scales(end) for end in gaps.ends)
 
     def factor(name: str, other: dict) -> float:
-        """Log of that between the scales of a site, its largest entry; median over the pairs that are apart there."""
+        """Log factor between the scales of a site at its largest entry; median over the pairs that are apart there."""
         with np.errstate(divide="ignore", invalid="ignore"):
             logs = np.abs(np.log(np.asarray(first[name])) - np.log(np.asarray(other[name])))
         return float(np.median(logs.reshape(len(logs), -1).max(axis=1)[gaps.apart[name]]))
@@ -246,6 +293,7 @@ def _about_scales(target: Target, gaps: _Gaps) -> tuple[set[str], list[str]]:
 
 
 def _about_discrete(gaps: _Gaps) -> list[str]:
+    """Suggest marginalisation where paths keep different values of discrete sites."""
     names = [repr(name) for name, site in gaps.sites.items() if site.is_discrete]
     if not names:
         return []
@@ -253,12 +301,12 @@ def _about_discrete(gaps: _Gaps) -> list[str]:
 
 
 def _about_regions(gaps: _Gaps, pace: _Pace, num_steps: int, explained: set[str]) -> list[str]:
-    """Paths that keep to regions of their own though single regions contract, or that had no time to meet."""
+    """Report pairs that contract too slowly for this pilot, or contracting paths that stay in separate regions."""
     if not pace.movement > CRAWL or (pace.seen and not pace.shrinking > 0):
         return []
     if pace.meeting > num_steps:
         return [
-            f"Small distances shrink by {pace.shrinking:.2%} a step only: pairs meet after some {pace.meeting:,.0f} "
+            f"Small distances shrink by {pace.shrinking:.2%} a step only: pairs merge after about {pace.meeting:,.0f} "
             f"steps, and the pilot had {num_steps:,}. Try longer trajectories, or another kernel."
         ]
     names = [repr(name) for name in _most(gaps, gaps.separate) if name not in explained]
@@ -266,21 +314,21 @@ def _about_regions(gaps: _Gaps, pace: _Pace, num_steps: int, explained: set[str]
         return []
     shrink = f"Small distances shrink by {pace.shrinking:.0%} a step, but paths" if pace.seen else "Paths move, but"
     return [
-        f"{shrink} keep to regions of their own at {_names(names)}, at most 1/{SEPARATE:.0f} as wide as they are "
-        "apart: they may sit in separate modes, which another parametrisation does not join. Run more chains to see "
+        f"{shrink} keep to separate regions at {_names(names)}, at most 1/{SEPARATE:.0f} as wide as they are apart: "
+        "they may be in separate modes, which another parametrisation does not connect. Run more chains to see "
         "them; an ordering constraint removes modes that differ by labels alone, and marginalising or more informative "
         "priors remove others."
     ]
 
 
 def _most(gaps: _Gaps, which: dict[str, np.ndarray]) -> list[str]:
-    """Sites where that holds of most pairs that are apart."""
+    """Return the real sites where ``which`` is true for at least the share `MOST` of the pairs that are apart."""
     counts = lambda name: which[name].sum() >= MOST * gaps.sites[name].num_apart
     return [name for name, site in gaps.sites.items() if not site.is_discrete and counts(name)]
 
 
 def _about_length(kernel: Kernel, gaps: _Gaps, pace: _Pace) -> list[str]:
-    """Trajectories that are too short, or of the one length that keeps pairs apart."""
+    """Report trajectories that are too short, or of a single length that keeps pairs apart."""
     if pace.movement <= CRAWL:
         has_length = "num_integration_steps" in kernel.tunables
         longer = "longer trajectories, or another kernel" if has_length else "another kernel"
@@ -296,11 +344,12 @@ def _about_length(kernel: Kernel, gaps: _Gaps, pace: _Pace) -> list[str]:
 
 
 def _about_steps(target: Target, kernel: Kernel, info: Info) -> list[str]:
-    if not np.size(info.is_divergent) or "step_size" not in kernel.tunables:  # Gibbs and Compose have none of their own
+    """Report a step size that is too large, by acceptance rate and divergences."""
+    if not np.size(info.is_divergent) or "step_size" not in kernel.tunables:  # Gibbs, Compose
         return []
     goal, rate = kernel.target_acceptance_rate(target.dim), float(np.mean(info.acceptance_rate))
     divergent = float(np.mean(info.is_divergent)) if kernel.divergences_matter else 0.0
-    if not (rate < LOW_ACCEPTANCE * goal or divergent > MANY_DIVERGENCES):  # a kernel that reports no rate has NaN
+    if not (rate < LOW_ACCEPTANCE * goal or divergent > MANY_DIVERGENCES):  # rate is NaN if a kernel reports none
         return []
     seen = f"acceptance rate {rate:.2f}, {divergent:.1%} of steps divergent"
     return [
@@ -310,6 +359,7 @@ def _about_steps(target: Target, kernel: Kernel, info: Info) -> list[str]:
 
 
 def _about_basis(target: Target, kernel: Kernel, gaps: _Gaps) -> list[str]:
+    """Suggest warm-up where a kernel that takes a basis has none and the spreads of coordinates are uneven."""
     by_sites = isinstance(kernel, SiteKernel)
     if target.basis is not None or by_sites or not kernel.takes_basis or kernel.metric is not None:
         return []

@@ -1,4 +1,4 @@
-"""Distances coordinate by coordinate, and of the sites of a model."""
+"""Distances between states: by coordinate (`coordinate_distances`) and by site of the model (`site_distances`)."""
 
 import math
 
@@ -14,11 +14,20 @@ from pmcmc.target import Target
 def coordinate_distances(
     first: PyTree, second: PyTree, scale: PyTree, *, num_axes: int = 1, discrete: float = jnp.inf
 ) -> Array:
-    """``|first - second| / scale`` of every coordinate, ``(..., D)``: all leaves behind the leading axes, joined.
+    """Return ``|first - second| / scale`` for every coordinate.
 
-    first, second: states with ``num_axes`` leading axes. scale: structure of one state, leaves broadcast against its.
-    discrete: the distance of integers that differ. Equal entries are at distance 0 whatever the scale; entries that
-    are not finite are at distance inf.
+    The entries of all leaves after the leading axes are concatenated in the order of the leaves.
+
+    Args:
+        first: States with ``num_axes`` leading axes.
+        second: States to compare with; same structure and shapes as ``first``.
+        scale: Unit of each coordinate; structure of one state, leaves broadcast against it.
+        num_axes: Number of leading axes.
+        discrete: Distance between integers that differ.
+
+    Returns:
+        Distances, shape (..., D). Equal entries are at distance 0 whatever the scale; entries that are not finite are
+        at distance inf.
 
     Example:
         >>> import jax.numpy as jnp
@@ -40,9 +49,12 @@ def coordinate_distances(
 
 
 def judged_movement(movement: ArrayLeaf, states: PyTree, num_axes: int) -> ArrayLeaf:
-    """Movement by coordinate, (D,), NaN for integers that never changed: a discrete variable may well keep its value.
+    """Replace the movement of integers that never changed by NaN: a discrete variable may well keep its value.
 
-    states: with ``num_axes`` leading axes.
+    Args:
+        movement: Movement by coordinate, shape (D,).
+        states: States with ``num_axes`` leading axes; only their shapes and dtypes are used.
+        num_axes: Number of leading axes.
     """
     leaves = jax.tree.leaves(states)
     real = np.concatenate([np.full(math.prod(x.shape[num_axes:]), is_real(x)) for x in leaves])
@@ -51,17 +63,23 @@ def judged_movement(movement: ArrayLeaf, states: PyTree, num_axes: int) -> Array
 
 
 def site_distances(target: Target, first: Array, second: Array, *, scale: PyTree = None) -> dict[str, Array]:
-    """``|x - x'| / scale`` of every site of the model, in unconstrained positions.
+    """Return ``|x - x'| / scale`` for every site of the model, in unconstrained positions.
 
-    A basis mixes the sites, so the distance of a coordinate says nothing of the site it is named after. Positions are
-    ``loc + L y``, hence ``x - x' = L (y - y')``, which loses nothing where loc is large.
+    A basis mixes the sites, so the distance of a coordinate does not belong to the site it is named after. Positions
+    are ``loc + L y``, hence ``x - x' = L (y - y')``; computed this way the difference keeps its precision where loc is
+    large.
 
-    first, second: coordinates, (..., D), as a kernel's states hold them.
-    scale: standard deviation of each site, a pytree like the position (leaves broadcast). By default that of the basis,
-        ``sqrt(diag(L L^T))``, and 1 where the target has none.
+    Args:
+        target: The target, whose basis and site names are used.
+        first: Coordinates as a kernel's states hold them, shape (..., D).
+        second: Coordinates to compare with, shape (..., D).
+        scale: Standard deviation of each site, a pytree like the position (leaves broadcast). By default that of the
+            basis, ``sqrt(diag(L L^T))``, or 1 where the target has no basis.
 
-    Returns {site: (..., shape of the site)}. A position that is no dict has sites named by their path in the pytree,
-    or "position" where it is one array.
+    Returns:
+        {site: distances of shape (..., shape of the site)}. If the position is not a dict, sites are named by their
+            path in
+        the pytree, or "position" if it is a single array.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -70,6 +88,7 @@ def site_distances(target: Target, first: Array, second: Array, *, scale: PyTree
         >>> {name: float(distance) for name, distance in sites.items()}
         {'a': 1.0, 'b': 2.0}
     """
+    # Undo the basis: from coordinates to unconstrained positions.
     gap = first - second
     basis = target.basis
     if basis is not None:

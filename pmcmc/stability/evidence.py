@@ -1,4 +1,9 @@
-"""What coupled pairs of chains prove: how far apart they were, when they merged, and whether that counts."""
+"""Decide whether a run of coupled pairs is evidence that a chain contracts.
+
+`check_pilot` raises `PilotError` where the distances of a pilot prove nothing, for instance because chains stand still.
+`coalescence_of_paths` computes the `Coalescence` of pairs whose paths are already known, in numpy and without
+compiling.
+"""
 
 from typing import Any, NamedTuple
 
@@ -12,25 +17,28 @@ from pmcmc.stability.distance import judged_movement
 
 
 class PilotError(RuntimeError):
-    """A pilot of coupled chains that proves nothing: chains hardly moved, or a state is NaN or infinite.
+    """A pilot of coupled chains proves nothing: chains hardly moved, or a state is NaN or infinite.
 
-    Not a pilot whose chains move and do not merge: that is a finding, and the remedy is to sample sequentially.
-    Raised by `check_pilot` alone: ``solver="auto"`` samples in order after such a pilot, and its report says why.
+    A pilot whose chains move and do not merge raises no such error: it is evidence for sampling sequentially. Only
+    `check_pilot` raises this error. With ``solver="auto"`` chains are sampled sequentially after such a pilot, and the
+    report says why.
     """
 
 
 def check_pilot(pilot: Coalescence) -> None:
     """Raise unless the chains of a pilot moved and stayed finite.
 
-    Distances of zero between chains that stand still are no contraction. A kernel that always accepts can contract to
-    a point and stand still there: movement over the last quarter of the run must exceed the regime of small distances,
-    ``sqrt(tol)`` in units of the scale. A valid kernel that moves less than that a step is sampled all the same; its
-    pilot just cannot tell.
+    Distances of zero between chains that stand still are no contraction. A kernel that always accepts can contract to a
+    point and then stop moving: movement over the last quarter of the run must exceed the regime of small distances,
+    ``sqrt(tol)`` in units of the scale. A valid kernel that moves less than that per step can still be sampled; the
+    pilot cannot tell it from a faulty one.
 
-    pilot: from `coalescence_time`, outside jit.
+    Args:
+        pilot: Result of `coalescence_time`, outside jit.
 
     Raises:
-        PilotError: with what was seen and a remedy.
+        PilotError: A state was not finite, chains or a coordinate did not move, chains moved too little, or pairs
+            started from equal states. The message has what was seen and a remedy.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -45,7 +53,7 @@ def check_pilot(pilot: Coalescence) -> None:
 
 
 def pilot_fault(pilot: Coalescence) -> str:
-    """Why a pilot proves nothing, what was seen and a remedy; "" where it is evidence. See `check_pilot`."""
+    """Return why a pilot proves nothing, with what was seen and a remedy; "" if it is evidence. See `check_pilot`."""
     num_steps = int(pilot.num_steps)
     finite = np.asarray(pilot.finite)
     if not finite.all():
@@ -56,10 +64,10 @@ def pilot_fault(pilot: Coalescence) -> str:
     movement = np.asarray(pilot.movement)[:num_steps]
     if not (movement > 0).any():
         return (
-            f"no chain moved in the {num_steps} steps of the pilot, so nothing is known of how chains merge. Lower the "
-            "step size or run a longer warm-up; if every proposal diverges, check the model."
+            f"no chain moved in the {num_steps} steps of the pilot, so it does not show whether chains merge. Lower "
+            "the step size or run a longer warm-up; if every proposal diverges, check the model."
         )
-    still = np.asarray(pilot.dimension_movement) == 0  # NaN: a discrete one, which may well keep its value
+    still = np.asarray(pilot.dimension_movement) == 0  # NaN marks a discrete coordinate, which may keep its value
     if still.any():
         return (
             f"coordinate(s) {', '.join(map(str, np.flatnonzero(still)[:8]))} of the state never moved in the "
@@ -71,13 +79,13 @@ def pilot_fault(pilot: Coalescence) -> str:
         return (
             f"chains move {late:.1e} posterior sd a step at the end of the pilot ({early:.1e} at its beginning), too "
             "little to tell a kernel that moves slowly from one that comes to rest at a point. Take larger steps or "
-            "longer trajectories; of a kernel of your own, check that it reads its noise."
+            "longer trajectories; if you wrote the kernel, check that it uses its noise."
         )
     merged_standing = np.asarray(pilot.merged) & ~(movement > 0).any(axis=(0, 1))
     if merged_standing.any():
         return (
             f"{merged_standing.sum()} of {finite.size} coupled pairs counted as merged without a move: their starts "
-            "coincide. Start the pilot from different states, as a longer warm-up leaves them."
+            "coincide. Start the pilot from different states, for instance those after a longer warm-up."
         )
     return ""
 
@@ -85,9 +93,16 @@ def pilot_fault(pilot: Coalescence) -> str:
 class Pair(NamedTuple):
     """One pair of paths of n steps in D coordinates.
 
-    steps: until they merged, n + 1 where they did not. distances: (n + 1,). last, last_above: (D,) last distances, and
-    the last steps before the merge that are above the tolerance. growth, num_small: summed over steps with small
-    distances, and their number. movement: (2, n). dimension_movement: (D,). finite: whether all states are.
+    Attributes:
+        steps: Steps until the paths merged; n + 1 if they did not.
+        distances: Distance after 0, ..., n steps; shape (n + 1,).
+        last: Last distance by coordinate; shape (D,).
+        last_above: Last step before the merge at which each coordinate was above the tolerance; shape (D,).
+        growth: Sum of log growths over the steps that start from small distances.
+        num_small: Number of those steps.
+        movement: Movement of both paths by step; shape (2, n).
+        dimension_movement: Movement by coordinate; shape (D,).
+        finite: Whether all states are finite.
     """
 
     steps: int
@@ -102,16 +117,19 @@ class Pair(NamedTuple):
 
 
 def coalescence_of_paths(first: PyTree, second: PyTree, *, scale: PyTree, tol: float) -> Coalescence:
-    """`coalescence_time` of pairs whose paths are known, on the host: nothing is compiled.
+    """Compute the `Coalescence` of pairs whose paths are known, in numpy: nothing is compiled.
 
-    first, second: states, leading axes (pairs, max_steps + 1), the starts included; numpy arrays.
-    scale, tol: as `coalescence_time`.
+    It differs from `coalescence_time` in one point: paths may go on after the merge of their pair, and after the last
+    merge of all pairs; all steps count as run.
 
-    Differs from it in one thing: paths may go on behind the merge of their pair, and behind the last merge of all;
-    all steps are counted as run.
+    Args:
+        first: States of the first paths, leading axes (pairs, max_steps + 1), starts included; numpy arrays.
+        second: States of the second paths, of the same shapes.
+        scale: Typical spread of each coordinate, as in `coalescence_time`.
+        tol: Largest distance that counts as merged.
     """
     num_pairs, num_rows = jax.tree.leaves(first)[0].shape[:2]
-    # one by one, each small enough for a cache: 8 times as fast as all pairs at once, (30, 8193, 10) numbers
+    # One pair at a time fits into a cache: 8 times as fast as all pairs at once, for (30, 8193, 10) numbers.
     pairs = [_compare(_rows(first, i), _rows(second, i), scale, tol) for i in range(num_pairs)]
     found: Any = Pair._make(map(np.stack, zip(*pairs, strict=True)))
     rate, error = _ratio(found.growth, found.num_small)
@@ -136,7 +154,7 @@ def coalescence_of_paths(first: PyTree, second: PyTree, *, scale: PyTree, tol: f
 
 
 def _compare(first: PyTree, second: PyTree, scale: PyTree, tol: float) -> Pair:
-    """States: (n + 1, ...)."""
+    """Compare two paths of states with leading axis n + 1."""
     gaps = gaps_by_dimension(first, second, scale)
     distances = gaps.max(axis=1)
     finite = all(np.isfinite(x).all() for x in jax.tree.leaves((first, second)))
@@ -163,7 +181,14 @@ def _compare(first: PyTree, second: PyTree, scale: PyTree, tol: float) -> Pair:
 
 
 def gaps_by_dimension(a: PyTree, b: PyTree, scale: PyTree, discrete: float = np.inf) -> np.ndarray:
-    """(n, D): |a - b| / scale, inf where not finite; ``discrete`` where integers differ. a, b: (n, ...)."""
+    """Return ``|a - b| / scale`` by coordinate, shape (n, D): `coordinate_distances` in numpy for one leading axis.
+
+    Args:
+        a: States, leading axis n.
+        b: States, leading axis n.
+        scale: Unit of each coordinate; leaves broadcast.
+        discrete: Distance between integers that differ. Entries that are not finite are at distance inf.
+    """
 
     def leaf(x, y, s):
         x, y = np.asarray(x), np.asarray(y)
@@ -180,11 +205,12 @@ def gaps_by_dimension(a: PyTree, b: PyTree, scale: PyTree, discrete: float = np.
 
 
 def _rows(tree: PyTree, index: Any) -> PyTree:
+    """Take these rows of every leaf."""
     return jax.tree.map(lambda x: np.asarray(x)[index], tree)
 
 
 def _ratio(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
-    """Mean growth per step over all pairs, and its standard error from the differences between them."""
+    """Return the mean growth per step over all pairs, and its standard error from the differences between pairs."""
     total, seen = counts.sum(), (counts > 0).sum()
     if not total:
         return np.nan, np.nan

@@ -1,4 +1,9 @@
-"""Lyapunov exponents: mean log growth per step of tangents carried along a path."""
+"""Measure contraction along a single path from its Jacobians J[t].
+
+`lyapunov_exponent` carries orthonormal tangents along the path (Benettin et al., 1980) and returns their mean log
+growth per step. `contraction_bound` returns the mean log norm of products of Jacobians, an upper bound on the largest
+exponent.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,12 +21,13 @@ from pmcmc.recurrence.problem import make_problem
 class LyapunovExponent(NamedTuple):
     """Exponents in nats per step, the largest first.
 
-    exponents: (k,) mean log growth of the i-th orthonormal direction. -inf: a direction was annihilated. NaN: the path
-        or its derivative is not finite.
-    standard_error: (k,) by batch means; 0 where the exponent is -inf.
-    finite_time: (num_batches, k) means over successive batches of the path. Their spread tells whether contraction is
-        even along the path.
-    num_steps: steps that were averaged, behind the transient.
+    Attributes:
+        exponents: Mean log growth of the i-th orthonormal direction; shape (k,). -inf: a direction was annihilated.
+            NaN: the path or its derivative is not finite.
+        standard_error: Standard error by batch means; shape (k,). 0 where the exponent is -inf.
+        finite_time: Means over successive batches of the path; shape (num_batches, k). Their spread shows whether
+            contraction is even along the path.
+        num_steps: Steps that were averaged, after the transient.
     """
 
     exponents: Array
@@ -41,33 +47,42 @@ def lyapunov_exponent(
     num_batches: int = 32,
     has_aux: bool = False,
 ) -> LyapunovExponent:
-    """The largest Lyapunov exponents of ``x[t] = fn(x[t-1], inputs[t])`` along its path from x0.
+    """Compute the largest Lyapunov exponents of ``x[t] = fn(x[t-1], inputs[t])`` along its path from x0.
 
-    Orthonormal tangents Q are carried along and made orthonormal again at every step:
+    Orthonormal tangents Q are carried along the path and made orthonormal again at every step:
 
         J[t] Q[t-1] = Q[t] R[t],        exponent i = mean over t of log |R[t, i, i]|
 
-    With all D of them, their sum is the mean of ``log |det J[t]|``. Costs k JVPs and a QR factorisation a step, one
-    step after the other.
+    The sum of all D exponents is the mean of ``log |det J[t]|``. A step costs k JVPs and a QR factorisation; steps are
+    taken sequentially.
 
     A Metropolis step jumps where a decision flips; tangents see only the branch taken (or the kernel's surrogate
-    derivative). So a negative exponent does not prove that coupled paths merge: see `coalescence_time`, whose
+    derivative). A negative exponent therefore does not prove that coupled paths merge: see `coalescence_time`, whose
     growth_rate is the same quantity from finite distances.
-
-    fn, x0, inputs, length, has_aux: as in `pmcmc.recurrence.solve`; states must be real.
-    num_exponents: k, at most the dimension D.
-    transient: steps before the average starts, in which path and tangents settle. None: a tenth of the path.
-    num_batches: batches of the standard error (batch means: Schmeiser 1982). Each should be much longer than the
-        correlation of the growth; few long ones are safer than many. The error has num_batches - 1 degrees of freedom.
 
     Tangents start from a fixed generic frame: no key is needed, and the result is deterministic. A direction lost to
     rounding (a singular Jacobian whose zeros are not exact) shows as an exponent near log eps instead of -inf.
 
-    Raises:
-        TypeError: integer or boolean leaves in the state.
-        ValueError: too few steps; num_exponents not in 1..D; x0 not finite; shapes that do not fit.
+    Args:
+        fn: The recurrence, as in `pmcmc.recurrence.solve`.
+        x0: The initial state, as in `pmcmc.recurrence.solve`; its leaves must be real.
+        inputs: Inputs with leading axis T, as in `pmcmc.recurrence.solve`.
+        length: T, as in `pmcmc.recurrence.solve`.
+        num_exponents: k, at most the dimension D.
+        transient: Steps before the average starts, in which path and tangents settle. None takes a tenth of the path.
+        num_batches: Batches of the standard error (batch means: Schmeiser, 1982). Each should be much longer than the
+            correlation of the growth; few long ones are safer than many. The error has num_batches - 1 degrees of
+            freedom.
+        has_aux: Whether ``fn`` returns auxiliary output, as in `pmcmc.recurrence.solve`.
 
-    Sources: Benettin, Galgani, Giorgilli & Strelcyn 1980; Shimada & Nagashima 1979.
+    Returns:
+        The exponents with their standard errors.
+
+    Raises:
+        TypeError: The state has integer or boolean leaves.
+        ValueError: Too few steps; num_exponents not in 1..D; x0 not finite; shapes that do not fit.
+
+    Source: Benettin, Galgani, Giorgilli & Strelcyn (1980); Shimada & Nagashima (1979).
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -81,10 +96,10 @@ def lyapunov_exponent(
         raise ValueError(f"num_exponents must be between 1 and the dimension {dim} of the state, got {num_exponents}.")
     if num_batches < 2 or usable < 2 * num_batches:
         raise ValueError(
-            f"the path is too short: expected at least 2 batches of 2 steps, got {usable} steps behind a transient of "
+            f"the path is too short: expected at least 2 batches of 2 steps, got {usable} steps after a transient of "
             f"{path.transient} for num_batches={num_batches}. Pass more steps, or lower transient or num_batches."
         )
-    # generic, so that no direction of growth is orthogonal to it
+    # A generic frame, so that no direction of growth is orthogonal to it.
     frame = np.linalg.qr(np.random.default_rng(0).standard_normal((dim, num_exponents)))[0]
 
     def body(state, u):
@@ -95,6 +110,7 @@ def lyapunov_exponent(
 
     start = (path.x0, jnp.asarray(frame, path.x0.dtype))
     (last, _), growth = jax.lax.scan(body, start, path.inputs, length=path.length)
+    # Batch means over the end of the path; the steps before count as transient.
     batch = usable // num_batches
     batches = growth[path.length - num_batches * batch :].reshape(num_batches, batch, num_exponents)
     finite_time = jnp.mean(batches, axis=1)
@@ -104,7 +120,15 @@ def lyapunov_exponent(
 
 
 class TangentPath(NamedTuple):
-    """A checked recurrence on vectors: ``image(x, u)``, x0 (D,), inputs with leading axis T."""
+    """A checked recurrence on vectors.
+
+    Attributes:
+        image: ``(x, u) -> x`` on vectors of shape (D,).
+        x0: Initial state; shape (D,).
+        inputs: Inputs with leading axis T.
+        length: T.
+        transient: Steps before the average starts.
+    """
 
     image: Callable
     x0: Array
@@ -119,7 +143,7 @@ def tangent_path(fn, x0, inputs, length, has_aux, transient) -> TangentPath:
         if not is_real(leaf):
             raise TypeError(
                 f"x0{jax.tree_util.keystr(where)} has dtype {jnp.result_type(leaf)}: tangents need real states. "
-                "Measure how coupled paths merge instead, by coalescence_time."
+                "Use coalescence_time instead, which measures how coupled paths merge."
             )
     add = lambda tree: jax.tree.map(lambda x: jnp.asarray(x)[None], tree)
     problem = make_problem(fn, add(x0), add(inputs), length, None, has_aux, None)
@@ -137,27 +161,30 @@ def tangent_path(fn, x0, inputs, length, has_aux, transient) -> TangentPath:
 
 
 def orthonormalize(tangents: Array) -> tuple[Array, Array]:
-    """Q and ``log |diag R|`` of the QR factorisation, (D, k) and (k,); one column needs no factorisation."""
+    """Return Q (D, k) and ``log |diag R|`` (k,) of the QR factorisation; one column needs no factorisation."""
     if tangents.shape[1] > 1:
         q, r = jnp.linalg.qr(tangents)
         return q, jnp.log(jnp.abs(jnp.diagonal(r)))
-    largest = jnp.max(jnp.abs(tangents))  # divides first: squares of small tangents underflow
+    largest = jnp.max(jnp.abs(tangents))  # divide by it before squaring: squares of small tangents underflow
     safe = jnp.where(largest == 0, 1, largest)
     norm = safe * jnp.sqrt(jnp.sum((tangents / safe) ** 2))
     return tangents / jnp.where(norm == 0, 1, norm), jnp.log(norm)[None]
 
 
 def mean_and_error(batch_means: Array) -> tuple[Array, Array]:
-    """Mean and standard error over the leading axis; a mean of -inf has none."""
+    """Return the mean and the standard error over the leading axis; the error is 0 where the mean is -inf."""
     mean = jnp.mean(batch_means, axis=0)
     settled = jnp.where(mean == -jnp.inf, 0.0, batch_means)
     return mean, jnp.std(settled, axis=0, ddof=1) / jnp.sqrt(batch_means.shape[0]).astype(mean.dtype)
 
 
 class ContractionBound(NamedTuple):
-    """bound: nats per step. standard_error: over windows as if they were independent.
+    """Result of `contraction_bound`.
 
-    by_window: (num_windows,) log norm per step of each window; its mean is the bound.
+    Attributes:
+        bound: The bound, in nats per step.
+        standard_error: Standard error over windows, treated as independent.
+        by_window: Log norm per step of each window, whose mean is the bound; shape (num_windows,).
     """
 
     bound: Array
@@ -175,22 +202,32 @@ def contraction_bound(
     transient: int | None = None,
     has_aux: bool = False,
 ) -> ContractionBound:
-    """Mean over windows of ``log |J[t+m] ... J[t+1]|_2 / m``: at least the largest Lyapunov exponent.
+    """Bound the largest Lyapunov exponent by the mean over windows of ``log |J[t+m] ... J[t+1]|_2 / m``.
 
     The spectral norm is submultiplicative, so the bound holds exactly for the same steps of the same path, decreases
-    when windows are joined (m, 2m, 4m, ...), and tends to the exponent. With m = 1 it is the mean log of the largest
+    when windows are merged (m, 2m, 4m, ...), and tends to the exponent. With m = 1 it is the mean log of the largest
     singular value of one step: negative means that every pair of nearby paths approaches at once, on average. The gap
-    to the exponent says how much paths separate before they contract.
+    to the exponent measures how much paths separate before they contract.
 
-    Costs D JVPs and a product of D x D matrices a step, and a singular value decomposition a window.
+    A step costs D JVPs and a product of D x D matrices, a window one singular value decomposition.
 
-    fn, x0, inputs, length, transient, has_aux: as in `lyapunov_exponent`. window: m, steps.
+    Args:
+        fn: The recurrence, as in `lyapunov_exponent`.
+        x0: The initial state, as in `lyapunov_exponent`.
+        inputs: Inputs with leading axis T, as in `lyapunov_exponent`.
+        length: T, as in `lyapunov_exponent`.
+        window: m, the number of steps in a window.
+        transient: Steps before the first window. None takes a tenth of the path.
+        has_aux: Whether ``fn`` returns auxiliary output.
+
+    Returns:
+        The bound with its standard error.
 
     Raises:
-        TypeError: integer or boolean leaves in the state.
-        ValueError: fewer than two windows; x0 not finite; shapes that do not fit.
+        TypeError: The state has integer or boolean leaves.
+        ValueError: Fewer than two windows; x0 not finite; shapes that do not fit.
 
-    Source: subadditivity of log norms (Kingman 1973).
+    Source: Kingman (1973): subadditivity of log norms.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -205,7 +242,7 @@ def contraction_bound(
     if num_windows < 2:
         raise ValueError(
             f"expected window >= 1 and at least 2 windows, got window={window} and {path.length - path.transient} "
-            "steps behind the transient. Pass more steps or a shorter window."
+            "steps after the transient. Pass more steps or a shorter window."
         )
     identity = jnp.eye(path.x0.size, dtype=path.x0.dtype)
 
@@ -213,6 +250,7 @@ def contraction_bound(
         x, product, log_size = state
         x, pushforward = jax.linearize(lambda x: path.image(x, u), x)
         product = jax.vmap(pushforward, in_axes=1, out_axes=1)(product)
+        # Keep the product at size 1 and its log apart: long products overflow or underflow.
         size = jnp.max(jnp.abs(product))
         return (x, product / jnp.where(size == 0, 1, size), log_size + jnp.log(size)), None
 
@@ -221,6 +259,7 @@ def contraction_bound(
         (x, product, log_size), _ = jax.lax.scan(push, begin, inputs, length=window)
         return x, (log_size + jnp.log(jnp.linalg.norm(product, 2))) / window
 
+    # Settle first, then take whole windows up to the end of the path.
     first = path.length - num_windows * window
     settle = lambda x, u: (path.image(x, u), None)
     x, _ = jax.lax.scan(settle, path.x0, jax.tree.map(lambda u: u[:first], path.inputs), length=first)

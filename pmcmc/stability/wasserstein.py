@@ -1,4 +1,7 @@
-"""How far is a chain from stationarity? A bound from coupled chains, one some steps ahead of the other."""
+"""Bound the distance of a chain from stationarity by L-lag couplings: pairs of chains of which one is L steps ahead.
+
+`wasserstein_bound` implements Biswas, Jacob & Vanetti (2019) for the distances that `coalescence_time` measures.
+"""
 
 from typing import NamedTuple
 
@@ -8,9 +11,12 @@ from pmcmc._typing import ArrayLeaf
 
 
 class WassersteinBound(NamedTuple):
-    """bound: (n,) for t = 0..n-1 steps. extrapolated: (n,) the part of each that no distance was observed for.
+    """Result of `wasserstein_bound`; n is the number of distances observed.
 
-    rate: log factor per step by which the mean distance was extrapolated; NaN where there was nothing to fit.
+    Attributes:
+        bound: Bound after t = 0, ..., n-1 steps; shape (n,).
+        extrapolated: Part of each bound that comes from distances beyond the last one observed; shape (n,).
+        rate: Log factor per step used to extrapolate the mean distance; NaN where there was nothing to fit.
     """
 
     bound: np.ndarray
@@ -19,25 +25,33 @@ class WassersteinBound(NamedTuple):
 
 
 def wasserstein_bound(distances: ArrayLeaf, *, lag: int) -> WassersteinBound:
-    """Upper bounds of the 1-Wasserstein distance between the law of x[t] and the stationary law.
+    """Return upper bounds on the 1-Wasserstein distance between the law of x[t] and the stationary law.
 
     X and Y start from the same law; X runs ``lag`` = L steps alone, then both share their inputs. With the mean
     distances d[t] = E |X[t+L] - Y[t]|
 
         W1(law of x[t], stationary law)  <=  d[t] + d[t+L] + d[t+2L] + ...
 
-    by the triangle inequality over laws L steps apart. The chains need not meet. Distances behind the last observed one
-    are extrapolated geometrically, ``d[n-1] exp(rate (s - n + 1))``, rate the least-squares slope of log d over the
-    second half of what was observed: the bound is a bound as far as `extrapolated` is small beside it. It is inf where
-    the rate is not negative. A larger lag gives a sharper bound. Mean distances of few pairs are noisy.
+    by the triangle inequality over laws L steps apart. The chains need not merge.
 
-    distances: (n,) or (n, pairs), as in `Coalescence.distances` up to its ``num_steps``; pairs are averaged. The metric
-        is theirs, such as the largest |x - y| / scale over the coordinates.
+    Distances after the last one observed are extrapolated geometrically, ``d[n-1] exp(rate (s - n + 1))``, where rate
+    is the least-squares slope of log d over the second half of the observed steps. Trust the bound only where
+    `extrapolated` is small compared with it. The bound is inf where the rate is not negative. A larger lag gives a
+    sharper bound. Mean distances of few pairs are noisy.
+
+    Args:
+        distances: Distances by step, shape (n,) or (n, pairs), as in `Coalescence.distances` up to its ``num_steps``;
+            pairs are averaged. The bound is in the metric of these distances, such as the largest |x - y| / scale over
+            the coordinates.
+        lag: L, the number of steps that X is ahead.
+
+    Returns:
+        The bounds, what was extrapolated in them, and the rate.
 
     Raises:
-        ValueError: lag below 1; no distances, or some that are NaN or negative.
+        ValueError: lag is below 1; distances are missing, NaN or negative.
 
-    Source: Biswas, Jacob & Vanetti 2019 (L-lag couplings; there for chains that meet).
+    Source: Biswas, Jacob & Vanetti (2019): L-lag couplings, for chains that merge.
 
     Example:
         >>> import numpy as np
@@ -68,7 +82,7 @@ def wasserstein_bound(distances: ArrayLeaf, *, lag: int) -> WassersteinBound:
 
 
 def _slope(means: np.ndarray) -> float:
-    """Least-squares slope of log d over the second half of the positive finite entries; NaN with fewer than two."""
+    """Return the least-squares slope of log d over the second half of the positive entries; NaN with fewer than two."""
     steps = np.flatnonzero((means > 0) & np.isfinite(means))
     steps = steps[steps.size // 2 :]
     if steps.size < 2:

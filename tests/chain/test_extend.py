@@ -1,4 +1,4 @@
-"""A chain that goes on later is the chain of one long run."""
+"""A chain that is extended later equals the chain of one long run."""
 
 from dataclasses import replace
 from functools import cache
@@ -52,7 +52,7 @@ def test_two_runs_are_one(solver) -> None:
 
 
 def test_thinning_goes_on_counting() -> None:
-    """7 does not divide 100: the extension keeps the steps that a long run would."""
+    """7 does not divide 100: the extension keeps the same steps as one long run."""
     parts = run(100, solver=Sequential(), thinning=7).extend(301, progress_bar=False).extend(1099, progress_bar=False)
     expected = long_run().get_samples(group_by_chain=True)[:, 6::7]
     np.testing.assert_allclose(parts.get_samples(group_by_chain=True), expected, rtol=0, atol=1e-9)

@@ -1,4 +1,4 @@
-"""A file that no pmcmc would have written is refused by one sentence, whatever is wrong with it."""
+"""A file that pmcmc would not have written is refused with one sentence, whatever is wrong with it."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from tests.helpers.targets import EFFECTS, ERRORS, eight_schools_model, gaussian
 SIZES = dict(num_samples=61, num_chains=2, thinning=2, progress_bar=False)
 MODEL = dict(model_args=(ERRORS,), model_kwargs={"effects": EFFECTS})
 ODD = (None, True, -1, 0, 3.5, 10**6, "x", [], {}, [1, 2], {"array": "none"}, {"gap": "function"}, {"kind": "HMC"})
-# Entries of the report that files of before do not have.
+# Entries of the report that older files do not have.
 LATER = ("warmup_remark", "digests", "num_lost_lanes", "num_draws", "pair_distances", "spread")
 SENTENCE = r"is not a whole file of Chain\.(save|stream): cut short, damaged, or of another program \(.*\)\. "
 REMEDY = "(Copy it again from where it was saved|It is replaced as a whole)"
@@ -61,7 +61,7 @@ def write(path: Path, header: Any, arrays: dict) -> None:
 
 
 def refused(path: Path, load: Callable) -> str:
-    """Empty where the file is refused as it should be, else what happened."""
+    """Return "" if the file is refused as it should be, else what happened."""
     try:
         load(path)
     except ValueError as error:
@@ -72,13 +72,13 @@ def refused(path: Path, load: Callable) -> str:
 
 
 def assert_refused(found: dict[tuple, str]) -> None:
-    """Of all changes at once."""
+    """Check all changes together."""
     wrong = [f"{place}: {said:.150}" for place, said in found.items() if said]
     assert not wrong, "\n".join(wrong)
 
 
 def places(tree: Any, path: tuple = ()) -> Iterator[tuple]:
-    """Every entry of a header, however deep."""
+    """Return every entry of a header, however deep."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in items:
         yield (*path, key)
@@ -104,7 +104,7 @@ def dropped(header: dict, path: tuple) -> dict:
 
 
 def array_edits(x: np.ndarray) -> dict[str, np.ndarray]:
-    """Other shapes, lengths and types."""
+    """Return arrays of other shapes, lengths and types."""
     edits = {
         "text": np.full(x.shape, "x"),
         "complex": x.astype(complex),
@@ -131,7 +131,7 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Callabl
 
 @pytest.fixture(autouse=True)
 def no_tracing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model is not what is tested here: its target is made once."""
+    """Make the target of the model only once, since the model is not tested here."""
     from pmcmc.chain import loading
 
     source = model_chain().state.source
@@ -146,7 +146,7 @@ def test_the_file_itself_loads(saved) -> None:
 
 
 def test_arrays(saved) -> None:
-    """Each dropped, renamed, and of other shapes and types; and one that does not belong there."""
+    """Each array is dropped, renamed, or changed in shape and type; and one is added that does not belong there."""
     path, load = saved
     header, arrays = read(path)
     wrong = {}
@@ -155,7 +155,7 @@ def test_arrays(saved) -> None:
         edits: dict[str, dict] = {"dropped": rest, "renamed": {**rest, "other/0": x}}
         edits |= {what: {**rest, name: edit} for what, edit in array_edits(x).items() if edit.shape != x.shape}
         edits |= {what: {**rest, name: array_edits(x)[what]} for what in ("text", "complex")}
-        free = ("report/bias_bound", "report/coalescence_steps", "ensemble/0")  # of any length
+        free = ("report/bias_bound", "report/coalescence_steps", "ensemble/0")  # may have any length
         for what, edit in edits.items():
             write(path, header, edit)
             if said := refused(path, load):
@@ -171,7 +171,7 @@ def test_arrays(saved) -> None:
 
 @pytest.mark.parametrize("share", [6, pytest.param(1, marks=pytest.mark.slow)])
 def test_header(share: int, saved) -> None:
-    """Each entry, however deep, dropped and of other types; what is left as a chain was is none of a file's errors."""
+    """Each entry, however deep, is dropped or changed in type. A change that leaves the chain as it was is no error."""
     path, load = saved
     header, arrays = read(path)
     wrong = {}
@@ -182,14 +182,14 @@ def test_header(share: int, saved) -> None:
         if place[0] != "extra_fields" or len(place) == 1:  # a list may be shorter
             write(path, dropped(header, place), arrays)
             said = refused(path, load)
-            # older files have none; a digest that is gone is that of another model
+            # Older files have no digest; a missing digest counts as that of another model.
             allowed = place[-1] in LATER or "with something else" in said
             wrong[(*place, "dropped")] = "" if allowed else said
         for value in ODD[number % share :: share]:
             if value == now or (type(value) is type(now) and type(value) in (bool, str)):
                 continue
             if isinstance(value, (int, float)) and isinstance(now, (int, float)):
-                continue  # another number of the right kind is for `verify` to find, see below
+                continue  # `verify` finds another number of the right type, see below
             write(path, changed(header, place, value), arrays)
             said = refused(path, load)
             if not (said and _is_another_chain(place, now, value, said)):
@@ -198,10 +198,10 @@ def test_header(share: int, saved) -> None:
 
 
 def _is_another_chain(place: tuple, now: Any, value: Any, said: str) -> bool:
-    """What a file may say, of another chain than this one: then the density tells, or `verify`."""
+    """Whether a changed entry describes another valid chain: then the density or `verify` notices."""
     if place[0] == "digests" and "with something else" in said:
         return True
-    if "is not stored in the file: pass" in said:  # a gap, for something of the user's own
+    if "is not stored in the file: pass" in said:  # a placeholder for a user's function
         return isinstance(value, dict) and "gap" in value
     if "log density where the chains stood last" in said:
         return place in (("basis",), ("logdensity",))
@@ -274,7 +274,7 @@ def test_a_solver_or_kernel_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_a_file_with_a_key_of_another_implementation(tmp_path: Path) -> None:
-    """As an earlier pmcmc wrote it. Its draws can be read, and extended; they are not vouched for."""
+    """A file of an earlier pmcmc. Its draws can be read and extended, but not verified."""
     path = tmp_path / "chain.npz"
     plain_chain().save(path)
     header, arrays = read(path)
@@ -291,7 +291,7 @@ def test_a_file_with_a_key_of_another_implementation(tmp_path: Path) -> None:
 
 
 def test_a_kernel_of_the_users_own_is_asked_for_again(tmp_path: Path) -> None:
-    """A kernel that does not fit the file is not a file that is damaged; the sentence says so, too."""
+    """A kernel that does not fit the file does not mean that the file is damaged, and the message says so."""
     custom = pmcmc.CustomUpdate(lambda key: jax.random.normal(key), lambda x, z: 0.5 * x["a"] + z)
     kernel = pmcmc.Gibbs({"a": custom})
     chain = pmcmc.sample(None, {"a": jnp.zeros(())}, 0, kernel=kernel, num_warmup=0, solver=Sequential(), **SIZES)
@@ -343,7 +343,7 @@ def test_checkpoints(streamed: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["gone", "without a group", "without an array", "shorter"])
 def test_draws_that_a_checkpoint_does_not_find(damage: str, streamed: Path, tmp_path: Path) -> None:
-    """They were made anew with a gap before the next draws, or fewer were returned than the checkpoint said."""
+    """The draws were written again with a gap before the next ones, or fewer are there than the checkpoint counts."""
     run = tmp_path / "run"
     shutil.copytree(streamed, run)
     draws = run / "draws.zarr"

@@ -1,4 +1,4 @@
-"""R-hat and effective sample sizes are ArviZ's, and a run says what its draws fall short of."""
+"""R-hat and effective sample sizes agree with ArviZ, and a run warns of what its draws lack."""
 
 import re
 import warnings
@@ -44,7 +44,7 @@ def test_measures_are_those_of_arviz(name: str) -> None:
     found = measure(draws)
     np.testing.assert_allclose(found.rhat, arviz.rhat(data)["x"], rtol=1e-10)
     np.testing.assert_allclose(found.bulk_ess, arviz.ess(data)["x"], rtol=1e-10)
-    # a draw that is the quantile itself may be on either side of it
+    # A draw that equals the quantile may count on either side of it.
     rtol = 1e-10 if draws.shape[1] > 10 else 0.1
     np.testing.assert_allclose(found.tail_ess, arviz.ess(data, method="tail")["x"], rtol=rtol)
 
@@ -79,7 +79,7 @@ def test_the_worst_element_of_each_site_is_named() -> None:
 
 
 def test_values_that_do_not_vary_in_every_respect() -> None:
-    """Two values in halves, whose distances from the median are all the same; chains that each stand still."""
+    """Draws of two values in halves, at equal distances from the median; and chains that each stand still."""
     coin = judge({"x": np.random.default_rng(0).permutation(np.arange(1000) % 2).reshape(2, 500)})
     assert coin.max_rhat < 1.02
     assert coin.doubt == ""
@@ -119,7 +119,7 @@ def test_thinned_keeps_draws_at_one_distance(cut: tuple[int, ...]) -> None:
 
 
 def cauchy(x):
-    """Tails that no chain of a thousand steps has seen enough of, whatever its key."""
+    """Return draws with tails that a chain of a thousand steps cannot have explored, whatever its key."""
     return -jnp.sum(jnp.log1p(x**2))
 
 

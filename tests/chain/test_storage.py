@@ -1,4 +1,4 @@
-"""A chain saved in one process and loaded in another goes on as if nothing had been; what does not fit is refused."""
+"""A chain saved in one process and loaded in another continues unchanged; what does not fit is refused."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ SIZES = dict(num_warmup=100, num_samples=60, num_chains=2, progress_bar=False)
 
 @cache
 def model_chain() -> pmcmc.Chain:
-    odd = {**SIZES, "num_samples": 61}  # one step behind the last kept draw
+    odd = {**SIZES, "num_samples": 61}  # one step after the last kept draw
     return pmcmc.parallel_chain(
         eight_schools_model, 0, **MODEL, extra_fields=("energy",), thinning=2, solver=MultipleShooting(4), **odd
     )
@@ -101,7 +101,7 @@ def mixture(y):
 
 @pytest.mark.slow
 def test_composed_kernels_over_discrete_sites_come_back(tmp_path: Path) -> None:
-    """The kernel was composed for the caller, who could not pass it again."""
+    """The kernel was composed automatically, so the caller could not pass it again."""
     y = jnp.array([-0.5, 2.2, 1.9])
     with jax.numpy_rank_promotion("allow"):
         chain = pmcmc.parallel_chain(mixture, 0, model_args=(y,), solver=Sequential(), **SIZES)
@@ -126,7 +126,7 @@ def elliptical(logdensity_fn, mean, cov):
 
 
 def test_what_is_not_stored_is_asked_for(tmp_path: Path) -> None:
-    """A kernel with the user's function: its arrays are stored, the function is not."""
+    """A kernel with a user's function: its arrays are stored, the function is not."""
     kernel = pmcmc.from_blackjax(elliptical, mean=jnp.zeros(3), cov=jnp.ones(3))
     chain = pmcmc.sample(gaussian, start_like(gaussian), 0, kernel=kernel, solver=Sequential(), **SIZES)
     chain.save(tmp_path / "chain.npz")
@@ -148,7 +148,7 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(saved: Path, monkeypatch: p
     before = saved.read_bytes()
     with saved.open("rb") as held:
         replace(model_chain(), extra_fields=()).save(saved)
-        assert held.read() == before  # whoever reads has the old one still
+        assert held.read() == before  # readers still see the old one
     before = saved.read_bytes()
 
     def run_out(file, **arrays):
@@ -209,7 +209,7 @@ def regression(x, labels, shift=0.0):
 
 
 def test_small_changes_are_refused(tmp_path: Path) -> None:
-    """One label of 3,000, and what only a deterministic site depends on: neither shows in the density at a point."""
+    """One label of 3,000, or data that only a deterministic site reads: neither shows in the density at a point."""
     rng = np.random.default_rng(0)
     x, labels, path = rng.normal(size=3000), rng.integers(0, 2, size=3000), tmp_path / "chain.npz"
     options = dict(model_args=(x, labels), kernel=pmcmc.HMC(step_size=0.01, num_integration_steps=2))

@@ -1,4 +1,4 @@
-"""`Chain.verify` agrees with sound chains, whatever made them, and notices what was changed by the smallest amount."""
+"""`Chain.verify` accepts sound chains, however they were sampled, and notices the smallest change."""
 
 from dataclasses import replace
 from functools import cache
@@ -57,7 +57,7 @@ def test_thinned_chains_are_followed_from_draw_to_draw() -> None:
     found = thinned.verify()
     assert found
     assert found.num_draws == 2 * 42
-    assert found.num_steps == 600  # 42 draws of 7 steps, and 6 more to where the chains stand
+    assert found.num_steps == 600  # 42 draws of 7 steps, and 6 more steps to the last state
     assert thinned.extend(50, progress_bar=False).verify().num_steps == 700
     draws = thinned.unknowns.copy()
     draws[0, 20, 1] += 1e-9
@@ -79,7 +79,7 @@ def test_a_changed_state_is_noticed(place, change) -> None:
     found = with_draws(chain(), draws).verify()
     assert not found
     assert found.first_mismatch == place[:2]
-    assert found.num_mismatched == 2  # it does not follow, nor does the next follow from it
+    assert found.num_mismatched == 2  # it does not follow from its predecessor, nor the next draw from it
     assert ("tolerance=" in str(found)) == (change == 1e-11)  # the others are by far too large for rounding
     assert f"is draw {place[1]} of chain {place[0]}" in str(found)
 
@@ -97,7 +97,7 @@ def test_a_changed_decision_is_noticed() -> None:
 
 
 def test_a_changed_noise_entry_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Step 40 of block 2 (of 80 steps) of chain 1: the solver certifies the chain of other noise than the key's."""
+    """Step 40 of block 2 (of 80 steps) of chain 1: the solver certifies the chain of noise that is not the key's."""
     draw = programs.draw_noise.timed
 
     def spoilt(*args, **options):
@@ -119,7 +119,7 @@ def test_start_end_key_kernel_and_density_are_checked() -> None:
     elsewhere = jax.tree.map(lambda x: x.at[state.own[1]].add(1e-6), state.ensemble)
     assert replace(chain(), state=state._replace(ensemble=elsewhere)).verify().first_mismatch == (1, 0)
     other = replace(chain(), state=state._replace(rng_key=jax.random.key(1)))
-    assert other.verify().num_mismatched > 400  # but for steps rejected under both
+    assert other.verify().num_mismatched > 400  # all but the steps that both reject
     tuned = replace(state.kernel, step_size=0.9 * (1 + 1e-9))
     assert replace(chain(), state=state._replace(kernel=tuned)).verify().num_mismatched > 300
     target = pmcmc.Target.from_logdensity(lambda x: gaussian(x) + 1e-9 * x[0], jnp.zeros(3))
@@ -171,7 +171,7 @@ def in_float32(kernel: Any, constant: float) -> pmcmc.Chain:
 
 @pytest.mark.filterwarnings("ignore:the draws have not mixed")  # float32 at 1e5
 def test_near_ties_of_float32_may_go_either_way() -> None:
-    """Beside a constant of 1e5 log densities have steps of 1/128: hundreds of near ties, some decided otherwise."""
+    """With a constant of 1e5, log densities are multiples of 1/128: hundreds of near ties, some decided differently."""
     found = in_float32(pmcmc.MALA(step_size=0.8), 1e5)
     assert np.sum(found.report.near_ties) > 100
     assert found.verify()
@@ -179,13 +179,13 @@ def test_near_ties_of_float32_may_go_either_way() -> None:
     tie = np.argmax((np.abs(margin) < 0.3 * bound) & (margin > 0), axis=1)
     assert tie[1] > 0
     other = found.unknowns.copy()
-    other[1, tie[1]] = other[1, tie[1] - 1]  # the tie lost: allowed, but then the next draw does not follow
+    other[1, tie[1]] = other[1, tie[1] - 1]  # losing the tie is allowed, but then the next draw does not follow
     flipped = margin.copy()
     flipped[1, tie[1]] = -1e-6
     info = found.info._replace(margin=flipped)
     seen = replace(found, unknowns=other, info=info).verify()
     assert seen.num_near_ties == found.verify().num_near_ties + 1
-    assert seen.max_difference < seen.tolerance  # of the outcome that agrees
+    assert seen.max_difference < seen.tolerance  # measured against the outcome that agrees
     assert (seen.num_mismatched, seen.first_mismatch) == (1, (1, tie[1] + 1))
     third = found.unknowns.copy()
     third[1, tie[1]] += 0.01  # neither branch
@@ -205,7 +205,7 @@ def test_near_ties_of_float32_may_go_either_way() -> None:
 
 
 def test_kernels_that_do_not_tell_ties_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32 in the batch shape of the run: two chains of four blocks; few lanes as the engine takes them."""
+    """In float32, in the batch shape of the run: two chains of four blocks, few enough lanes for the engine."""
     lanes: list[int] = []
 
     def spy(fn, *args):
@@ -223,5 +223,5 @@ def test_kernels_that_do_not_tell_ties_say_so(monkeypatch: pytest.MonkeyPatch) -
     draws = chain.unknowns["a"].copy()
     draws[0, 100] += 1e-8
     assert with_draws(chain, {"a": draws}).verify().first_mismatch == (0, 100)  # a hundredth of a standard deviation
-    assert lanes == [8, 2, 8]  # as they were taken in blocks, as in order, and under other roundings
+    assert lanes == [8, 2, 8]  # as in blocks, as in sequence, and with other rounding
     assert "does not tell near ties; steps were taken in the batch shape of the run (8 side by side)" in str(found)

@@ -1,4 +1,4 @@
-"""`Chain.verify` of thinned chains and of stored info: changes show, in float32 too, and honest chains pass."""
+"""`Chain.verify` of thinned chains and of stored info: changes show, in float32 too, and sound chains pass."""
 
 from dataclasses import replace
 from functools import cache
@@ -15,7 +15,7 @@ from pmcmc.kernels import UniformLength
 from pmcmc.recurrence import MultipleShooting, Sequential
 from tests.helpers.targets import gaussian
 
-optimized = pytest.mark.optimized  # these speak of rounding in float32
+optimized = pytest.mark.optimized  # these test rounding in float32
 
 HMC = pmcmc.HMC(step_size=0.9, num_integration_steps=2)
 STEP32 = ROUNDING * np.finfo(np.float32).eps
@@ -46,7 +46,7 @@ def of_density(chain: pmcmc.Chain, logdensity_fn) -> pmcmc.Chain:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("thinning", [10, 100, 10_000])
 def test_the_tolerance_is_that_of_one_step(thinning: int, dtype: str) -> None:
-    """Draws moved by 0.04 sd, another key and another model: with a tolerance for every step all of these passed."""
+    """Draws moved by 0.04 sd, another key, another model: with a tolerance that grows per step all of these passed."""
     chain = thinned(thinning, dtype, 8 if thinning == 10_000 else 20)
     found = chain.verify()
     assert found, str(found)
@@ -73,13 +73,13 @@ def test_one_draw_moved_in_a_thinned_float32_chain() -> None:
     draws = chain.unknowns.copy()
     draws[1, 7, 0] += 2 * STEP32 * draws[..., 0].std()
     found = replace(chain, unknowns=draws).verify()
-    assert (found.num_mismatched, found.first_mismatch) == (1, (1, 7))  # the next draw has forgotten it
+    assert (found.num_mismatched, found.first_mismatch) == (1, (1, 7))  # the next draw does not depend on it
 
 
 @pytest.mark.parametrize("edit", [1e200, np.inf, np.nan, -1e30])
 @pytest.mark.parametrize("warm_up", [0, 60])
 def test_no_draw_can_widen_the_tolerance(edit: float, warm_up: int) -> None:
-    """The scale came from the draws: one of 1e200 had an infinite standard deviation, in which all others agreed."""
+    """When the scale came from the draws, one of 1e200 made it infinite, and all other draws agreed."""
     kernel = HMC if not warm_up else pmcmc.HMC(num_integration_steps=2)
     sizes = dict(num_samples=100, num_chains=2, progress_bar=False)
     chain = pmcmc.sample(gaussian, jnp.zeros(3), 0, kernel=kernel, solver=Sequential(), num_warmup=warm_up, **sizes)
@@ -90,7 +90,7 @@ def test_no_draw_can_widen_the_tolerance(edit: float, warm_up: int) -> None:
     found = replace(chain, unknowns=draws).verify()
     assert not found
     assert found.first_mismatch == (0, 50)
-    assert found.num_mismatched == 4  # both, and what follows them
+    assert found.num_mismatched == 4  # both draws, and their successors
 
 
 @cache
@@ -146,7 +146,7 @@ def test_info_of_a_thinned_float32_chain() -> None:
 
 @pytest.mark.parametrize("num_samples", [100, 103])
 def test_no_number_is_below_zero(num_samples: int) -> None:
-    """Where everything is wrong the states at the end count, too: -2 of 200 draws followed."""
+    """If everything is wrong, the last states count too: the count once was -2 of 200 draws."""
     chain = pmcmc.sample(
         gaussian, jnp.zeros(3), 0, kernel=HMC, solver=Sequential(), num_warmup=0, num_samples=num_samples, num_chains=2,
         thinning=4, progress_bar=False,
@@ -162,19 +162,21 @@ def test_no_number_is_below_zero(num_samples: int) -> None:
 
 
 def chaotic(rate: float) -> pmcmc.Gibbs:
-    """The logistic map: rounding doubles with nearly every step."""
+    """The logistic map: rounding errors double at nearly every step."""
     noise = lambda key: jax.random.uniform(key)
     return pmcmc.Gibbs({"a": pmcmc.CustomUpdate(noise, lambda x, u: rate * x["a"] * (1 - x["a"]) + 1e-300 * u)})
 
 
 def test_what_rounding_decides_is_said_to_be_undecided() -> None:
-    """No certificate for what cannot be known, and no reproach either; a step alone can be judged."""
+    """What rounding decides is reported as undecided, neither certified nor wrong; a single step can be judged."""
 
     def run(thinning: int) -> pmcmc.Chain:
         sizes = dict(num_samples=20 * thinning, num_chains=2, thinning=thinning, progress_bar=False)
         start = {"a": jnp.array(0.3)}
         chain = pmcmc.sample(None, start, 0, kernel=chaotic(3.9), solver=Sequential(), num_warmup=0, **sizes)
-        return replace(chain, state=chain.state._replace(kernel=chaotic(3.9 * (1 + 1e-15))))  # as if rounded otherwise
+        return replace(
+            chain, state=chain.state._replace(kernel=chaotic(3.9 * (1 + 1e-15)))
+        )  # as if rounded differently
 
     assert run(1).verify()
     found = run(200).verify()
@@ -186,7 +188,7 @@ def test_what_rounding_decides_is_said_to_be_undecided() -> None:
 
 
 def test_rounding_that_grows_between_draws_is_allowed_for_as_far_as_it_is_seen_to() -> None:
-    """27 steps of a chaotic map make 1e-16 some 1e-9: honest draws pass, and such that are further off do not."""
+    """27 steps of a chaotic map turn 1e-16 into about 1e-9: sound draws pass, draws that are further off do not."""
     sizes = dict(num_samples=20 * 27, num_chains=2, thinning=27, progress_bar=False)
     start = {"a": jnp.array(0.3)}
     chain = pmcmc.sample(None, start, 0, kernel=chaotic(3.9), solver=Sequential(), num_warmup=0, **sizes)

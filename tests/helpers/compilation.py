@@ -1,10 +1,10 @@
-"""Compile programs in a fraction of a user's time, to run slower: `compile_quickly`."""
+"""Compile programs in a fraction of the usual time, to run more slowly: `compile_quickly`."""
 
 from functools import cache
 from typing import Any
 
 import jax
-from jax._src import compiler  # no public setting reaches every program of a process and can be changed in it
+from jax._src import compiler  # no public setting applies to all programs of a process and can be changed within it
 
 OLD_EMITTERS = {"xla_cpu_use_fusion_emitters": False}
 get_compile_options = compiler.get_compile_options
@@ -12,7 +12,7 @@ get_compile_options = compiler.get_compile_options
 
 @cache
 def options() -> dict[str, Any]:
-    """None where this jaxlib does not know them."""
+    """Return the compiler options; None if this jaxlib does not know them."""
     try:
         jax.jit(lambda x: x, compiler_options=OLD_EMITTERS).lower(0.0).compile()
     except jax.errors.JaxRuntimeError:
@@ -26,9 +26,9 @@ def get_quick_options(*args: Any, env_options_overrides: Any = None, **kwargs: A
 
 
 def compile_quickly(quickly: bool) -> None:
-    """From here on, without LLVM's passes and XLA's newer emitters, or again as users' programs are."""
+    """From here on, compile without LLVM's passes and XLA's newer emitters, or again as for users."""
     if jax.config.read("jax_disable_most_optimizations") != quickly:
         options()
         jax.config.update("jax_disable_most_optimizations", quickly)
         compiler.get_compile_options = get_quick_options if quickly else get_compile_options
-        jax.clear_caches()  # which do not ask how a program was compiled
+        jax.clear_caches()  # they do not record how a program was compiled

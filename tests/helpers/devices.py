@@ -1,4 +1,4 @@
-"""Checks that need several devices, each to be run in a process of its own: ``python -m tests.helpers.devices NAME``.
+"""Checks that need several devices, each run in a separate process: ``python -m tests.helpers.devices NAME``.
 
 The caller sets ``XLA_FLAGS=--xla_force_host_platform_device_count=8`` before. See test_devices.py.
 """
@@ -29,7 +29,7 @@ COLLECTIVES = {"ppermute", "pmax", "pmin", "psum", "psum_invariant", "all_gather
 
 
 def solver_for(num_devices: int, **options) -> MultipleShooting:
-    """0: not shared at all."""
+    """Make a solver for this many devices; 0 does not distribute at all."""
     return MultipleShooting(num_blocks=16, devices=jax.devices()[:num_devices] or None, **options)
 
 
@@ -39,12 +39,12 @@ def solve(solver: MultipleShooting, fn, inputs, guess):
 
 
 def check_same(theirs, ours) -> None:
-    """Whole numbers exactly; others to rounding, which on some processors depends on the number of lanes."""
+    """Compare integers exactly, and others up to rounding, which on some processors depends on the number of lanes."""
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), theirs, ours)
 
 
 def solutions() -> None:
-    """One, two or eight devices: whole and cut short, blocks empty or of one step, with and without stages."""
+    """One, two or eight devices: solved fully and cut short, blocks empty or of one step, with and without stages."""
     for fn, length, options, shares in [
         (APART, 401, {}, (1, 2, 8)),
         (IN_STEP, 21, {}, (8,)),
@@ -60,7 +60,7 @@ def solutions() -> None:
 
 
 def loop_collectives(jaxpr) -> list[Counter]:
-    """Of each loop whose body holds any."""
+    """Return the collectives of each loop whose body has any."""
     found = []
     for eqn in jaxpr.eqns:
         inner = [
@@ -80,7 +80,7 @@ def _is_jaxpr(p) -> bool:
 
 
 def primitives(jaxpr) -> Counter:
-    """Collectives, however deep."""
+    """Return the names of collectives, however deep."""
     counts: Counter = Counter()
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in COLLECTIVES:
@@ -92,14 +92,14 @@ def primitives(jaxpr) -> Counter:
 
 
 def compiled_collectives(traced) -> dict[str, int]:
-    """In the whole program."""
+    """Return the collectives of the whole compiled program."""
     text = traced.lower().compile().as_text()
     kinds = ("collective-permute", "all-reduce", "all-gather", "all-to-all", "reduce-scatter")
     return {kind: text.count(f" {kind}(") + text.count(f" {kind}-start(") for kind in kinds}
 
 
 def collectives() -> None:
-    """One exchange and one reduction a sweep; as many in the program, however long the blocks are."""
+    """One exchange and one reduction per sweep, and as many in the program however long the blocks are."""
     in_program = []
     for length in (320, 3200):
         inputs, guess = problem(0, 3, length)
@@ -112,7 +112,7 @@ def collectives() -> None:
 
 
 def check_close(theirs, ours) -> None:
-    """To rounding: some 5,000 units in the last place of the largest entry, or of one."""
+    """Compare up to rounding: about 5,000 units in the last place of the largest entry, or of one."""
 
     def leaf(a, b):
         largest = np.max(np.abs(b), where=np.isfinite(b), initial=1.0)
@@ -122,7 +122,7 @@ def check_close(theirs, ours) -> None:
 
 
 def shared_steps() -> None:
-    """Newton's path on eight devices, which do not divide it or outnumber it, is that of one; so is its certificate."""
+    """Newton's path and certificate on eight devices, which do not divide it or outnumber it, are those of one."""
     for length in (101, 9):
         check_joins(length)
         check_shared(rec.deer(), length)
@@ -130,7 +130,7 @@ def shared_steps() -> None:
 
 
 def check_joins(length: int) -> None:
-    """Shifts, sums and the like over a path with padding that would show."""
+    """Shifts, sums and similar operations over a path whose padding would show."""
 
     def joins(steps, shift, own):
         x = jnp.where((steps.numbers() < length)[:, None], own[0] + shift, 100.0)
@@ -146,15 +146,15 @@ def check_joins(length: int) -> None:
 
 
 def more_shared_steps() -> None:
-    """The same for other structures, and for dense gains of the Kalman filter."""
+    """The same check for other structures, and for dense gains of the Kalman filter."""
     for solver in (rec.quasi_deer(), rec.Newton(rec.BlockDiagonal()), rec.picard(), rec.jacobi(), rec.elk()):
         check_shared(solver, 101)
 
 
 def check_shared(solver: rec.Newton | rec.LevenbergMarquardt, length: int) -> None:
-    solver = replace(solver, num_iterates=4)  # of which each is that of one device
+    solver = replace(solver, num_iterates=4)  # each iterate must be that of one device
     variant = Variant.draw(jax.random.key(1), length)
-    broken = int(np.argmax(variant.inputs[:, 0]))  # the one step that is not finite in the second case
+    broken = int(np.argmax(variant.inputs[:, 0]))  # the single step that is not finite in the second case
     for limit in (jnp.inf, float(variant.inputs[broken, 0]) - 1e-9):
         one = variant._replace(limit=limit)
         alone, shared = (solve_variant(solver.with_devices(found), one) for found in (None, jax.devices()))
@@ -175,7 +175,7 @@ def check_certificate(variant: Variant, alone: rec.Solution, shared: rec.Solutio
 
 
 def step_collectives() -> None:
-    """An iteration on two chains exchanges as often and as much however long the path is; so does the program."""
+    """An iteration on two chains communicates equally often and much for any path length, and so does the program."""
     fn, x0, inputs = coupled(jax.random.key(0), 4096)
     starts, scale = jnp.stack([x0, -x0]), jnp.ones_like(x0)
     for make in (rec.deer, rec.quasi_deer):
@@ -188,18 +188,18 @@ def step_collectives() -> None:
             assert found == [Counter(ppermute=3, all_gather=2, pmin=1, pmax=3)], found
             in_program.append(messages(traced.lower().compile().as_text()))
         assert in_program[0] == in_program[1], in_program
-        # A and b of each iteration, and of the errors at the end; XLA may join the two
+        # A and b of each iteration, and of the errors at the end; XLA may combine the two
         assert sum("all-gather" in message for message in in_program[0]) in (2, 3, 4), in_program
 
 
 def messages(program: str) -> list[str]:
-    """Type and kind of every collective of a compiled program."""
+    """Return type and kind of every collective of a compiled program."""
     kinds = "collective-permute|all-reduce|all-gather|all-to-all|reduce-scatter"
     return sorted(map(" ".join, re.findall(rf"= (\S+|\([^=]*?\)) ({kinds})(?:-start)?\(", program)))
 
 
 def gradients() -> None:
-    """Forward and back through a path on eight devices, 19 steps: from every state, aux, inputs and parameters."""
+    """Forward and backward through a path on eight devices, 19 steps: from every state, aux, inputs and parameters."""
     network = make_network(jax.random.key(3))
     expected = gradient(Sequential(), *network)
     for solver in (rec.deer(devices=jax.devices()), rec.quasi_deer(devices=jax.devices()[:3])):
@@ -212,7 +212,7 @@ def logdensity(x):
 
 
 def chains() -> None:
-    """`sample`, thinned and extended, on two devices and on three, which do not divide the blocks: the same draws."""
+    """`sample`, thinned and extended, gives the same draws on two devices and on three, which do not divide blocks."""
     for kernel, shares in ((HMC(step_size=0.7, num_integration_steps=2), (0, 2, 3)), (NUTS(step_size=0.7), (0, 3))):
         options = dict(kernel=kernel, num_warmup=0, num_chains=2, thinning=2, progress_bar=False)
         draws: list[np.ndarray] = []
@@ -235,7 +235,7 @@ def chains() -> None:
 
 
 def planned() -> None:
-    """ "auto" takes all devices where they gain, and keeps to one that was set as default: the same draws."""
+    """ "auto" uses all devices if they gain, and only the default device if one was set: the same draws."""
     automatic.SHORT_SECONDS, pilot.TIMING_SECONDS, pilot.SHARE = 0.0, 1e-9, 0.2
     automatic.num_cores = jax.device_count
     automatic.Automatic.costs = lambda self, head: Costs(1e6, 1e4, 1e4, 0.0)
@@ -253,7 +253,7 @@ def planned() -> None:
 
 
 def newton_chains() -> None:
-    """`sample`, thinned and extended, with the steps of two chains on three devices: the same draws."""
+    """`sample`, thinned and extended, gives the same draws with the steps of two chains on three devices."""
     options = dict(kernel=HMC(step_size=0.7, num_integration_steps=2), num_warmup=0, num_chains=2, progress_bar=False)
     draws = []
     for solver, devices in ((rec.quasi_deer(), None), (rec.quasi_deer(devices=jax.devices()[:3]), None)):

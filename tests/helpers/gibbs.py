@@ -1,4 +1,4 @@
-"""Gibbs samplers of the tests, with what is known of them."""
+"""Gibbs samplers of the tests, with exact answers."""
 
 import itertools
 
@@ -20,7 +20,7 @@ SCHOOLS_START = schools_start()
 
 
 def schools_logdensity(x):
-    """The joint density, written from the model and not from its conditionals."""
+    """Joint density, written from the model and not from its conditionals."""
     half_chi = lambda s2, nu, scale: -(0.5 * nu + 1) * jnp.log(s2) - 0.5 * nu * scale / s2
     students = -0.5 * NUM_STUDENTS * (jnp.log(x["v"]) + (NUM_STUDENTS * ERROR**2 + (EFFECT - x["theta"]) ** 2) / x["v"])
     schools = -0.5 * (NUM_SCHOOLS * jnp.log(x["tau2"]) + jnp.sum((x["theta"] - x["mu"]) ** 2) / x["tau2"])
@@ -56,7 +56,7 @@ def mixture_model(y):
 
 
 def mixture_exact() -> tuple[np.ndarray, np.ndarray]:
-    """P(z = 1 | y), (6,), and E(mu | y), (2,): all 64 assignments with the means integrated out."""
+    """Return P(z = 1 | y), (6,), and E(mu | y), (2,), from all 64 assignments with the means integrated out."""
     total, ones, means = 0.0, np.zeros(6), np.zeros(2)
     for z in map(np.array, itertools.product((0, 1), repeat=6)):
         log_weight, loc = np.sum(np.log(WEIGHTS[z])), np.zeros(2)
@@ -79,7 +79,7 @@ def ising_logdensity(x):
 
 
 def ising_exact() -> tuple[float, float]:
-    """Mean magnetisation of a spin, and mean of the product of two opposite corners, over all 512 states."""
+    """Return the mean magnetisation of a spin and the mean product of two opposite corners, over all 512 states."""
     states = np.array(list(itertools.product((-1, 1), repeat=SIDE**2))).reshape(-1, SIDE, SIDE)
     bonds = (states[:, 1:] * states[:, :-1]).sum((1, 2)) + (states[:, :, 1:] * states[:, :, :-1]).sum((1, 2))
     weight = np.exp(COUPLING * bonds + FIELD * states.sum((1, 2)))
@@ -88,7 +88,7 @@ def ising_exact() -> tuple[float, float]:
 
 
 def z_scores(draws, expected) -> np.ndarray:
-    """Of means of draws (chains, draws, ...), with standard errors from the independent chains."""
+    """Return z-scores of means of draws (chains, draws, ...), with standard errors from the independent chains."""
     means = np.asarray(draws, float).mean(axis=1)
     error = means.std(axis=0, ddof=1) / np.sqrt(len(means))
     return (means.mean(axis=0) - expected) / error

@@ -1,4 +1,4 @@
-"""A GRU and a loss of all its states, to differentiate through a solve."""
+"""A GRU and a loss of all its states, for derivatives through a solve."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def make_network(rng_key):
 
 @jax.jit
 def loss(solver, params, x0, inputs):
-    """Depends on every state, on aux, on closed-over parameters, inputs and x0."""
+    """A loss that depends on every state, on aux, on closed-over parameters, inputs and x0."""
 
     def step(h, x):
         new = gru_step(params, h, x)

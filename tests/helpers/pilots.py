@@ -12,7 +12,7 @@ CPU = Costs(sequential=1e-6, overhead=1e-6, lane=2.5e-7, compile=1.0)
 
 
 def merging(steps, max_steps: int = 1000):
-    """A pilot whose pairs merge after these steps, halving their distance each step."""
+    """Make a pilot whose pairs merge after these steps and halve their distance at each step."""
     steps = np.asarray(steps)
     start = jnp.asarray(0.99 * 2.0 ** (steps - 10))
     inputs = jax.random.normal(jax.random.key(0), (max_steps, steps.size))

@@ -1,6 +1,6 @@
-"""Random solves of random recurrences, and whether what each of them certifies is the sequential path.
+"""Solve random recurrences, and check that what each solve certifies is the sequential path.
 
-`python -m tests.helpers.prefixes --solves 10000` counts false certificates, solver by solver.
+`python -m tests.helpers.prefixes --solves 10000` counts false certificates by solver.
 """
 
 import argparse
@@ -21,10 +21,10 @@ from tests.helpers.compilation import compile_quickly
 
 LENGTH = 200
 DIM = 2
-# A bound beyond this share of its scale is that of a path whose errors are no longer small: only a path that is f of
-# its predecessor to rounding is then the sequential one.
+# A bound above this share of its scale no longer describes small errors: then a path is the sequential one only if
+# every state is f of its predecessor up to rounding.
 SMALL = {"float64": 1e-6, "float32": 2e-3}
-# Factor on the bound: shooting accepts twice the range of a lane, and the bound is of first order.
+# Factor on the bound: shooting accepts twice the range of a lane, and the bound is a first-order one.
 SLACK = 10.0
 
 
@@ -95,7 +95,7 @@ def independent(x, p, n, e):
 
 
 def langevin(x, p, n, e):
-    """Contracts by 1 - h, but for accept flips: what a chain under MALA looks like."""
+    """Contracts by 1 - h except where a decision flips, like a chain under MALA."""
     h = 0.1 + 0.5 * p
     return _accept(x, (1 - h) * x + jnp.sqrt(2 * h) * n, e, lambda x: 0.1 * gaussian(x))
 
@@ -106,7 +106,7 @@ def shifted(x, p, n, e):
 
 MAPS = [logistic, calm_logistic, linear, strong, slow, square, henon, gated, wells]
 MAPS += [metropolis, independent, langevin, shifted]
-FAR = {"linear", "strong", "slow", "langevin"}  # which may start far away
+FAR = {"linear", "strong", "slow", "langevin"}  # these may start far away
 
 
 def step(x: Array, u: Input) -> Array:
@@ -115,7 +115,7 @@ def step(x: Array, u: Input) -> Array:
 
 
 def margin(x: Array, u: Input) -> Array:
-    """How far the accept decision of a step is from a tie; inf for maps without one."""
+    """Return how far the accept decision of a step is from a tie; inf for maps without one."""
     h, p = 0.1 + 0.5 * u.parameter, u.parameter
     gap = lambda new, factor: jnp.abs(factor * (gaussian(new) - gaussian(x)) + u.level)
     return jnp.select(
@@ -129,7 +129,7 @@ def margin(x: Array, u: Input) -> Array:
     )
 
 
-# --- solvers, each with a budget that is a number
+# --- solvers, each with a budget that is an array
 
 
 def with_budget(solver: rec.RecurrenceSolver, budget: Array) -> rec.RecurrenceSolver:
@@ -162,12 +162,12 @@ GUESSES = ["random", "wild", "very wild", "growing", "NaN rows", "constant", "ot
 
 
 class Case(NamedTuple):
-    """A random solve; in a batch every leaf has it first."""
+    """A random solve; in a batch every leaf has a leading axis."""
 
     x0: Array
     inputs: Input
     guess: Array
-    kind: Array  # of the guess
+    kind: Array  # kind of the guess
     scale: Array
 
 
@@ -176,7 +176,7 @@ def path_of(x0: Array, inputs: Input) -> Array:
 
 
 def draw_case(key: Array, dtype: str) -> Case:
-    """One random recurrence, start and guess."""
+    """Draw one random recurrence, start and guess."""
     keys = jax.random.split(key, 12)
     normal = lambda k, *shape: jax.random.normal(keys[k], shape, dtype)
     which = jax.random.randint(keys[0], (), 0, len(MAPS))
@@ -219,13 +219,13 @@ def draw_case(key: Array, dtype: str) -> Case:
 
 
 class Judgement(NamedTuple):
-    """Of one solve."""
+    """What is checked of one solve."""
 
     false: Array
-    near_tie: Array  # a decision within the prefix falls within the tolerance of a tie: no solve can know it
+    near_tie: Array  # a decision within the prefix is closer to a tie than the tolerance, so no solve can be sure of it
     certified: Array
     result: Array
-    error: Array  # largest over the prefix, over its bound
+    error: Array  # largest ratio of error and bound over the prefix
 
 
 def judge(case: Case, solution: Solution, scale_given: bool) -> Judgement:
@@ -242,7 +242,7 @@ def judge(case: Case, solution: Solution, scale_given: bool) -> Judgement:
     scale = jnp.broadcast_to(case.scale, exact.shape) if scale_given else jnp.maximum(reach, spread[None])
     gap = jnp.abs(path - jax.vmap(step)(jnp.concatenate([case.x0[None], path[:-1]]), case.inputs))
     sizes = jnp.stack([tol * scale + 8 * eps * jnp.abs(exact), gap])
-    sizes = jnp.where(jnp.isfinite(sizes), sizes, 0.0)  # whatever comes behind is not to be certified
+    sizes = jnp.where(jnp.isfinite(sizes), sizes, 0.0)  # what comes after must not be certified
 
     def body(products, now):
         t, x, u = now
@@ -292,12 +292,12 @@ def judge_cases(cases: Case, solutions: Solution, scale_given: bool) -> Judgemen
 
 
 def run(name: str, num_solves: int, dtype: str, scale_given: bool, seed: int) -> PyTree:
-    """Cases, budgets and judgements of random solves by one solver."""
+    """Return cases, budgets and judgements of random solves by one solver."""
     budgets = np.random.default_rng(seed).choice(BUDGETS, num_solves)
     if "shooting" in name:
         budgets = np.maximum(budgets, 1)
     if "elk" in name:
-        budgets = np.minimum(budgets, 40)  # whose iterations cost the most
+        budgets = np.minimum(budgets, 40)  # its iterations cost the most
     key = jax.random.fold_in(jax.random.key(seed), list(SOLVERS).index(name))
     cases = draw_cases(jax.random.split(key, num_solves), dtype)
     solutions = solve_cases(SOLVERS[name], cases, jnp.asarray(budgets), scale_given)

@@ -1,4 +1,4 @@
-"""One log density that is many: a program compiled for its shapes serves every number in it."""
+"""One log density for many problems: a program compiled for its shapes serves all numbers in it."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,11 +14,18 @@ DIM, NUM_MODES = 2, 2
 
 
 class Numbers(NamedTuple):
-    """What makes one problem of many; leaves of the target.
+    """Numbers that select a problem; leaves of the target.
 
-    modes: (NUM_MODES, DIM) centres, in units of size. weights: (NUM_MODES,) their logs. slopes: (DIM,) precisions.
-    bend: the banana's curvature. size, shift: of the whole. step: height of a discontinuity at the first mode.
-    limit, beyond: behind ``limit`` the log density is ``beyond`` (NaN, or -inf).
+    Attributes:
+        modes: Centres, in units of size; shape (NUM_MODES, DIM).
+        weights: Logs of the weights; shape (NUM_MODES,).
+        slopes: Precisions; shape (DIM,).
+        bend: Curvature of the banana.
+        size: Scale of the whole.
+        shift: Shift of the whole.
+        step: Height of a discontinuity at the first mode.
+        limit: Largest value of y[1]; above it the log density is ``beyond``.
+        beyond: NaN or -inf.
     """
 
     modes: Any
@@ -53,7 +60,7 @@ def target_of(numbers: Numbers, dtype: Any = float) -> pmcmc.Target:
 
 
 def random_numbers(rng: np.random.Generator) -> Numbers:
-    """A problem of any kind, hard ones among them; the size over 24 orders of magnitude."""
+    """Draw a problem of any kind, hard ones included, with sizes over 24 orders of magnitude."""
     kind = rng.choice(["gaussian", "banana", "modes", "cliff", "nan", "support"])
     apart = rng.uniform(2, 6) if kind == "modes" else 0.0
     size = 10.0 ** rng.uniform(-12, 12) if rng.random() < 0.3 else 1.0

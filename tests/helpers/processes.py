@@ -1,4 +1,4 @@
-"""One of two processes, with one CPU device each, that solve together.
+"""One of two processes with one CPU device each that solve together.
 
 Run as ``python -m tests.helpers.processes PORT NUMBER``.
 
@@ -22,7 +22,7 @@ def logdensity(x):
 
 
 def draws(solver, devices) -> np.ndarray:
-    """The chain, tuned and extended, on these devices."""
+    """Return the chain, tuned and extended, on these devices."""
     chain = sample(
         logdensity,
         jnp.ones(2),

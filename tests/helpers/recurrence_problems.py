@@ -1,4 +1,4 @@
-"""Recurrences that the tests of the solvers share."""
+"""Recurrences that the tests of several solvers use."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def coupled(key, length, dim=4, gain=0.6, dtype=jnp.float64):
-    """A contracting, non-diagonal, smooth recurrence: ``x[t] = tanh(W x[t-1] + u[t])``; fn, x0, inputs."""
+    """A contracting, non-diagonal, smooth recurrence ``x[t] = tanh(W x[t-1] + u[t])``; returns fn, x0, inputs."""
     keys = jax.random.split(key, 3)
     w = (gain / jnp.sqrt(dim) * jax.random.normal(keys[0], (dim, dim))).astype(dtype)
     inputs = jax.random.normal(keys[1], (length, dim)).astype(dtype)
@@ -16,9 +16,15 @@ def coupled(key, length, dim=4, gain=0.6, dtype=jnp.float64):
 
 
 class Variant(NamedTuple):
-    """Numbers that make one program of `coupled` many problems, so that it is compiled once for each solver.
+    """Numbers that make many problems of `coupled` in one program, which is compiled once for each solver.
 
-    weights, x0, inputs: as drawn. shift, size: of an affine change of the state. limit: inputs beyond it give NaN.
+    Attributes:
+        weights: As drawn.
+        x0: As drawn.
+        inputs: As drawn.
+        shift: Shift of an affine change of the state.
+        size: Scale of an affine change of the state.
+        limit: Inputs beyond it give NaN.
     """
 
     weights: jax.Array
@@ -45,13 +51,13 @@ class Variant(NamedTuple):
 
 @jax.jit
 def solve_variant(solver, variant, guess=None):
-    """``solver`` on a `Variant`, from x0 everywhere unless a guess is given."""
+    """Solve a `Variant` with ``solver``, from x0 everywhere unless a guess is given."""
     guess = jnp.broadcast_to(variant.start, variant.inputs.shape) if guess is None else guess
     return solver.solve(variant.fn, variant.start, variant.inputs, initial_guess=guess)
 
 
 def gru(key, hidden, features, scale=1.0):
-    """Parameters of a gated recurrent unit (Cho et al. 2014)."""
+    """Draw the parameters of a gated recurrent unit (Cho et al. 2014)."""
     keys = jax.random.split(key, 2)
     return {
         "w": scale * jax.random.normal(keys[0], (3, hidden, hidden)) / jnp.sqrt(hidden),
@@ -90,7 +96,7 @@ def lorenz(x, u, dt=0.01):
 def transient(length, first, last, growth=2.5, decay=0.5):
     """``x[t] = c[t] x[t-1] + 0.1 sin(3 x[t-1]) + u[t]`` with |c| = growth on steps first..last and decay elsewhere.
 
-    Contracting on the whole if the unstable stretch is short, yet products of c over it overflow for large growth.
+    If the unstable stretch is short, the whole contracts, yet products of c over it overflow for large growth.
     """
     index = jnp.arange(length)
     c = jnp.where((index >= first) & (index < last), growth, decay)

@@ -1,4 +1,4 @@
-"""Which cases of a test run every time, and which in the slow leg alone."""
+"""Select which cases of a test run every time, and which only in the slow leg."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,10 +7,13 @@ import pytest
 
 
 def share(cases: Iterable[str] | Mapping[str, Any], *fast: str) -> list:
-    """Parameters of a test: those named in ``fast``, and the rest marked slow.
+    """Return the parameters of a test: those named in ``fast`` as they are, the rest marked slow.
 
-    For cases that prove one statement of several things: each in CI, one or two of its kind in `make test`. cases:
-    names, which are the parameters, or parameters by name.
+    Use it for cases that show the same thing several times: all run in CI, one or two of each kind in `make test`.
+
+    Args:
+        cases: Names, which are the parameters, or parameters by name.
+        fast: Names of the cases that always run.
     """
     table = cases if isinstance(cases, Mapping) else {name: name for name in cases}
     if unknown := set(fast) - set(table):

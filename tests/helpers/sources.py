@@ -15,7 +15,7 @@ def source_trees(root: Path) -> Iterator[tuple[Path, ast.Module]]:
 
 
 def imports(node: ast.AST, package: tuple[str, ...], lazy: bool = False) -> Iterator[tuple[int, list[str], bool]]:
-    """(line, dotted name as a list, whether inside a function) of each import below node, dynamic ones included."""
+    """Return (line, dotted name as a list, whether inside a function) of each import below node, also dynamic ones."""
     for child in ast.iter_child_nodes(node):
         names: list[str] = []
         if isinstance(child, ast.Import):

@@ -1,6 +1,6 @@
-"""A recurrence whose steps take varying numbers of stages; it is no Markov chain.
+"""A recurrence whose steps take varying numbers of stages; it is not a Markov chain.
 
-Each step iterates an affine map a number of times that input and state decide, zero to six, expanding at times.
+Each step iterates an affine map zero to six times, as input and state decide; the map expands at times.
 """
 
 from dataclasses import replace
@@ -20,7 +20,7 @@ def count(x, u):
 
 
 def move(x, gain, push):
-    """x, push: (2,) or (2, lanes)."""
+    """Move the state; x and push have shape (2,) or (2, lanes)."""
     return jnp.reshape(gain, (1, *gain.shape)) * jnp.tensordot(jnp.asarray(TURN), x, 1) + push
 
 
@@ -51,7 +51,7 @@ IN_STEP = replace(APART, staged=None)
 
 
 def problem(seed: int, num_chains: int, length: int, largest_gain: float = 0.97):
-    """Inputs and a guess. With the default gains paths merge."""
+    """Return inputs and a guess. With the default gains paths merge."""
     rng = np.random.default_rng(seed)
     inputs = {
         "count": rng.integers(0, 6, (num_chains, length)),

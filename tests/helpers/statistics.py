@@ -2,17 +2,20 @@
 
 from scipy import stats
 
-# The chance that a correct pmcmc fails at least one comparison of a statistical test. It is for the whole suite:
-# each test divides it by the number of comparisons it makes, and there are few enough such tests that their sum
-# stays near it. Seeds are fixed, so a failure repeats; look for the bug, not for another seed.
+# Probability that a correct pmcmc fails at least one comparison of a statistical test, for the whole suite: each test
+# divides it by its number of comparisons, and there are few enough such tests that their sum stays near it. Seeds are
+# fixed, so a failure repeats; look for the bug, not for another seed.
 TEST_FAILURE_RATE = 1e-6
 
 
 def z_bound(num_comparisons: int) -> float:
-    """The |z| that none of num_comparisons standard normals exceeds, but with probability TEST_FAILURE_RATE.
+    """Return the |z| that num_comparisons standard normals exceed only with probability TEST_FAILURE_RATE.
 
-    Two-sided normal quantile at TEST_FAILURE_RATE / num_comparisons (Bonferroni, so dependence does not matter).
-    num_comparisons: how many z-scores are held against the bound; to share the rate over several tests, their total.
+    It is the two-sided normal quantile at TEST_FAILURE_RATE / num_comparisons (Bonferroni, so dependence does not
+    matter).
+
+    Args:
+        num_comparisons: Number of z-scores compared with the bound; to share the rate over several tests, their total.
 
     Example:
         >>> round(z_bound(1), 2), round(z_bound(100), 2)

@@ -1,4 +1,4 @@
-"""The chain that tests of streaming stream."""
+"""The chain that the streaming tests use."""
 
 import pmcmc
 from pmcmc.recurrence import MultipleShooting

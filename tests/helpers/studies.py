@@ -2,8 +2,8 @@
 
     mu ~ N(0, 1),  v ~ InverseGamma(8, 8),  z[i] ~ Bernoulli(0.3),  y[i] ~ N(mu + 1.5 z[i], v),  i = 1..4
 
-A study leaves out what its kernel does not sample: z for kernels with a gradient and for conjugate Gibbs, mu and v
-for `DiscreteGibbs`. The data are a target's leaves, so that lanes may have data of their own.
+A study leaves out what its kernel does not sample: z for kernels with a gradient and for conjugate Gibbs, mu and v for
+`DiscreteGibbs`. The data are leaves of the target, so that each lane may have different data.
 """
 
 import abc
@@ -31,7 +31,7 @@ class Study(Model, abc.ABC):
         return {**position, "y": data}
 
     def loc_and_scale(self, position):
-        """Of the data given the parameters."""
+        """Location and scale of the data given the parameters."""
         mu, v, z = self.mu(position), self.v(position), position.get("z", jnp.zeros(NUM_DATA))
         return mu + GAP * z, jnp.sqrt(v)
 
@@ -40,7 +40,7 @@ class Study(Model, abc.ABC):
         return jnp.sum(-0.5 * ((y - loc) / scale) ** 2 - jnp.log(scale))
 
     def simulate(self, position, normal):
-        """Data from standard normals (NUM_DATA,)."""
+        """Return data made from standard normals (NUM_DATA,)."""
         loc, scale = self.loc_and_scale(position)
         return loc + scale * normal
 
@@ -49,15 +49,15 @@ class Study(Model, abc.ABC):
 
     @abc.abstractmethod
     def v(self, position):
-        """The variance of the data."""
+        """Variance of the data."""
 
     @abc.abstractmethod
     def draw(self, rng: np.random.Generator, num: int) -> dict:
-        """Positions from the prior, leading axis num."""
+        """Draw positions from the prior, leading axis num."""
 
     @abc.abstractmethod
     def pivots(self, position) -> np.ndarray:
-        """(lanes, k) functions of positions (leading axis lanes), independent with mean 0 under the prior."""
+        """Return (lanes, k) functions of positions (leading axis lanes), independent with mean 0 under the prior."""
 
     @property
     def template(self):
@@ -77,7 +77,7 @@ def variance_pivot(v):
 
 @dataclass(frozen=True)
 class Continuous(Study):
-    """mu and log v. jacobian: False plants a fault, the density of v taken for that of log v."""
+    """mu and log v. ``jacobian=False`` plants a fault: the density of v is used as that of log v."""
 
     jacobian: bool = True
 
@@ -98,7 +98,7 @@ class Continuous(Study):
 
 @dataclass(frozen=True)
 class Conjugate(Study):
-    """mu and v themselves, for their conditionals."""
+    """mu and v, for their conditionals."""
 
     def logdensity(self, data, position):
         v = position["v"]
@@ -152,7 +152,7 @@ class Labels(Study):
 
 @dataclass(frozen=True)
 class Mixed(Continuous):
-    """All of them."""
+    """mu, v and z."""
 
     def logdensity(self, data, position):
         labels = jnp.sum(position["z"]).astype(float) * jnp.log(ONES / (1 - ONES))

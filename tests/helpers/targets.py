@@ -20,13 +20,13 @@ def gaussian(x):
 
 
 def skewed(x):
-    """x[0] and x[1] - x[0] are logs of independent gamma variables: skew to the left, exact draws known."""
+    """x[0] and x[1] - x[0] are logs of independent gamma variables: skewed to the left, exact draws available."""
     a, b = GAMMA_SHAPES
     return a * x[0] - jnp.exp(x[0]) + b * (x[1] - x[0]) - jnp.exp(x[1] - x[0])
 
 
 def skewed_draws(seed: int, num_draws: int) -> np.ndarray:
-    """Independent exact draws of `skewed`, (num_draws, 2)."""
+    """Return independent exact draws of `skewed`, (num_draws, 2)."""
     rng = np.random.default_rng(seed)
     first, second = (np.log(rng.gamma(shape, size=num_draws)) for shape in GAMMA_SHAPES)
     return np.stack([first, first + second], axis=1)
@@ -75,7 +75,7 @@ def funnel(x):
     return -(x[0] ** 2) / 18 - 0.5 * jnp.exp(-x[0]) * jnp.sum(rest**2) - 0.5 * rest.size * x[0]
 
 
-# Chains that warm-up leaves in the neck of a funnel may stand still, and which ones do depends on the machine.
+# Chains that start in the neck of a funnel after warm-up may not move; which chains do not depends on the machine.
 funnel_may_warn = pytest.mark.filterwarnings(
     "ignore:.*were divergent",
     "ignore:the draws have not mixed",
@@ -86,7 +86,7 @@ funnel_may_warn = pytest.mark.filterwarnings(
 
 
 def start_like(logdensity_fn, dtype=float):
-    """A position of zeros for one of the targets above."""
+    """Return a position of zeros for one of the targets above."""
     if logdensity_fn is eight_schools:
         return {"mu": jnp.zeros((), dtype), "log_tau": jnp.zeros((), dtype), "z": jnp.zeros(8, dtype)}
     dim = {gaussian: 3, skewed: 2, banana: 2, mixture: 2, logistic: 4, funnel: 4}[logdensity_fn]
@@ -94,7 +94,7 @@ def start_like(logdensity_fn, dtype=float):
 
 
 def make_target(logdensity_fn, dtype=float) -> pmcmc.Target:
-    """The `Target` of one of the log densities above."""
+    """Return the `Target` of one of the log densities above."""
     return pmcmc.Target.from_logdensity(logdensity_fn, start_like(logdensity_fn, dtype))
 
 

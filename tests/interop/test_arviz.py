@@ -26,7 +26,7 @@ SEEN[0, 0] = False
 
 @pytest.fixture(autouse=True)
 def numpyro_broadcasts_over_ranks():
-    """NumPyro's own code promotes ranks."""
+    """Allow rank promotion, which NumPyro's own code needs."""
     with jax.numpy_rank_promotion("allow"):
         yield
 
@@ -68,14 +68,14 @@ def test_groups_and_names() -> None:
     assert data.posterior["total"].dims == ("chain", "draw")
     assert data.observed_data["y"].dims == ("day", "place")
     np.testing.assert_array_equal(data.observed_data["y"], Y)
-    assert set(data.observed_data.data_vars) == {"y"}  # the factor is no datum
+    assert set(data.observed_data.data_vars) == {"y"}  # a factor is not data
     assert set(data.constant_data.data_vars) == {"x", "seen"}
     assert data.attrs["decision"] == "sequential"
     assert data.attrs["num_sequential_steps"] == 200
 
 
 def test_log_likelihood(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In pieces of 5 draws; masked observations have 0, as in NumPyro."""
+    """Computed in pieces of 5 draws; masked observations have 0, as in NumPyro."""
     monkeypatch.setattr(pmcmc.chain.chain, "_LIKELIHOOD_BATCH", 60)
     data = chain().to_arviz(log_likelihood=True)
     found = data.log_likelihood["y"]
@@ -87,7 +87,7 @@ def test_log_likelihood(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_loo_and_compare() -> None:
-    """ArviZ 1.x refuses observations whose log likelihood is constant, as masked ones have it."""
+    """ArviZ 1.x refuses observations with a constant log likelihood, which masked ones have."""
     data = chain(all_seen=True).to_arviz(log_likelihood=True)
     found = az.loo(data)
     assert np.isfinite(found.elpd_loo if hasattr(found, "elpd_loo") else found.elpd)

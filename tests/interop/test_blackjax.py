@@ -1,4 +1,4 @@
-"""BlackJAX's algorithms as kernels: its chain with its keys, the same in blocks, and what does not merge is seen."""
+"""BlackJAX's algorithms as kernels: the same chain from the same keys, also in blocks; what does not merge is found."""
 
 from dataclasses import replace
 
@@ -60,7 +60,7 @@ CASES = {
 
 
 def run_blackjax(algorithm, state, keys):
-    """States and infos of BlackJAX's own loop. A key in the state is drawn from each step's key."""
+    """Return states and infos of BlackJAX's own loop. A key in the state is drawn from each step's key."""
     named = "random_generator_arg" in state._fields
     tag = 0x72616E64
 
@@ -93,13 +93,13 @@ def test_equals_blackjax_with_the_same_keys(name: str) -> None:
     assert moved.sum() > 30
     dynamic = kernel.unknown(expected)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10), solution.value, dynamic)
-    # what is solved for is what is no function of the position: restoring the rest gives the state back
+    # Solvers iterate only on what is not a function of the position: restoring the rest gives the state back.
     restored = jax.vmap(lambda x: kernel.restore(TARGET, x))(solution.value)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10), restored, expected)
 
     ours = solution.aux
     assert np.all(np.isnan(ours.margin))
-    density = jax.vmap(TARGET.logdensity_fn)(expected.position)  # of elliptical slice too, whose state has another
+    density = jax.vmap(TARGET.logdensity_fn)(expected.position)  # of elliptical slice too
     np.testing.assert_allclose(ours.logdensity, density, rtol=0, atol=1e-10)
     for field, theirs in (
         ("acceptance_rate", "acceptance_rate"),
@@ -157,7 +157,7 @@ def _ones_like(states):
 
 
 def test_merges_under_common_keys() -> None:
-    """The control of the next test."""
+    """Control for the next test."""
     found = couple("elliptical", 1000)
     assert np.all(found.steps < 300)
     assert found.growth_rate < -0.1
@@ -165,7 +165,7 @@ def test_merges_under_common_keys() -> None:
 
 @pytest.mark.parametrize("name", share(["random-walk", "barker", "ghmc"], "ghmc"))
 def test_does_not_merge_under_common_keys(name: str) -> None:
-    """Random increments added to both paths keep them apart; GHMC's slice variable is never drawn anew."""
+    """Random increments added to both paths keep them apart; GHMC's slice variable is never redrawn."""
     found = couple(name, 1000)
     assert not np.any(found.merged)
     assert np.all(found.distance > 1e-3)
@@ -227,7 +227,7 @@ def test_step_size_of_a_constructor_is_tuned() -> None:
 
 
 def test_an_algorithm_already_built() -> None:
-    """The same chain as from its constructor, over a pytree; no warm-up, since it knows no basis."""
+    """It gives the same chain as its constructor, over a pytree; without warm-up, since it takes no basis."""
     over_tree = lambda p: gaussian(jnp.concatenate([p["a"][None], p["b"]]))
     position = {"a": jnp.array(0.3), "b": jnp.array([1.0, -1.0])}
     built = from_blackjax(blackjax.elliptical_slice(over_tree, mean=0 * ONES, cov=ONES))
@@ -271,7 +271,7 @@ def test_parameters_are_leaves_or_static() -> None:
 
 
 def test_caches_can_be_named() -> None:
-    """Taken for a cache, the slice of GHMC would be drawn anew by init: the argument decides."""
+    """If the slice of GHMC counted as a cache, init would redraw it: the argument decides."""
     parameters = dict(step_size=0.6, momentum_inverse_scale=ONES, alpha=0.5, delta=0.3)
     kernel = from_blackjax(blackjax.ghmc, caches=("logdensity", "logdensity_grad", "slice"), **parameters)
     unknown = kernel.unknown(kernel.init(TARGET, START))
@@ -283,7 +283,7 @@ def test_caches_can_be_named() -> None:
 
 
 def test_nan_proposals_are_rejected_and_count_as_divergent() -> None:
-    """BlackJAX reports an acceptance rate of NaN for them, which would spoil the tuning of a step size."""
+    """BlackJAX reports an acceptance rate of NaN for them, which would break the tuning of a step size."""
     bad = Target.from_logdensity(lambda x: jnp.where(x[0] > 0.5, jnp.nan, -0.5 * jnp.sum(x**2)), START)
     kernel = CASES["barker"][0]
     noise = draw_noise(bad, kernel, 0, 200)

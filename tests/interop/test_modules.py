@@ -1,4 +1,4 @@
-"""Neural modules of NumPyro's: weights with priors are sampled, other parameters are constants."""
+"""Neural modules of NumPyro: weights with priors are sampled, other parameters are constants."""
 
 from collections.abc import Callable
 
@@ -55,7 +55,7 @@ def haiku_linear(prior) -> None:
 
 @pytest.mark.parametrize("model", [flax_linear, nnx_linear, equinox_linear, haiku_linear])
 def test_weights_are_sampled(model: Callable) -> None:
-    """A linear module is Bayesian regression, whose posterior is known."""
+    """A linear module is a Bayesian regression, whose posterior is known."""
     chain = pmcmc.parallel_chain(
         model, 0, model_args=(dist.Normal(0, PRIOR),), num_warmup=300, num_samples=500, progress_bar=False
     )
@@ -71,7 +71,7 @@ def test_weights_are_sampled(model: Callable) -> None:
 
 
 def test_weights_without_a_prior_are_constants() -> None:
-    """As in NumPyro: where the module starts them, the same in every call."""
+    """They have the values at which the module starts them, as in NumPyro, the same in every call."""
     pytest.importorskip("flax")
     names = {"kernel": dist.Normal(0, PRIOR)}
     options = dict(model_args=(names,), num_warmup=100, num_samples=100, progress_bar=False)

@@ -1,4 +1,4 @@
-"""Targets from NumPyro models: NumPyro's own density, gradient and sites; one compilation for data of one shape."""
+"""Targets from NumPyro models have NumPyro's density, gradient and sites; data of one shape compile once."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from tests.helpers.targets import EFFECTS, ERRORS, FEATURES, LABELS, eight_schoo
 
 @pytest.fixture(autouse=True)
 def numpyro_broadcasts_over_ranks():
-    """NumPyro's own code, and models in its style, promote ranks."""
+    """Allow rank promotion, which NumPyro's own code and models in its style need."""
     with jax.numpy_rank_promotion("allow"):
         yield
 
@@ -33,7 +33,7 @@ GROUP = np.array([0, 1, 2, 0, 1, 2])
 
 
 def constrained_sites(y):
-    """One of every awkward support."""
+    """One site of every unusual support."""
     with numpyro.plate("columns", 3):
         scale = numpyro.sample("scale", dist.HalfCauchy(2.0))
         rate = numpyro.sample("rate", dist.Beta(2.0, 3.0))
@@ -65,7 +65,7 @@ def masked(y, mask):
 
 
 def values_while_traced(y, group):
-    """Needs the values of an integer array while it is traced."""
+    """A model that needs the values of an integer array while it is traced."""
     effect = numpyro.sample("effect", dist.Normal(0, 1).expand([len(np.unique(group))]).to_event(1))
     numpyro.sample("y", dist.Normal(effect[group][:, None], 1).to_event(2), obs=y)
 
@@ -80,7 +80,7 @@ def options(y, num_groups=1, centred=True, name="mu", extra=None, scales=(1.0, 2
 
 
 def autoregression(y):
-    """Sites within a loop."""
+    """A model with sites within a loop."""
     phi = numpyro.sample("phi", dist.Uniform(-1, 1))
     scale = numpyro.sample("scale", dist.HalfNormal(1.0))
 
@@ -152,16 +152,16 @@ def test_starts_are_numpyros_and_usable() -> None:
 
 
 def test_what_is_data_and_what_is_constant() -> None:
-    """Arrays are data, wherever they come from; numbers, strings and shapes are the model's."""
+    """Arrays are data, wherever they come from; numbers, strings and shapes belong to the model."""
     data = lambda name: [x.shape for x in numpyro_target(*MODELS[name]).data if x.dtype != bool and x.size != 1]
     assert sorted(data("plates")) == [(6,), (6, 3)]
-    assert sorted(data("constants")) == [(6,), (6, 3)]  # the integers are needed as values, and read as well
+    assert sorted(data("constants")) == [(6,), (6, 3)]  # the integers are needed as values and are read, too
     assert data("options") == data("jax arrays") == [(6, 3)]
     assert () in [x.shape for x in numpyro_target(*MODELS["jax arrays"]).data]
 
 
 def test_same_shapes_compile_once() -> None:
-    """New numbers are new leaves of the same program; another model is a new one."""
+    """New numbers are new leaves of the same program; another model is a new program."""
 
     def model(y, group, centred=True):
         effect = numpyro.sample("effect", dist.Normal(0, 1).expand([3]).to_event(1))
@@ -223,7 +223,7 @@ def test_models_that_cannot_be_sampled(model, words: str) -> None:
 
 def test_no_model() -> None:
     for wrong in (3.0, {"not": "a model"}):
-        with pytest.raises(TypeError):  # by the annotation here, by a message of its own in production
+        with pytest.raises(TypeError):  # by the annotation here, by pmcmc's own message in production
             pmcmc.parallel_chain(wrong, 0)
 
 
@@ -235,13 +235,13 @@ def test_wrong_arguments_of_the_model() -> None:
 
 
 def test_a_chain_that_never_moves_is_not_passed_over() -> None:
-    """NumPyro returns it; here also where no warm-up looked."""
+    """NumPyro returns it; here it is reported, also without a warm-up."""
     options = dict(num_warmup=0, num_samples=200, num_chains=2, solver=Sequential(), progress_bar=False)
     run = lambda **more: pmcmc.parallel_chain(fine, 0, model_args=(Y,), **{**options, **more})
     with pytest.warns(UserWarning, match=r"chain\(s\) 0, 1 accepted no move in 200 draws.*step_size=None"):
         stuck = run(kernel=pmcmc.MALA(step_size=1e9))
     assert stuck.num_samples == 200  # nothing is lost
-    few = run(kernel=pmcmc.MALA(step_size=1e9), num_samples=20)  # too few to tell
+    few = run(kernel=pmcmc.MALA(step_size=1e9), num_samples=20)  # too few draws to judge
     assert few.report.acceptance_rate.max() == 0
 
 
@@ -274,7 +274,7 @@ def broken_factor(y):
 @pytest.mark.parametrize("given", [False, True], ids=["own starts", "init_params"])
 @pytest.mark.filterwarnings("ignore:.*Out-of-support")
 def test_density_that_is_never_finite(model, y, site: str, given: bool) -> None:
-    """Refused before any sampling, by the name of the site to blame."""
+    """Refused before any sampling, naming the site that is not finite."""
     init = {"mu": 0.3} if given else None
     with pytest.raises(ValueError, match=f"cannot be used at .* start.*at site '{site}'"):
         pmcmc.parallel_chain(model, 0, model_args=(y,), init_params=init)

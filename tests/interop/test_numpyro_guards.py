@@ -1,8 +1,8 @@
-"""What NumPyro's MCMC refuses or warns of, and pmcmc with it: one row for each check in its source (0.22).
+"""pmcmc refuses or warns of what NumPyro's MCMC refuses or warns of: one row for each check in its source (0.22).
 
-Read were `MCMC.__init__` and `run`, `HMC.__init__`, `init` and `_init_state`, `initialize_model`, `_validate_model`,
-`_transforms_from_trace`, `find_valid_initial_params`, `potential_energy`, `constrain_fn`, and the plates, handlers and
-distributions that a model is made of.
+The checks are in `MCMC.__init__` and `run`, `HMC.__init__`, `init` and `_init_state`, `initialize_model`,
+`_validate_model`, `_transforms_from_trace`, `find_valid_initial_params`, `potential_energy`, `constrain_fn`, and the
+plates, handlers and distributions that a model consists of.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ Y = np.array([0.8, 1.4, -0.2, 1.1, 0.9, 0.4])
 
 @pytest.fixture(autouse=True)
 def numpyro_broadcasts_over_ranks():
-    """NumPyro's own code promotes ranks."""
+    """Allow rank promotion, which NumPyro's own code needs."""
     with jax.numpy_rank_promotion("allow"):
         yield
 
@@ -168,7 +168,7 @@ def whole_plate():
 
 
 class Row(NamedTuple):
-    """A model, what NumPyro raises or warns and the words, and the same of pmcmc."""
+    """A model, the error or warning of NumPyro and its words, and the same for pmcmc."""
 
     model: Callable
     theirs: type[Exception]
@@ -249,7 +249,7 @@ def test_subsampled_plates_are_refused_everywhere(sample: Callable) -> None:
 
 @pytest.mark.parametrize("model", [plate_of_given_rows, improper, moving_bounds, whole_plate], ids=lambda m: m.__name__)
 def test_models_that_both_accept(model: Callable) -> None:
-    """Beside what is refused: the density is NumPyro's."""
+    """Models that are accepted have NumPyro's density."""
     theirs = initialize_model(jax.random.key(0), model)
     target, position = numpyro_target(model, (), {}), theirs.param_info.z
     ours = target.model.logdensity(target.data, position)
@@ -257,7 +257,7 @@ def test_models_that_both_accept(model: Callable) -> None:
 
 
 def test_missing_plates_of_discrete_sites_do_no_harm() -> None:
-    """NumPyro, which enumerates, needs to know what is independent; Gibbs takes one element after the other."""
+    """NumPyro enumerates and must know what is independent; Gibbs updates one element after the other."""
 
     def without_a_plate():
         z = numpyro.sample("z", dist.Bernoulli(jnp.array([0.5, 0.5])))
@@ -265,13 +265,13 @@ def test_missing_plates_of_discrete_sites_do_no_harm() -> None:
 
     trace = numpyro.handlers.trace(numpyro.handlers.seed(without_a_plate, 0)).get_trace()
     with pytest.raises(ValueError, match="Missing a plate statement for batch dimension -1 at site 'z'"):
-        _validate_model(trace, plate_warning="error")  # as initialize_model does where it enumerates
+        _validate_model(trace, plate_warning="error")  # as initialize_model does when it enumerates
     numpyro_target(without_a_plate, (), {})
 
 
 @pytest.mark.filterwarnings("ignore:.*Out-of-support")
 def test_values_outside_a_support() -> None:
-    """Where the density is not -inf there, only NumPyro's validation tells; then pmcmc refuses as NumPyro does."""
+    """Where the density is not -inf there, only NumPyro's validation notices; pmcmc then refuses as NumPyro does."""
     with numpyro.validation_enabled():
         with pytest.raises(RuntimeError, match="Cannot find valid initial"):
             initialize_model(jax.random.key(0), outside_support)
@@ -321,7 +321,7 @@ def test_metrics_that_both_refuse() -> None:
 
 
 def test_what_numpyros_own_constructors_refuse() -> None:
-    """Samplers are NumPyro's objects, so these checks come before pmcmc sees them."""
+    """Samplers are NumPyro's objects, so these checks run before pmcmc sees them."""
     with pytest.raises(ValueError, match="Only one of `model` or `potential_fn`"):
         NUTS()
     with pytest.raises(ValueError, match="At least one of `num_steps` or `trajectory_length`"):

@@ -1,4 +1,4 @@
-"""Sites that were not asked for are never computed, and the others in pieces."""
+"""Sites that were not asked for are never computed, and the others are computed in pieces."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def counting_model():
-    """A model with a deterministic site that tells whenever it is computed, and of how many draws at once."""
+    """A model with a deterministic site that records each computation, and for how many draws."""
     calls: list[int] = []
 
     def tell(slope):
@@ -63,7 +63,7 @@ def test_chains_compute_what_is_asked_for(capsys, tmp_path: Path) -> None:
     assert not calls
     if find_spec("zarr"):
         chain.stream(tmp_path / "draws", 10, sites=["slope"], progress_bar=False)
-        assert set(calls) <= {1}  # one draw, to describe the model's sites; 60 and more are written
+        assert set(calls) <= {1}  # one draw, to describe the model's sites; 60 or more are written
     whole = chain.get_samples()
     assert sum(calls) >= 60
     for name in some:
@@ -71,7 +71,7 @@ def test_chains_compute_what_is_asked_for(capsys, tmp_path: Path) -> None:
         np.testing.assert_array_equal(chain.get_samples(True, sites=[name])[name].reshape(-1), whole[name])
     num_calls = len(calls)
     chain.get_samples(sites=["mu"])
-    assert len(calls) == num_calls  # kept
+    assert len(calls) == num_calls  # results are kept
     with pytest.raises(ValueError, match=r"no \['nu'\]: expected names out of \["):
         chain.get_samples(sites=["nu"])
     with pytest.raises(TypeError, match="sequence of names"):
@@ -130,7 +130,7 @@ print(json.dumps({"peak": peak, "sites": list(mcmc.get_samples())}))
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss has another unit elsewhere")
 def test_memory_with_a_large_site_left_out_is_numpyros() -> None:
-    """1e5 rows x 2,000 draws of float32 are 763 MiB, which neither holds at any time."""
+    """1e5 rows x 2,000 draws of float32 are 763 MiB, which neither package allocates at any time."""
 
     def told(which: str) -> dict:
         command = [sys.executable, "-c", PEAK, which]

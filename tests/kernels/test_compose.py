@@ -1,4 +1,4 @@
-"""Compose: blocks see the newest values of the others, warm-up tunes each, and the chain is one whatever the solver."""
+"""Compose: each kernel sees the newest values of other sites, warm-up tunes each, and the solver does not matter."""
 
 import blackjax
 import jax
@@ -25,7 +25,7 @@ def joint(x):
 
 
 def update_b(x):
-    """b given a."""
+    """Update of b given a."""
     scale = 1 / np.sqrt(PRECISION[2, 2])
     return -(jnp.asarray(PRECISION[2, :2]) @ x["a"]) * scale**2, scale
 
@@ -51,10 +51,10 @@ def sample(kernel, **options):
     return pmcmc.sample(joint, START, 1, kernel=kernel, **options)
 
 
-@pytest.mark.filterwarnings("ignore:the draws have not mixed")  # each chain is short; they are many
+@pytest.mark.filterwarnings("ignore:the draws have not mixed")  # there are many short chains
 @pytest.mark.parametrize("name", share(list(BLOCKS), "HMC and Gibbs"))
 def test_blocks_sample_the_joint(name: str) -> None:
-    """First and second moments; warm-up gives every block of vectors its coordinates."""
+    """First and second moments; warm-up gives a basis to every kernel that takes one."""
     chain = sample(pmcmc.Compose(BLOCKS[name]), num_chains=256)
     draws = chain.get_samples(group_by_chain=True)
     x = np.concatenate([draws["a"], np.asarray(draws["b"])[..., None]], axis=-1)
@@ -69,7 +69,7 @@ def test_blocks_sample_the_joint(name: str) -> None:
 
 
 def test_step_is_that_of_its_blocks() -> None:
-    """Each block alone on its conditional target, with caches made anew."""
+    """A step equals the step of each kernel alone on its conditional target, with fresh caches."""
     target, kernel = pmcmc.Target.from_logdensity(joint, START), pmcmc.Compose(BLOCKS["MALA twice"])
     noise = jax.tree.map(lambda u: u[0], draw_noise(target, kernel, 0, 1))
     position = {"a": jnp.array([0.3, -0.8]), "b": jnp.array(0.5)}
@@ -108,7 +108,7 @@ def test_what_is_said_of_a_step() -> None:
 
 
 def test_warm_up_tunes_each_block() -> None:
-    """Scales far apart, step sizes left open: acceptance near its target in both blocks, coordinates about right."""
+    """Scales far apart, step sizes left open: acceptance near its target in both groups, coordinates about right."""
 
     def stretched(x):
         return joint({"a": x["a"] / 100.0, "b": x["b"] * 50.0})
@@ -124,7 +124,7 @@ def test_warm_up_tunes_each_block() -> None:
     )
     np.testing.assert_allclose(second.basis.scale.ravel(), np.sqrt(COVARIANCE[2, 2]) / 50, rtol=0.3)
     assert first.kernel.num_integration_steps is not None
-    # means of the two targets, 0.8 and 0.574
+    # Means of the two targets, 0.8 and 0.574.
     assert 0.55 < float(np.mean(chain.report.acceptance_rate)) < 0.8
     again = chain.kernel.blocks[1].kernel.step_size
     assert 0 < float(again) < 10

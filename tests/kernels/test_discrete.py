@@ -1,4 +1,4 @@
-"""Discrete sites by inverse CDF: against enumeration, side by side and in order, from NumPyro models by themselves."""
+"""Discrete sites by inverse CDF: against enumeration, in parallel and sequentially, and from NumPyro models."""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ ABREAST = pmcmc.Compose([pmcmc.DiscreteGibbs(independent="z"), (pmcmc.HMC(), ["m
 @pytest.mark.parametrize("kernel", [None, ABREAST], ids=["in order", "side by side"])
 @pytest.mark.slow
 def test_mixture_model_matches_enumeration(kernel) -> None:
-    """A NumPyro model with discrete assignments, as it stands."""
+    """A NumPyro model with discrete assignments, without changes."""
     chain = pmcmc.parallel_chain(mixture_model, 0, model_args=(POINTS,), kernel=kernel, num_chains=256, **OPTIONS)
     draws, (ones, means) = chain.get_samples(group_by_chain=True), mixture_exact()
     assert draws["z"].dtype == int
@@ -52,7 +52,7 @@ def test_mixture_model_matches_enumeration(kernel) -> None:
 
 
 def test_side_by_side_is_in_order() -> None:
-    """Independent elements: the same uniforms give the same draws either way."""
+    """For independent elements the same uniforms give the same draws, updated together or one by one."""
     target = numpyro_target(mixture_model, (POINTS,), {})
     state = {"z": jnp.array([0, 1, 1, 0, 1, 0]), "mu": jnp.array([-0.7, 0.9])}
     each, whole = pmcmc.DiscreteGibbs(), pmcmc.DiscreteGibbs(independent=["z"])
@@ -95,7 +95,7 @@ def test_ising_matches_enumeration() -> None:
 
 @pytest.mark.usefixtures("free_lanes")
 def test_ising_in_blocks() -> None:
-    """Nothing but integers: merges are bitwise."""
+    """All leaves are integers: merges are exact."""
     options = {**OPTIONS, "num_samples": 20_000, "num_chains": 2}
     run = lambda solver: pmcmc.sample(ising_logdensity, ISING_START, 0, kernel=ISING, **{**options, "solver": solver})
     found, expected = run("auto"), run(Sequential())
@@ -105,7 +105,7 @@ def test_ising_in_blocks() -> None:
 
 
 def counts(y):
-    """Supports of every kind, no continuous site."""
+    """A model with supports of every kind and no continuous site."""
     with numpyro.plate("rows", 2):
         k = numpyro.sample("k", dist.Binomial(3, 0.4))
     on = numpyro.sample("on", dist.Bernoulli(0.3).expand([2]).to_event(1))
@@ -114,7 +114,7 @@ def counts(y):
 
 
 def test_model_without_continuous_sites() -> None:
-    """All 4 * 4 * 2 * 2 * 3 states by NumPyro's own probabilities."""
+    """All 4 * 4 * 2 * 2 * 3 states, with NumPyro's own probabilities."""
     chain = pmcmc.parallel_chain(counts, 1, model_args=(6.5,), num_chains=256, **OPTIONS)
     assert isinstance(chain.kernel, pmcmc.DiscreteGibbs)
     grid = np.stack(np.meshgrid(*[range(4)] * 2, *[range(2)] * 2, range(2, 5), indexing="ij"), -1).reshape(-1, 5)
@@ -129,7 +129,7 @@ def test_model_without_continuous_sites() -> None:
 
 
 def test_given_kernel_and_starts() -> None:
-    """A gradient kernel gets the discrete sites' updates beside it; init_params holds integers."""
+    """A gradient kernel gets updates of the discrete sites in addition; init_params may have integers."""
     init = {"z": np.array([0, 0, 1, 1, 1, 1]), "mu": np.array([-1.0, 1.0])}
     chain = pmcmc.parallel_chain(
         mixture_model, 0, model_args=(POINTS,), kernel=pmcmc.MALA(step_size=0.2), init_params=init, num_warmup=0,
@@ -142,7 +142,7 @@ def test_given_kernel_and_starts() -> None:
 
 
 def coupled(y):
-    """The elements of z are in a plate, and depend on each other through the next one."""
+    """The elements of z are in a plate, but each depends on the next one."""
     with numpyro.plate("data", 6):
         z = numpyro.sample("z", dist.Bernoulli(0.3))
         numpyro.sample("y", dist.Normal(z + 0.5 * jnp.roll(z, 1), 1.0), obs=y)
@@ -195,7 +195,7 @@ def test_errors_of_supports() -> None:
     for wrong in ("ab", 3, []):
         with pytest.raises(TypeError, match="list of numbers"):
             pmcmc.DiscreteGibbs(supports={"spin": wrong})
-    for repeated in ([0, 1, 1], [0, 0.0], [True, 1]):  # a value that stands there twice would be drawn twice as often
+    for repeated in ([0, 1, 1], [0, 0.0], [True, 1]):  # a repeated value would be drawn twice as often
         with pytest.raises(ValueError, match=r"has \[.*\] more than once.*weights belong in the log density"):
             pmcmc.DiscreteGibbs(supports={"spin": repeated})
     with pytest.raises(ValueError, match=r"finite numbers, got \[nan, inf\]"):
@@ -211,7 +211,7 @@ def test_errors_of_supports() -> None:
         (jnp.int16, [0, 0.5], "0.5"),
         (bool, [0, 1, 2], "2"),
         (jnp.float32, [0.0, 1e39], "1e\\+39"),
-        (jnp.float32, [16777216, 16777217], "16777216, 16777217"),  # the same number there
+        (jnp.float32, [16777216, 16777217], "16777216, 16777217"),  # equal in float32
     ],
     ids=str,
 )
@@ -229,7 +229,7 @@ def test_supports_that_are_rounded_but_apart() -> None:
 
 
 def one_bad_value():
-    """The density of the first element is NaN at 1; the second element has nothing to do with it."""
+    """The density of the first element is NaN at 1; the second element does not affect it."""
     with numpyro.plate("data", 2):
         z = numpyro.sample("z", dist.Categorical(jnp.ones(3) / 3))
         numpyro.factor("bad", jnp.where((z == 1) & (jnp.arange(2) == 0), jnp.nan, 0.0))
@@ -238,7 +238,7 @@ def one_bad_value():
 @pytest.mark.parametrize("independent", [(), ("z",)], ids=["in order", "side by side"])
 @pytest.mark.filterwarnings("ignore:.*were divergent")
 def test_one_value_of_nan_density_keeps_the_old_value_and_says_so(independent: tuple) -> None:
-    """As `CategoricalUpdate` does; -inf instead is a value that is never drawn."""
+    """Like `CategoricalUpdate`; a value with density -inf is just never drawn."""
     start = {"z": jnp.array([2, 0])}
     chain = pmcmc.parallel_chain(
         one_bad_value,
@@ -249,6 +249,6 @@ def test_one_value_of_nan_density_keeps_the_old_value_and_says_so(independent: t
     )
     z = np.asarray(chain.get_samples()["z"])
     assert set(z[:, 0]) == {2}
-    # side by side all elements are one draw, in order each is its own
+    # Updated together, all elements are one draw; one by one, each is a draw.
     assert set(z[:, 1]) == ({0} if independent else {0, 1, 2})
     assert chain.report.num_divergent[0] == 100

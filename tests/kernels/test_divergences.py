@@ -1,4 +1,4 @@
-"""Divergences of more than 1 % of the draws are one warning, with a remedy; fewer are none."""
+"""Divergences in more than 1 % of the draws give one warning with a remedy; fewer give none."""
 
 import warnings
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ OPTIONS = dict(num_warmup=0, num_samples=400, num_chains=2, solver=Sequential(),
 
 
 def edges(x):
-    """Flat on (-1, 1) in each coordinate, and nothing outside: a trajectory that leaves it diverges."""
+    """Flat on (-1, 1) in each coordinate, and -inf outside: a trajectory that leaves it diverges."""
     return jnp.where(jnp.all(jnp.abs(x) < 1), 0.0, -jnp.inf)
 
 
@@ -40,7 +40,7 @@ def test_many_are_one_warning() -> None:
     assert words.startswith(f"{num} of 800 draws ({num / 800:.1%}) were divergent.")
     for remedy in ("reparametrise", "EnsembleAdaptation(target_acceptance_rate=0.95)", "target_accept_prob=0.95"):
         assert remedy in words
-    (more,) = warned(lambda: chain[0].extend(200, progress_bar=False))  # of its own draws
+    (more,) = warned(lambda: chain[0].extend(200, progress_bar=False))  # counted over the new draws
     assert "of 400 draws" in more
 
 
@@ -91,7 +91,7 @@ def test_the_drop_in_warns_too() -> None:
 @pmcmc.register_dataclass
 @dataclass(frozen=True)
 class Halves(RecurrenceSolver):
-    """A solver of a user's own."""
+    """A user's own solver."""
 
     def solve_problem(self, problem):
         return Sequential().solve_problem(problem)

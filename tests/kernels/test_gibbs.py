@@ -1,4 +1,4 @@
-"""Gibbs: the updates' laws, real samplers against exact answers, and one chain whatever the solver."""
+"""Gibbs: laws of the updates, whole samplers against exact answers, and one chain whatever the solver."""
 
 from functools import partial
 
@@ -50,7 +50,7 @@ def test_gammas_have_their_moments(shape: float) -> None:
 
 
 def test_gammas_are_smooth_in_their_shape() -> None:
-    """The derivative of the proposal accepted, against differences, but for the few that flip."""
+    """The derivative of the accepted proposal, against differences, except for the few that flip."""
     keys = jax.random.split(jax.random.key(3), 500)
     at = jax.jit(jax.vmap(lambda key, shape: jnp.exp(log_gammas(key, shape[None])[0]), (0, None)))
     for shape in (0.7, 5.0):
@@ -63,13 +63,13 @@ def test_gammas_are_smooth_in_their_shape() -> None:
 
 
 def test_a_gamma_of_no_shape_is_not_a_number() -> None:
-    """No try would ever be accepted: without a way out the loop never ended."""
+    """No try would ever be accepted, so the loop would not end without a limit."""
     drawn = log_gammas(jax.random.key(4), jnp.array([2.0, jnp.nan, jnp.inf, 0.0, -1.0]))
     np.testing.assert_array_equal(jnp.isfinite(drawn), [True, False, False, False, False])
 
 
 def test_many_categories_are_drawn_as_few_are() -> None:
-    """A category a column, or one scan over all: the same draws and margins, impossible categories among them."""
+    """One column per category, or one scan over all: the same draws and margins, impossible categories included."""
     logits = jnp.where(jax.random.uniform(jax.random.key(5), (500, 6)) < 0.2, -jnp.inf, 0.3 * jnp.arange(6.0))
     uniform = jax.random.uniform(jax.random.key(6), (500,))
     columns, scan = (jax.vmap(draw)(logits, uniform) for draw in (_by_columns, _by_scan))
@@ -85,7 +85,7 @@ TINY = 0.02
 
 @pytest.mark.parametrize("known", [True, False], ids=["number", "function of the state"])
 def test_small_concentrations_in_float32(known: bool) -> None:
-    """Gammas of shape 0.02 are mostly below float32's numbers, but their ratios are not: 0 / 0 is never drawn."""
+    """Gammas of shape 0.02 mostly underflow in float32, but their ratios do not: 0 / 0 is never drawn."""
     num, size = 20_000, 3
     concentration = np.float32(TINY) if known else (lambda x: x["x"] + TINY)
     update, site = pmcmc.DirichletUpdate(concentration), Site(jax.ShapeDtypeStruct((size,), jnp.float32), jnp.float32)
@@ -94,7 +94,7 @@ def test_small_concentrations_in_float32(known: bool) -> None:
     x = np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(7), num)), float)
     assert np.all(np.isfinite(x))
     np.testing.assert_allclose(x.sum(axis=1), 1, atol=1e-6)
-    law = stats.beta(TINY, (size - 1) * TINY)  # of each component
+    law = stats.beta(TINY, (size - 1) * TINY)  # the law of each component
     mean, variance, kurtosis = law.stats("mvk")
     z_mean = (x.mean(0) - mean) / np.sqrt(variance / num)
     z_variance = (((x - mean) ** 2).mean(0) / variance - 1) / np.sqrt((kurtosis + 2) / num)
@@ -103,19 +103,19 @@ def test_small_concentrations_in_float32(known: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_small_shapes_stay_within_the_positive_numbers(dtype) -> None:
-    """What no number of the dtype can hold is its smallest or largest one, as often as the law says."""
+    """A draw outside the range of the dtype is its smallest or largest number, as often as the law says."""
     num, info = 20_000, jnp.finfo(dtype)
     site, shape = Site(jax.ShapeDtypeStruct((), dtype), dtype), 0.02 if dtype == jnp.float32 else 0.002
     for update, limit in ((pmcmc.GammaUpdate(shape, 1.0), info.tiny), (pmcmc.InverseGammaUpdate(shape, 1.0), info.max)):
         one = lambda key, update=update: update.draw({}, update.draw_noise(key, site), site).value
         x = np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(8), num)), float)
         assert np.all((x >= info.tiny) & (x <= info.max))
-        # P(g < e) = e^a / Gamma(a + 1) for e this small
+        # P(g < e) = e^a / Gamma(a + 1) for such a small e.
         beyond = np.exp(shape * (np.log(float(info.tiny)) if limit == info.tiny else -np.log(float(info.max))))
         beyond /= special.gamma(shape + 1)
         z = (np.mean(x == float(limit)) - beyond) / np.sqrt(beyond * (1 - beyond) / num)
         assert abs(z) < z_bound(4)
-    assert np.isinf(pmcmc.GammaUpdate(2.0, 0.0).draw({}, jnp.zeros((), dtype), site).value)  # a fault stays one
+    assert np.isinf(pmcmc.GammaUpdate(2.0, 0.0).draw({}, jnp.zeros((), dtype), site).value)  # still invalid
     assert np.isnan(pmcmc.GammaUpdate(2.0, -1.0).draw({}, jnp.zeros((), dtype), site).value)
 
 
@@ -194,7 +194,7 @@ def test_schools_step_is_the_published_one() -> None:
     tau2, mu, theta, v = jax.tree.map(lambda u: u[0], noise)
     theirs = gibbs_step(
         jnp.concatenate([SCHOOLS_START["theta"], SCHOOLS_START["v"], jnp.array([0.0, 100.0])]),
-        (jnp.append(theta, mu), jnp.exp(jnp.append(v, tau2))),  # ours are logs of gammas
+        (jnp.append(theta, mu), jnp.exp(jnp.append(v, tau2))),  # our gammas are given as logs
     )
     new, info = SCHOOLS.step(target, SCHOOLS_START, (tau2, mu, theta, v))
     ours = jnp.concatenate([new["theta"], new["v"], jnp.stack([new["mu"], new["tau2"]])])
@@ -214,14 +214,14 @@ def test_schools_by_newton() -> None:
     assert int(found.result) == RESULTS.successful
     gap = jax.tree.map(lambda a, b, s: float(jnp.max(jnp.abs(a - b) / s[None])), found.value, expected.value, spread)
     assert max(jax.tree.leaves(gap)) < 1e-10
-    assert int(found.stats.num_iters) < 300  # from a start far off; seen: 123
+    assert int(found.stats.num_iters) < 300  # from a distant start; 123 in practice
     assert float(found.stats.growth_rate) < 0
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:the draws have not mixed")  # each chain is short; they are many
+@pytest.mark.filterwarnings("ignore:the draws have not mixed")  # there are many short chains
 def test_schools_satisfy_stein() -> None:
-    """E d log p = 0 for real sites and E x d log p = -1 for positive ones, under the joint density itself."""
+    """E d log p = 0 for real sites and E x d log p = -1 for positive ones, under the joint density."""
     draws = sample(SCHOOLS, SCHOOLS_START, num_chains=256, num_samples=400).get_samples(group_by_chain=True)
     gradient = jax.jit(jax.vmap(jax.vmap(jax.grad(schools_logdensity))))(draws)
     real = [z_scores(gradient[name], 0.0) for name in ("theta", "mu")]
@@ -269,7 +269,7 @@ def test_newton_refuses_discrete_states() -> None:
 
 
 def test_custom_update_and_chain_tools() -> None:
-    """An own map of own noise; summaries and ArviZ take integer and real sites."""
+    """A user's map with its own noise; summaries and ArviZ take integer and real sites."""
     kernel = pmcmc.Gibbs(
         {
             "n": pmcmc.CategoricalUpdate(lambda x: jnp.array([0.0, 0.5])),
@@ -318,7 +318,7 @@ def test_errors_say_what_to_do(updates, start, error, words: str) -> None:
 
 def test_errors_of_updates() -> None:
     for wrong in (lambda: pmcmc.NormalUpdate(1.0), lambda: pmcmc.Gibbs([NORMAL])):
-        with pytest.raises(TypeError):  # by the annotation here, by a message of its own in production
+        with pytest.raises(TypeError):  # by the annotation here, by pmcmc's own message in production
             wrong()
     with pytest.raises(TypeError, match="needs a log density"):
         sample(pmcmc.HMC(step_size=0.1), {"a": 0.0})

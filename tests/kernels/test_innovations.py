@@ -1,8 +1,8 @@
-"""No noise serves two steps: what the steps of a run were given is independent over blocks, segments and chains.
+"""No two steps share noise: the noise of a run's steps is independent over blocks, segments and chains.
 
 The kernel of these tests forgets its state and moves to its noise, so that the draws of a run in blocks are the
-innovations themselves, as each step received them. Noise used twice, wherever and at whatever distance, is a
-correlation of two of its series at that lag, of all of which we have the spectrum at once.
+innovations as each step received them. Noise used twice, at any distance, is a correlation of two of its series at that
+lag; the spectrum gives the correlations at all lags at once.
 """
 
 from dataclasses import dataclass, replace
@@ -64,10 +64,10 @@ def sample(**options) -> pmcmc.Chain:
 
 
 def lagged_scores(draws: np.ndarray) -> np.ndarray:
-    """z-scores of the correlation of any two series of draws (series, T) at any lag up to T/2, each with itself too.
+    """Return z-scores of the correlation of any series of draws (series, T) with any at any lag up to T/2.
 
-    By their probability transforms, made standard: bounded, so that means of T/2 products and more are normal as far
-    out as the bound lies.
+    The series are made standard by their probability transforms. These are bounded, so that means of T/2 and more
+    products are normal as far out as the bound lies.
     """
     num_series, length = draws.shape
     uniform = np.sqrt(12) * (stats.norm.cdf(draws) - 0.5)
@@ -102,13 +102,13 @@ def test_innovations_are_independent(run, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def every_block_alike(keys, first_step, block_length):
-    """All blocks take the noise of the first."""
+    """All blocks use the noise of the first."""
     block = jnp.arange(first_step.size) % NUM_BLOCKS
     return keys, first_step - block * block_length
 
 
 def one_step_early(keys, first_step, block_length):
-    """Blocks begin a step early: off by one, they share the noise at their boundary."""
+    """Blocks begin a step early, so that neighbours share the noise at their boundary."""
     return keys, first_step - jnp.arange(first_step.size) % NUM_BLOCKS
 
 
@@ -118,7 +118,7 @@ def segments_alike(keys, first_step, block_length):
 
 
 def chains_alike(keys, first_step, block_length):
-    """One key for all."""
+    """All chains use one key."""
     return jnp.broadcast_to(keys[:1], keys.shape), first_step
 
 
@@ -139,7 +139,7 @@ def test_sees_a_planted_fault(fault, fresh_programs, monkeypatch: pytest.MonkeyP
 
 
 def test_sees_a_stream_begun_anew() -> None:
-    """A chain extended by the noise it was begun with."""
+    """A chain is extended with the noise that it began with."""
     chain = sample(num_samples=NUM_STEPS // 4)
     again = replace(chain, state=chain.state._replace(num_steps=0)).extend(NUM_STEPS // 4 * 3, progress_bar=False)
     z = lagged_scores(series(again))

@@ -36,13 +36,13 @@ def step(target, kernel, state, noise):
 
 @jax.jit
 def step_each(target, kernel, state, noise):
-    """Many noises, one state."""
+    """Step from one state with many noises."""
     return jax.vmap(lambda u: kernel.step(target, state, u))(noise)
 
 
 @jax.jit
 def push_each(target, kernel, x, noise, tangent):
-    """Tangent of the step at x for many noises."""
+    """Return the tangent of the step at x for many noises."""
     fn = lambda u: jax.jvp(lambda x: kernel.transition(target)(x, u)[0], (x,), (tangent,))[1]
     return jax.vmap(fn)(noise)
 
@@ -62,7 +62,7 @@ def test_step_is_a_map_of_its_noise(kernel) -> None:
     np.testing.assert_array_equal(new.position, again.position)
     for t in range(3):
         one = jax.tree.map(lambda u: u[t], noise)  # noqa: B023
-        for by in (step, lambda *args: args[1].step(args[0], *args[2:])):  # compiled, and step by step
+        for by in (step, lambda *args: args[1].step(args[0], *args[2:])):  # compiled, and called directly
             alone, alone_info = by(target, kernel, state, one)
             np.testing.assert_allclose(alone.position, new.position[t], rtol=0, atol=1e-13)
             np.testing.assert_allclose(alone_info.margin, info.margin[t], rtol=0, atol=1e-11)
@@ -84,7 +84,7 @@ def test_restore_inverts_unknown(kernel) -> None:
 
 @every_kernel
 def test_derivative_is_that_of_the_branch_taken(kernel) -> None:
-    """JVPs against central differences of the step itself, on accepted and rejected moves."""
+    """JVPs against central differences of the step itself, for accepted and rejected moves."""
     target = make_target(gaussian)
     noise = draw_noise(target, kernel, 3, 400)
     x, v = jnp.array([1.5, -2.0, 0.4]), jnp.array([0.3, 1.0, -0.5])
@@ -118,11 +118,11 @@ def test_numbers_are_leaves(kernel) -> None:
 
 
 class BadRegion(Model):
-    """A standard normal whose value or gradient is bad where x[0] > 1; data says how: NaN, inf, -inf, or 0."""
+    """A standard normal whose value or gradient is bad where x[0] > 1; the data select NaN, inf, -inf, or 0."""
 
     def logdensity(self, data, position):
         bad, good = position[0] > 1, -0.5 * jnp.sum(position**2)
-        # sqrt at 0 with the derivative zero inside: the gradient is inf * 0 where the value is fine
+        # sqrt at 0 with a zero derivative inside: the gradient is inf * 0, while the value is finite.
         nan_gradient = jnp.sqrt(jnp.where(bad & (data == 0), 0.0 * position[0], 1.0))
         return jnp.where(bad & (data != 0), data, good) + nan_gradient
 
@@ -137,7 +137,7 @@ bad_values = pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf, 0.0],
 @bad_values
 @pytest.mark.parametrize("name", ["MALA", "HMC", "HMC-uniform-length", "RandomWalk"])
 def test_bad_proposals_are_rejected(name: str, value: float) -> None:
-    """Rejected, counted as divergent, and without a trace of NaN in state or tangent."""
+    """They are rejected and counted as divergent, and leave no NaN in state or tangent."""
     if name == "RandomWalk" and value == 0.0:
         pytest.skip("reads no gradient")
     kernel, target = KERNELS[name], replace(BAD_REGION, data=jnp.array(value))
@@ -170,7 +170,7 @@ def test_divergent_are_exactly_the_bad_proposals(value: float) -> None:
 
 
 def test_lost_energy_is_divergent() -> None:
-    """A finite proposal 1,000 units of log density down."""
+    """A finite proposal with a log density that is 1,000 lower."""
     target = make_target(gaussian)
     kernel = HMC(step_size=30.0, num_integration_steps=2)
     _, info = step_each(target, kernel, kernel.init(target, jnp.ones(3)), draw_noise(target, kernel, 0, 50))
@@ -183,7 +183,7 @@ def test_lost_energy_is_divergent() -> None:
 
 @every_kernel
 def test_scalar_and_pytree_positions(kernel) -> None:
-    """A position's structure changes nothing: same noise, same chain as on the flat vector."""
+    """The structure of a position changes nothing: the same noise gives the same chain as on the flat vector."""
     flat = make_target(gaussian)
     tree = Target.from_logdensity(
         lambda p: gaussian(jnp.concatenate([p["a"][None], p["b"][0]])), {"a": 0.0, "b": (jnp.zeros(2),)}
@@ -201,7 +201,7 @@ def test_scalar_and_pytree_positions(kernel) -> None:
 
 @jax.jit
 def blackjax_noise(keys, position):
-    """The normal and the uniform that blackjax.mala and blackjax.hmc draw from a step's key."""
+    """Return the normal and the uniform that blackjax.mala and blackjax.hmc draw from a step's key."""
 
     def one(key):
         for_normal, for_uniform = jax.random.split(key)
@@ -213,14 +213,14 @@ def blackjax_noise(keys, position):
 @pytest.mark.parametrize("logdensity_fn", share({f.__name__: f for f in (gaussian, skewed, banana)}, "skewed"))
 @pytest.mark.parametrize("name", ["MALA", "HMC-diagonal", "HMC-dense"])
 def test_parity_with_blackjax(name: str, logdensity_fn) -> None:
-    """200 steps, rejections among them, from BlackJAX's own random numbers."""
+    """200 steps, rejections included, from BlackJAX's own random numbers."""
     target = make_target(logdensity_fn)
     metric = jnp.asarray(DIAGONAL if name == "HMC-diagonal" else COVARIANCE)[: target.dim]
     metric = metric[..., : target.dim]
     position = jnp.full(target.dim, 0.4)
     keys = jax.random.split(jax.random.key(9), 200)
     normal, uniform = blackjax_noise(keys, position)
-    h = {gaussian: 0.35, skewed: 0.25, banana: 0.1}[logdensity_fn]  # where larger steps amplify rounding, smaller ones
+    h = {gaussian: 0.35, skewed: 0.25, banana: 0.1}[logdensity_fn]  # smaller steps where larger ones amplify rounding
     if name == "MALA":
         kernel, theirs = MALA(step_size=h), blackjax.mala(logdensity_fn, h)
     else:
@@ -246,7 +246,7 @@ def test_parity_with_blackjax(name: str, logdensity_fn) -> None:
     if name != "MALA":
         kept = np.asarray(
             expected_info.is_accepted
-        )  # BlackJAX reports the proposal's energy, we that of the state kept
+        )  # BlackJAX reports the proposal's energy, pmcmc that of the kept state
         np.testing.assert_allclose(info.energy[kept], expected_info.energy[kept], rtol=1e-9)
 
 

@@ -1,4 +1,4 @@
-"""A trajectory solved at once is the trajectory taken step by step."""
+"""A trajectory solved in parallel is the trajectory taken step by step."""
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,13 @@ SOLVERS = {
 
 
 def logdensity(x):
-    """Coupled and skewed."""
+    """A coupled and skewed density."""
     return -0.5 * x[0] ** 2 - jnp.cosh(x[1] + 0.3 * x[0]) - 0.5 * x[2] ** 2 - jnp.exp(0.5 * x[2] - x[1])
 
 
 @jax.jit
 def steps(kernel, keys):
-    """One step of many chains."""
+    """Take one step of many chains."""
     target = Target.from_logdensity(logdensity, jnp.zeros(3))
 
     def one(key):

@@ -1,4 +1,4 @@
-"""NUTS as a state machine: BlackJAX's chain with its keys, as a step, as lanes, and in blocks whose lanes run apart."""
+"""NUTS as a state machine is BlackJAX's chain from its keys: as a step, as lanes, and in blocks with lanes apart."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ HALF_NORMAL = Target.from_logdensity(lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(1
 
 
 def blackjax_chain(target, kernel, x0, keys):
-    """States before and after every step, and infos, of BlackJAX's own loop."""
+    """Return states before and after every step, and infos, of BlackJAX's own loop."""
     algorithm = blackjax.nuts(
         target.logdensity_fn, kernel.step_size, jnp.ones(target.dim), max_num_doublings=kernel.max_num_doublings
     )
@@ -72,7 +72,7 @@ def test_equals_blackjax_with_the_same_keys(name: str) -> None:
 
 @pytest.mark.parametrize("name", share(["gaussian", "banana", "mixture"], "banana"))
 def test_equals_blackjax_where_trajectories_diverge(name: str) -> None:
-    """Steps too large for the target, one at a time: unstable trajectories blow rounding up from step to step."""
+    """Steps too large for the target, one at a time: unstable trajectories amplify rounding from step to step."""
     target, _ = PARITY[name]
     kernel = NUTS(1.5 if name != "mixture" else 2.5)
     keys = jax.random.split(jax.random.key(3), 300)
@@ -93,7 +93,7 @@ BLOCKS = {
 
 
 def solve_in_step(target, kernel, solver, x0, noise, guess, scale):
-    """The same solver on the same step without its stages."""
+    """Solve by the same solver on the same step without its stages."""
     transition = replace(kernel.transition(target), staged=None)
     run = lambda x0, noise, guess: solver.solve(transition, x0, noise, initial_guess=guess, scale=scale)
     return jax.jit(run)(x0, noise, guess)
@@ -102,7 +102,7 @@ def solve_in_step(target, kernel, solver, x0, noise, guess, scale):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BLOCKS)
 def test_lanes_apart_give_the_sequential_chain(name: str) -> None:
-    """And what lanes in step give: sweeps, critical path, evaluations, residual."""
+    """They also give what lanes in step give: sweeps, critical path, evaluations, residual."""
     target, kernel = BLOCKS[name]
     length, scale = 2048, jnp.ones(target.dim)
     noise, x0 = draw_noise(target, kernel, 5, length), jnp.full(target.dim, 0.3)
@@ -124,7 +124,7 @@ def test_lanes_apart_give_the_sequential_chain(name: str) -> None:
 
 @pytest.mark.parametrize("bad", share({"nan": jnp.nan, "inf": jnp.inf, "-inf": -jnp.inf}, "nan"))
 def test_bad_regions_are_rejected_and_count_as_divergent(bad: float) -> None:
-    """Half the plane has no usable density: no state lies there, from a loop and from lanes alike."""
+    """Half the plane has no usable density: no state is there, from a loop and from lanes alike."""
     target = Target.from_logdensity(lambda x: jnp.where(x[0] > 0.5, bad, -0.5 * jnp.sum(x**2)), jnp.zeros(2))
     kernel, length = NUTS(0.6), 512
     noise, x0 = draw_noise(target, kernel, 0, length), jnp.array([-0.2, 0.1])
@@ -141,7 +141,7 @@ def test_bad_regions_are_rejected_and_count_as_divergent(bad: float) -> None:
 
 
 def test_a_gradient_that_is_not_finite_is_a_divergence() -> None:
-    """sqrt has an infinite derivative at 0, where the density is finite: such a state could never be left."""
+    """sqrt has an infinite derivative at 0, where the density is finite: the chain could never leave such a state."""
     target = Target.from_logdensity(lambda x: -jnp.sum(jnp.sqrt(jnp.maximum(x, 0.0)) + 0.5 * x**2), jnp.zeros(1))
     kernel = NUTS(0.5)
     noise = draw_noise(target, kernel, 0, 200)
@@ -151,7 +151,7 @@ def test_a_gradient_that_is_not_finite_is_a_divergence() -> None:
 
 
 def test_deepest_tree() -> None:
-    """Steps so small that nothing turns: all doublings are taken, 2^K - 1 leapfrog steps."""
+    """Steps so small that no trajectory turns: all doublings are taken, 2^K - 1 leapfrog steps."""
     target, kernel = make_target(gaussian), NUTS(1e-4, max_num_doublings=4)
     info = solve(target, kernel, Sequential(), jnp.ones(3), draw_noise(target, kernel, 0, 20)).aux
     np.testing.assert_array_equal(info.tree_depth, 4)

@@ -1,6 +1,6 @@
-"""Means of draws against exact ones: by quadrature in one dimension and in two, in closed form for a conjugate model.
+"""Means of draws against exact ones: by quadrature in one and two dimensions, in closed form for a conjugate model.
 
-Whole runs in blocks, from one start. Their chains are independent, so that the chains' means tell the error.
+Whole runs in blocks, from one start. Their chains are independent, so the error follows from the chains' means.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ Y = jnp.array([2.1, -0.4, 1.7, 3.0])
 
 @dataclass(frozen=True)
 class NormalInverseGamma(Continuous):
-    """mu ~ N(0, v) in place of N(0, 1): conjugate."""
+    """The study with mu ~ N(0, v) instead of N(0, 1): conjugate."""
 
     def logdensity(self, data, position):
         mu, log_v = position["mu"], position["log_v"]
@@ -47,13 +47,13 @@ def of_study(mu, log_v):
 
 
 def mean_by_quadrature(logdensity: Any, functions: list) -> np.ndarray:
-    """Of functions on an even grid beyond which there is nothing: the trapezoidal rule converges geometrically."""
+    """Return means of functions on an even grid that covers all mass: the trapezoidal rule converges geometrically."""
     weights = np.exp(logdensity - np.max(logdensity))
     return np.array([np.sum(weights * np.asarray(f, float)) / np.sum(weights) for f in functions])
 
 
 def well_means() -> np.ndarray:
-    x = np.linspace(-4, 4, 4001)  # 0 in the middle of the grid: half of it counts for x > 0
+    x = np.linspace(-4, 4, 4001)  # 0 is a point of the grid, and half of it counts for x > 0
     functions = of_well(jnp.asarray(x))
     functions[-1] = np.heaviside(x, 0.5)
     return mean_by_quadrature(np.asarray(well(jnp.asarray(x))), functions)
@@ -81,7 +81,7 @@ def conjugate_means() -> np.ndarray:
 
 
 def gibbs(precision: Callable, extra: float) -> pmcmc.Gibbs:
-    """Of mu with prior precision ``precision(v)``, and v whose InverseGamma has extra / 2 and extra mu^2 / 2 more."""
+    """Gibbs over mu with prior precision ``precision(v)``, and v with extra / 2 and extra mu^2 / 2 in its update."""
 
     def conditional_mean(x):
         total = precision(x["v"]) + NUM_DATA / x["v"]
@@ -96,7 +96,7 @@ def gibbs(precision: Callable, extra: float) -> pmcmc.Gibbs:
 
 
 class Case(NamedTuple):
-    """functions: of a run's draws; their exact means."""
+    """A run and functions of its draws whose exact means are known."""
 
     logdensity_fn: Callable | None
     start: Any
@@ -121,12 +121,12 @@ KERNELS = {
     "RandomWalk": lambda h: pmcmc.RandomWalk(1.5 * h, grid_share=0.3, independence_share=0.2),
 }
 GIBBS = {"study": gibbs(lambda v: 1.0, 0.0), "conjugate": gibbs(lambda v: 1 / v, 1.0)}
-SIZES = {"well": 0.5, "study": 0.45, "conjugate": 0.45}  # about the target's least scale
+SIZES = {"well": 0.5, "study": 0.45, "conjugate": 0.45}  # about the smallest scale of the target
 RUNS = [(target, kernel) for target in CASES for kernel in KERNELS] + [(target, "Gibbs") for target in GIBBS]
 
 
 def scores(case: Case, kernel: pmcmc.kernels.Kernel) -> np.ndarray:
-    """Student's t of each mean over chains, as the normal quantile of the same probability."""
+    """Return the normal quantile of the probability of Student's t, for each mean over chains."""
     sizes = dict(num_warmup=0, num_samples=NUM_SAMPLES, num_chains=NUM_CHAINS, thinning=THINNING, progress_bar=False)
     chain = pmcmc.sample(case.logdensity_fn, case.start, 7, kernel=kernel, solver=MultipleShooting(4), **sizes)
     late = {name: x[:, NUM_BURNED // THINNING :] for name, x in named(chain.get_samples(group_by_chain=True)).items()}
@@ -137,7 +137,7 @@ def scores(case: Case, kernel: pmcmc.kernels.Kernel) -> np.ndarray:
 
 
 def named(draws: Any) -> dict:
-    """A study's mu and log v, or x."""
+    """Return a study's mu and log v, or x."""
     if not isinstance(draws, dict):
         return {"x": draws}
     return draws if "log_v" in draws else {"mu": draws["mu"], "log_v": jnp.log(draws["v"])}
@@ -158,7 +158,7 @@ def test_moments(target: str, kernel: str) -> None:
 
 @pytest.mark.slow
 def test_sees_a_planted_fault() -> None:
-    """The density of v taken for that of log v."""
+    """The density of v is used as that of log v."""
     case = CASES["study"]._replace(logdensity_fn=lambda x: replace(Continuous(), jacobian=False).logdensity(Y, x))
     z = scores(case, KERNELS["HMC"](SIZES["study"]))
     assert np.max(np.abs(z)) > 1.2 * z_bound(len(RUNS) * z.size)

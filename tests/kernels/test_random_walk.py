@@ -1,4 +1,4 @@
-"""Random-walk Metropolis: proposals of the right law whatever the state, chains that merge, and equal solvers."""
+"""Random-walk Metropolis: proposals of the right law at any state, chains that merge, and equal solvers."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def normal(x):
 
 
 def flat(x):
-    """Every proposal is accepted."""
+    """A density under which every proposal is accepted."""
     return 0.0 * jnp.sum(x)
 
 
@@ -32,7 +32,7 @@ def target_of(logdensity_fn, dim: int, dtype=float) -> Target:
 
 
 def increments(kernel, x, num_draws: int) -> np.ndarray:
-    """(proposal - x) / h of many noises at one x."""
+    """Return (proposal - x) / h for many noises at one x."""
     target = target_of(flat, x.size, x.dtype)
     noise = draw_noise(target, kernel, 1, num_draws)
     fn = jax.jit(lambda x, u: jax.vmap(lambda u: kernel.step(target, kernel.restore(target, x), u))(u))
@@ -53,7 +53,7 @@ WHERE = {
 
 
 def projections(x) -> np.ndarray:
-    """Unit vectors: the axes, the radius, one across it and one oblique, as columns."""
+    """Return unit vectors as columns: the axes, the radius, one across it and one oblique."""
     radius = np.array([1.0, 2.0, -1.0, 0.5]) if not np.any(x) else np.asarray(x, float) / np.max(np.abs(x))
     across = np.array([radius[1], -radius[0], 0.0, 0.0])
     return np.stack([v / np.linalg.norm(v) for v in (*np.eye(4), radius, across, radius + 2 * across + 0.5)], axis=1)
@@ -61,7 +61,7 @@ def projections(x) -> np.ndarray:
 
 @pytest.mark.parametrize("where", WHERE)
 def test_radial_increments_are_standard_normal(where: str) -> None:
-    """Mean, covariance, fourth and sixth moments and tails, along axes, radius, across and obliquely."""
+    """Mean, covariance, fourth and sixth moments and tails, along the axes, the radius, across it and obliquely."""
     x, num_draws = WHERE[where], 200_000
     along = increments(RandomWalk(STEP, 0.0, None), x, num_draws) @ projections(x)
     shared = projections(x).T @ projections(x)
@@ -75,7 +75,7 @@ def test_radial_increments_are_standard_normal(where: str) -> None:
 
 @pytest.mark.parametrize("where", WHERE)
 def test_grid_increments_are_uniform(where: str) -> None:
-    """Uniform on the box around x, whatever x is, with the variance of the normal moves: so symmetric."""
+    """Uniform on the box around any x, with the variance of the normal moves, and therefore symmetric."""
     x, num_draws = WHERE[where], 200_000
     moves = increments(RandomWalk(STEP, 1.0, None), x, num_draws)
     assert np.max(np.abs(moves)) <= np.sqrt(3) * (1 + 1e-5)
@@ -87,7 +87,7 @@ def test_grid_increments_are_uniform(where: str) -> None:
 
 
 def test_the_law_is_seen_to_be_wrong() -> None:
-    """The checks above on increments whose radial part is scaled by 2 %."""
+    """The checks above fail for increments whose radial part is scaled by 2 %."""
     x, num_draws = WHERE["near"], 200_000
     moves = increments(RandomWalk(STEP, 0.0, None), x, num_draws)
     radius = projections(x)[:, 4]
@@ -96,7 +96,7 @@ def test_the_law_is_seen_to_be_wrong() -> None:
 
 
 def test_one_cell_proposes_one_point() -> None:
-    """Grid proposals are lattice points, and bitwise the same all over a cell."""
+    """Grid proposals are lattice points, and exactly equal within a cell."""
     target, kernel = target_of(flat, 2), RandomWalk(STEP, 1.0, None)
     width, offset = np.sqrt(12) * STEP, jnp.array([0.3, 0.8])
     noise = WalkNoise(offset, jnp.array(0.1), jnp.array(True), None, None, jnp.array(-1.0))
@@ -111,7 +111,7 @@ def test_one_cell_proposes_one_point() -> None:
 
 
 def by_hand(logdensity_fn, x, noise, step_size) -> tuple[np.ndarray, np.ndarray]:
-    """Metropolis in numpy, one step after the other, in the order of the textbook."""
+    """Metropolis in numpy, one step after the other, as in a textbook."""
     path, accepted, width = [], [], np.sqrt(12) * step_size
     for vector, radial, is_grid, is_independent, _, log_uniform in zip(*noise, strict=True):
         log_hastings = 0.0
@@ -146,7 +146,7 @@ def test_parity_with_metropolis_by_hand(dim: int) -> None:
 
 
 def merge_times(logdensity_fn, dim: int, kernel, max_steps: int, dtype=float):
-    """Of 16 pairs from the target's own spread."""
+    """Return the merge times of 16 pairs that start with the target's own spread."""
     target, pairs = target_of(logdensity_fn, dim, dtype), 16
     noise = draw_noise(target, kernel, 4, max_steps * pairs)
     noise = jax.tree.map(lambda u: u.reshape(max_steps, pairs, *u.shape[1:]), noise)
@@ -167,7 +167,7 @@ def optimal(dim: int, *shares) -> RandomWalk:
     [(1, 60), (5, 400), pytest.param(2, 60, marks=pytest.mark.slow), pytest.param(10, 1200, marks=pytest.mark.slow)],
 )
 def test_random_walk_alone_merges_bitwise(dim: int, bound: int, dtype) -> None:
-    """Seen over 32 pairs: at most 10, 17, 113, 262 steps."""
+    """Over 32 pairs the times were at most 10, 17, 113, 262 steps."""
     found = merge_times(normal, dim, optimal(dim, None, None), bound, dtype)
     assert np.all(found.merged)
     assert np.all(found.distance == 0)
@@ -176,7 +176,7 @@ def test_random_walk_alone_merges_bitwise(dim: int, bound: int, dtype) -> None:
 
 @pytest.mark.slow
 def test_radial_alone() -> None:
-    """Merges at D = 10 within rounding, more slowly than with the grid; never at D = 2."""
+    """It merges within rounding at D = 10, more slowly than with the grid, and never at D = 2."""
     found = merge_times(normal, 10, optimal(10, 0.0, None), 2000)
     assert np.all(found.merged)
     assert np.median(found.steps) > 2 * np.median(merge_times(normal, 10, optimal(10, None, None), 2000).steps)
@@ -189,7 +189,7 @@ def test_independent_steps_merge_in_many_dimensions(dim: int) -> None:
 
 
 def test_rates_that_warmup_tunes_to() -> None:
-    """Each kernel says its own: Roberts & Rosenthal 1998, Stan, Roberts, Gelman & Gilks 1997."""
+    """Each kernel has its own rate: Roberts & Rosenthal 1998, Stan, Roberts, Gelman & Gilks 1997."""
     assert MALA().target_acceptance_rate(10) == 0.574
     assert HMC().target_acceptance_rate(10) == 0.8
     np.testing.assert_allclose(RandomWalk().target_acceptance_rate(1), 0.44)
@@ -198,7 +198,7 @@ def test_rates_that_warmup_tunes_to() -> None:
 
 @pytest.mark.slow
 def test_tuned_and_sampled_in_blocks(free_lanes) -> None:
-    """The step size is tuned, "auto" finds that chains merge, and the draws are the target's."""
+    """The step size is tuned, "auto" finds that chains merge, and the draws have the target's law."""
     chain = pmcmc.sample(
         gaussian, start_like(gaussian), 0, kernel=RandomWalk(), num_warmup=200, num_samples=10_000, num_chains=4,
         progress_bar=False,
@@ -210,7 +210,7 @@ def test_tuned_and_sampled_in_blocks(free_lanes) -> None:
 
 
 def test_needs_no_gradient() -> None:
-    """The state has no gradient, and the step takes none."""
+    """The state has no gradient, and the step computes none."""
     target = make_target(gaussian)
     kernel = RandomWalk(STEP)
     state = kernel.init(target, jnp.zeros(3))

@@ -1,4 +1,4 @@
-"""Kernels leave a skewed target invariant: chains that start at exact draws still have its moments some steps later.
+"""Kernels leave a skewed target invariant: chains that start at exact draws keep its moments.
 
 Every check must also fail for a kernel with a planted fault, or it would prove nothing.
 """
@@ -37,7 +37,7 @@ KERNELS = {
 
 @jax.jit
 def run(target, kernel, starts, noise):
-    """Positions after NUM_STEPS steps, and the share of steps that moved: noise (steps, chains, ...)."""
+    """Return positions after NUM_STEPS steps, and the share of steps that moved; noise is (steps, chains, ...)."""
 
     def step(state, u):
         new, _ = jax.vmap(lambda s, u: kernel.step(target, s, u))(state, u)
@@ -48,14 +48,14 @@ def run(target, kernel, starts, noise):
 
 
 def scores(kernel, seed: int) -> tuple[np.ndarray, float]:
-    """z-scores of eleven moments against exact values, and the share of accepted moves."""
+    """Return z-scores of eleven moments against exact values, and the share of accepted moves."""
     target = make_target(skewed)
     starts = jnp.asarray(skewed_draws(seed, NUM_CHAINS))
     noise = draw_noise(target, kernel, seed, NUM_STEPS * NUM_CHAINS)
     noise = jax.tree.map(lambda u: u.reshape(NUM_STEPS, NUM_CHAINS, *u.shape[1:]), noise)
     x, accepted = run(target, kernel, starts, noise)
     x = np.asarray(x)
-    # y[0], y[1] are logs of independent gamma variables: mean digamma(a), variance trigamma(a), E exp(y) = a
+    # y[0], y[1] are logs of independent gamma variables: mean digamma(a), variance trigamma(a), E exp(y) = a.
     shapes = np.array(GAMMA_SHAPES)
     y = np.stack([x[:, 0], x[:, 1] - x[:, 0]], axis=1) - special.digamma(shapes)
     variance, third = special.polygamma(1, shapes), special.polygamma(2, shapes)
@@ -65,7 +65,7 @@ def scores(kernel, seed: int) -> tuple[np.ndarray, float]:
     return values.mean(0) / (values.std(0) / np.sqrt(NUM_CHAINS)), float(accepted)
 
 
-# the others move by Geweke's test too, see test_calibration.py
+# The other kernels are covered by Geweke's test, see test_calibration.py.
 @pytest.mark.parametrize(
     "name", share(list(KERNELS), "MALA", "HMC-uniform-length", "RandomWalk-radial", "RandomWalk-grid", "dynamic HMC")
 )
@@ -92,7 +92,7 @@ class FaultyMALA(MALA):
 @register_dataclass
 @dataclass(frozen=True)
 class FaultyHMC(HMC):
-    """HMC whose step size depends on the state: the trajectory back does not lead home."""
+    """HMC whose step size depends on the state, so that the reversed trajectory does not return."""
 
     def step(self, target, state, noise):
         faulty = HMC(self.step_size * (1 + 0.3 * jnp.tanh(state.position[0])), 2, step_size_jitter=0.0)

@@ -1,6 +1,6 @@
-"""What other versions may break, once through: models, kernels, solvers, the drop-in, ArviZ, files.
+"""What other versions may break, once each: models, kernels, solvers, the drop-in, ArviZ, files.
 
-`.ci/leg` runs it under other Pythons and packages; pytest's own collection leaves it out.
+`.ci/leg` runs it with other versions of Python and of packages; pytest does not collect it by default.
 """
 
 from functools import cache
@@ -125,7 +125,7 @@ def test_streams(tmp_path: Path) -> None:
 
 
 def test_sampling_in_order_is_one_kernel(monkeypatch) -> None:
-    """Primitives that a version of JAX names anew would quietly cost a factor of three: list them."""
+    """A primitive that a version of JAX renames would silently cost a factor of three: list it."""
     unlisted = []
 
     def names(jaxpr) -> set:

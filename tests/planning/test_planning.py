@@ -1,4 +1,4 @@
-"""Plans: the arithmetic, the pilot behind it, its execution under guard, and what is said where chains do not merge."""
+"""Plans: their arithmetic, the pilot they rest on, their execution under guard, and reports without merges."""
 
 import math
 import time
@@ -32,7 +32,7 @@ def test_free_lanes_are_taken() -> None:
     assert found.chosen.seconds < found.sequential_seconds / 20
     blocks = [c for c in found.candidates if c.name != "sequential"]
     assert all(c.lower <= c.num_steps <= c.upper for c in blocks)
-    # one compilation, then steps of so many lanes
+    # One compilation, then steps of this many lanes.
     for c in blocks:
         assert c.seconds == pytest.approx(GPU.compile + c.num_steps * GPU.step(c.solver.num_blocks))
     assert "All 32 coupled pairs" in found.reason
@@ -77,7 +77,7 @@ def test_merges_too_long_for_the_run() -> None:
 
 
 def test_newton_where_merges_are_long_and_lanes_free() -> None:
-    """Affine, so Newton takes few iterations, and too slow to merge for blocks to be worth repairing."""
+    """Affine, so Newton takes few iterations; merging is too slow for blocks to be worth repairing."""
     keys = jax.random.split(jax.random.key(1), 2)
     inputs = jax.random.normal(keys[0], (6000, 32))
     pilot = coalescence_time(lambda x, u: 0.99 * x + u, jnp.zeros(32), jnp.ones(32), inputs, scale=1.0, tol=1e-13)
@@ -94,14 +94,14 @@ def test_newton_where_merges_are_long_and_lanes_free() -> None:
 
 
 def test_jacobians_that_do_not_fit_come_in_windows() -> None:
-    """What a solve holds a step decides, not its Jacobians alone."""
+    """The memory of a solve per step decides, not its Jacobians alone."""
     keys = jax.random.split(jax.random.key(1), 2)
     inputs = jax.random.normal(keys[0], (6000, 32))
     pilot = coalescence_time(lambda x, u: 0.99 * x + u, jnp.zeros(32), jnp.ones(32), inputs, scale=1.0, tol=1e-13)
     free = Costs(1e-4, 1e-4, 1e-12, 0.0)
 
     def memory(numbers, dim=100):
-        """Beside ten numbers a step of noise and the like."""
+        """Steps that fit into memory, with ten numbers per step of noise and the like besides the solver's."""
         return lambda solver: numbers / (10 + solver.numbers_per_step(dim))
 
     found = plan(10_000, 1, free, pilot, dim=100, max_steps=memory(4.5e7))
@@ -113,14 +113,14 @@ def test_jacobians_that_do_not_fit_come_in_windows() -> None:
     assert isinstance(windows.solver, Windowed)
     assert not isinstance(whole.solver, Windowed)
     assert windows.num_steps == math.ceil(10_000 / window) * predict_iterations(Dense(), pilot, length=window).value
-    # Jacobians of 100 steps at a time: not worth a plan
+    # Jacobians of 100 steps at a time are not worth a plan.
     few = plan(10_000, 1, free, pilot, dim=100, max_steps=memory(8e6))
     assert not any(c.name.startswith("DEER") for c in few.candidates)
 
 
 @pytest.mark.parametrize(("structure", "dim"), [(deer, 24), (quasi_deer, 4)])
 def test_what_windows_hold(structure, dim: int) -> None:
-    """No more than is said of path and window together, by XLA's own count, and not a third of it."""
+    """XLA's own count does not exceed the estimate for path and window, and is above a third of it."""
     solver = Windowed(structure(max_iters=50), window=512)
     step = lambda x, u: jnp.tanh(x @ (0.5 * jnp.eye(dim) + 0.1 / dim)) + u
     inputs = jax.ShapeDtypeStruct((8192, dim), float)
@@ -134,7 +134,7 @@ EIGHT = tuple(Mock(jax.Device) for _ in range(8))
 
 
 def test_devices_are_a_choice() -> None:
-    """Blocks on all of them beside blocks on one, by what a step of so many lanes takes there."""
+    """Blocks on all devices or on one, by what a step of that many lanes takes there."""
     pilot = merging(np.arange(20, 52))
     shared = CPU._replace(device_overhead=1e-6, device_gain=0.5)
     found = plan(10**7, 2, shared, pilot, device_sets=[(), EIGHT])
@@ -149,7 +149,7 @@ def test_devices_are_a_choice() -> None:
     assert f"{found.chosen.name} should take" in found.reason
     rows = str(found).splitlines()[1:]
     assert f"> {found.chosen.name} " in rows[1]
-    assert len({len(row) for row in rows}) == 1  # columns are aligned whatever the names
+    assert len({len(row) for row in rows}) == 1  # columns are aligned for names of any length
     dear = plan(10**7, 2, shared._replace(device_overhead=1.0), pilot, device_sets=[(), EIGHT])
     assert dear.solver.devices is None
     named = plan(10**7, 2, shared, pilot, device_sets=[EIGHT[:3]])
@@ -161,7 +161,7 @@ def test_devices_are_a_choice() -> None:
 
 
 def test_which_devices_are_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPU devices up to the cores, others all; those that the user named, and no others; one of each process."""
+    """CPU devices up to the number of cores, all of other kinds; only those the user named; one for each process."""
     devices = lambda platform: [Mock(jax.Device, platform=platform) for _ in range(8)]
     cpus, gpus = devices("cpu"), devices("gpu")
     sets = lambda named=(): automatic.device_sets(named)
@@ -186,15 +186,15 @@ def test_a_device_set_as_default_is_kept_to() -> None:
 
 
 def test_segments_risk_a_tenth() -> None:
-    """Every prefix of segments could fail next, and the whole would cost at most 1.1 sequential runs."""
-    for step in (2.0, 50.0, 150.0):  # of 256 lanes, in steps of sequential sampling
+    """Any segment could fail next, and the whole would cost at most 1.1 sequential runs."""
+    for step in (2.0, 50.0, 150.0):  # cost of a step of 256 lanes, in sequential steps
         segments = schedule(10**6, 256, 50.0, step, 10**6)
         assert sum(segments) == 10**6
         assert segments[0] <= 10**6 / 8
         spent, done = 0.0, 0
         for length in segments:
             cost = step * (length / 256 + 50)
-            assert spent + cost + (10**6 - done) <= 1.13e6  # a first guess of its cost is off by little
+            assert spent + cost + (10**6 - done) <= 1.13e6  # the first estimate of its cost is slightly off
             spent, done = spent + cost, done + length
     assert len(schedule(10**6, 256, 50.0, 2.0, 10**6)) == 2
     assert next_segment(1000, 900, 800.0, 0.1, 1000) == 100
@@ -234,7 +234,7 @@ def assert_same(chain: pmcmc.Chain, expected: pmcmc.Chain) -> None:
 
 
 def test_a_plan_that_fails_loses_nothing(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of a chain whose pairs take some 300 steps to merge, under a pilot that says 20, at a loss."""
+    """Blocks of a chain whose pairs take about 300 steps to merge, under a pilot that says 20, at a loss."""
     short = merging(np.arange(2, 34))
     monkeypatch.setattr(automatic, "couple", lambda head, own: pilot.Pilot(short, "", 0.0))
     monkeypatch.setattr(automatic.Automatic, "costs", lambda self, head: Costs(1e-12, 1e-12, 1e-14, 0.0))
@@ -244,13 +244,13 @@ def test_a_plan_that_fails_loses_nothing(free_lanes, monkeypatch: pytest.MonkeyP
     assert np.any(chain.report.result == RESULTS.max_iters_reached)
     assert "max_iters_reached" in chain.report.fallback
     assert np.all(chain.report.certified_steps < 1100)
-    # the first segment is an eighth of the run, and it was given up after a few of its predicted merges
+    # The first segment is an eighth of the run, and it was given up after a few of its predicted merges.
     assert np.all(chain.report.num_sequential_steps < 8000 + 1000)
     assert_same(chain, run(Sequential()))
 
 
 def test_a_slow_merge_ends_a_segment_not_the_run(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What failed kept more than it cost, so blocks go on from there."""
+    """The failed segment certified more than it cost, so blocks go on from there."""
     short, taken, take = merging(np.arange(20, 52)), [], segments.Run.take
     monkeypatch.setattr(automatic, "couple", lambda head, own: pilot.Pilot(short, "", 0.0))
     monkeypatch.setattr(segments.Run, "take", lambda *a: taken.append(take(*a)) or taken[-1])
@@ -267,7 +267,7 @@ def test_a_slow_merge_ends_a_segment_not_the_run(free_lanes, monkeypatch: pytest
 
 
 def test_blocks_slower_than_planned_are_left(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments that take longer than sequential sampling would have: what was done stands, the rest is in order."""
+    """Segments take longer than sequential sampling would: their steps are kept, the rest is sampled sequentially."""
     monkeypatch.setattr(automatic.Automatic, "costs", lambda self, head: Costs(1e-12, 1e-12, 1e-14, 0.0))
     run = lambda solver: pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=20_000, solver=solver, **SIZES)
     chain = run("auto")
@@ -278,7 +278,7 @@ def test_blocks_slower_than_planned_are_left(free_lanes, monkeypatch: pytest.Mon
 
 
 def test_the_pilot_does_not_disturb_the_timing(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps sampled for a partner to follow are few: their overhead is not what a step takes; nor is comparing."""
+    """Few steps are sampled for a partner, so neither their overhead nor comparing counts as the time of a step."""
     seen, real, compare = [], pilot.couple, pilot.coalescence_of_paths
 
     def couple(head, own):
@@ -299,7 +299,7 @@ def test_the_pilot_does_not_disturb_the_timing(free_lanes, monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_slow_pairs_are_followed_to_their_merge(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pair slower than the first ones does not end the pilot, and what has merged need not be followed."""
+    """A pair slower than the first ones does not end the pilot, and merged pairs are not followed."""
     couples, real = [], pilot.Couple
     monkeypatch.setattr(pilot, "Couple", lambda *arguments: couples.append(real(*arguments)) or couples[-1])
     monkeypatch.setattr(pilot, "FIRST_STRETCH", 2)
@@ -369,7 +369,7 @@ def test_resonant_length_does_not_contract(free_lanes) -> None:
 
 
 def test_a_pilot_that_stands_still_is_no_error(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps so long that none is accepted: no evidence of contraction, and draws that a warning speaks of."""
+    """Steps so long that none is accepted: no evidence of contraction, and a warning about the draws."""
     monkeypatch.setattr("pmcmc.warmup.lanes.check_tuned", lambda *found: None)
     with pytest.warns(UserWarning, match="accepted no move"):
         chain = pmcmc.sample(
@@ -426,7 +426,7 @@ def test_funnel_stays_sequential(free_lanes) -> None:
 
 
 def test_picture_of_merges(free_lanes) -> None:
-    """One line a pair with its distances, one line a site."""
+    """One line for each pair with its distances, one line for each site."""
     import matplotlib
 
     matplotlib.use("Agg")

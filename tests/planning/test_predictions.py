@@ -1,4 +1,4 @@
-"""Predictions from a pilot against solves, the tail behind them against exact formulas, and a bound on stationarity."""
+"""Predictions from a pilot against solves, their tail model against exact formulas, and a bound on stationarity."""
 
 from functools import cache
 from itertools import pairwise
@@ -39,7 +39,7 @@ def isotropic_mala():
 
 
 def network():
-    """x' = tanh(W x + u): contracts on average, though not at every step (spectral radius of W about 1.5)."""
+    """x' = tanh(W x + u): contracts on average, but not at every step (spectral radius of W about 1.5)."""
     weights = jnp.asarray(1.5 * np.random.default_rng(0).normal(size=(8, 8)) / np.sqrt(8))
     fn = Recurrence(lambda x, u: (jnp.tanh(weights @ x + u), None))
     return fn, 8, lambda seed, n: jax.random.normal(jax.random.key(seed), (n, 8))
@@ -50,7 +50,7 @@ PROBLEMS = {"Gaussian-MALA": isotropic_mala, "logistic-MALA": lambda: mala(logis
 
 @cache
 def problem(name: str):
-    """(recurrence, noise, states of one path, their scale)."""
+    """Return (recurrence, noise, states of one path, their scale)."""
     fn, dim, draw = PROBLEMS[name]()
     path = Sequential().solve(fn, jnp.zeros(dim), draw(5, LENGTH)).value
     return fn, draw, path, jnp.std(path, axis=0)
@@ -78,9 +78,9 @@ def solve(name: str, solver):
 @pytest.mark.parametrize("num_blocks", [pytest.param(32, marks=pytest.mark.slow), 256])
 @pytest.mark.parametrize("name", share(list(PROBLEMS), "network"))
 def test_shooting(name: str, num_blocks: int) -> None:
-    """Critical path within 1.5, guesses from another path, blocks longer and shorter than a merge time; three seeds.
+    """Critical path within 1.5 for guesses from another path, blocks longer and shorter than a merge time, three seeds.
 
-    So are the steps beyond one block, which are what the pilot predicts; most lie in the interval.
+    The same is true of the steps beyond one block, which the pilot predicts; most are in the interval.
     """
     _, draw, path, _ = problem(name)
     inside = 0
@@ -160,7 +160,7 @@ def test_one_block_and_chaos_are_sequential() -> None:
 
 
 def test_nonlinear_steps() -> None:
-    """Pair i stands still for 10 i steps, then contracts: that is what is counted, whatever the rate."""
+    """Pair i stands still for 10 i steps, then contracts: the count is 10 i, whatever the rate."""
     wait = Recurrence(lambda x, u: (jnp.where(u > 0, 0.7 * x, x), None))
     inputs = (jnp.arange(300)[:, None] >= 10 * jnp.arange(4)[None]).astype(float)
     found = coalescence_time(wait, jnp.zeros(4), jnp.ones(4), inputs, scale=1.0)
@@ -184,7 +184,7 @@ def test_tail_of_exponential_times(count: int) -> None:
 
 
 def test_tail_with_censored_times() -> None:
-    """Times cut off at the limit bias nothing: mean excess 7 although a quarter never ended."""
+    """Times censored at the limit cause no bias: the mean excess is 7 although a quarter never ended."""
     times = 20 + 7 * stats.expon.ppf((np.arange(4000) + 0.5) / 4000)
     limit = 20 + 7 * np.log(4)
     tail = ExponentialTail.fit(np.where(times <= limit, times, limit + 1), limit)
@@ -196,7 +196,7 @@ def test_tail_with_censored_times() -> None:
 
 
 def test_tail_intervals_cover() -> None:
-    """From 16 times only: nine in ten intervals hold the largest of 200 further times."""
+    """From only 16 times, nine in ten intervals contain the largest of 200 further times."""
     rng = np.random.default_rng(0)
     inside = 0
     for _ in range(400):
@@ -204,7 +204,7 @@ def test_tail_intervals_cover() -> None:
         new = 30 + rng.exponential(10, 200).max()
         inside += tail.quantile(0.05, 200) <= new <= tail.quantile(0.95, 200)
     share = inside / 400
-    assert 0.9 - z_bound(1) * np.sqrt(0.09 / 400) - 0.02 < share  # 0.02: the threshold is estimated, too
+    assert 0.9 - z_bound(1) * np.sqrt(0.09 / 400) - 0.02 < share  # 0.02 because the threshold is estimated, too
     assert share < 0.9 + z_bound(1) * np.sqrt(0.09 / 400)
 
 
@@ -216,7 +216,7 @@ def test_tail_of_equal_times() -> None:
 
 
 def folded_normal_mean(mean, deviation):
-    """E |mean + deviation Z|."""
+    """Return E |mean + deviation Z|."""
     return deviation * np.sqrt(2 / np.pi) * np.exp(-0.5 * (mean / deviation) ** 2) + mean * (
         1 - 2 * stats.norm.cdf(-mean / deviation)
     )

@@ -1,4 +1,4 @@
-"""A machine that stops for a moment: timings, decisions and what is said of them are as if it had not.
+"""If the machine stops for a moment, timings, decisions and reports are as if it had not.
 
 Time is counted, not measured: programs take what the machine here says.
 """
@@ -22,13 +22,13 @@ from pmcmc.sampling.settings import as_key
 from pmcmc.warmup import lanes, sites
 from tests.helpers.targets import gaussian, start_like
 
-# Of all chains; of one more lane; of a call of a program.
+# Seconds of a step of all chains, of one more lane, of a call of a program, and of a stall.
 STEP, LANE, CALL, STALL = 1e-3, 1e-5, 1e-4, 500.0
 SIZES = dict(num_warmup=200, num_chains=2, num_samples=20_000, progress_bar=False)
 
 
 class CountedRun(Run):
-    """Steps take what they are told to, and one stretch is held up."""
+    """A run whose steps take a given time, and one of whose stretches is delayed."""
 
     def __init__(self, num_steps: int, step: float, stalled: int):
         self.num_steps, self.position, self.step, self.stalled, self.taken = num_steps, np.zeros(1), step, stalled, []
@@ -45,7 +45,7 @@ class CountedRun(Run):
 @pytest.mark.parametrize("step", [1e-7, 3e-6, 1e-3, 1.0])
 @pytest.mark.parametrize("stalled", range(12))
 def test_a_stall_in_any_stretch_is_not_a_step(step: float, stalled: int) -> None:
-    """The first, one while stretches still grow, one of those that are timed, the last."""
+    """The first stretch, one while stretches still grow, one of those that are timed, or the last."""
     run = CountedRun(10**9, step, stalled)
     found = Head(run).seconds_per_step
     assert step <= found <= 1.05 * step + 1e-8
@@ -53,7 +53,7 @@ def test_a_stall_in_any_stretch_is_not_a_step(step: float, stalled: int) -> None
     timed = lengths[-NUM_TIMED:]
     assert len(set(timed)) == 1
     assert timed[0] == FIRST_STRETCH or timed[0] / 8 * step + CALL < TIMING_SECONDS / NUM_TIMED
-    assert len(lengths) - len(set(lengths)) in (NUM_TIMED - 1, NUM_TIMED)  # a stall costs one stretch more
+    assert len(lengths) - len(set(lengths)) in (NUM_TIMED - 1, NUM_TIMED)  # a stall costs one more stretch
     if stalled >= len(lengths) and step < 1e-3:
         assert sum(seconds for _, seconds in run.taken) < 10 * TIMING_SECONDS
 
@@ -74,10 +74,14 @@ def test_pace() -> None:
 
 
 class Machine:
-    """Counts the time that programs take. Stalls: by kind of program ("order", "partner", "blocks") and number of call.
+    """Count the time that programs take.
 
-    step: of all chains in order, a function of the number of the call. lanes: one of the blocks'; planned: what plans
-        think of it.
+    Args:
+        step: Seconds of a sequential step of all chains, a function of the number of the call.
+        lanes: Seconds of a step of the blocks' lanes.
+        planned: Seconds of such a step as plans expect it.
+
+    Delays are in ``stalls``, by kind of program ("order", "partner", "blocks") and number of the call.
     """
 
     def __init__(
@@ -97,7 +101,7 @@ class Machine:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Machine]:
-    """Makes one, on which all that follows is run. Lanes are cheap as planned, and nothing is compiled beside."""
+    """Make a `Machine` on which everything that follows runs. Nothing is compiled in the background."""
     solve, take = Engine.solve, automatic.Run.take
 
     def use(**options) -> Machine:
@@ -169,7 +173,7 @@ PLACES = [
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place[0]} {place[1]}")
 def test_a_stall_changes_no_decision(place, undisturbed, machine) -> None:
-    """In the first, a middle and the last stretch of the timing, in the first steps behind it, the pilot and blocks."""
+    """A stall in the first, a middle or the last timed stretch, in the steps after it, in the pilot or in blocks."""
     stalled = machine()
     stalled.stalls[place] = STALL
     report = sample()
@@ -191,7 +195,7 @@ def test_stalls_in_every_segment_are_what_blocks_cost(machine) -> None:
 
 
 def test_a_machine_that_was_slow_at_first(machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most of the timing was held up, so that blocks seemed cheap; steps beside a compilation tell otherwise."""
+    """Most of the timing was delayed, so that blocks seemed cheap; steps taken during a compilation correct this."""
     answers = iter([False] * 40)
     monkeypatch.setattr(Engine, "is_ready", lambda *arguments: next(answers, True))
     machine(step=lambda call: 1.0 if call < NUM_TIMED else STEP, lanes=2.0)
@@ -215,7 +219,7 @@ def test_a_sequential_plan_is_corrected(machine) -> None:
 
 
 def test_steps_that_turn_out_dear_are_planned_anew(machine) -> None:
-    """In order, since steps seemed cheap; in blocks once most of them were not."""
+    """Sampled sequentially since steps seemed cheap; in blocks once most of them were not."""
     dear = 20 * STEP
     machine(lanes=dear, planned=dear)
     alone = sample(num_samples=40_000)
@@ -233,7 +237,7 @@ def test_steps_that_turn_out_dear_are_planned_anew(machine) -> None:
 
 
 class Timed:
-    """In place of a program's ``timed``: the seconds that were planted."""
+    """Replaces a program's ``timed`` by the planted seconds."""
 
     def __init__(self, real, planted: Callable[[int], float]):
         self.real, self.planted, self.calls = real, planted, 0
@@ -247,7 +251,7 @@ class Timed:
 @pytest.mark.parametrize("num_steps", [48, 96])
 @pytest.mark.parametrize("back", [1, 2, 3])
 def test_lanes_of_warmup(num_steps: int, back: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of the last pieces is held up, the last third being one piece or two."""
+    """One of the last pieces is delayed, where the last third is one piece or two."""
     pieces = num_steps // lanes.PIECE
     timed = Timed(lanes.run_piece.timed, lambda call: 1.0 + STALL * (call == pieces - back))
     monkeypatch.setattr(lanes.run_piece, "timed", timed)

@@ -1,4 +1,4 @@
-"""Whatever implementation a key is of, one threefry stream is made of it: blocks, order and `verify` agree on it."""
+"""Keys of any implementation give one threefry stream: blocks, sequential runs and `verify` agree on it."""
 
 from contextlib import ExitStack
 from functools import cache
@@ -32,7 +32,7 @@ def run(key: Any, solver=BLOCKS, **options) -> pmcmc.Chain:
 
 
 def key_of(how: str, impl: str, seed: int = 3) -> Any:
-    """Called with ``impl`` as JAX's default where the key does not carry it."""
+    """Make a key, with ``impl`` as JAX's default if the key does not carry it."""
     return {
         "typed": lambda: jax.random.key(seed, impl=impl),
         "raw": lambda: jax.random.PRNGKey(seed),
@@ -74,7 +74,7 @@ def test_seeds_and_threefry_keys_do_not_depend_on_the_default() -> None:
 
 
 def test_every_form_of_a_key_is_one_threefry_key() -> None:
-    """Threefry keys are left as they are; others depend on every word; raw and typed are the same."""
+    """Threefry keys are unchanged; others depend on every word; raw and typed keys are the same."""
     np.testing.assert_array_equal(words(as_key(jax.random.key(7))), [0, 7])
     np.testing.assert_array_equal(words(as_key(np.asarray(jax.random.PRNGKey(7)))), [0, 7])
     long = np.arange(1, 5, dtype=np.uint32)
@@ -111,7 +111,7 @@ def numpyro_broadcasts_over_ranks():
 
 @pytest.mark.parametrize("impl", OTHERS)
 def test_drop_in(impl: str, numpyro_broadcasts_over_ranks) -> None:
-    """A key, a batch of typed, raw or numpy keys of which the first counts, an init strategy, and going on."""
+    """A key; a batch of typed, raw or numpy keys, of which the first is used; an init strategy; and continued runs."""
 
     def draws(key, solver, **options) -> tuple[ParallelMCMC, np.ndarray]:
         sampler = HMC(model, step_size=0.5, num_steps=2, trajectory_length=None, init_strategy=init_to_sample)
@@ -135,7 +135,7 @@ def test_drop_in(impl: str, numpyro_broadcasts_over_ranks) -> None:
 
 
 def test_a_models_starts_and_warm_up(numpyro_broadcasts_over_ranks) -> None:
-    """The whole of `parallel_chain` under an rbg key: the same in blocks and in order."""
+    """The whole of `parallel_chain` with an rbg key is the same in blocks and sequentially."""
     key = jax.random.key(5, impl="unsafe_rbg")
     chains = [
         pmcmc.parallel_chain(model, key, model_args=(Y,), num_warmup=60, solver=solver, **SIZES)
@@ -147,7 +147,7 @@ def test_a_models_starts_and_warm_up(numpyro_broadcasts_over_ranks) -> None:
 
 @pytest.mark.parametrize("impl", OTHERS)
 def test_updates_of_the_users_own(impl: str) -> None:
-    """They get raw keys of two words, which under another default ``jax.random`` would refuse, or read as its own."""
+    """They get raw keys of two words, which ``jax.random`` would refuse or misread under another default."""
     update = pmcmc.CustomUpdate(jax.random.normal, lambda state, z: 0.5 * state["a"] + z)
     by_key = pmcmc.CustomUpdate(lambda key: key, lambda state, key: 0.5 * state["b"] + jax.random.normal(key))
     start = {"a": jnp.zeros(()), "b": jnp.zeros(())}

@@ -1,4 +1,4 @@
-"""The noise of a step: uniforms on the open interval, independent across keys and counts, hashed as JAX hashes."""
+"""The noise of a step: uniforms on the open interval, independent across keys and counts, with JAX's hash."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["floa
 
 
 def draw(dtype) -> np.ndarray:
-    """(keys, 5) uniforms of consecutive keys, as a chain draws them."""
+    """Return (keys, 5) uniforms of consecutive keys, as a chain draws them."""
     keys = jax.vmap(lambda t: fold_in(key_pair(jax.random.key(3)), t))(jnp.arange(NUM_KEYS))
     return np.asarray(jax.jit(jax.vmap(lambda key: uniforms(key, 5, dtype)))(keys))
 
@@ -53,7 +53,7 @@ def test_normals(dtype) -> None:
 
 @dtypes
 def test_extreme_cells_stay_finite(dtype) -> None:
-    """The first and last cell of the interval: logs and normals are finite, and symmetric."""
+    """In the first and last cell of the interval logs and normals are finite, and symmetric."""
     bits = 23 if dtype == jnp.float32 else 52
     ends = jnp.asarray([2.0 ** -(bits + 1), 1 - 2.0 ** -(bits + 1)], dtype)
     assert jnp.all(jnp.isfinite(jnp.log(ends)))
@@ -75,7 +75,7 @@ def test_typed_and_raw_keys_agree(dtype, count: int) -> None:
 
 
 def test_hash_is_that_of_jax() -> None:
-    """fold_in to the bit, so that keys made here and by jax.random are interchangeable."""
+    """fold_in is equal to the bit, so that keys made here and by jax.random are interchangeable."""
     key = jax.random.key(11)
     for number in (0, 1, 12345, 2**31 - 1):
         ours = fold_in(key_pair(key), jnp.asarray(number))
@@ -88,7 +88,7 @@ def test_hash_is_that_of_jax() -> None:
     ids=["MALA", "HMC", "HMC-uniform-length"],
 )
 def test_parts_of_a_kernels_noise_are_independent(kernel) -> None:
-    """No number serves two purposes: all parts, made standard, are uncorrelated, squares included."""
+    """No number is used twice: all parts, made standard, are uncorrelated, their squares included."""
     noise = draw_noise(make_target(gaussian), kernel, 2, NUM_KEYS)
     parts = {"exp": jnp.exp(noise.log_uniform)[:, None], "normal": noise.normal}
     if isinstance(kernel, HMC):

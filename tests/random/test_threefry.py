@@ -1,4 +1,4 @@
-"""The hash written out is JAX's own, to the bit."""
+"""The explicit hash equals JAX's own to the bit."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What every solver with every Jacobian must do: give the sequential path, whatever it is wrapped in."""
+"""Every solver with every Jacobian returns the sequential path, inside any JAX transformation."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ SOLVERS = {
 }
 SEQUENTIAL = rec.Sequential()
 every_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
-# One of each kind of solver; their Jacobians take part in the plain test, and in the slow leg in all.
+# One of each kind of solver. Their other Jacobians run in the plain test, and in all tests of the slow leg.
 every_kind = pytest.mark.parametrize("solver", share(SOLVERS, "sequential", "shooting", "deer", "quasi-elk"))
 
 

@@ -1,4 +1,4 @@
-"""Derivatives through a solve: against finite differences and against differentiating the sequential scan."""
+"""Derivatives through a solve: against finite differences and against derivatives of the sequential scan."""
 
 import jax
 import jax.numpy as jnp

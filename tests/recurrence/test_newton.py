@@ -1,4 +1,4 @@
-"""Newton's options, how its iterations converge, and what it says where they cannot."""
+"""Newton's options, how its iterations converge, and which result codes it gives where they cannot."""
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,8 @@ def last_iterates(solver, matrix, inputs):
 
 
 def measured_rate(solver, matrix, length=200):
-    """Ratio of successive errors at the last step, where the slowest mode, constant in t, has taken over."""
-    exact = jnp.linalg.solve(jnp.eye(2) - matrix, jnp.ones(2))  # of the steady state, reached long before
+    """Return the ratio of successive errors at the last step, where the slowest mode, constant in t, dominates."""
+    exact = jnp.linalg.solve(jnp.eye(2) - matrix, jnp.ones(2))  # the steady state, which is reached long before
     iterates = last_iterates(solver, matrix, jnp.ones((length, 2)))
     errors = jnp.linalg.norm(iterates - exact[None], axis=1)
     return errors[12] / errors[11]
@@ -73,7 +73,7 @@ def test_newton_is_quadratic(rng_key):
     iterates = solve(rec.deer(num_iterates=4), fn, x0, inputs, initial_guess=guess).iterates
     errors = jnp.max(jnp.abs(iterates - exact[None]), axis=(1, 2))
     orders = jnp.log(errors[2:] / errors[1:-1]) / jnp.log(errors[1:-1] / errors[:-2])
-    assert float(errors[3]) > 1e-14  # still above rounding, or the order would mean nothing
+    assert float(errors[3]) > 1e-14  # above rounding, so that the order can be measured
     assert np.all((orders > 1.7) & (orders < 2.5)), (errors, orders)
 
 
@@ -82,7 +82,7 @@ def test_prefix_grows_by_one_an_iteration_at_least(rng_key):
     exact = np.asarray(solve(SEQUENTIAL, fn, x0, inputs).value)
     for jacobian in (rec.Dense(), rec.Zero(), rec.Identity(), rec.HutchinsonDiagonal(rng_key)):
         found = solve(Newton(jacobian, num_iterates=12), fn, x0, inputs)
-        iterates = np.asarray(found.iterates)  # numpy: no slice of a new size is compiled
+        iterates = np.asarray(found.iterates)  # numpy, so that no slice is compiled
         for k in range(1, 12):
             np.testing.assert_allclose(iterates[k, :k], exact[:k], atol=1e-12)
         assert int(found.result) == RESULTS.successful or int(found.stats.certified_steps) >= 30
@@ -96,7 +96,7 @@ def test_hutchinson_is_unbiased_and_fresh_or_fixed(rng_key):
     x = jnp.zeros((4000, 4))
     fn = lambda x, u: matrix @ x
     estimate = rec.HutchinsonDiagonal(rng_key).linearize(fn, x, None, 0)
-    deviation = jnp.sqrt(jnp.sum(matrix**2, 1) - jnp.diag(matrix) ** 2)  # of one probe, in theory
+    deviation = jnp.sqrt(jnp.sum(matrix**2, 1) - jnp.diag(matrix) ** 2)  # deviation of one probe, in theory
     assert np.all(jnp.abs(estimate.mean(0) - jnp.diag(matrix)) < 5 * deviation / jnp.sqrt(4000.0))
     np.testing.assert_allclose(estimate.std(0), deviation, rtol=0.1)
     four = rec.HutchinsonDiagonal(rng_key, num_probes=4).linearize(fn, x, None, 0)
@@ -200,7 +200,7 @@ def iterations(fn, x0, inputs, length=None):
 
 @pytest.mark.slow
 def test_iterations_against_length(rng_key):
-    """LLE < 0: they stay; LLE > 0: they grow in proportion to T."""
+    """LLE < 0: they stay constant; LLE > 0: they grow in proportion to T."""
     keys = jax.random.split(rng_key, 2)
     params, features = gru(keys[0], 4, 2), jax.random.normal(keys[1], (512, 2))
     step = lambda h, x: gru_step(params, h, x)
@@ -226,7 +226,7 @@ def test_iterations_against_length_of_a_flow():
         (rec.quasi_deer(), 10_000, None),  # measured on the path
         (Newton(rec.HutchinsonDiagonal(jax.random.key(0))), 10_000, 1.0),
         pytest.param(rec.quasi_elk(), 10_000, 1.0, marks=pytest.mark.slow),
-        (Newton(rec.BlockDiagonal()), 500, 1.0),  # fewer levels of the scan to compile
+        (Newton(rec.BlockDiagonal()), 500, 1.0),  # fewer levels of the scan compile faster
     ],
     ids=["quasi-deer", "stochastic", "quasi-elk", "block"],
 )
@@ -237,4 +237,4 @@ def test_memory_of_diagonal_methods_is_linear_in_the_dimension(solver, length, s
     shapes = jax.ShapeDtypeStruct((dim,), jnp.float32), jax.ShapeDtypeStruct((length, dim), jnp.float32)
     compiled = jax.jit(lambda x0, inputs: solver.solve(fn, x0, inputs, scale=scale).value).lower(*shapes).compile()
     used = compiled.memory_analysis().temp_size_in_bytes / (4 * dim * length)
-    assert used < 30  # 8 to 14 were seen; T x D x D would be 1,000
+    assert used < 30  # 8 to 14 in practice; T x D x D would be 1,000

@@ -1,4 +1,4 @@
-"""Every RESULTS code is reached, and bad input is never called solved."""
+"""Every RESULTS code is reached, and bad input is never reported as solved."""
 
 import jax
 import jax.numpy as jnp
@@ -101,14 +101,14 @@ def test_a_path_that_must_switch_wells():
 
 
 def test_pseudo_orbit_is_not_called_solved():
-    """A chaotic path that satisfies the equation to 1e-9 only is no solution to rely on."""
+    """A chaotic path that satisfies the equation only to 1e-9 is not a reliable solution."""
     fn = lambda x, u: 4.0 * x * (1 - x)
     orbit = solve(SEQUENTIAL, fn, 0.3, length=60).value
     found = solve(rec.deer(tol=1e-6), fn, 0.3, length=60, initial_guess=orbit + 1e-10)
     assert int(found.result) == RESULTS.not_contracting
     np.testing.assert_allclose(found.stats.growth_rate, np.log(2), rtol=0.2)
     exact = solve(rec.deer(), fn, 0.3, length=60)
-    assert int(exact.result) == RESULTS.successful  # bitwise: residual 0 everywhere
+    assert int(exact.result) == RESULTS.successful  # exact: residual 0 everywhere
     assert float(exact.residual) == 0
     np.testing.assert_array_equal(exact.value, orbit)
 
@@ -131,7 +131,7 @@ def test_shift_in_float32(solver, rng_key):
     assert found.value.dtype == jnp.float32
     assert int(found.result) == RESULTS.successful
     np.testing.assert_allclose(found.value, solve_variant(SEQUENTIAL, single).value, atol=8e-3)
-    # a tolerance relative to |x| would call the first iterate converged
+    # With a tolerance relative to |x| the first iterate would count as converged.
     assert int(found.stats.num_iters + found.stats.num_sweeps) > 0
 
 

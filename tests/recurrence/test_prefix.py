@@ -10,12 +10,12 @@ from pmcmc.recurrence import RESULTS
 from tests.helpers.prefixes import DIM, LENGTH, SOLVERS, draw_cases, judge_cases, run, solve_cases
 from tests.helpers.selection import share
 
-SOLVES = 23  # of each solver in each leg: 15 solvers and 3 legs are 1,035
+SOLVES = 23  # for each solver in each leg: 15 solvers and 3 legs make 1,035
 BUDGETS = jnp.arange(1, 13)
 
 
 def solve_many(solver, fn, x0, guesses, inputs=None, **options):
-    """Solutions for a batch of guesses; numbers of the solver may be a batch as well."""
+    """Return solutions for a batch of guesses; numbers of the solver may be a batch as well."""
     solver = jax.tree.map(lambda x: jnp.broadcast_to(x, guesses.shape[:1]), solver)
     one = lambda solver, guess: solver.solve(fn, x0, inputs, initial_guess=guess, length=guess.shape[0], **options)
     return jax.jit(jax.vmap(one))(solver, guesses)
@@ -38,7 +38,7 @@ def assert_prefixes(solutions, exact, atol) -> None:
 @pytest.mark.parametrize("r", [4.0, 2.8])
 @pytest.mark.parametrize("name", ["deer", "picard"])
 def test_budgets_on_the_logistic_map(name: str, r: float, dtype: str) -> None:
-    """Iterates explode to 1e80 behind the prefix; measured by their spread, anything holds."""
+    """Iterates explode to 1e80 after the prefix; relative to their spread, any residual would be small."""
     fn = lambda x, u: r * x * (1 - x)
     guesses = jax.random.uniform(jax.random.key(0), (BUDGETS.size, 256), dtype)
     x0 = jnp.asarray(0.3, dtype)
@@ -48,13 +48,13 @@ def test_budgets_on_the_logistic_map(name: str, r: float, dtype: str) -> None:
     assert np.all(certified(found) >= BUDGETS)
     tol = (512 if dtype == "float64" else 32) * np.finfo(dtype).eps
     within = np.cumprod(np.asarray(found.residual_profile) <= tol, axis=1).sum(1)
-    if r == 2.8:  # where small residuals do mean small errors
+    if r == 2.8:  # small residuals mean small errors here
         for value, steps in zip(np.asarray(found.value), within, strict=True):
             np.testing.assert_allclose(value[:steps], exact[:steps], rtol=0, atol=1e-9 if dtype == "float64" else 1e-4)
 
 
 def test_shooting_from_wild_guesses_of_a_map_that_explodes() -> None:
-    """Runs from guesses of size 1e3 end at infinity: no block may merge with the finite head of one."""
+    """Runs from guesses of size 1e3 end at infinity: no block may merge with the finite first part of one."""
     inputs = jax.random.normal(jax.random.key(1), (200,))
     fn = lambda x, u: 0.2 * x**2 + 0.1 * u
     guesses = 1e3 * jax.random.normal(jax.random.key(2), (12, 200))
@@ -67,7 +67,7 @@ def test_shooting_from_wild_guesses_of_a_map_that_explodes() -> None:
 @pytest.mark.parametrize("size", [1e3, 1e30])
 @pytest.mark.parametrize("factor", [0.1, 0.9])
 def test_shooting_from_wild_guesses_of_a_map_that_contracts(factor: float, size: float) -> None:
-    """At 0.1 the runs meet within 512 eps of the guesses' spread, and were taken for solved, off by 1e4."""
+    """At 0.1 the runs come within 512 eps of the guesses' spread, and once counted as solved with errors of 1e4."""
     inputs = jax.random.normal(jax.random.key(1), (200,))
     fn = lambda x, u: factor * x + u
     guesses = size * jax.random.normal(jax.random.key(2), (4, 200))
@@ -78,7 +78,7 @@ def test_shooting_from_wild_guesses_of_a_map_that_contracts(factor: float, size:
 
 @pytest.mark.parametrize("error", [1e-15, 1e-14, 1e-12])
 def test_shooting_from_next_to_a_chaotic_path(error: float) -> None:
-    """All blocks are within the tolerance at their first step, where nothing was seen of how they separate."""
+    """All blocks are within the tolerance at their first step, before any sign that they separate."""
     fn = lambda x, u: 4.0 * x * (1 - x)
     exact = sequential(fn, 0.3, 200)
     guesses = exact[None] + error * jax.random.normal(jax.random.key(0), (8, 200))
@@ -88,7 +88,7 @@ def test_shooting_from_next_to_a_chaotic_path(error: float) -> None:
 
 @pytest.mark.parametrize("name", ["deer", "quasi-elk"])
 def test_windows_leave_nothing_wrong_behind(name: str) -> None:
-    """An iterate that explodes within a window inflates what the window measures by."""
+    """An iterate that explodes within a window inflates the scale of the window."""
     solver = {"deer": rec.deer, "quasi-elk": rec.quasi_elk}[name]
     fn = lambda x, u: 0.2 * x**2 + 0.1 * u
     inputs = jax.random.normal(jax.random.key(1), (200,))
@@ -99,7 +99,7 @@ def test_windows_leave_nothing_wrong_behind(name: str) -> None:
 
 
 def test_the_judge_sees_a_false_certificate() -> None:
-    """One sweep of Jacobi, called solved: its second state is wrong from every guess but good ones."""
+    """One sweep of Jacobi reported as solved: its second state is wrong from every guess except good ones."""
     cases = draw_cases(jax.random.split(jax.random.key(0), SOLVES), "float64")
     found = solve_cases(SOLVERS["jacobi"], cases, jnp.ones(SOLVES, int), False)
     assert not np.any(judge_cases(cases, found, False).false)
@@ -113,7 +113,7 @@ EACH = {f"{name}-{dtype}-{given}": (name, dtype, given) for name in SOLVERS for 
 
 @pytest.mark.parametrize("leg", share(EACH, "deer-float64-False", "shooting-float64-False"))
 def test_no_false_certificate(leg: tuple[str, str, bool]) -> None:
-    """Random maps, guesses and budgets; `python -m tests.helpers.prefixes` makes ten times as many."""
+    """Random maps, guesses and budgets; `python -m tests.helpers.prefixes` runs ten times as many."""
     name, dtype, scale_given = leg
     case, _, found = run(name, SOLVES, dtype, scale_given, seed=1)
     assert case.guess.shape == (SOLVES, LENGTH, DIM)

@@ -11,7 +11,7 @@ from pmcmc.recurrence.sharding import AllSteps
 
 pytestmark = pytest.mark.optimized
 
-# compiled once a structure, not operation by operation
+# Compiled once per structure, not operation by operation.
 scan = jax.jit(lambda a, b, reverse: affine_scan(AllSteps(len(a)), a, b, reverse), static_argnums=2)
 scan_sequential = jax.jit(affine_scan_sequential, static_argnums=2)
 gains_of = jax.jit(lambda a, *rest: kalman.gains(AllSteps(len(a)), a, *rest))
@@ -24,13 +24,13 @@ structures = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys()
 
 
 def integers(key, shape, bound=2):
-    """Random integers as floats: sums and products are exact, so equality is."""
+    """Return random integers as floats: sums and products are exact, so results must be equal."""
     return jax.random.randint(key, shape, -bound, bound + 1).astype(float)
 
 
 @jax.jit
 def dense(a):
-    """The matrices ``(T, D, D)`` that a structured A ``(T, ...)`` of 4 coordinates stands for."""
+    """Return the matrices ``(T, D, D)`` that a structured A ``(T, ...)`` of 4 coordinates represents."""
     return jax.vmap(lambda a: jax.vmap(lambda e: apply_affine(a, e), out_axes=1)(jnp.eye(4)))(a)
 
 
@@ -125,7 +125,7 @@ def test_gains_stay_bounded_where_products_overflow(dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("strength", [1e-5, 1e-4, 1e-2, 1.0])
 def test_float32_gains_beside_unstable_directions(strength, rng_key):
-    """Covariances run from 1 to 1 / lambda: their roots keep in float32 what products of them lose (errors of 3e-2)."""
+    """Covariances range from 1 to 1 / lambda: in float32 their roots keep what their products lose (errors of 3e-2)."""
     keys = jax.random.split(rng_key, 2)
     a = 3 / jnp.sqrt(6) * jax.random.normal(keys[0], (128, 6, 6), jnp.float32)
     r = jax.random.normal(keys[1], (128, 6), jnp.float32)
@@ -141,7 +141,7 @@ def test_float32_gains_beside_unstable_directions(strength, rng_key):
 
 @structures
 def test_known_steps_are_those_of_newton(shape, rng_key):
-    """The first increments without noise or penalty, the rest as a path that starts behind them."""
+    """The first increments have no noise or penalty; the rest is a path that starts after them."""
     keys = jax.random.split(rng_key, 2)
     a, r = 0.9 * jax.random.normal(keys[0], (9, *shape)), jax.random.normal(keys[1], (9, 4))
     gains = gains_of(a, 0.5, 4)

@@ -1,4 +1,4 @@
-"""Multiple shooting returns the sequential chain, from any guess, and its certificate and counts are true.
+"""Multiple shooting returns the sequential chain from any guess, and its certificate and counts are correct.
 
 The chains: MALA on a mixture, HMC on a banana with short jittered trajectories (0.3 x 3, factors 0.5-1.5: longer ones
 hardly contract there), HMC on eight schools. Acceptance rates 0.75, 0.87, 0.85.
@@ -28,7 +28,7 @@ PROBLEMS = {
 
 @cache
 def problem(name: str, length: int = LENGTH):
-    """(target, kernel, x0, noise, sequential chain, states of another chain)."""
+    """Return (target, kernel, x0, noise, sequential chain, states of another chain)."""
     logdensity_fn, kernel = PROBLEMS[name]
     target = make_target(logdensity_fn)
     x0 = jnp.full(target.dim, 0.3)
@@ -78,7 +78,7 @@ def test_loose_residual_is_true(name: str) -> None:
     residuals = np.sort(step_residuals(target, kernel, x0, solution.value, noise, scale))
     assert 1e-7 < solution.residual <= 1e-5
     np.testing.assert_allclose(residuals[-1], solution.residual, rtol=1e-6)
-    assert np.sum(residuals > 1e-12) <= 31  # splices, one a block at most; elsewhere f of the predecessor
+    assert np.sum(residuals > 1e-12) <= 31  # at most one splice per block; elsewhere f of the predecessor
 
 
 @pytest.mark.parametrize(("length", "num_blocks"), [(1000, 7), (1, 1), (1, 4), (11, 8), (21, 20), (1001, 10)])
@@ -112,12 +112,12 @@ def test_chains_are_lanes() -> None:
 
 
 def affine_step(x, u):
-    """Contracts on average, expands at times: merges come in all lengths."""
+    """Contracts on average and expands at times, so that merges take various lengths."""
     return u["a"] * x + u["b"]
 
 
 def lattice_step(x, u):
-    """A reflected walk on {0, ..., 6} beside a real number: two walks merge exactly, at the walls."""
+    """A reflected walk on {0, ..., 6} together with a real number: two walks merge exactly, at the walls."""
     place = np.clip if isinstance(x["place"], np.ndarray | np.generic) else jnp.clip
     return {"place": place(x["place"] + u["move"], 0, 6), "real": 0.5 * x["real"] + u["b"] + x["place"]}
 
@@ -169,14 +169,14 @@ def unit(tree):
 
 
 def test_discrete_leaves_are_equal_at_merges() -> None:
-    """With a tolerance that any real difference passes, only the integers decide, and they come out exactly."""
+    """The tolerance accepts any real difference, so only the integers decide, and they are exact."""
     step, make_inputs, x0, make_guess = RECURRENCES["lattice"]
     inputs, guess = make_inputs(3, 5000), make_guess(np.random.default_rng(4).normal(size=5000))
     solver = MultipleShooting(num_blocks=20, merge_tol=1e6)
     solution = solve_fn(solver, step, x0, inputs, guess, unit(x0))
     exact = solve_fn(Sequential(), step, x0, inputs)
     np.testing.assert_array_equal(solution.value["place"], exact.value["place"])
-    assert solution.residual > 1e-3  # while the real leaf was spliced
+    assert solution.residual > 1e-3  # the real leaf was spliced
 
 
 def tanh_step(x, u):
@@ -185,7 +185,7 @@ def tanh_step(x, u):
 
 @pytest.mark.parametrize("extra", [0, 3, 20, 60])
 def test_prefix_at_the_budget_of_steps_is_exact(extra: int) -> None:
-    """Blocks of 50 steps whose repairs need about 23: stopped before, only the first block stands."""
+    """Blocks of 50 steps whose repairs need about 23 more: with a smaller budget only the first block is certified."""
     key = jax.random.key(0)
     inputs, solver = jax.random.normal(key, (400,)), MultipleShooting(num_blocks=8, max_steps=50 + extra)
     found = solve_fn(solver, tanh_step, 0.0, inputs, jnp.full(400, 5.0), 1.0)
@@ -204,7 +204,7 @@ def test_prefix_at_the_budget_of_steps_is_exact(extra: int) -> None:
 
 @pytest.mark.parametrize("max_sweeps", [1, 2, 3])
 def test_prefix_at_the_cap_is_exact(max_sweeps: int) -> None:
-    """From a guess far out on the banana, where lanes stick, a sweep repairs one block: max_sweeps + 1 are exact."""
+    """From a distant guess on the banana, where lanes stick, a sweep repairs one block: max_sweeps + 1 are exact."""
     target, kernel, x0, noise, chain, other = problem("banana-HMC")
     length, num_blocks = 4000, 40
     noise, exact, far = jax.tree.map(lambda x: x[:length], (noise, chain.value, 1e3 + 0 * other))
@@ -220,14 +220,14 @@ def test_prefix_at_the_cap_is_exact(max_sweeps: int) -> None:
 
 
 def test_logistic_map_is_not_contracting() -> None:
-    """Chance merges of a chaotic map are reported; what is called certified is exact."""
+    """Chance merges of a chaotic map are reported, and what is certified is exact."""
     length = 200_000
     guess = jax.random.uniform(jax.random.key(0), (length,))
     solver = MultipleShooting(num_blocks=100, merge_tol=1e-3)
     x0 = jnp.asarray(0.3)
     step = lambda x, u: 4 * x * (1 - x)
     solution = solve_fn(solver, step, x0, guess=guess, scale=jnp.ones(()), length=length)
-    assert solution.stats.num_sweeps < 99  # merges by chance did occur
+    assert solution.stats.num_sweeps < 99  # merges by chance occurred
     assert solution.residual > 0
     assert solution.result == RESULTS.not_contracting
     assert solution.stats.growth_rate > 0.3  # ln 2 along typical paths
@@ -251,7 +251,7 @@ def test_nonfinite(start: float, expected: int) -> None:
     assert not jnp.isfinite(solution.residual)
     if expected:
         np.testing.assert_array_equal(solution.value[:expected], 2.0 ** np.arange(1, expected + 1))
-    assert not np.any(np.isfinite(solution.value[expected:]))  # no stale run of a guess, never zeros
+    assert not np.any(np.isfinite(solution.value[expected:]))  # neither remains of a guess nor zeros
 
 
 def test_nan_rows_in_the_guess_do_not_matter() -> None:
@@ -267,7 +267,7 @@ def test_nan_rows_in_the_guess_do_not_matter() -> None:
 
 @pytest.mark.parametrize(("shift", "size"), [(1e5, 1.0), (0.0, 1e-6), (1e5, 1e-3)])
 def test_shift_and_scale_change_nothing(shift: float, size: float) -> None:
-    """The certificate is relative to the path's spread: no tolerance relative to |x| calls a wrong path solved."""
+    """The certificate is relative to the path's spread; no tolerance relative to |x| accepts a wrong path."""
 
     def step(x, u):
         y = (x - shift) / size
@@ -285,7 +285,7 @@ def test_shift_and_scale_change_nothing(shift: float, size: float) -> None:
 
 
 def test_an_older_splice_is_not_forgotten() -> None:
-    """Block 2 merges inexactly at its third step, then, restarted, bitwise at its second: the first splice remains."""
+    """Block 2 merges inexactly at its third step, then, restarted, exactly at its second: the first splice remains."""
 
     def step(x, kind):
         return jnp.select([kind == 0, kind == 1], [1.5 * x, jnp.where(x > 0, 1.0, 1.5)], 1 + 1e-5 * (x - 1))
@@ -301,11 +301,11 @@ def test_an_older_splice_is_not_forgotten() -> None:
 
 
 def test_sees_a_planted_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block restarted from the end of the block before its predecessor: called solved, and both checks see it."""
+    """A block restarts from the end of the block before its predecessor, reported as solved: both checks notice."""
     inputs, guess = affine_inputs(0, 400), np.random.default_rng(1).normal(size=400)
 
     def check() -> tuple[int, float, float]:
-        step = lambda x, u: 0.7 * jnp.sin(x) + u["b"]  # a function of its own, so that nothing is found compiled
+        step = lambda x, u: 0.7 * jnp.sin(x) + u["b"]  # a new function, so that nothing is compiled yet
         found = solve_fn(MultipleShooting(num_blocks=8), step, 0.0, inputs, guess, 1.0)
         exact = solve_fn(Sequential(), step, 0.0, inputs)
         before = np.append(0.0, found.value[:-1])

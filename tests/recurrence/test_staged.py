@@ -1,7 +1,7 @@
-"""Lanes that advance apart give what lanes in step give: states, records, certificates and counts.
+"""Lanes that advance independently give what lanes in step give: states, records, certificates and counts.
 
-The recurrence is no Markov chain: each step iterates an affine map a number of times that input and state decide,
-zero to six, expanding at times.
+The recurrence is not a Markov chain: each step iterates an affine map zero to six times, as input and state decide; the
+map expands at times.
 """
 
 from dataclasses import replace
@@ -23,7 +23,7 @@ def solve_both(solver, inputs, guess):
 
 
 def check_equal(ours, theirs) -> None:
-    """Everything that a solution says, NaN included."""
+    """Compare everything in two solutions, NaN included."""
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), ours, theirs)
     np.testing.assert_array_equal(ours.result, theirs.result)
     for field in ("num_sweeps", "num_sequential_steps", "num_fn_evals", "certified_steps"):
@@ -42,7 +42,7 @@ def test_equals_lanes_in_step(length: int, num_blocks: int) -> None:
         np.testing.assert_allclose(apart.value, exact.value, rtol=0, atol=1e-4)
         assert np.any(exact.aux["count"] == 0)
         if length > 100 and num_blocks > 1:
-            assert np.all(apart.residual > 0)  # merges took place, and within the tolerance only
+            assert np.all(apart.residual > 0)  # merges took place, within the tolerance but not exactly
 
 
 def test_equals_sequential() -> None:
@@ -57,7 +57,7 @@ def test_equals_sequential() -> None:
 
 @pytest.mark.parametrize("budget", [{"max_steps": 50 + n} for n in (0, 1, 3, 10)] + [{"max_sweeps": 1}])
 def test_budgets_run_out_where_they_do_in_step(budget) -> None:
-    """Stopped on their way, the same blocks are pending and the same prefix stands."""
+    """When the budget ends early, the same blocks are pending and the same prefix is certified."""
     inputs, guess = problem(1, 2, 400, largest_gain=1.1)
     apart, in_step, exact = solve_both(MultipleShooting(num_blocks=8, **budget), inputs, guess)
     check_equal(apart, in_step)
@@ -68,7 +68,7 @@ def test_budgets_run_out_where_they_do_in_step(budget) -> None:
 
 
 def test_nonfinite_states_end_the_prefix() -> None:
-    """A push of infinity in one chain: it ends there, the other chain is none the worse."""
+    """A push of infinity in one chain ends that chain's prefix and leaves the other chain unchanged."""
     inputs, guess = problem(2, 2, 400)
     inputs["push"] = inputs["push"].at[1, 170].set(jnp.inf)
     inputs["count"] = inputs["count"].at[1, 170].set(2)
@@ -91,7 +91,7 @@ def test_lanes_do_not_wait() -> None:
         return advance(work)
 
     fn = replace(APART, staged=replace(APART.staged, advance=counted))
-    solver = MultipleShooting(num_blocks=2, max_steps=length)  # the zeroth sweep alone
+    solver = MultipleShooting(num_blocks=2, max_steps=length)  # sweep 0 alone
     found = solver.solve_batch(fn, X0[None], inputs, initial_guess=guess)
     jax.block_until_ready(found)
     jax.effects_barrier()

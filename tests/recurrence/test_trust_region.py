@@ -1,4 +1,4 @@
-"""ELK and quasi-ELK: Newton where lambda is zero, stable where Newton explodes."""
+"""ELK and quasi-ELK: equal to Newton where lambda is zero, stable where Newton explodes."""
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +29,13 @@ def test_without_regularization_it_is_newton_to_rounding(jacobian, rule, rng_key
 
 
 def cubic(x, u):
-    """Contracting where the path runs (|x| < 1), with |df/dx| = 1.5 at x = 4 and escape to infinity beyond 6.2."""
+    """Contracts where the path runs (|x| < 1), with |df/dx| = 1.5 at x = 4 and escape to infinity beyond 6.2."""
     return 0.9 * x - 0.05 * x**3 + u
 
 
 @pytest.mark.parametrize(
     ("make", "dtype"),
-    [  # the state is one number, where quasi-ELK is ELK
+    [  # the state is one number, for which quasi-ELK is ELK
         pytest.param(rec.elk, jnp.float64, marks=pytest.mark.slow),
         pytest.param(rec.quasi_elk, jnp.float32, marks=pytest.mark.slow),
         (rec.quasi_elk, jnp.float64),
@@ -106,7 +106,7 @@ def test_adaptive_strength_follows_the_model():
 
 @pytest.mark.parametrize("history", [1, 3])
 def test_merit_stays_below_those_before(history, rng_key):
-    """Behind the prefix, which may jump: below the largest of the last ``history`` iterates."""
+    """After the prefix, whose extension may raise it: below the largest of the last ``history`` iterates."""
     fn, x0, inputs = coupled(rng_key, 13, gain=1.5)
     rule = AdaptiveRegularization(history=history)
     found = solve(rec.elk(regularization=rule, num_iterates=14), fn, x0, inputs)
@@ -133,7 +133,7 @@ def wells(length):
 )
 @pytest.mark.parametrize("rule", [Filter(), Smoother()], ids=["filter", "smoother"])
 def test_exact_prefix_grows_by_a_step_an_iteration(regularization, rule):
-    """Whatever the strength, also where steps are rejected: after k iterations k states, after T all."""
+    """With any strength, also where steps are rejected: after k iterations k states are exact, after T all."""
     fn, x0, inputs, guess = wells(60)
     solver = rec.quasi_elk(regularization=regularization, step_rule=rule, num_iterates=61, max_iters=60)
     found = solve(solver, fn, x0, inputs, initial_guess=guess)

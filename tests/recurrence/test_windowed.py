@@ -1,4 +1,4 @@
-"""A sliding window gives the same path for less work an iteration, and counts what it did."""
+"""A sliding window gives the same path for less work per iteration, and counts that work."""
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def test_budget_keeps_the_prefix(rng_key):
 
 
 def test_exploding_iterates_do_not_certify_what_is_wrong():
-    """An exploded window inflates the scale, so that anything holds against it; nothing may be left behind then."""
+    """An exploded window inflates the scale, so that any residual is small relative to it; no error may remain then."""
     fn = lambda x, u: 0.9 * x - 0.05 * x**3 + u
     inputs = (0.5 * jnp.sin(jnp.arange(300.0)))[:, None]
     exact = solve(SEQUENTIAL, fn, jnp.zeros(1), inputs).value

@@ -1,4 +1,4 @@
-"""Programs compiled beside warm-up are the ones that sampling uses, and change nothing of the result."""
+"""Programs compiled during warm-up are the ones that sampling uses, and do not change the result."""
 
 import threading
 import time
@@ -55,7 +55,7 @@ def test_a_failed_job_is_silent() -> None:
 
 
 def test_closing_waits_for_what_reads_the_model_alone() -> None:
-    """Jobs that were not begun never are; a program that is being compiled may take its time."""
+    """Jobs that have not begun are dropped; a compilation that runs may finish later."""
     ahead, seen = BackgroundCompiler(), []
     began, read, compiled = (threading.Event() for _ in range(3))
 
@@ -80,7 +80,7 @@ def test_closing_waits_for_what_reads_the_model_alone() -> None:
 
 
 def test_models_run_one_at_a_time() -> None:
-    """NumPyro's handlers are one stack for all threads: two models at once would see each other's sites."""
+    """All threads share NumPyro's stack of handlers: two models at once would see each other's sites."""
 
     def slow(y):
         mu = numpyro.sample("mu", dist.Normal(0, 1))
@@ -105,7 +105,7 @@ KERNELS = {
 
 @pytest.fixture
 def two_cores(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lanes are cheap, if not as cheap as Newton's method needs, and programs are compiled in the second thread."""
+    """Lanes are cheap, but not as cheap as Newton's method needs, and programs are compiled in a second thread."""
     monkeypatch.setattr(automatic, "num_cores", lambda: 2)
     monkeypatch.setattr(automatic.Automatic, "costs", lambda self, head: Costs(1e-3, 1e-3, 1e-5, 0.0))
 
@@ -113,24 +113,24 @@ def two_cores(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kernel", share(KERNELS, "HMC"))
 @pytest.mark.parametrize("solver", ["auto", MultipleShooting(4), Sequential()], ids=["auto", "blocks", "sequential"])
 def test_sampling_waits_for_no_program_twice(kernel, solver, two_cores, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was compiled for shapes is found for arrays: nothing is compiled where it is wanted."""
+    """What was compiled for shapes is found for arrays: nothing is compiled when it is needed."""
     pools, pool = [], ThreadPoolExecutor
     monkeypatch.setattr(background, "ThreadPoolExecutor", lambda **options: pools.append(pool(**options)) or pools[-1])
     jax.clear_caches()
     with compilations() as seen:
         arguments = dict(kernel=kernel, solver=solver, num_samples=20_000, **SIZES)
         chain = pmcmc.sample(gaussian, start_like(gaussian), 3, **arguments)
-        pools[0].shutdown()  # a program that came too late to be used has ended as well
+        pools[0].shutdown()  # a program that was ready too late has ended as well
     beside = [name for name, waited in seen if not waited and name in PROGRAMS]
     both = solver == "auto" and chain.report.decision == "shooting"
     assert sorted(beside) == sorted(PROGRAMS * (2 if both else 1))
     assert both or solver != "auto" or kernel != KERNELS["HMC"]
-    if chain.report.decision != "newton":  # which is compiled where it is wanted
+    if chain.report.decision != "newton":  # Newton's program is compiled when it is needed
         assert not [name for name, waited in seen if waited and name in PROGRAMS]
 
 
 def test_plans_know_what_is_compiled(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A compilation that outweighs every gain is no reason against blocks where an earlier run has done it."""
+    """A compilation that outweighs every gain does not count against blocks if an earlier run has done it."""
     forget_programs()
     sample = partial(pmcmc.sample, gaussian, start_like(gaussian), kernel=pmcmc.HMC(), **SIZES)
     assert sample(3, num_samples=20_000).report.decision == "shooting"
@@ -141,7 +141,7 @@ def test_plans_know_what_is_compiled(free_lanes, monkeypatch: pytest.MonkeyPatch
 
 
 def test_other_data_is_another_program() -> None:
-    """The model and its static halves are equal, so shapes must tell programs apart."""
+    """The model and its static parts are equal, so shapes must distinguish the programs."""
 
     def model(y):
         numpyro.sample("y", dist.Normal(numpyro.sample("mu", dist.Normal(0, 1)), 1), obs=y)
@@ -161,7 +161,7 @@ def test_other_data_is_another_program() -> None:
 
 
 def test_same_chain_whatever_is_compiled_when(two_cores, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps taken in order until the blocks' program is ready, then blocks: the chain is the same."""
+    """Sequential steps until the program for blocks is ready, then blocks: the chain is the same."""
     answers = iter([False, False, True])
     real = automatic.Engine.is_ready
     monkeypatch.setattr(
@@ -176,7 +176,7 @@ def test_same_chain_whatever_is_compiled_when(two_cores, monkeypatch: pytest.Mon
 
 
 def test_steps_in_order_beside_a_compilation() -> None:
-    """Part of what a program takes to compile goes into steps, which the blocks then need not take."""
+    """Part of the compile time of a program is used for steps, which the blocks then need not take."""
     pilot, alone = merging(np.arange(20, 52)), CPU._replace(compile=2.0)
     beside = alone._replace(overlap=0.5)
     first, second = (plan(5 * 10**6, 1, costs, pilot).candidates for costs in (alone, beside))
@@ -185,7 +185,7 @@ def test_steps_in_order_beside_a_compilation() -> None:
     for c in second:
         if c.name.startswith("shooting"):
             assert c.seconds == pytest.approx(2.0 + (c.num_steps - in_order) * CPU.step(c.solver.num_blocks))
-    # where the run would end meanwhile, blocks promise nothing
+    # If the run would end during compilation, blocks gain nothing.
     late = plan(10**6, 1, CPU._replace(compile=30.0, overlap=1.0), pilot)
     assert isinstance(late.solver, Sequential)
     assert all(c.num_steps == 10**6 for c in late.candidates if "DEER" not in c.name)

@@ -1,4 +1,4 @@
-"""Bad input is refused before any sampling, with what was expected, what came, and what to do."""
+"""Bad arguments are refused before any sampling; the message has what was expected, what was given, and what to do."""
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +142,7 @@ def test_init_params(init_params) -> None:
 
 
 def spike(p):
-    """A coordinate whose every other value is impossible."""
+    """A coordinate of which every other value is impossible."""
     return jnp.where(p["still"] == 0, 0.0, -jnp.inf) - 0.5 * p["moves"] ** 2
 
 

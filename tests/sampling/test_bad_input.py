@@ -1,4 +1,4 @@
-"""Input that is odd but legal is sampled rightly; what cannot be sampled is refused with what to do."""
+"""Unusual but legal input is sampled correctly; what cannot be sampled is refused with what to do."""
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +123,7 @@ def test_float32_positions_stay_float32() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1e-9, 1e9])
 def test_warmup_finds_any_scale(size: float) -> None:
-    """From the mode, with no idea of the scale."""
+    """From the mode, without knowing the scale."""
     chain = sample(lambda x: squares(x / size), jnp.zeros(2), kernel=None, num_warmup=400, solver=Sequential())
     assert 0.5 < float(np.std(chain.get_samples()) / size) < 2
     assert chain.verify()

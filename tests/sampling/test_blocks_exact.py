@@ -1,4 +1,4 @@
-"""Every kernel whose coupled chains merge: 20,000 steps in blocks are certified and are the sequential chain."""
+"""For every kernel whose coupled chains merge, 20,000 steps in blocks are certified and equal the sequential chain."""
 
 from typing import Any, NamedTuple
 
@@ -58,7 +58,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", share(list(CASES), "HMC, jittered"))
 def test_blocks_are_the_sequential_chain(name: str) -> None:
-    """Blocks start from the chain's own states in reverse order: typical, and far from the right ones."""
+    """Blocks start from the chain's own states in reverse: typical, and far from the right ones."""
     target, kernel, start = CASES[name]
     noise = draw_noise(target, kernel, 5, LENGTH)
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), target.spec.template) if start is None else start
@@ -74,6 +74,6 @@ def test_blocks_are_the_sequential_chain(name: str) -> None:
     assert blocks.stats.num_sequential_steps < LENGTH / 3
     close = lambda found, expected, tol: np.testing.assert_allclose(found, expected, rtol=tol, atol=tol)
     jax.tree.map(lambda a, b: close(a, b, 1e-10), blocks.value, chain.value)
-    jax.tree.map(lambda a, b: close(a, b, 1e-8), blocks.aux, chain.aux)  # densities of -2,000 among them
+    jax.tree.map(lambda a, b: close(a, b, 1e-8), blocks.aux, chain.aux)  # some log densities are about -2,000
     changed = jax.tree.map(lambda x: np.mean(np.diff(x, axis=0) != 0), chain.value)
     assert min(jax.tree.leaves(changed)) > 0.2

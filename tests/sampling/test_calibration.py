@@ -1,10 +1,10 @@
-"""Kernels sample the posterior: Geweke's joint-distribution test and simulation-based calibration, and faults in them.
+"""Kernels sample the posterior: Geweke's joint-distribution test and simulation-based calibration, and planted faults.
 
-Both turn on parameters and data being drawn together, by `tests.helpers.studies`. Geweke (2004): a chain that moves the
-parameters by the kernel and then draws new data leaves the joint law as it is. Simulation-based calibration (Cook et
-al. 2006; Talts et al. 2018; Modrak et al. 2023 for the likelihood as a quantity): the rank of the parameters behind
-the data among draws of their posterior is uniform. One program serves both, with lanes that start at the joint law
-and new data in each round, or at the prior and the same data throughout.
+Both rest on drawing parameters and data together, with `tests.helpers.studies`. Geweke (2004): a chain that moves the
+parameters by the kernel and then draws new data leaves the joint law invariant. Simulation-based calibration (Cook et
+al. 2006; Talts et al. 2018; Modrak et al. 2023 for the likelihood as a quantity): the rank of the true parameters among
+draws of their posterior is uniform. One program serves both, with lanes that start at the joint law and new data in
+each round, or at the prior and the same data throughout.
 """
 
 from dataclasses import dataclass, replace
@@ -34,7 +34,7 @@ def elliptical(logdensity_fn, mean, cov):
 
 
 def ghmc(step_size):
-    """Momentum that persists: a share of 0.2 is drawn anew in each step."""
+    """Momentum that persists: a share of 0.2 is redrawn in each step."""
     return pmcmc.from_blackjax(
         blackjax.ghmc, step_size=step_size, momentum_inverse_scale=jnp.ones(2), alpha=0.2, delta=0.3
     )
@@ -50,7 +50,7 @@ COMPOSE = pmcmc.Compose(
 
 
 class Case(NamedTuple):
-    """thinning: steps after which draws are as good as independent."""
+    """A study with its kernel; ``thinning`` is the number of steps after which draws are almost independent."""
 
     study: Study
     kernel: pmcmc.kernels.Kernel
@@ -72,9 +72,11 @@ CASES = {
 
 @jax.jit
 def run(target, kernel, positions, data, noise, normals, renew):
-    """Positions (steps, lanes) after each step, and the data it saw; ``renew``: new data after each step.
+    """Return positions (steps, lanes) after each step, and the data it saw; ``renew`` draws new data after each step.
 
-    noise, normals: leading axes (steps, lanes).
+    Args:
+        noise: Leading axes (steps, lanes).
+        normals: Leading axes (steps, lanes).
     """
 
     def lane(x, y, u, normal):
@@ -90,7 +92,7 @@ def run(target, kernel, positions, data, noise, normals, renew):
 
 
 def simulate(case: Case, starts: dict, truth: dict, seed: int, renew: bool):
-    """`run` from positions ``starts`` on data drawn at ``truth``: positions and data (steps, lanes, ...)."""
+    """`run` from positions ``starts`` on data drawn at ``truth``; return positions and data (steps, lanes, ...)."""
     target, rng = case.study.target(), np.random.default_rng(seed + 1)
     shape = ((NUM_DRAWS + 1) * case.thinning, NUM_LANES)
     noise = draw_noise(target, case.kernel, seed, shape[0] * shape[1])
@@ -101,7 +103,7 @@ def simulate(case: Case, starts: dict, truth: dict, seed: int, renew: bool):
 
 
 def geweke_scores(case: Case, seed: int = 3) -> np.ndarray:
-    """z-scores of moments of parameters and data together, after many rounds that should leave their law as it is."""
+    """Return z-scores of moments of parameters and data together, after many rounds that should keep their law."""
     truth = case.study.draw(np.random.default_rng(seed), NUM_LANES)
     path, data = simulate(case, truth, truth, seed, renew=True)
     position, y = jax.tree.map(lambda x: x[-1], path), np.asarray(data[-1])
@@ -116,7 +118,7 @@ def geweke_scores(case: Case, seed: int = 3) -> np.ndarray:
 
 
 def rank_scores(case: Case, seed: int = 5) -> np.ndarray:
-    """z-scores of the frequencies of ranks, for each parameter and for the likelihood: (quantities, ranks)."""
+    """Return z-scores of the frequencies of ranks, for each parameter and for the likelihood: (quantities, ranks)."""
     rng = np.random.default_rng(seed)
     truth, starts = case.study.draw(rng, NUM_LANES), case.study.draw(rng, NUM_LANES)
     path, data = simulate(case, starts, truth, seed, renew=False)
@@ -126,7 +128,7 @@ def rank_scores(case: Case, seed: int = 5) -> np.ndarray:
     def quantities(position, y):
         pivots, fit = case.study.pivots(position), np.asarray(likelihood(position, y))[:, None]
         found = np.concatenate([pivots, fit], axis=1)
-        return found + 1e-9 * rng.random(found.shape)  # ties, of integers, in random order
+        return found + 1e-9 * rng.random(found.shape)  # breaks ties of integers at random
 
     expected = quantities(jax.tree.map(jnp.asarray, truth), data[0])
     found = [quantities(jax.tree.map(lambda x: x[k], draws), data[0]) for k in range(NUM_DRAWS)]  # noqa: B023
@@ -145,7 +147,7 @@ def test_joint_law_of_parameters_and_data_stays(name: str) -> None:
     assert np.max(np.abs(z)) < z_bound(NUM_TESTS * z.size)
 
 
-@pytest.mark.slow  # the same program as Geweke's test, which sees more
+@pytest.mark.slow  # the same program as Geweke's test, which is more sensitive
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_are_uniform(name: str) -> None:
     z = rank_scores(CASES[name])
@@ -188,7 +190,7 @@ class WrongRatio(Faulty):
 @register_dataclass
 @dataclass(frozen=True)
 class MomentumKept(Faulty):
-    """Does not reverse the momentum where a proposal is rejected."""
+    """Does not reverse the momentum after a rejection."""
 
     kernel: pmcmc.kernels.Kernel
 
@@ -201,7 +203,7 @@ class MomentumKept(Faulty):
 @register_dataclass
 @dataclass(frozen=True)
 class NoiseShared(Faulty):
-    """The last block of a `Compose` moves by the noise of the block before."""
+    """The last kernel of a `Compose` moves by the noise of the one before."""
 
     kernel: pmcmc.kernels.Kernel
 
@@ -216,7 +218,7 @@ def with_wrong_conditional(kernel):
     return pmcmc.Gibbs({"mu": kernel.updates[0], "v": wrong})
 
 
-# Steps of MALA and GHMC are coarse, so that proposals are rejected.
+# The steps of MALA and GHMC are large, so that proposals are rejected.
 FAULTS = {
     "wrong accept ratio": CASES["MALA"]._replace(kernel=WrongRatio(pmcmc.MALA(step_size=0.25))),
     "no Jacobian": CASES["MALA"]._replace(study=Continuous(jacobian=False)),

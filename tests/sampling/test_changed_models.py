@@ -1,4 +1,4 @@
-"""What is sampled is the user's model as it is at the call, whatever it was at an earlier one.
+"""The model that is sampled is the user's model at the time of the call, whatever it was at an earlier one.
 
 Each case fits data whose posterior mean is 1, changes them in one of the ways in which a model can change between two
 calls, and fits again: the mean must be 9. Under a flat prior with 20 observations of unit variance the mean is known,
@@ -304,7 +304,7 @@ WAYS = {
     for name, make in dict(globals()).items()
     if name.startswith("by_") and callable(make)
 }
-# A step of BlackJAX's is known by what it computes, arrays included; a mean that is a Python number is a number.
+# A BlackJAX step is identified by what it computes, arrays included; a mean that is a Python number counts as a number.
 COMPILE_ANEW = ("built_algorithm", "constructor")
 
 
@@ -352,7 +352,7 @@ def test_a_number_that_became_data_is_no_change() -> None:
 
 
 class Dose:
-    """Its deterministic site tells which data the model had when draws were constrained."""
+    """Its deterministic site shows which data the model had when draws were constrained."""
 
     def __init__(self):
         self.y = ONES
@@ -368,7 +368,7 @@ def chain_of(dose: Dose) -> pmcmc.Chain:
 
 
 def test_a_chain_stays_with_its_model() -> None:
-    """Sites, likelihood and data of a chain are those of its call, also when they are asked for later."""
+    """Sites, likelihood and data of a chain are those of its call, also when they are read later."""
     dose = Dose()
     chain, expected = chain_of(dose), chain_of(dose)
     before = expected.to_arviz(log_likelihood=True)
@@ -453,7 +453,7 @@ def test_stability_is_of_the_step_of_the_call() -> None:
 
 
 def doubled_days(t, y) -> None:
-    """A slope of 2 a day over Julian dates, which float32 cannot tell apart."""
+    """A slope of 2 per day over Julian dates, which float32 cannot distinguish."""
     slope = numpyro.sample("mu", dist.Normal(0, 100))
     numpyro.sample("y", dist.Normal(slope * (t - t[0]), 0.1), obs=y)
 
@@ -473,7 +473,7 @@ def test_numpy_computes_in_the_users_precision() -> None:
 
 
 def test_arguments_are_the_users_own_objects() -> None:
-    """Everything here works in NumPyro, and failed where arrays were traced before the model saw them."""
+    """Everything here works in NumPyro, and failed when arrays were traced before the model saw them."""
     group = np.array([0, 1, 2, 1, 0])
     table = np.array([1.0, 2.0, 3.0])
     y = np.array([1.0, 2.0, 3.0, 2.0, 1.0])
@@ -499,7 +499,7 @@ def test_arguments_are_the_users_own_objects() -> None:
 
 
 def test_programs_of_old_models_are_dropped() -> None:
-    """Ever new models must not fill the memory; a target whose programs are gone has them compiled again."""
+    """New models must not fill the memory; a target whose programs were dropped compiles them again."""
     fresh = lambda power: Target.from_logdensity(lambda x: -jnp.sum(sum(x**p for p in range(2, power))), jnp.ones(2))
     targets = [fresh(power) for power in range(3, 4 + compile.MAX_TARGETS)]
     expected = targets[0].logdensity_fn(jnp.ones(2))

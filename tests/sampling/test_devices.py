@@ -1,4 +1,4 @@
-"""Blocks or steps shared out to several devices give the chain of one, for as many collectives however long it is."""
+"""Blocks or steps distributed over devices give the chain of one device, with as many collectives for any length."""
 
 import os
 import socket
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def start(module: str, *arguments: str, num_devices: int) -> subprocess.Popen:
-    """A process of its own: the number of CPU devices is fixed before jax starts."""
+    """Start a separate process, since the number of CPU devices is fixed before jax starts."""
     environment = {
         **os.environ,
         "JAX_ENABLE_X64": "1",
@@ -79,7 +79,7 @@ def test_rejects_devices_that_cannot_be_used() -> None:
 
 @pytest.mark.slow
 def test_auto_shares_blocks(free_lanes, fresh_programs) -> None:
-    """On the one device of this process, named: the same way as several. Segments share one program of blocks."""
+    """The one device of this process, if named, takes the same path as several. Segments share a program for blocks."""
     options = dict(kernel=HMC(step_size=0.5, num_integration_steps=3), num_warmup=100, num_chains=2, progress_bar=False)
     run = lambda devices: sample(gaussian, jnp.zeros(3), 0, num_samples=20_000, devices=devices, **options)
     alone = run(None)

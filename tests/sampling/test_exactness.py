@@ -1,7 +1,7 @@
-"""Found by hypothesis, not chosen: from any guess, what a solver certifies of any chain is the sequential chain.
+"""Examples found by hypothesis: from any guess, what a solver certifies of any chain is the sequential chain.
 
-Each family is one program for a kernel and a solver; target, step size, seed, start and guess are its arguments. Where
-a solve is called successful, every state is that of the sequential chain; where it is not, the certified prefix is.
+Each family is one program for a kernel and a solver; target, step size, seed, start and guess are its arguments. If a
+solve is successful, every state is that of the sequential chain; otherwise the certified prefix is.
 """
 
 from functools import cache, partial
@@ -29,7 +29,7 @@ FIXED = settings(
 
 
 class Case(NamedTuple):
-    """Arguments of a family: all are leaves."""
+    """Arguments of a family; all are leaves."""
 
     target: pmcmc.Target
     kernel: Any
@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
 @partial(jax.jit, static_argnames="length")
 def solve_both(case: Case, solver: Any, *, length: int):
-    """The solver's path and the sequential one; residuals of the first, each step evaluated alone."""
+    """Return the solver's path and the sequential one, and residuals of the first, each step evaluated alone."""
     target, kernel = case.target, case.kernel
     noise = jax.vmap(lambda key: kernel.sample_noise(key, target))(jax.random.split(case.key, length))
     transition = kernel.transition(target)
@@ -58,7 +58,7 @@ GUESSES = ("constant", "far", "another", "near", "holes", "huge")
 
 
 def make_guess(kind: str, path: np.ndarray, size: float, rng: np.random.Generator) -> np.ndarray:
-    """Guesses that help, mislead or are not numbers; path: another chain's states, or scattered ones."""
+    """Make guesses that help, mislead or are not numbers, from ``path``: another chain's states, or scattered ones."""
     if kind == "constant":
         return np.broadcast_to(path[0], path.shape).copy()
     if kind == "far":
@@ -73,7 +73,7 @@ def make_guess(kind: str, path: np.ndarray, size: float, rng: np.random.Generato
 
 
 def draw_case(seed: int, kind: str, kernel: Any, length: int) -> Case:
-    """A problem of any kind whose start is inside its support, at a step size from poor to good."""
+    """Draw a problem of any kind whose start is inside its support, at a step size from poor to good."""
     rng = np.random.default_rng(seed)
     numbers: Numbers = random_numbers(rng)
     start = numbers.shift + numbers.size * np.minimum(numbers.modes[0], numbers.limit - 0.1)
@@ -88,7 +88,7 @@ def draw_case(seed: int, kind: str, kernel: Any, length: int) -> Case:
 
 
 def check(found: Any, sequential_result: Any, residuals: Any, gaps: Any, finite: Any, length: int) -> None:
-    """The certificate is true: of the whole path where it is called successful, else of its prefix."""
+    """Check the certificate: of the whole path if it is successful, else of its prefix."""
     certified = int(found.stats.certified_steps)
     assert np.all(gaps[:certified] <= 1e-9), "what is certified is not the sequential chain"
     assert np.all(residuals[:certified] <= 1e-10)
@@ -131,7 +131,7 @@ def test_certified_is_sequential(name: str) -> None:
         reached.add(int(found.result))
 
     holds()
-    # where two sweeps are all, the prefix is what is certified
+    # With two sweeps only the prefix is certified.
     assert (RESULTS.max_iters_reached if name == "HMC-two-sweeps" else RESULTS.successful) in reached
 
 
@@ -145,21 +145,21 @@ def another_chain(seed: int) -> tuple[Case, np.ndarray]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_another_chains_states_are_no_trap(seed: int) -> None:
-    """States that satisfy the equation at every step, but of other noise."""
+    """The guess satisfies the equation at every step, but with other noise."""
     case, path = another_chain(seed)
     found, *rest = solve_both(case._replace(guess=path), MultipleShooting(7), length=LENGTH)
     check(found, *rest, LENGTH)
 
 
 def test_a_false_certificate_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check can fail: a solver that never repairs its blocks and calls them solved."""
+    """The check can fail: for a solver that never repairs its blocks and reports them as solved."""
     from pmcmc.recurrence.shooting import solver
 
     conclude = solver._conclude
     lie = lambda lanes, tol, sweep: conclude(lanes, tol, sweep._replace(active=jnp.zeros_like(sweep.active)))
     monkeypatch.setattr(solver, "_conclude", lie)
     monkeypatch.setattr(solver, "_repair", lambda lanes, tol, steps, sweep: sweep._replace(active=sweep.active & False))
-    length = LENGTH - 1  # another program than that of the other tests
+    length = LENGTH - 1  # not the program of the other tests
     found, *rest = solve_both(draw_case(0, "far", HMC, length), MultipleShooting(7), length=length)
     with pytest.raises(AssertionError, match="not the sequential chain"):
         check(found, *rest, length)

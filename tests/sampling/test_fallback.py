@@ -1,4 +1,4 @@
-"""What is said of a run that the parallel solver did not finish: which chains, how many steps, how well they hold."""
+"""Reports of runs that the parallel solver did not finish: which chains, how many steps, which residuals."""
 
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -32,7 +32,7 @@ def blocks() -> pmcmc.Chain:
 @pmcmc.register_dataclass
 @dataclass(frozen=True)
 class Quits(recurrence.RecurrenceSolver):
-    """Somebody's own solver: right as far as it says, with the results that it is told to have."""
+    """A user's own solver: correct as far as it certifies, with the given result codes."""
 
     certified: tuple[int, ...] = field(metadata=dict(static=True))
     codes: tuple[int, ...] = field(metadata=dict(static=True))
@@ -44,7 +44,7 @@ class Quits(recurrence.RecurrenceSolver):
 
 
 def line(report: SolveReport, start: str) -> str:
-    """The one line of a report that begins so; "" where there is none."""
+    """Return the one line of a report that begins with ``start``, or ""."""
     found = [text for text in str(report).splitlines() if text.startswith(start)]
     assert len(found) <= 1
     return found[0] if found else ""
@@ -65,7 +65,7 @@ def test_nothing_failed() -> None:
 def test_one_chain_fails_and_the_others_do_not() -> None:
     paths = blocks().report.num_sequential_steps
     slowest, budget = int(np.argmax(paths)), int(np.sort(paths)[-2])
-    chain = run(MultipleShooting(4, max_steps=budget))  # most of it stands: no warning
+    chain = run(MultipleShooting(4, max_steps=budget))  # most of it is certified: no warning
     np.testing.assert_allclose(chain.get_samples(), blocks().get_samples(), rtol=0, atol=1e-9)
     report = chain.report
     solved = int(report.certified_steps[slowest])
@@ -79,7 +79,7 @@ def test_one_chain_fails_and_the_others_do_not() -> None:
     said = line(report, "Certificate")
     assert f"Certificate: max_iters_reached in chain {slowest}, successful in the others; residual at most" in said
     assert f"{solved} to {LENGTH} steps of each chain solved in parallel and certified, 0 to {LENGTH - solved} " in said
-    # what was measured on the blocks that stand, not the tolerance
+    # Measured on the certified blocks, which differs from the tolerance.
     whole = np.delete(np.arange(4), slowest)
     np.testing.assert_array_equal(report.residual[whole], blocks().report.residual[whole])
     assert np.all(report.residual <= np.max(blocks().report.residual))
@@ -98,8 +98,8 @@ def test_newton_with_a_small_budget() -> None:
         f"; {solved} steps of each chain solved in parallel and certified, {left} sampled sequentially;" in certificate
     )
     assert "(no shorter), in 1 iterations." in line(report, "Critical path")
-    assert np.all(report.residual < 512 * np.finfo(float).eps / 4)  # measured: the tolerance is no measurement
-    more = run(deer(max_iters=3), num_samples=2000).report  # most of some chains: the report says so, and no warning
+    assert np.all(report.residual < 512 * np.finfo(float).eps / 4)  # a measured value, not the tolerance
+    more = run(deer(max_iters=3), num_samples=2000).report  # most of some chains: in the report, without a warning
     failed = more.certified_steps < 2000
     assert np.any(failed)
     assert np.max(more.certified_steps) == 2000
@@ -113,7 +113,7 @@ def separated(x):
 
 @pytest.mark.filterwarnings("ignore:the draws have not mixed")
 def test_blocks_of_a_chain_that_does_not_contract() -> None:
-    """Starts of blocks are guessed in both modes, and no block that is in the wrong one joins."""
+    """Starts of blocks are guessed in both modes, and no block that is in the wrong one merges."""
     starts = jnp.array([[20.0, 20.0], [-20.0, -20.0]])
     with pytest.warns(UserWarning, match="MultipleShooting solved only .* sampled sequentially"):
         chain = pmcmc.sample(
@@ -129,7 +129,7 @@ def test_blocks_of_a_chain_that_does_not_contract() -> None:
 
 @pytest.mark.parametrize("codes", [(4, 4, 4, 4), (4, 3, 4, 2)])
 def test_nothing_was_solved_in_parallel(codes) -> None:
-    """By somebody's own solver."""
+    """By a user's own solver."""
     with pytest.warns(
         UserWarning, match=r"^Quits solved none of 400 steps of each chain in parallel; .*Or leave"
     ) as seen:
@@ -157,7 +157,7 @@ def test_a_solver_that_does_not_tell_its_residual() -> None:
 
 
 def test_what_came_before_a_fallback_is_counted_apart(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """First steps of "auto" are not among those solved in parallel; and "auto" warns of nothing."""
+    """First steps of "auto" do not count as solved in parallel, and "auto" warns of nothing."""
     from pmcmc.sampling import automatic
 
     monkeypatch.setattr(automatic.Automatic, "costs", lambda self, head: Costs(1e-12, 1e-12, 1e-14, 0.0))
@@ -204,7 +204,7 @@ def test_steps_and_chains_in_words() -> None:
     "solver", [deer(max_iters=6), MultipleShooting(8, max_sweeps=1), MultipleShooting(8, max_steps=60)]
 )
 def test_residuals_of_a_prefix_are_measured(solver) -> None:
-    """As they are by whoever evaluates the equation there."""
+    """They equal those from evaluating the equation on the prefix."""
     step = lambda x, u: 0.9 * jnp.sin(2.0 * x) + u
     inputs = jax.random.normal(jax.random.key(2), (64,)) / 4
     found = solver.solve(step, 0.1, inputs, scale=1.0)

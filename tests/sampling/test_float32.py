@@ -26,7 +26,7 @@ def start(target, kernel, length: int):
 
 
 def test_shooting_on_the_mixture() -> None:
-    """Certified, each step true, and near every state that of the sequential chain."""
+    """It is certified, each step is correct, and nearly every state is that of the sequential chain."""
     length = 20_000
     target, kernel = make_target(mixture, jnp.float32), MALA(step_size=0.8)
     x0, noise, chain = start(target, kernel, length)
@@ -36,13 +36,13 @@ def test_shooting_on_the_mixture() -> None:
     assert solution.result == RESULTS.successful
     assert solution.residual <= TOLERANCE
     residuals = step_residuals(target, kernel, x0, solution.value, noise, jnp.full(2, 2.2, jnp.float32))
-    assert np.mean(residuals > 2 * TOLERANCE) < 1e-3  # a lone evaluation may decide a near tie otherwise
+    assert np.mean(residuals > 2 * TOLERANCE) < 1e-3  # an evaluation of one step may decide a near tie differently
     differs = jnp.max(jnp.abs(solution.value - chain.value), axis=1) > 1e-3
     assert jnp.mean(differs) < 0.02
 
 
 def test_near_ties_are_counted() -> None:
-    """Decisions within a few roundings of the log density: none at its natural size, hundreds beside a constant 1e5."""
+    """Decisions within a few roundings of the log density: none at its natural size, hundreds with 1e5 added."""
     keys, x0 = jax.random.split(jax.random.key(0), 2), jnp.zeros((2, 2), jnp.float32)
     counts = []
     for constant in (0.0, 1e5):
@@ -69,9 +69,9 @@ SOLVERS = {"shooting": MultipleShooting(num_blocks=16), "deer": deer(max_iters=6
 @pytest.mark.parametrize("kind", ["shifted", "tiny", "both"])
 @pytest.mark.parametrize("solver", share(SOLVERS, "shooting"))
 def test_shift_and_scale(solver, kind: str) -> None:
-    """A posterior of sd 1 at 1e4, of sd 1e-6, or below the resolution of float32: what is certified is true.
+    """A posterior of sd 1 at 1e4, of sd 1e-6, or below the resolution of float32: what is certified is correct.
 
-    Sequential sampling of these runs the same arithmetic, so the certificate speaks of that chain.
+    Sequential sampling of these uses the same arithmetic, so the certificate is about that chain.
     """
     shift, size = {"shifted": (SHIFT, 1.0), "tiny": (0.0, SIZE), "both": (SHIFT, SIZE)}[kind]
     length = 2000

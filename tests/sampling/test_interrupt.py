@@ -1,4 +1,4 @@
-"""Ctrl-C loses nothing that was certified, and too large a request is refused before anything is sampled."""
+"""Ctrl-C loses nothing that was certified, and a request that is too large is refused before anything is sampled."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -34,7 +34,7 @@ def whole() -> pmcmc.Chain:
 
 @pytest.fixture
 def interrupted_after(monkeypatch: pytest.MonkeyPatch):
-    """Segments of some 300 steps, and Ctrl-C in one of them."""
+    """Run in segments of about 300 steps, with Ctrl-C in one of them."""
     monkeypatch.setattr(programs, "SEGMENT_BYTES", 2**16)
     monkeypatch.setattr(programs, "SEQUENTIAL_BYTES", 2**16)
     solve, calls = Engine.solve, []
@@ -78,7 +78,7 @@ def test_an_extension_keeps_the_draws_before(interrupted_after) -> None:
 
 
 def test_chains_that_stand_at_different_steps_go_back_to_the_last_common_draw(interrupted_after) -> None:
-    """A budget that joins the blocks of one chain only, then Ctrl-C before the other has caught up."""
+    """The budget suffices for the blocks of one chain only, and Ctrl-C comes before the other has caught up."""
     wide = dict(num_samples=300, num_chains=4, thinning=1)
     paths = run(solver=MultipleShooting(4), **wide).report.num_sequential_steps
     interrupted_after(2)
@@ -106,7 +106,7 @@ def test_before_the_first_draw_there_is_nothing_to_keep(interrupted_after, monke
 
 @pytest.mark.parametrize("num_warmup", [0, 100])
 def test_more_than_memory_holds(num_warmup: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refused before warm-up; 24 + 41 bytes a draw of position and info."""
+    """Refused before warm-up; a draw takes 24 + 41 bytes of position and info."""
     monkeypatch.setattr(pmcmc.EnsembleAdaptation, "run", lambda *args: pytest.fail("warm-up has begun"))
     with pytest.raises(MemoryError, match=r"steps of 2 chain\(s\) need about .* GiB .*are available.*thinning="):
         run(10**14, num_warmup=num_warmup)

@@ -1,4 +1,4 @@
-"""`parallel_chain` with Newton-type solvers: the sequential chain, certified, or its prefix and a sequential rest."""
+"""`parallel_chain` with Newton-type solvers: the certified sequential chain, or its prefix and a sequential rest."""
 
 import re
 import warnings
@@ -16,7 +16,7 @@ import pmcmc
 from pmcmc.recurrence import RESULTS, Sequential, deer, elk, quasi_deer, quasi_elk
 
 LENGTH = 100
-SOLVERS = {make.__name__: make for make in (deer, quasi_deer, elk, quasi_elk)}  # as they come
+SOLVERS = {make.__name__: make for make in (deer, quasi_deer, elk, quasi_elk)}  # with their defaults
 GERMAN = Path(__file__).parents[3] / "shared" / "data" / "german_credit_numeric.csv"
 
 
@@ -34,7 +34,7 @@ def logistic(features, good):
 
 
 def credit_data():
-    """German credit where it lies beside the repository; else a synthetic twin."""
+    """Return German credit if it is next to the repository, else synthetic data of the same size."""
     if GERMAN.exists():
         table = np.loadtxt(GERMAN, delimiter=",", skiprows=1)
         features, good = table[:, :-1], table[:, -1]
@@ -76,7 +76,7 @@ def assert_same(found, expected):
     np.testing.assert_array_equal(found.info.margin > 0, expected.info.margin > 0)
 
 
-# Compiling dense Jacobians and 25 weights is what takes long; the others on eight schools say as much.
+# Dense Jacobians and 25 weights take long to compile; the other solvers show as much on eight schools.
 QUICK = [("eight_schools", "quasi_deer")]
 every_pair = pytest.mark.parametrize(
     ("name", "solver"),
@@ -93,7 +93,7 @@ def test_certified_and_equal_to_the_sequential_chain(name, solver):
     found = chain(name, SOLVERS[solver](max_iters=2 * LENGTH))
     report = found.report
     assert_same(found, reference(name))
-    assert np.mean(reference(name).info.margin > 0) < 0.99  # rejections occur
+    assert np.mean(reference(name).info.margin > 0) < 0.99  # some proposals are rejected
     assert report.decision == "newton"
     assert report.fallback == ""
     assert np.all(report.result == RESULTS.successful)
@@ -104,7 +104,7 @@ def test_certified_and_equal_to_the_sequential_chain(name, solver):
 
 @every_pair
 def test_falls_back_with_the_prefix_kept(name, solver):
-    """max_iters is a number, so nothing is compiled again but the sequential rest."""
+    """max_iters is an array, so only the sequential rest is compiled again."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = chain(name, SOLVERS[solver](max_iters=5))
@@ -120,5 +120,6 @@ def test_falls_back_with_the_prefix_kept(name, solver):
     assert f"{solved} steps of each chain had been solved in parallel; the " in report.fallback
     assert np.all(report.residual <= 1.2e-13)
     assert np.all(report.certified_steps < LENGTH)
-    # causality; a trust region counts what holds to rounding, and may first repeat a step rounded outside its loop
+    # By causality. A trust region counts states exact to rounding, and may first repeat a step rounded outside its
+    # loop.
     assert np.all(report.certified_steps >= (4 if "elk" in solver else 5))

@@ -1,4 +1,4 @@
-"""Every Newton-type solver returns the sequential chain within T iterations, and never calls a wrong one solved."""
+"""Every Newton-type solver returns the sequential chain within T iterations, and never certifies a wrong one."""
 
 from dataclasses import dataclass
 
@@ -39,12 +39,12 @@ STEPS = {
 
 
 def half_line(x):
-    """An exponential law: -inf outside of its support."""
+    """An exponential law: -inf outside its support."""
     return jnp.sum(jnp.where(x > 0, -x, -jnp.inf))
 
 
 def with_hole(x):
-    """A Gaussian whose log density is NaN, and its gradient too, in a region it would visit."""
+    """A Gaussian whose log density and gradient are NaN in a region that it would visit."""
     return -0.5 * jnp.sum(x**2) + 0.0 * jnp.sqrt(1.5 - x[0])
 
 
@@ -53,7 +53,8 @@ def kernel_of(name: str, logdensity_fn):
     return MALA(step_size=for_mala) if name == "MALA" else HMC(step_size=for_hmc, num_integration_steps=3)
 
 
-# Every solver on every target with one of the kernels, Newton's method with the other one too: compiling is the cost.
+# Every solver runs on every target with one of the kernels, and Newton's method also with the other one: compiling
+# takes most of the time.
 CASES = [
     ("MALA", gaussian, SOLVERS),
     ("HMC", gaussian, ["deer"]),
@@ -95,7 +96,7 @@ def test_equals_sequential(name: str, logdensity_fn, solvers) -> None:
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_undamped_newton_is_not_fooled(seed: int) -> None:
-    """float32, 2,000 steps of the banana: whatever is called solved or certified satisfies the equation.
+    """float32, 2,000 steps of the banana: whatever is reported as solved or certified satisfies the equation.
 
     Published code stops here on an increment that is small relative to |x|.
     """
@@ -133,7 +134,7 @@ class Frozen(JacobianStructure):
 
 
 def test_no_increment_is_no_solution() -> None:
-    """Iterates that stand still while the equation does not hold are stagnated."""
+    """Iterates that do not move while the equation is not satisfied are stagnated."""
     target, kernel = make_target(gaussian), MALA(step_size=0.3)
     noise, guess = draw_noise(target, kernel, 0, LENGTH), jnp.full((LENGTH, 3), 5.0)
     solution = solve(target, kernel, Newton(Frozen(), max_iters=30), jnp.zeros(3), noise, guess, jnp.ones(3))
@@ -150,13 +151,13 @@ BAD |= {"windowed": Windowed(quasi_deer(), window=16), "shooting": MultipleShoot
 @pytest.mark.parametrize("logdensity_fn", [half_line, with_hole])
 @pytest.mark.parametrize("solver", BAD.values(), ids=BAD.keys())
 def test_bad_regions_of_the_log_density(solver, logdensity_fn) -> None:
-    """Proposals that are NaN or outside of the support are rejected, also from a guess that lies there itself."""
+    """Proposals that are NaN or outside the support are rejected, also from a guess there."""
     target = Target.from_logdensity(logdensity_fn, jnp.full(2, 0.5))
     kernel, x0, scale = MALA(step_size=0.8), jnp.full(2, 0.5), jnp.ones(2)
     noise = draw_noise(target, kernel, 3, LENGTH)
     exact = solve(target, kernel, Sequential(), x0, noise)
     assert jnp.all(jnp.isfinite(exact.value))
-    assert int(jnp.sum(~(exact.aux.margin > -jnp.inf))) > 0  # rejected for this reason
+    assert int(jnp.sum(~(exact.aux.margin > -jnp.inf))) > 0  # some are rejected for this reason
     for sign in (-1.0, 1.0):
         guess = sign * (2.0 + jax.random.uniform(jax.random.key(5), (LENGTH, 2)))
         inside = (sign > 0) == (logdensity_fn is half_line)

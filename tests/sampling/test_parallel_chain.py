@@ -1,4 +1,4 @@
-"""From a model to draws: one chain whatever the solver, blocks, segments or company, and everything to read it."""
+"""From a model to draws: the same chain for any solver, blocks, segments and chains, and all its accessors."""
 
 import sys
 from functools import cache
@@ -38,7 +38,7 @@ def gaussian_chain(seed=0, **options) -> pmcmc.Chain:
 
 @cache
 def reference() -> pmcmc.Chain:
-    """The sequential chain that every other way must reproduce."""
+    """Return the sequential chain that all other ways must reproduce."""
     return gaussian_chain(solver=Sequential())
 
 
@@ -86,7 +86,7 @@ def test_company_changes_nothing() -> None:
 
 
 def test_fallback_keeps_the_prefix() -> None:
-    """Blocks of 63 steps that take some 300 to merge: two sweeps cannot join them, the rest is sampled in sequence."""
+    """Blocks of 63 steps that take about 300 to merge: two sweeps do not suffice, the rest is sampled sequentially."""
     with pytest.warns(UserWarning, match="MultipleShooting solved only 189 of 2,000 steps of each chain in parallel"):
         chain = gaussian_chain(solver=MultipleShooting(num_blocks=32, max_sweeps=2))
     assert_same_chain(chain, reference())
@@ -98,7 +98,7 @@ def test_fallback_keeps_the_prefix() -> None:
 
 
 def test_chains_do_not_hold_each_other_back() -> None:
-    """A budget of steps that joins the blocks of some chains only: theirs stand whole, others go on."""
+    """A budget of steps that suffices for some chains only: those are certified whole, others go on."""
     paths = gaussian_chain(solver=MultipleShooting(num_blocks=4)).report.num_sequential_steps
     budget = int(np.sort(paths)[1])
     chain = gaussian_chain(solver=MultipleShooting(num_blocks=4, max_steps=budget), thinning=3)
@@ -108,14 +108,14 @@ def test_chains_do_not_hold_each_other_back() -> None:
     np.testing.assert_array_equal(whole, report.result == RESULTS.successful)
     np.testing.assert_array_equal(whole, paths <= budget)
     assert f"{report.certified_steps.min():,} to 2,000 steps of each chain had been solved" in report.fallback
-    # each chain's path: what the blocks took, and what it then had left
+    # The critical path of each chain: that of the blocks, and the steps that were left.
     np.testing.assert_array_equal(report.num_sequential_steps[whole], paths[whole])
     np.testing.assert_array_equal(report.num_sequential_steps[~whole], budget + 2000 - report.certified_steps[~whole])
 
 
 @pytest.mark.parametrize("solver", [MultipleShooting(4), Sequential()], ids=["shooting", "sequential"])
 def test_segments_change_nothing(solver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory for some 200 to 400 steps a segment, the last one short, thinned across their borders."""
+    """Memory for about 200 to 400 steps per segment, the last one short, thinned across their borders."""
     calls, solve = [], Engine.solve
     monkeypatch.setattr(Engine, "solve", lambda *args: calls.append(args) or solve(*args))
     monkeypatch.setattr(programs, "SEGMENT_BYTES", 2**17)
@@ -149,11 +149,11 @@ def test_auto_takes_shooting_where_chains_merge_and_is_right(free_lanes, fresh_p
     assert "merged within" in report.reason
     assert 4 <= report.coalescence_steps.size <= 32
     assert np.all(report.num_sequential_steps < 10_000)
-    assert np.all(report.certified_steps >= 12_000)  # but for the first steps, which the pilot shares
+    assert np.all(report.certified_steps >= 12_000)  # all but the first steps, which the pilot takes
     products = np.einsum("cti,ctj->ctij", draws, draws).reshape(4, -1, 9)
     functions = np.concatenate([draws, products], axis=-1)
     exact = np.concatenate([np.zeros(3), COVARIANCE.ravel()])
-    batches = functions.reshape(160, 500, 12).mean(axis=1)  # batch means: 500 steps are some 50 correlation times
+    batches = functions.reshape(160, 500, 12).mean(axis=1)  # batch means: 500 steps are about 50 correlation times
     t = (batches.mean(axis=0) - exact) / (batches.std(axis=0, ddof=1) / np.sqrt(160))
     assert np.max(np.abs(t)) < -stats.t.ppf(stats.norm.sf(z_bound(12)), df=159)
 
@@ -239,7 +239,7 @@ def test_report_reads_as_prose() -> None:
 
 
 def test_starts_of_the_chains() -> None:
-    """init_params for one or for every chain, without warm-up: tiny steps stay where they start."""
+    """init_params for one or for every chain, without warm-up: with tiny steps they stay where they start."""
     kernel = pmcmc.HMC(step_size=1e-9, num_integration_steps=1)
     starts = {"mu": jnp.arange(4.0), "sigma": jnp.arange(4.0) / 10}
     common = dict(model_args=(OBSERVED,), kernel=kernel, solver=Sequential(), progress_bar=False)

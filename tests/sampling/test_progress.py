@@ -1,4 +1,4 @@
-"""The bar, and the draws of warm-up on request."""
+"""The progress bar, and the draws of warm-up on request."""
 
 import io
 import sys
@@ -69,7 +69,7 @@ def test_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, s
 def test_widget_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     from tqdm import auto
 
-    class Widget(auto.tqdm):  # what tqdm.auto gives there
+    class Widget(auto.tqdm):  # what tqdm.auto gives in a notebook
         pass
 
     monkeypatch.setattr(auto, "tqdm", Widget)
@@ -84,7 +84,7 @@ def test_warmup_draws() -> None:
     draws = saved().get_warmup_samples()
     lanes, steps = draws["mu"].shape[:2]
     assert lanes == 32
-    assert steps > 100  # a hundred to tune the step size alone
+    assert steps > 100  # a hundred steps tune the step size alone
     assert draws["mu"].shape == draws["tau"].shape == (32, steps, 3)
     np.testing.assert_array_equal(draws["twice"], 2 * draws["mu"])
     assert np.all(draws["tau"] > 0)

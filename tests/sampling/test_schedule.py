@@ -1,9 +1,9 @@
-"""Same key, same chain: for any blocks, segments, windows and company, given the tuned kernel and the start.
+"""Same key, same chain: for any blocks, segments, windows and number of chains, given the tuned kernel and the start.
 
 For any devices too: see `tests.helpers.devices`.
 
-In float64 to 1e-10. In float32 two programs round differently, so two chains may part, but only at an accept decision
-within rounding of a tie; from there each is a chain of the kernel in its own right.
+In float64 to 1e-10. In float32 two programs round differently, so two chains may separate, but only at an accept
+decision within rounding of a tie; from there each is a chain of the kernel.
 """
 
 from functools import cache
@@ -71,7 +71,7 @@ def test_windows(window: int) -> None:
 
 @cache
 def in_float32(num_blocks: int, num_chains: int) -> pmcmc.Chain:
-    """Beside a constant of 1e4 about one decision in a hundred is a near tie."""
+    """Add a constant of 1e4, with which about one decision in a hundred is a near tie."""
     solver = Sequential() if num_blocks == 1 else MultipleShooting(num_blocks)
     return pmcmc.sample(
         with_constant,

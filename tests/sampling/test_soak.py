@@ -1,7 +1,7 @@
-"""A thousand random problems from warm-up to draws: each ends in the right chain or in an error that says what to do.
+"""A thousand random problems from warm-up to draws: each ends in the right chain or in an error with what to do.
 
 20 families are compiled: a kernel, a solver, and one or two chains. Target, scale, seed and start are numbers of one
-program. The chain is compared with the sequential one from where warm-up ended, in float64.
+program. The chain is compared with the sequential one from the end of warm-up, in float64.
 """
 
 from collections import Counter
@@ -30,7 +30,7 @@ KERNELS = (
 )
 SOLVERS = (MultipleShooting(4), "auto")
 FAMILIES = [(kernel, solver, chains) for kernel in KERNELS for solver in SOLVERS for chains in (1, 2)]
-# Errors of the public face, each with what to do.
+# Errors that users may see, each with what to do.
 CLEAR = (ValueError, pmcmc.WarmupError)
 
 
@@ -39,7 +39,7 @@ def settings_of(target: pmcmc.Target, kernel: pmcmc.Kernel, solver, num_chains: 
 
 
 def end_to_end(rng: np.random.Generator, kernel: pmcmc.Kernel, solver, num_chains: int, num_samples: int) -> str:
-    """One problem; what came of it."""
+    """Run one problem and return what happened."""
     numbers = random_numbers(rng)
     target = target_of(numbers)
     start = numbers.shift + numbers.size * (numbers.modes[0] + rng.choice([0.1, 1.0, 10.0]) * rng.normal(size=DIM))
@@ -65,17 +65,17 @@ def end_to_end(rng: np.random.Generator, kernel: pmcmc.Kernel, solver, num_chain
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Warm-up did not settle")  # as it should not in 40 steps
+@pytest.mark.filterwarnings("ignore:Warm-up did not settle")  # 40 steps are too few to settle
 @pytest.mark.filterwarnings("ignore:.*did not move", "ignore:.*never moved")
 @pytest.mark.filterwarnings("ignore:the draws have not mixed", "ignore:.*were divergent")
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: type(kernel).__name__)
 def test_a_thousand_problems(kernel: pmcmc.kernels.Kernel) -> None:
-    """Of each kernel as many: together they would take longer than a test may."""
+    """Each kernel has its own test, since all together would exceed the time limit of a test."""
     families = [family for family in FAMILIES if family[0] == kernel]
     number, ends = NUM_PROBLEMS // len(KERNELS), Counter()
     rng = np.random.default_rng(KERNELS.index(kernel))
     for problem in range(number):
-        _, solver, chains = families[problem * len(families) // number]  # in turn: programs may be forgotten
+        _, solver, chains = families[problem * len(families) // number]  # family by family: programs may be dropped
         ends[end_to_end(rng, kernel, solver, chains, 200)] += 1
     print(dict(ends))
     assert sum(ends.values()) == number
@@ -85,7 +85,7 @@ def test_a_thousand_problems(kernel: pmcmc.kernels.Kernel) -> None:
 
 @pytest.mark.slow
 def test_fresh_shapes() -> None:
-    """Sizes that no program was compiled for: steps, chains, blocks, dimensions and thinning at random."""
+    """Sizes for which no program was compiled: steps, chains, blocks, dimensions and thinning at random."""
     rng = np.random.default_rng(1)
     for _ in range(NUM_SHAPES):
         dim, num_samples = int(rng.integers(1, 6)), int(rng.integers(1, 200))

@@ -1,4 +1,4 @@
-"""Chains longer than memory: streamed draws are those of `Chain.extend`, whatever stops the run on its way."""
+"""Chains longer than memory: streamed draws are those of `Chain.extend`, wherever the run was stopped."""
 
 import signal
 import subprocess
@@ -32,7 +32,7 @@ def whole() -> pmcmc.Chain:
 
 @pytest.fixture(autouse=True)
 def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of some 190 steps, each with a checkpoint, in arrays of several chunks."""
+    """Make segments of about 190 steps, each with a checkpoint, in arrays of several chunks."""
     monkeypatch.setattr(programs, "SEGMENT_BYTES", 2**16)
     monkeypatch.setattr(programs, "SEQUENTIAL_BYTES", 2**16)
     monkeypatch.setattr(store, "FLUSH_SECONDS", 0.0)
@@ -41,7 +41,7 @@ def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def assert_whole(chain: pmcmc.StoredChain, exactly: pmcmc.StoredChain | None = None) -> None:
-    """It has the draws of one run in memory, or to the last bit those of another streamed run."""
+    """Check for the draws of one run in memory, or exactly those of another streamed run."""
     assert chain.num_samples == whole().num_samples
     assert chain.state.num_steps == whole().state.num_steps
     tolerance = 1e-9 if exactly is None else 0.0
@@ -72,10 +72,10 @@ def test_a_streamed_chain_is_the_extended_one(solver, tmp_path: Path) -> None:
 
 
 def test_chains_keep_step_where_blocks_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A budget that joins the blocks of one chain only: the other's end is where both go on, in order."""
+    """The budget suffices for the blocks of one chain only: both chains go on sequentially from the other's end."""
     with monkeypatch.context() as patch:
         patch.setattr(programs, "SEGMENT_BYTES", 2**17)
-        paths = start().extend(192, progress_bar=False).report.num_sequential_steps  # the first segment of the run
+        paths = start().extend(192, progress_bar=False).report.num_sequential_steps  # the first segment
     assert paths[0] != paths[1]
     solver = MultipleShooting(4, max_steps=int(np.sort(paths)[0]))
     with pytest.warns(UserWarning, match="MultipleShooting solved only .* in parallel"):
@@ -85,7 +85,7 @@ def test_chains_keep_step_where_blocks_fail(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_thinning_and_extension_go_on_counting(tmp_path: Path) -> None:
-    """3 divides neither 100 nor 901; what was streamed on from cannot be streamed on from again."""
+    """3 divides neither 100 nor 901; a state that was streamed from once cannot be streamed from again."""
     first = start().stream(tmp_path / "run", 901, progress_bar=False)
     assert first.num_samples == 1001 // 3
     both = first.extend(1000, progress_bar=False)
@@ -108,7 +108,7 @@ def test_arviz_and_xarray_open_sites_by_name(tmp_path: Path) -> None:
     for group in ("posterior", "sample_stats", "observed_data", "constant_data"):
         for name, found in getattr(opened, group).items():
             assert found.dims == getattr(expected, group)[name].dims
-            assert not isinstance(found.variable._data, np.ndarray)  # nothing is read before it is used
+            assert not isinstance(found.variable._data, np.ndarray)  # read only when used
             np.testing.assert_allclose(found, getattr(expected, group)[name], rtol=1e-12)
     assert set(opened.sample_stats) == set(expected.sample_stats)
     by_xarray = xarray.open_zarr(tmp_path / "run" / "draws.zarr", group="posterior")
@@ -156,7 +156,7 @@ else:
 
 
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
-    """Killed with draws on disk that were not shown, and again with draws shown that no checkpoint vouches for."""
+    """Killed once with draws written but not shown, and once with draws shown but no checkpoint."""
     settings = (jax.config.jax_compilation_cache_dir, str(jax.config.read("jax_disable_most_optimizations")))
     for moment in ("written", "shown"):
         command = [sys.executable, "-c", CHILD, str(tmp_path / "run"), moment, *settings]
@@ -199,7 +199,7 @@ def test_an_interrupted_run_goes_on(owner, tmp_path: Path, monkeypatch: pytest.M
     expected = full.get_samples(group_by_chain=True)[:, : chain.num_samples]
     np.testing.assert_allclose(chain.get_samples(group_by_chain=True)["x"], expected, rtol=0, atol=1e-9)
     assert_whole(pmcmc.resume(tmp_path / "run", gaussian, progress_bar=False))
-    assert len(set(shapes)) == 1  # cut into segments as before it was stopped
+    assert len(set(shapes)) == 1  # same segments as before the stop
 
 
 @pytest.fixture(scope="module")

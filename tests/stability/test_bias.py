@@ -1,4 +1,4 @@
-"""What the report says of the bias that warm-up leaves: relative to where warm-up went, and only where that holds."""
+"""The report's line on the bias that warm-up leaves: relative to the region warm-up found, if it is justified."""
 
 import functools
 from dataclasses import replace
@@ -20,7 +20,7 @@ SAID = "Bias left by warm-up: below 0.01 sd from step"
 
 @functools.cache
 def planned() -> SolveReport:
-    """Of a run with a pilot."""
+    """Return the report of a run with a pilot."""
     return pmcmc.sample(
         gaussian, start_like(gaussian), 3, num_samples=20_000, num_warmup=400, progress_bar=False
     ).report

@@ -1,4 +1,4 @@
-"""Coalescence times of coupled pairs: exact on maps whose times are known by hand."""
+"""Coalescence times of coupled pairs: exact for maps whose times are known."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def test_linear_map() -> None:
     np.testing.assert_array_equal(found.steps, np.ceil(np.log2(distances / TOLERANCE)).astype(int))
     assert jnp.all(found.distance <= TOLERANCE)
     coupled = couple(halve, first, first + distances, inputs, scale=1.0)
-    assert jnp.all(jnp.abs(coupled.steps - found.steps) <= 3)  # but for rounding
+    assert jnp.all(jnp.abs(coupled.steps - found.steps) <= 3)  # up to rounding
 
 
 def test_scale_is_the_unit() -> None:
@@ -45,7 +45,7 @@ def test_scale_is_the_unit() -> None:
 
 
 def test_pairs_that_do_not_merge() -> None:
-    """max_steps + 1 for them, the right number for the others."""
+    """They have max_steps + 1, and the others the right number."""
     keep = Recurrence(lambda x, u: (jnp.where(u > 0, 0.5 * x, x), None))
     inputs = jnp.stack([jnp.zeros(80), jnp.ones(80)], axis=1)
     found = couple(keep, jnp.zeros(2), jnp.ones(2), inputs, scale=1.0)
@@ -71,7 +71,7 @@ def test_discrete_leaves_must_be_equal() -> None:
 
 
 def test_kernels() -> None:
-    """HMC merges on the mixture within some tens of steps, and not on the funnel: twice the same, jitted or not."""
+    """HMC merges on the mixture within some tens of steps and not on the funnel, jitted or not."""
     kernel = HMC(step_size=0.8, num_integration_steps=2)
     for logdensity_fn, merges in ((mixture, True), (funnel, False)):
         target = make_target(logdensity_fn)
@@ -84,7 +84,7 @@ def test_kernels() -> None:
 
 
 def test_dimensions_merge_at_their_own_times() -> None:
-    """Coordinate i shrinks by its own factor; the pair merges with its slowest coordinate. A pytree's leaves join."""
+    """Each coordinate shrinks by its own factor; the pair merges with its slowest. Pytree leaves are concatenated."""
     factors = {"a": jnp.array([0.5, 0.25]), "b": jnp.array(0.125)}
     shrink = lambda x, u: jax.tree.map(lambda v, f: v * f, x, factors)
     zero = jax.tree.map(lambda f: jnp.zeros((2, *f.shape)), factors)
@@ -102,7 +102,7 @@ def test_dimension_that_rises_again_is_counted_from_its_last_fall() -> None:
     """x[1] is equal at steps 3 to 5 only, and again from step 8 on, where x[0] has long merged."""
     gap = jnp.array([1, 1, 0, 0, 0, 1, 1, 0, 0.0])[:, None]
     follow = lambda x, u: jnp.stack([0 * x[0], jnp.where(x[2] > 0, u, 0.0), x[2]])
-    scale = jnp.array([1.0, 1.0, jnp.inf])  # x[2] tells the paths apart and is not compared
+    scale = jnp.array([1.0, 1.0, jnp.inf])  # x[2] distinguishes the paths and is not compared
     found = couple(follow, jnp.ones((1, 3)), jnp.zeros((1, 3)), gap, scale=scale)
     assert found.steps.tolist() == [3]
     never = couple(follow, jnp.ones((1, 3)), jnp.zeros((1, 3)), gap, scale=scale.at[2].set(1))
@@ -111,7 +111,7 @@ def test_dimension_that_rises_again_is_counted_from_its_last_fall() -> None:
 
 
 def test_checkpoints_hold_the_states() -> None:
-    """Spaced logarithmically from the starts on; NaN where every pair had merged before."""
+    """Spaced logarithmically from the starts on; NaN after every pair has merged."""
     first, second = jnp.zeros((1, 2)), jnp.ones((1, 2))
     found = couple(halve, first, second, jnp.ones((1000, 1, 2)), scale=jnp.array([1.0, 2.0]))
     steps = np.asarray(found.checkpoints.steps)
@@ -129,7 +129,7 @@ def test_checkpoints_hold_the_states() -> None:
 
 
 def test_growth_of_small_distances() -> None:
-    """x' = exp(u) x with u ~ N(-0.4, 0.3^2): the rate is -0.4, whatever the overshoot, and its error covers it."""
+    """x' = exp(u) x with u ~ N(-0.4, 0.3^2): the rate is -0.4 despite the overshoot, and its error covers it."""
     scale_by = Recurrence(lambda x, u: (jnp.exp(u) * x, None))
     run = jax.jit(lambda u: coalescence_time(scale_by, jnp.zeros(16), jnp.ones(16), u, scale=1.0))
     z = []
@@ -147,7 +147,7 @@ def test_growth_of_small_distances() -> None:
 
 
 def test_growth_sees_decisions_that_tangents_do_not() -> None:
-    """A map of slope 1/4 that jumps by 1/4 where u falls between the paths: tangents see the slope alone."""
+    """A map of slope 1/4 that jumps by 1/4 where u falls between the paths: tangents see only the slope."""
     jump = Recurrence(lambda x, u: (0.25 + 0.25 * x + jnp.where(u < x, 0.25, 0.0), None))
     inputs = jax.random.uniform(jax.random.key(0), (300, 1024))
     found = couple(jump, jnp.zeros(1024), jnp.full(1024, 0.9), inputs, scale=1.0, tol=1e-2)
@@ -167,7 +167,7 @@ def test_quantiles() -> None:
 
 def test_movement() -> None:
     walk = lambda x, u: x + u
-    inputs = jnp.stack([jnp.full((20, 2), 3.0), jnp.zeros((20, 2))], axis=1)  # pair 0 moves by 3 a step, pair 1 stands
+    inputs = jnp.stack([jnp.full((20, 2), 3.0), jnp.zeros((20, 2))], axis=1)  # only pair 0 moves, by 3 per step
     found = couple(walk, jnp.zeros((2, 2)), jnp.ones((2, 2)), inputs, scale=jnp.array([1.0, 3.0]))
     assert jnp.all(found.movement == jnp.array([[[2.0, 0.0]]]))  # (3 / 1 + 3 / 3) / 2
     np.testing.assert_allclose(found.dimension_movement, [1.5, 0.5])
@@ -198,7 +198,7 @@ def test_pilots_that_prove_nothing(fn, message: str) -> None:
 
 def test_pilots_that_prove_something() -> None:
     inputs = jax.random.normal(jax.random.key(0), (60, 3, 2))
-    drift = lambda x, u: x + u  # moves and never merges: a finding, no error
+    drift = lambda x, u: x + u  # moves and never merges: evidence, not an error
     for fn in (drift, lambda x, u: 0.5 * x + u):
         check_pilot(couple(fn, jnp.zeros((3, 2)), jnp.ones((3, 2)), inputs, scale=jnp.ones(2)))
     same = couple(drift, jnp.zeros((3, 2)), jnp.zeros((3, 2)).at[0].set(2), inputs.at[:, 1:].set(0), scale=1.0)
@@ -218,7 +218,7 @@ def test_arguments() -> None:
 
 
 def test_float32() -> None:
-    """The default tolerance and every field follow the dtype of the states."""
+    """The default tolerance and every field have the dtype of the states."""
     inputs = jax.random.normal(jax.random.key(0), (100, 4), jnp.float32)
     found = couple(halve, jnp.zeros(4, jnp.float32), jnp.ones(4, jnp.float32), inputs, scale=1.0)
     assert jnp.all(found.steps <= np.ceil(-np.log2(default_tolerance(jnp.float32))) + 2)

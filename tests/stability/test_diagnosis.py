@@ -1,6 +1,6 @@
-"""What keeps pairs apart, and what is suggested: one made-up pilot for each pattern, so that each sentence has a cause.
+"""What keeps pairs apart, and what is suggested: one artificial pilot for each pattern, so each sentence has a cause.
 
-Every test says all sentences that it expects, so each sentence is seen in one test and missed in the others.
+Every test lists all sentences that it expects, so each sentence is required in one test and forbidden in the others.
 """
 
 import re
@@ -26,8 +26,8 @@ from tests.helpers.targets import funnel, funnel_may_warn, start_like
 SENTENCES = {
     "scale": r"The scale of '\w+' depends on other latent sites, and differs by a factor \S+ between paths",
     "discrete": r"Paths keep different values of the discrete '\w+'",
-    "modes": r"(Small distances shrink by \d+% a step, but paths|Paths move, but) keep to regions .* separate modes",
-    "forgets": r"Small distances shrink by \S+% a step only: pairs meet after some",
+    "modes": r"(Small distances .* a step, but paths|Paths move, but) keep to separate regions at .* separate modes",
+    "forgets": r"Small distances shrink by \S+% a step only: pairs merge after about",
     "crawl": r"Chains move \S+ sd a step only",
     "resonance": r"Chains move \S+ sd a step and stay as far apart .* may resonate: try step_size_jitter=0.2",
     "step": r"The step size is large for this posterior \(acceptance rate",
@@ -39,7 +39,7 @@ GOOD = Info(np.full((2, 100), 0.8), np.zeros((2, 100), bool), None, None)
 
 
 def said(found: Diagnosis) -> set[str]:
-    """Which sentences were given; each is known."""
+    """Return which sentences were given; each must be known."""
     kinds = [[kind for kind, pattern in SENTENCES.items() if re.match(pattern, text)] for text in found.suggestions]
     assert all(len(kind) == 1 for kind in kinds), found.suggestions
     return {kind for (kind,) in kinds}
@@ -56,9 +56,14 @@ def target_of(model, *args) -> Target:
 def pilot_of(
     target: Target, gaps: dict, shrinking: float | None = 0.5, near: float = 0.01, move: float = 1.0
 ) -> Coalescence:
-    """Pairs that follow common noise at a gap by site, (NUM_STEPS + 1, NUM_PAIRS); behind these, two pairs that merge.
+    """Make pairs that follow common noise with a gap by site, (NUM_STEPS + 1, NUM_PAIRS); then two pairs that merge.
 
-    shrinking: factor a step of the two, from ``near`` on. None: there are none.
+    Args:
+        target: The target.
+        gaps: Gaps by site.
+        shrinking: Factor per step of the gap of the two merging pairs; None leaves them out.
+        near: Initial gap of the two merging pairs.
+        move: Size of the steps.
     """
     rng = np.random.default_rng(0)
     num_pairs = NUM_PAIRS + 2 * (shrinking is not None)
@@ -75,7 +80,7 @@ def pilot_of(
 
 
 def steady(size: float, pairs: slice = slice(None)) -> np.ndarray:
-    """The same gap all the time, for some of the pairs."""
+    """A constant gap, for some of the pairs."""
     gap = np.zeros((NUM_STEPS + 1, NUM_PAIRS))
     gap[:, pairs] = size
     return gap
@@ -94,7 +99,7 @@ def beside_a_mode():
 
 
 def test_modes_beside_a_centred_site_that_is_well_identified() -> None:
-    """Its scale is 2e-6 apart, as it is itself: no reason to reparametrise it."""
+    """The site and its scale differ by 2e-6 between paths: no reason to reparametrise it."""
     target = target_of(beside_a_mode)
     pilot = pilot_of(target, {"b": steady(4.0), "theta": steady(2e-6), "tau": steady(2e-6)}, move=0.2)
     found = diagnose(target, HMC, pilot, GOOD)
@@ -106,7 +111,7 @@ def test_modes_beside_a_centred_site_that_is_well_identified() -> None:
 
 
 def test_every_site_that_is_apart_is_named() -> None:
-    """Each in fewer than half of the pairs, where the median over all pairs would be zero."""
+    """Each is apart in fewer than half of the pairs, where the median over all pairs would be zero."""
     target = target_of(beside_a_mode)
     pilot = pilot_of(target, {"b": steady(4.0, slice(0, 3)), "mu": steady(2.0, slice(3, None))}, move=0.2)
     found = diagnose(target, HMC, pilot, GOOD)
@@ -129,7 +134,7 @@ def test_a_centred_hierarchy() -> None:
 
 
 def test_a_site_that_a_scale_depends_on_is_explained_by_it() -> None:
-    """A path that is caught in the neck keeps to it, and is in no mode of its own; beside it a mode is one."""
+    """A path that is caught in the neck stays there and is not in another mode; a second site does have modes."""
     target = target_of(beside_a_mode)
     caught = {"tau": steady(4.0), "theta": wandering(1.0)}
     found = diagnose(target, HMC, pilot_of(target, caught, move=0.2), GOOD)
@@ -145,7 +150,7 @@ def hierarchy(family=dist.Normal, name="theta"):
 
 
 def by_hand():
-    """A site of the user's that merely has such a name, beside a deterministic one."""
+    """A user's site that only has such a name, next to a deterministic one."""
     tau = numpyro.sample("tau", dist.HalfNormal(5))
     numpyro.deterministic("theta", 2 * numpyro.sample("theta_decentered", dist.Normal(0.0, tau)))
 
@@ -183,7 +188,7 @@ FORMS = {
 
 @pytest.mark.parametrize("name", FORMS)
 def test_the_remedy_names_the_site_of_the_model(name: str) -> None:
-    """What `LocScaleReparam` made is traced back to it; a site without a scale that depends on others needs nothing."""
+    """A site made by `LocScaleReparam` is traced back to its origin; a site without a dependent scale needs nothing."""
     model, site, remedy = FORMS[name]
     target = target_of(model)
     assert set(target.spec.template) == {"tau", site}
@@ -208,7 +213,7 @@ def test_slow_chains() -> None:
 
 
 def test_chains_that_forget_slowly() -> None:
-    """1 % a step takes 3,000 steps from one scale to the tolerance: the pairs had no time to meet."""
+    """1 % per step takes 3,000 steps from one scale to the tolerance: the pairs had no time to merge."""
     target = target_of(beside_a_mode)
     found = diagnose(target, HMC, pilot_of(target, {"b": steady(1.0)}, shrinking=0.99, near=1e-7), GOOD)
     assert said(found) == {"forgets"}
@@ -230,7 +235,7 @@ def test_resonance_needs_one_length_and_a_distance_that_stays() -> None:
     assert said(diagnose(target, rigid, pilots[0], GOOD)) == {"resonance"}
     for kernel, pilot in ((HMC, pilots[0]), (drawn, pilots[0]), (rigid, pilots[1])):
         assert said(diagnose(target, kernel, pilot, GOOD)) == set()
-    apart = pilot_of(target, {"b": steady(4.0)}, shrinking=None, move=0.2)  # no pair that merges tells of regions
+    apart = pilot_of(target, {"b": steady(4.0)}, shrinking=None, move=0.2)  # no pair merges
     assert said(diagnose(target, rigid, apart, GOOD)) == {"modes"}
 
 
@@ -246,7 +251,7 @@ def test_resonance_needs_one_length_and_a_distance_that_stays() -> None:
     ],
 )
 def test_a_step_size_that_is_too_large(kernel, rate: float, divergent: float, goal: str | None) -> None:
-    """Beside what warm-up aims at with this kernel; a proposal of a random walk may well be far off."""
+    """Compared with what warm-up aims at for this kernel; proposals of a random walk may be far off."""
     target = target_of(beside_a_mode)
     info = GOOD._replace(acceptance_rate=np.full((2, 100), rate), is_divergent=np.arange(100) < 100 * divergent)
     found = diagnose(target, kernel, pilot_of(target, {"b": wandering(1.0)}), info)
@@ -261,7 +266,7 @@ def test_own_coordinates_of_uneven_lengths() -> None:
     wide = wide._replace(checkpoints=wide.checkpoints._replace(second=wide.checkpoints.second * [9.0, 1, 1, 1, 1, 1]))
     found = diagnose(plain, HMC, wide, GOOD)
     assert said(found) == {"basis"}
-    assert 0.05 < found.sites["b"].distance < 1  # of the 9 that b spreads over
+    assert 0.05 < found.sites["b"].distance < 1  # b spreads over 9
     assert said(diagnose(plain, HMC, pilot, GOOD)) == set()
     metric = pmcmc.HMC(step_size=0.5, num_integration_steps=3, inverse_mass_matrix=np.ones(6))
     assert said(diagnose(plain, metric, wide, GOOD)) == set()
@@ -274,7 +279,7 @@ def labels():
 
 
 def test_a_discrete_site_under_a_kernel_of_sites() -> None:
-    """Its distance is the share of elements that differ; blocks have steps and coordinates of their own."""
+    """Its distance is the share of elements that differ; step sizes and bases belong to the site groups."""
     target = numpyro_target(labels, (), {})
     rng = np.random.default_rng(0)
     weight = rng.normal(size=(6, NUM_STEPS + 1))

@@ -1,4 +1,4 @@
-"""Lyapunov exponents against systems whose exponents are known, and bounds that must hold exactly."""
+"""Lyapunov exponents of systems whose exponents are known, and bounds that must be satisfied exactly."""
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ def test_spectrum_sums_to_the_log_determinant() -> None:
 
 @pytest.mark.parametrize("num_exponents", [1, 2, 5])
 def test_linear_map(num_exponents: int) -> None:
-    """Logs of the moduli of the eigenvalues, in order, from a matrix whose eigenvectors are far from orthogonal."""
+    """Sorted logs of the moduli of the eigenvalues, for a matrix whose eigenvectors are far from orthogonal."""
     moduli = np.array([1.1, 0.9, 0.6, 0.3, 0.05])
     vectors = np.random.default_rng(1).normal(size=(5, 5))
     matrix = jnp.asarray(vectors @ np.diag(moduli) @ np.linalg.inv(vectors))
@@ -77,7 +77,7 @@ def test_pairs_of_complex_eigenvalues() -> None:
 
 
 def test_pytree_states_and_transient() -> None:
-    """The frame is generic: a block-diagonal map finds the larger block's exponent, whichever leaf it is in."""
+    """The frame is generic: a block-diagonal map has the exponent of its larger block, whichever leaf that is in."""
     fn = lambda x, u: {"a": 0.3 * x["a"] + u, "b": 0.9 * x["b"]}
     found = lyapunov_exponent(fn, {"a": jnp.zeros(2), "b": 0.0}, jnp.ones(200), transient=100)
     np.testing.assert_allclose(found.exponents, np.log([0.9]), atol=1e-12)
@@ -109,7 +109,7 @@ def test_standard_error_covers() -> None:
 
 
 def test_annihilation_is_minus_infinity() -> None:
-    """A Jacobian of zero, once, gives -inf; where only one direction is lost the other exponent stays."""
+    """A single Jacobian of zero gives -inf; if only one direction is lost, the other exponent remains."""
     zero_once = lambda x, u: jnp.where(u > 0, 0.5 * x, 0.0)
     found = lyapunov_exponent(zero_once, jnp.ones(2), jnp.ones(400).at[300].set(0.0), num_exponents=2)
     assert found.exponents.tolist() == [-np.inf, -np.inf]
@@ -138,7 +138,7 @@ def test_contraction_bound_is_above_the_exponent_and_falls() -> None:
     assert bounds[-1] > exponent
     assert bounds[-1] - exponent < 0.01
     path = [x0]
-    for _ in range(19):  # few: rounding grows with the path
+    for _ in range(19):  # few steps, since rounding grows with the path
         path.append(henon(path[-1], None))
     jacobians = jax.vmap(jax.jacfwd(lambda x: henon(x, None)))(jnp.stack(path))
     expected = np.log(np.linalg.svd(jacobians, compute_uv=False)[:, 0])
@@ -152,7 +152,7 @@ def test_window_longer_than_floats_reach() -> None:
 
 
 def test_kernel() -> None:
-    """MALA on a Gaussian: an accepted step contracts by I - h precision; the branch taken, so rejections count 0."""
+    """MALA on a Gaussian: an accepted step contracts by I - h precision, and a rejected one counts 0."""
     target, kernel = make_target(gaussian), MALA(step_size=0.2)
     noise = draw_noise(target, kernel, 0, 4000)
     found = lyapunov_exponent(kernel.transition(target), jnp.zeros(3), noise, num_exponents=3)

@@ -1,4 +1,4 @@
-"""A pilot that proves nothing is a reason to sample in order, and no exception after draws were paid for."""
+"""After a pilot that proves nothing chains are sampled sequentially, and no exception discards the draws."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -37,7 +37,7 @@ def assert_in_order(chain: pmcmc.Chain, kernel: pmcmc.Kernel, **options) -> None
 
 
 def test_a_kernel_that_moves_slowly_is_sampled(free_lanes) -> None:
-    """Valid, and its steps are below what float64 calls a small distance (float32: 2e-3 sd)."""
+    """It is valid, and its steps are below a small distance of float64 (2e-3 sd in float32)."""
     kernel = pmcmc.HMC(step_size=1e-7, num_integration_steps=1)
     normal, start = lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(2)
     sample = lambda solver: pmcmc.sample(normal, start, 0, kernel=kernel, solver=solver, num_samples=4000, **SIZES)
@@ -95,7 +95,7 @@ class Walker(NamedTuple):
 
 @dataclass(frozen=True)
 class Toy(PositionKernel):
-    """Any map of the position and normal noise, always accepted; traced as a user's own kernel."""
+    """Any map of the position and normal noise, always accepted; traced like a user's own kernel."""
 
     fn: object
 
@@ -123,13 +123,13 @@ def freeze(x, noise):
 
 
 def explode(x, noise):
-    """Of the same law everywhere but where only some states of the ensemble begin: those double."""
+    """A contracting map, except beyond 1e3, where only some states of the ensemble begin: those explode."""
     return jnp.where(jnp.abs(x) > 1e3, 1e3 * x, 0.5 * x + 0.8 * noise)
 
 
 @pytest.fixture
 def ensemble(monkeypatch: pytest.MonkeyPatch):
-    """Warm-up that finds nothing wrong, and leaves the states of its ensemble where a test wants them."""
+    """Make warm-up accept everything, and let a test choose the states of its ensemble."""
     monkeypatch.setattr("pmcmc.warmup.lanes.check_tuned", lambda *found: None)
 
     def place(change) -> None:
@@ -157,7 +157,7 @@ def test_a_coordinate_that_never_moves(free_lanes, ensemble) -> None:
 
 
 def test_partners_that_reach_nan(free_lanes, ensemble) -> None:
-    """The chains themselves are fine: partners that are not prove nothing, and cost no draw."""
+    """The chains are fine: partners that are not finite prove nothing and cost no draw."""
     ensemble(lambda x: np.asarray(x) + 1e4)
     chain = run(Toy(explode), "auto")
     assert "coupled pairs of chains reached a state that is NaN or infinite" in chain.report.reason
@@ -166,7 +166,7 @@ def test_partners_that_reach_nan(free_lanes, ensemble) -> None:
 
 
 def test_moves_that_return_count() -> None:
-    """A segment that ends where it began has moved all the same, and one that stands still has not."""
+    """A segment that ends where it began has moved; one that stands still has not."""
     flip = lambda x, noise: x * jnp.array([-1.0, 1.0, -1.0])
     options = dict(kernel=Toy(flip), solver=Sequential(), num_samples=200, num_warmup=0, num_chains=2)
     with pytest.warns(UserWarning, match=r"coordinate\(s\) 1 of the state never moved in 200 steps of chain\(s\) 0, 1"):

@@ -1,4 +1,4 @@
-"""Warm-up: what it finds is right on targets with known answers, badly scaled ones too, and it says where it fails."""
+"""Warm-up finds what is right on targets with known answers, badly scaled ones included, and reports where it fails."""
 
 import functools
 import itertools
@@ -48,7 +48,7 @@ def test_basis_and_step_size_of_a_gaussian(scheme: str) -> None:
     np.testing.assert_allclose(chain.target.basis.covariance, COVARIANCE, atol=0.35)
     rate = float(np.mean(chain.report.acceptance_rate))
     assert (0.6 if scheme == "chees" else 0.7) < rate < 0.93
-    # whitened, an HMC of two steps or so: a step size near one, never tiny
+    # After whitening HMC takes about two steps: the step size is near one, never tiny.
     assert 0.3 < float(chain.kernel.step_size) < 2
     assert chain.report.num_divergent.sum() == 0
 
@@ -60,7 +60,7 @@ def test_chees_finds_the_length_of_a_gaussian() -> None:
     assert isinstance(steps, UniformLength)
     assert int(steps.low) == 1
     step_size = float(kernel.step_size)
-    assert 2.247 * 0.6 < step_size * int(steps.high) < 2.247 * 1.5 + step_size  # whole steps: up to one too long
+    assert 2.247 * 0.6 < step_size * int(steps.high) < 2.247 * 1.5 + step_size  # steps are whole, so up to one too long
 
 
 @pytest.mark.parametrize("scheme", share(["ensemble", "chees"], "ensemble"))
@@ -104,7 +104,7 @@ def test_bad_scales(scheme: str, kind: str) -> None:
 
 
 def test_warm_up_that_did_not_settle_says_so() -> None:
-    """Scales ten orders of magnitude apart in 60 dimensions: too much for 20 steps, and not for 400."""
+    """Scales ten orders of magnitude apart in 60 dimensions: too much for 20 steps, but not for 400."""
     scale = np.logspace(-5, 5, 60)
     logdensity = lambda x: -0.5 * jnp.sum((x / scale) ** 2)
     run = lambda **options: pmcmc.sample(logdensity, jnp.zeros(60), 0, **options)
@@ -120,7 +120,7 @@ def test_warm_up_that_did_not_settle_says_so() -> None:
 
 
 def test_modes_that_communicate_stay_occupied() -> None:
-    """All four modes are among the 32 states that seed chains and blocks."""
+    """All four modes are among the 32 states from which chains and blocks start."""
     target = pmcmc.Target.from_logdensity(mixture, jnp.zeros(2))
     starts = jax.random.uniform(jax.random.key(1), (32, 2), minval=-2, maxval=2)
     tuned = EnsembleAdaptation().run(target, pmcmc.HMC(), jax.random.key(0), starts, 400)
@@ -139,11 +139,11 @@ def test_pairs_of_lanes_come_from_different_starts_and_from_the_same() -> None:
 
 
 def test_lanes_are_held_by_what_they_refuse_and_far_out_by_their_density() -> None:
-    """A lane that refused all proposals is held; it is far out where all others are far above it, and not else."""
+    """A lane that rejected all proposals is held; it is far out only if all other lanes have a far higher density."""
     moved, acceptance_rate = np.array([0.9, 0.0, 0.0, 0.0]), np.full((16, 4), 0.8)
     acceptance_rate[:, 1:3] = 1e-3
     held = held_lanes(moved, acceptance_rate, 0.8)
-    assert held.tolist() == [False, True, True, False]  # the last one was merely unlucky
+    assert held.tolist() == [False, True, True, False]  # the last one was only unlucky
     logdensity = np.full((16, 4), -5.0)
     logdensity[3, 0], logdensity[:, 1], logdensity[:, 2] = -9.0, 40.0, -40.0
     assert far_lanes(held, logdensity, dim=2).tolist() == [False, False, True, False]
@@ -170,7 +170,7 @@ def narrow_mode():
 @pytest.mark.filterwarnings("ignore:Warm-up did not settle")
 @pytest.mark.parametrize("seed", range(3))
 def test_a_narrow_mode_is_kept_and_seen(seed: int) -> None:
-    """No lane of it is put on another's place, a chain starts there, and R-hat tells."""
+    """None of its lanes is moved to another mode, a chain starts there, and R-hat shows it."""
     run = lambda: pmcmc.parallel_chain(narrow_mode, seed, num_samples=1000, save_warmup=True, progress_bar=False)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -185,7 +185,7 @@ def test_a_narrow_mode_is_kept_and_seen(seed: int) -> None:
 
 
 def test_lanes_in_the_far_tails_are_put_elsewhere_and_counted() -> None:
-    """Half of the starts lie where no step, however small, is accepted, at a log density of -5,000 and less."""
+    """Half of the starts are where no step, however small, is accepted, at a log density of -5,000 and less."""
 
     def logdensity(x):
         outside = jnp.sum(x**2) > 400
@@ -220,7 +220,7 @@ def test_chains_start_where_lanes_keep_apart() -> None:
 
 
 def test_chains_start_in_modes_by_turns_and_given_starts_are_kept() -> None:
-    # so far apart that the long steps at which warm-up begins do not land in the other one by chance
+    # Far enough apart that the long steps at the beginning of warm-up do not reach the other mode by chance.
     logdensity = lambda x: jnp.logaddexp(-0.5 * jnp.sum((x - 2e4) ** 2), -0.5 * jnp.sum((x + 2e4) ** 2))
 
     def model():
@@ -241,11 +241,11 @@ def test_moments_and_when_they_are_settled() -> None:
     path = rng.standard_normal((200, 32, 2))
     mean, found = ensemble._moments(path @ factor.T + 3, dense=True)
     np.testing.assert_allclose(mean, 3, atol=0.1)
-    np.testing.assert_allclose(found, factor, atol=0.03)  # hardly shrunk: 0.999 must stay 0.999
+    np.testing.assert_allclose(found, factor, atol=0.03)  # hardly any shrinkage: 0.999 must stay 0.999
     assert ensemble._is_settled(path, *ensemble._moments(path, dense=True))
     assert not ensemble._is_settled(path @ factor.T, *ensemble._moments(path @ factor.T, dense=True))
     assert not ensemble._is_settled(path + 4, *ensemble._moments(path + 4, dense=False))
-    still = rng.standard_normal((1, 32, 2)) + 0.05 * path  # spread of the starts, not of the target
+    still = rng.standard_normal((1, 32, 2)) + 0.05 * path  # the spread is that of the starts, not of the target
     for dense in (True, False):
         assert not ensemble._is_settled(still, *ensemble._moments(still, dense=dense))
     few = ensemble._moments(rng.standard_normal((16, 32, 1)) + np.zeros(8), dense=True)[1]
@@ -297,7 +297,7 @@ def posteriors() -> dict[str, Any]:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.slow
 def test_draws_agree_with_posteriordb(name: str) -> None:
-    """Means against the reference draws, behind warm-up from dispersed starts; chains agree with each other."""
+    """Means against the reference draws, after a warm-up from dispersed starts; chains agree with each other."""
     posterior = posteriors()[name]
     reference = posterior.reference()
     options = {**SIZES, "num_warmup": 1000, "num_samples": 4000}

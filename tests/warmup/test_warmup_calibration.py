@@ -1,8 +1,8 @@
 """Warm-up and kernel together sample the posterior: simulation-based calibration of whole runs.
 
-Parameters and data are drawn together, by `tests.helpers.studies`; for every data set warm-up starts anew from draws of
-the prior, tunes kernel and basis, and hands over its states. The rank of the parameters behind the data among the draws
-that follow is uniform (Talts et al. 2018). The data are leaves of the target: programs are compiled once for all.
+Parameters and data are drawn together, by `tests.helpers.studies`. For every data set warm-up starts again from draws
+of the prior, tunes kernel and basis, and returns its states. The rank of the true parameters among the draws that
+follow is uniform (Talts et al. 2018). The data are leaves of the target, so programs are compiled once for all.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ simulate = jax.jit(STUDY.simulate)
 
 
 class Case(NamedTuple):
-    """thinning: steps after which draws are as good as independent."""
+    """A study with its kernel; ``thinning`` is the number of steps after which draws are almost independent."""
 
     kernel: pmcmc.kernels.Kernel
     thinning: int
@@ -45,12 +45,12 @@ class Case(NamedTuple):
 
 
 def quantities(position: dict, y) -> np.ndarray:
-    """(draws, quantities) of positions with leading axis draws: both parameters, and the likelihood."""
+    """Return (draws, quantities) of positions with leading axis draws: both parameters, and the likelihood."""
     return np.concatenate([STUDY.pivots(position), np.asarray(likelihood(position, y))[:, None]], axis=1)
 
 
 def scores(case: Case, num_studies: int, fault: Callable = lambda state, before: state) -> np.ndarray:
-    """z-scores of the Legendre polynomials 1 to 4 of the truth's rank among the draws: (polynomials, quantities)."""
+    """Return z-scores of Legendre polynomials 1 to 4 of the truth's rank among the draws: (polynomials, quantities)."""
     rng, before, ranks = np.random.default_rng(11), None, []
     for number in range(num_studies):
         truth = STUDY.draw(rng, 1)
@@ -88,7 +88,7 @@ def test_ranks_are_uniform(name: str) -> None:
 @register_dataclass
 @dataclass(frozen=True)
 class StillAdapting(pmcmc.HMC):
-    """Warm-up's adaptation goes on: the step size follows the state."""
+    """Warm-up whose adaptation continues: the step size follows the state."""
 
     def step(self, target, state, noise):
         step_size = self.step_size * (1 + 0.6 * jnp.tanh(state.position[0]))
@@ -101,7 +101,7 @@ def adaptation_goes_on(state, before):
 
 
 def data_of_another_call(state, before):
-    """As if a program held the data it was compiled with."""
+    """Use the data of another call, as if a program contained the data it was compiled with."""
     return state._replace(target=replace(state.target, data=before.target.data))
 
 

@@ -1,4 +1,4 @@
-"""Large batches of factorisations are looped over, whatever holds them."""
+"""Large batches of factorisations run as loops, whatever construct contains them."""
 
 import os
 import re
@@ -52,7 +52,7 @@ CALL = re.compile(r"@lapack_[a-z](\w+)_ffi\(.*?\) .*?: \(tensor<([0-9x]+)xf")
 
 
 def batches(program, x) -> list[str]:
-    """Leading shapes of what LAPACK is called with, those of single matrices apart."""
+    """Return the leading shapes of LAPACK's calls, except those of single matrices."""
     calls = [(name, shape.split("x")) for name, shape in CALL.findall(jax.jit(program).lower(x).as_text())]
     leading = ["x".join(shape[: len(shape) - (1 if name == "gtsv" else 2)]) for name, shape in calls]
     return [shape for shape in leading if shape not in ("", "1")]
@@ -65,7 +65,7 @@ def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def small_is(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(factorizations, "_SMALL", number)
-    factorizations._KNOWN.clear()  # jax keeps the programs of its own functions
+    factorizations._KNOWN.clear()  # jax caches the programs of its own functions
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_programs_that_need_no_loops_are_left_alone(name: str, matrices: jax.Arr
 
 
 def test_small_batches_stay(rng_key: jax.Array, monkeypatch: pytest.MonkeyPatch) -> None:
-    """199 matrices of 10 x 10 are the most that may be below 200,000 operations."""
+    """199 matrices of 10 x 10 are the largest batch below 200,000 operations."""
     small_is(200_000, monkeypatch)
     fn = lambda x: jnp.linalg.cholesky(spd(x))
     few, many = (jax.random.normal(rng_key, (number, 10, 10)) for number in (199, 500))
@@ -138,7 +138,7 @@ for _ in range(200):
 @pytest.mark.skipif(not may_wait_for_ever(), reason="this jaxlib does not")
 @pytest.mark.slow
 def test_gaussian_processes_on_two_threads_end() -> None:
-    """By `jax.jit` they do not: within some ten calls both threads wait for each other."""
+    """With `jax.jit` they do not: within about ten calls both threads wait for each other."""
     done = subprocess.run(
         [sys.executable, "-c", PROCESSES], env={**os.environ, "NPROC": "2"}, capture_output=True, text=True, timeout=120
     )

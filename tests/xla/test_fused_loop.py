@@ -1,4 +1,4 @@
-"""Loops as one kernel: the same numbers, and the programs of every kernel of this package are simple enough."""
+"""Loops as one kernel give the same numbers, and the programs of every pmcmc kernel are simple enough for it."""
 
 import subprocess
 import sys
@@ -71,7 +71,7 @@ assert jnp.all(found == expected), (found, expected)
 
 
 def test_arguments_that_xla_simplifies_away():
-    """XLA ends the process where such a kernel has an argument that is never read: hence one of its own."""
+    """XLA ends the process if such a kernel has an argument that is never read, hence the separate process."""
     done = subprocess.run([sys.executable, "-c", UNUSED], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -98,7 +98,7 @@ def test_the_default_device_decides_and_not_the_default_backend(monkeypatch):
 
 @pytest.mark.parametrize("kernel", share(KERNELS, "HMC", "RandomWalk"))
 def test_sampling_a_small_model_in_order_is_one_kernel(kernel, monkeypatch):
-    """A primitive that is not listed would quietly cost a factor of three."""
+    """A primitive that is not listed would silently cost a factor of three."""
     unlisted = []
 
     def spy(fn, *args):

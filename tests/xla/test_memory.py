@@ -1,4 +1,4 @@
-"""A budget in bytes is kept, whatever it is, or refused before anything runs."""
+"""Any budget in bytes is kept, or refused before anything runs."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_segments_fit(solver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "solve", solve_and_weigh)
     chain = run(solver=solver, max_memory=2**18)
     kept = chain.unknowns.nbytes + sum(x.nbytes for x in jax.tree.leaves(chain.info))
-    rounding = 128 * 2 * 400 if isinstance(solver, Sequential) else 4 * 2 * 400  # to whole chunks of steps
+    rounding = 128 * 2 * 400 if isinstance(solver, Sequential) else 4 * 2 * 400  # up to whole chunks of steps
     assert len(held) > 1
     assert max(held) + kept <= 2**18 + rounding
     np.testing.assert_allclose(chain.unknowns, expected.unknowns, rtol=0, atol=1e-9)
@@ -58,7 +58,7 @@ def test_what_is_no_budget(given, error) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", [deer(), quasi_deer()], ids=["deer", "quasi-deer"])
 def test_what_newton_holds_is_counted(solver) -> None:
-    """Against the compiler's own count, from the difference of two lengths."""
+    """Against the compiler's own count, from the difference between two lengths."""
     dim, chains = 6, 2
     target = Target.from_logdensity(gaussian_of_any, jnp.zeros(dim))
     engine = Engine(target, KERNEL, jax.random.split(jax.random.key(0), chains), jnp.zeros((8, dim)), None)

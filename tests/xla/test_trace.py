@@ -1,4 +1,4 @@
-"""Traces of user functions: equal where they compute the same, with every array that they read as a leaf."""
+"""Traces of user functions are equal if they compute the same, with every array that they read as a leaf."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ X = jnp.linspace(-1.0, 1.0, 3)
 
 
 def same(make, *values) -> bool:
-    """Whether the functions that ``make`` gives for some values have one trace, and compute their own values."""
+    """Whether the functions that ``make`` returns for these values have one trace, and compute their own values."""
     traced = [trace(make(value), X) for value in values]
     for one, value in zip(traced, values, strict=True):
         np.testing.assert_allclose(one(X), make(value)(X), rtol=1e-12)

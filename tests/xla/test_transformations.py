@@ -1,4 +1,4 @@
-"""Sampling within `jax.jit`, `jax.vmap` or `jax.grad`: one sentence, and before anything is traced."""
+"""Sampling within `jax.jit`, `jax.vmap` or `jax.grad` is refused with one sentence, before anything is traced."""
 
 from collections.abc import Callable
 
@@ -68,7 +68,7 @@ def test_what_goes_on_from_a_chain(tmp_path) -> None:
     for name, call in calls.items():
         with pytest.raises(TypeError, match=rf"^{name} cannot be called within"):
             jax.jit(lambda _, call=call: call())(0.0)
-    assert chain.extend(10, progress_bar=False).num_samples == 20  # nothing was left behind
+    assert chain.extend(10, progress_bar=False).num_samples == 20  # the refused calls changed nothing
 
 
 def test_loops_are_the_remedy() -> None:

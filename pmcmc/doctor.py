@@ -40,20 +40,12 @@ DEPENDENCIES = {
 
 
 OPTIONAL = ("jaxlib", "matplotlib", "scikit-learn", "ipywidgets")
-
-
 PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
-
-
 # Releases of jaxlib whose GPU scatter-adds are loops of compare-and-swap (jax issue 38806).
 SLOW_SCATTER = ((0, 10, 2), (0, 11, 0))
-
-
 # A scatter-add this many times slower than a sum of the same numbers is such a loop. Issue reports name slowdowns of
 # 450 to 2,000 times; on a CPU it is about 3 times slower than the sum.
 SLOW_RATIO = 100
-
-
 # Numbers of lanes of the calibration; the last is timed on accelerators only.
 LANES = (1, 16, 64, 256, 1024, 8192)
 

@@ -19,15 +19,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 # A function with custom derivative rules is compared by its derivatives up to this order: gradients, and the Jacobians
 # of steps that use them.
 _MAX_ORDER = 3
-
-
 # Functions in these folders have derivative rules that do not change between two calls.
 _LIBRARIES = (os.path.join(os.path.dirname(str(jax.__file__)), ""),)
-
-
 _CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
-
-
 # Parameters that do not affect what is computed.
 _LABELS = frozenset(("name", "debug_info"))
 

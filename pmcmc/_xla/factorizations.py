@@ -55,8 +55,6 @@ _LAPACK = {
 
 # Number of operations below which these jaxlibs factorise a batch in the calling thread.
 _SMALL = 200_000
-
-
 # Primitives whose inner programs can be replaced.
 _CALLS = frozenset(
     " ".join(

@@ -17,8 +17,6 @@ from pmcmc._xla.compile import default_platform
 
 # Up to this many lanes (chains, or copies of one), one single-threaded kernel is no slower than other programs.
 FEW_LANES = 8
-
-
 # The pass itself skips matrix products, convolutions, scatters, collectives and library calls. Packages may add
 # primitives that are library calls, so the primitives known not to be are listed.
 _ELEMENTWISE = """abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil clamp clz
@@ -41,8 +39,6 @@ remat2 scan while"""
 
 
 _RANDOM = "random_bits random_fold_in random_seed random_split random_unwrap random_wrap threefry2x32"
-
-
 _SIMPLE = frozenset(" ".join((_ELEMENTWISE, _STRUCTURAL, _REDUCTIONS, _CALLS, _RANDOM)).split())
 
 

@@ -31,8 +31,6 @@ from pmcmc._xla.content import Content, Place, shape_of
 
 # Calls of functions that the user's code has jitted.
 _JIT = ("jit", "pjit")
-
-
 # Size in bytes from which arrays with equal content are kept only once.
 _LARGE = 4096
 
@@ -196,8 +194,6 @@ def trace(fn: Callable, *args: PyTree) -> Traced:
 
 # Traces in use, by their content.
 _KNOWN: WeakValueDictionary[tuple, Trace] = WeakValueDictionary()
-
-
 # Number of programs whose numbers are remembered, the most recently traced.
 _MAX_SEEN = 256
 

@@ -27,8 +27,6 @@ from pmcmc.target import Target
 
 # Draws constrained at a time, and their bytes: bound the memory of models with large deterministic sites.
 _CONSTRAIN_BATCH, _CONSTRAIN_BYTES = 65_536, 2**26
-
-
 # The same for log likelihoods, in observations times draws.
 _LIKELIHOOD_BATCH = 2**22
 

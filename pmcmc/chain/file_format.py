@@ -32,8 +32,6 @@ class Format(NamedTuple):
 
 
 CHAIN = Format("pmcmc.Chain", 1, "Chain.save", "Copy it again from where it was saved, or save the chain again.")
-
-
 STORE = Format(
     "pmcmc.StoredChain",
     1,

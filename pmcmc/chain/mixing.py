@@ -13,20 +13,12 @@ from scipy.special import chdtri, ndtri
 
 # What is asked of draws, as ArviZ and Stan do (Vehtari et al. 2021).
 MAX_RHAT, MIN_ESS = 1.01, 400
-
-
 # All chains together: of fewer draws nothing is said, and of fewer than the second number not that effective ones lack.
 MIN_DRAWS, ENOUGH_DRAWS = 400, 2000
-
-
 # Probability at which R-hat is taken to be above `MAX_RHAT` by chance.
 CHANCE = 1e-4
-
-
 # Numbers that are looked at; of more draws every so manieth is, down to this many of a chain.
 MAX_NUMBERS, FEWEST = 2**18, 256
-
-
 # Coordinates that are looked at together: bounds the memory of wide posteriors.
 MAX_COLUMNS = 2**12
 

@@ -19,29 +19,17 @@ from pmcmc.target import Target
 
 # Draws handed to one call of the program, and taken side by side in it where the kernel tells its margin.
 CALL, ABREAST = 8192, 256
-
-
 # Other roundings that are tried: an honest draw behind one tie is missed by all of them once in 2^8 times. Two, to see
 # whether rounding matters, where more draws are far off than ties would account for: FEW, or one in ten.
 ROUNDINGS, FEW = 8, 64
-
-
 # Where paths of different roundings part, a draw may be so many times as far from the nearest as they are from each
 # other, as long as that is less than so many posterior sd.
 GROWTH, MOST = 4, 0.01
-
-
 # Margins beyond are those of steps that nothing but an error of this size decides otherwise.
 WIDE_MARGIN = 30.0
-
-
 # Draws that a spread is taken over, at most.
 SPREAD_DRAWS = 2**16
-
-
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-
-
 # What is compared, in the order in which differences are named.
 FIELDS = ("state", "decision", *Info._fields)
 

@@ -14,28 +14,16 @@ from pmcmc.stability import Diagnosis
 
 # Bias, in posterior standard deviations, that a report calls small.
 SMALL_BIAS = 0.01
-
-
 # Nothing is said of it where fewer than half of the pairs started that far apart, where the draws' standard deviation
 # is not within this factor of that of warm-up's ensemble, ...
 APART, SPREAD = 1.0, 2.0
-
-
 # ... or above this share of divergent draws, at which a run warns, too.
 MANY_DIVERGENCES = 0.01
-
-
 # Fields that files do not hold, and arrays that have not one entry per chain.
 NOT_STORED = ("plan", "find_diagnosis", "find_mixing")
-
-
 BY_PAIR = ("bias_bound", "coalescence_steps", "pair_distances")
-
-
 # A critical path this many times shorter than the chain is called so.
 SHORTER = 1.05
-
-
 # Figures that were corrected by more than this share are printed as they were at first, too.
 LARGE_CORRECTION = 0.1
 

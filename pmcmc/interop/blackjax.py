@@ -15,15 +15,9 @@ import jax.numpy as jnp
 from pmcmc._typing import Array, PRNGKey, PyTree, Scalar
 
 KEY_FIELD = "random_generator_arg"
-
-
 # Algorithms that take a likelihood and multiply it by a Gaussian prior which they define themselves.
 LIKELIHOOD_STATES = ("EllipSliceState", "MarginalState")
-
-
 LIKELIHOOD_ALGORITHMS = ("elliptical_slice", "mgrad_gaussian")
-
-
 # Folding in a small number would repeat the first keys of a `jax.random.split` of the step's key; none reaches this
 # one.
 _KEY_TAG = 0x72616E64

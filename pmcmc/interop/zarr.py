@@ -17,12 +17,8 @@ import numpy as np
 from pmcmc._optional import require
 
 Groups = dict[str, dict[str, Any]]  # arrays by group and name
-
-
 # Size of one chunk, all chains together. A chunk is a file, and each `DrawArrays.write` writes the last one again.
 CHUNK_BYTES = 2**20
-
-
 _DIMS = "_ARRAY_DIMENSIONS"  # attribute in which xarray looks for names of axes in format 2
 
 

@@ -27,20 +27,12 @@ from pmcmc.stability.coalescence import Coalescence
 
 # Blocks are whole numbers of this many steps: what the zeroth sweep writes at a time.
 BLOCK_UNIT = 16
-
-
 # Numbers of blocks to choose from.
 BLOCK_COUNTS = tuple(2**i for i in range(1, 15))
-
-
 # Shorter windows of Newton's method are not considered.
 MIN_WINDOW = 256
-
-
 # Probability of the intervals.
 LEVEL = 0.9
-
-
 # Blocks must promise to save this share of a sequential run: predictions of seconds are off by a quarter at times.
 MARGIN = 0.25
 

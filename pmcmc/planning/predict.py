@@ -13,8 +13,6 @@ from pmcmc.recurrence import Dense, Identity, JacobianStructure, Zero
 from pmcmc.stability.coalescence import Coalescence
 
 _NUM_NODES = 64  # of the average over the uncertain tail
-
-
 _MIN_EXCESSES = 8  # with fewer the mean excess is known to less than a third
 
 

@@ -6,8 +6,6 @@ from pmcmc._typing import Scalar
 
 # The first segment is at most this share of a run.
 FIRST_SHARE = 1 / 8
-
-
 # What a failing segment may cost beyond all that was saved so far, as a share of a sequential run.
 LOSS = 0.1
 

@@ -15,11 +15,7 @@ import jax.numpy as jnp
 from pmcmc._typing import Array, PRNGKey
 
 IMPL = "threefry2x32"
-
-
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-
-
 _PARITY = 0x1BD11BDA
 
 

@@ -25,35 +25,21 @@ from pmcmc.warmup.base import LaneTiming
 
 # Runs that should take less than this sequentially are sampled so, without a pilot.
 SHORT_SECONDS = 1.0
-
-
 # The program of blocks holds the step twice (zeroth sweep and repair), the sequential one once.
 COMPILE_RATIO = 1.5
-
-
 # A step of lanes has an overhead near this on a CPU, and one of the warm-up, which averages beside it, near that; on
 # other devices lanes are all but free up to some thousands.
 CPU_OVERHEAD, CPU_WARMUP_OVERHEAD, FREE_LANES = 2e-6, 1e-5, 8192
-
-
 # What CPU devices, which are threads of the same cores, add to a step that they share, and what each gains: two of them
 # were 1.09 to 1.79 times as fast as one at steps of 97 us and more, and as slow as 0.68 at short ones (decision 019).
 CPU_DEVICE_OVERHEAD, CPU_DEVICE_GAIN = 1e-5, 0.2
-
-
 # A segment may take this many times its predicted merge before it is given up.
 PATIENCE = 4
-
-
 # Steps taken in order while the program of blocks is compiled come in stretches of so many seconds: between them the
 # two threads wait for each other.
 STRETCH_SECONDS = 0.25
-
-
 # Share of that time which goes into steps: the tracing of the program, and what a second core gives, take the rest.
 OVERLAP = 0.7
-
-
 # Steps in order are looked at so many times in a run, which is planned anew where they take this many times what was
 # thought.
 NUM_LOOKS, SURPRISE = 16, 2.0

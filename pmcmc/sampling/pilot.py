@@ -27,24 +27,14 @@ from pmcmc.stability.evidence import coalescence_of_paths, gaps_by_dimension
 
 # Sequential sampling is timed over so many stretches of one length, which take about this long or longer in all.
 NUM_TIMED, TIMING_SECONDS = 5, 0.1
-
-
 # Pairs to couple: the first few say how long a merge takes, the others follow as far as time permits.
 FIRST_PAIRS, NUM_PAIRS = 4, 32
-
-
 # The share of the run that partners' steps may take.
 SHARE = 0.03
-
-
 # Steps that the chains are ahead of their partners.
 LAG = 32
-
-
 # A pair is followed in stretches that double from the fewest steps that one program takes, and no further than this.
 FIRST_STRETCH, MAX_STEPS = Sequential.unit, 8192
-
-
 # Steps of the chains that pairs may be compared with.
 MAX_KEPT = LAG + NUM_PAIRS * MAX_STEPS
 

@@ -30,13 +30,9 @@ from pmcmc.target import Target
 # Noise is drawn in pieces: as many large ones as fit into what is wanted, this share of the capacity each, then small
 # ones of this many steps.
 NOISE_PIECE, SMALL_PIECE = 1 / 8, 64
-
-
 # What one solve may hold at a time, for all chains, and what one stretch of sequential sampling does: see
 # `Engine.bytes_per_step`.
 SEGMENT_BYTES = 512 * 2**20
-
-
 SEQUENTIAL_BYTES = 64 * 2**20
 
 
@@ -413,8 +409,6 @@ def _name(solver: RecurrenceSolver, shape: Shape) -> tuple:
 
 # A solve for fewer steps at once is all overhead; sequential sampling takes them in such pieces.
 LEAST_STEPS = Sequential.unit
-
-
 _REMEDY = "Keep fewer draws by thinning=, write them to disk by Chain.stream, or sample fewer chains at a time."
 
 

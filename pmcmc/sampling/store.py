@@ -28,19 +28,11 @@ from pmcmc.target import Target
 
 # Draws wait for each other until they are so many bytes, or so much time has passed since the last checkpoint.
 FLUSH_BYTES, FLUSH_SECONDS = 32 * 2**20, 5.0
-
-
 # Of the user's budget; what waits is joined and cut into chunks, which takes copies.
 FLUSH_SHARE, COPIES = 1 / 16, 3
-
-
 LOCK = "lock"
-
-
 # Draws made of unknowns at a time, at most.
 _CONSTRAIN_BATCH = 8192
-
-
 # Draws of each chain that are kept in memory, up to twice as many, to judge how well they mixed; fewer where they take
 # more than so many bytes.
 _NUM_JUDGED, _FEWEST, _JUDGED_BYTES = 1024, 64, 2**23

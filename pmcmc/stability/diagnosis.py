@@ -24,37 +24,23 @@ from pmcmc.target import Target
 # on. Closer paths are within the linear regime (`LINEAR_REGIME` of `pmcmc.planning.predict`): a site then only follows
 # others that are apart, and its gap closes when theirs do.
 APART = 0.1
-
-
 # A pair may come close for a moment, or be far apart just before it merges, so the median over this many last
 # checkpoints counts.
 LAST_CHECKPOINTS = 4
-
-
 # A distance is steady if at these checkpoints it never falls below the share STEADY of its largest value. A site is
 # reported if at least the share MOST of the pairs that are apart there are steady.
 STEADY, MOST = 0.5, 0.5
-
-
 # Paths are in separate regions if they are this many times as far apart as the wider of them spreads. Midway between
 # two normals this far apart, the density of each is below a seventh of its peak: exp(-2) = 0.135.
 SEPARATE = 4.0
-
-
 # A step size is too large if the acceptance rate is below the share LOW_ACCEPTANCE of what warm-up aims at, or the
 # share of divergent steps is above MANY_DIVERGENCES.
 LOW_ACCEPTANCE, MANY_DIVERGENCES = 0.75, 0.001
-
-
 # Movement per step, in posterior scales, below which a chain crawls: a random walk of such steps takes 400 for one sd.
 CRAWL = 0.05
-
-
 # Spreads of coordinates are uneven if they differ by more than this factor: steps that suit the narrowest coordinate
 # are too short for the widest by the same factor.
 UNEVEN = 3.0
-
-
 # Number of sites that are named at most.
 MOST_NAMES = 8
 

@@ -137,8 +137,6 @@ def _explore(target: Target, rng_key: PRNGKey, positions: Array, *, num_steps: i
 
 # Learning rate of Adam, as in Hoffman et al. (2021).
 LEARNING_RATE = 0.025
-
-
 # Largest number of leapfrog steps, that of NumPyro's deepest tree; longer trajectories are cut.
 MAX_STEPS = 1023
 

@@ -43,17 +43,11 @@ from pmcmc.warmup.lanes import (
 # A basis is settled if draws made in it look standard to within the factor SETTLED, and at least the share MIXED of
 # their variance is within lanes.
 SETTLED, MIXED = 3.0, 0.2
-
-
 # Number of further windows, with a step size tuned for it, that a held lane far out gets before it is moved to another
 # lane's position.
 PATIENCE = 1
-
-
 # Largest number of times that the last window is repeated because it did not settle the basis.
 MAX_REPEATS = 8
-
-
 UNSETTLED = (
     "Warm-up did not settle: the last window still changed its estimates of the posterior's location and scales, so "
     "chains may start far off, and move and merge slowly. Raise num_warmup (it was {num_steps}), or try "

@@ -31,22 +31,14 @@ from pmcmc.warmup.starts import start_order
 
 # Number of lanes on which the kernel's step size is adapted, and whose last states are starts of chains and blocks.
 NUM_LANES = 32
-
-
 # Number of steps in one run of the program.
 PIECE = 16
-
-
 # A lane is held if it did not move in a piece and its mean acceptance rate was below this share of the target rate.
 HELD = 0.1
-
-
 # A held lane is far out if its log density is lower than every value that the moving lanes visited in the meantime, by
 # more than this plus one nat per dimension. It needs a smaller step size than they do, so the posterior is no wider
 # there than where they are, and has less than about exp(-20) of its mass there.
 FAR = 20.0
-
-
 HELD_STILL = (
     "{num_held} of the {num_lanes} lanes of warm-up did not move in its last third: the step size is too large for "
     "some region of the posterior, and chains that enter it get stuck. Use a smaller step size by aiming at a higher "

@@ -14,8 +14,6 @@ import numpy as np
 # coordinate. A single lane of 32 that spends half of its steps in a mode five standard deviations away gives 0.16,
 # without the noise of the means.
 APART = 0.25
-
-
 # Lanes whose means are within this many standard deviations of one lane's draws are taken to be in the same mode.
 RADIUS = 2.0
 

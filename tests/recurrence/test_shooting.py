@@ -13,7 +13,7 @@ import pytest
 
 from pmcmc import HMC, MALA
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
-from pmcmc.recurrence.shooting import solver
+from pmcmc.recurrence.shooting import repair, solver
 from pmcmc.recurrence.shooting.reference import solve_plainly
 from tests.helpers.chains import draw_noise, solve, solve_batch, solve_fn, step_residuals
 from tests.helpers.targets import banana, eight_schools, make_target, mixture
@@ -315,12 +315,13 @@ def test_sees_a_planted_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     result, residual, error = check()
     assert result == RESULTS.successful
     assert max(residual, error) < 1e-12
-    right = solver._hand_over
+    right = repair.successor_starts
 
     def one_block_early(lanes, end, ran_out):
         return right(lanes, lanes.held.hand_over(end), ran_out)
 
-    monkeypatch.setattr(solver, "_hand_over", one_block_early)
+    for module in (solver, repair):  # after the zeroth sweep, and after each repair sweep
+        monkeypatch.setattr(module, "successor_starts", one_block_early)
     result, residual, error = check()
     assert result == RESULTS.successful
     assert min(residual, error) > 0.01

@@ -158,7 +158,9 @@ def test_a_false_certificate_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> N
     conclude = solver._conclude
     lie = lambda lanes, tol, sweep: conclude(lanes, tol, sweep._replace(active=jnp.zeros_like(sweep.active)))
     monkeypatch.setattr(solver, "_conclude", lie)
-    monkeypatch.setattr(solver, "_repair", lambda lanes, tol, steps, sweep: sweep._replace(active=sweep.active & False))
+    monkeypatch.setattr(
+        solver, "repair_sweep", lambda lanes, tol, steps, sweep: sweep._replace(active=sweep.active & False)
+    )
     length = LENGTH - 1  # not the program of the other tests
     found, *rest = solve_both(draw_case(0, "far", HMC, length), MultipleShooting(7), length=length)
     with pytest.raises(AssertionError, match="not the sequential chain"):

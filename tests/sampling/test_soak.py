@@ -1,9 +1,12 @@
-"""A thousand random problems from warm-up to draws: each ends in the right chain or in an error with what to do.
+"""Random problems from warm-up to draws: each ends in the right chain or in an error with what to do.
+
+How many is set by PMCMC_SOAK: 300 by default, a thousand before a release.
 
 20 families are compiled: a kernel, a solver, and one or two chains. Target, scale, seed and start are numbers of one
 program. The chain is compared with the sequential one from the end of warm-up, in float64.
 """
 
+import os
 from collections import Counter
 
 import jax
@@ -20,7 +23,8 @@ from tests.helpers.problems import DIM, random_numbers, target_of
 
 pytestmark = pytest.mark.optimized
 
-NUM_PROBLEMS, NUM_SHAPES = 1000, 30
+NUM_PROBLEMS = int(os.environ.get("PMCMC_SOAK", "300"))
+NUM_SHAPES = NUM_PROBLEMS // 30
 KERNELS = (
     pmcmc.HMC(),
     pmcmc.MALA(),
@@ -65,11 +69,9 @@ def end_to_end(rng: np.random.Generator, kernel: pmcmc.Kernel, solver, num_chain
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Warm-up did not settle")  # 40 steps are too few to settle
-@pytest.mark.filterwarnings("ignore:.*did not move", "ignore:.*never moved")
-@pytest.mark.filterwarnings("ignore:the draws have not mixed", "ignore:.*were divergent")
+@pytest.mark.filterwarnings("ignore::UserWarning")  # 40 steps of warm-up are few, and so are 200 draws
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: type(kernel).__name__)
-def test_a_thousand_problems(kernel: pmcmc.kernels.Kernel) -> None:
+def test_random_problems(kernel: pmcmc.kernels.Kernel) -> None:
     """Each kernel has its own test, since all together would exceed the time limit of a test."""
     families = [family for family in FAMILIES if family[0] == kernel]
     number, ends = NUM_PROBLEMS // len(KERNELS), Counter()

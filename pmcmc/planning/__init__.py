@@ -1,6 +1,6 @@
 """What would each solver cost on this run, and which one is worth it? Arithmetic on measurements; nothing is run."""
 
-from pmcmc.planning.costs import Costs
+from pmcmc.planning.costs import CostModel, Costs
 from pmcmc.planning.plan import Candidate, Plan, plan
 from pmcmc.planning.predict import (
     Prediction,
@@ -13,6 +13,7 @@ from pmcmc.planning.predict import (
 
 __all__ = [
     "Candidate",
+    "CostModel",
     "Costs",
     "Plan",
     "Prediction",

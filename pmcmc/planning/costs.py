@@ -1,17 +1,29 @@
-"""Seconds of a step, of lanes and of compilation."""
+"""What a step costs: `Costs` are the seconds that a plan computes with, `CostModel` makes them out of measurements.
 
+A run measures a step of its own chains and, in warm-up, a step of many lanes. What it does not measure is a constant of
+`CostModel`.
+"""
+
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from pmcmc._typing import Scalar
 
 
 class Costs(NamedTuple):
-    """Seconds, measured on the device at hand.
+    """Seconds on the device at hand.
 
-    sequential: a step of all chains, one after the other. overhead, lane: a step of n lanes takes
-    ``overhead + n lane``. compile: of one more program. overlap: share of that time in which steps are taken in order.
-    device_overhead, device_gain: where d > 1 devices share the lanes, it is
+    A step of n lanes takes ``overhead + n lane``; if d > 1 devices share the lanes, it takes
     ``overhead + device_overhead + n lane / (1 + device_gain (d - 1))``.
+
+    Attributes:
+        sequential: Seconds of a sequential step of all chains.
+        overhead: Seconds of a step of lanes, whatever their number.
+        lane: Seconds that each lane adds to a step.
+        compile: Seconds to compile one more program.
+        overlap: Share of the compilation time in which sequential steps are taken.
+        device_overhead: Seconds that sharing lanes between devices adds to a step.
+        device_gain: Throughput that each further device adds, relative to that of the first.
     """
 
     sequential: float
@@ -23,6 +35,85 @@ class Costs(NamedTuple):
     device_gain: float = 1.0
 
     def step(self, lanes: Scalar, num_devices: int = 1) -> float:
-        """One step of this many lanes."""
+        """Return the seconds of one step of this many lanes."""
         apart = self.device_overhead if num_devices > 1 else 0.0
         return self.overhead + apart + lanes * self.lane / (1 + self.device_gain * (num_devices - 1))
+
+
+def segment_cost(step: Scalar, num_blocks: int, merge: Scalar, length: Scalar) -> Scalar:
+    """Return what one step of a segment in blocks costs, in sequential steps.
+
+    A segment of ``length`` steps takes ``length / num_blocks`` steps of all lanes for its zeroth sweep and ``merge``
+    for its repair.
+
+    Args:
+        step: Cost of a step of all lanes, in sequential steps.
+        num_blocks: P.
+        merge: Steps until the slowest lane has merged.
+        length: Steps per chain of the segment.
+    """
+    return step * (1 / num_blocks + merge / length)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """The constants from which a run's measurements become `Costs`.
+
+    Attributes:
+        compile_ratio: Compile time of the program of blocks over that of sequential sampling. The program contains the
+            step twice, for the zeroth sweep and for repair.
+        overlap: Share of the compilation of blocks in which sequential steps are taken; tracing, and what a second core
+            gives, take the rest. Applies if there is more than one core.
+        cpu_overhead: Seconds of a step of lanes on a CPU, besides the lanes.
+        cpu_warmup_overhead: Seconds of a step of warm-up on a CPU, besides its lanes; it also averages.
+        least_lane_share: Share of a step of warm-up that its lanes take at least.
+        free_lanes: Lanes that double the time of a step on other devices than CPUs.
+        cpu_device_overhead: Seconds that sharing adds to a step on CPU devices, which are threads of the same cores.
+        cpu_device_gain: Throughput that each further CPU device adds. Two of them were 1.09 to 1.79 times as fast as
+            one
+            at steps of 97 us and more, and 0.68 times at short ones (decision 019).
+
+    Source: measured on 2 shared x86-64 cores; see docs/decisions, 017 to 020.
+    """
+
+    compile_ratio: float = 1.5
+    overlap: float = 0.7
+    cpu_overhead: float = 2e-6
+    cpu_warmup_overhead: float = 1e-5
+    least_lane_share: float = 0.25
+    free_lanes: int = 8192
+    cpu_device_overhead: float = 1e-5
+    cpu_device_gain: float = 0.2
+
+    def costs(
+        self,
+        *,
+        on_cpu: bool,
+        sequential: float,
+        num_chains: int,
+        compile_seconds: float,
+        num_cores: int,
+        lanes: tuple[int, float] | None,
+    ) -> Costs:
+        """Return the costs of a run.
+
+        Args:
+            on_cpu: Whether the run's device is a CPU.
+            sequential: Seconds of a sequential step of all chains.
+            num_chains: C.
+            compile_seconds: Seconds that the sequential program took to compile.
+            num_cores: Cores that this process may use.
+            lanes: Number of lanes of warm-up and seconds of a step of them; None if there was no warm-up.
+        """
+        compilation = self.compile_ratio * compile_seconds
+        overlap = self.overlap if num_cores > 1 else 0.0
+        if not on_cpu:
+            overhead = sequential if lanes is None else lanes[1]
+            return Costs(sequential, overhead, overhead / self.free_lanes, compilation, overlap)
+        overhead, lane = 0.0, sequential / num_chains
+        if lanes is not None:
+            number, seconds = lanes
+            overhead = self.cpu_overhead
+            lane = max(seconds - self.cpu_warmup_overhead, self.least_lane_share * seconds) / number
+        devices = self.cpu_device_overhead, self.cpu_device_gain
+        return Costs(sequential, overhead, lane, compilation, overlap, *devices)

@@ -1,4 +1,8 @@
-"""What would each way of sampling cost here, and which one is worth it? Arithmetic on measurements; nothing is run."""
+"""Choose among ways of sampling by their expected seconds. Arithmetic on measurements; nothing is run.
+
+`plan` compares sequential sampling with blocks of every power of two, on one device and on all, and with DEER and
+quasi-DEER. The result is a `Plan` of `Candidate` entries.
+"""
 
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -25,23 +29,28 @@ from pmcmc.recurrence import (
 )
 from pmcmc.stability.coalescence import Coalescence
 
-# Blocks are whole numbers of this many steps: what the zeroth sweep writes at a time.
-BLOCK_UNIT = 16
-# Numbers of blocks to choose from.
+# Numbers of blocks that are considered.
 BLOCK_COUNTS = tuple(2**i for i in range(1, 15))
-# Shorter windows of Newton's method are not considered.
+# Windows of Newton's method shorter than this are not considered.
 MIN_WINDOW = 256
-# Probability of the intervals.
+# Probability of the predicted intervals.
 LEVEL = 0.9
-# Blocks must promise to save this share of a sequential run: predictions of seconds are off by a quarter at times.
+# A candidate is chosen if it should save this share of a sequential run: predicted seconds are sometimes wrong by a
+# quarter.
 MARGIN = 0.25
 
 
 class Candidate(NamedTuple):
-    """A way to take the steps, and what it should take.
+    """A way to sample, and what it should take.
 
-    num_steps: one after the other (critical path); lower, upper: its interval of 90 %. seconds: compilation included.
-    merge: steps until the slowest lane of a segment should have merged.
+    Attributes:
+        name: Name in tables and reasons.
+        solver: The solver.
+        num_steps: Expected critical path, in sequential steps.
+        lower: Lower end of its 90 % interval.
+        upper: Upper end of its 90 % interval.
+        seconds: Expected seconds, including compilation.
+        merge: Steps until the slowest lane of a segment should have merged.
     """
 
     name: str
@@ -60,12 +69,15 @@ class Plan:
     ``print(plan)`` shows the candidates side by side. To take another one pass it on:
     ``parallel_chain(..., solver=plan.candidates[1].solver)``.
 
-    chosen: the candidate taken. reason: why, in one sentence. candidates: all of them, the cheapest first.
-    num_steps: steps per chain that were planned for.
-    costs, coalescence: the measurements behind it; coalescence is None where there was no pilot, or
-        one that proves nothing (`check_pilot`).
-    correction: what a step in order took as the run went, over what it was planned to take. The figures of a plan stay
-        as they were planned.
+    Attributes:
+        chosen: The candidate taken.
+        reason: Why, in one sentence.
+        candidates: All candidates, the cheapest first.
+        num_steps: Steps per chain that were planned for.
+        costs: The measured costs.
+        coalescence: The pilot; None if there was none, or one that proves nothing (`check_pilot`).
+        correction: Seconds of a sequential step as measured during the run, over those it was planned with. The other
+            figures of a plan are not corrected.
     """
 
     chosen: Candidate
@@ -82,7 +94,7 @@ class Plan:
 
     @property
     def sequential_seconds(self) -> float:
-        """What sequential sampling should take."""
+        """Expected seconds of sequential sampling."""
         return self.num_steps * self.costs.sequential
 
     def __str__(self) -> str:
@@ -107,25 +119,33 @@ def plan(
 ) -> Plan:
     """Choose among sequential sampling, blocks of any number on one or more devices, DEER and quasi-DEER, by seconds.
 
-    A sequential run takes ``T s`` seconds. P blocks take one compilation, beside which some steps are taken in order,
-    and for each segment of S P steps ``(S + M) (a + C P b)`` seconds, where M is the merge time of the slowest of C P
-    lanes (as `predict_sweeps`) and b that of so many devices (see `Costs`). Blocks are chosen if every pair of the
-    pilot merged and they should save a quarter of the sequential run.
+    A sequential run takes ``T s`` seconds. P blocks take one compilation, during which some sequential steps are taken,
+    and ``(S + M) (a + C P b)`` seconds for each segment of S P steps, where M is the merge time of the slowest of C P
+    lanes (as in `predict_sweeps`) and b is the cost of a lane on so many devices (see `Costs`). Blocks are chosen if
+    every pair of the pilot merged and they should save a quarter of the sequential run.
 
     DEER and quasi-DEER take their predicted iterations (`predict_iterations`), each a step of C T (1 + D) lanes, for
-    the map and its D tangents, and log2(T) overheads for the scan. They are considered where T states fit into memory;
-    where what an iteration holds of T steps does not, windows of as many steps as do slide along the path (`Windowed`).
-    Trust regions (ELK) are not: where chains merge, none was the cheapest of 77 measured cases (docs/decisions/018).
+    the map and its D tangents, and log2(T) overheads for the scan. They are considered if T states fit into memory;
+    otherwise in windows that slide along the path (`Windowed`). Trust regions (ELK) are not considered: where chains
+    merge, none was the cheapest of 77 measured cases (docs/decisions).
 
-    num_steps: T, steps per chain that are left. num_chains: C. costs: s, a, b and the seconds of a compilation.
-    coalescence: the pilot; None where nothing is known of how chains merge.
-    dim: D, real entries of a state; None: do not consider Newton's method.
-    max_steps: steps per chain of which a solve by this solver may hold what it needs at a time; None: any number.
-    device_sets: devices that may share blocks, each set a choice; an empty one is the one device used by default.
-    ready: solvers out of `block_solvers` whose program need not be compiled any more.
+    Args:
+        num_steps: T, steps per chain that are left.
+        num_chains: C.
+        costs: s, a, b and the seconds of a compilation.
+        coalescence: The pilot; None if nothing is known about merges.
+        dim: D, real entries of a state. None: Newton's method is not considered.
+        max_steps: Steps per chain for which a solve by a given solver has memory, as a function of the solver. None:
+            any
+            number.
+        device_sets: Sets of devices that may share blocks, each a choice. An empty set is the default device.
+        ready: Solvers from `block_solvers` whose program is compiled already.
+
+    Returns:
+        The `Plan`.
 
     Raises:
-        ValueError: num_steps or num_chains below 1, or a pilot of a single pair.
+        ValueError: ``num_steps`` or ``num_chains`` is below 1, or the pilot has a single pair.
 
     Example:
         >>> from pmcmc.planning import Costs, plan
@@ -165,7 +185,7 @@ def plan(
 
 
 def block_solvers(device_sets: Sequence[Sequence[jax.Device]]) -> list[MultipleShooting]:
-    """Numbers of blocks to choose from, on each set of devices; as many or more than devices."""
+    """Return the shooting solvers to choose from: every number of blocks, at least one per device, on each set."""
     every = [(p, devices) for devices in device_sets for p in BLOCK_COUNTS if p >= len(devices)]
     solvers = [MultipleShooting(num_blocks=p, devices=tuple(devices) or None) for p, devices in every]
     return [replace(solver, num_blocks=solver.blocks_for(p)) for solver, (p, _) in zip(solvers, every, strict=True)]
@@ -180,19 +200,20 @@ def _block_candidates(
     device_sets: Sequence[Sequence[jax.Device]],
     ready: Collection[RecurrenceSolver],
 ) -> list[Candidate]:
+    """Return the candidates that run blocks; arguments as in `plan`."""
     found = []
     tail = ExponentialTail.fit(np.asarray(coalescence.steps), coalescence.max_steps)
     most = max_steps(MultipleShooting())
     for solver in block_solvers(device_sets):
         num_blocks, num_devices = solver.blocks_for(num_steps), max(1, len(solver.shared_by))
         merge, low, high = longest_of(tail, num_chains * (num_blocks - 1), LEVEL)
-        if num_blocks * max(BLOCK_UNIT, merge) > num_steps / 2:  # half of all work would be repair
+        if num_blocks * max(MultipleShooting.unit, merge) > num_steps / 2:  # repair would be half of all work
             continue
         compilation = 0.0 if solver in ready else costs.compile
         in_order = min(num_steps, int(costs.overlap * compilation / costs.sequential))
         step = costs.step(num_blocks * num_chains, num_devices)
         segments = schedule(num_steps - in_order, num_blocks, merge, step / costs.sequential, most)
-        plain = sum(BLOCK_UNIT * -(-s // (num_blocks * BLOCK_UNIT)) for s in segments)
+        plain = sum(MultipleShooting.unit * -(-s // (num_blocks * MultipleShooting.unit)) for s in segments)
         path, lower, upper = (plain + len(segments) * steps for steps in (merge, low, high))
         shared = f" on {num_devices} devices" if num_devices > 1 else ""
         found.append(
@@ -217,6 +238,7 @@ def _newton_candidates(
     dim: int,
     max_steps: Callable[[RecurrenceSolver], Scalar],
 ) -> list[Candidate]:
+    """Return the candidates that run Newton's method; arguments as in `plan`."""
     found: list[Candidate] = []
     for name, make, structure in (("DEER", deer, Dense()), ("quasi-DEER", quasi_deer, Diagonal())):
         window = _window(make(), num_steps, max_steps)
@@ -225,7 +247,7 @@ def _newton_candidates(
         windows = math.ceil(num_steps / window)
         count = Prediction(*(windows * k for k in predict_iterations(structure, coalescence, length=window)))
         iteration = costs.step(num_chains * window * (1 + dim)) + costs.overhead * math.log2(window)
-        # what may be lost if they do not converge, as in `next_segment`
+        # If it does not converge, it may cost the predicted iterations and the share that `next_segment` allows.
         newton = make(max_iters=math.ceil(count.value + LOSS * num_steps * costs.sequential / iteration))
         seconds = count.value * iteration + costs.compile
         if windows == 1:
@@ -237,7 +259,7 @@ def _newton_candidates(
 
 
 def _window(newton: Newton, num_steps: int, max_steps: Callable[[RecurrenceSolver], Scalar]) -> int:
-    """Steps that an iteration may hold, beside the whole path where they are not all."""
+    """Return the steps that an iteration has memory for, alongside the whole path if they are not all."""
     if num_steps <= max_steps(newton):
         return num_steps
     path = num_steps / max_steps(Windowed(newton))

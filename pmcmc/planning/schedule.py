@@ -1,8 +1,15 @@
-"""How long the next segment of a run may be, and what steps really took."""
+"""How long the segments of a run in blocks are, which bounds what "auto" may lose, and how fast steps really are.
+
+`next_segment` is the one rule: a segment that fails may cost the time saved so far plus the share `LOSS` of a
+sequential run. `schedule` applies it to a run in which merges arrive as predicted, for a plan;
+`pmcmc.sampling.automatic` applies it to what a run has really saved. `Pace` estimates the seconds of a step from
+stretches, some of which may be held up.
+"""
 
 import numpy as np
 
 from pmcmc._typing import Scalar
+from pmcmc.planning.costs import segment_cost
 
 # The first segment is at most this share of a run.
 FIRST_SHARE = 1 / 8
@@ -11,13 +18,17 @@ LOSS = 0.1
 
 
 def next_segment(num_steps: int, done: int, saved: Scalar, cost: Scalar, max_steps: Scalar) -> int:
-    """Steps of the next segment: as many as may be lost, at most T/8 at first.
+    """Return the number of steps of the next segment.
 
-    A segment that fails costs ``cost`` per step; what it costs in all may exceed what was saved so far by a tenth of
-    the sequential run.
+    A segment that fails costs ``cost`` per step. In all, it may cost no more than was saved so far plus the share
+    `LOSS` of a sequential run. The first segment is at most T / 8.
 
-    num_steps: T, all steps planned for, of which ``done`` are solved. saved: steps of sequential sampling that they
-    saved. cost: of a step in blocks, in steps of sequential sampling.
+    Args:
+        num_steps: T, all steps planned for.
+        done: Steps solved so far.
+        saved: Time that they saved, in sequential steps.
+        cost: Cost of a step in blocks, in sequential steps; see `segment_cost`.
+        max_steps: Steps for which a solve has memory.
     """
     allowed = (LOSS * num_steps + max(saved, 0.0)) / cost
     if not done:
@@ -26,38 +37,46 @@ def next_segment(num_steps: int, done: int, saved: Scalar, cost: Scalar, max_ste
 
 
 def schedule(num_steps: int, num_blocks: int, merge: Scalar, step: Scalar, max_steps: Scalar) -> list[int]:
-    """Segments of a run in which merges arrive as predicted; step: of all lanes, in steps of sequential sampling."""
+    """Return the segments of a run in which merges arrive as predicted.
+
+    Args:
+        num_steps: T.
+        num_blocks: P.
+        merge: Steps until the slowest lane of a segment has merged.
+        step: Cost of a step of all lanes, in sequential steps.
+        max_steps: Steps for which a solve has memory.
+    """
     segments: list[int] = []
     done, saved = 0, 0.0
     while done < num_steps:
-        # merges are known to arrive by the time that a segment is repaired; a first guess of its length is T/8
+        # The cost of a step depends on the length of the segment: take that of the last one, or T / 8.
         guess = segments[-1] if segments else FIRST_SHARE * num_steps
-        length = next_segment(num_steps, done, saved, step * (1 / num_blocks + merge / guess), max_steps)
+        length = next_segment(num_steps, done, saved, segment_cost(step, num_blocks, merge, guess), max_steps)
         segments.append(length)
         done += length
-        saved += length - step * (length / num_blocks + merge)
-        if len(segments) > 1000:  # each segment too short to pay: it will not be chosen
+        saved += length * (1 - segment_cost(step, num_blocks, merge, length))
+        if len(segments) > 1000:  # segments are too short to pay: this plan will not be chosen
             return [*segments, num_steps - done]
     return segments
 
 
 class Pace:
-    """Stretches of steps and the seconds that they took. A machine that stalls for a moment spoils one of them."""
+    """Seconds per step from stretches of steps, robust to a machine that stalls during some of them."""
 
     def __init__(self) -> None:
         self._steps: list[int] = []
         self._rates: list[float] = []
 
     def add(self, num_steps: int, seconds: float) -> None:
-        """One more stretch."""
+        """Add a stretch."""
         self._steps.append(num_steps)
         self._rates.append(seconds / num_steps)
 
     @property
     def seconds_per_step(self) -> float:
-        """The lower median over all steps, each at the rate of its stretch; NaN where there are none.
+        """The lower median over all steps, each at the rate of its stretch; NaN if there are none.
 
-        Short stretches, most of whose time goes into the call, count as little as they are long.
+        Short stretches, whose time is mostly that of the call, count little.
         """
         if not self._steps:
             return float("nan")

@@ -13,6 +13,7 @@ from pmcmc._pytree import is_real
 from pmcmc._xla.background import num_cores
 from pmcmc._xla.compile import default_platform
 from pmcmc.planning import Costs, Plan, plan
+from pmcmc.planning.costs import CostModel, segment_cost
 from pmcmc.planning.plan import block_solvers
 from pmcmc.planning.schedule import FIRST_SHARE, next_segment
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential
@@ -25,21 +26,11 @@ from pmcmc.warmup.base import LaneTiming
 
 # Runs that should take less than this sequentially are sampled so, without a pilot.
 SHORT_SECONDS = 1.0
-# The program of blocks holds the step twice (zeroth sweep and repair), the sequential one once.
-COMPILE_RATIO = 1.5
-# A step of lanes has an overhead near this on a CPU, and one of the warm-up, which averages beside it, near that; on
-# other devices lanes are all but free up to some thousands.
-CPU_OVERHEAD, CPU_WARMUP_OVERHEAD, FREE_LANES = 2e-6, 1e-5, 8192
-# What CPU devices, which are threads of the same cores, add to a step that they share, and what each gains: two of them
-# were 1.09 to 1.79 times as fast as one at steps of 97 us and more, and as slow as 0.68 at short ones (decision 019).
-CPU_DEVICE_OVERHEAD, CPU_DEVICE_GAIN = 1e-5, 0.2
 # A segment may take this many times its predicted merge before it is given up.
 PATIENCE = 4
 # Steps taken in order while the program of blocks is compiled come in stretches of so many seconds: between them the
 # two threads wait for each other.
 STRETCH_SECONDS = 0.25
-# Share of that time which goes into steps: the tracing of the program, and what a second core gives, take the rest.
-OVERLAP = 0.7
 # Steps in order are looked at so many times in a run, which is planned anew where they take this many times what was
 # thought.
 NUM_LOOKS, SURPRISE = 16, 2.0
@@ -163,19 +154,16 @@ class Automatic:
         return (SEGMENT_BYTES if budget is None else budget) / self.run.engine.bytes_per_step(solver)
 
     def costs(self, head: Head) -> Costs:
-        """The chains' own steps in order, and from the warm-up's lanes what a step of many takes."""
-        chains, seconds = self.run.engine.num_chains, head.seconds_per_step
+        """Return what steps cost, from those of the chains' own first steps and of the lanes of warm-up."""
         engine = self.run.engine
-        compile_seconds = COMPILE_RATIO * (engine.compile_seconds(Sequential(), head.shape) or 0.0)
-        overlap = OVERLAP if num_cores() > 1 else 0.0
-        if default_platform() != "cpu":
-            overhead = seconds if self.timing is None else self.timing.seconds_per_step
-            return Costs(seconds, overhead, overhead / FREE_LANES, compile_seconds, overlap)
-        overhead, lane = 0.0, seconds / chains
-        if self.timing is not None:
-            lanes, wide = self.timing
-            overhead, lane = CPU_OVERHEAD, max(wide - CPU_WARMUP_OVERHEAD, 0.25 * wide) / lanes
-        return Costs(seconds, overhead, lane, compile_seconds, overlap, CPU_DEVICE_OVERHEAD, CPU_DEVICE_GAIN)
+        return CostModel().costs(
+            on_cpu=default_platform() == "cpu",
+            sequential=head.seconds_per_step,
+            num_chains=engine.num_chains,
+            compile_seconds=engine.compile_seconds(Sequential(), head.shape) or 0.0,
+            num_cores=num_cores(),
+            lanes=self.timing,
+        )
 
     def block_shape(self, solver: MultipleShooting) -> Shape:
         """For most of a run: its first segment is sure to be short of the whole. Runs of one length share it."""
@@ -226,7 +214,7 @@ class Automatic:
         path, rates, spent = 0, list[float](), 0.0  # of all lanes; spent: in steps of sequential sampling
         while run.left:
             done = run.done - start
-            at_first = expected / sequential * (1 / blocks + chosen.merge / (FIRST_SHARE * total))
+            at_first = segment_cost(expected / sequential, blocks, chosen.merge, FIRST_SHARE * total)
             cost = spent / done if done else at_first
             length = next_segment(total, done, done - spent, cost, shape.capacity * blocks)
             if rates:

@@ -147,6 +147,12 @@ def all_finite(tree: PyTree) -> Array:
     return jnp.all(finite_rows(tree, 0))
 
 
+def relative_gap(x: Array, y: Array, scale: Array) -> Array:
+    """Return ``|x - y| / scale`` by entry; equal entries are at distance 0 whatever the scale."""
+    gap = jnp.abs(x - y)
+    return jnp.where(gap == 0, 0.0, gap / jnp.broadcast_to(scale, x.shape))
+
+
 def relative_distance(a: PyTree, b: PyTree, scale: PyTree, num_axes: int = 1) -> Array:
     """Largest ``|a - b| / scale`` over all axes after the leading ``num_axes``, and over all leaves.
 
@@ -167,8 +173,7 @@ def relative_distance(a: PyTree, b: PyTree, scale: PyTree, num_axes: int = 1) ->
         axes = tuple(range(num_axes, x.ndim))
         if not is_real(x):
             return jnp.where(jnp.all(x == y, axis=axes), 0.0, jnp.inf)
-        gap = jnp.abs(x - y)
-        ratio = jnp.where(gap == 0, 0.0, gap / jnp.broadcast_to(s, x.shape))
+        ratio = relative_gap(x, y, s)
         worst = jnp.max(ratio, axis=axes, initial=0.0)
         return jnp.where(jnp.all(jnp.isfinite(ratio), axis=axes), worst, jnp.inf)
 

@@ -170,6 +170,14 @@ def _cell(cell: Any) -> Any:
         return None
 
 
+def inner_programs(equation: Any) -> Iterator[Jaxpr]:
+    """Yield the programs among an equation's parameters, such as the body of a loop."""
+    for value in equation.params.values():
+        for one in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(one, (ClosedJaxpr, Jaxpr)):
+                yield one.jaxpr if isinstance(one, ClosedJaxpr) else one
+
+
 def shape_of(aval: Any) -> tuple:
     """Return shape, dtype and weak type of an abstract value."""
     if not hasattr(aval, "shape"):

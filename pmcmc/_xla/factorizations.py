@@ -9,7 +9,7 @@ other threads from requesting two batches at once.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import wraps
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -19,6 +19,7 @@ import jaxlib.version
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 from pmcmc._typing import PyTree
+from pmcmc._xla.content import inner_programs
 
 
 class _Call(NamedTuple):
@@ -120,17 +121,9 @@ _KNOWN: WeakKeyDictionary[Jaxpr, bool] = WeakKeyDictionary()
 def _holds_large(program: Jaxpr) -> bool:
     """Whether a program, or one that it calls, contains a large batch."""
     if program not in _KNOWN:
-        _KNOWN[program] = any(_is_large(e) or any(map(_holds_large, _inner(e))) for e in program.eqns)
+        called = lambda equation: inner_programs(equation) if equation.primitive.name in _CALLS else ()
+        _KNOWN[program] = any(_is_large(e) or any(map(_holds_large, called(e))) for e in program.eqns)
     return _KNOWN[program]
-
-
-def _inner(equation: Any) -> Iterator[Jaxpr]:
-    """Yield the programs that an equation calls."""
-    if equation.primitive.name in _CALLS:
-        for value in equation.params.values():
-            for one in value if isinstance(value, tuple) else (value,):
-                if isinstance(one, (ClosedJaxpr, Jaxpr)):
-                    yield one.jaxpr if isinstance(one, ClosedJaxpr) else one
 
 
 class _Loops:

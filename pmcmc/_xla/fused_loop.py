@@ -5,7 +5,7 @@ threads, which then wait for each other. XLA has a pass that compiles loops over
 Its threshold cannot be set for a single program, but the attribute with which it marks such loops can.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 from pmcmc._typing import Array, PyTree
 from pmcmc._xla.compile import default_platform
+from pmcmc._xla.content import inner_programs
 
 # Up to this many lanes (chains, or copies of one), one single-threaded kernel is no slower than other programs.
 FEW_LANES = 8
@@ -83,14 +84,5 @@ def _mark(result: Any) -> Any:
 def _is_simple(jaxpr: Any) -> bool:
     """Whether a program consists of the listed primitives only."""
     return all(
-        equation.primitive.name in _SIMPLE and all(map(_is_simple, _inner(equation.params))) for equation in jaxpr.eqns
+        equation.primitive.name in _SIMPLE and all(map(_is_simple, inner_programs(equation))) for equation in jaxpr.eqns
     )
-
-
-def _inner(params: dict[str, Any]) -> Iterator[Any]:
-    """Yield the programs among an equation's parameters."""
-    for value in params.values():
-        for one in value if isinstance(value, (tuple, list)) else (value,):
-            inner = getattr(one, "jaxpr", one)
-            if hasattr(inner, "eqns"):
-                yield inner

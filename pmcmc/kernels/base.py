@@ -265,6 +265,16 @@ def step_content(kernel: Kernel, target: Target) -> Hashable:
     return trace(whole, target, target.spec.template, jax.random.key(0)).content
 
 
+def check_step_size(step_size: Any) -> None:
+    """Raise an error if a step size is a number that is not positive; None and arrays pass.
+
+    Raises:
+        ValueError: It is.
+    """
+    if isinstance(step_size, (int, float)) and not step_size > 0:
+        raise ValueError(f"step_size must be positive, got {step_size}.")
+
+
 class PositionKernel(Kernel):
     """Base class of kernels whose unknown is the field ``position`` of their state; all other fields are caches."""
 

@@ -24,7 +24,7 @@ from jax.flatten_util import ravel_pytree
 from pmcmc._pytree import is_real, register_dataclass
 from pmcmc._typing import Array, PRNGKey, PyTree, Scalar
 from pmcmc.interop import blackjax as interop
-from pmcmc.kernels.base import Info, Kernel, step_content
+from pmcmc.kernels.base import Info, Kernel, check_step_size, step_content
 from pmcmc.random.threefry import key_pair
 from pmcmc.target import Target
 
@@ -237,9 +237,8 @@ def from_blackjax(algorithm: Callable | Any, *, caches: tuple[str, ...] | None =
             "divides the prior out: see the example of from_blackjax."
         )
     step_size = parameters.get("step_size")
+    check_step_size(step_size)
     if isinstance(step_size, (int, float)):
-        if not step_size > 0:
-            raise ValueError(f"step_size must be positive, got {step_size}.")
         parameters["step_size"] = float(step_size)
     numbers = {name: value for name, value in parameters.items() if _is_numeric(value)}
     settings = tuple((name, value) for name, value in sorted(parameters.items()) if name not in numbers)

@@ -17,7 +17,7 @@ import numpy as np
 
 from pmcmc._pytree import register_dataclass
 from pmcmc._typing import Array, ArrayLeaf, Scalar
-from pmcmc.kernels.base import Info
+from pmcmc.kernels.base import Info, check_step_size
 from pmcmc.kernels.leapfrog import Leapfrog, SequentialLeapfrog, UniformLength
 from pmcmc.kernels.metropolis import BranchTaken, GradientKernel, GradientState, Surrogate, accept
 from pmcmc.random.distributions import normals, uniforms
@@ -82,8 +82,7 @@ class HMC(GradientKernel):
     leapfrog: Leapfrog = SequentialLeapfrog()
 
     def __post_init__(self):
-        if isinstance(self.step_size, (int, float)) and not self.step_size > 0:
-            raise ValueError(f"step_size must be positive, got {self.step_size}.")
+        check_step_size(self.step_size)
         if isinstance(self.num_integration_steps, int) and self.num_integration_steps < 1:
             raise ValueError(f"num_integration_steps must be at least 1, got {self.num_integration_steps}.")
         if isinstance(self.step_size_jitter, (int, float)) and not 0 <= self.step_size_jitter < 1:

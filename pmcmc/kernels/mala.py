@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pmcmc._pytree import register_dataclass
 from pmcmc._typing import Array, Scalar
-from pmcmc.kernels.base import Info
+from pmcmc.kernels.base import Info, check_step_size
 from pmcmc.kernels.metropolis import BranchTaken, GradientKernel, GradientState, Surrogate, accept
 from pmcmc.random.distributions import normals, uniforms
 
@@ -59,8 +59,7 @@ class MALA(GradientKernel):
     surrogate: Surrogate = BranchTaken()
 
     def __post_init__(self):
-        if isinstance(self.step_size, (int, float)) and not self.step_size > 0:
-            raise ValueError(f"step_size must be positive, got {self.step_size}.")
+        check_step_size(self.step_size)
 
     def target_acceptance_rate(self, dim):
         return 0.574

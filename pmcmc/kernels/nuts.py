@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from pmcmc._pytree import register_dataclass
 from pmcmc._typing import Array, ArrayLeaf, PyTree, Scalar
 from pmcmc.kernels import nuts_tree as machine
-from pmcmc.kernels.base import Info
+from pmcmc.kernels.base import Info, check_step_size
 from pmcmc.kernels.metropolis import GradientKernel, GradientState
 from pmcmc.random.distributions import jax_normals
 from pmcmc.random.threefry import fold_in, key_pair
@@ -75,8 +75,7 @@ class NUTS(GradientKernel):
     max_num_doublings: int = field(default=10, metadata=dict(static=True))
 
     def __post_init__(self):
-        if isinstance(self.step_size, (int, float)) and not self.step_size > 0:
-            raise ValueError(f"step_size must be positive, got {self.step_size}.")
+        check_step_size(self.step_size)
         if self.max_num_doublings < 1:
             raise ValueError(f"max_num_doublings must be at least 1, got {self.max_num_doublings}.")
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from pmcmc._pytree import register_dataclass
 from pmcmc._typing import Array, Scalar
-from pmcmc.kernels.base import Info, PositionKernel
+from pmcmc.kernels.base import Info, PositionKernel, check_step_size
 from pmcmc.kernels.metropolis import BranchTaken, Surrogate, decide
 from pmcmc.random.distributions import normals, uniforms
 
@@ -107,8 +107,7 @@ class RandomWalk(PositionKernel):
     surrogate: Surrogate = BranchTaken()
 
     def __post_init__(self):
-        if isinstance(self.step_size, (int, float)) and not self.step_size > 0:
-            raise ValueError(f"step_size must be positive, got {self.step_size}.")
+        check_step_size(self.step_size)
         for name in ("grid_share", "independence_share"):
             share = getattr(self, name)
             if isinstance(share, (int, float)) and not 0 <= share <= 1:

@@ -10,6 +10,20 @@ from pmcmc.recurrence.scan import running
 from pmcmc.recurrence.sharding import Steps
 
 
+def log_growth(distance: Array, before: Array, tol: Array | float) -> Array:
+    """Return ``log(distance / before)`` with both clipped to tol / 1024 .. 1: one term of the mean growth rate.
+
+    The floor keeps a merge that happens to be exact from counting as infinite contraction.
+
+    Args:
+        distance: Distance of two paths after a step.
+        before: Distance before it.
+        tol: Tolerance at which paths merge.
+    """
+    floor = tol * 2.0**-10
+    return jnp.log(jnp.maximum(jnp.minimum(distance, 1.0), floor) / jnp.maximum(before, floor))
+
+
 def separates(growth_rate: Array, residual: Array, tol: Array | float, length: Array | int) -> Array:
     """Whether nearby paths separate so fast that a solution with this residual may be a pseudo-orbit.
 

@@ -25,8 +25,7 @@ class WarmupRecord:
     def __call__(self, target: Target, path: Array) -> None:
         rows, basis = np.asarray(path), target.basis
         if basis is not None:
-            scale = np.asarray(basis.scale)
-            rows = np.asarray(basis.loc) + (rows @ scale.T if scale.ndim == 2 else rows * scale)
+            rows = basis.to_positions(rows).astype(rows.dtype)
         self._stretches.append(rows)
 
     def path(self) -> np.ndarray:

@@ -16,6 +16,7 @@ import numpy as np
 from pmcmc._pytree import finite_rows, is_real, real_dtype, tree_index
 from pmcmc._typing import Array, ArrayLeaf, PyTree, Scalar
 from pmcmc.recurrence import Recurrence
+from pmcmc.recurrence.growth import log_growth
 from pmcmc.recurrence.problem import as_recurrence
 from pmcmc.recurrence.solution import default_tolerance
 from pmcmc.stability.distance import coordinate_distances, judged_movement
@@ -312,8 +313,7 @@ def _observe(run: _Run, carry: PyTree, x: PyTree, num_pairs: int, scale: PyTree,
     merged = run.pending & finite & (distance <= tol)
     # Only steps of unmerged pairs that start in the regime of small distances count: see optional stopping above.
     small = run.pending & finite & (before < jnp.sqrt(tol)) & (before > 0)
-    floor = tol * 2.0**-10
-    growth = jnp.log(jnp.maximum(jnp.minimum(distance, 1.0), floor) / jnp.maximum(before, floor))
+    growth = log_growth(distance, before, tol)
     return _Run(
         step=now,
         carry=carry,

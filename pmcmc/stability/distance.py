@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._pytree import is_real
+from pmcmc._pytree import is_real, relative_gap
 from pmcmc._typing import Array, ArrayLeaf, PyTree
 from pmcmc.target import Target
 
@@ -40,8 +40,7 @@ def coordinate_distances(
         if not is_real(x):
             ratio = jnp.where(x == y, 0.0, discrete)
         else:
-            gap = jnp.abs(x - y)
-            ratio = jnp.where(gap == 0, 0.0, gap / jnp.broadcast_to(s, x.shape))
+            ratio = relative_gap(x, y, s)
             ratio = jnp.where(jnp.isfinite(ratio), ratio, jnp.inf)
         return ratio.reshape(*x.shape[:num_axes], -1)
 
@@ -102,11 +101,7 @@ def site_distances(target: Target, first: Array, second: Array, *, scale: PyTree
         unravel = jax.vmap(unravel)
     gaps = unravel(gap)
     scales = jax.tree.map(jnp.ones_like, gaps) if scale is None else scale
-    ratios = jax.tree.map(
-        lambda d, s: jnp.where(d == 0, 0.0, jnp.abs(d) / jnp.broadcast_to(jnp.asarray(s, d.dtype), d.shape)),
-        gaps,
-        scales,
-    )
+    ratios = jax.tree.map(lambda d, s: relative_gap(d, jnp.zeros_like(d), jnp.asarray(s, d.dtype)), gaps, scales)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/") or "position": ratio
         for path, ratio in jax.tree_util.tree_leaves_with_path(ratios)

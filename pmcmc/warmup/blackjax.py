@@ -35,6 +35,7 @@ from pmcmc.warmup.lanes import (
     tune,
     tuned_shapes,
 )
+from pmcmc.warmup.moments import pooled_moments
 
 
 @register_dataclass
@@ -117,18 +118,7 @@ def _explore(target: Target, rng_key: PRNGKey, positions: Array, *, num_steps: i
     num_starts = positions.shape[0]
     paths, acceptance_rate = jax.vmap(one)(jax.random.split(rng_key, num_starts), positions)
     late = paths[:, num_steps // 2 :]
-    draws = late.reshape(-1, late.shape[-1])
-    mean = jnp.mean(draws, axis=0)
-    centred = draws - mean[None]
-    variance = jnp.mean(centred**2, axis=0)
-    scale = jnp.sqrt(variance)
-    if dense:
-        # Shrink towards the diagonal, so that the factor stays finite if there are few draws for the dimension.
-        weight = target.dim / (target.dim + draws.shape[0])
-        standardised = centred / scale[None]
-        correlation = standardised.T @ standardised / draws.shape[0]
-        correlation = (1 - weight) * correlation + weight * jnp.eye(target.dim, dtype=draws.dtype)
-        scale = scale[:, None] * jnp.linalg.cholesky(correlation)
+    mean, scale = pooled_moments(late.reshape(-1, late.shape[-1]), dense)
     per_start = NUM_LANES // num_starts
     spaced = jnp.linspace(num_steps // 2, num_steps - 1, per_start).astype(int)
     last = paths[:, spaced].reshape(num_starts * per_start, -1)

@@ -39,6 +39,7 @@ from pmcmc.warmup.lanes import (
     tune,
     tuned_shapes,
 )
+from pmcmc.warmup.moments import path_moments
 
 # A basis is settled if draws made in it look standard to within the factor SETTLED, and at least the share MIXED of
 # their variance is within lanes.
@@ -267,7 +268,7 @@ class Explorer:
         self.finite = bool(np.all(np.isfinite(path)))
         # Update the basis from the draws of the window.
         if self.finite:
-            mean, factor = _moments(path, self.dense)
+            mean, factor = path_moments(path, self.dense)
             self.settled = _is_settled(path, mean, factor)
             scale = self.frame.scale @ factor if self.dense else self.frame.scale * factor
             self.frame = Frame(self.frame.to_positions(mean[None])[0], scale)
@@ -357,33 +358,6 @@ def _with_places(last: np.ndarray, lost: np.ndarray, moving: np.ndarray) -> np.n
     if len(lost):  # lost lanes are never all lanes, so some are moving
         last[lost] = last[moving[lost % len(moving)]]
     return last
-
-
-def _moments(path: np.ndarray, dense: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean (D,) and Cholesky factor (D, D), or standard deviations (D,), of the draws of a path.
-
-    A coordinate that did not move keeps its scale. The correlation is shrunk towards the identity by
-    ``(D / (D + n))^2``, with n the effective number of draws. This is negligible for many draws, however strong the
-    correlation, and enough to keep the factor finite for few.
-
-    Args:
-        path: Coordinates of the lanes; shape (steps, lanes, D).
-        dense: Whether to return a full factor.
-    """
-    num_steps, num_lanes, dim = path.shape
-    draws = path.reshape(-1, dim)
-    mean, deviation = draws.mean(axis=0), draws.std(axis=0)
-    deviation = np.where(deviation > 0, deviation, 1.0)
-    if not dense:
-        return mean, deviation
-    z = (path - mean) / deviation
-    lagged = np.clip(np.mean(z[1:] * z[:-1], axis=(0, 1)).max(), 0.0, 1.0)
-    effective = num_lanes * (1 + (num_steps - 1) * (1 - lagged) / (1 + lagged))
-    weight = (dim / (dim + effective)) ** 2
-    z = z.reshape(-1, dim)
-    correlation = (1 - weight) * (z.T @ z) / len(z)
-    np.fill_diagonal(correlation, 1.0)
-    return mean, deviation[:, None] * np.linalg.cholesky(correlation)
 
 
 def _as_rows(positions: PyTree) -> np.ndarray:

@@ -22,6 +22,7 @@ from pmcmc.interop.blackjax import dual_averaging
 from pmcmc.kernels import Block, Compose, Kernel, SiteKernel
 from pmcmc.target import Basis, Target
 from pmcmc.warmup.base import LaneTiming, Tuned, Warmup, WarmupError, Watch, ignore
+from pmcmc.warmup.moments import pooled_moments
 
 NUM_WINDOWS = 4
 
@@ -277,18 +278,8 @@ def _changed(new: PyTree, old: PyTree) -> Array:
 
 @partial(jax.jit, static_argnames="dense")
 def _pooled(draws: Array, *, dense: bool) -> Basis:
-    """Return the basis of draws (N, D): their mean, and standard deviations or Cholesky factor of their covariance."""
-    mean = jnp.mean(draws, axis=0)
-    centred = draws - mean[None]
-    scale = jnp.sqrt(jnp.mean(centred**2, axis=0))
-    if not dense:
-        return Basis(mean, scale)
-    # Shrink towards the diagonal, so that the factor stays finite if there are few draws for the dimension.
-    count, dim = draws.shape
-    weight = dim / (dim + count)
-    standardised = centred / scale[None]
-    correlation = (1 - weight) * standardised.T @ standardised / count + weight * jnp.eye(dim, dtype=draws.dtype)
-    return Basis(mean, scale[:, None] * jnp.linalg.cholesky(correlation))
+    """Return the basis of draws (N, D)."""
+    return Basis(*pooled_moments(draws, dense))
 
 
 def _check_window(target: Target, kernel: Kernel, window: Window) -> None:

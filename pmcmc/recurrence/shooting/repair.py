@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from pmcmc._pytree import finite_rows, is_real, relative_distance, tree_where
 from pmcmc._typing import Array, PyTree, Scalar
+from pmcmc.recurrence.growth import log_growth
 from pmcmc.recurrence.lanes import Lanes, read_step, walk_apart, write_where
 from pmcmc.recurrence.shooting.reference import WATCHED_STEPS
 from pmcmc.recurrence.solution import default_tolerance
@@ -227,8 +228,7 @@ def _write(now: Pass, x, aux, distance, live, merged, overwrite, small, tol) -> 
     If a lane merges, the recorded state is kept, but aux is that of the step just taken: its predecessor has changed.
     """
     recording = now.recording
-    floor = tol * 2.0**-10
-    growth = jnp.log(jnp.maximum(jnp.minimum(distance, 1.0), floor) / jnp.maximum(now.distance, floor))
+    growth = log_growth(distance, now.distance, tol)
     return Recording(
         path=write_where(overwrite, recording.path, x, now.step),
         aux=write_where(live, recording.aux, aux, now.step),

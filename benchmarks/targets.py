@@ -10,7 +10,8 @@ import numpy as np
 
 from benchmarks._harness import SHARED
 from pmcmc.kernels import HMC, MALA, NUTS, Kernel, RandomWalk
-from pmcmc.target import Basis, Target
+from pmcmc.model_basis import Basis
+from pmcmc.target import Target
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ NumPyro's samplers are translated into pmcmc's kernels and warm-ups; options wit
 anything runs. `ParallelState` and `AdaptState` have the fields that NumPyro users expect in ``last_state``.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple
@@ -12,10 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.infer import HMC as NumpyroHMC
 from numpyro.infer import MCMC
 from numpyro.infer import NUTS as NumpyroNUTS
-from numpyro.infer.hmc_util import euclidean_kinetic_energy
 from numpyro.infer.initialization import init_to_uniform
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import initialize_model
@@ -25,18 +22,18 @@ from pmcmc._xla.trace import refuse_transformation
 from pmcmc.chain.chain import Chain
 from pmcmc.chain.draws import site_shapes
 from pmcmc.chain.state import ChainState, Source, last_logdensity, model_source
-from pmcmc.kernels import HMC, NUTS, Kernel
+from pmcmc.kernels import Kernel
+from pmcmc.model_basis import Basis
+from pmcmc.numpyro_samplers import STEP_SIZE, check_metric_sites, kernel_fields, translate, with_metric
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.sampling.api import model_starts
 from pmcmc.sampling.session import sample_from, sample_new, warm_up
 from pmcmc.sampling.settings import Settings, as_key
-from pmcmc.target import Basis, Target
-from pmcmc.warmup import EnsembleAdaptation, Warmup
-from pmcmc.warmup.lanes import check_metric, scale_of_metric
+from pmcmc.target import Target
+from pmcmc.warmup import Warmup
+from pmcmc.warmup.metric import check_metric, scale_of_metric
 
 __all__ = ["AdaptState", "ParallelMCMC", "ParallelState"]
-
-_STEP_SIZE = "adapt_state.step_size"
 
 
 class AdaptState(NamedTuple):
@@ -163,8 +160,8 @@ class ParallelMCMC(MCMC):
                     "former, or leave kernel= out."
                 )
             self._stands_for = type(sampler).__name__
-            kernel, adaptation = _translate(sampler, num_warmup)
-            warmup = adaptation if warmup is None else _with_metric(warmup, adaptation.inverse_mass_matrix)
+            kernel, adaptation = translate(sampler, num_warmup)
+            warmup = adaptation if warmup is None else with_metric(warmup, adaptation.inverse_mass_matrix)
         if callable(chain_method) or chain_method in ("parallel", "sequential"):
             chain_method = "vectorized"  # NumPyro refuses other values
         super().__init__(
@@ -248,9 +245,9 @@ class ParallelMCMC(MCMC):
             typed = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
             if rng_key.ndim == (1 if typed else 2) and len(rng_key) == self.num_chains:
                 rng_key = rng_key[0]
-        _check_metric_sites(self.sampler._inverse_mass_matrix, target)
+        check_metric_sites(self.sampler._inverse_mass_matrix, target)
         settings = self._settings(target)
-        settings = replace(settings, extra_fields=_kernel_fields(target, settings.kernel, extra_fields))
+        settings = replace(settings, extra_fields=kernel_fields(target, settings.kernel, extra_fields))
         source = replace(source, target=self._with_basis(target, settings.kernel))
         return source, as_key(rng_key), settings
 
@@ -353,30 +350,6 @@ def _name(kernel: Kernel, other: Kernel) -> str:
     return repr(kernel) if type(kernel) is type(other) else type(kernel).__name__
 
 
-def _site(field: str) -> str:
-    """Return the site that an extra field such as ``"z.mu"`` or ``"~z.mu"`` names, or ""."""
-    return field.removeprefix("~")[2:] if field.removeprefix("~").startswith("z.") else ""
-
-
-def _kernel_fields(target: Target, kernel: Kernel, extra_fields: Sequence[str]) -> tuple[str, ...]:
-    """Return the extra fields that the kernel reports; raise if a name, or the site in it, does not exist."""
-    if isinstance(extra_fields, str):
-        raise TypeError(f"extra_fields must be a sequence of names, got {extra_fields!r}: write ({extra_fields!r},).")
-    latent = set(target.spec.template)
-    for name in filter(_site, extra_fields):
-        sites = set(site_shapes(target)) if name.startswith("~") else latent
-        if _site(name) not in sites:
-            raise ValueError(f"extra_fields: {name!r} names no site of the model: expected one out of {sorted(sites)}.")
-    of_kernel = tuple(name for name in extra_fields if not (_site(name) or name in ("z", _STEP_SIZE)))
-    if unknown := sorted(set(of_kernel) - set(kernel.extra_fields)):
-        raise ValueError(
-            f"{type(kernel).__name__} has no extra_fields {unknown}: expected names out of "
-            f"{['z', *kernel.extra_fields, _STEP_SIZE]}, 'z.site' for the unconstrained values of one of "
-            f"{sorted(latent)}, or '~z.site' to leave one of {sorted(site_shapes(target))} out."
-        )
-    return of_kernel
-
-
 def _standing(state: ChainState) -> ParallelState:
     positions = jax.vmap(lambda x: state.kernel.position(state.target, x))(state.unknown)
     potential = jnp.asarray(-last_logdensity(state))
@@ -394,9 +367,9 @@ def _states(chain: Chain, extra_fields: Sequence[str]) -> dict[str, Any]:
     if any(name.startswith("z.") for name in extra_fields):
         positions = _positions(chain)
         states |= {name: positions[name[2:]] for name in extra_fields if name.startswith("z.")}
-    if _STEP_SIZE in extra_fields:
+    if STEP_SIZE in extra_fields:
         step_size = jnp.asarray(chain.kernel.tunables.get("step_size", jnp.nan))
-        states[_STEP_SIZE] = jnp.broadcast_to(step_size, (chain.num_chains, chain.num_samples))
+        states[STEP_SIZE] = jnp.broadcast_to(step_size, (chain.num_chains, chain.num_samples))
     return states
 
 
@@ -404,91 +377,3 @@ def _positions(chain: Chain) -> dict[str, Array]:
     """Return the unconstrained draws by site."""
     one = lambda x: chain.kernel.position(chain.target, x)
     return jax.jit(jax.vmap(jax.vmap(one)))(chain.unknowns)
-
-
-def _translate(sampler: Any, num_warmup: int) -> tuple[Kernel, EnsembleAdaptation]:
-    """Return the pmcmc kernel and warm-up that correspond to a NumPyro kernel; raise if it has no counterpart."""
-    if type(sampler) not in (NumpyroHMC, NumpyroNUTS):
-        raise TypeError(
-            f"{type(sampler).__name__} has no counterpart that is sampled in parallel: expected numpyro.infer.NUTS or "
-            "HMC. Pass the model and a pmcmc kernel, as in ParallelMCMC(model, kernel=pmcmc.HMC(), ...)."
-        )
-    _refuse(sampler)
-    step_size = None if sampler._adapt_step_size and num_warmup else sampler._step_size
-    metric = None if sampler._adapt_mass_matrix and num_warmup else _whole_metric(sampler)
-    if metric is None and num_warmup and not sampler._adapt_mass_matrix:
-        metric = 1.0
-    warmup = EnsembleAdaptation(dense=sampler._dense_mass, target_acceptance_rate=sampler._target_accept_prob)
-    if type(sampler) is NumpyroHMC:
-        length = _length(sampler, step_size)
-        return HMC(step_size=step_size, num_integration_steps=length, inverse_mass_matrix=metric), warmup
-    depth = sampler._max_tree_depth
-    warmup = replace(warmup, inverse_mass_matrix=metric)
-    return NUTS(step_size=step_size, max_num_doublings=depth if isinstance(depth, int) else depth[1]), warmup
-
-
-def _whole_metric(sampler: Any) -> Any:
-    """Return the metric of a NumPyro kernel as one array; `_refuse` allows only dicts of one entry."""
-    metric = sampler._inverse_mass_matrix
-    return next(iter(metric.values())) if isinstance(metric, dict) else metric
-
-
-def _check_metric_sites(metric: Any, target: Target) -> None:
-    """Raise unless a metric by sites, as in ``adapt_state``, covers all sites of the model in their order."""
-    sites = tuple(sorted(target.spec.template))
-    if isinstance(metric, dict) and tuple(metric) != (sites,):
-        raise ValueError(f"inverse_mass_matrix is over the sites {list(metric)}: expected one entry for {[sites]}.")
-
-
-def _with_metric(warmup: Warmup, metric: Any) -> Warmup:
-    """Return the user's warm-up with the metric of the user's sampler; raise if it cannot keep a metric."""
-    if metric is None:
-        return warmup
-    if not isinstance(warmup, EnsembleAdaptation):
-        raise ValueError(
-            f"{type(warmup).__name__} finds its own metric: keep adapt_mass_matrix=True, or leave out warmup=."
-        )
-    return replace(warmup, inverse_mass_matrix=metric)
-
-
-def _length(sampler: Any, step_size: Any) -> int | None:
-    """Return the leapfrog steps of a trajectory; None for pmcmc's default."""
-    if sampler._num_steps is not None:
-        return sampler._num_steps
-    if step_size is not None:
-        return max(1, math.ceil(sampler._trajectory_length / float(step_size)))
-    if sampler._trajectory_length != 2 * math.pi:
-        raise ValueError(
-            "trajectory_length= cannot be kept while the step size is adapted: pass num_steps=, or leave it out for "
-            "a quarter of a period."
-        )
-    return None
-
-
-def _refuse(sampler: Any) -> None:
-    """Raise for options of NumPyro's HMC and NUTS that have no counterpart."""
-    metric = sampler._inverse_mass_matrix
-    for unusable, message in (
-        (
-            sampler.model is None,
-            "potential_fn has no model: use pmcmc.sample(lambda x: -potential_fn(x), initial_position, rng_key).",
-        ),
-        (
-            sampler._kinetic_fn is not euclidean_kinetic_energy,
-            "kinetic_fn must be the Euclidean one: leave it out.",
-        ),
-        (
-            not isinstance(sampler._dense_mass, bool),
-            "dense_mass by blocks of sites is not available: pass True or False.",
-        ),
-        (
-            isinstance(metric, dict) and len(metric) != 1,
-            "inverse_mass_matrix by blocks of sites is not available: pass an array (D,) or (D, D) over all sites.",
-        ),
-        (
-            sampler._forward_mode_differentiation,
-            "forward_mode_differentiation is not available: write loops of the model with numpyro's or jax's scan.",
-        ),
-    ):
-        if unusable:
-            raise ValueError(message)

@@ -13,7 +13,8 @@ import pytest
 from numpyro.infer import HMC, MCMC, NUTS, BarkerMH, Predictive, init_to_value, log_likelihood
 
 import pmcmc
-from pmcmc.drop_in import ParallelMCMC, _translate
+from pmcmc.drop_in import ParallelMCMC
+from pmcmc.numpyro_samplers import translate
 from pmcmc.recurrence import MultipleShooting, Sequential
 
 
@@ -267,23 +268,23 @@ def test_keys_and_starts() -> None:
 
 
 def test_what_numpyros_kernels_become() -> None:
-    kernel, warmup = _translate(NUTS(model, target_accept_prob=0.9, dense_mass=True, max_tree_depth=7), 100)
+    kernel, warmup = translate(NUTS(model, target_accept_prob=0.9, dense_mass=True, max_tree_depth=7), 100)
     assert kernel == pmcmc.NUTS(max_num_doublings=7)
     assert (warmup.dense, warmup.target_acceptance_rate) == (True, 0.9)
-    assert _translate(NUTS(model), 100) == (pmcmc.NUTS(), pmcmc.EnsembleAdaptation(False, 0.8))
-    assert _translate(NUTS(model, step_size=0.3), 100)[0].step_size is None
-    assert _translate(NUTS(model, step_size=0.3, adapt_step_size=False), 100)[0].step_size == 0.3
-    assert _translate(NUTS(model, step_size=0.3), 0)[0].step_size == 0.3
-    assert _translate(NUTS(model, max_tree_depth=(5, 8)), 100)[0].max_num_doublings == 8
-    assert _translate(NUTS(model, adapt_mass_matrix=False), 100)[1].inverse_mass_matrix == 1.0
-    assert _translate(HMC(model), 100)[0] == pmcmc.HMC()
-    assert _translate(HMC(model, num_steps=5, trajectory_length=None), 100)[0].num_integration_steps == 5
+    assert translate(NUTS(model), 100) == (pmcmc.NUTS(), pmcmc.EnsembleAdaptation(False, 0.8))
+    assert translate(NUTS(model, step_size=0.3), 100)[0].step_size is None
+    assert translate(NUTS(model, step_size=0.3, adapt_step_size=False), 100)[0].step_size == 0.3
+    assert translate(NUTS(model, step_size=0.3), 0)[0].step_size == 0.3
+    assert translate(NUTS(model, max_tree_depth=(5, 8)), 100)[0].max_num_doublings == 8
+    assert translate(NUTS(model, adapt_mass_matrix=False), 100)[1].inverse_mass_matrix == 1.0
+    assert translate(HMC(model), 100)[0] == pmcmc.HMC()
+    assert translate(HMC(model, num_steps=5, trajectory_length=None), 100)[0].num_integration_steps == 5
     fixed = HMC(model, step_size=0.5, adapt_step_size=False, trajectory_length=1.2)
-    assert _translate(fixed, 100)[0] == pmcmc.HMC(step_size=0.5, num_integration_steps=3)
+    assert translate(fixed, 100)[0] == pmcmc.HMC(step_size=0.5, num_integration_steps=3)
     metric = jnp.array([1.0, 2.0])
-    kept = _translate(HMC(model, inverse_mass_matrix=metric, adapt_mass_matrix=False), 100)[0]
+    kept = translate(HMC(model, inverse_mass_matrix=metric, adapt_mass_matrix=False), 100)[0]
     np.testing.assert_array_equal(kept.inverse_mass_matrix, metric)
-    assert _translate(HMC(model, adapt_mass_matrix=False), 100)[0].inverse_mass_matrix == 1.0
+    assert translate(HMC(model, adapt_mass_matrix=False), 100)[0].inverse_mass_matrix == 1.0
 
 
 BLOCKS = {("mu",): jnp.ones(1), ("sigma",): jnp.ones(1)}

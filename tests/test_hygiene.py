@@ -26,6 +26,7 @@ LEVELS = [
     {"_xla"},
     {"random"},
     {"recurrence"},
+    {"model_basis"},
     {"target"},
     {"interop"},
     {"kernels"},
@@ -33,7 +34,8 @@ LEVELS = [
     {"planning"},
     {"chain"},
     {"sampling"},
-    {"drop_in", "plots"},
+    {"numpyro_samplers", "plots"},
+    {"drop_in"},
     {"demo", "doctor"},
     {"__main__"},
 ]
@@ -41,7 +43,7 @@ LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FACE = "__init__"  # may import any room; only these may import it:
 FACE_USERS = {"demo", "doctor", "__main__"}
 ROOMS_OF_FOREIGN = {
-    "numpyro": {"interop", "drop_in", "demo"},
+    "numpyro": {"interop", "drop_in", "numpyro_samplers", "demo"},
     "blackjax": {"interop", "drop_in"},
     "arviz": {"interop", "drop_in", "demo"},
     "matplotlib": {"plots", "demo"},
@@ -122,7 +124,7 @@ def test_imports_run_one_way() -> None:
         ("chain.py", "from toy import sampling", "sampling is not below chain"),
         ("chain/stored.py", "from toy import Anything", "__init__ is not below chain"),
         ("target.py", "import toy", "__init__ is not below target"),
-        ("kernels/hmc.py", "def f():\n    import numpyro.infer", "only ['demo', 'drop_in', 'interop'] may"),
+        ("kernels/hmc.py", "def f():\n    import numpyro.infer", "'interop', 'numpyro_samplers'] may"),
         ("sampling.py", "import importlib\nimportlib.import_module('arviz')", "['demo', 'drop_in', 'interop'] may"),
         ("chain.py", "import matplotlib.pyplot as plt", "only ['demo', 'plots'] may"),
         ("plots.py", "from sklearn import datasets", "only ['demo'] may"),
@@ -313,12 +315,12 @@ def banned(node: ast.AST) -> str | None:
 
 
 def code_violations(root: Path) -> list[str]:
-    """Return files over 500 lines, functions over 60, and banned constructs under root."""
+    """Return files over 450 lines, functions over 60, and banned constructs under root."""
     found = []
     for path, tree in source_trees(root):
         num_lines = len(path.read_text(encoding="utf-8").splitlines())
-        if num_lines > 500:
-            found.append(f"{path.relative_to(root)}: {num_lines} lines, at most 500 allowed")
+        if num_lines > 450:
+            found.append(f"{path.relative_to(root)}: {num_lines} lines, at most 450 allowed")
         for node in ast.walk(tree):
             if fault := banned(node):
                 found.append(f"{path.relative_to(root)}:{node.lineno}: {fault}")
@@ -332,7 +334,7 @@ def test_code_keeps_house_rules() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("x = 1\n" * 501, "501 lines"),
+        ("x = 1\n" * 451, "451 lines"),
         ("def f():\n" + "    x = 1\n" * 60, "f has 61 lines"),
         ("assert True", "assert"),
         ("try:\n    x = 1\nexcept:\n    pass", "bare except"),

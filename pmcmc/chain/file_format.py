@@ -19,7 +19,7 @@ from pmcmc import kernels, recurrence
 from pmcmc._typing import PyTree
 from pmcmc._xla.trace import Traced, Untraced
 from pmcmc.kernels.compose import Block
-from pmcmc.target import Basis
+from pmcmc.model_basis import Basis
 
 
 class Format(NamedTuple):

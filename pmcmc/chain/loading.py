@@ -26,9 +26,10 @@ from pmcmc.chain.file_format import Reader
 from pmcmc.chain.report import BY_PAIR, NOT_STORED, SolveReport
 from pmcmc.chain.state import ChainState, Source, density_source, describe_sites, last_logdensity, model_source
 from pmcmc.kernels import Kernel
+from pmcmc.model_basis import Basis
 from pmcmc.random.threefry import IMPL, threefry_key
 from pmcmc.recurrence import RecurrenceSolver
-from pmcmc.target import Basis, Target
+from pmcmc.target import Target
 from pmcmc.warmup.base import LaneTiming
 
 

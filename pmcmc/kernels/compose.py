@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from pmcmc._pytree import register_dataclass
 from pmcmc._typing import PyTree
 from pmcmc.kernels.base import Info, Kernel, SiteKernel, site_templates
+from pmcmc.model_basis import Basis
 from pmcmc.random.threefry import fold_in, key_pair
-from pmcmc.target import Basis, Target
+from pmcmc.target import Target
 
 
 @register_dataclass

@@ -25,16 +25,8 @@ from pmcmc.kernels import HMC, Kernel, SequentialLeapfrog, UniformLength
 from pmcmc.target import Target
 from pmcmc.warmup.base import Tuned, Warmup, WarmupError, Watch, ignore
 from pmcmc.warmup.ensemble import EnsembleAdaptation, explore_basis, split_key
-from pmcmc.warmup.lanes import (
-    NUM_LANES,
-    Exploration,
-    check_exploration,
-    check_metric,
-    is_dense,
-    take_metric,
-    tune,
-    tuned_shapes,
-)
+from pmcmc.warmup.lanes import NUM_LANES, Exploration, check_exploration, is_dense, tune, tuned_shapes
+from pmcmc.warmup.metric import check_metric, take_metric
 from pmcmc.warmup.moments import pooled_moments
 
 
@@ -89,7 +81,7 @@ class WindowAdaptation(Warmup):
         dense = is_dense(target, self.dense)
         found = _explore(target, metric_key, positions, num_steps=num_steps, dense=dense)
         check_exploration(target, found)
-        kernel, basis = take_metric(target, kernel, found)
+        kernel, basis = take_metric(target, kernel, found.mean, found.scale)
         lanes = np.asarray(jax.vmap(basis.to_coordinates)(found.last))
         num_tuning = max(102, num_steps // 4)
         return tune(target.with_basis(basis), kernel, step_key, lanes, self.target_acceptance_rate, num_tuning, watch)

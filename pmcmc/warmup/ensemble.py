@@ -23,7 +23,8 @@ import numpy as np
 from pmcmc._pytree import register_dataclass
 from pmcmc._typing import ArrayLeaf, PRNGKey, PyTree, Scalar
 from pmcmc.kernels import HMC, Kernel
-from pmcmc.target import Basis, Target
+from pmcmc.model_basis import Basis
+from pmcmc.target import Target
 from pmcmc.warmup.base import Tuned, Warmup, Watch, ignore
 from pmcmc.warmup.lanes import (
     NUM_LANES,
@@ -31,14 +32,13 @@ from pmcmc.warmup.lanes import (
     Exploration,
     LaneEnsemble,
     check_exploration,
-    check_metric,
     far_lanes,
     held_lanes,
     is_dense,
-    take_metric,
     tune,
     tuned_shapes,
 )
+from pmcmc.warmup.metric import check_metric, take_metric
 from pmcmc.warmup.moments import path_moments
 
 # A basis is settled if draws made in it look standard to within the factor SETTLED, and at least the share MIXED of
@@ -191,7 +191,7 @@ def explore_basis(
     found = explore(target, rng_key, _as_rows(starts), num_pieces, is_dense(target, dense), watch)
     check_exploration(target, found)
     is_given = metric is not None or kernel.metric is not None
-    kernel, basis = take_metric(target, kernel, found, metric)
+    kernel, basis = take_metric(target, kernel, found.mean, found.scale, metric)
     frame = Frame(np.asarray(basis.loc, float), np.asarray(basis.scale, float))
     remark = "" if found.settled or is_given else UNSETTLED.format(num_steps=num_steps)
     return Explored(kernel, basis, frame.to_coordinates(found.last), remark, found.num_lost)

@@ -6,7 +6,7 @@ delta, dual averaging drives the running mean of ``delta - a[t]`` to zero.
 
 `run_piece` takes a fixed number of steps, so one program serves warm-ups of any length, and both exploration and tuning
 if they use the same kind of kernel. `LaneEnsemble` carries lanes from piece to piece. The functions ``check_*`` raise
-errors that name a remedy, and `take_metric` turns the user's metric into a basis.
+errors that name a remedy.
 
 Source: Nesterov (2009) and Hoffman & Gelman (2014) for dual averaging.
 """
@@ -25,8 +25,9 @@ from pmcmc._xla.compile import tuned_jit
 from pmcmc.interop.blackjax import dual_averaging
 from pmcmc.kernels import Kernel
 from pmcmc.random.threefry import fold_in, key_pair, raw_keys_are_threefry
-from pmcmc.target import Basis, Target
+from pmcmc.target import Target
 from pmcmc.warmup.base import LaneTiming, Tuned, WarmupError, Watch, ignore
+from pmcmc.warmup.metric import check_metric, take_metric
 from pmcmc.warmup.starts import start_order
 
 # Number of lanes on which the kernel's step size is adapted, and whose last states are starts of chains and blocks.
@@ -372,69 +373,6 @@ def is_dense(target: Target, dense: bool | None) -> bool:
     return target.dim <= 50 if dense is None else dense
 
 
-def check_metric(target: Target, kernel: Kernel, metric: ArrayLeaf | None = None) -> None:
-    """Check that the user's metric fits the target and is positive definite; called before warm-up starts.
-
-    Args:
-        target: Target to sample.
-        kernel: Kernel to tune.
-        metric: Inverse mass matrix given to the warm-up. None: that of the kernel, if it has one.
-
-    Raises:
-        ValueError: The metric does not fit or is not positive definite, or there are two.
-    """
-    own = kernel.metric
-    if own is not None and metric is not None:
-        raise ValueError("inverse_mass_matrix is given twice, to the kernel and to warmup=: leave one of them out.")
-    metric = own if metric is None else metric
-    if metric is None:
-        return
-    metric = np.asarray(metric)
-    if metric.shape not in ((), (target.dim,), (target.dim, target.dim)):
-        raise ValueError(
-            f"inverse_mass_matrix has shape {metric.shape}: expected ({target.dim},) or ({target.dim}, {target.dim}), "
-            "the number of unconstrained parameters."
-        )
-    values = np.linalg.eigvalsh(metric) if metric.ndim == 2 else metric
-    if not np.all(np.isfinite(values) & (values > 0)):
-        raise ValueError("inverse_mass_matrix is not positive definite: it should be about the posterior's covariance.")
-
-
-def take_metric(
-    target: Target, kernel: Kernel, found: Exploration, metric: ArrayLeaf | None = None
-) -> tuple[Kernel, Basis]:
-    """Return the kernel and the basis to tune it in, the only place where a metric takes effect.
-
-    Args:
-        target: Target to sample.
-        kernel: Kernel to tune.
-        found: The exploration.
-        metric: Inverse mass matrix given to the warm-up, see `check_metric`.
-
-    Returns:
-        The kernel without its metric, and the explored basis, with the scale of the user's metric if there is one.
-    """
-    scale = found.scale
-    metric, kernel = metric if kernel.metric is None else kernel.metric, kernel.without_metric()
-    if metric is not None:
-        scale = scale_of_metric(metric, target.dim)
-    return kernel, Basis(*(jnp.asarray(np.asarray(x, target.spec.dtype)) for x in (found.mean, scale)))
-
-
-def scale_of_metric(metric: ArrayLeaf, dim: int) -> np.ndarray:
-    """Return the scale of the basis whose `Basis.covariance` is an inverse mass matrix.
-
-    Args:
-        metric: Inverse mass matrix; a number, (dim,) or (dim, dim).
-        dim: Number of dimensions.
-
-    Returns:
-        Standard deviations (dim,), or a Cholesky factor (dim, dim) for a full matrix.
-    """
-    metric = np.asarray(metric, float)
-    return np.linalg.cholesky(metric) if metric.ndim == 2 else np.broadcast_to(np.sqrt(metric), (dim,))
-
-
 def tuned_shapes(target: Target, kernel: Kernel, dense: bool, metric: ArrayLeaf | None = None) -> Tuned:
     """Return a `Tuned` whose arrays have the shapes that `tune` will return; their values mean nothing.
 
@@ -447,8 +385,7 @@ def tuned_shapes(target: Target, kernel: Kernel, dense: bool, metric: ArrayLeaf 
     check_metric(target, kernel, metric)
     dtype, dim = target.spec.dtype, target.dim
     scale = np.eye(dim, dtype=dtype) if dense else np.ones(dim, dtype)
-    none = np.zeros(dim, dtype)
-    kernel, basis = take_metric(target, kernel, Exploration(none, scale, none, none, none), metric)
+    kernel, basis = take_metric(target, kernel, np.zeros(dim, dtype), scale, metric)
     whitened, lanes = target.with_basis(basis), LaneEnsemble(kernel, None, 1.0)
     averaged = lanes.first_average(whitened)
     tuned = _tuned_kernel.eval_shape(whitened, kernel, averaged, lanes.rate)

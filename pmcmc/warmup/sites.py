@@ -20,7 +20,8 @@ from pmcmc._typing import Array, PRNGKey, PyTree, Scalar
 from pmcmc._xla.compile import tuned_jit
 from pmcmc.interop.blackjax import dual_averaging
 from pmcmc.kernels import Block, Compose, Kernel, SiteKernel
-from pmcmc.target import Basis, Target
+from pmcmc.model_basis import Basis
+from pmcmc.target import Target
 from pmcmc.warmup.base import LaneTiming, Tuned, Warmup, WarmupError, Watch, ignore
 from pmcmc.warmup.moments import pooled_moments
 

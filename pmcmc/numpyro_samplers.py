@@ -1,0 +1,129 @@
+"""NumPyro's HMC and NUTS as pmcmc kernels and warm-ups; what cannot be translated is refused."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from numpyro.infer import HMC as NumpyroHMC
+from numpyro.infer import NUTS as NumpyroNUTS
+from numpyro.infer.hmc_util import euclidean_kinetic_energy
+
+from pmcmc.chain.draws import site_shapes
+from pmcmc.kernels import HMC, NUTS, Kernel
+from pmcmc.target import Target
+from pmcmc.warmup import EnsembleAdaptation, Warmup
+
+STEP_SIZE = "adapt_state.step_size"
+
+
+def _site(field: str) -> str:
+    """Return the site that an extra field such as ``"z.mu"`` or ``"~z.mu"`` names, or ""."""
+    return field.removeprefix("~")[2:] if field.removeprefix("~").startswith("z.") else ""
+
+
+def kernel_fields(target: Target, kernel: Kernel, extra_fields: Sequence[str]) -> tuple[str, ...]:
+    """Return the extra fields that the kernel reports; raise if a name, or the site in it, does not exist."""
+    if isinstance(extra_fields, str):
+        raise TypeError(f"extra_fields must be a sequence of names, got {extra_fields!r}: write ({extra_fields!r},).")
+    latent = set(target.spec.template)
+    for name in filter(_site, extra_fields):
+        sites = set(site_shapes(target)) if name.startswith("~") else latent
+        if _site(name) not in sites:
+            raise ValueError(f"extra_fields: {name!r} names no site of the model: expected one out of {sorted(sites)}.")
+    of_kernel = tuple(name for name in extra_fields if not (_site(name) or name in ("z", STEP_SIZE)))
+    if unknown := sorted(set(of_kernel) - set(kernel.extra_fields)):
+        raise ValueError(
+            f"{type(kernel).__name__} has no extra_fields {unknown}: expected names out of "
+            f"{['z', *kernel.extra_fields, STEP_SIZE]}, 'z.site' for the unconstrained values of one of "
+            f"{sorted(latent)}, or '~z.site' to leave one of {sorted(site_shapes(target))} out."
+        )
+    return of_kernel
+
+
+def translate(sampler: Any, num_warmup: int) -> tuple[Kernel, EnsembleAdaptation]:
+    """Return the pmcmc kernel and warm-up that correspond to a NumPyro kernel; raise if it has no counterpart."""
+    if type(sampler) not in (NumpyroHMC, NumpyroNUTS):
+        raise TypeError(
+            f"{type(sampler).__name__} has no counterpart that is sampled in parallel: expected numpyro.infer.NUTS or "
+            "HMC. Pass the model and a pmcmc kernel, as in ParallelMCMC(model, kernel=pmcmc.HMC(), ...)."
+        )
+    _refuse(sampler)
+    step_size = None if sampler._adapt_step_size and num_warmup else sampler._step_size
+    metric = None if sampler._adapt_mass_matrix and num_warmup else _whole_metric(sampler)
+    if metric is None and num_warmup and not sampler._adapt_mass_matrix:
+        metric = 1.0
+    warmup = EnsembleAdaptation(dense=sampler._dense_mass, target_acceptance_rate=sampler._target_accept_prob)
+    if type(sampler) is NumpyroHMC:
+        length = _length(sampler, step_size)
+        return HMC(step_size=step_size, num_integration_steps=length, inverse_mass_matrix=metric), warmup
+    depth = sampler._max_tree_depth
+    warmup = replace(warmup, inverse_mass_matrix=metric)
+    return NUTS(step_size=step_size, max_num_doublings=depth if isinstance(depth, int) else depth[1]), warmup
+
+
+def _whole_metric(sampler: Any) -> Any:
+    """Return the metric of a NumPyro kernel as one array; `_refuse` allows only dicts of one entry."""
+    metric = sampler._inverse_mass_matrix
+    return next(iter(metric.values())) if isinstance(metric, dict) else metric
+
+
+def check_metric_sites(metric: Any, target: Target) -> None:
+    """Raise unless a metric by sites, as in ``adapt_state``, covers all sites of the model in their order."""
+    sites = tuple(sorted(target.spec.template))
+    if isinstance(metric, dict) and tuple(metric) != (sites,):
+        raise ValueError(f"inverse_mass_matrix is over the sites {list(metric)}: expected one entry for {[sites]}.")
+
+
+def with_metric(warmup: Warmup, metric: Any) -> Warmup:
+    """Return the user's warm-up with the metric of the user's sampler; raise if it cannot keep a metric."""
+    if metric is None:
+        return warmup
+    if not isinstance(warmup, EnsembleAdaptation):
+        raise ValueError(
+            f"{type(warmup).__name__} finds its own metric: keep adapt_mass_matrix=True, or leave out warmup=."
+        )
+    return replace(warmup, inverse_mass_matrix=metric)
+
+
+def _length(sampler: Any, step_size: Any) -> int | None:
+    """Return the leapfrog steps of a trajectory; None for pmcmc's default."""
+    if sampler._num_steps is not None:
+        return sampler._num_steps
+    if step_size is not None:
+        return max(1, math.ceil(sampler._trajectory_length / float(step_size)))
+    if sampler._trajectory_length != 2 * math.pi:
+        raise ValueError(
+            "trajectory_length= cannot be kept while the step size is adapted: pass num_steps=, or leave it out for "
+            "a quarter of a period."
+        )
+    return None
+
+
+def _refuse(sampler: Any) -> None:
+    """Raise for options of NumPyro's HMC and NUTS that have no counterpart."""
+    metric = sampler._inverse_mass_matrix
+    for unusable, message in (
+        (
+            sampler.model is None,
+            "potential_fn has no model: use pmcmc.sample(lambda x: -potential_fn(x), initial_position, rng_key).",
+        ),
+        (
+            sampler._kinetic_fn is not euclidean_kinetic_energy,
+            "kinetic_fn must be the Euclidean one: leave it out.",
+        ),
+        (
+            not isinstance(sampler._dense_mass, bool),
+            "dense_mass by blocks of sites is not available: pass True or False.",
+        ),
+        (
+            isinstance(metric, dict) and len(metric) != 1,
+            "inverse_mass_matrix by blocks of sites is not available: pass an array (D,) or (D, D) over all sites.",
+        ),
+        (
+            sampler._forward_mode_differentiation,
+            "forward_mode_differentiation is not available: write loops of the model with numpyro's or jax's scan.",
+        ),
+    ):
+        if unusable:
+            raise ValueError(message)

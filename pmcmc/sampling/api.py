@@ -10,7 +10,7 @@ from pmcmc._typing import PRNGKey, PyTree
 from pmcmc._xla.trace import refuse_transformation
 from pmcmc.chain.chain import Chain
 from pmcmc.chain.state import density_source, model_source
-from pmcmc.interop.numpyro import numpyro_starts
+from pmcmc.interop.numpyro_starts import numpyro_starts
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.sampling.session import sample_new

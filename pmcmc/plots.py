@@ -21,6 +21,8 @@ from pmcmc.recurrence.solution import typical_scale
 from pmcmc.sampling.session import restarted
 from pmcmc.stability import Coalescence, site_distances
 
+__all__ = ["merge_distances", "merge_fronts", "newton_iterates", "planned_time", "speed_up"]
+
 
 def axes_for(ax: Any, num_axes: int = 1, **options: Any) -> np.ndarray:
     """The axes to draw into, an array of ``num_axes``; options: of ``matplotlib.pyplot.subplots``, for new ones.

@@ -82,7 +82,17 @@ def test_tables_show_what_the_files_say() -> None:
         assert path.name in source
     rows = json.loads((benchmark_tables.RESULTS / "kernels_cpu.json").read_text(encoding="utf-8"))["rows"]
     (header, *body), _ = benchmark_tables.render(benchmark_tables.RESULTS / "kernels_cpu.json")
-    assert [row[header.index("speed up")] for row in body] == [f"{row['speedup']:#.3g}".rstrip(".") for row in rows]
+    assert [row[header.index("speedup")] for row in body] == [f"{row['speedup']:#.3g}".rstrip(".") for row in rows]
+
+
+def test_wide_tables_are_shown_in_parts() -> None:
+    header = ["case", "T", *(f"c{n}" for n in range(9)), "empty"]
+    table = [header, ["a", "1", *"123456789", "-"], ["a", "2", *"123456789", ""]]
+    first, second = benchmark_tables.parts(table, 8)
+    assert first == [["case", "T", *(f"c{n}" for n in range(6))], ["a", "1", *"123456"], ["a", "2", *"123456"]]
+    assert second == [["case", "T", "c6", "c7", "c8"], ["a", "1", *"789"], ["a", "2", *"789"]]
+    for path in benchmark_tables.RESULTS.glob("*.json"):
+        assert all(len(part[0]) <= 8 for part in benchmark_tables.parts(benchmark_tables.render(path)[0]))
 
 
 def test_docstrings_become_markup() -> None:

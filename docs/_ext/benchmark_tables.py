@@ -286,7 +286,7 @@ def parts(table: Table, most: int = MOST_COLUMNS) -> list[Table]:
 def show(directive: SphinxDirective, path: Path) -> list[nodes.Node]:
     directive.env.note_dependency(str(path))
     table, source = render(path)
-    shown, *folded = (nodes.container("", as_table(part), classes=["wide"]) for part in parts(table))
+    shown, *folded = map(as_table, parts(table))
     caption = nodes.paragraph("", "", nodes.emphasis("", source), classes=["source"])
     if not folded:
         return [shown, caption]

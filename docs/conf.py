@@ -18,7 +18,15 @@ author = "the pmcmc authors"
 copyright = author
 release = __version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "mathml", "public_names", "benchmark_tables"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "mathml",
+    "public_names",
+    "benchmark_tables",
+]
+default_role = "py:obj"  # single backticks in docstrings
 
 html_theme = "furo"
 html_title = "pmcmc"
@@ -44,5 +52,9 @@ autodoc_default_options = {"members": True}
 autodoc_typehints = "none"  # docstrings say shapes, and most types are Any: a pytree, a number or an array
 autodoc_preserve_defaults = True
 maximum_signature_line_length = 88
+napoleon_numpy_docstring = False
+napoleon_use_param = False
+napoleon_use_rtype = False
+napoleon_custom_sections = [("Attributes", "params_style"), "Source"]
 add_module_names = False
 toc_object_entries = False

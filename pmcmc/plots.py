@@ -23,6 +23,8 @@ from pmcmc.recurrence.solution import typical_scale
 from pmcmc.sampling.programs import Engine
 from pmcmc.stability import Coalescence, site_distances
 
+__all__ = ["merge_distances", "merge_fronts", "newton_iterates", "planned_time", "speed_up"]
+
 
 def axes_for(ax: Any, num_axes: int = 1, **options: Any) -> np.ndarray:
     """Return the axes to draw into, an array of ``num_axes``.

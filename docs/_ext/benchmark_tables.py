@@ -1,7 +1,8 @@
-"""Tables out of benchmarks/results/*.json, made while the site is built: no figure is typed into a page.
+"""Tables from benchmarks/results/*.json, made while the site is built: no figure is typed into a page.
 
-A page says ``{benchmark} name``, and ``{benchmark-others}`` for the files that no page names. What a table shows is one
-function of the rows, in `TABLES` by file or in `SUITES` by suite; files without one show their plain values.
+A page says ``{benchmark} name`` for one file, and ``{benchmark-others}`` for the files that no page names. The content
+of a table is a function of the rows, in `TABLES` by file or in `SUITES` by suite; other files show their plain values.
+A page shows the first `MOST_COLUMNS` columns of a table; the others are in tables that the reader can unfold.
 """
 
 import json
@@ -18,12 +19,14 @@ DOCS = Path(__file__).parents[1]
 RESULTS = DOCS.parent / "benchmarks" / "results"
 NAMED = re.compile(r"^```\{benchmark\} (\w+)$", re.MULTILINE)
 
+MOST_COLUMNS = 8
+
 Rows = list[dict[str, Any]]
 Table = list[list[str]]  # the header first
 
 
 def number(value: Any) -> str:
-    """Whole numbers with commas, others with three digits."""
+    """Whole numbers with commas, others with three digits; "-" for what was not measured."""
     if value is None:
         return "-"
     if isinstance(value, bool | str):
@@ -34,7 +37,7 @@ def number(value: Any) -> str:
 
 
 def columns(**fields: str | Callable[[dict], Any]) -> Callable[[Rows], Table]:
-    """A table with a row for each row; fields: header (underscores for blanks) = key, or function of the row."""
+    """A table with one line for each row; fields: header (underscores for blanks) = key, or function of the row."""
 
     def table(rows: Rows) -> Table:
         read = lambda row, field: row.get(field) if isinstance(field, str) else field(row)
@@ -48,10 +51,9 @@ def milliseconds(key: str) -> Callable[[dict], Any]:
     return lambda row: 1000 * row[key]["median_s"]
 
 
-def spread(timing: dict[str, float]) -> str:
-    """Median, and smallest to largest, in milliseconds."""
-    middle, low, high = (number(1000 * timing[key]) for key in ("median_s", "min_s", "max_s"))
-    return f"{middle} ({low} to {high})"
+def extremes(timing: dict[str, float]) -> str:
+    """Smallest to largest, in milliseconds."""
+    return f"{number(1000 * timing['min_s'])} to {number(1000 * timing['max_s'])}"
 
 
 def span(key: str) -> Callable[[dict], str]:
@@ -73,7 +75,7 @@ def pivot(rows: Rows, across: str, cell: Callable[[Rows], str], *down: str) -> T
 
 
 def iterations(length: int) -> Callable[[Rows], Table]:
-    """Median iterations over seeds by problem and solver, at one T, beside the mean Lyapunov exponent."""
+    """Median iterations over seeds by problem and solver, at one T, and the mean Lyapunov exponent."""
 
     def cell(group: Rows) -> str:
         solved = [row["num_iters"] for row in group if row["result"] == "successful"]
@@ -83,7 +85,9 @@ def iterations(length: int) -> Callable[[Rows], Table]:
         exponents: dict[str, list[float]] = {}
         for row in rows:
             exponents.setdefault(row["problem"], []).append(row["lyapunov_exponent"])
-        found = pivot([row for row in rows if row["length"] == length], "solver", cell, "problem")
+        shown = [row for row in rows if row["length"] == length]
+        shown.sort(key=lambda row: row["solver"] == "Picard")  # last: it takes T iterations wherever it was run
+        found = pivot(shown, "solver", cell, "problem")
         mean = lambda name: f"{round(sum(exponents[name]) / len(exponents[name]), 3) + 0.0:.3f}"  # no minus at zero
         return [["problem", "LLE", *found[0][1:]], *([row[0], mean(row[0]), *row[1:]] for row in found[1:])]
 
@@ -116,13 +120,13 @@ TABLES: dict[str, Callable[[Rows], Table]] = {
     "planner_cpu": columns(
         posterior="posterior",
         kernel=lambda row: row["pair"].split("/", 1)[1],
-        steps="num_samples",
         auto_took=lambda row: row["runs"]["auto"]["decision"],
-        regret="regret",
-        speed_up="speedup",
-        whole_call_regret="regret_with_warmup",
-        whole_call_speed_up="speedup_with_warmup",
         best="best",
+        regret="regret",
+        speedup="speedup",
+        whole_call_regret="regret_with_warmup",
+        whole_call_speedup="speedup_with_warmup",
+        steps="num_samples",
     ),
     "whole_call_cpu": whole_calls,
     "claims": columns(
@@ -154,58 +158,61 @@ TABLES: dict[str, Callable[[Rows], Table]] = {
 SUITES: dict[str, Callable[[Rows], Table]] = {
     "kernels": columns(
         case="case",
-        D="dim",
         T="length",
-        result="result",
-        coalescence=lambda row: f"{number(round(row['coalescence_mean']))} / {number(row['coalescence_longest'])}",
         blocks="num_blocks",
         critical_path="num_sequential_steps",
-        work="evaluations_per_step",
-        sequential_ms=milliseconds("sequential"),
-        shooting_ms=lambda row: spread(row["shooting"]),
-        speed_up="speedup",
-        of_T_over_path="share_of_path",
+        shooting_ms=milliseconds("shooting"),
+        speedup="speedup",
         over_best_sequential="speedup_over_best",
         efficiency="efficiency",
-        of_best_limit=lambda row: f"{number(row['efficiency_at_best'])} (P = {number(row['best_limit_blocks'])})",
+        sequential_ms=milliseconds("sequential"),
+        D="dim",
+        coalescence=lambda row: f"{number(round(row['coalescence_mean']))} / {number(row['coalescence_longest'])}",
+        work="evaluations_per_step",
+        share_of_path="share_of_path",
+        efficiency_at_best_P=lambda row: (
+            f"{number(row['efficiency_at_best'])} (P = {number(row['best_limit_blocks'])})"
+        ),
         repair_step_cost="repair_step_cost",
-        bytes_a_draw=lambda row: number(round(row["bytes_per_draw"])),
+        shooting_ms_range=lambda row: extremes(row["shooting"]),
+        bytes_per_draw=lambda row: number(round(row["bytes_per_draw"])),
         compile_s=lambda row: next(x["compile_s"] for x in row["tried"] if x["num_blocks"] == row["num_blocks"]),
+        result="result",
     ),
     "scaling": columns(
         axis="axis",
         value="value",
         case="case",
+        blocks="num_blocks",
+        critical_path="num_sequential_steps",
+        shooting_ms=milliseconds("shooting"),
+        speedup="speedup",
+        efficiency="efficiency",
         T="length",
         chains="num_chains",
-        blocks="num_blocks",
-        result="result",
-        critical_path="num_sequential_steps",
         sequential_ms=milliseconds("sequential"),
-        shooting_ms=milliseconds("shooting"),
-        speed_up="speedup",
-        efficiency="efficiency",
+        result="result",
     ),
     "memory": columns(
         what="what",
         D="dim",
-        bytes_of_arguments_a_draw="bytes_arguments",
-        bytes_beside_them_a_draw="bytes_beside_them",
-        bytes_resident="resident",
-        bytes_before="before",
-        bytes_of_draws="draws",
+        arguments="bytes_arguments",
+        additional="bytes_beside_them",
+        resident="resident",
+        before="before",
+        draws="draws",
         decision="decision",
     ),
     "devices": columns(
         posterior="posterior",
         kernel="kernel",
         solver="solver",
-        T="length",
         critical_path=lambda row: row["num_sequential_steps"]["all devices"],
         one_device_ms=milliseconds("one device"),
         two_devices_ms=milliseconds("all devices"),
-        speed_up="speedup",
+        speedup="speedup",
         cores_busy="cores_busy",
+        T="length",
     ),
     "end-to-end": columns(
         posterior="posterior",
@@ -263,11 +270,28 @@ class Others(SphinxDirective):
         return found
 
 
+def parts(table: Table, most: int = MOST_COLUMNS) -> list[Table]:
+    """The table in tables of at most ``most`` columns, without columns that hold no value.
+
+    The columns that tell the rows apart (the fewest from the left that do) are in each of them.
+    """
+    columns = [column for column in zip(*table, strict=True) if set(column[1:]) - {"-", ""}]
+    num_keys = next((n for n in range(1, most) if len(set(zip(*columns[:n], strict=True))) == len(table)), 1)
+    keys, first, rest = columns[:num_keys], columns[num_keys:most], columns[most:]
+    step = most - num_keys
+    groups = [first, *(rest[start : start + step] for start in range(0, len(rest), step))]
+    return [[list(row) for row in zip(*keys, *group, strict=True)] for group in groups]
+
+
 def show(directive: SphinxDirective, path: Path) -> list[nodes.Node]:
     directive.env.note_dependency(str(path))
     table, source = render(path)
+    shown, *folded = map(as_table, parts(table))
     caption = nodes.paragraph("", "", nodes.emphasis("", source), classes=["source"])
-    return [nodes.container("", as_table(table), classes=["wide"]), caption]
+    if not folded:
+        return [shown, caption]
+    opening = nodes.raw("", "<details><summary>More columns</summary>", format="html")
+    return [shown, opening, *folded, nodes.raw("", "</details>", format="html"), caption]
 
 
 def as_table(rows: Table) -> nodes.table:

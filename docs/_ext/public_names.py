@@ -1,9 +1,11 @@
-"""Reference entries out of docstrings.
+"""The reference: ``.. public:: module`` with names below it gives a table of their summaries and an entry for each.
 
-A page says ``.. public:: module`` with names below it, and gets a table of their first lines and an entry for each.
-Docstrings of this package are plain text, not reStructuredText; `to_rst` makes it of them.
+Docstrings are plain text in Google style. `prepare` escapes what reStructuredText would read as markup; napoleon then
+turns the sections into fields. Single backticks link to the reference where the name has an entry; otherwise they are
+shown as code.
 """
 
+import builtins
 import importlib
 import inspect
 import re
@@ -11,13 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
 REFERENCE = Path(__file__).parents[1] / "api"
 DIRECTIVE = re.compile(r"^\.\. public:: (\S+)\n\n((?:   \w+\n?)+)", re.MULTILINE)
-HEADER = re.compile(r"^(Raises|Warns|Returns|Example):(.*)$")
-PARAMETER = re.compile(r"^([a-z_*][\w*]*(?:, [a-z_*][\w*]*)*): (.*)$")
-CODE = re.compile(r"``(.+?)``|`([^`]+)`", re.DOTALL)
+SECTION = re.compile(r"^[A-Z][a-z]+:$")
+MARKUP = re.compile(r"(?P<code>``.+?``|`[^`]+`)(?P<tail>(?=\w))?|(?P<sign>[*|]|(?<=\w)_(?!\w))", re.DOTALL)
+
+SENTENCE = re.compile(r"(?:``.+?``|`[^`]+`|[^`])*?(?:\.(?=\s+[A-Z`])|$)", re.DOTALL)
 
 
 def documented(folder: Path = REFERENCE) -> list[str]:
@@ -29,13 +33,8 @@ def documented(folder: Path = REFERENCE) -> list[str]:
     return found
 
 
-# What `Name` in a docstring links to.
+# The entry that a short name links to.
 LINKS = {name.rsplit(".", 1)[1]: name for name in documented()}
-LINKS |= {name: name for name in LINKS.values()}
-
-
-def first_line(value: Any) -> str:
-    return (inspect.getdoc(value) or "").split("\n", 1)[0]
 
 
 class Public(SphinxDirective):
@@ -44,98 +43,82 @@ class Public(SphinxDirective):
     required_arguments = 1
     has_content = True
 
-    def run(self) -> list:
+    def run(self) -> list[nodes.Node]:
         module = importlib.import_module(self.arguments[0])
         names = "\n".join(self.content).split()
         lines = [".. list-table::", "   :class: summary", "   :widths: 30 70", ""]
         for name in names:
-            full = f"{module.__name__}.{name}"
-            lines += [f"   * - :py:obj:`{name} <{full}>`", f"     - {inline(first_line(getattr(module, name)))}"]
+            lines += [f"   * - `{name} <{module.__name__}.{name}>`", f"     - {summary(getattr(module, name))}"]
         for name in names:
             kind = "autoclass" if inspect.isclass(getattr(module, name)) else "autofunction"
             lines += ["", f".. {kind}:: {module.__name__}.{name}"]
         return self.parse_text_to_nodes("\n".join(lines))
 
 
-def inline(text: str) -> str:
-    """Text with code in backticks: names of the reference become links, everything else stands as it is."""
-    parts, end = [], 0
-    for match in CODE.finditer(text):
-        parts.append(_escape(text[end : match.start()]))
-        code = re.sub(r"\s+", " ", match[1] or match[2])
-        target = LINKS.get(code) if match[2] else None
-        parts.append(f":py:obj:`{code} <{target}>`" if target else f"``{code}``")
-        end = match.end()
-        if text[end : end + 1].isalnum():
-            parts.append("\\ ")
-    return "".join([*parts, _escape(text[end:])])
+def summary(value: Any) -> str:
+    """The first sentence of a docstring."""
+    text = " ".join(prepare((inspect.getdoc(value) or "").split("\n\n", 1)[0].splitlines()))
+    return SENTENCE.match(text)[0].strip()
 
 
-def _escape(text: str) -> str:
-    return re.sub(r"([\\*|_])", r"\\\1", text)
+def prepare(lines: list[str]) -> list[str]:
+    """A docstring for napoleon: signs escaped, indented equations marked as code, examples unchanged.
 
-
-def to_rst(lines: list[str]) -> list[str]:
-    """A docstring of this package as reStructuredText: parameters as fields, equations and examples as code."""
+    Napoleon takes the text before a colon in a result for its type. A colon in front says that the type is not given.
+    """
     out: list[str] = []
+    section = ""
     for block in _blocks(lines):
-        if match := HEADER.match(block[0]):
-            out += _section(match[1], [match[2], *block[1:]])
-        elif block[0].startswith(" "):
+        if not block[0].startswith(" "):
+            section = block[0] if SECTION.match(block[0]) else ""
+        if section == "Example:":
+            out += block
+        elif block[0].startswith(" ") and not section:
             out += ["::", "", *block]
         else:
-            out += _paragraph(block)
+            if block[0] == "Returns:" and len(block) > 1:
+                block[1] = re.sub(r"^\s+", r"\g<0>: ", block[1])
+            out += MARKUP.sub(_escaped, "\n".join(block)).split("\n")
         out.append("")
     return out
 
 
 def _blocks(lines: list[str]) -> Iterator[list[str]]:
-    """Paragraphs; a header keeps what is indented below it, blank lines included."""
+    """Paragraphs; the header of a section begins one, too."""
     block: list[str] = []
     for line in [*lines, ""]:
-        within = block and (HEADER.match(block[0]) or block[0].startswith(" "))
-        if line.strip() and (not within or line.startswith(" ")):
+        if block and (not line.strip() or SECTION.match(line)):
+            yield block
+            block = []
+        if line.strip():
             block.append(line)
-        elif line.strip() or not within:
-            if block:
-                yield block
-            block = [line] if line.strip() else []
-        else:
-            block.append("")
-    if block:
-        yield block
 
 
-def _section(name: str, block: list[str]) -> list[str]:
-    body = inspect.cleandoc("\n".join(block)).splitlines()
-    if name == "Example":
-        return [".. rubric:: Example", "", "::", "", *("   " + line for line in body)]
-    named = lambda line: line if name == "Returns" else re.sub(r"^([\w, ]+?): ", r"``\1``: ", line)
-    text = [named(line).strip() for line in body]
-    items = [":" + name + ": " + inline(text[0])]
-    return items + ["   " + line for line in inline("\n".join(text[1:])).splitlines()]
-
-
-def _paragraph(block: list[str]) -> list[str]:
-    """Text, or parameters each of which goes on where lines are indented."""
-    if not PARAMETER.match(block[0]):
-        return inline("\n".join(block)).splitlines()
-    out: list[str] = []
-    rest = list(block)
-    while rest and (match := PARAMETER.match(rest[0])):
-        more = 1
-        while more < len(rest) and rest[more].startswith(" "):
-            more += 1
-        text = "\n".join([match[2], *(line.strip() for line in rest[1:more])])
-        names = ", ".join(f"{_escape(name)}" for name in match[1].split(", "))
-        first, *others = inline(text).splitlines()
-        out += [f":{names}: {first}", *("   " + line for line in others)]
-        rest = rest[more:]
-    return [*out, "", *_paragraph(rest)] if rest else out
+def _escaped(match: re.Match) -> str:
+    if match["sign"]:
+        return "\\" + match["sign"]
+    return match["code"] + ("\\ " if match["tail"] is not None else "")
 
 
 def process(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
-    lines[:] = to_rst(lines)
+    lines[:] = prepare(lines)
+    if lines and what in ("attribute", "property"):
+        lines[0] = ": " + lines[0]
+
+
+def resolve(app: Any, env: Any, node: Any, shown: nodes.Element) -> nodes.Element | None:
+    """Link a name from any module by its last part, also with a member behind it (``Chain.extend``).
+
+    Other code in backticks, and Python's own exceptions, are shown without a link.
+    """
+    if node.get("refdomain") != "py":
+        return None
+    first, dot, rest = node["reftarget"].partition(".")
+    domain = env.domains.python_domain
+    name = LINKS.get(first, first) + dot + rest
+    if name in domain.objects:
+        return domain.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], name, node, shown)
+    return shown if node["reftype"] == "obj" or hasattr(builtins, first) else None
 
 
 def skip(app: Any, what: str, name: str, value: Any, skipped: bool, options: Any) -> bool | None:
@@ -145,6 +128,7 @@ def skip(app: Any, what: str, name: str, value: Any, skipped: bool, options: Any
 
 def setup(app: Any) -> dict[str, bool]:
     app.add_directive("public", Public)
-    app.connect("autodoc-process-docstring", process)
+    app.connect("autodoc-process-docstring", process, priority=400)  # before napoleon
     app.connect("autodoc-skip-member", skip)
+    app.connect("missing-reference", resolve)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

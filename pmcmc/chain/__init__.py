@@ -2,8 +2,8 @@
 
 from pmcmc.chain.chain import Chain
 from pmcmc.chain.report import SolveReport
-from pmcmc.chain.state import ChainState, Source
+from pmcmc.chain.state import ChainState
 from pmcmc.chain.stored import StoredChain
 from pmcmc.chain.verify import Verification
 
-__all__ = ["Chain", "ChainState", "SolveReport", "Source", "StoredChain", "Verification"]
+__all__ = ["Chain", "ChainState", "SolveReport", "StoredChain", "Verification"]

@@ -38,10 +38,12 @@ def _v_scale(x):
 # The sampler of `published.gibbs_step` (18 numbers), built from the package's updates.
 SCHOOLS = pmcmc.Gibbs(
     {
-        "tau2": pmcmc.InverseGammaUpdate(0.5 * (zoltowski.MEAN_DEGREES + zoltowski.NUM_SCHOOLS + 1), _tau2_scale),
-        "mu": pmcmc.NormalUpdate(lambda x: (jnp.sum(x["theta"]) / WEIGHT, jnp.sqrt(x["tau2"] / WEIGHT))),
-        "theta": pmcmc.NormalUpdate(_theta),
-        "v": pmcmc.InverseGammaUpdate(0.5 * (zoltowski.SCHOOL_DEGREES + zoltowski.NUM_STUDENTS), _v_scale),
+        "tau2": pmcmc.kernels.InverseGammaUpdate(
+            0.5 * (zoltowski.MEAN_DEGREES + zoltowski.NUM_SCHOOLS + 1), _tau2_scale
+        ),
+        "mu": pmcmc.kernels.NormalUpdate(lambda x: (jnp.sum(x["theta"]) / WEIGHT, jnp.sqrt(x["tau2"] / WEIGHT))),
+        "theta": pmcmc.kernels.NormalUpdate(_theta),
+        "v": pmcmc.kernels.InverseGammaUpdate(0.5 * (zoltowski.SCHOOL_DEGREES + zoltowski.NUM_STUDENTS), _v_scale),
     }
 )
 
@@ -79,9 +81,9 @@ def _mixture_means(x):
 
 MIXTURE = pmcmc.Gibbs(
     {
-        "z": pmcmc.CategoricalUpdate(_mixture_logits),
-        "mu": pmcmc.NormalUpdate(_mixture_means),
-        "weight": pmcmc.DirichletUpdate(lambda x: 1.0 + jnp.sum(jax.nn.one_hot(x["z"], 3), axis=0)),
+        "z": pmcmc.kernels.CategoricalUpdate(_mixture_logits),
+        "mu": pmcmc.kernels.NormalUpdate(_mixture_means),
+        "weight": pmcmc.kernels.DirichletUpdate(lambda x: 1.0 + jnp.sum(jax.nn.one_hot(x["z"], 3), axis=0)),
     }
 )
 

@@ -30,8 +30,8 @@ NUM_CHAINS, NUM_WARMUP = 4, 1000
 NUMPYRO = ("numpyro vectorized", "numpyro sequential")
 OURS = {
     "pmcmc": lambda pmcmc: None,
-    "chees": lambda pmcmc: pmcmc.ChEESAdaptation(),
-    "pathfinder": lambda pmcmc: pmcmc.Pathfinder(),
+    "chees": lambda pmcmc: pmcmc.warmup.ChEESAdaptation(),
+    "pathfinder": lambda pmcmc: pmcmc.warmup.Pathfinder(),
     "ensemble": lambda pmcmc: pmcmc.EnsembleAdaptation(),
     "window": lambda pmcmc: pmcmc.WindowAdaptation(),
 }

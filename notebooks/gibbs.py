@@ -95,9 +95,9 @@ print(f"{total} disasters in {n} years")
 
 kernel = pmcmc.Gibbs(
     {
-        "early": pmcmc.GammaUpdate(lambda x: 2 + before[x["k"]], rate=lambda x: 2.0 + x["k"]),
-        "late": pmcmc.GammaUpdate(lambda x: 2 + total - before[x["k"]], rate=lambda x: n - x["k"]),
-        "k": pmcmc.CategoricalUpdate(
+        "early": pmcmc.kernels.GammaUpdate(lambda x: 2 + before[x["k"]], rate=lambda x: 2.0 + x["k"]),
+        "late": pmcmc.kernels.GammaUpdate(lambda x: 2 + total - before[x["k"]], rate=lambda x: n - x["k"]),
+        "k": pmcmc.kernels.CategoricalUpdate(
             lambda x: before * jnp.log(x["early"] / x["late"]) - jnp.arange(1, n) * (x["early"] - x["late"])
         ),
     }

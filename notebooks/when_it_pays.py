@@ -140,7 +140,7 @@ for rate in (2.8, 4.0):
     x0 = jnp.array(0.3)
     guess = jnp.asarray(np.random.default_rng(1).uniform(size=steps))
     blocks = recurrence.solve(
-        logistic, x0, length=steps, initial_guess=guess, solver=recurrence.MultipleShooting(256, merge_tol=1e-4)
+        logistic, x0, length=steps, initial_guess=guess, solver=recurrence.MultipleShooting(256, tol=1e-4)
     )
     truth = recurrence.solve(logistic, x0, length=steps, solver=recurrence.Sequential())
     wrong = np.mean(np.abs(blocks.value - truth.value) > 1e-2)

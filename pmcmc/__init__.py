@@ -13,42 +13,30 @@ without any MCMC, `pmcmc.stability` measures whether a chain contracts, `pmcmc.p
 
 from typing import TYPE_CHECKING, Any
 
-from pmcmc import planning, plots, recurrence, stability
+from pmcmc import kernels, planning, plots, recurrence, stability, warmup
 from pmcmc._pytree import register_dataclass
 from pmcmc.chain.chain import Chain
 from pmcmc.chain.report import SolveReport
-from pmcmc.chain.state import ChainState
 from pmcmc.chain.stored import StoredChain
 from pmcmc.chain.verify import Verification
 from pmcmc.kernels import (
     HMC,
     MALA,
     NUTS,
-    BranchTaken,
-    CategoricalUpdate,
     Compose,
-    CustomUpdate,
-    DirichletUpdate,
     DiscreteGibbs,
-    GammaUpdate,
     Gibbs,
     Info,
-    InverseGammaUpdate,
     Kernel,
-    NormalUpdate,
     RandomWalk,
-    StraightThrough,
-    UniformLength,
     from_blackjax,
 )
 from pmcmc.recurrence import RESULTS
 from pmcmc.sampling import Interrupted, NonFiniteState, load, parallel_chain, resume, sample
 from pmcmc.target import Target
 from pmcmc.warmup import (
-    BlockAdaptation,
-    ChEESAdaptation,
     EnsembleAdaptation,
-    Pathfinder,
+    SiteAdaptation,
     Warmup,
     WarmupError,
     WindowAdaptation,
@@ -64,38 +52,27 @@ __all__ = [
     "MALA",
     "NUTS",
     "RESULTS",
-    "BlockAdaptation",
-    "BranchTaken",
-    "CategoricalUpdate",
-    "ChEESAdaptation",
     "Chain",
-    "ChainState",
     "Compose",
-    "CustomUpdate",
-    "DirichletUpdate",
     "DiscreteGibbs",
     "EnsembleAdaptation",
-    "GammaUpdate",
     "Gibbs",
     "Info",
     "Interrupted",
-    "InverseGammaUpdate",
     "Kernel",
     "NonFiniteState",
-    "NormalUpdate",
     "ParallelMCMC",
-    "Pathfinder",
     "RandomWalk",
+    "SiteAdaptation",
     "SolveReport",
     "StoredChain",
-    "StraightThrough",
     "Target",
-    "UniformLength",
     "Verification",
     "Warmup",
     "WarmupError",
     "WindowAdaptation",
     "from_blackjax",
+    "kernels",
     "load",
     "parallel_chain",
     "planning",
@@ -105,6 +82,7 @@ __all__ = [
     "resume",
     "sample",
     "stability",
+    "warmup",
 ]
 
 

@@ -1,7 +1,7 @@
 """Plot what a run measured. Matplotlib is imported only when a function of this module runs.
 
 `merge_distances` shows how coupled chains approach each other, `merge_fronts` how blocks are solved and repaired,
-`newton_iterates` the error of Newton's iterates, `planned_time` the candidates of the plan, and `speed_up` the speed-up
+`newton_iterates` the error of Newton's iterates, `planned_time` the candidates of the plan, and `speedup` the speed-up
 against the number of steps. As in ArviZ, each draws into the axes given by ``ax``, or into new ones, and returns them.
 """
 
@@ -23,7 +23,7 @@ from pmcmc.recurrence.solution import typical_scale
 from pmcmc.sampling.programs import Engine
 from pmcmc.stability import Coalescence, site_distances
 
-__all__ = ["merge_distances", "merge_fronts", "newton_iterates", "planned_time", "speed_up"]
+__all__ = ["merge_distances", "merge_fronts", "newton_iterates", "planned_time", "speedup"]
 
 
 def axes_for(ax: Any, num_axes: int = 1, **options: Any) -> np.ndarray:
@@ -363,7 +363,7 @@ def planned_time(chain: Chain, max_candidates: int = 8, *, ax: Any = None) -> An
     return ax
 
 
-def speed_up(runs: Sequence[Chain | Mapping[str, Any]], *, label: str | None = None, ax: Any = None) -> Any:
+def speedup(runs: Sequence[Chain | Mapping[str, Any]], *, label: str | None = None, ax: Any = None) -> Any:
     """Plot the speed-up over sequential sampling against the number of steps T, one line for each quantity.
 
     A chain gives up to two quantities: T over the critical path, and, if the run was planned, the predicted seconds of
@@ -384,7 +384,7 @@ def speed_up(runs: Sequence[Chain | Mapping[str, Any]], *, label: str | None = N
 
     Example:
         >>> import pmcmc
-        >>> pmcmc.plots.speed_up([{"length": 1000}])
+        >>> pmcmc.plots.speedup([{"length": 1000}])
         Traceback (most recent call last):
         ValueError: a row must have 'length' and 'speedup', got ['length'].
     """

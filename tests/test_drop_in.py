@@ -240,7 +240,7 @@ def test_states_fit_what_warm_up_made_of_the_same_sampler() -> None:
     """Numbers in the state have the precision of the chain, and functions may have been defined again."""
 
     def compose() -> ParallelMCMC:
-        scale = pmcmc.CustomUpdate(lambda key: jax.random.normal(key), lambda state, z: jnp.exp(0.1 * z))
+        scale = pmcmc.kernels.CustomUpdate(lambda key: jax.random.normal(key), lambda state, z: jnp.exp(0.1 * z))
         kernel = pmcmc.Compose(
             [(pmcmc.HMC(num_integration_steps=2), ["mu"]), (pmcmc.Gibbs({"sigma": scale}), ["sigma"])]
         )
@@ -427,7 +427,7 @@ def test_metrics_that_do_not_fit() -> None:
 
 def test_discrete_sites_beside_a_fitting_warmup() -> None:
     """A user who passes the warm-up of Gibbs knows that the sites are drawn by Gibbs."""
-    mcmc = ParallelMCMC(HMC(with_discrete), **{**SIZES, "num_samples": 10}, warmup=pmcmc.BlockAdaptation())
+    mcmc = ParallelMCMC(HMC(with_discrete), **{**SIZES, "num_samples": 10}, warmup=pmcmc.SiteAdaptation())
     mcmc.run(jax.random.key(0), Y)
     assert set(mcmc.get_samples()) == {"x", "cluster"}
     assert mcmc.last_state.adapt_state is None  # several kernels, each with a step size and a metric

@@ -66,7 +66,7 @@ def test_stores(monkeypatch, tmp_path: Path) -> None:
 def test_plots(monkeypatch) -> None:
     hide(monkeypatch, "matplotlib", "matplotlib.pyplot")
     with pytest.raises(ImportError, match=r"pmcmc.plots needs matplotlib.*pip install 'pmcmc\[plots\]'"):
-        plots.speed_up([{"length": 10, "speedup": 2.0}])
+        plots.speedup([{"length": 10, "speedup": 2.0}])
 
 
 def test_every_optional_package_is_known() -> None:

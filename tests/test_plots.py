@@ -99,7 +99,7 @@ def test_planned_time() -> None:
 def test_speed_up() -> None:
     rows = [{"length": n, "speedup": s, "case": "mixture"} for n, s in [(1000, 2.0), (100, 1.0), (1000, 4.0)]]
     report = replace(chain().report, num_steps=300, num_sequential_steps=np.array([30, 60]))
-    ax = plots.speed_up([*rows, replace(chain(), report=report)], label="CPU")
+    ax = plots.speedup([*rows, replace(chain(), report=report)], label="CPU")
     lines = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
     assert lines["CPU, mixture"] == [[100, 1.0], [1000, 3.0]]
     assert lines["CPU, sequential steps"] == [[300, 5.0]]
@@ -110,10 +110,10 @@ def test_speed_up() -> None:
 @pytest.mark.parametrize(("runs", "words"), [([], "no runs"), ([{"length": 3}], "'length' and 'speedup', got")])
 def test_speed_up_of_nothing(runs: list, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        plots.speed_up(runs)
+        plots.speedup(runs)
 
 
 def test_axes_that_are_too_few() -> None:
     _, axes = plt.subplots(1, 3)
     with pytest.raises(ValueError, match="1 matplotlib axes, got 3"):
-        plots.speed_up([{"length": 1, "speedup": 1.0}], ax=axes)
+        plots.speedup([{"length": 1, "speedup": 1.0}], ax=axes)

@@ -170,7 +170,7 @@ class Chain:
         tolerance: largest |stored - computed| in posterior standard deviations: units of warm-up's basis, or of the
             draws' interquartile range where there is none. None: 4096 eps, however many steps lie between two draws;
             more only where the other roundings are seen to end further apart than that, up to 0.01. A solver that
-            was given a looser ``merge_tol`` or ``tol`` needs the same here. Fields of ``info`` are held to it in units
+            was given a looser ``tol`` or ``tol`` needs the same here. Fields of ``info`` are held to it in units
             of the log density's size.
 
         Returns:

@@ -48,6 +48,8 @@ _CLASSES: dict[str, type] = {"Basis": Basis, "Block": Block} | {
     for name in room.__all__
     if isinstance(getattr(room, name), type) and is_dataclass(getattr(room, name))
 }
+# Fields that had another name in earlier files, by class and name.
+_RENAMED = {("MultipleShooting", "merge_tol"): "tol"}
 
 
 class Writer:
@@ -219,7 +221,9 @@ class Reader:
         kind, items = stored.get("kind"), stored.get("items")
         if not (isinstance(kind, str) and isinstance(items, dict)):
             raise self.malformed(f"{what} holds {stored!r:.40}")
-        values = {key: self.decode(what, item, _part(given, key)) for key, item in items.items()}
+        values = {
+            _RENAMED.get((kind, key), key): self.decode(what, item, _part(given, key)) for key, item in items.items()
+        }
         if kind == "dict":
             return values
         if kind in ("tuple", "list"):

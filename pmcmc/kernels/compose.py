@@ -2,7 +2,7 @@
 
 `Compose` applies kernels one after the other. Each moves the sites of one group given the newest values of all others,
 ``x[g]' ~ K_g(x[g], . | x[-g])``, and so leaves the joint distribution invariant. `Block` holds one of the kernels with
-its sites and, after warm-up by `pmcmc.BlockAdaptation`, their coordinates.
+its sites and, after warm-up by `pmcmc.SiteAdaptation`, their coordinates.
 
 Source: Tierney (1994), cycles of kernels.
 """
@@ -71,7 +71,7 @@ class Compose(SiteKernel):
 
     The unknown is the tuple of the unknowns of the groups. `Info` of a step holds the acceptance rate averaged over the
     groups that have one, the margin nearest to zero (NaN if a group reports none), whether any group diverged, and the
-    log density after the last group. Warm-up by `BlockAdaptation` tunes step size and coordinates of each group.
+    log density after the last group. Warm-up by `SiteAdaptation` tunes step size and coordinates of each group.
 
     With a NumPyro model, kernels and updates see continuous sites unconstrained, like ``init_params``, and discrete
     sites as they are.
@@ -92,7 +92,7 @@ class Compose(SiteKernel):
         >>> import jax.numpy as jnp, pmcmc
         >>> logdensity = lambda x: -0.5 * (x["a"] ** 2 + (x["b"] - x["a"]) ** 2)
         >>> kernel = pmcmc.Compose([
-        ...     pmcmc.Gibbs({"b": pmcmc.NormalUpdate(lambda x: (x["a"], 1.0))}),
+        ...     pmcmc.Gibbs({"b": pmcmc.kernels.NormalUpdate(lambda x: (x["a"], 1.0))}),
         ...     (pmcmc.HMC(step_size=1.0, num_integration_steps=2), ["a"]),
         ... ])
         >>> chain = pmcmc.sample(

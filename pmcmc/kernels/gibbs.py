@@ -54,8 +54,8 @@ class Gibbs(SiteKernel):
         >>> import pmcmc
         >>> rho = 0.6
         >>> kernel = pmcmc.Gibbs({
-        ...     "a": pmcmc.NormalUpdate(lambda x: (rho * x["b"], (1 - rho**2) ** 0.5)),
-        ...     "b": pmcmc.NormalUpdate(lambda x: (rho * x["a"], (1 - rho**2) ** 0.5)),
+        ...     "a": pmcmc.kernels.NormalUpdate(lambda x: (rho * x["b"], (1 - rho**2) ** 0.5)),
+        ...     "b": pmcmc.kernels.NormalUpdate(lambda x: (rho * x["a"], (1 - rho**2) ** 0.5)),
         ... })
         >>> chain = pmcmc.sample(None, {"a": 0.0, "b": 0.0}, 0, kernel=kernel, num_samples=100, progress_bar=False)
         >>> chain.get_samples()["a"].shape

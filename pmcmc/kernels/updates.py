@@ -63,7 +63,7 @@ class Update(abc.ABC):
 
     Example:
         >>> import pmcmc
-        >>> isinstance(pmcmc.GammaUpdate(2.0, rate=1.0), Update)
+        >>> isinstance(pmcmc.kernels.GammaUpdate(2.0, rate=1.0), Update)
         True
     """
 
@@ -170,7 +170,7 @@ class NormalUpdate(Update):
 
     Example:
         >>> import pmcmc
-        >>> update = pmcmc.NormalUpdate(lambda x: (0.9 * x["y"], 0.44))
+        >>> update = pmcmc.kernels.NormalUpdate(lambda x: (0.9 * x["y"], 0.44))
     """
 
     conditional: Callable
@@ -208,7 +208,7 @@ class GammaUpdate(Update):
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
-        >>> update = pmcmc.GammaUpdate(2.5, rate=lambda x: 1 + 0.5 * jnp.sum(x["y"] ** 2))
+        >>> update = pmcmc.kernels.GammaUpdate(2.5, rate=lambda x: 1 + 0.5 * jnp.sum(x["y"] ** 2))
     """
 
     shape: ArrayLeaf | Function
@@ -243,7 +243,7 @@ class InverseGammaUpdate(Update):
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
-        >>> update = pmcmc.InverseGammaUpdate(4.5, scale=lambda x: 0.5 * jnp.sum((x["theta"] - x["mu"]) ** 2))
+        >>> update = pmcmc.kernels.InverseGammaUpdate(4.5, scale=lambda x: 0.5 * jnp.sum((x["theta"] - x["mu"]) ** 2))
     """
 
     shape: ArrayLeaf | Function
@@ -277,7 +277,7 @@ class DirichletUpdate(Update):
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
-        >>> update = pmcmc.DirichletUpdate(lambda x: 1.0 + jnp.bincount(x["cluster"], length=3))
+        >>> update = pmcmc.kernels.DirichletUpdate(lambda x: 1.0 + jnp.bincount(x["cluster"], length=3))
     """
 
     concentration: ArrayLeaf | Function
@@ -315,7 +315,7 @@ class CategoricalUpdate(Update):
 
     Example:
         >>> import pmcmc
-        >>> update = pmcmc.CategoricalUpdate(lambda x: -0.5 * (x["y"][:, None] - x["centre"][None]) ** 2)
+        >>> update = pmcmc.kernels.CategoricalUpdate(lambda x: -0.5 * (x["y"][:, None] - x["centre"][None]) ** 2)
     """
 
     logits: Callable
@@ -358,7 +358,7 @@ class CustomUpdate(Update):
 
     Example:
         >>> import jax, pmcmc
-        >>> update = pmcmc.CustomUpdate(lambda key: jax.random.normal(key), lambda x, z: 0.5 * x["y"] + z)
+        >>> update = pmcmc.kernels.CustomUpdate(lambda key: jax.random.normal(key), lambda x, z: 0.5 * x["y"] + z)
     """
 
     sample_noise: Callable

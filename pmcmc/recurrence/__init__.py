@@ -13,7 +13,7 @@ with a `RESULTS` code and `Stats`:
 from collections.abc import Callable
 
 from pmcmc._typing import PyTree
-from pmcmc.recurrence.newton.basis import Basis, LinearBasis, ScaledBasis, StandardBasis
+from pmcmc.recurrence.newton.basis import JacobianBasis, LinearBasis, ScaledBasis, StandardBasis
 from pmcmc.recurrence.newton.hutchinson import FixedProbes, FreshProbes, HutchinsonBlockDiagonal, HutchinsonDiagonal
 from pmcmc.recurrence.newton.jacobian import BlockDiagonal, Dense, Diagonal, Identity, JacobianStructure, Zero
 from pmcmc.recurrence.newton.newton import Newton
@@ -35,7 +35,6 @@ from pmcmc.recurrence.solution import RESULTS, RecurrenceSolver, Solution, Stats
 __all__ = [
     "RESULTS",
     "AdaptiveRegularization",
-    "Basis",
     "BlockDiagonal",
     "Dense",
     "Diagonal",
@@ -46,6 +45,7 @@ __all__ = [
     "HutchinsonBlockDiagonal",
     "HutchinsonDiagonal",
     "Identity",
+    "JacobianBasis",
     "JacobianStructure",
     "LevenbergMarquardt",
     "LinearBasis",

@@ -53,7 +53,7 @@ def parallel_chain(
     num_samples: steps per chain after warm-up; every ``thinning``-th is kept.
     init_params: unconstrained starting values by site, for all chains or with a leading axis num_chains.
     extra_fields: names for `Chain.get_extra_fields`, as NumPyro spells them.
-    warmup: `EnsembleAdaptation()` by default, `BlockAdaptation()` for `Gibbs`, `DiscreteGibbs` and `Compose`; its
+    warmup: `EnsembleAdaptation()` by default, `SiteAdaptation()` for `Gibbs`, `DiscreteGibbs` and `Compose`; its
         seconds do not depend on num_chains.
     save_warmup: keep the draws of warm-up's lanes for `Chain.get_warmup_samples` and `Chain.to_arviz`.
     devices: that share the blocks, or Newton's steps, such as ``jax.devices()``. Left out, "auto" takes all of this

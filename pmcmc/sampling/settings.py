@@ -17,7 +17,7 @@ from pmcmc.kernels import HMC, Compose, DiscreteGibbs, Kernel, SiteKernel
 from pmcmc.random.threefry import IMPL, threefry_key
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.target import Target
-from pmcmc.warmup import BlockAdaptation, ChEESAdaptation, EnsembleAdaptation, Pathfinder, Warmup, WindowAdaptation
+from pmcmc.warmup import ChEESAdaptation, EnsembleAdaptation, Pathfinder, SiteAdaptation, Warmup, WindowAdaptation
 
 
 @dataclass(frozen=True)
@@ -181,10 +181,10 @@ def _fitting_warmup(warmup: Warmup | None, kernel: Kernel) -> Warmup:
     """
     by_sites = isinstance(kernel, SiteKernel)
     if warmup is None:
-        return BlockAdaptation() if by_sites else EnsembleAdaptation()
+        return SiteAdaptation() if by_sites else EnsembleAdaptation()
     of_vectors = (EnsembleAdaptation, WindowAdaptation, ChEESAdaptation, Pathfinder)
-    if isinstance(warmup, of_vectors if by_sites else BlockAdaptation):
-        fitting = "BlockAdaptation()" if by_sites else "EnsembleAdaptation()"
+    if isinstance(warmup, of_vectors if by_sites else SiteAdaptation):
+        fitting = "SiteAdaptation()" if by_sites else "EnsembleAdaptation()"
         raise TypeError(
             f"{type(warmup).__name__} cannot warm up {type(kernel).__name__}: pass warmup={fitting}, or leave it out."
         )

@@ -8,7 +8,7 @@ posterior.
 - `WindowAdaptation`: Stan's windows with NUTS.
 - `ChEESAdaptation`: also tunes the trajectory length of `pmcmc.HMC`.
 - `Pathfinder`: moves the starts towards the posterior before another warm-up.
-- `BlockAdaptation`: for kernels over named sites.
+- `SiteAdaptation`: for kernels over named sites.
 
 Source: Hoffman & Gelman (2014) for dual averaging; Stan Development Team for windows; Zhang et al. (2020) for pooling
 over chains.
@@ -17,13 +17,13 @@ over chains.
 from pmcmc.warmup.base import Tuned, Warmup, WarmupError
 from pmcmc.warmup.blackjax import ChEESAdaptation, Pathfinder, WindowAdaptation
 from pmcmc.warmup.ensemble import EnsembleAdaptation
-from pmcmc.warmup.sites import BlockAdaptation
+from pmcmc.warmup.sites import SiteAdaptation
 
 __all__ = [
-    "BlockAdaptation",
     "ChEESAdaptation",
     "EnsembleAdaptation",
     "Pathfinder",
+    "SiteAdaptation",
     "Tuned",
     "Warmup",
     "WarmupError",

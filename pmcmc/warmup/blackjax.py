@@ -153,7 +153,7 @@ class ChEESAdaptation(Warmup):
     Example:
         >>> import jax.numpy as jnp, pmcmc
         >>> chain = pmcmc.sample(
-        ...     lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(2), 0, warmup=pmcmc.ChEESAdaptation(), num_samples=100,
+        ...     lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(2), 0, warmup=pmcmc.warmup.ChEESAdaptation(), num_samples=100,
         ...     progress_bar=False
         ... )
         >>> int(chain.kernel.num_integration_steps.low)
@@ -240,8 +240,8 @@ class Pathfinder(Warmup):
     Example:
         >>> import jax.numpy as jnp, pmcmc
         >>> chain = pmcmc.sample(
-        ...     lambda x: -0.5 * jnp.sum((x - 50) ** 2), jnp.zeros(2), 0, warmup=pmcmc.Pathfinder(), num_samples=100,
-        ...     progress_bar=False
+        ...     lambda x: -0.5 * jnp.sum((x - 50) ** 2), jnp.zeros(2), 0,
+        ...     warmup=pmcmc.warmup.Pathfinder(), num_samples=100, progress_bar=False
         ... )
         >>> bool(abs(chain.get_samples().mean() - 50) < 1)
         True

@@ -1,6 +1,6 @@
 """Warm-up of kernels over named sites.
 
-`BlockAdaptation` runs the kernel itself, a `Gibbs`, `DiscreteGibbs` or `Compose`, on many lanes in four windows. For a
+`SiteAdaptation` runs the kernel itself, a `Gibbs`, `DiscreteGibbs` or `Compose`, on many lanes in four windows. For a
 `Compose`, windows tune the step size of each site group by dual averaging and set its coordinates to the mean and
 covariance of its draws, pooled over the lanes. A `Window` holds the result of one of them.
 
@@ -30,7 +30,7 @@ NUM_WINDOWS = 4
 
 @register_dataclass
 @dataclass(frozen=True)
-class BlockAdaptation(Warmup):
+class SiteAdaptation(Warmup):
     """Four windows of the kernel itself on ``num_starts`` lanes, for `Gibbs`, `DiscreteGibbs` and `Compose`.
 
     Every lane takes all ``num_warmup`` steps, rounded down to a multiple of four. For site groups whose kernel works on
@@ -52,7 +52,7 @@ class BlockAdaptation(Warmup):
 
     Example:
         >>> import pmcmc
-        >>> pmcmc.BlockAdaptation(dense=False).num_starts
+        >>> pmcmc.SiteAdaptation(dense=False).num_starts
         32
     """
 
@@ -76,7 +76,7 @@ class BlockAdaptation(Warmup):
         if num_steps < 20:
             raise ValueError(f"num_warmup must be 0 or at least 20 (for its windows), got {num_steps}.")
         if not isinstance(kernel, SiteKernel):
-            raise TypeError(f"BlockAdaptation warms up Gibbs, DiscreteGibbs and Compose, got {type(kernel).__name__}.")
+            raise TypeError(f"SiteAdaptation warms up Gibbs, DiscreteGibbs and Compose, got {type(kernel).__name__}.")
         _check_metrics(target, kernel)
         # Start the lanes, with identity bases and dual averaging at its beginning.
         length, last = num_steps // NUM_WINDOWS, NUM_WINDOWS - 1

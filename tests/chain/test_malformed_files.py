@@ -292,7 +292,7 @@ def test_a_file_with_a_key_of_another_implementation(tmp_path: Path) -> None:
 
 def test_a_kernel_of_the_users_own_is_asked_for_again(tmp_path: Path) -> None:
     """A kernel that does not fit the file does not mean that the file is damaged, and the message says so."""
-    custom = pmcmc.CustomUpdate(lambda key: jax.random.normal(key), lambda x, z: 0.5 * x["a"] + z)
+    custom = pmcmc.kernels.CustomUpdate(lambda key: jax.random.normal(key), lambda x, z: 0.5 * x["a"] + z)
     kernel = pmcmc.Gibbs({"a": custom})
     chain = pmcmc.sample(None, {"a": jnp.zeros(())}, 0, kernel=kernel, num_warmup=0, solver=Sequential(), **SIZES)
     chain.save(tmp_path / "chain.npz")

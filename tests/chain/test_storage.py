@@ -112,7 +112,10 @@ def test_composed_kernels_over_discrete_sites_come_back(tmp_path: Path) -> None:
 
 def test_no_log_density_comes_back(tmp_path: Path) -> None:
     kernel = pmcmc.Gibbs(
-        {"x": pmcmc.NormalUpdate(lambda p: (p["y"], 1.0)), "y": pmcmc.NormalUpdate(lambda p: (0.5 * p["x"], 1.0))}
+        {
+            "x": pmcmc.kernels.NormalUpdate(lambda p: (p["y"], 1.0)),
+            "y": pmcmc.kernels.NormalUpdate(lambda p: (0.5 * p["x"], 1.0)),
+        }
     )
     start = {"x": jnp.array(0.0), "y": jnp.array(0.0)}
     chain = pmcmc.sample(None, start, 0, kernel=kernel, solver=Sequential(), **SIZES)
@@ -228,7 +231,7 @@ def test_small_changes_are_refused(tmp_path: Path) -> None:
 
 
 def test_functions_in_the_kernel_are_compared(tmp_path: Path) -> None:
-    kernel = lambda y: pmcmc.Gibbs({"a": pmcmc.NormalUpdate(lambda s: (jnp.mean(y), 1.0))})
+    kernel = lambda y: pmcmc.Gibbs({"a": pmcmc.kernels.NormalUpdate(lambda s: (jnp.mean(y), 1.0))})
     first, second = kernel(jnp.zeros(3)), kernel(jnp.ones(3))
     chain = pmcmc.sample(None, {"a": 0.0}, 0, kernel=first, num_warmup=0, num_samples=10, progress_bar=False)
     chain.save(tmp_path / "chain.npz")

@@ -127,7 +127,7 @@ def test_start_end_key_kernel_and_density_are_checked() -> None:
 
 
 def test_a_loose_merge_is_seen_and_may_be_allowed() -> None:
-    loose = run(solver=MultipleShooting(8, merge_tol=1e-4))
+    loose = run(solver=MultipleShooting(8, tol=1e-4))
     found = loose.verify()
     assert 1 <= found.num_mismatched <= 14
     assert found.tolerance < found.max_mismatch <= 1e-4
@@ -155,8 +155,8 @@ def test_integers_and_conditional_updates() -> None:
         precision = 1 + members.sum(0)
         return y @ members / precision, precision**-0.5
 
-    update = pmcmc.CategoricalUpdate(lambda x: -0.5 * (y[:, None] - x["mu"][None]) ** 2)
-    kernel = pmcmc.Gibbs({"z": update, "mu": pmcmc.NormalUpdate(centres)})
+    update = pmcmc.kernels.CategoricalUpdate(lambda x: -0.5 * (y[:, None] - x["mu"][None]) ** 2)
+    kernel = pmcmc.Gibbs({"z": update, "mu": pmcmc.kernels.NormalUpdate(centres)})
     found = run(None, {"z": jnp.zeros(6, int), "mu": jnp.array([-1.0, 1.0])}, kernel=kernel)
     assert found.verify()
     draws = {name: x.copy() for name, x in found.unknowns.items()}
@@ -214,7 +214,7 @@ def test_kernels_that_do_not_tell_ties_say_so(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(replay, "in_one_kernel", spy)
     draw = lambda key: jax.random.normal(key, dtype=jnp.float32)
-    custom = pmcmc.CustomUpdate(draw, lambda x, z: 0.5 * x["a"] + 1e-6 * z)
+    custom = pmcmc.kernels.CustomUpdate(draw, lambda x, z: 0.5 * x["a"] + 1e-6 * z)
     chain = run(None, {"a": jnp.zeros((), jnp.float32)}, kernel=pmcmc.Gibbs({"a": custom}))
     found = chain.verify()
     assert found

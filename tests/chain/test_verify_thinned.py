@@ -164,7 +164,7 @@ def test_no_number_is_below_zero(num_samples: int) -> None:
 def chaotic(rate: float) -> pmcmc.Gibbs:
     """The logistic map: rounding errors double at nearly every step."""
     noise = lambda key: jax.random.uniform(key)
-    return pmcmc.Gibbs({"a": pmcmc.CustomUpdate(noise, lambda x, u: rate * x["a"] * (1 - x["a"]) + 1e-300 * u)})
+    return pmcmc.Gibbs({"a": pmcmc.kernels.CustomUpdate(noise, lambda x, u: rate * x["a"] * (1 - x["a"]) + 1e-300 * u)})
 
 
 def test_what_rounding_decides_is_said_to_be_undecided() -> None:

@@ -52,11 +52,11 @@ def solutions() -> None:
     ]:
         inputs, guess = problem(0, 3, length)
         run = jax.jit(lambda solver, inputs, guess, fn=fn: solve(solver, fn, inputs, guess))
-        alone = run(solver_for(0, merge_tol=1e-6, **options), inputs, guess)
+        alone = run(solver_for(0, tol=1e-6, **options), inputs, guess)
         assert np.any(alone.result == RESULTS.max_iters_reached) == bool(options), alone.result
         assert np.all(np.asarray(alone.stats.num_sweeps) > 0)
         for num_devices in shares:
-            check_same(alone, run(solver_for(num_devices, merge_tol=1e-6, **options), inputs, guess))
+            check_same(alone, run(solver_for(num_devices, tol=1e-6, **options), inputs, guess))
 
 
 def loop_collectives(jaxpr) -> list[Counter]:

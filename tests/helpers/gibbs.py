@@ -43,7 +43,9 @@ def mixture_logits(x):
     return jnp.log(WEIGHTS)[None] - 0.5 * (jnp.asarray(POINTS)[:, None] - x["mu"][None]) ** 2
 
 
-MIXTURE = pmcmc.Gibbs({"z": pmcmc.CategoricalUpdate(mixture_logits), "mu": pmcmc.NormalUpdate(mixture_loc)})
+MIXTURE = pmcmc.Gibbs(
+    {"z": pmcmc.kernels.CategoricalUpdate(mixture_logits), "mu": pmcmc.kernels.NormalUpdate(mixture_loc)}
+)
 MIXTURE_START = {"z": jnp.zeros(6, int), "mu": jnp.array([-1.0, 1.0])}
 
 

@@ -122,8 +122,10 @@ def conditional_mean(x):
 
 CONJUGATE = pmcmc.Gibbs(
     {
-        "mu": pmcmc.NormalUpdate(conditional_mean),
-        "v": pmcmc.InverseGammaUpdate(SHAPE + NUM_DATA / 2, lambda x: SCALE + 0.5 * jnp.sum((x["y"] - x["mu"]) ** 2)),
+        "mu": pmcmc.kernels.NormalUpdate(conditional_mean),
+        "v": pmcmc.kernels.InverseGammaUpdate(
+            SHAPE + NUM_DATA / 2, lambda x: SCALE + 0.5 * jnp.sum((x["y"] - x["mu"]) ** 2)
+        ),
     }
 )
 

@@ -31,7 +31,7 @@ def update_b(x):
 
 
 START = {"a": jnp.zeros(2), "b": jnp.array(0.0)}
-GIBBS = pmcmc.Gibbs({"b": pmcmc.NormalUpdate(update_b)})
+GIBBS = pmcmc.Gibbs({"b": pmcmc.kernels.NormalUpdate(update_b)})
 BLOCKS = {
     "HMC and Gibbs": [GIBBS, (pmcmc.HMC(step_size=0.7, num_integration_steps=3), ["a"])],
     "MALA twice": [(pmcmc.MALA(step_size=0.4), ["a"]), (pmcmc.MALA(step_size=0.5), "b")],

@@ -70,7 +70,7 @@ def test_draws_on_disk_are_counted_too(tmp_path) -> None:
 
 
 def test_conditionals_that_are_not_finite_have_a_remedy_of_their_own() -> None:
-    kernel = pmcmc.Gibbs({"k": pmcmc.CategoricalUpdate(lambda x: jnp.array([0.0, jnp.nan]))})
+    kernel = pmcmc.Gibbs({"k": pmcmc.kernels.CategoricalUpdate(lambda x: jnp.array([0.0, jnp.nan]))})
     (words,) = warned(lambda: pmcmc.sample(None, {"k": 0}, 0, kernel=kernel, **OPTIONS))
     assert "800 of 800 draws (100.0%)" in words
     assert "check the updates for NaN" in words

@@ -89,8 +89,8 @@ def gibbs(precision: Callable, extra: float) -> pmcmc.Gibbs:
 
     scale = lambda x: SCALE + 0.5 * jnp.sum((Y - x["mu"]) ** 2) + 0.5 * extra * x["mu"] ** 2
     updates = {
-        "mu": pmcmc.NormalUpdate(conditional_mean),
-        "v": pmcmc.InverseGammaUpdate(SHAPE + (NUM_DATA + extra) / 2, scale),
+        "mu": pmcmc.kernels.NormalUpdate(conditional_mean),
+        "v": pmcmc.kernels.InverseGammaUpdate(SHAPE + (NUM_DATA + extra) / 2, scale),
     }
     return pmcmc.Gibbs(updates)
 

@@ -265,7 +265,7 @@ def test_lanes_of_warmup(num_steps: int, back: int, monkeypatch: pytest.MonkeyPa
 def test_windows_of_warmup(stalled: int, monkeypatch: pytest.MonkeyPatch) -> None:
     timed = Timed(sites._run_window.timed, lambda call: 1.0 + STALL * (call == stalled))
     monkeypatch.setattr(sites._run_window, "timed", timed)
-    kernel = pmcmc.Gibbs({"a": pmcmc.NormalUpdate(lambda s: (0.0, 1.0))})
+    kernel = pmcmc.Gibbs({"a": pmcmc.kernels.NormalUpdate(lambda s: (0.0, 1.0))})
     chain = pmcmc.sample(
         None, {"a": jnp.zeros(())}, 0, kernel=kernel, num_warmup=20, num_samples=10, progress_bar=False
     )

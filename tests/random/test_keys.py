@@ -148,8 +148,8 @@ def test_a_models_starts_and_warm_up(numpyro_broadcasts_over_ranks) -> None:
 @pytest.mark.parametrize("impl", OTHERS)
 def test_updates_of_the_users_own(impl: str) -> None:
     """They get raw keys of two words, which ``jax.random`` would refuse or misread under another default."""
-    update = pmcmc.CustomUpdate(jax.random.normal, lambda state, z: 0.5 * state["a"] + z)
-    by_key = pmcmc.CustomUpdate(lambda key: key, lambda state, key: 0.5 * state["b"] + jax.random.normal(key))
+    update = pmcmc.kernels.CustomUpdate(jax.random.normal, lambda state, z: 0.5 * state["a"] + z)
+    by_key = pmcmc.kernels.CustomUpdate(lambda key: key, lambda state, key: 0.5 * state["b"] + jax.random.normal(key))
     start = {"a": jnp.zeros(()), "b": jnp.zeros(())}
     chain = lambda: pmcmc.sample(
         None, start, 0, kernel=pmcmc.Gibbs({"a": update, "b": by_key}), num_warmup=0, solver=BLOCKS, **SIZES

@@ -72,7 +72,7 @@ def test_equals_sequential(name: str, guess: str) -> None:
 def test_loose_residual_is_true(name: str) -> None:
     target, kernel, x0, noise, chain, other = problem(name)
     scale = jnp.std(chain.value, axis=0)
-    solver = MultipleShooting(num_blocks=32, merge_tol=1e-5)
+    solver = MultipleShooting(num_blocks=32, tol=1e-5)
     solution = solve(target, kernel, solver, x0, noise, other, scale)
     assert solution.result == RESULTS.successful
     residuals = np.sort(step_residuals(target, kernel, x0, solution.value, noise, scale))
@@ -148,12 +148,12 @@ RECURRENCES = {
 def test_counts_are_those_of_the_rule(name: str, length: int, num_blocks: int) -> None:
     """Path, residual, sweeps, critical path and work against a plain loop over blocks and steps."""
     step, make_inputs, x0, make_guess = RECURRENCES[name]
-    solver = MultipleShooting(num_blocks=num_blocks, merge_tol=1e-4)
+    solver = MultipleShooting(num_blocks=num_blocks, tol=1e-4)
     run = jax.jit(lambda inputs, guess: solver.solve(step, x0, inputs, initial_guess=guess, scale=unit(x0)))
     for seed in range(8):
         inputs = make_inputs(seed, length)
         guess = make_guess(np.random.default_rng(seed + 100).normal(size=length))
-        expected = solve_plainly(step, x0, inputs, guess, num_blocks=num_blocks, merge_tol=1e-4)
+        expected = solve_plainly(step, x0, inputs, guess, num_blocks=num_blocks, tol=1e-4)
         solution = run(inputs, guess)
         assert solution.stats.num_sweeps == expected.num_sweeps
         assert solution.stats.num_sequential_steps == expected.num_sequential_steps
@@ -172,7 +172,7 @@ def test_discrete_leaves_are_equal_at_merges() -> None:
     """The tolerance accepts any real difference, so only the integers decide, and they are exact."""
     step, make_inputs, x0, make_guess = RECURRENCES["lattice"]
     inputs, guess = make_inputs(3, 5000), make_guess(np.random.default_rng(4).normal(size=5000))
-    solver = MultipleShooting(num_blocks=20, merge_tol=1e6)
+    solver = MultipleShooting(num_blocks=20, tol=1e6)
     solution = solve_fn(solver, step, x0, inputs, guess, unit(x0))
     exact = solve_fn(Sequential(), step, x0, inputs)
     np.testing.assert_array_equal(solution.value["place"], exact.value["place"])
@@ -223,7 +223,7 @@ def test_logistic_map_is_not_contracting() -> None:
     """Chance merges of a chaotic map are reported, and what is certified is exact."""
     length = 200_000
     guess = jax.random.uniform(jax.random.key(0), (length,))
-    solver = MultipleShooting(num_blocks=100, merge_tol=1e-3)
+    solver = MultipleShooting(num_blocks=100, tol=1e-3)
     x0 = jnp.asarray(0.3)
     step = lambda x, u: 4 * x * (1 - x)
     solution = solve_fn(solver, step, x0, guess=guess, scale=jnp.ones(()), length=length)
@@ -277,7 +277,7 @@ def test_shift_and_scale_change_nothing(shift: float, size: float) -> None:
     guess = shift + 3 * size * jax.random.normal(jax.random.key(1), (10_000,))
     x0 = jnp.asarray(shift)
     tol = max(1e-13, 1e-14 * shift / size)  # a shifted state cannot resolve less than its own rounding
-    solution = solve_fn(MultipleShooting(num_blocks=50, merge_tol=tol), step, x0, inputs, guess)
+    solution = solve_fn(MultipleShooting(num_blocks=50, tol=tol), step, x0, inputs, guess)
     exact = solve_fn(Sequential(), step, x0, inputs)
     assert solution.result == RESULTS.successful
     assert solution.stats.num_sequential_steps < 2000
@@ -292,7 +292,7 @@ def test_an_older_splice_is_not_forgotten() -> None:
 
     kinds = jnp.array([0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 0])
     guess = jnp.zeros(12).at[3].set(1.5**4 + 3e-3).at[7].set(-1.0)
-    solver = MultipleShooting(num_blocks=3, merge_tol=1e-4)
+    solver = MultipleShooting(num_blocks=3, tol=1e-4)
     solution = solve_fn(solver, step, 1.0, kinds, guess, jnp.ones(()))
     exact = solve_fn(Sequential(), step, 1.0, kinds)
     np.testing.assert_allclose(jnp.max(jnp.abs(solution.value - exact.value)), 7.5e-6, rtol=1e-3)

@@ -35,7 +35,7 @@ def test_equals_lanes_in_step(length: int, num_blocks: int) -> None:
     """Several chains, blocks of any length, last blocks nearly empty, steps without a stage."""
     for seed in range(3):
         inputs, guess = problem(seed, 3, length)
-        apart, in_step, exact = solve_both(MultipleShooting(num_blocks=num_blocks, merge_tol=1e-6), inputs, guess)
+        apart, in_step, exact = solve_both(MultipleShooting(num_blocks=num_blocks, tol=1e-6), inputs, guess)
         check_equal(apart, in_step)
         assert np.all(apart.result == RESULTS.successful)
         assert np.all(apart.stats.certified_steps == length)

@@ -214,7 +214,9 @@ class NoiseShared(Faulty):
 
 def with_wrong_conditional(kernel):
     """The conditional of v without the first of the data, whose number is right."""
-    wrong = pmcmc.InverseGammaUpdate(SHAPE + NUM_DATA / 2, lambda x: SCALE + 0.5 * jnp.sum((x["y"][1:] - x["mu"]) ** 2))
+    wrong = pmcmc.kernels.InverseGammaUpdate(
+        SHAPE + NUM_DATA / 2, lambda x: SCALE + 0.5 * jnp.sum((x["y"][1:] - x["mu"]) ** 2)
+    )
     return pmcmc.Gibbs({"mu": kernel.updates[0], "v": wrong})
 
 

@@ -233,7 +233,7 @@ def gibbs(update, y):
 
 def by_gibbs_update():
     data = SimpleNamespace()
-    update = pmcmc.NormalUpdate(lambda x: (jnp.mean(data.y), 20**-0.5))
+    update = pmcmc.kernels.NormalUpdate(lambda x: (jnp.mean(data.y), 20**-0.5))
 
     def run(y):
         data.y = jnp.asarray(y)
@@ -244,7 +244,7 @@ def by_gibbs_update():
 
 def by_custom_update():
     data = SimpleNamespace()
-    update = pmcmc.CustomUpdate(jax.random.normal, lambda x, z: jnp.mean(jnp.asarray(data.y)) + 20**-0.5 * z)
+    update = pmcmc.kernels.CustomUpdate(jax.random.normal, lambda x, z: jnp.mean(jnp.asarray(data.y)) + 20**-0.5 * z)
 
     def run(y):
         data.y = y
@@ -255,7 +255,7 @@ def by_custom_update():
 
 def by_update_within_compose():
     data = SimpleNamespace()
-    update = pmcmc.NormalUpdate(lambda x: (jnp.mean(data.y) + 0 * x["b"], 20**-0.5))
+    update = pmcmc.kernels.NormalUpdate(lambda x: (jnp.mean(data.y) + 0 * x["b"], 20**-0.5))
     kernel = pmcmc.Compose([pmcmc.Gibbs({"mu": update}), (pmcmc.HMC(step_size=0.5, num_integration_steps=2), ["b"])])
     logdensity = lambda x: -0.5 * jnp.sum((x["mu"] - data.y) ** 2) - 0.5 * x["b"] ** 2
 
@@ -407,7 +407,7 @@ def test_extend_and_verify_say_that_the_model_has_changed(change: str, tmp_path)
 
 def test_extend_and_verify_say_that_the_kernel_has_changed() -> None:
     data = SimpleNamespace(y=jnp.asarray(ONES))
-    update = pmcmc.NormalUpdate(lambda x: (jnp.mean(data.y), 1.0))
+    update = pmcmc.kernels.NormalUpdate(lambda x: (jnp.mean(data.y), 1.0))
     options = dict(kernel=pmcmc.Gibbs({"mu": update}), num_warmup=0, num_samples=100, progress_bar=False)
     chain = pmcmc.sample(None, {"mu": 0.0}, 0, **options)
     assert chain.verify()

@@ -113,8 +113,8 @@ def test_warmup_groups() -> None:
 
 
 def test_pathfinder_keeps_what_comes_behind_it() -> None:
-    assert pmcmc.Pathfinder().shows_path
-    assert not pmcmc.Pathfinder(then=pmcmc.WindowAdaptation()).shows_path
+    assert pmcmc.warmup.Pathfinder().shows_path
+    assert not pmcmc.warmup.Pathfinder(then=pmcmc.WindowAdaptation()).shows_path
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ def test_close_everywhere() -> None:
 def test_resonance_needs_one_length_and_a_distance_that_stays() -> None:
     target = target_of(beside_a_mode)
     rigid = pmcmc.HMC(step_size=0.5, num_integration_steps=3, step_size_jitter=0.0)
-    drawn = pmcmc.HMC(step_size=0.5, num_integration_steps=pmcmc.UniformLength(1, 5), step_size_jitter=0.0)
+    drawn = pmcmc.HMC(step_size=0.5, num_integration_steps=pmcmc.kernels.UniformLength(1, 5), step_size_jitter=0.0)
     flipping = steady(1.0) * (-1.0) ** np.arange(NUM_STEPS + 1)[:, None]
     pilots = [pilot_of(target, {"b": gap}, shrinking=None) for gap in (flipping, wandering(1.0))]
     assert said(diagnose(target, rigid, pilots[0], GOOD)) == {"resonance"}

@@ -17,7 +17,7 @@ from pmcmc._pytree import register_dataclass
 from pmcmc._typing import Array
 
 
-class Basis(abc.ABC):
+class JacobianBasis(abc.ABC):
     """An invertible linear map L between increments of the state, both vectors of length D.
 
     A solver works on ``dz = L^-1 dx`` and maps back, so the solution and its residual do not depend on L. What changes
@@ -35,7 +35,7 @@ class Basis(abc.ABC):
 
 @register_dataclass
 @dataclass(frozen=True)
-class StandardBasis(Basis):
+class StandardBasis(JacobianBasis):
     """The state's own coordinates, L = I.
 
     This is the default; nothing is mapped.
@@ -50,7 +50,7 @@ class StandardBasis(Basis):
 
 @register_dataclass
 @dataclass(frozen=True)
-class ScaledBasis(Basis):
+class ScaledBasis(JacobianBasis):
     """Diagonal scaling, L = diag(scale).
 
     It has no effect on a diagonal Jacobian without clipping. It does change a trust region, which is a ball in the
@@ -71,8 +71,8 @@ class ScaledBasis(Basis):
 
 @register_dataclass
 @dataclass(frozen=True)
-class LinearBasis(Basis):
-    """Basis given by a matrix L, stored with its inverse.
+class LinearBasis(JacobianBasis):
+    """JacobianBasis given by a matrix L, stored with its inverse.
 
     Build it with `from_matrix`, `from_scale_tril` (a Cholesky factor) or `from_covariance` (its principal axes).
 

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from pmcmc._pytree import finite_rows
 from pmcmc._typing import Array, PyTree, Scalar
-from pmcmc.recurrence.newton.basis import Basis, StandardBasis
+from pmcmc.recurrence.newton.basis import JacobianBasis, StandardBasis
 from pmcmc.recurrence.newton.equations import Course, Evaluation, System, blocked_at, conclude
 from pmcmc.recurrence.newton.implicit_diff import VectorSolver
 from pmcmc.recurrence.newton.jacobian import Identity, JacobianStructure, Zero
@@ -73,7 +73,7 @@ class NewtonType(VectorSolver):
     """Base class of `Newton` and `LevenbergMarquardt`, both of which have the fields annotated here."""
 
     jacobian: JacobianStructure
-    basis: Basis
+    basis: JacobianBasis
     damping: Scalar | None
     clip: Scalar | None
     tol: Scalar | None

@@ -22,7 +22,7 @@ import jax
 
 from pmcmc._pytree import register_dataclass
 from pmcmc._typing import Scalar
-from pmcmc.recurrence.newton.basis import Basis, StandardBasis
+from pmcmc.recurrence.newton.basis import JacobianBasis, StandardBasis
 from pmcmc.recurrence.newton.jacobian import Dense, JacobianStructure
 from pmcmc.recurrence.newton.loop import NewtonType, drop_overflow
 
@@ -69,7 +69,7 @@ class Newton(NewtonType):
     jacobian: JacobianStructure = Dense()
     tol: Scalar | None = None
     max_iters: Scalar = 200
-    basis: Basis = StandardBasis()
+    basis: JacobianBasis = StandardBasis()
     damping: Scalar | None = None
     clip: Scalar | None = None
     num_iterates: int = field(default=0, metadata=dict(static=True))

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from pmcmc._pytree import finite_rows, register_dataclass
 from pmcmc._typing import Array, PyTree, Scalar
 from pmcmc.recurrence.newton import kalman
-from pmcmc.recurrence.newton.basis import Basis, StandardBasis
+from pmcmc.recurrence.newton.basis import JacobianBasis, StandardBasis
 from pmcmc.recurrence.newton.equations import exact_prefix
 from pmcmc.recurrence.newton.jacobian import Dense, JacobianStructure, Scanned
 from pmcmc.recurrence.newton.loop import NewtonType, drop_overflow
@@ -293,7 +293,7 @@ class LevenbergMarquardt(NewtonType):
     step_rule: StepRule = Filter()
     tol: Scalar | None = None
     max_iters: Scalar = 200
-    basis: Basis = StandardBasis()
+    basis: JacobianBasis = StandardBasis()
     damping: Scalar | None = None
     clip: Scalar | None = None
     num_iterates: int = field(default=0, metadata=dict(static=True))

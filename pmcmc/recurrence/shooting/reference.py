@@ -45,9 +45,7 @@ def distance(x: PyTree, y: PyTree) -> float:
     return max(gaps)
 
 
-def solve_plainly(
-    fn: Callable, x0: PyTree, inputs: PyTree, guess: PyTree, *, num_blocks: int, merge_tol: float
-) -> Reference:
+def solve_plainly(fn: Callable, x0: PyTree, inputs: PyTree, guess: PyTree, *, num_blocks: int, tol: float) -> Reference:
     """Solve ``x[t] = fn(x[t-1], inputs[t])``, t = 1..T, by multiple shooting with repair, one step after the other.
 
     Args:
@@ -56,7 +54,7 @@ def solve_plainly(
         inputs: Leading axis T.
         guess: States for t = 1..T, leading axis T. Only those before block starts are used.
         num_blocks: P.
-        merge_tol: Largest accepted distance.
+        tol: Largest accepted distance.
 
     Returns:
         The `Reference` solution.
@@ -87,8 +85,8 @@ def solve_plainly(
             for t in blocks[p]:
                 x, taken = fn(x, at(inputs, t)), taken + 1
                 gap = distance(x, path[t])
-                watched += 0 < before < np.sqrt(merge_tol)
-                if gap <= merge_tol and (gap == 0 or watched >= WATCHED_STEPS or t == blocks[p][-1]):
+                watched += 0 < before < np.sqrt(tol)
+                if gap <= tol and (gap == 0 or watched >= WATCHED_STEPS or t == blocks[p][-1]):
                     residual = max(residual, gap)  # merged: the recording is valid from here on
                     break
                 path[t], before = x, gap

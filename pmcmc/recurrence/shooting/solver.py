@@ -54,7 +54,7 @@ class MultipleShooting(LaneSolver):
 
     Args:
         num_blocks: P, blocks per chain. None: about sqrt(8 T), with at least 16 steps per block.
-        merge_tol: Largest accepted ``|recorded - repaired| / scale``. None: 32 eps in float32, 512 eps in float64.
+        tol: Largest accepted ``|recorded - repaired| / scale``. None: 32 eps in float32, 512 eps in float64.
         max_sweeps: Budget of repair sweeps. None: P, with which the solve always completes.
         max_steps: Budget of the critical path, including the S steps of the zeroth sweep. None: no limit.
         devices: Devices that share the blocks evenly; P is rounded up to a multiple of their number. The solution is
@@ -72,7 +72,7 @@ class MultipleShooting(LaneSolver):
     """
 
     num_blocks: int | None = field(default=None, metadata=dict(static=True))
-    merge_tol: Scalar | None = None
+    tol: Scalar | None = None
     max_sweeps: Scalar | None = None
     max_steps: Scalar | None = None
     devices: Sequence[jax.Device] | None = field(default=None, metadata=dict(static=True))
@@ -106,7 +106,7 @@ class MultipleShooting(LaneSolver):
 
     def solve_lanes(self, lanes):
         dtype = real_dtype(lanes.x0)
-        tol = jnp.asarray(default_tolerance(dtype) if self.merge_tol is None else self.merge_tol, dtype)
+        tol = jnp.asarray(default_tolerance(dtype) if self.tol is None else self.tol, dtype)
         max_sweeps = lanes.layout.num_blocks if self.max_sweeps is None else self.max_sweeps
         max_steps = jnp.iinfo(jnp.int32).max if self.max_steps is None else self.max_steps
 

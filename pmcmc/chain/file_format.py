@@ -221,9 +221,8 @@ class Reader:
         kind, items = stored.get("kind"), stored.get("items")
         if not (isinstance(kind, str) and isinstance(items, dict)):
             raise self.malformed(f"{what} holds {stored!r:.40}")
-        values = {
-            _RENAMED.get((kind, key), key): self.decode(what, item, _part(given, key)) for key, item in items.items()
-        }
+        now = lambda name: _RENAMED.get((kind, name), name)
+        values: dict[Any, Any] = {now(key): self.decode(what, item, _part(given, key)) for key, item in items.items()}
         if kind == "dict":
             return values
         if kind in ("tuple", "list"):

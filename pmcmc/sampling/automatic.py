@@ -99,7 +99,7 @@ class Automatic:
             self.in_blocks(planned, planned.solver)
         elif not planned.solver.is_sequential:
             self.run.with_solver(planned.solver)
-        elif better := self.in_order(planned):
+        elif better := self.sequential_under_watch(planned):
             return self.follow(better)
         self._ended = time.perf_counter()
 
@@ -146,7 +146,7 @@ class Automatic:
     @property
     def correction(self) -> float:
         """Seconds of a step in order as all of them tell by now, over those that it was planned with."""
-        return self.run.in_order.seconds_per_step / self._planned_pace
+        return self.run.sequential_pace.seconds_per_step / self._planned_pace
 
     def most_steps(self, solver: RecurrenceSolver) -> float:
         """Per chain, for which one solve has memory."""
@@ -178,7 +178,7 @@ class Automatic:
 
         return {solver for solver in block_solvers(device_sets(self.devices)) if known(replace(solver, max_steps=1))}
 
-    def in_order(self, planned: Plan) -> Plan | None:
+    def sequential_under_watch(self, planned: Plan) -> Plan | None:
         """In order, up to the end or until steps turn out so dear that, planned anew, something else is better.
 
         Returns that other plan.
@@ -192,7 +192,7 @@ class Automatic:
                 known = correction
                 again = self.planned(planned.costs._replace(sequential=sequential), planned.coalescence)
                 if not again.solver.is_sequential:
-                    self._planned_pace = run.in_order.seconds_per_step
+                    self._planned_pace = run.sequential_pace.seconds_per_step
                     return again
         return None
 
@@ -207,7 +207,7 @@ class Automatic:
         blocks, shape = solver.blocks_for(run.left), self.block_shape(solver)
         if num_cores() > 1:
             run.engine.compile_ahead(solver, shape)
-            self.in_order_until_ready(solver, shape, planned)
+            self.sequentially_until_ready(solver, shape, planned)
         sequential = planned.costs.sequential * self.correction
         total, start = run.left, run.done
         expected = planned.costs.step(blocks * run.engine.num_chains, max(1, len(solver.shared_by)))
@@ -234,7 +234,7 @@ class Automatic:
             elif run.left and (ratio := path * rate / sequential / max(done + kept, 1)) > 1:
                 run.fall_back(f"Blocks took {ratio:.2f} times as long as sequential sampling would have.")
 
-    def in_order_until_ready(self, solver: RecurrenceSolver, shape: Shape, planned: Plan) -> None:
+    def sequentially_until_ready(self, solver: RecurrenceSolver, shape: Shape, planned: Plan) -> None:
         """Stretches of `STRETCH_SECONDS`, by what steps have turned out to take, while a program is being compiled."""
         run = self.run
         in_order = run.engine.shape_for(Sequential(), run.num_steps)

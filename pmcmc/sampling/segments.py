@@ -101,7 +101,7 @@ class Run:
         self.position = np.zeros(engine.num_chains, int)
         self.counts = Counts.zero(engine.num_chains)
         self.moved = [np.full(np.shape(x), not is_real(x)) for x in jax.tree.leaves(x0)]
-        self.in_order = Pace()
+        self.sequential_pace = Pace()
 
     @property
     def done(self) -> int:
@@ -158,7 +158,7 @@ class Run:
         self.progress.solve((jax.tree.structure(solver), shape))
         segment, clock = self.engine.solve(solver, shape, self.x, self.position, block_length)
         if solver.is_sequential:
-            self.in_order.add(wanted, clock.run_seconds)
+            self.sequential_pace.add(wanted, clock.run_seconds)
         codes = np.asarray(segment.solution.result)
         stands = np.where(codes == RESULTS.successful, wanted, np.asarray(segment.solution.stats.certified_steps))
         # chains that are ahead of others may have less to do

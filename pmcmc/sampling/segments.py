@@ -264,7 +264,7 @@ class Run:
         counts.residual = np.maximum(counts.residual, np.where(keep > 0, residual, 0.0))
 
     def _watch(self, path: PyTree, keep: np.ndarray) -> None:
-        """Update `moved`. Mostly the last kept step shows it; all steps are compared only if some entry has not moved."""
+        """Update `moved` by the last kept step, and by all kept steps if that one leaves an entry unmoved."""
         for moved, old, x in zip(self.moved, jax.tree.leaves(self.x), jax.tree.leaves(path), strict=True):
             for c, n in enumerate(keep):
                 for rows in (slice(max(n - 1, 0), n), slice(0, n)):

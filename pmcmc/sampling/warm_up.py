@@ -67,7 +67,7 @@ def tune_chains(
     Warns:
         UserWarning: The result of warm-up is doubtful.
     """
-    # Check the kernel and the starts before anything is compiled.
+    # Check the kernel and the starts before warm-up.
     settings.kernel.check(source.target)
     source, kernel = source.with_kernel(settings.kernel)
     target, settings = source.target, replace(settings, kernel=kernel)
@@ -106,8 +106,8 @@ def _tune(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings, 
 def _chain_starts(tuned: Tuned, starts: PyTree, settings: Settings) -> np.ndarray:
     """Return the lanes of the ensemble from which the chains start; shape (C,).
 
-    If the lanes have not mixed, chains start in the order of `Tuned.order`, far apart. Otherwise, and if the user gave
-    each chain its own start, consecutive chains take lanes that descend from consecutive starts.
+    If the lanes have not mixed, chains start in the order of `Tuned.order`, far apart. Otherwise, and always if the
+    user gave each chain its own start, consecutive chains take lanes that descend from consecutive starts.
     """
     num_states = jax.tree.leaves(tuned.states)[0].shape[0]
     chains = np.arange(settings.num_chains)

@@ -127,7 +127,7 @@ def plan(
     DEER and quasi-DEER take their predicted iterations (`predict_iterations`). Each of these is a step of C T (1 + D)
     lanes, for the map and its D tangents, and log2(T) overheads for the scan. If T states do not fit into memory, they
     are considered with windows that slide along the path (`Windowed`). Trust regions (ELK) are not considered: in 77
-    measured cases in which chains merge, none was the cheapest (docs/decisions).
+    measured cases in which paths merge, none was the cheapest (docs/decisions/018).
 
     A parallel solver is chosen only if every pair of the pilot merged and it should save more than a quarter of the
     seconds of the sequential run.

@@ -1,4 +1,8 @@
-"""What would each solver cost on this run, and which one is worth it? Arithmetic on measurements; nothing is run."""
+"""Predict what each solver would cost on a run, and choose one. Arithmetic on measurements; nothing is run.
+
+`CostModel` makes the `Costs` of a step out of measurements. `predict_sweeps` and `predict_iterations` predict how long
+solvers take from the merge times of coupled chains. `plan` compares all solvers and returns a `Plan`.
+"""
 
 from pmcmc.planning.costs import CostModel, Costs
 from pmcmc.planning.plan import Candidate, Plan, plan

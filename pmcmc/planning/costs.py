@@ -1,7 +1,7 @@
-"""What a step costs: `Costs` are the seconds that a plan computes with, `CostModel` makes them out of measurements.
+"""Costs of a step: `Costs` holds the seconds that plans are computed with, `CostModel` derives them from measurements.
 
-A run measures a step of its own chains and, in warm-up, a step of many lanes. What it does not measure is a constant of
-`CostModel`.
+A run measures the time of a step of its own chains and, in warm-up, that of a step of many lanes. Whatever it does not
+measure is a constant of `CostModel`.
 """
 
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from pmcmc._typing import Scalar
 
 
 class Costs(NamedTuple):
-    """Seconds on the device at hand.
+    """Costs of steps in seconds, on the device that runs them.
 
     A step of n lanes takes ``overhead + n lane``; if d > 1 devices share the lanes, it takes
     ``overhead + device_overhead + n lane / (1 + device_gain (d - 1))``.
 
     Attributes:
         sequential: Seconds of a sequential step of all chains.
-        overhead: Seconds of a step of lanes, whatever their number.
+        overhead: Seconds of a step of lanes that do not depend on their number.
         lane: Seconds that each lane adds to a step.
         compile: Seconds to compile one more program.
         overlap: Share of the compilation time in which sequential steps are taken.
@@ -35,20 +35,20 @@ class Costs(NamedTuple):
     device_gain: float = 1.0
 
     def step(self, lanes: Scalar, num_devices: int = 1) -> float:
-        """Return the seconds of one step of this many lanes."""
+        """Return the seconds of one step of ``lanes`` lanes, shared by ``num_devices`` devices."""
         apart = self.device_overhead if num_devices > 1 else 0.0
         return self.overhead + apart + lanes * self.lane / (1 + self.device_gain * (num_devices - 1))
 
 
 def segment_cost(step: Scalar, num_blocks: int, merge: Scalar, length: Scalar) -> Scalar:
-    """Return what one step of a segment in blocks costs, in sequential steps.
+    """Return the cost of one step of a segment in blocks, in sequential steps.
 
     A segment of ``length`` steps takes ``length / num_blocks`` steps of all lanes for its zeroth sweep and ``merge``
     for its repair.
 
     Args:
         step: Cost of a step of all lanes, in sequential steps.
-        num_blocks: P.
+        num_blocks: P, blocks per chain.
         merge: Steps until the slowest lane has merged.
         length: Steps per chain of the segment.
     """
@@ -57,23 +57,23 @@ def segment_cost(step: Scalar, num_blocks: int, merge: Scalar, length: Scalar) -
 
 @dataclass(frozen=True)
 class CostModel:
-    """The constants from which a run's measurements become `Costs`.
+    """Constants with which `costs` derives `Costs` from the measurements of a run.
 
     Attributes:
         compile_ratio: Compile time of the program of blocks over that of sequential sampling. The program contains the
             step twice, for the zeroth sweep and for repair.
-        overlap: Share of the compilation of blocks in which sequential steps are taken; tracing, and what a second core
-            gives, take the rest. Applies if there is more than one core.
-        cpu_overhead: Seconds of a step of lanes on a CPU, besides the lanes.
-        cpu_warmup_overhead: Seconds of a step of warm-up on a CPU, besides its lanes; it also averages.
-        least_lane_share: Share of a step of warm-up that its lanes take at least.
-        free_lanes: Lanes that double the time of a step on other devices than CPUs.
+        overlap: Share of the compilation time of blocks in which sequential steps are taken, if there is more than one
+            core. The rest is lost to tracing and because two threads share the cores.
+        cpu_overhead: Seconds of a step of lanes on a CPU that do not depend on the number of lanes.
+        cpu_warmup_overhead: Seconds of a step of warm-up on a CPU that do not depend on the number of lanes. It is
+            larger than ``cpu_overhead``, because a step of warm-up includes dual averaging.
+        least_lane_share: Least share of the time of a step of warm-up that is attributed to its lanes.
+        free_lanes: Number of lanes that double the time of a step on devices other than CPUs.
         cpu_device_overhead: Seconds that sharing adds to a step on CPU devices, which are threads of the same cores.
-        cpu_device_gain: Throughput that each further CPU device adds. Two of them were 1.09 to 1.79 times as fast as
-            one
-            at steps of 97 us and more, and 0.68 times at short ones (decision 019).
+        cpu_device_gain: Throughput that each further CPU device adds, relative to that of the first. Two devices were
+            1.09 to 1.79 times as fast as one for steps of 97 us and more, and 0.68 times for short ones (decision 019).
 
-    Source: measured on 2 shared x86-64 cores; see docs/decisions, 017 to 020.
+    Source: Measured on 2 shared x86-64 cores; see docs/decisions, 017 to 020.
     """
 
     compile_ratio: float = 1.5
@@ -95,15 +95,15 @@ class CostModel:
         num_cores: int,
         lanes: tuple[int, float] | None,
     ) -> Costs:
-        """Return the costs of a run.
+        """Return the costs of the steps of a run.
 
         Args:
             on_cpu: Whether the run's device is a CPU.
             sequential: Seconds of a sequential step of all chains.
-            num_chains: C.
+            num_chains: C, the number of chains.
             compile_seconds: Seconds that the sequential program took to compile.
             num_cores: Cores that this process may use.
-            lanes: Number of lanes of warm-up and seconds of a step of them; None if there was no warm-up.
+            lanes: Number of lanes of warm-up, and seconds of a step of all of them; None if that was not measured.
         """
         compilation = self.compile_ratio * compile_seconds
         overlap = self.overlap if num_cores > 1 else 0.0

@@ -1,4 +1,4 @@
-"""Choose among ways of sampling by their expected seconds. Arithmetic on measurements; nothing is run.
+"""Choose a solver for a run by expected seconds. Arithmetic on measurements; nothing is run.
 
 `plan` compares sequential sampling with blocks of every power of two, on one device and on all, and with DEER and
 quasi-DEER. The result is a `Plan` of `Candidate` entries.
@@ -35,22 +35,22 @@ BLOCK_COUNTS = tuple(2**i for i in range(1, 15))
 MIN_WINDOW = 256
 # Probability of the predicted intervals.
 LEVEL = 0.9
-# A candidate is chosen if it should save this share of a sequential run: predicted seconds are sometimes wrong by a
-# quarter.
+# A candidate is chosen only if it should save more than this share of a sequential run, because predicted seconds are
+# sometimes wrong by a quarter.
 MARGIN = 0.25
 
 
 class Candidate(NamedTuple):
-    """A way to sample, and what it should take.
+    """A solver that a plan considers, and its predicted cost.
 
     Attributes:
         name: Name in tables and reasons.
         solver: The solver.
-        num_steps: Expected critical path, in sequential steps.
+        num_steps: Expected critical path: steps that are taken one after the other.
         lower: Lower end of its 90 % interval.
         upper: Upper end of its 90 % interval.
         seconds: Expected seconds, including compilation.
-        merge: Steps until the slowest lane of a segment should have merged.
+        merge: Expected number of steps until the slowest lane of a segment has merged; 0 for solvers without blocks.
     """
 
     name: str
@@ -64,18 +64,18 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run will be solved, what that should take, and what else was considered.
+    """How a run will be solved, the expected cost, and the alternatives.
 
-    ``print(plan)`` shows the candidates side by side. To take another one pass it on:
+    ``print(plan)`` shows the candidates side by side. To use another one, pass its solver:
     ``parallel_chain(..., solver=plan.candidates[1].solver)``.
 
     Attributes:
-        chosen: The candidate taken.
-        reason: Why, in one sentence.
+        chosen: The chosen candidate.
+        reason: Why it was chosen, in one sentence.
         candidates: All candidates, the cheapest first.
         num_steps: Steps per chain that were planned for.
-        costs: The measured costs.
-        coalescence: The pilot; None if there was none, or one that proves nothing (`check_pilot`).
+        costs: Costs of steps from which the seconds were computed.
+        coalescence: The pilot; None if there was none, or if it proves nothing (`check_pilot`).
         correction: Seconds of a sequential step as measured during the run, over those it was planned with. The other
             figures of a plan are not corrected.
     """
@@ -90,6 +90,7 @@ class Plan:
 
     @property
     def solver(self) -> RecurrenceSolver:
+        """The solver of the chosen candidate."""
         return self.chosen.solver
 
     @property
@@ -117,29 +118,30 @@ def plan(
     device_sets: Sequence[Sequence[jax.Device]] = ((),),
     ready: Collection[RecurrenceSolver] = (),
 ) -> Plan:
-    """Choose among sequential sampling, blocks of any number on one or more devices, DEER and quasi-DEER, by seconds.
+    """Choose the fastest of sequential sampling, blocks on one or more devices, DEER and quasi-DEER.
 
     A sequential run takes ``T s`` seconds. P blocks take one compilation, during which some sequential steps are taken,
-    and ``(S + M) (a + C P b)`` seconds for each segment of S P steps, where M is the merge time of the slowest of C P
-    lanes (as in `predict_sweeps`) and b is the cost of a lane on so many devices (see `Costs`). Blocks are chosen if
-    every pair of the pilot merged and they should save a quarter of the sequential run.
+    and ``(S + M) (a + C P b)`` seconds for each segment of S P steps, where M is the merge time of the slowest of
+    C (P - 1) lanes (as in `predict_sweeps`) and b is the cost of a lane on the given number of devices (see `Costs`).
 
-    DEER and quasi-DEER take their predicted iterations (`predict_iterations`), each a step of C T (1 + D) lanes, for
-    the map and its D tangents, and log2(T) overheads for the scan. They are considered if T states fit into memory;
-    otherwise in windows that slide along the path (`Windowed`). Trust regions (ELK) are not considered: where chains
-    merge, none was the cheapest of 77 measured cases (docs/decisions).
+    DEER and quasi-DEER take their predicted iterations (`predict_iterations`). Each of these is a step of C T (1 + D)
+    lanes, for the map and its D tangents, and log2(T) overheads for the scan. If T states do not fit into memory, they
+    are considered with windows that slide along the path (`Windowed`). Trust regions (ELK) are not considered: in 77
+    measured cases in which paths merge, none was the cheapest (docs/decisions/018).
+
+    A parallel solver is chosen only if every pair of the pilot merged and it should save more than a quarter of the
+    seconds of the sequential run.
 
     Args:
         num_steps: T, steps per chain that are left.
-        num_chains: C.
-        costs: s, a, b and the seconds of a compilation.
+        num_chains: C, the number of chains.
+        costs: s, a, b and the seconds of a compilation; see `Costs`.
         coalescence: The pilot; None if nothing is known about merges.
         dim: D, real entries of a state. None: Newton's method is not considered.
-        max_steps: Steps per chain for which a solve by a given solver has memory, as a function of the solver. None:
-            any
-            number.
-        device_sets: Sets of devices that may share blocks, each a choice. An empty set is the default device.
-        ready: Solvers from `block_solvers` whose program is compiled already.
+        max_steps: Steps per chain for which one solve has memory, as a function of the solver. None: any number.
+        device_sets: Sets of devices among which the plan chooses; the devices of a set share the blocks. An empty set
+            is the default device.
+        ready: Solvers from `block_solvers` whose program is already compiled.
 
     Returns:
         The `Plan`.
@@ -185,7 +187,10 @@ def plan(
 
 
 def block_solvers(device_sets: Sequence[Sequence[jax.Device]]) -> list[MultipleShooting]:
-    """Return the shooting solvers to choose from: every number of blocks, at least one per device, on each set."""
+    """Return the shooting solvers to choose from: for each set of devices, each number of blocks in `BLOCK_COUNTS`.
+
+    Each device gets at least one block; the number of blocks is rounded up to a multiple of the number of devices.
+    """
     every = [(p, devices) for devices in device_sets for p in BLOCK_COUNTS if p >= len(devices)]
     solvers = [MultipleShooting(num_blocks=p, devices=tuple(devices) or None) for p, devices in every]
     return [replace(solver, num_blocks=solver.blocks_for(p)) for solver, (p, _) in zip(solvers, every, strict=True)]
@@ -200,8 +205,9 @@ def _block_candidates(
     device_sets: Sequence[Sequence[jax.Device]],
     ready: Collection[RecurrenceSolver],
 ) -> list[Candidate]:
-    """Return the candidates that run blocks; arguments as in `plan`."""
+    """Return the candidates that solve in blocks; arguments as in `plan`."""
     found = []
+    # The merge times of the pilot's pairs predict that of the slowest lane.
     tail = ExponentialTail.fit(np.asarray(coalescence.steps), coalescence.max_steps)
     most = max_steps(MultipleShooting())
     for solver in block_solvers(device_sets):
@@ -209,6 +215,7 @@ def _block_candidates(
         merge, low, high = longest_of(tail, num_chains * (num_blocks - 1), LEVEL)
         if num_blocks * max(MultipleShooting.unit, merge) > num_steps / 2:  # repair would be half of all work
             continue
+        # Sequential steps are taken while the program is compiled; the segments follow.
         compilation = 0.0 if solver in ready else costs.compile
         in_order = min(num_steps, int(costs.overlap * compilation / costs.sequential))
         step = costs.step(num_blocks * num_chains, num_devices)
@@ -238,7 +245,7 @@ def _newton_candidates(
     dim: int,
     max_steps: Callable[[RecurrenceSolver], Scalar],
 ) -> list[Candidate]:
-    """Return the candidates that run Newton's method; arguments as in `plan`."""
+    """Return the candidates that use Newton's method; arguments as in `plan`."""
     found: list[Candidate] = []
     for name, make, structure in (("DEER", deer, Dense()), ("quasi-DEER", quasi_deer, Diagonal())):
         window = _window(make(), num_steps, max_steps)
@@ -247,7 +254,7 @@ def _newton_candidates(
         windows = math.ceil(num_steps / window)
         count = Prediction(*(windows * k for k in predict_iterations(structure, coalescence, length=window)))
         iteration = costs.step(num_chains * window * (1 + dim)) + costs.overhead * math.log2(window)
-        # If it does not converge, it may cost the predicted iterations and the share that `next_segment` allows.
+        # A solve that does not converge may cost its predicted iterations plus the share `LOSS` of a sequential run.
         newton = make(max_iters=math.ceil(count.value + LOSS * num_steps * costs.sequential / iteration))
         seconds = count.value * iteration + costs.compile
         if windows == 1:
@@ -259,7 +266,10 @@ def _newton_candidates(
 
 
 def _window(newton: Newton, num_steps: int, max_steps: Callable[[RecurrenceSolver], Scalar]) -> int:
-    """Return the steps that an iteration has memory for, alongside the whole path if they are not all."""
+    """Return the number of steps for which an iteration has memory: all, or a window.
+
+    A window must fit into the memory that the whole path leaves.
+    """
     if num_steps <= max_steps(newton):
         return num_steps
     path = num_steps / max_steps(Windowed(newton))

@@ -1,9 +1,9 @@
-"""How long the segments of a run in blocks are, which bounds what "auto" may lose, and how fast steps really are.
+"""Length of the segments of a run in blocks, which limits what "auto" may lose, and the measured pace of steps.
 
-`next_segment` is the one rule: a segment that fails may cost the time saved so far plus the share `LOSS` of a
-sequential run. `schedule` applies it to a run in which merges arrive as predicted, for a plan;
-`pmcmc.sampling.automatic` applies it to what a run has really saved. `Pace` estimates the seconds of a step from
-stretches, some of which may be held up.
+`next_segment` is the rule: a segment that fails may cost the time saved so far plus the share `LOSS` of a sequential
+run. For a plan, `schedule` applies it to a run in which merges occur as predicted; `pmcmc.sampling.automatic` applies
+it to the time that a run has really saved. `Pace` estimates the seconds of a step from stretches, some of which may be
+delayed by a stalling machine.
 """
 
 import numpy as np
@@ -13,20 +13,20 @@ from pmcmc.planning.costs import segment_cost
 
 # The first segment is at most this share of a run.
 FIRST_SHARE = 1 / 8
-# What a failing segment may cost beyond all that was saved so far, as a share of a sequential run.
+# Time that a failing segment may cost beyond the time saved so far, as a share of a sequential run.
 LOSS = 0.1
 
 
 def next_segment(num_steps: int, done: int, saved: Scalar, cost: Scalar, max_steps: Scalar) -> int:
     """Return the number of steps of the next segment.
 
-    A segment that fails costs ``cost`` per step. In all, it may cost no more than was saved so far plus the share
-    `LOSS` of a sequential run. The first segment is at most T / 8.
+    If the segment fails, it has cost ``cost`` per step for nothing. This may be at most the time saved so far plus the
+    share `LOSS` of a sequential run. The first segment is at most T / 8.
 
     Args:
         num_steps: T, all steps planned for.
         done: Steps solved so far.
-        saved: Time that they saved, in sequential steps.
+        saved: Time saved so far, in sequential steps; it may be negative.
         cost: Cost of a step in blocks, in sequential steps; see `segment_cost`.
         max_steps: Steps for which a solve has memory.
     """
@@ -37,11 +37,11 @@ def next_segment(num_steps: int, done: int, saved: Scalar, cost: Scalar, max_ste
 
 
 def schedule(num_steps: int, num_blocks: int, merge: Scalar, step: Scalar, max_steps: Scalar) -> list[int]:
-    """Return the segments of a run in which merges arrive as predicted.
+    """Return the lengths of the segments of a run in which merges occur as predicted.
 
     Args:
-        num_steps: T.
-        num_blocks: P.
+        num_steps: T, steps per chain.
+        num_blocks: P, blocks per chain.
         merge: Steps until the slowest lane of a segment has merged.
         step: Cost of a step of all lanes, in sequential steps.
         max_steps: Steps for which a solve has memory.
@@ -49,7 +49,7 @@ def schedule(num_steps: int, num_blocks: int, merge: Scalar, step: Scalar, max_s
     segments: list[int] = []
     done, saved = 0, 0.0
     while done < num_steps:
-        # The cost of a step depends on the length of the segment: take that of the last one, or T / 8.
+        # The cost of a step depends on the length of the segment, which is guessed: that of the last one, or T / 8.
         guess = segments[-1] if segments else FIRST_SHARE * num_steps
         length = next_segment(num_steps, done, saved, segment_cost(step, num_blocks, merge, guess), max_steps)
         segments.append(length)
@@ -68,15 +68,16 @@ class Pace:
         self._rates: list[float] = []
 
     def add(self, num_steps: int, seconds: float) -> None:
-        """Add a stretch."""
+        """Add a stretch of ``num_steps`` steps that took ``seconds``."""
         self._steps.append(num_steps)
         self._rates.append(seconds / num_steps)
 
     @property
     def seconds_per_step(self) -> float:
-        """The lower median over all steps, each at the rate of its stretch; NaN if there are none.
+        """Lower median of the seconds per step, over all steps; NaN if there are none.
 
-        Short stretches, whose time is mostly that of the call, count little.
+        Each step counts with the mean of its stretch. So short stretches, which mostly measure the time of a call,
+        count little.
         """
         if not self._steps:
             return float("nan")

@@ -1,4 +1,10 @@
-"""``solver="auto"``: first steps in order, a pilot, a plan, and its execution under guard."""
+"""``solver="auto"``: sequential first steps, a pilot, a plan, and its execution with limited losses.
+
+`Automatic` executes one run. It times the first steps (`Head`), couples chains in a pilot, and plans the remaining
+steps by `pmcmc.planning.plan`. While the plan is executed, what steps really cost is measured: a sequential run is
+planned anew if its steps turn out to be expensive, and a run in blocks falls back to sequential sampling if it saves
+nothing.
+"""
 
 import math
 import time
@@ -24,34 +30,44 @@ from pmcmc.stability import Coalescence, Diagnosis, diagnose
 from pmcmc.stability.evidence import pilot_fault
 from pmcmc.warmup.base import LaneTiming
 
-# Runs that should take less than this sequentially are sampled so, without a pilot.
+# If the remaining steps should take at most this many seconds sequentially, there is no pilot and no plan.
 SHORT_SECONDS = 1.0
-# A segment may take this many times its predicted merge before it is given up.
+# The repair of a segment may take this many times its predicted merge time; then the segment is given up.
 PATIENCE = 4
-# Steps taken in order while the program of blocks is compiled come in stretches of so many seconds: between them the
-# two threads wait for each other.
+# While the program of blocks is being compiled, steps are sampled sequentially in stretches of this many seconds. The
+# sampling and the compiling thread wait for each other between stretches.
 STRETCH_SECONDS = 0.25
-# Steps in order are looked at so many times in a run, which is planned anew where they take this many times what was
-# thought.
+# The pace of sequential steps is checked this many times in a run. The run is planned anew if a step takes more than
+# this many times as long as it did when the last plan was made.
 NUM_LOOKS, SURPRISE = 16, 2.0
 
 
 def compile_first(engine: Engine, solver: RecurrenceSolver | None, num_steps: int) -> None:
-    """Begin with the programs that a run needs for certain; None is "auto", which begins in order."""
+    """Start to compile the programs that a run needs in any case.
+
+    Args:
+        engine: Engine of the run.
+        solver: Solver of the run; None for "auto", which begins sequentially.
+        num_steps: Steps of the run.
+    """
     first = Sequential() if solver is None else solver
     engine.compile_ahead(first, engine.shape_for(first, num_steps))
 
 
 def default_devices() -> Sequence[jax.Device]:
-    """Of this process, those that JAX would use; the first is where it computes what is not shared."""
+    """Return the devices of this process that JAX would use; JAX computes on the first one whatever is not shared."""
     chosen = jax.config.jax_default_device  # type: ignore[attr-defined]  # a device, the name of a platform, or None
     return [chosen] if isinstance(chosen, jax.Device) else jax.local_devices(backend=chosen)
 
 
 def device_sets(named: Sequence[jax.Device]) -> list[Sequence[jax.Device]]:
-    """To choose from: those that the user named, else the default one, or all.
+    """Return the sets of devices that a plan may choose from; an empty set is the default device.
 
-    CPU devices count up to the number of cores. Of several processes each keeps to its default device.
+    If the user named devices, they are the only set. Otherwise the default device is a set. All devices are another set
+    if there are several and only one process; CPU devices count up to the number of cores.
+
+    Args:
+        named: Devices that the user named; may be empty.
     """
     if named:
         return [named]
@@ -62,12 +78,21 @@ def device_sets(named: Sequence[jax.Device]) -> list[Sequence[jax.Device]]:
 
 
 class Automatic:
-    """One run under "auto", and what it found out.
+    """Execution of one run under ``solver="auto"``, and what it found out.
 
-    plan, reason: None and why not, where the run was too short to plan. find_diagnosis: where chains did not merge.
-    bias_bound: what warm-up left, see `bias_after_warmup`; empty where the pilot proves nothing. pilot_seconds,
-    partner_seconds: the pilot's, and of them its programs'. devices: that the user named to share blocks; none: the
-    plan chooses.
+    Args:
+        run: The run, before its first step.
+        own: Lanes of warm-up's ensemble from which the chains start; shape (C,).
+        timing: Time of a step of warm-up's lanes; None if it was not measured.
+        devices: Devices that the user named to share blocks. Empty: the plan chooses.
+
+    Attributes:
+        plan: The last plan; None if the run was too short to plan.
+        find_diagnosis: Computes why chains did not merge; None if no pair of finite paths stayed apart.
+        bias_bound: Bounds on the bias left after warm-up, see `bias_after_warmup`; empty if the pilot proves nothing.
+        reason: Why this plan was chosen, or why there is none.
+        pilot_seconds: Seconds that the pilot took.
+        partner_seconds: Seconds of the pilot in which the partners' programs ran.
     """
 
     def __init__(self, run: Run, own: np.ndarray, timing: LaneTiming | None, devices: Sequence[jax.Device] = ()):
@@ -79,7 +104,7 @@ class Automatic:
         self._planned_pace, self._began, self._ended = float("nan"), float("nan"), float("nan")
 
     def execute(self) -> None:
-        """Take all steps."""
+        """Take all steps of the run."""
         run, head = self.run, Head(self.run)
         whole = run.num_steps * head.seconds_per_step
         if run.left * head.seconds_per_step <= SHORT_SECONDS:
@@ -93,27 +118,28 @@ class Automatic:
         self.follow(self.make_plan(head))
 
     def follow(self, planned: Plan) -> None:
-        """Take the steps that are left as planned."""
+        """Take the remaining steps as planned."""
         self.plan, self.reason, self._began = planned, planned.reason, time.perf_counter()
         if isinstance(planned.solver, MultipleShooting):
             self.in_blocks(planned, planned.solver)
         elif not planned.solver.is_sequential:
             self.run.with_solver(planned.solver)
-        elif better := self.in_order(planned):
+        elif better := self.sequential_under_watch(planned):
             return self.follow(better)
         self._ended = time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """Taken by what was planned, compilation included, so far; 0 where nothing was."""
+        """Seconds spent so far on the last plan, compilation included; 0 if there is no plan."""
         if self.plan is None:
             return 0.0
         return (time.perf_counter() if math.isnan(self._ended) else self._ended) - self._began
 
     def make_plan(self, head: Head) -> Plan:
-        """Pilot, check, plan; and where chains did not merge, why.
+        """Run the pilot, check it, and plan the remaining steps.
 
-        A pilot that proves nothing is no reason to stop: the chain in order is valid whatever coupled ones do.
+        A pilot that proves nothing raises no error: sequential sampling is valid however coupled chains behave. If
+        pairs did not merge, `find_diagnosis` is set.
         """
         run = self.run
         seen, excuse, self.pilot_seconds, self.partner_seconds = couple(head, self.own)
@@ -130,7 +156,12 @@ class Automatic:
         return replace(found, reason=excuse) if excuse else found
 
     def planned(self, costs: Costs, pilot: Coalescence | None) -> Plan:
-        """For the steps that are left."""
+        """Plan the remaining steps.
+
+        Args:
+            costs: Costs of steps.
+            pilot: The pilot; None if there was none, or if it proves nothing.
+        """
         leaves = jax.tree.leaves(self.run.x)
         return plan(
             self.run.left,
@@ -145,16 +176,16 @@ class Automatic:
 
     @property
     def correction(self) -> float:
-        """Seconds of a step in order as all of them tell by now, over those that it was planned with."""
-        return self.run.in_order.seconds_per_step / self._planned_pace
+        """Measured seconds of a sequential step, from all such steps so far, over those that the plan assumed."""
+        return self.run.sequential_pace.seconds_per_step / self._planned_pace
 
     def most_steps(self, solver: RecurrenceSolver) -> float:
-        """Per chain, for which one solve has memory."""
+        """Return the number of steps per chain for which one solve has memory."""
         budget = self.run.engine.max_bytes
         return (SEGMENT_BYTES if budget is None else budget) / self.run.engine.bytes_per_step(solver)
 
     def costs(self, head: Head) -> Costs:
-        """Return what steps cost, from those of the chains' own first steps and of the lanes of warm-up."""
+        """Return the costs of steps, from the times of the chains' first steps and of the lanes of warm-up."""
         engine = self.run.engine
         return CostModel().costs(
             on_cpu=default_platform() == "cpu",
@@ -166,22 +197,26 @@ class Automatic:
         )
 
     def block_shape(self, solver: MultipleShooting) -> Shape:
-        """For most of a run: its first segment is sure to be short of the whole. Runs of one length share it."""
+        """Return the shape of the program of blocks, for 7/8 of a run, since the first segment is 1/8 of it at most.
+
+        The shape depends only on the length of the run, so that runs of equal length share the program.
+        """
         num_steps = self.run.num_steps
         return self.run.engine.shape_for(solver, num_steps - int(FIRST_SHARE * num_steps))
 
     def compiled_blocks(self) -> set[RecurrenceSolver]:
-        """Those whose program is there from an earlier run."""
+        """Return the shooting solvers whose program this process compiled in an earlier run."""
 
         def known(solver: MultipleShooting) -> bool:
             return self.run.engine.compile_seconds(solver, self.block_shape(solver)) is not None
 
         return {solver for solver in block_solvers(device_sets(self.devices)) if known(replace(solver, max_steps=1))}
 
-    def in_order(self, planned: Plan) -> Plan | None:
-        """In order, up to the end or until steps turn out so dear that, planned anew, something else is better.
+    def sequential_under_watch(self, planned: Plan) -> Plan | None:
+        """Sample sequentially, and plan anew if steps take much longer than planned.
 
-        Returns that other plan.
+        Returns:
+            The new plan if it is not sequential, as soon as it is made; None if all steps were taken.
         """
         run, shape = self.run, self.run.engine.shape_for(Sequential(), self.run.num_planned)
         known = self.correction
@@ -192,41 +227,53 @@ class Automatic:
                 known = correction
                 again = self.planned(planned.costs._replace(sequential=sequential), planned.coalescence)
                 if not again.solver.is_sequential:
-                    self._planned_pace = run.in_order.seconds_per_step
+                    self._planned_pace = run.sequential_pace.seconds_per_step
                     return again
         return None
 
     def in_blocks(self, planned: Plan, solver: MultipleShooting) -> None:
-        """Segments that grow with what was saved; in order where merges do not arrive, or nothing is saved.
+        """Solve the run in segments of blocks that grow with the time saved.
 
-        What is saved is judged by what steps in order have turned out to take, and by the lower median of what those of
-        blocks took, in two segments at least: one may have been held up.
+        Falls back to sequential sampling if merges do not occur or no time is saved. The time saved follows from the
+        measured time of a sequential step, and from the lower median over the segments of the time of a step in blocks.
+        Since a single segment may have been held up, the decision after the first segment takes its time or the planned
+        one, whichever is shorter.
+
+        Args:
+            planned: The plan.
+            solver: Its solver.
         """
         run, chosen = self.run, planned.chosen
-        solver = replace(solver, max_steps=1)  # any number is the same program
+        # Compile the program of blocks in the background, and sample sequentially in the meantime.
+        solver = replace(solver, max_steps=1)  # the program does not depend on this number
         blocks, shape = solver.blocks_for(run.left), self.block_shape(solver)
         if num_cores() > 1:
             run.engine.compile_ahead(solver, shape)
-            self.in_order_until_ready(solver, shape, planned)
+            self.sequentially_until_ready(solver, shape, planned)
+        # Compare with the time of sequential steps as measured by now. ``path`` counts the steps of all lanes so far,
+        # ``rates`` holds the seconds of such a step in each segment, ``spent`` is the total in sequential steps.
         sequential = planned.costs.sequential * self.correction
         total, start = run.left, run.done
         expected = planned.costs.step(blocks * run.engine.num_chains, max(1, len(solver.shared_by)))
-        path, rates, spent = 0, list[float](), 0.0  # of all lanes; spent: in steps of sequential sampling
+        path, rates, spent = 0, list[float](), 0.0
         while run.left:
+            # Choose the length of the segment by the time saved so far, and limit its repair.
             done = run.done - start
             at_first = segment_cost(expected / sequential, blocks, chosen.merge, FIRST_SHARE * total)
             cost = spent / done if done else at_first
             length = next_segment(total, done, done - spent, cost, shape.capacity * blocks)
             if rates:
-                length = max(length, blocks * min(solver.unit, shape.capacity))  # a shorter one takes as long
+                length = max(length, blocks * min(solver.unit, shape.capacity))  # a shorter segment takes as long
             patience = math.ceil(PATIENCE * max(chosen.merge, solver.unit))
             attempt = replace(solver, max_steps=math.ceil(length / blocks) + patience)
+            # Solve it, and account for its time.
             segment, failed, clock = run.take(attempt, shape, length)
             steps, kept = int(np.max(segment.solution.stats.num_sequential_steps)), run.done - start - done
             path, rates = path + steps, [*rates, clock.run_seconds / steps]
             spent = path * median_low(rates) / sequential
             rate = min(expected, *rates) if len(rates) == 1 else median_low(rates)
-            # one slow merge ends a segment, not the run: the next one begins where the prefix ends
+            # Go on or fall back. A slow merge does not end the run if the certified prefix of its segment was worth the
+            # time: the next segment begins where that prefix ends.
             codes = np.asarray(segment.solution.result)
             slow = np.isin(codes, (RESULTS.successful, RESULTS.max_iters_reached)).all()
             if failed and not (slow and steps * rate / sequential < kept):
@@ -234,8 +281,8 @@ class Automatic:
             elif run.left and (ratio := path * rate / sequential / max(done + kept, 1)) > 1:
                 run.fall_back(f"Blocks took {ratio:.2f} times as long as sequential sampling would have.")
 
-    def in_order_until_ready(self, solver: RecurrenceSolver, shape: Shape, planned: Plan) -> None:
-        """Stretches of `STRETCH_SECONDS`, by what steps have turned out to take, while a program is being compiled."""
+    def sequentially_until_ready(self, solver: RecurrenceSolver, shape: Shape, planned: Plan) -> None:
+        """Sample sequentially in stretches of about `STRETCH_SECONDS` until the program of blocks is compiled."""
         run = self.run
         in_order = run.engine.shape_for(Sequential(), run.num_steps)
         while run.left and not run.engine.is_ready(solver, shape):

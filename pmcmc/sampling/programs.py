@@ -1,4 +1,8 @@
-"""Two compiled programs, one that draws the noise of a stretch of steps and one that solves for its states."""
+"""The two compiled programs of a segment: `draw_noise` draws the noise of its steps, `solve_noise` finds its states.
+
+`Engine` compiles both for one set of chains, runs them and reuses their buffers. A `Shape` is what they are compiled
+for, a `Segment` is what a run of both returns. `fit_memory` sets the memory budget of an engine.
+"""
 
 import math
 import time
@@ -27,50 +31,64 @@ from pmcmc.recurrence.sharding import AllLanes, Steps, lane_sharding, over_devic
 from pmcmc.sampling.settings import Settings
 from pmcmc.target import Target
 
-# Noise is drawn in pieces: as many large ones as fit into what is wanted, this share of the capacity each, then small
-# ones of this many steps.
+# Noise is drawn in pieces: first as many large ones as fit into the block length, each this share of the capacity, then
+# small ones of this many steps.
 NOISE_PIECE, SMALL_PIECE = 1 / 8, 64
-# What one solve may hold at a time, for all chains, and what one stretch of sequential sampling does: see
+# Bytes that one solve may hold for all chains, and bytes of one stretch of sequential sampling; see
 # `Engine.bytes_per_step`.
 SEGMENT_BYTES = 512 * 2**20
 SEQUENTIAL_BYTES = 64 * 2**20
 
 
 class Shape(NamedTuple):
-    """What a program is compiled for, beside the kernel and the target.
+    """What a program is compiled for, besides the kernel and the target.
 
-    Chains of ``num_blocks`` blocks, up to ``capacity`` steps each. How many are wanted is a number: see `LaneSolver`.
-    Solvers that do not walk always solve for all of them, in one block.
+    The number of steps is an argument of the program if the solver walks, see `LaneSolver`. Other solvers always solve
+    for ``capacity`` steps, in one block.
+
+    Attributes:
+        num_blocks: P, blocks per chain.
+        capacity: Largest number of steps per block.
+        devices: Devices that share the work. Empty: the default device.
+        by_steps: Whether each device has a part of the steps of every chain; otherwise it has some of the lanes.
     """
 
     num_blocks: int
     capacity: int
-    devices: Sequence[jax.Device] = ()  # that share the work; none: the default one
-    by_steps: bool = False  # each device has its part of every chain's steps, not some of the lanes
+    devices: Sequence[jax.Device] = ()
+    by_steps: bool = False
 
     def layout(self, num_chains: int, block_length: int | Array) -> Layout:
-        """Of full blocks."""
+        """Return the layout of ``num_chains`` chains whose blocks all have ``block_length`` steps."""
         return Layout(num_chains, self.num_blocks, self.capacity, block_length, self.num_blocks * block_length)
 
     @property
     def sharding(self) -> jax.sharding.Sharding | None:
-        """Of arrays (lanes, steps, ...)."""
+        """Sharding of arrays (lanes, steps, ...); None for the default device."""
         if not self.devices:
             return None
         return step_sharding(self.devices) if self.by_steps else lane_sharding(self.devices)
 
 
 class Segment(NamedTuple):
-    """The states of a stretch of steps of every chain, and the solve behind them."""
+    """Result of one solve: the states of a stretch of steps of every chain.
 
-    solution: Solution  # value and aux: leading axes (chains * num_blocks, capacity)
-    near_ties: Array  # (chains * num_blocks, capacity) accept decisions within rounding of a tie
+    Attributes:
+        solution: The solution; value and aux have leading axes (num_chains * num_blocks, capacity).
+        near_ties: Accept decisions within rounding of a tie; shape (num_chains * num_blocks, capacity).
+        num_chains: C.
+        num_blocks: P, blocks per chain.
+        block_length: S, steps of each block; later entries of a lane are undefined.
+    """
+
+    solution: Solution
+    near_ties: Array
     num_chains: int
     num_blocks: int
     block_length: int
 
     def chains(self, tree: PyTree) -> PyTree:
-        """Numpy arrays (chains, steps, ...) out of ones (chains * num_blocks, capacity, ...)."""
+        """Return numpy arrays (chains, steps, ...) from arrays (chains * num_blocks, capacity, ...)."""
 
         def leaf(x: Any) -> np.ndarray:
             lanes = _read(x)[:, : self.block_length]
@@ -90,12 +108,22 @@ def draw_noise(
     *,
     shape: Shape,
 ) -> PyTree:
-    """Noise of ``num_blocks * block_length`` steps of all chains from numbers ``first_step`` on, laid out as lanes.
+    """Draw the noise of ``num_blocks * block_length`` steps of all chains, laid out as lanes.
 
-    Each device draws that of its own lanes, or of its own steps.
+    Each device draws the noise of its own lanes, or of its own steps. The program is separate from `solve_noise`,
+    because together they took 61 ms instead of 47 on 10^6 MALA steps (docs/decisions/006).
 
-    chain_keys: (C,) keys. first_step: (C,). buffer: earlier noise of this shape, overwritten.
-    A program of its own: drawn within `solve_noise` it cost 14 of 61 ms on 10^6 MALA steps.
+    Args:
+        target: Target to sample.
+        kernel: Kernel, which draws the noise of a step.
+        chain_keys: Keys of the chains; shape (C,).
+        first_step: Number of each chain's first step; shape (C,).
+        block_length: Steps of each block.
+        buffer: Earlier noise of this shape, which is overwritten.
+        shape: Shape of the program.
+
+    Returns:
+        Noise, leading axes (C * num_blocks, capacity).
     """
     if shape.by_steps:
         axes = jax.tree.map(lambda _: 1, buffer)
@@ -115,7 +143,7 @@ def draw_noise(
 
 
 def _draw_part(target: Target, kernel: Kernel, steps: Steps, whole: tuple[Array, Array], buffer: PyTree) -> PyTree:
-    """Of every chain, the steps of one device."""
+    """Draw the noise of the steps that one device has of every chain."""
     chain_keys, first_step = whole
     num_steps = steps.num_own
     first = first_step + steps.numbers()[0]
@@ -131,7 +159,17 @@ def _draw_lanes(
     buffer: PyTree,
     capacity: int,
 ) -> PyTree:
-    """The same for some lanes; keys, first_step: (lanes,)."""
+    """Draw the noise of some lanes, in pieces of fixed size.
+
+    Args:
+        target: Target to sample.
+        kernel: Kernel, which draws the noise of a step.
+        keys: Key of each lane's chain; shape (lanes,).
+        first_step: Number of each lane's first step; shape (lanes,).
+        block_length: Steps of each lane.
+        buffer: Earlier noise of this shape, which is overwritten.
+        capacity: Steps for which the buffer has room.
+    """
 
     def draw_steps(first: Array, num_steps: int) -> PyTree:
         steps = first_step[:, None] + (first + jnp.arange(num_steps))[None]
@@ -164,20 +202,33 @@ def solve_noise(
     *,
     shape: Shape,
 ) -> tuple[Solution, Array]:
-    """The states of all chains under ``noise`` as lanes, and where their accept decisions are near ties.
+    """Solve for the states of all chains under given noise.
 
-    x0: unknowns, leading axis C. first_step: (C,) numbers of the chains' first steps.
-    guesses: a bank of unknowns, leading axis N, from which initial guesses are drawn (they cannot change the result).
-    buffers: (value, aux) of an earlier solution in this shape, overwritten; None for solvers that do not walk.
+    Args:
+        target: Target to sample.
+        kernel: Kernel that takes the steps.
+        solver: Solver of the recurrence.
+        noise: Noise from `draw_noise`.
+        x0: Unknowns before the first step, leading axis C.
+        first_step: Number of each chain's first step; shape (C,).
+        block_length: Steps of each block.
+        guesses: Bank of unknowns, leading axis N, from which initial guesses are taken; they cannot change the result.
+        scale: Spread of each coordinate of an unknown; None if it is not known.
+        buffers: (value, aux) of an earlier solution of this shape, which are overwritten; None for solvers that do not
+            walk.
+        shape: Shape of the program.
+
+    Returns:
+        The solution in lanes, and which accept decisions are near ties; shape (C * num_blocks, capacity).
     """
     num_chains = jax.tree.leaves(x0)[0].shape[0]
     num_guesses = jax.tree.leaves(guesses)[0].shape[0]
     arrays = (target, kernel, noise, x0, first_step, block_length, guesses, scale, buffers)
 
-    # of all arrays, as in_one_kernel wants it
+    # All arrays are arguments, because `in_one_kernel` must see every array that the kernel reads.
     def solve(target, kernel, noise, x0, first_step, block_length, guesses, scale, buffers):
         def guess(index):
-            # neighbouring steps get different guesses, and so does the same step of different chains
+            # Neighbouring steps get different guesses, and so do equal steps of different chains.
             pick = (jnp.arange(num_chains)[:, None] * 7919 + (first_step[:, None] + index[None]) * 31) % num_guesses
             return jax.tree.map(lambda x: x[pick], guesses)
 
@@ -193,36 +244,53 @@ def solve_noise(
 
 @plain_jit()
 def _one_step(target: Target, kernel: Kernel, chain_keys: Array, guesses: PyTree) -> tuple[PyTree, PyTree]:
+    """Return noise, and (unknown, info), of a step of one chain; used for their shapes."""
     noise = kernel.sample_noise(key_pair(chain_keys[0]), target)
     return noise, kernel.transition(target)(jax.tree.map(lambda x: x[0], guesses), noise)
 
 
 @partial(jax.jit, static_argnums=0)
 def _new_buffers(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> list[Array]:
+    """Return zeros of these shapes."""
     return [jnp.zeros(s.shape, s.dtype) for s in shapes]
 
 
 def _read(x: Any) -> np.ndarray:
-    """On the host, of every process where there are several."""
+    """Copy an array to the host; the parts of other processes are gathered."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return multihost_utils.process_allgather(x, tiled=True)
 
 
 class Clock(NamedTuple):
-    """Seconds spent in compiling and in running."""
+    """Seconds that programs took.
+
+    Attributes:
+        compile_seconds: Seconds of compilation, as far as they were waited for.
+        run_seconds: Seconds in which programs ran.
+    """
 
     compile_seconds: float
     run_seconds: float
 
 
 class Engine:
-    """Runs both programs for one set of chains, and reuses their buffers: a segment is overwritten by the next one.
+    """Compile and run both programs for one set of chains.
 
-    guesses: a bank of unknowns. scale: of the unknown, or None where it is not known. Of an engine that is only asked
-    to compile, shapes will do. background: where programs are compiled that nobody waits for yet.
-    origin: steps that the chains took before; what is step 0 here draws the noise of that number.
-    max_bytes: that one solve may hold in place of `SEGMENT_BYTES`; None: that.
+    Buffers are reused: the next segment overwrites a segment. For ahead-of-time compilation the arrays may be shapes.
+
+    Args:
+        target: Target to sample.
+        kernel: The tuned kernel.
+        chain_keys: Keys of the chains; shape (C,).
+        guesses: A bank of unknowns from which initial guesses are taken, leading axis N.
+        scale: Spread of each coordinate of an unknown; None if it is not known.
+        background: Compiles programs that are not needed yet. None: a new one.
+        origin: Steps that the chains took before; step 0 of this engine draws the noise of the step with this number.
+
+    Attributes:
+        max_bytes: Bytes that one solve may hold. None: `SEGMENT_BYTES`.
+        clock: Seconds of all programs so far.
     """
 
     def __init__(
@@ -250,36 +318,38 @@ class Engine:
 
     @classmethod
     def of_one_chain(cls, state: ChainState, number: int) -> tuple["Engine", PyTree]:
-        """Return an engine for one of the chains from its first step on, and its unknown before it (1, ...)."""
+        """Return an engine for one chain, from its first step on, and the unknown before that step; shape (1, ...)."""
         some = slice(number, number + 1)
         keys = chain_keys(state.rng_key, num_chains=len(state.own))[some]
         x0 = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[state.own[some]]), state.ensemble)
         return cls(state.target, state.kernel, keys, state.ensemble, state.scale), x0
 
     def bind(self, state: ChainState) -> None:
-        """Replace shapes by the arrays of ``state``, which has the same ones."""
+        """Replace the engine's shapes by the arrays of ``state``, which have these shapes."""
         self.target, self.kernel, self.origin = state.target, state.kernel, state.num_steps
         self.chain_keys = chain_keys(state.rng_key, num_chains=len(state.own))
         self.guesses, self.scale = state.ensemble, state.scale
 
     @property
     def num_chains(self) -> int:
+        """C, the number of chains."""
         return len(self.chain_keys)
 
     @property
     def _step_shapes(self) -> tuple[PyTree, PyTree]:
-        """Of one step of one chain: noise, and (unknown, info)."""
+        """Shapes of one step of one chain: noise, and (unknown, info)."""
         return _one_step.eval_shape(self.target, self.kernel, self.chain_keys, self.guesses)
 
     @property
     def record_shapes(self) -> tuple[PyTree, PyTree]:
-        """Unknown and info of one step of one chain."""
+        """Shapes of the unknown and the info of one step of one chain."""
         return self._step_shapes[1]
 
     def bytes_per_step(self, solver: RecurrenceSolver) -> int:
-        """Noise, states and info of one step of all chains, the latter two once more for their copies on the host.
+        """Return the bytes that a solve holds for each step of all chains.
 
-        And what the solver holds besides.
+        They are those of noise, states and info, with states and info counted twice for their copies on the host, and
+        of what the solver stores besides (`RecurrenceSolver.numbers_per_step`).
         """
         noise, (x, info) = self._step_shapes
         dim = sum(math.prod(s.shape) for s in jax.tree.leaves(x))
@@ -288,7 +358,10 @@ class Engine:
         return self.num_chains * (held + sum(math.prod(s.shape) * s.dtype.itemsize for s in leaves))
 
     def shape_for(self, solver: RecurrenceSolver, num_steps: int) -> Shape:
-        """Programs for ``num_steps`` steps at once, or for an even share of them that fits into memory."""
+        """Return the shape for segments of ``num_steps`` steps, or of equal parts of them that fit into the budget.
+
+        The budget is `max_bytes`; one stretch of sequential sampling uses at most `SEQUENTIAL_BYTES`.
+        """
         budget = SEGMENT_BYTES if self.max_bytes is None else self.max_bytes
         if solver.is_sequential:
             budget = min(budget, SEQUENTIAL_BYTES)
@@ -303,51 +376,52 @@ class Engine:
         return Shape(blocks, math.ceil(capacity / unit) * unit, solver.shared_by)
 
     def _buffer_shapes(self, shape: Shape) -> tuple[PyTree, PyTree]:
-        """Of noise, and of (value, aux)."""
+        """Return the shapes of the buffers: noise, and (value, aux)."""
         leading = (self.num_chains * shape.num_blocks, shape.capacity)
         widen = lambda s: jax.ShapeDtypeStruct((*leading, *s.shape), s.dtype, sharding=shape.sharding)
         return jax.tree.map(widen, self._step_shapes)
 
     def _take_buffers(self, shape: Shape) -> tuple[PyTree, PyTree]:
-        """Those of the last segment of this shape, or new ones."""
+        """Take the buffers of the last segment if it had this shape, otherwise new ones."""
         if shape in self._buffers:
             return self._buffers.pop(shape)
-        self._buffers.clear()  # one solve's at a time
+        self._buffers.clear()  # hold the buffers of one shape at a time
         leaves, structure = jax.tree.flatten(self._buffer_shapes(shape))
-        if shape.devices:  # a program's results would be laid out as it likes, and the programs be compiled once more
+        # A program's results would get a layout that XLA chooses, for which the programs would be compiled once more.
+        if shape.devices:
             return jax.tree.unflatten(structure, [jnp.zeros(s.shape, s.dtype, device=s.sharding) for s in leaves])
         return jax.tree.unflatten(structure, _new_buffers(tuple(leaves)))
 
     def compile_ahead(self, solver: RecurrenceSolver, shape: Shape) -> None:
-        """Have both programs of a solver compiled while something else is done."""
+        """Start to compile both programs of a solver in the background."""
         self.background.begin(_name(solver, shape), lambda: self._trace(solver, shape))
 
     def is_ready(self, solver: RecurrenceSolver, shape: Shape) -> bool:
-        """Whether nothing is left to wait for of what was begun by `compile_ahead`."""
+        """Whether the compilation begun by `compile_ahead` has ended; True if none was begun."""
         return self.background.ready(_name(solver, shape))
 
     def compile_seconds(self, solver: RecurrenceSolver, shape: Shape) -> float | None:
-        """That the programs took when this process compiled them; None where it never did."""
+        """Return the seconds that this process took to compile the programs; None if it has not compiled them."""
         return self._notes.get(self._program(solver, shape))
 
     def _program(self, solver: RecurrenceSolver, shape: Shape) -> Hashable:
+        """Return a key of the two programs of this solver, shape, target and kernel."""
         leaves, structure = jax.tree.flatten((self.target, self.kernel))
-        shapes = tuple(
-            (jnp.shape(x), jnp.result_type(x)) for x in leaves
-        )  # other data of this model is another program
+        # Data of other shapes needs another program.
+        shapes = tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
         return _name(solver, shape), structure, shapes, self.num_chains
 
     def _note(self, solver: RecurrenceSolver, shape: Shape, seconds: float) -> None:
-        """The first time counts: later ones find the programs."""
+        """Record the seconds of compilation. Only the first record counts, since later calls find the programs."""
         self._notes.setdefault(self._program(solver, shape), seconds)
 
     @property
     def _notes(self) -> dict[Hashable, float]:
-        """Seconds that programs of this target took to compile, as long as they are kept: plans need to know."""
+        """Seconds that each program of this target took to compile, for plans; dropped together with the programs."""
         return programs_of(self.target).setdefault("seconds", {})
 
     def _trace(self, solver: RecurrenceSolver, shape: Shape) -> Callable[[], None]:
-        """Trace the programs; returns their compilation, which reads the model no more."""
+        """Trace the programs, and return a function that compiles them without reading the model again."""
         begin = time.perf_counter()
         noise, record = buffers = self._buffer_shapes(shape)
         record = record if solver.walks else None
@@ -382,19 +456,30 @@ class Engine:
     def solve(
         self, solver: RecurrenceSolver, shape: Shape, x0: PyTree, first_step: np.ndarray, block_length: int
     ) -> tuple[Segment, Clock]:
-        """``num_blocks * block_length`` steps of all chains from ``x0``, numbered from ``first_step`` (C,) on.
+        """Take ``num_blocks * block_length`` steps of all chains.
 
-        The segment is overwritten by the next one of this shape: read it first.
+        Args:
+            solver: Solver of the segment.
+            shape: Shape for which the programs are compiled.
+            x0: Unknowns before the first step, leading axis C.
+            first_step: Number of each chain's first step in this run; shape (C,).
+            block_length: Steps of each block.
+
+        Returns:
+            The segment, and the seconds that it took. The next segment of this shape overwrites its arrays.
         """
+        # Wait for a compilation in the background, and prepare the arguments.
         waited = self.background.wait(_name(solver, shape))
         integer = jnp.result_type(int)
         first, length = np.asarray(self.origin + first_step, integer), np.asarray(block_length, integer)
         noise, record = self._take_buffers(shape)
         record = record if solver.walks else None
+        # Draw the noise, then solve; both programs overwrite the buffers.
         noise, drawing = draw_noise.timed(self.target, self.kernel, self.chain_keys, first, length, noise, shape=shape)
         (solution, near_ties), solving = solve_noise.timed(
             self.target, self.kernel, solver, noise, x0, first, length, self.guesses, self.scale, record, shape=shape
         )
+        # Keep the results as buffers of the next segment, and account for the time.
         if record is not None:
             self._buffers[shape] = (noise, (solution.value, solution.aux))
         clock = Clock(waited + drawing[0] + solving[0], drawing[1] + solving[1])
@@ -404,22 +489,30 @@ class Engine:
 
 
 def _name(solver: RecurrenceSolver, shape: Shape) -> tuple:
+    """Return the key of a solver's programs in this engine; it does not depend on the solver's numbers."""
     return jax.tree.structure(solver), shape
 
 
-# A solve for fewer steps at once is all overhead; sequential sampling takes them in such pieces.
+# Least number of steps of a segment: with fewer, nearly all time is overhead. Sequential sampling takes steps in pieces
+# of this size.
 LEAST_STEPS = Sequential.unit
 _REMEDY = "Keep fewer draws by thinning=, write them to disk by Chain.stream, or sample fewer chains at a time."
 
 
 def fit_memory(engine: Engine, settings: Settings, held: int) -> None:
-    """Give an engine its share of the memory, or raise where that holds nothing to speak of.
+    """Set the memory budget of an engine, or raise if the shortest segment does not fit.
 
-    engine: of shapes, if there is no more yet. held: bytes of what is kept of all chains, which share the user's
-    budget with the engine. Without one it has `SEGMENT_BYTES`, and both share what is available.
+    With a budget given by the user, draws and engine share it. Without one, a solve of the engine may hold
+    `SEGMENT_BYTES`. In both cases everything must fit into the available memory.
+
+    Args:
+        engine: The engine; it may hold shapes only.
+        settings: What the user asked for.
+        held: Bytes of the draws of all chains that are kept in memory.
 
     Raises:
-        MemoryError: how much is needed and there, and what to do.
+        MemoryError: The memory does not suffice. The message says how much is needed and available, and suggests a
+            remedy.
     """
     num_steps, most, available = settings.num_samples, settings.max_memory, available_bytes()
     step = engine.bytes_per_step(settings.solver or Sequential())

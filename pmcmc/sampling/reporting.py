@@ -1,4 +1,8 @@
-"""What a run says of itself: the report, and warnings where its draws are doubtful."""
+"""The report of a run, and warnings about doubtful draws.
+
+`Outcome` holds a run with its settings. `Outcome.report` makes the `SolveReport` at any time, `Outcome.warn` judges the
+draws once all are taken.
+"""
 
 import time
 import warnings
@@ -19,12 +23,12 @@ from pmcmc.sampling.automatic import Automatic
 from pmcmc.sampling.segments import Counts, Run
 from pmcmc.sampling.settings import Settings
 
-# A chain whose acceptance probabilities add up to less than this over all its draws has not moved. With fewer draws
-# than the second number nothing is concluded.
+# A chain is stuck if its acceptance probabilities add up to less than the first number over all its draws. With fewer
+# draws than the second number, nothing is concluded.
 STUCK, FEW_DRAWS = 1e-3, 100
-# Mixing is judged at the end of a run unless it takes more numbers than this; then it is computed when asked for.
+# Mixing is judged at the end of a run if at most this many numbers are needed; otherwise when the user asks for it.
 MOST_JUDGED = 2**22
-# A solver that the user chose is warned about if it failed before it had solved this share of any chain.
+# The user is warned about the chosen solver if it failed before it had solved this share of the steps of any chain.
 SMALL_SHARE = 0.1
 
 
@@ -49,15 +53,27 @@ class Outcome:
     warmup_seconds: float
 
     def after(self, x: PyTree, num_steps: int) -> tuple[ChainState, SolveReport]:
-        """State and report once the chains are at ``x``, ``num_steps`` steps after they started."""
+        """Return the state and the report after a number of steps.
+
+        Args:
+            x: Unknowns of the chains after these steps, leading axis C.
+            num_steps: Steps since the chains started.
+        """
         num_unkept = (self.state.num_unkept + num_steps) % self.settings.thinning
         total = self.state.num_steps + num_steps
         return self.state._replace(unknown=x, num_steps=total, num_unkept=num_unkept), self.report(num_steps)
 
     def warn(self, report: SolveReport) -> None:
-        """Say what is doubtful about the draws, once all are taken; for the caller of `parallel_chain` and `sample`.
+        """Warn about doubtful draws, once all are taken.
 
-        report: of these draws.
+        The warnings point at the line that called `parallel_chain` or `sample`.
+
+        Args:
+            report: Report of these draws.
+
+        Warns:
+            UserWarning: The chosen solver failed early, a chain is stuck, a coordinate never moved, many draws were
+                divergent, or the chains have not mixed.
         """
         self._warn_of_failed_solver()
         if not self._warn_of_stuck_chains():
@@ -66,6 +82,7 @@ class Outcome:
             self._warn_of_mixing(report)
 
     def _warn_of_mixing(self, report: SolveReport) -> None:
+        """Warn if the draws have not mixed, unless that takes too long to find out; see `MOST_JUDGED`."""
         chains, dim = self.settings.num_chains, self.state.target.dim
         num_draws = int(self.run.draws.moves.num_draws[0])
         looked_at = chains * dim * (num_draws // stride_of(chains, num_draws, dim))
@@ -73,7 +90,7 @@ class Outcome:
             warnings.warn(report.mixing.doubt, stacklevel=6)
 
     def _warn_of_failed_solver(self) -> None:
-        """Say where a solver that the user chose left all of the run, or nearly so, to sequential sampling."""
+        """Warn if a solver that the user chose left all of the run, or nearly all, to sequential sampling."""
         solver, counts, num_steps = self.settings.solver, self.run.counts, self.run.num_steps
         solved = counts.certified_steps
         if solver is None or not counts.fallback or np.max(solved) >= SMALL_SHARE * num_steps:
@@ -88,6 +105,7 @@ class Outcome:
         )
 
     def _warn_of_divergences(self) -> None:
+        """Warn if many draws were divergent."""
         moves = self.run.draws.moves
         num_divergent, num_draws = int(np.sum(moves.num_divergent)), int(np.sum(moves.num_draws))
         few = num_draws < FEW_DRAWS or num_divergent <= MANY_DIVERGENCES * num_draws
@@ -111,9 +129,13 @@ class Outcome:
         )
 
     def _warn_of_stuck_chains(self) -> bool:
-        """Say where a chain accepted nothing, and whether any did: such draws are one point, however many they are.
+        """Warn if a chain accepted no move, so that all its draws are one point.
 
-        Judged by the probabilities, not by the moves: a few draws may stand still by chance.
+        Chains are judged by their acceptance probabilities, not by their moves: a few proposals may be rejected by
+        chance.
+
+        Returns:
+            Whether any chain accepted no move.
         """
         moves = self.run.draws.moves
         num_draws = int(moves.num_draws[0])
@@ -129,7 +151,7 @@ class Outcome:
         return is_stuck
 
     def _warn_of_still_coordinates(self) -> None:
-        """Say where some coordinates of a chain kept their value while others moved."""
+        """Warn if some coordinates of a chain never changed their value."""
         flat = [np.reshape(moved, (len(moved), -1)) for moved in self.run.moved]
         still = ~np.concatenate(flat, axis=1)
         if self.run.num_steps < FEW_DRAWS or not still.any():
@@ -143,7 +165,11 @@ class Outcome:
         )
 
     def report(self, num_steps: int) -> SolveReport:
-        """What the run has done so far, its first ``num_steps`` steps being kept."""
+        """Return the report of the run so far.
+
+        Args:
+            num_steps: Steps per chain of the draws that are reported.
+        """
         run, automatic, settings = self.run, self.automatic, self.settings
         counts, moves, chains, clock = run.counts, run.draws.moves, settings.num_chains, run.engine.clock
         per_chain = lambda value, dtype=int: np.broadcast_to(np.asarray(value, dtype), (chains,))
@@ -188,9 +214,16 @@ class Outcome:
 
 
 def _spread(state: ChainState, unknowns: PyTree) -> float:
-    """The largest ratio, either way, of the draws' standard deviation to that of warm-up's ensemble.
+    """Largest ratio, either way, between the standard deviations of the draws and of warm-up's ensemble.
 
-    Over the coordinates; NaN where warm-up found no basis, or too few draws moved. unknowns: (C, n, ...).
+    In the basis that warm-up found, the ensemble has standard deviation 1 in every coordinate.
+
+    Args:
+        state: Where the chains started.
+        unknowns: Draws; shape (C, n, ...).
+
+    Returns:
+        The largest ratio over the coordinates; NaN if warm-up found no basis, or if there are too few draws.
     """
     if state.scale is None or jax.tree.leaves(unknowns)[0].shape[1] < FEW_DRAWS:
         return float("nan")
@@ -202,5 +235,5 @@ def _spread(state: ChainState, unknowns: PyTree) -> float:
 
 
 def _growth_rate(counts: Counts) -> np.ndarray:
-    """Mean over segments, where any saw a small distance."""
+    """Mean growth rate over the segments that measured one, shape (C,); NaN for chains without any."""
     return np.where(counts.num_growths > 0, counts.growth, np.nan) / np.maximum(counts.num_growths, 1)

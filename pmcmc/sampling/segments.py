@@ -1,4 +1,8 @@
-"""From a tuned kernel to draws: stretches of steps solved one after the other, none of them lost."""
+"""Sample from a tuned kernel in segments, stretches of steps that are solved one after the other.
+
+`Run` takes all steps of all chains. After each segment it keeps the certified steps and passes the draws to a `Keeper`;
+if a parallel solver fails, the remaining steps are sampled sequentially. `Counts` adds up what the segments report.
+"""
 
 import math
 from dataclasses import dataclass
@@ -19,11 +23,20 @@ from pmcmc.sampling.sinks import Keeper
 
 @dataclass
 class Counts:
-    """What a run counts on its way, per chain.
+    """Totals of a run over its segments. Arrays have one entry per chain, shape (C,).
 
-    certified_steps: solved in parallel; all others were sampled sequentially. residual: the largest among them, NaN
-        where a solver did not tell that of a prefix. result: of the last parallel solve. fallback: for the report.
-    growth: sum over segments of the growth rates that they saw. num_growths: how many did.
+    Attributes:
+        near_ties: Accept decisions within rounding of a tie.
+        critical_path: Steps taken one after the other.
+        num_iters: Largest number of Newton-type iterations of a segment.
+        num_sweeps: Largest number of repair sweeps of a segment.
+        certified_steps: Steps solved in parallel and kept; all others were sampled sequentially.
+        residual: Largest residual of the certified steps; NaN if a solver did not report that of a prefix.
+        result: `RESULTS` code of the last parallel solve.
+        growth: Sum of the growth rates of the segments that measured one.
+        num_growths: Number of these segments.
+        num_blocks: Blocks per chain of the last parallel solve; 1 if there was none.
+        fallback: Why and when the parallel solver was left, for the report; "" if it was not.
     """
 
     near_ties: np.ndarray
@@ -40,7 +53,7 @@ class Counts:
 
     @classmethod
     def zero(cls, num_chains: int) -> "Counts":
-        """Nothing was solved yet."""
+        """Return the totals before the first segment."""
         count, total = lambda: np.zeros(num_chains, int), lambda: np.zeros(num_chains)
         return cls(
             near_ties=count(),
@@ -56,12 +69,13 @@ class Counts:
 
 
 class NonFiniteState(RuntimeError):
-    """A chain reached a state that is not finite, sampled sequentially as well.
+    """A chain reached a state that is not finite, and did so when sampled sequentially.
 
     A proposal that is NaN is rejected, so the state itself overflowed. Check the kernel and the density there.
 
-    chain: a `Chain` of the draws that all chains have from before; of a stream the `StoredChain` of the last
-        checkpoint. None where there are none.
+    Attributes:
+        chain: A `Chain` of the earlier draws, as far as all chains have them; for a stream the `StoredChain` of the
+            last checkpoint. None if there are no such draws.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -75,13 +89,29 @@ class NonFiniteState(RuntimeError):
 
 
 class Run:
-    """Takes ``num_steps`` steps of every chain; ``position`` of them stand, and ``x`` is where they ended.
+    """One run: ``num_steps`` steps of every chain, taken in segments.
 
-    Chains stand at the same step until a solve holds longer for some than for others. Every ``thinning``-th state is
-    kept; ``num_unkept`` steps went by since the last such one.
-    num_planned: steps that a run had of which these are the last; it is cut into segments as that run was.
-    moved: by leaf of an unknown, (C, ...) where chains have moved; true of integers, which may well keep a value.
-    in_order: what steps take that are taken in order.
+    Chains are at the same step until a solve is certified further for some chains than for others. Every
+    ``thinning``-th state is kept.
+
+    Args:
+        engine: Engine of the run.
+        x0: Unknowns before the first step, leading axis C.
+        num_steps: Steps per chain.
+        thinning: Steps per kept draw.
+        progress: Progress bar.
+        draws: Where kept draws go.
+        num_unkept: Steps since the last kept draw, taken before this run.
+        num_planned: Steps of an interrupted run that this run finishes; the segments have the same lengths as in that
+            run. None: ``num_steps``.
+
+    Attributes:
+        x: Unknowns after the last final step of each chain, leading axis C.
+        position: Steps of each chain that are final; shape (C,).
+        counts: Totals over the segments.
+        moved: For each leaf of an unknown, which entries have moved; shape (C, ...). True for integers, which may keep
+            their values.
+        sequential_pace: Seconds of a sequential step.
     """
 
     def __init__(
@@ -101,20 +131,23 @@ class Run:
         self.position = np.zeros(engine.num_chains, int)
         self.counts = Counts.zero(engine.num_chains)
         self.moved = [np.full(np.shape(x), not is_real(x)) for x in jax.tree.leaves(x0)]
-        self.in_order = Pace()
+        self.sequential_pace = Pace()
 
     @property
     def done(self) -> int:
-        """Steps that stand of every chain."""
+        """Number of steps that are final in every chain."""
         return int(self.position.min())
 
     @property
     def left(self) -> int:
-        """Steps that some chain still has to take."""
+        """Number of steps that the chain furthest behind still has to take."""
         return self.num_steps - self.done
 
     def with_solver(self, solver: RecurrenceSolver) -> None:
-        """The rest of the run by one solver in as few segments as memory allows, sequentially where it fails."""
+        """Take the remaining steps by one solver, in as few segments as memory allows.
+
+        If a segment fails, the rest is sampled sequentially.
+        """
         if solver.is_sequential:
             self.sequentially()
             return
@@ -126,13 +159,13 @@ class Run:
                 return
 
     def sequentially(self) -> None:
-        """The rest of the run in order."""
+        """Sample the remaining steps sequentially."""
         shape = self.engine.shape_for(Sequential(), self.num_planned)
         while self.left:
             self.take(Sequential(), shape, self.left)
 
     def fall_back(self, why: str) -> None:
-        """The rest of the run in order, and say so."""
+        """Sample the remaining steps sequentially, and record why for the report."""
         solved, left = self.counts.certified_steps, self.num_steps - self.position
         in_order = self.position - solved
         stands = f"{span(solved)} steps of each chain had" if solved.any() else "No step had"
@@ -143,31 +176,41 @@ class Run:
         self.sequentially()
 
     def take(self, solver: RecurrenceSolver, shape: Shape, wanted: int) -> tuple[Segment, str, Clock]:
-        """Solve for ``wanted`` steps of every chain or as many as the shape holds, and keep those that stand.
+        """Solve one segment and keep its certified steps.
 
-        Returns the segment, why it did not stand to its end ("" where it did), and the seconds it took.
+        Args:
+            solver: Solver of this segment.
+            shape: Shape for which its programs are compiled.
+            wanted: Steps per chain; fewer are taken if fewer are left, or if the shape has no room for them.
+
+        Returns:
+            The segment, why not all of its steps were certified ("" if all were), and the seconds it took.
 
         Raises:
-            NonFiniteState: a state is not finite even when sampled sequentially.
+            NonFiniteState: A state is not finite even when sampled sequentially.
         """
+        # Choose the block length: solvers that walk take any multiple of their unit up to the capacity.
         wanted, block_length = min(wanted, self.left), shape.capacity
         if solver.walks:
             unit = math.gcd(shape.capacity, solver.unit)
             block_length = min(shape.capacity, math.ceil(math.ceil(wanted / shape.num_blocks) / unit) * unit)
         wanted = min(wanted, block_length * shape.num_blocks)
+        # Solve the segment.
         self.progress.solve((jax.tree.structure(solver), shape))
         segment, clock = self.engine.solve(solver, shape, self.x, self.position, block_length)
         if solver.is_sequential:
-            self.in_order.add(wanted, clock.run_seconds)
+            self.sequential_pace.add(wanted, clock.run_seconds)
+        # Keep what is certified: all steps of a successful chain, otherwise a prefix.
         codes = np.asarray(segment.solution.result)
         stands = np.where(codes == RESULTS.successful, wanted, np.asarray(segment.solution.stats.certified_steps))
-        # chains that are ahead of others may have less to do
+        # Chains that are ahead of others may have fewer steps left than were solved for.
         ends = np.minimum(wanted, self.num_steps - self.position)
         result, keep = np.where(stands < ends, codes, RESULTS.successful), np.minimum(stands, ends)
         if self.draws.in_step:
             keep = np.full_like(keep, keep.min())
         self._collect(segment, keep, solver, result)
         self.draws.settle(not self.left)
+        # Report why steps are missing, if any are.
         if not (stands < ends).any():
             return segment, "", clock
         if solver.is_sequential:
@@ -180,22 +223,29 @@ class Run:
         return segment, " ".join(said), clock
 
     def _collect(self, segment: Segment, keep: np.ndarray, solver: RecurrenceSolver, result: np.ndarray) -> None:
-        """Copy the first ``keep`` (C,) steps: the segment's own memory is overwritten by the next one.
+        """Keep the first steps of a segment: copy their draws and update positions and counts.
 
-        result: (C,) of the steps that were wanted.
+        Args:
+            segment: The segment, whose memory is overwritten by the next one.
+            keep: Number of steps to keep; shape (C,).
+            solver: Solver of the segment.
+            result: `RESULTS` codes of the steps that were wanted; shape (C,).
         """
+        # Copy the draws, which are the states after every `thinning`-th step.
         counts, solution, stats = self.counts, segment.solution, segment.solution.stats
         path, info, near_ties = segment.chains((solution.value, solution.aux, segment.near_ties))
         before = self.done
         first = -(self.num_unkept + self.position + 1) % self.thinning
         self.draws.add(path, info, [slice(f, n, self.thinning) for f, n in zip(first, keep, strict=True)])
         counts.near_ties += [ties[:steps].sum() for ties, steps in zip(near_ties, keep, strict=True)]
+        # Move to the last kept state, and note which coordinates moved.
         last = lambda old, x: np.stack([x[c, n - 1] if n else old[c] for c, n in enumerate(keep)])
-        self.x = jax.tree.map(np.asarray, self.x)  # every operation of jax's own is one more program to compile
+        self.x = jax.tree.map(np.asarray, self.x)  # in numpy: every JAX operation is a program to compile
         self._watch(path, keep)
         self.x = jax.tree.map(last, self.x, path)
         self.position += keep
         self.progress.update(self.done - before, int(np.max(stats.num_sweeps)))
+        # Add to the counts; sequential steps need no certificate.
         if solver.is_sequential:
             counts.critical_path += keep
             return
@@ -208,13 +258,13 @@ class Run:
         counts.growth += np.where(np.isfinite(growth), growth, 0.0)
         counts.num_growths += np.isfinite(growth)
         counts.result, held = result, np.asarray(solution.result) == RESULTS.successful
-        # where a solve did not hold to its end, of the prefix that did, of which no more is kept
+        # If a solve failed, the residual is that of its certified prefix, which contains the kept steps.
         prefix = np.nan if stats.certified_residual is None else np.asarray(stats.certified_residual)
         residual = np.where(held, np.asarray(solution.residual), prefix)
         counts.residual = np.maximum(counts.residual, np.where(keep > 0, residual, 0.0))
 
     def _watch(self, path: PyTree, keep: np.ndarray) -> None:
-        """See what moved: mostly the ends tell, and what lies between them is looked at only where they do not."""
+        """Update `moved` by the last kept step, and by all kept steps if that one leaves an entry unmoved."""
         for moved, old, x in zip(self.moved, jax.tree.leaves(self.x), jax.tree.leaves(path), strict=True):
             for c, n in enumerate(keep):
                 for rows in (slice(max(n - 1, 0), n), slice(0, n)):

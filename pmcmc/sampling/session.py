@@ -1,7 +1,7 @@
-"""One run of chains: warm-up where it is wanted, then steps of the tuned chains, whose draws are kept in memory.
+"""One run of chains: optional warm-up, then steps of the tuned chains, whose draws are kept in memory.
 
-`sample_new`, `sample_from` and `extend` are what `pmcmc.parallel_chain`, the drop-in and `Chain.extend` call. Draws
-that go to disk use the same `Session` (see `pmcmc.sampling.streaming`).
+`pmcmc.parallel_chain`, the drop-in and `Chain.extend` call `sample_new`, `sample_from` and `extend`. Runs that write
+their draws to disk use the same `Session` (see `pmcmc.sampling.streaming`).
 """
 
 import time
@@ -33,13 +33,15 @@ from pmcmc.sampling.warm_up import WarmupRecord, tune_chains
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while draws were taken: those that stand are kept in ``chain``.
+    """The user pressed Ctrl-C during sampling; the draws so far are in ``chain``.
 
-    A program that has begun is not stopped: the interruption comes when the segment under way has ended. Before the
-    first draw was kept, during warm-up for instance, there is nothing to keep and a plain KeyboardInterrupt is raised.
+    A running program is not stopped: the exception is raised when the current segment has ended. If no draw has been
+    kept yet, for instance during warm-up, a plain KeyboardInterrupt is raised instead.
 
-    chain: a `Chain` of the draws so far, which `Chain.extend` continues as if nothing had been; from `Chain.stream` the
-        `StoredChain` of the last checkpoint, from which `resume` goes on, too.
+    Attributes:
+        chain: A `Chain` of the draws so far, which `Chain.extend` continues as if the run had not been interrupted.
+            From `Chain.stream`, the `StoredChain` of the last checkpoint, which `resume` continues as well.
+        num_wanted: Steps per chain that were asked for.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -59,14 +61,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Session:
-    """One run: its engine, its progress bar, and its steps into a sink. Use it as a context manager.
+    """One run with its engine and its progress bar. Use it as a context manager.
 
-    A run has one engine. During warm-up it knows only the shapes of the tuned arrays, for which programs are compiled
-    in the background; `engine_for` gives it the arrays afterwards.
+    A run has one engine. During warm-up the engine has only the shapes of the tuned arrays, for which programs are
+    compiled in the background; afterwards `engine_for` gives it the arrays.
 
     Args:
         settings: What the user asked for.
-        progress_bar: Whether to show one.
+        progress_bar: Whether to show a progress bar.
     """
 
     def __init__(self, settings: Settings, progress_bar: bool):
@@ -85,7 +87,14 @@ class Session:
         self.progress.close()
 
     def tune(self, source: Source, rng_key: PRNGKey, starts: PyTree, record: WarmupRecord | None = None) -> ChainState:
-        """Warm up from ``starts`` (positions, leading axis num_starts); returns where the chains start."""
+        """Warm up and return the state in which the chains start.
+
+        Args:
+            source: The model.
+            rng_key: The key of the whole run.
+            starts: Positions with leading axis num_starts (num_chains without warm-up).
+            record: Keeps warm-up's draws; None if they are not wanted.
+        """
 
         def watch(target: Any, path: Any) -> None:
             self.progress.warmed(len(path))
@@ -101,7 +110,11 @@ class Session:
         return state
 
     def draw_bytes(self, num_unkept: int) -> Callable[[Engine], int]:
-        """Bytes of all draws that are kept in memory, as a function of the engine."""
+        """Return a function of the engine: the bytes of all draws that are kept in memory.
+
+        Args:
+            num_unkept: Steps since the last kept draw, taken before this run.
+        """
         num_kept = (num_unkept + self.settings.num_samples) // self.settings.thinning
         return lambda engine: draw_bytes(engine) * num_kept
 
@@ -110,10 +123,10 @@ class Session:
 
         Args:
             state: Where the chains start. For ahead-of-time compilation it may hold shapes only.
-            held: Bytes of what is kept besides, as a function of the engine.
+            held: Bytes of the draws that are kept in memory, as a function of the engine.
 
         Raises:
-            MemoryError: The draws and the shortest segment do not fit.
+            MemoryError: The draws and the shortest segment do not fit into memory.
         """
         if self._engine is None:
             self._engine = Engine.of(state, background=self._background)
@@ -123,13 +136,13 @@ class Session:
         return self._engine
 
     def start(self, state: ChainState, engine: Engine, sink: Keeper, num_planned: int | None = None) -> Outcome:
-        """Prepare the steps that follow ``state``; `execute` takes them.
+        """Prepare the steps that follow ``state``, which `execute` takes.
 
         Args:
             state: Where the chains start.
             engine: The engine of this run.
             sink: Where kept draws go.
-            num_planned: See `Run`.
+            num_planned: As in `Run`.
         """
         self.progress.sample()
         settings = self.settings
@@ -142,7 +155,7 @@ class Session:
 
 
 def execute(outcome: Outcome) -> None:
-    """Take all steps of a run."""
+    """Take all steps of a run, by the solver that the user chose or by `Automatic`."""
     if outcome.settings.solver is not None:
         outcome.run.with_solver(outcome.settings.solver)
     elif outcome.automatic is not None:
@@ -164,8 +177,15 @@ def sample_new(
         rng_key: The key of the whole run.
         starts: Positions with leading axis num_starts (num_chains without warm-up).
         settings: What the user asked for.
-        progress_bar: Whether to show one.
+        progress_bar: Whether to show a progress bar.
         record: Keeps warm-up's draws for the chain; None if they are not wanted.
+
+    Returns:
+        The chain.
+
+    Raises:
+        Interrupted: The user pressed Ctrl-C after the first draw was kept.
+        NonFiniteState: A chain reached a state that is not finite.
     """
     with Session(settings, progress_bar) as session:
         return _sample(session, session.tune(source, rng_key, starts, record), record)
@@ -178,13 +198,13 @@ def warm_up(source: Source, rng_key: PRNGKey, starts: PyTree, settings: Settings
 
 
 def sample_from(state: ChainState, settings: Settings, progress_bar: bool) -> Chain:
-    """Return the draws that follow a state, without those that led to it."""
+    """Return a chain of the draws that follow a state; earlier draws are not included."""
     with Session(settings, progress_bar) as session:
         return _sample(session, state)
 
 
 def extend(chain: Chain, num_samples: int, progress_bar: bool) -> Chain:
-    """Return the chain with ``num_samples`` more steps of every chain; see `Chain.extend`."""
+    """Extend a chain by ``num_samples`` steps; see `Chain.extend`."""
     refuse_transformation("Chain.extend")
     chain.state.source.check()
     settings = settings_of(chain, num_samples, chain.max_memory)
@@ -198,8 +218,9 @@ def extend(chain: Chain, num_samples: int, progress_bar: bool) -> Chain:
 
 
 def _sample(session: Session, state: ChainState, record: WarmupRecord | None = None) -> Chain:
-    """Steps from ``state`` on, into memory. If they are cut short, the exception carries the draws so far."""
+    """Sample from ``state`` on, into memory. If the run ends early, its exception carries the draws so far."""
     settings = session.settings
+    # Prepare the engine, room for the draws, and the run.
     engine = session.engine_for(state, session.draw_bytes(state.num_unkept))
     draws = Draws(engine, (state.num_unkept + settings.num_samples) // settings.thinning)
     outcome = session.start(state, engine, draws)
@@ -225,6 +246,7 @@ def _sample(session: Session, state: ChainState, record: WarmupRecord | None = N
         x = jax.tree.map(lambda rows: jnp.asarray(rows[:, -1]), draws.kept[0])
         return chain(x, kept * settings.thinning - state.num_unkept)
 
+    # Take the steps; if that fails, hand over the draws that all chains have.
     try:
         execute(outcome)
     except KeyboardInterrupt as stopped:
@@ -240,7 +262,7 @@ def _sample(session: Session, state: ChainState, record: WarmupRecord | None = N
 
 
 def _join(chain: Chain, more: Chain) -> Chain:
-    """One chain with the draws of both. Everything but the draws is that of the second."""
+    """Concatenate the draws of two chains; the warm-up path is that of the first, everything else of the second."""
     join = lambda old, new: np.concatenate([old, new], axis=1)
     both = jax.tree.map(join, (chain.unknowns, chain.info), (more.unknowns, more.info))
     report = replace(more.report, find_mixing=partial(judge_mixing, more.target, more.kernel, both[0]))

@@ -1,4 +1,8 @@
-"""What becomes of the draws that a run keeps: arrays in memory here, a store on disk in `_store`."""
+"""Where the draws that a run keeps go.
+
+`Keeper` is the interface. `Draws` keeps draws in memory; `pmcmc.sampling.store` writes them to disk. `Thinned` keeps a
+bounded number of draws out of a stream of unknown length.
+"""
 
 import abc
 import math
@@ -13,9 +17,13 @@ from pmcmc.sampling.programs import Engine
 
 
 class Moves(NamedTuple):
-    """How the kept draws of each chain moved, (C,) arrays.
+    """Summary of how the kept draws moved. Arrays have one entry per chain, shape (C,).
 
-    num_draws: they are means and sums over. has_margin: whether the kernel told the margin of a decision anywhere.
+    Attributes:
+        num_draws: Number of draws.
+        acceptance_rate: Mean acceptance rate over the draws.
+        num_divergent: Number of divergent draws.
+        has_margin: Whether the kernel reported the margin of any decision.
     """
 
     num_draws: np.ndarray
@@ -25,47 +33,65 @@ class Moves(NamedTuple):
 
 
 class Keeper(abc.ABC):
-    """Where the kept draws of a run go.
+    """Base class of the places where the kept draws of a run go.
 
-    in_step: whether the chains must stand at the same step behind every segment. Then what some have ahead of others
-        is given up; chains advance side by side, so that costs work and no time.
+    Attributes:
+        in_step: Whether all chains must be at the same step after each segment. If so, steps that some chains have
+            ahead of others are discarded. All chains advance together, so this costs work but no time.
     """
 
     in_step: ClassVar[bool]
 
     @abc.abstractmethod
     def add(self, unknowns: PyTree, info: Info, rows: list[slice]) -> None:
-        """Keep those rows of each chain's (steps, ...) arrays, which the next segment overwrites."""
+        """Keep some draws of a segment, which the next segment overwrites.
+
+        Args:
+            unknowns: Unknowns of all steps of the segment, leading axes (C, steps).
+            info: Info of all steps, leading axes (C, steps).
+            rows: The rows to keep, for each chain.
+        """
 
     @abc.abstractmethod
     def settle(self, finished: bool) -> None:
-        """Take note that a whole segment has been added; ``finished`` says whether it was the last one."""
+        """Called after each segment has been added.
+
+        Args:
+            finished: Whether it was the last segment.
+        """
 
     @property
     @abc.abstractmethod
     def info(self) -> Info:
-        """Of the newest draws, (C, n) arrays."""
+        """Info of the newest draws, arrays (C, n)."""
 
     @property
     @abc.abstractmethod
     def moves(self) -> Moves:
-        """Of all draws."""
+        """Summary of all draws."""
 
     @property
     @abc.abstractmethod
     def some(self) -> tuple[PyTree, int]:
-        """Unknowns of every so manieth draw of all chains, (C, n, ...), and that number."""
+        """Unknowns of every k-th draw of all chains, (C, n, ...), and k."""
 
 
 class Thinned:
-    """Every so manieth of ever more draws, ``most`` of a chain or up to twice as many; stride: that number."""
+    """Every ``stride``-th draw out of a growing number of draws; ``stride`` doubles when there are too many.
+
+    Args:
+        most: Draws per chain that are kept; there may be up to twice as many before ``stride`` doubles.
+
+    Attributes:
+        stride: Distance between two kept draws.
+    """
 
     def __init__(self, most: int):
         self._parts: list[PyTree] = []
         self._most, self._num_seen, self.stride = most, 0, 1
 
     def add(self, unknowns: PyTree) -> None:
-        """The draws that follow, (C, n, ...)."""
+        """Add the draws that follow, (C, n, ...)."""
         first = -self._num_seen % self.stride
         self._num_seen += jax.tree.leaves(unknowns)[0].shape[1]
         self._parts.append(jax.tree.map(lambda x: np.array(x[:, first :: self.stride]), unknowns))
@@ -75,17 +101,25 @@ class Thinned:
 
     @property
     def kept(self) -> PyTree:
-        """(C, m, ...)."""
+        """The kept draws, (C, m, ...)."""
         return jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), *self._parts)
 
 
 def draw_bytes(engine: Engine) -> int:
-    """One draw of all chains."""
+    """Return the bytes of one draw of all chains."""
     return engine.num_chains * sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(engine.record_shapes))
 
 
 class Draws(Keeper):
-    """Room for ``most`` states of every chain in memory. num_kept: (C,), those that are there."""
+    """Draws in memory.
+
+    Args:
+        engine: Engine of the run; gives the shapes of a draw.
+        most: Draws per chain for which memory is allocated.
+
+    Attributes:
+        num_kept: Number of draws of each chain so far; shape (C,).
+    """
 
     in_step = False
 
@@ -109,7 +143,7 @@ class Draws(Keeper):
         pass
 
     def cut(self) -> None:
-        """Back to the last draw that every chain has."""
+        """Drop the draws after the last one that every chain has."""
         self.num_kept[:] = self.num_kept.min()
 
     @property

@@ -1,4 +1,8 @@
-"""From starting positions to tuned chains."""
+"""Warm-up within a run: from starting positions to the state from which tuned chains are sampled.
+
+`tune_chains` runs the warm-up that the settings ask for and chooses where the chains start. `WarmupRecord` keeps the
+draws of warm-up for the user.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -17,7 +21,7 @@ from pmcmc.warmup.base import Watch
 
 
 class WarmupRecord:
-    """A `Watch` that keeps what it sees, as positions without any basis."""
+    """A `Watch` that keeps the draws of warm-up, converted from the target's coordinates to positions."""
 
     def __init__(self) -> None:
         self._stretches: list[np.ndarray] = []
@@ -29,7 +33,7 @@ class WarmupRecord:
         self._stretches.append(rows)
 
     def path(self) -> np.ndarray:
-        """(lanes, steps, D)."""
+        """Return the positions of all steps so far; shape (lanes, steps, D)."""
         return np.swapaxes(np.concatenate(self._stretches), 0, 1)
 
 
@@ -41,7 +45,7 @@ def tune_chains(
     watch: Watch,
     prepare: Callable[[ChainState], None],
 ) -> ChainState:
-    """Warm up from ``starts``, or take them as they are; returns where the chains start.
+    """Warm up from ``starts``, or sample from them directly if there is no warm-up.
 
     Args:
         source: The model.
@@ -49,16 +53,30 @@ def tune_chains(
         starts: Positions with leading axis num_starts (num_chains without warm-up).
         settings: What the user asked for.
         watch: Called with the draws of warm-up's lanes.
-        prepare: Called before warm-up with a state of shapes, if these are known, to compile programs meanwhile.
+        prepare: Called before warm-up with a state that holds shapes, if they are known, so that programs are compiled
+            during warm-up.
+
+    Returns:
+        The state in which the chains start.
+
+    Raises:
+        TypeError, ValueError: The kernel does not fit the target, or the density is not finite at a start.
+        WarmupError: The posterior cannot be sampled like this.
+
+    Warns:
+        UserWarning: The result of warm-up is doubtful.
     """
+    # Check the kernel and the starts before warm-up.
     settings.kernel.check(source.target)
     source, kernel = source.with_kernel(settings.kernel)
     target, settings = source.target, replace(settings, kernel=kernel)
     check_starts(target, starts)
     kernel.check_start(target, jax.tree.map(lambda x: np.asarray(x)[0], starts))
     warmup_key, chain_key = _split_keys(rng_key)
+    # Compile for sampling while warm-up runs.
     if settings.num_warmup and (expected := settings.warmup.tuned_shapes(target, kernel)) is not None:
         prepare(_begin(expected, starts, chain_key, settings, source))
+    # Warm up, and start the chains from lanes of the ensemble.
     tuned = _tune(target, warmup_key, starts, settings, watch)
     state = _begin(tuned, starts, chain_key, settings, source)
     unknown = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[state.own]), state.ensemble)
@@ -66,13 +84,14 @@ def tune_chains(
 
 
 def _begin(tuned: Tuned, starts: PyTree, chain_key: PRNGKey, settings: Settings, source: Source) -> ChainState:
-    """Arrays, or shapes where that is all there is yet; ``unknown`` is still to be filled in."""
+    """Return the first state of the chains, without ``unknown``; it holds shapes if ``tuned`` does."""
     own = _chain_starts(tuned, starts, settings)
     state = ChainState(tuned.target, tuned.kernel, None, chain_key, 0, 0, tuned.states, own, tuned.timing, source)
     return state._replace(warmup_remark=tuned.remark, num_lost_lanes=tuned.num_lost)
 
 
 def _tune(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings, watch: Watch) -> Tuned:
+    """Run the warm-up; without warm-up, return the kernel as it is with the states at ``starts``."""
     if settings.num_warmup:
         tuned = settings.warmup.run(target, settings.kernel, rng_key, starts, settings.num_warmup, watch)
         if tuned.remark:
@@ -84,10 +103,10 @@ def _tune(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings, 
 
 
 def _chain_starts(tuned: Tuned, starts: PyTree, settings: Settings) -> np.ndarray:
-    """(C,) lanes of the warm-up's ensemble where the chains start.
+    """Return the lanes of the ensemble from which the chains start; shape (C,).
 
-    Where the lanes keep apart, as far from each other as they are. Else, and where each chain was given a start of its
-    own (which a lane descends from), from the ensemble's different starts in turn.
+    If the lanes have not mixed, chains start in the order of `Tuned.order`, far apart. Otherwise, and always if the
+    user gave each chain its own start, consecutive chains take lanes that descend from consecutive starts.
     """
     num_states = jax.tree.leaves(tuned.states)[0].shape[0]
     chains = np.arange(settings.num_chains)
@@ -98,7 +117,7 @@ def _chain_starts(tuned: Tuned, starts: PyTree, settings: Settings) -> np.ndarra
 
 
 def _is_per_chain(starts: PyTree, num_chains: int) -> bool:
-    """Whether starts (N, ...) are those of the chains, over and over."""
+    """Whether starts (N, ...) repeat ``num_chains`` starts, one per chain, that are not all equal."""
     rows = [np.asarray(x) for x in jax.tree.leaves(starts)]
     repeats = all(np.array_equal(x[num_chains:], x[:-num_chains]) for x in rows)
     return repeats and any(np.any(x != x[:1]) for x in rows)
@@ -106,6 +125,6 @@ def _is_per_chain(starts: PyTree, num_chains: int) -> bool:
 
 @jax.jit
 def _split_keys(rng_key: PRNGKey) -> tuple[PRNGKey, PRNGKey]:
-    """For warm-up, and for the chains."""
+    """Return the key of warm-up and the key of the chains."""
     warmup_key, chain_key = jax.random.split(rng_key)
     return warmup_key, chain_key

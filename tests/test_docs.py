@@ -14,7 +14,8 @@ import pytest
 import pmcmc
 from pmcmc.recurrence import MultipleShooting
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 sys.path.append(str(DOCS / "_ext"))
 pytest.importorskip("sphinx", reason="the docs extra is not installed")
 
@@ -52,6 +53,22 @@ def test_missing_entries_are_seen() -> None:
     entries = public_names.documented()
     entries.remove("pmcmc.recurrence.Newton")
     assert missing(public_modules(), entries) == ["pmcmc.recurrence.Newton"]
+
+
+def paths_not_there(text: str) -> list[str]:
+    """Return the files that a page names and that do not exist, relative to the repository or to the package."""
+    named = re.findall(r"`([\w/]+/[\w/]*\.(?:py|json|md|rst))", text)
+    return sorted({path for path in named if not any((root / path).exists() for root in (ROOT, ROOT / "pmcmc", DOCS))})
+
+
+@pytest.mark.parametrize("page", sorted(p for p in DOCS.rglob("*.md") if p.stem != "HISTORY"), ids=lambda p: p.stem)
+def test_files_that_pages_name_exist(page: Path) -> None:
+    assert paths_not_there(page.read_text(encoding="utf-8")) == []
+
+
+def test_stale_paths_are_seen() -> None:
+    text = "`recurrence/shooting/repair.py`, `tests/test_docs.py::test_x`, `chain/rebuild.py` and `benchmarks/old.py`"
+    assert paths_not_there(text) == ["benchmarks/old.py", "chain/rebuild.py"]
 
 
 @pytest.mark.slow  # a process for each page

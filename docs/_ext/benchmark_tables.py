@@ -128,6 +128,7 @@ TABLES: dict[str, Callable[[Rows], Table]] = {
         whole_call_speedup="speedup_with_warmup",
         steps="num_samples",
     ),
+    "counts": columns(suite="suite", case="case", count="count", value=lambda row: f"{row['value']:,g}"),
     "whole_call_cpu": whole_calls,
     "claims": columns(
         case="case",

@@ -215,8 +215,9 @@ def _state(reader: Reader, source: Source, kernel: Kernel, basis: Basis | None, 
 
 
 def _key(reader: Reader) -> PRNGKey:
-    """Read the key of the noise, and convert it to a threefry key if an earlier pmcmc stored one of another
-    implementation.
+    """Read the key of the noise as a threefry key.
+
+    An earlier pmcmc may have stored a key of another implementation, which is converted.
 
     Warns:
         UserWarning: The key was converted.

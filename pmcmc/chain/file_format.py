@@ -44,8 +44,8 @@ STORE = Format(
     "pmcmc.StoredChain",
     1,
     "Chain.stream",
-    "It is replaced as a whole, so something else has touched it: restore it from a copy. The draws beside it can be "
-    "read by xarray, but not be continued.",
+    "pmcmc replaces it as a whole, so something else has changed it: restore it from a copy. The draws next to it can "
+    "be read by xarray, but not continued.",
 )
 
 
@@ -146,7 +146,7 @@ class Reader:
             )
         for name, x in self.arrays.items():
             if not isinstance(x, np.ndarray) or x.dtype.kind not in "biuf":
-                raise self.malformed(f"{name} is no array of numbers")
+                raise self.malformed(f"{name} is not an array of numbers")
 
     def malformed(self, why: Any) -> ValueError:
         """Return the error to raise if the file is damaged."""

@@ -259,7 +259,7 @@ def _check_class(name: str, stored: Any, given: Any) -> None:
     if given is not None and isinstance(stored, dict) and stored.get("kind", stored.get("gap")) != type(given).__name__:
         raise ValueError(
             f"this chain was made with the {name} {stored.get('kind', stored.get('gap'))}, got {type(given).__name__}: "
-            "pass the same again, or none where the file has all of it."
+            "pass the same again, or none if the file contains all of it."
         )
 
 
@@ -328,8 +328,8 @@ def _check_density(reader: Reader, state: ChainState) -> None:
     tolerance = np.sqrt(np.finfo(np.float32).eps) * np.maximum(1.0, np.abs(stored))
     if np.any(np.abs(stored - found) > tolerance) or np.any(np.isnan(stored) != np.isnan(found)):
         raise ValueError(
-            f"the model's log density where the chains stood last is {found}, and was {stored} when {reader.path} was "
-            "saved: pass the model, its arguments and data as they were."
+            f"the model's log density at the last states of the chains is {found}, and was {stored} when {reader.path} "
+            "was saved: pass the model, its arguments and data as they were."
         )
 
 
@@ -382,7 +382,7 @@ def load(
     """
     refuse_transformation("load", model_args, model_kwargs, initial_position)
     if Path(path).is_dir():
-        raise ValueError(f"{path} is a folder: pass a file of Chain.save. What Chain.stream wrote takes pmcmc.resume.")
+        raise ValueError(f"{path} is a folder: pass a file of Chain.save, or read the folder with pmcmc.resume.")
     reader = Reader(path)
     state, solver = rebuild(reader, model, model_args, model_kwargs, initial_position, kernel, solver)
     thinning, extra_fields = read_thinning(reader, state), tuple(reader.names("extra_fields"))

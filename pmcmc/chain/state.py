@@ -78,15 +78,15 @@ class Source:
         target = self.make()
         now, then = (t.model.content(t.data) for t in (target, self.target))
         if target.spec != self.target.spec or now != then:
-            what = "numbers that it reads are others" if now[0] == then[0] else "it computes something else"
+            what = "it reads other numbers" if now[0] == then[0] else "it computes something else"
             raise ValueError(
-                f"the model has changed since this chain was sampled: {what}. Its draws are of the model as it was. "
-                "Restore the model, its data and the handlers around it, or sample the new model by a call of its own."
+                f"the model has changed since this chain was sampled: {what}. Its draws belong to the earlier model. "
+                "Restore the model, its data and the handlers around it, or sample the new model in a separate call."
             )
         if self.given is not None and not self.with_kernel(self.given)[0].has_kernel_of(self):
             raise ValueError(
-                "functions in the kernel have changed since this chain was sampled: its draws are of the kernel as it "
-                "was. Restore what these functions read, or sample again with the new kernel."
+                "functions in the kernel have changed since this chain was sampled: its draws belong to the earlier "
+                "kernel. Restore what these functions read, or sample again with the new kernel."
             )
 
     def has_kernel_of(self, other: "Source") -> bool:

@@ -220,7 +220,7 @@ def test_what_is_there_is_not_overwritten(finished: Path, tmp_path: Path) -> Non
 def test_no_store(tmp_path: Path, finished: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no checkpoint.npz: no Chain.stream has begun there"):
         pmcmc.resume(tmp_path, gaussian)
-    with pytest.raises(ValueError, match=r"is a folder.*takes pmcmc.resume"):
+    with pytest.raises(ValueError, match=r"is a folder.*with pmcmc.resume"):
         pmcmc.load(finished, gaussian)
 
 

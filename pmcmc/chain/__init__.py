@@ -1,4 +1,9 @@
-"""Chains: draws, report, state, verification, and their files."""
+"""Chains and what belongs to them: draws, state, report, verification, and files.
+
+A `Chain` holds draws in memory, a `StoredChain` draws on disk. Both contain a `ChainState`, from which sampling can
+continue, and a `SolveReport` on how the draws were made. `Chain.verify` returns a `Verification`. This package does not
+sample: that is the task of `pmcmc.sampling`.
+"""
 
 from pmcmc.chain.chain import Chain
 from pmcmc.chain.report import SolveReport

@@ -1,4 +1,9 @@
-"""The draws, with everything needed to read them."""
+"""Draws of Markov chains in memory, with everything needed to read, check and continue them.
+
+`Chain` is what `pmcmc.parallel_chain` and `pmcmc.sample` return. It stores the kernel's states and computes named
+sites, statistics and ArviZ groups from them on request. `Chain.extend` and `Chain.stream` continue the chains,
+`Chain.verify` checks the draws, and `Chain.save` writes them to a file.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,25 +30,32 @@ from pmcmc.kernels import Info, Kernel
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.target import Target
 
-# Draws constrained at a time, and their bytes: bound the memory of models with large deterministic sites.
+# Number of draws constrained at a time, and their bytes: limits the memory of models with large deterministic sites.
 _CONSTRAIN_BATCH, _CONSTRAIN_BYTES = 65_536, 2**26
-# The same for log likelihoods, in observations times draws.
+# Numbers (observations times draws) in one batch of log likelihoods.
 _LIKELIHOOD_BATCH = 2**22
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Draws of one or more Markov chains, each the chain that sequential sampling with the same key would give.
+    """Draws of one or more Markov chains. Each equals the chain that sequential sampling with the same key would give.
 
-    state: where the chains stand after the last step; ``target``, ``kernel`` and ``last_state`` are parts of it.
-    unknowns: the kernel's states, numpy arrays (num_chains, num_samples, ...), in the target's coordinates.
-    info: the kernel's `Info` for every draw, numpy arrays (num_chains, num_samples).
-    report: what was decided, why, and what it cost; of the last extension where there were any.
-    thinning: of every so many steps the last was kept. solver: that was asked for; None for "auto".
-    extra_fields: names that `get_extra_fields` returns beside ``diverging``.
-    warmup_path: (lanes, steps, D) unconstrained positions of warm-up's lanes; None unless ``save_warmup`` was set.
-    devices: that share the blocks, or Newton's steps, of what follows; None: none named. max_memory: bytes that what
-        follows may take. Neither is stored by `save`.
+    Attributes:
+        state: State of the chains after the last step. The properties `target`, `kernel` and `last_state` are parts of
+            it.
+        unknowns: The kernel's states in the target's coordinates; numpy arrays (num_chains, num_samples, ...).
+        info: The kernel's `Info` of every draw; numpy arrays (num_chains, num_samples).
+        report: What was decided, why, and what it cost. If the chain was extended, the report covers the last
+            extension.
+        thinning: Every ``thinning``-th step was kept.
+        solver: The solver that was asked for; None for "auto".
+        extra_fields: Names that `get_extra_fields` returns besides ``diverging``.
+        warmup_path: Unconstrained positions of the lanes of warm-up; shape (lanes, steps, D). None unless
+            ``save_warmup`` was set.
+        devices: Devices that share the blocks, or the steps of Newton's method, when the chain is continued; None if
+            none were named. Not stored by `save`.
+        max_memory: Bytes that may be used when the chain is continued; None for the defaults of `pmcmc.parallel_chain`.
+            Not stored by `save`.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -66,41 +78,48 @@ class Chain:
 
     @property
     def target(self) -> Target:
-        """As tuned by warm-up."""
+        """The target in the coordinates found by warm-up."""
         return self.state.target
 
     @property
     def kernel(self) -> Kernel:
-        """As tuned by warm-up."""
+        """The kernel as tuned by warm-up."""
         return self.state.kernel
 
     @property
     def last_state(self) -> PyTree:
-        """Unknowns after the last step, leading axis num_chains."""
+        """The kernel's states after the last step, leading axis num_chains."""
         return self.state.unknown
 
     @property
     def num_chains(self) -> int:
+        """Number of chains."""
         return jax.tree.leaves(self.unknowns)[0].shape[0]
 
     @property
     def num_samples(self) -> int:
-        """Draws kept per chain."""
+        """Number of draws kept per chain."""
         return jax.tree.leaves(self.unknowns)[0].shape[1]
 
     def extend(self, num_samples: int, *, progress_bar: bool = True) -> "Chain":
-        """These draws and ``num_samples`` more steps of every chain: the chain that one long run would have given.
+        """Continue every chain by ``num_samples`` steps, as one long run would.
 
-        Kernel, solver, thinning and noise go on where they stopped, without another warm-up; under "auto" the steps to
-        come are planned anew. Thinning goes on counting, so at least ``thinning`` steps are needed.
+        Kernel, solver, thinning and noise continue where they stopped, without another warm-up. Under "auto" the new
+        steps are planned again. The count of thinning continues too, so at least ``thinning`` steps are needed.
 
-        num_samples: steps per chain.
+        Args:
+            num_samples: Number of new steps per chain.
+            progress_bar: Whether to show progress in terminals and notebooks.
 
         Returns:
-            A new `Chain` with all draws. Its ``report`` is that of the extension alone.
+            A new `Chain` with these draws and the new ones. Its ``report`` covers the extension only.
 
         Raises:
-            ValueError, TypeError: ``num_samples`` is no integer of at least ``thinning``.
+            ValueError: ``num_samples`` is less than ``thinning``, or the model has changed since the chain was sampled.
+            TypeError: ``num_samples`` is not an integer.
+            MemoryError: The draws and the shortest segment do not fit into memory; raised before any sampling.
+            Interrupted: Ctrl-C; its ``chain`` holds all draws so far.
+            NonFiniteState: A chain reached a state that is not finite; its ``chain`` holds the draws before it.
 
         Example:
             >>> import jax.numpy as jnp, pmcmc
@@ -122,24 +141,33 @@ class Chain:
         max_memory: int | None = None,
         progress_bar: bool = True,
     ) -> StoredChain:
-        """`extend` for chains longer than memory: these draws and those to come go to a folder on disk.
+        """Continue the chains like `extend`, and write these draws and the new ones to a folder on disk.
 
-        Draws are written as they are certified, under the model's names, in ArviZ's layout; kernel states are not. A
-        run that is stopped, by Ctrl-C or by ``kill -9``, is finished by `pmcmc.resume`. Memory does not grow with
-        ``num_samples``. Needs ``pip install pmcmc[zarr]``.
+        Use it for chains that do not fit into memory: memory does not grow with ``num_samples``. Draws are written once
+        they are certified, under the names of the model's sites and in ArviZ's layout. The kernel's states are not
+        written. If the run is stopped, by Ctrl-C or by ``kill -9``, `pmcmc.resume` finishes it. Needs
+        ``pip install pmcmc[zarr]``.
 
-        path: of a folder to be made. num_samples: steps per chain.
-        sites: to be kept, latent or deterministic; None: all.
-        max_memory: bytes, as of `pmcmc.parallel_chain`; None: as there.
+        Args:
+            path: Folder to write to; new or empty.
+            num_samples: Number of new steps per chain.
+            sites: Names of the latent or deterministic sites to keep; None for all.
+            max_memory: Memory limit in bytes, as for `pmcmc.parallel_chain`; None for the limit of this chain.
+            progress_bar: Whether to show progress in terminals and notebooks.
 
         Returns:
-            A `StoredChain`. Its ``report`` is of the new steps alone.
+            A `StoredChain`. Its ``report`` covers the new steps only.
 
         Raises:
-            ValueError, TypeError: ``num_samples`` as for `extend`; sites that the model does not have.
-            FileExistsError: there is something in the folder.
-            MemoryError: the shortest segment does not fit; before any sampling.
-            Interrupted: Ctrl-C; what was certified by then is its ``chain``.
+            ValueError: ``num_samples`` is less than ``thinning``, or the model does not have some of the sites.
+            TypeError: ``num_samples`` is not an integer, or ``sites`` is not a sequence of names.
+            FileExistsError: The folder is not empty.
+            ImportError: Zarr is not installed.
+            RuntimeError: Another process is writing to the folder.
+            MemoryError: The shortest segment does not fit into memory; raised before any sampling.
+            Interrupted: Ctrl-C; its ``chain`` holds the draws of the last checkpoint.
+            NonFiniteState: A chain reached a state that is not finite; its ``chain`` holds the draws of the last
+                checkpoint.
 
         Example:
             >>> import jax.numpy as jnp, pmcmc, tempfile
@@ -153,31 +181,37 @@ class Chain:
         return stream(self, path, num_samples, sites, max_memory, progress_bar)
 
     def verify(self, *, tolerance: float | None = None) -> Verification:
-        """Check the draws on the equation: each is computed anew from the one before and the noise of the key.
+        """Check that every draw follows from the draw before it and the noise of the key.
 
-        Nothing of the solver enters, so a file that was edited, a certificate that is wrong, or a model that is not the
-        one sampled from all show. Every draw is checked, a thinned chain from one kept draw to the next, and so is
-        every field of its ``info``; only the first draw of a run that went on from another's end (`ParallelMCMC` from
-        its ``last_state``) has no predecessor. The report is not checked. Takes about as long as sampling on
-        ``num_chains * num_blocks`` lanes, at least 256.
+        Each draw is computed again from these two. The solver is not involved, so the check detects a file that was
+        edited, a certificate that is wrong, and a model other than the one that was sampled. Every draw is checked with
+        every field of its ``info``; a thinned chain is followed from one kept draw to the next. Only the first draw of
+        a run that continued another one (`ParallelMCMC` from its ``last_state``) cannot be checked, because its
+        predecessor is not stored. The report is not checked. The check takes about as long as sampling on
+        ``num_chains * num_blocks`` lanes, or on 256 lanes if that is more.
 
-        In float32 steps within rounding of a tie may go either way, see `Verification`. A kernel that makes many
-        decisions a step (`NUTS`, slice sampling) does not tell them; its steps are taken in the batch shape of the run.
-        Between two draws of a thinned chain such a step may send the paths apart. Draws that do not agree are therefore
-        tried under up to eight other roundings; where these end apart and none is the stored draw, nothing can be said
-        of it, and the chain is not verified.
+        In float32 the decision of a step within rounding of a tie may go either way; both outcomes are accepted, see
+        `Verification`. Kernels that make many decisions per step (`NUTS`, slice sampling) do not report how close these
+        are to a tie, so their float32 steps are computed in the batch shape of the run.
 
-        tolerance: largest |stored - computed| in posterior standard deviations: units of warm-up's basis, or of the
-            draws' interquartile range where there is none. None: 4096 eps, however many steps lie between two draws;
-            more only where the other roundings are seen to end further apart than that, up to 0.01. A solver that
-            was given a looser ``tol`` or ``tol`` needs the same here. Fields of ``info`` are held to it in units
-            of the log density's size.
+        Between two draws of a thinned chain such a decision may separate the paths. Draws that do not agree are
+        therefore computed again under up to eight other roundings. If these end apart and none of them is the stored
+        draw, the draw is undecided, and the chain is not verified.
+
+        Args:
+            tolerance: Largest ``|stored - computed|`` in posterior standard deviations: one unit of the basis found by
+                warm-up, or an estimate from the interquartile range of the draws if there is no basis. None: 4096 eps,
+                whatever the number of steps between two draws; more, up to 0.01, only for draws whose other roundings
+                end further apart than that. If the solver was given a looser ``tol``, pass the same
+                value here. Fields of ``info`` are compared with the same tolerance, in units of the size of the log
+                density.
 
         Returns:
-            A `Verification`, which is true where all agrees: ``if not chain.verify(): ...``.
+            A `Verification`, which is true if everything agrees: ``if not chain.verify(): ...``.
 
         Raises:
-            ValueError: a chain of one draw without a predecessor.
+            ValueError: The chain consists of one draw without a predecessor, or the model has changed since the chain
+                was sampled.
 
         Example:
             >>> import jax.numpy as jnp, pmcmc
@@ -197,13 +231,14 @@ class Chain:
         return verify(self.target, self.kernel, state.rng_key, record, self.report.num_blocks, tolerance)
 
     def save(self, path: str | Path) -> None:
-        """Write the chain to one file, so that `pmcmc.load` can read it and `extend` go on, here or elsewhere.
+        """Write the chain to one file, which `pmcmc.load` reads here or on another machine.
 
-        Stored are draws, tuned kernel, key and report (without its plan), as arrays and JSON in a ``.npz`` archive.
-        The model and its data are not: they are given to `pmcmc.load` again. Nor are warm-up's draws. A file that
-        exists is replaced once the new one is whole.
+        The file is an ``.npz`` archive of arrays and JSON. It holds the draws, the tuned kernel, the solver, the key,
+        and the report without its plan. It holds neither the model and its data, which are passed to `pmcmc.load`
+        again, nor the draws of warm-up. An existing file is replaced only once the new one is complete.
 
-        path: of the file, taken as it is.
+        Args:
+            path: File to write; no suffix is added.
 
         Example:
             >>> import jax.numpy as jnp, pathlib, pmcmc, tempfile
@@ -220,54 +255,71 @@ class Chain:
         writer.write(path, header(writer, self.state, self.report, self.thinning, self.solver, self.extra_fields))
 
     def get_samples(self, group_by_chain: bool = False, *, sites: Sequence[str] | None = None) -> PyTree:
-        """Draws as the user's model names them: constrained latent and deterministic sites of a NumPyro model, or
-        the position's own pytree for a plain log density.
+        """Return the draws under the names of the user's model.
 
-        Leading axes (num_chains, num_samples) with ``group_by_chain``, else (num_chains * num_samples,).
+        For a NumPyro model these are its latent and deterministic sites, in their constrained values; for a plain log
+        density, the pytree of the position. They are computed from `unknowns` on first use and kept.
 
-        They are computed from `unknowns` when they are first asked for, and kept.
+        Args:
+            group_by_chain: Whether chains are a separate axis.
+            sites: Names of the sites to return in a dict; others are not computed. None for all.
 
-        sites: names of those wanted, in a dict; all others are not computed. None: all.
+        Returns:
+            Draws with leading axes (num_chains, num_samples) if ``group_by_chain``, otherwise (num_chains *
+            num_samples,).
 
         Raises:
-            ValueError, TypeError: sites that the model does not have.
+            ValueError: The model does not have some of the sites.
+            TypeError: ``sites`` is not a sequence of names.
         """
         wanted = None if sites is None else check_sites(self.target, sites)
         return jax.tree.map(lambda x: jnp.asarray(x if group_by_chain else ungroup(x)), self._grouped(wanted))
 
     def _grouped(self, sites: tuple[str, ...] | None) -> PyTree:
-        """Numpy arrays (num_chains, num_samples, ...); kept: all, under None, and single sites by name."""
+        """Return numpy arrays (num_chains, num_samples, ...), computed once.
+
+        The cache ``_samples`` holds all sites under None, or single sites by name.
+        """
         if None not in self._samples and sites is not None:
             if missing := tuple(name for name in sites if name not in self._samples):
                 self._samples.update(self._constrained(missing))
             return {name: self._samples[name] for name in sites}
         if None not in self._samples:
             whole = self._constrained(None)
-            self._samples.clear()  # they are part of it
+            self._samples.clear()  # single sites are contained in the whole
             self._samples[None] = whole
         whole = self._samples[None]
         return whole if sites is None else {name: by_name(whole)[name] for name in sites}
 
     def _constrained(self, sites: tuple[str, ...] | None) -> PyTree:
+        """Compute the constrained values of these sites, or of all."""
         compiled = lambda target, kernel, rows: constrain(target, kernel, rows, sites=sites)
         batch = min(self.num_chains * self.num_samples, _CONSTRAIN_BATCH)
         rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch, *x.shape[2:]), x.dtype), self.unknowns)
-        # of a whole batch: where it fits, and mostly it does, this trace is that of the program
+        # Shapes of a full batch: if a full batch fits, as it usually does, this trace is the program's own.
         draws = constrain.eval_shape(self.target, self.kernel, rows, sites=sites)
         return self._of_each_draw(compiled, piece(batch, _CONSTRAIN_BYTES, draws))
 
     def _of_each_draw(self, compiled: Callable, most: int) -> PyTree:
-        """``compiled(target, kernel, unknowns)`` of all draws, at most so many at a time; (num_chains, draws, ...)."""
+        """Return ``compiled(target, kernel, unknowns)`` of all draws, with leading axes (num_chains, num_samples).
+
+        Args:
+            compiled: A compiled function of target, kernel and a batch of unknowns.
+            most: Largest number of draws in one batch.
+        """
         batch = min(self.num_chains * self.num_samples, most)
         return in_batches(lambda rows: compiled(self.target, self.kernel, rows), self.unknowns, batch)
 
     def get_warmup_samples(self) -> PyTree:
-        """Draws of warm-up as `get_samples` names them, leading axes (lanes, steps), in the order they were made.
+        """Return the draws of warm-up under the same names as `get_samples`, in the order in which they were made.
 
-        The lanes are an ensemble of its own, 32 by default, and not the start of the chains: first HMC that looks for
-        location and metric from dispersed starts (`SolveReport.num_lost_lanes` counts replaced lanes), then the kernel
-        itself, whose step size is tuned. They tell whether warm-up was long enough, and nothing else: no chain with the
-        posterior as its law.
+        The lanes of warm-up, 32 by default, are a separate ensemble, not the beginning of the chains. First HMC runs
+        from dispersed starts to find location and metric (`SolveReport.num_lost_lanes` counts replaced lanes), then the
+        kernel itself runs while its step size is tuned. These draws show whether warm-up was long enough. They are no
+        sample from the posterior.
+
+        Returns:
+            Draws with leading axes (lanes, steps).
 
         Raises:
             ValueError: ``save_warmup`` was not set.
@@ -284,6 +336,7 @@ class Chain:
         return self._of_each_warmup_draw(_constrain_rows)
 
     def _of_each_warmup_draw(self, compiled: TargetJit) -> PyTree:
+        """Return ``compiled(target, positions)`` of all draws of warm-up, with leading axes (lanes, steps)."""
         path: Any = self.warmup_path
         batch = min(path[..., 0].size, _CONSTRAIN_BATCH)
         rows = jax.ShapeDtypeStruct((batch, path.shape[-1]), path.dtype)
@@ -291,7 +344,7 @@ class Chain:
         return in_batches(lambda rows: compiled(self.target, rows), path, batch)
 
     def _warmup_groups(self, sites: Sequence[str] | None) -> dict[str, Any]:
-        """For ArviZ; empty where warm-up was not kept."""
+        """Return the ArviZ groups of warm-up; empty if warm-up was not kept."""
         if self.warmup_path is None:
             return {}
         draws = by_name(self.get_warmup_samples())
@@ -300,12 +353,19 @@ class Chain:
         return {"warmup_posterior": {name: draws[name] for name in wanted}, "warmup_sample_stats": {"lp": lp}}
 
     def get_extra_fields(self, group_by_chain: bool = False) -> dict[str, Any]:
-        """Fields of the transitions under NumPyro's names: ``diverging``, and those asked for by ``extra_fields``.
+        """Return fields of the transitions under NumPyro's names: ``diverging``, and those named by ``extra_fields``.
 
-        Available are the names in the kernel's ``extra_fields``.
+        The names available are those in the kernel's ``extra_fields``.
+
+        Args:
+            group_by_chain: Whether chains are a separate axis.
+
+        Returns:
+            Arrays by name; shape (num_chains, num_samples) if ``group_by_chain``, otherwise (num_chains *
+            num_samples,).
 
         Raises:
-            ValueError: an algorithm of another package does not report a field.
+            ValueError: An algorithm of another package does not report one of the fields.
         """
         found = fields(self.kernel, self.info)
         names = dict.fromkeys(("diverging", *self.extra_fields))
@@ -318,9 +378,11 @@ class Chain:
         return {name: jnp.asarray(x) for name, x in grouped.items()}
 
     def print_summary(self, prob: float = 0.9, *, sites: Sequence[str] | None = None) -> None:
-        """Mean, standard deviation, quantiles, effective sample size and R-hat of every site, by NumPyro.
+        """Print NumPyro's table of all sites: mean, standard deviation, median, interval, effective sample size, R-hat.
 
-        prob: of the interval between the quantiles. sites: as of `get_samples`.
+        Args:
+            prob: Probability of the highest posterior density interval.
+            sites: Names of the sites to show, as for `get_samples`; None for all.
         """
         samples = self._grouped(None if sites is None else check_sites(self.target, sites))
         print_summary(samples if isinstance(samples, dict) else {"x": samples}, prob)
@@ -336,23 +398,34 @@ class Chain:
         coords: dict[str, Any] | None = None,
         dims: dict[str, list[str]] | None = None,
     ) -> Any:
-        """ArviZ's container: InferenceData on ArviZ 0.x, DataTree on 1.x.
+        """Return the chain as ArviZ's container: InferenceData for ArviZ 0.x, DataTree for 1.x.
 
-        Groups: posterior; sample_stats with ``lp``, ``acceptance_rate``, ``diverging``, ``step_size``, ``energy``,
-        ``n_steps`` and ``tree_depth`` as far as the kernel has them, and ``accept_margin`` (log alpha - log u). For a
-        NumPyro model also observed_data, and constant_data with the other arrays among its arguments; dimensions are
-        named after plates. With ``save_warmup`` also warmup_posterior, where each lane is a chain (see
-        `get_warmup_samples`), and warmup_sample_stats with ``lp``. What the solver did is in the attributes.
+        The groups are:
 
-        sites: of the posterior, as of `get_samples`. None: all.
-        log_likelihood: of every observation at every draw, for ``arviz.loo`` and ``compare``; draws x observations of
-            memory, so not unless asked for. Masked observations have 0; drop them where ArviZ 1.x refuses a constant.
-        prior, posterior_predictive: draws of ``numpyro.infer.Predictive``; what of the prior's is not in the posterior
-            is prior_predictive.
-        coords, dims: ArviZ's labels, added to those of the plates.
+        - posterior.
+        - sample_stats with ``lp``, ``acceptance_rate``, ``diverging``, ``step_size``, ``energy``, ``n_steps`` and
+        ``tree_depth`` as far as the kernel has them, and ``accept_margin`` (log alpha - log u).
+        - observed_data, and constant_data with the other arrays among its arguments, for a NumPyro model. Dimensions
+        are named after plates.
+        - warmup_posterior, in which each lane is a chain (see `get_warmup_samples`), and warmup_sample_stats with
+        ``lp``, if ``save_warmup`` was set.
+
+        The attributes say what the solver did.
+
+        Args:
+            sites: Names of the sites in the posterior, as for `get_samples`; None for all.
+            log_likelihood: Whether to compute the log likelihood of every observation at every draw, for ``arviz.loo``
+                and ``compare``. It takes memory for draws x observations numbers. Masked observations have 0; drop them
+                if ArviZ 1.x refuses constants.
+            prior: Draws of ``numpyro.infer.Predictive`` from the prior. Sites that are not in the posterior go to
+                prior_predictive.
+            posterior_predictive: Draws of ``numpyro.infer.Predictive`` from the posterior.
+            coords: ArviZ's labels of coordinates.
+            dims: ArviZ's names of dimensions, in addition to the names of plates.
 
         Raises:
-            ValueError: ``log_likelihood`` of a plain log density; predictive draws of another number.
+            ValueError: ``log_likelihood`` is set for a plain log density, or the number of predictive draws differs
+                from that of the posterior.
 
         Example:
             >>> import jax.numpy as jnp, pmcmc
@@ -385,6 +458,11 @@ class Chain:
         return to_arviz(groups, attrs, dims={**described.dims, **(dims or {})}, coords=coords or {})
 
     def _log_likelihood(self) -> PyTree:
+        """Return the log likelihood of every observation at every draw, by site.
+
+        Raises:
+            ValueError: The model has no observed sites.
+        """
         draw = jax.tree.map(lambda x: x[0, :1], self.unknowns)
         shapes = _log_likelihoods.eval_shape(self.target, self.kernel, draw)
         if not shapes:
@@ -398,16 +476,18 @@ class Chain:
 
 @tuned_jit()
 def _log_likelihoods(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
+    """Compute the log likelihood of every observation for unknowns with one leading axis."""
     one = lambda unknown: target.model.log_likelihood(target.data, kernel.position(target, unknown))
     return jax.vmap(one)(unknowns)
 
 
 @tuned_jit()
 def _constrain_rows(target: Target, rows: Array) -> PyTree:
-    """Of unconstrained positions (N, D) as the user's model has them, without a basis."""
+    """Return the sites at unconstrained positions (N, D) in the coordinates of the user's model, without a basis."""
     return jax.vmap(lambda row: target.model.constrain(target.data, target.spec.unravel(row)))(rows)
 
 
 @tuned_jit()
 def _logdensity_rows(target: Target, rows: Array) -> Array:
+    """Return the log densities of unconstrained positions (N, D)."""
     return jax.vmap(lambda row: target.model.logdensity(target.data, target.spec.unravel(row)))(rows)

@@ -1,4 +1,9 @@
-"""Draws as users see them: constrained sites by name, and statistics of the transitions under two sets of names."""
+"""Draws as users see them: constrained sites by name, and statistics of the transitions.
+
+`constrain` turns the kernel's states into the sites of the user's model, and `in_batches` applies it (or any other
+program) to many draws. `fields` and `sample_stats` name the statistics as NumPyro and ArviZ do. `judge_mixing` computes
+R-hat and effective sample sizes.
+"""
 
 import math
 from collections.abc import Callable
@@ -14,32 +19,40 @@ from pmcmc.kernels import Info, Kernel
 from pmcmc.kernels.base import PositionKernel
 from pmcmc.target import Target
 
-# Draws whose positions are worked out at a time.
+# Number of draws whose positions are computed at a time.
 _POSITIONS = 4096
 
 
 def constrained(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
-    """What the user's model calls the draws, of unknowns with one leading axis."""
+    """Return the sites of the user's model for unknowns with one leading axis."""
     return jax.vmap(lambda unknown: target.model.constrain(target.data, kernel.position(target, unknown)))(unknowns)
 
 
 @tuned_jit(static_argnames="sites")
 def constrain(target: Target, kernel: Kernel, unknowns: PyTree, *, sites: tuple[str, ...] | None = None) -> PyTree:
-    """`constrained`; of the named sites alone, and then what only others need is not computed either."""
+    """Compute `constrained` as a compiled program.
+
+    Args:
+        target: The target.
+        kernel: The kernel that made the draws.
+        unknowns: The kernel's states, with one leading axis.
+        sites: Names of the sites to return in a dict; what only the others need is not computed. None for all.
+    """
     draws = constrained(target, kernel, unknowns)
     return draws if sites is None else {name: by_name(draws)[name] for name in sites}
 
 
 def site_shapes(target: Target) -> PyTree:
-    """Shapes of one draw of all sites."""
+    """Return the shapes of one draw of all sites."""
     return jax.eval_shape(target.model.constrain, target.data, target.spec.template)
 
 
 def check_sites(target: Target, sites: Any) -> tuple[str, ...]:
-    """Names of sites of the model, as a tuple.
+    """Return the given names of sites as a tuple.
 
     Raises:
-        ValueError, TypeError: it does not have them; no sequence of names.
+        ValueError: The model does not have one of the sites.
+        TypeError: ``sites`` is not a sequence of names.
     """
     known = by_name(site_shapes(target))
     if isinstance(sites, str) or not all(isinstance(name, str) for name in sites):
@@ -50,7 +63,11 @@ def check_sites(target: Target, sites: Any) -> tuple[str, ...]:
 
 
 def by_name(samples: PyTree) -> dict[str, Any]:
-    """Draws or their shapes as a flat dict: ``x`` for a single array, else the path within the pytree."""
+    """Return draws, or their shapes, as a flat dict.
+
+    A flat dict is returned as it is. A single array is named ``x``, and a leaf of any other pytree by ``x`` and its
+    path.
+    """
     if isinstance(samples, dict) and all(hasattr(x, "shape") for x in samples.values()):
         return samples
     leaves = jax.tree_util.tree_leaves_with_path(samples)
@@ -61,16 +78,21 @@ def by_name(samples: PyTree) -> dict[str, Any]:
 
 @tuned_jit()
 def _positions(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
+    """Compute the user's unconstrained positions for unknowns with one leading axis."""
     return jax.vmap(lambda unknown: kernel.position(target, unknown))(unknowns)
 
 
 def judge_mixing(target: Target, kernel: Kernel, unknowns: PyTree, before: int = 1) -> Mixing:
-    """How well draws have mixed, in the unconstrained values of the latent sites.
+    """Measure how well draws have mixed, in the unconstrained values of the latent sites.
 
-    They are looked at in even steps where there are many, see `stride_of`. For kernels whose unknown is the vector of
-    coordinates no program is needed.
+    Long chains are thinned first, see `stride_of`. For kernels whose unknown is the vector of coordinates no program is
+    compiled.
 
-    unknowns: leading axes (num_chains, num_draws). before: of the draws that there are, they are every so manieth.
+    Args:
+        target: The target.
+        kernel: The kernel that made the draws.
+        unknowns: The kernel's states, leading axes (num_chains, num_draws).
+        before: Thinning that was already applied: the unknowns are every ``before``-th draw.
     """
     num_chains, num_draws = jax.tree.leaves(unknowns)[0].shape[:2]
     stride = stride_of(num_chains, num_draws, target.dim)
@@ -83,7 +105,7 @@ def judge_mixing(target: Target, kernel: Kernel, unknowns: PyTree, before: int =
 
 
 def fields(kernel: Any, info: Info) -> dict[str, Any]:
-    """Fields of the transitions under NumPyro's names, as far as the kernel has them."""
+    """Return the fields of the transitions under NumPyro's names, as far as the kernel has them."""
     found: dict[str, Any] = {
         "diverging": info.is_divergent,
         "accept_prob": info.acceptance_rate,
@@ -102,7 +124,7 @@ def fields(kernel: Any, info: Info) -> dict[str, Any]:
 
 
 def sample_stats(kernel: Any, info: Info) -> dict[str, Any]:
-    """The same fields under ArviZ's names."""
+    """Return the fields of the transitions under ArviZ's names, as far as the kernel has them."""
     found = fields(kernel, info)
     stats = {
         "lp": info.logdensity,
@@ -122,12 +144,22 @@ def sample_stats(kernel: Any, info: Info) -> dict[str, Any]:
 
 
 def in_batches(compiled: Callable, tree: PyTree, batch: int) -> PyTree:
-    """``compiled`` of all rows of leaves (A, B, ...), so many at a time; numpy arrays (A, B, ...)."""
+    """Apply a program to all rows of leaves (A, B, ...), in batches of one size.
+
+    Args:
+        compiled: Maps a pytree with leading axis ``batch`` to another one.
+        tree: Arrays with leading axes (A, B).
+        batch: Number of rows per batch.
+
+    Returns:
+        The results as numpy arrays (A, B, ...).
+    """
     first, second = jax.tree.leaves(tree)[0].shape[:2]
     flat, total = jax.tree.map(ungroup, tree), first * second
     whole: PyTree = None
     for start in range(0, total, batch):
-        rows = np.minimum(np.arange(start, start + batch), total - 1)  # one shape, so one compilation
+        # The last batch repeats the last row, so that all have one shape and one program serves them.
+        rows = np.minimum(np.arange(start, start + batch), total - 1)
         part = compiled(jax.tree.map(lambda x: x[rows], flat))  # noqa: B023
         if whole is None:
             whole = jax.tree.map(lambda x: np.empty((total, *x.shape[1:]), x.dtype), part)
@@ -137,11 +169,18 @@ def in_batches(compiled: Callable, tree: PyTree, batch: int) -> PyTree:
 
 
 def piece(batch: int, num_bytes: int, draws: PyTree) -> int:
-    """How many draws to compute at a time: ``batch``, whose shapes are given, or what fits into so many bytes."""
+    """Return how many draws to compute at a time.
+
+    Args:
+        batch: Largest number of draws.
+        num_bytes: Bytes that the results may take.
+        draws: Shapes of the results for ``batch`` draws.
+    """
     size = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(draws))
     return max(1, min(batch, batch * num_bytes // max(size, 1)))
 
 
 def ungroup(x: Any) -> Any:
-    """Chains one after the other; -1 for their number would not do for arrays that hold nothing."""
+    """Flatten the first two axes: (num_chains, num_draws, ...) becomes (num_chains * num_draws, ...)."""
+    # A length of -1 would be ambiguous if the array is empty.
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])

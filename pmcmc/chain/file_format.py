@@ -1,7 +1,8 @@
-"""Pytrees of arrays and configuration objects in one file: an uncompressed ``.npz`` whose first entry is JSON.
+"""Pytrees of arrays and configuration objects in one file, an uncompressed ``.npz`` archive whose first entry is JSON.
 
-Nothing is pickled. Objects of pmcmc's own classes are stored as their name and fields; functions and objects of other
-packages are not stored, and must be given again by whoever reads the file.
+`Writer` collects arrays and writes the file; `Reader` checks everything that it reads. Nothing is pickled. Objects of
+pmcmc's own classes are stored as class name and fields. Functions and objects of other packages are not stored: the
+user passes them again when the file is read.
 """
 
 import json
@@ -23,7 +24,14 @@ from pmcmc.model_basis import Basis
 
 
 class Format(NamedTuple):
-    """What a file says it is. origin: who writes it. remedy: where it is not whole."""
+    """Identity of a kind of file.
+
+    Attributes:
+        name: Name stored in the file.
+        version: Version stored in the file.
+        origin: The function that writes such files.
+        remedy: What to do if a file is damaged.
+    """
 
     name: str
     version: int
@@ -36,12 +44,12 @@ STORE = Format(
     "pmcmc.StoredChain",
     1,
     "Chain.stream",
-    "It is replaced as a whole, so something else has touched it: restore it from a copy. The draws beside it can be "
-    "read by xarray, but not be continued.",
+    "pmcmc replaces it as a whole, so something else has changed it: restore it from a copy. The draws next to it can "
+    "be read by xarray, but not continued.",
 )
 
 
-# By name: the only classes that are made out of what a file says.
+# By name, the only classes of which objects are created from a file.
 _CLASSES: dict[str, type] = {"Basis": Basis, "Block": Block} | {
     name: getattr(room, name)
     for room in (kernels, recurrence)
@@ -53,18 +61,24 @@ _RENAMED = {("MultipleShooting", "merge_tol"): "tol"}
 
 
 class Writer:
-    """Collects the arrays of a file beside what JSON can hold."""
+    """Collects the arrays of a file, separately from what JSON can hold."""
 
     def __init__(self) -> None:
         self.arrays: dict[str, np.ndarray] = {}
 
     def leaves(self, name: str, tree: PyTree) -> None:
-        """The leaves of a pytree whose structure the reader knows."""
+        """Add the leaves of a pytree whose structure the reader knows."""
         for number, leaf in enumerate(jax.tree.leaves(tree)):
             self.arrays[f"{name}/{number}"] = np.asarray(leaf)
 
     def encode(self, name: str, value: Any) -> Any:
-        """JSON for a value made of numbers, strings, arrays, containers and dataclasses; a gap for anything else."""
+        """Encode a value as JSON; its arrays are added to the file.
+
+        Args:
+            name: Name of the value's array, or prefix of the names of its arrays.
+            value: Any nesting of numbers, strings, arrays, containers and dataclasses. Anything else becomes a gap,
+                which `Reader.decode` fills.
+        """
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         if isinstance(value, (np.ndarray, np.generic, jax.Array)):
@@ -84,7 +98,13 @@ class Writer:
         return {"kind": kind, "items": {str(key): self.encode(f"{name}/{key}", item) for key, item in items}}
 
     def write(self, path: str | Path, header: dict[str, Any], kind: Format = CHAIN) -> None:
-        """Replaces a file at ``path`` only once the new one is whole."""
+        """Write the file; an existing file at ``path`` is replaced only once the new one is complete.
+
+        Args:
+            path: File to write.
+            header: Entries that JSON can hold.
+            kind: Kind of the file.
+        """
         text = json.dumps({"format": kind.name, "version": kind.version, **header})
         whole, part = Path(path), Path(f"{os.fspath(path)}.part")
         try:
@@ -97,13 +117,15 @@ class Writer:
 
 
 class Reader:
-    """A file that `Writer` wrote, checked as it is read; `close` finds what nobody asked for.
+    """A file written by `Writer`, checked as it is read. Call `close` at the end to detect entries that nobody read.
 
-    kind: what it should be.
+    Args:
+        path: File to read.
+        kind: Expected kind of the file.
 
     Raises:
-        ValueError: not such a file, not whole, or of another version; here and by every method. One sentence for all
-            that no `Writer` would have written.
+        ValueError: The file is of another kind, incomplete, or of another version. All methods raise this error, with
+            one sentence for everything that `Writer` would not have written.
     """
 
     def __init__(self, path: str | Path, kind: Format = CHAIN):
@@ -111,11 +133,11 @@ class Reader:
         try:
             with open(self.path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
                 self.arrays = {name: file[name] for name in file.files}
-            self.arrays.pop("allow_pickle", None)  # an option, which older numpy took for an array
+            self.arrays.pop("allow_pickle", None)  # an option that older versions of numpy stored as an array
             self.header = json.loads(str(self.arrays.pop("header")))
         except OSError:
             raise
-        except Exception as error:  # of zip, zlib, numpy and json, whatever the damage makes them raise
+        except Exception as error:  # zip, zlib, numpy and json raise various errors, depending on the damage
             raise self.malformed(error) from error
         if not isinstance(self.header, dict) or self.header.get("format") != kind.name:
             raise ValueError(f"{self.path} was not written by {kind.origin}: pass such a file.")
@@ -126,17 +148,23 @@ class Reader:
             )
         for name, x in self.arrays.items():
             if not isinstance(x, np.ndarray) or x.dtype.kind not in "biuf":
-                raise self.malformed(f"{name} is no array of numbers")
+                raise self.malformed(f"{name} is not an array of numbers")
 
     def malformed(self, why: Any) -> ValueError:
-        """What to raise."""
+        """Return the error to raise if the file is damaged."""
         return ValueError(
             f"{self.path} is not a whole file of {self.kind.origin}: cut short, damaged, or of another program "
             f"({' '.join(str(why).split())[:300]}). {self.kind.remedy}"
         )
 
     def field(self, name: str, *kinds: type, least: int | None = None) -> Any:
-        """An entry of the header, of one of these types. least: smallest number that it may be."""
+        """Return an entry of the header.
+
+        Args:
+            name: Name of the entry.
+            *kinds: Types that it may have.
+            least: Smallest allowed number; None for no limit.
+        """
         if name not in self.header:
             raise self.malformed(f"{name} is missing")
         value = self.header[name]
@@ -145,17 +173,19 @@ class Reader:
         return value
 
     def names(self, name: str) -> list[str]:
-        """An entry that is a list of strings."""
+        """Return an entry of the header that is a list of strings."""
         value = self.field(name, list)
         if not all(isinstance(item, str) for item in value):
             raise self.malformed(f"{name} is {value!r:.40}")
         return value
 
     def leaves(self, name: str, template: PyTree, *leading: int) -> PyTree:
-        """A pytree of the template's structure from stored leaves.
+        """Return a pytree from stored leaves.
 
-        template: of arrays or shapes, as they are behind the axes ``leading``; None among these: any size, the same
-            for all leaves.
+        Args:
+            name: Name given to `Writer.leaves`.
+            template: Pytree of arrays or shapes: the structure, and the shapes without the leading axes.
+            *leading: Sizes of the leading axes of all leaves.
         """
         expected, structure = jax.tree.flatten(template)
         number = sum(stored.startswith(f"{name}/") for stored in self.arrays)
@@ -167,15 +197,21 @@ class Reader:
         return jax.tree.unflatten(structure, [self._leaf(f"{name}/{n}", s, leading) for n, s in enumerate(expected)])
 
     def _leaf(self, name: str, like: Any, leading: tuple[int, ...]) -> np.ndarray:
+        """Return one stored leaf, with its shape and dtype checked."""
         x = self.array(name)
-        # integers may have been written with jax_enable_x64, or without it
+        # The width of integers depends on jax_enable_x64 when they were written.
         same = x.dtype.kind == like.dtype.kind if like.dtype.kind == "i" else x.dtype == like.dtype
         if x.shape != (*leading, *like.shape) or not same:
             raise self.malformed(f"{name} is {x.dtype}{list(x.shape)}")
         return x
 
     def array(self, name: str, *ndims: int) -> np.ndarray:
-        """A stored array, with one of these numbers of axes; none given: any."""
+        """Return a stored array.
+
+        Args:
+            name: Name of the array.
+            *ndims: Numbers of axes that it may have; none for any number.
+        """
         if name not in self.arrays:
             raise self.malformed(f"{name} is missing")
         x = self.arrays[name]
@@ -185,23 +221,26 @@ class Reader:
         return x
 
     def check_types(self, values: dict[str, Any], cls: type) -> None:
-        """Values of fields of a dataclass against its annotations."""
+        """Check the values of a dataclass's fields against its annotations."""
         for name, hint in get_type_hints(cls, include_extras=True).items():
             if name in values and not _fits(values[name], hint):
                 raise self.malformed(f"{cls.__name__} and its field {name}")
 
     def close(self) -> None:
-        """All was read that is wanted; nothing may be left."""
+        """Check that every array was read."""
         if left := sorted(set(self.arrays) - self._read):
             raise self.malformed(f"{left[0]} does not belong to it")
 
     def decode(self, what: str, stored: Any, given: Any = None) -> Any:
-        """The value behind `Writer.encode`; its gaps are filled with the same parts of ``given``.
+        """Return the value that `Writer.encode` encoded; gaps are filled with the same parts of ``given``.
 
-        what: for messages, and the name of the argument by which it is given.
+        Args:
+            what: Name of the argument by which the user passes ``given``, for messages.
+            stored: What `Writer.encode` returned.
+            given: The user's value, with the parts that are not stored; None if there is none.
 
         Raises:
-            ValueError: a gap that nothing fills.
+            ValueError: Nothing fills a gap.
         """
         if stored is None or isinstance(stored, (bool, int, float, str)):
             return stored
@@ -239,16 +278,17 @@ class Reader:
             raise self.malformed(f"{kind} and its field {min(differing)}")
         if cls in _CLASSES.values():
             self.check_types(values, cls)
-        made: Any = object.__new__(cls)  # as pytrees are rebuilt: a constructor may take something else
+        # Set the fields without the constructor, which may take other arguments; JAX rebuilds pytrees in the same way.
+        made: Any = object.__new__(cls)
         for field, item in values.items():
             object.__setattr__(made, field, item)
         return made
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value that was read may stand where an annotation does; a number may be an array without axes.
+    """Return whether a value that was read fits an annotation. A number may be an array without axes.
 
-    Any is a number, an array, or an object.
+    The annotation Any means a number, an array, or an object.
     """
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
@@ -268,7 +308,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _part(given: Any, key: str) -> Any:
-    """What ``given`` has where a file has an entry ``key``."""
+    """Return the part of ``given`` that corresponds to the entry ``key`` of a file."""
     if isinstance(given, dict):
         return given.get(key)
     if isinstance(given, (tuple, list)):

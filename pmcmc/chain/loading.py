@@ -1,7 +1,8 @@
-"""Read chains from files: the other half of `Chain.save`.
+"""Read chains from files: the inverse of `Chain.save`.
 
-`load` reads a whole chain; `rebuild` and the readers serve `pmcmc.resume`, too. No code is stored, so the user passes
-the model again, and it is compared with what the file says about it.
+`load` reads a chain with all its draws. `rebuild`, `read_report`, `read_thinning` and `check_num_draws` are shared with
+`pmcmc.resume`. No code is stored, so the user passes the model again, and it is compared with what the file says about
+it.
 """
 
 import re
@@ -34,7 +35,11 @@ from pmcmc.warmup.base import LaneTiming
 
 
 def read_report(reader: Reader, state: ChainState) -> tuple[ChainState, SolveReport]:
-    """The report without its plan, and the state with what it says of warm-up."""
+    """Read the report, which has no plan.
+
+    Returns:
+        The state with the remarks on warm-up that the report holds, and the report.
+    """
     found = reader.decode("report", reader.field("report", dict))
     stored = [f for f in fields(SolveReport) if f.name not in NOT_STORED]
     if not isinstance(found, dict) or not {f.name for f in stored if f.default is MISSING} <= set(found):
@@ -53,7 +58,7 @@ def read_report(reader: Reader, state: ChainState) -> tuple[ChainState, SolveRep
 
 
 def read_thinning(reader: Reader, state: ChainState) -> int:
-    """How many steps one draw stands for."""
+    """Read the number of steps per kept draw."""
     thinning = reader.field("thinning", int, least=1)
     if state.num_unkept >= thinning:
         raise reader.malformed(f"num_unkept is {state.num_unkept} with thinning {thinning}")
@@ -61,7 +66,7 @@ def read_thinning(reader: Reader, state: ChainState) -> int:
 
 
 def check_num_draws(reader: Reader, state: ChainState, num_draws: int, thinning: int) -> None:
-    """Raise where the chains have taken fewer steps than their draws stand for."""
+    """Raise an error if the draws need more steps than the chains have taken."""
     if num_draws * thinning + state.num_unkept > state.num_steps:
         raise reader.malformed(f"num_steps is {state.num_steps} and there are {num_draws} draws")
 
@@ -75,10 +80,23 @@ def rebuild(
     kernel: Kernel | None,
     solver: RecurrenceSolver | None,
 ) -> tuple[ChainState, RecurrenceSolver | None]:
-    """Where the chains of a file stand, and the solver that they were made with; arguments as of `load`.
+    """Rebuild the state of chains from a file and the user's model.
+
+    Args:
+        reader: The file.
+        model: See `load`, as for all other arguments.
+        model_args: Positional arguments of the model.
+        model_kwargs: Keyword arguments of the model.
+        initial_position: Position of a log density.
+        kernel: Kernel with the parts that are not stored.
+        solver: Solver with the parts that are not stored.
+
+    Returns:
+        The state of the chains, and the solver that they were made with.
 
     Raises:
-        ValueError, TypeError: see `load`.
+        ValueError: See `load`.
+        TypeError: See `load`.
     """
     _check_described(reader)
     stored = {name: reader.field(name, dict, NoneType) for name in ("kernel", "solver")}
@@ -98,7 +116,7 @@ def rebuild(
     solver = reader.decode("solver", stored["solver"], solver)
     try:
         template = _check_parts(source.target.with_basis(basis), kernel, solver)
-    except Exception as error:  # whatever a kernel that no user could have made fails with
+    except Exception as error:  # a kernel that no constructor would have made may fail in any way
         raise reader.malformed(error) from error
     source, kernel = source.with_kernel(kernel)
     state = _state(reader, source, kernel, basis, template)
@@ -108,7 +126,7 @@ def rebuild(
 
 
 def _check_described(reader: Reader) -> None:
-    """The sites as a file describes them, and its zeros in their shapes."""
+    """Check the file's description of the sites, and that its stored position agrees with it."""
     sites = reader.field("sites", dict)
     for name, said in sites.items():
         match said:
@@ -117,14 +135,14 @@ def _check_described(reader: Reader) -> None:
         raise reader.malformed(f"site {name} is {said!r:.40}")
     position = reader.field("position", dict)
     if not _is_plain(position):
-        return  # of the user's own classes, to be given again
+        return  # it holds objects of the user's own classes, which are passed again
     found = jax.tree_util.tree_leaves_with_path(reader.decode("initial_position", position))
     if {jax.tree_util.keystr(path): [list(np.shape(x)), str(np.asarray(x).dtype)] for path, x in found} != sites:
         raise reader.malformed("its position is not that of its sites")
 
 
 def _is_plain(stored: Any) -> bool:
-    """Whether what `Writer.encode` made holds arrays in containers alone."""
+    """Return whether what `Writer.encode` returned contains only arrays in containers."""
     if not isinstance(stored, dict) or "array" in stored:
         return isinstance(stored, dict)
     items = stored.get("items")
@@ -134,6 +152,7 @@ def _is_plain(stored: Any) -> bool:
 
 
 def _basis(reader: Reader, target: Target) -> Basis | None:
+    """Read the basis found by warm-up; None if there was none."""
     found = reader.decode("basis", reader.field("basis", dict, NoneType))
     if found is None:
         return None
@@ -147,11 +166,12 @@ def _basis(reader: Reader, target: Target) -> Basis | None:
 
 
 def _is_array(x: Any) -> bool:
+    """Return whether a value is a numpy array."""
     return isinstance(x, np.ndarray)
 
 
 def _check_parts(target: Target, kernel: Any, solver: Any) -> PyTree:
-    """Shapes of an unknown; raises what kernel or solver raise where they cannot be used, on being traced."""
+    """Trace one step, and return the shapes of an unknown. Errors of the kernel or the solver are raised here."""
     if not isinstance(kernel, Kernel) or not kernel.is_tuned:
         raise ValueError(f"its kernel is {type(kernel).__name__}")
     if solver is not None:
@@ -166,12 +186,13 @@ def _check_parts(target: Target, kernel: Any, solver: Any) -> PyTree:
 
 
 def _record_shapes(target: Target, kernel: Kernel, unknown: PyTree) -> tuple[PyTree, Any]:
-    """Shapes of the unknown and the info after a step."""
+    """Return the shapes of the unknown and the info after a step."""
     noise = jax.eval_shape(lambda: kernel.sample_noise(jax.random.key(0, impl=IMPL), target))
     return jax.eval_shape(kernel.transition(target), unknown, noise)
 
 
 def _state(reader: Reader, source: Source, kernel: Kernel, basis: Basis | None, template: PyTree) -> ChainState:
+    """Read the state of the chains."""
     own = reader.array("own/0", 1)
     logdensity = reader.field("logdensity", list)
     num_chains, num_states = len(own), np.shape(reader.array("ensemble/0"))[:1]
@@ -195,10 +216,12 @@ def _state(reader: Reader, source: Source, kernel: Kernel, basis: Basis | None, 
 
 
 def _key(reader: Reader) -> PRNGKey:
-    """A threefry key; of another implementation, from a file of an earlier pmcmc, one made of it, as of a user's key.
+    """Read the key of the noise as a threefry key.
+
+    An earlier pmcmc may have stored a key of another implementation, which is converted.
 
     Warns:
-        UserWarning: it is.
+        UserWarning: The key was converted.
     """
     words, impl = reader.array("key/0", 1), reader.field("key_impl", str)
     if words.dtype != np.uint32:
@@ -217,6 +240,7 @@ def _key(reader: Reader) -> PRNGKey:
 
 
 def _timing(reader: Reader) -> LaneTiming | None:
+    """Read the time of a step; None if it was not measured, or on another platform."""
     timing = reader.field("timing", list, NoneType)
     if timing is None:
         return None
@@ -227,18 +251,21 @@ def _timing(reader: Reader) -> LaneTiming | None:
 
 
 def _are_numbers(values: list) -> bool:
+    """Return whether all values are numbers; booleans are not."""
     return all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in values)
 
 
 def _check_class(name: str, stored: Any, given: Any) -> None:
+    """Raise an error if the user passed a kernel or solver of another class than that in the file."""
     if given is not None and isinstance(stored, dict) and stored.get("kind", stored.get("gap")) != type(given).__name__:
         raise ValueError(
             f"this chain was made with the {name} {stored.get('kind', stored.get('gap'))}, got {type(given).__name__}: "
-            "pass the same again, or none where the file has all of it."
+            "pass the same again, or none if the file contains all of it."
         )
 
 
 def _check_sites(reader: Reader, target: Target) -> None:
+    """Raise an error if the model's sites are not those in the file."""
     stored, found = reader.header["sites"], describe_sites(target)
     if stored == found:
         return
@@ -256,8 +283,12 @@ def _check_sites(reader: Reader, target: Target) -> None:
 
 
 def _check_digests(reader: Reader, source: Source) -> None:
-    """Data and model, as far as they can be compared: another version of JAX may trace the same model otherwise."""
-    if "digests" not in reader.header:  # of an older pmcmc
+    """Compare data and model with the digests in the file, as far as possible.
+
+    Digests of the model are compared only between equal versions of JAX and NumPyro, because another version may trace
+    the same model differently.
+    """
+    if "digests" not in reader.header:  # the file is from an older pmcmc
         return
     stored, found = reader.field("digests", dict), source.digests()
     if not _are_digests(stored, found):
@@ -274,7 +305,7 @@ def _check_digests(reader: Reader, source: Source) -> None:
 
 
 def _are_digests(stored: dict, found: dict) -> bool:
-    """Whether a file's digests have the form of those that are found now."""
+    """Return whether a file's digests have the same form as those found now."""
     matches = lambda form, x: isinstance(x, str) and re.fullmatch(form, x) is not None
     versions, arguments = stored.get("versions"), stored.get("arguments")
     if stored.keys() != found.keys() or not isinstance(versions, dict) or not isinstance(arguments, dict):
@@ -289,13 +320,17 @@ def _are_digests(stored: dict, found: dict) -> bool:
 
 
 def _check_density(reader: Reader, state: ChainState) -> None:
-    """Another machine rounds differently; other data or another model are far further away."""
+    """Compare the log density of the last states with that in the file.
+
+    Another machine rounds differently; with other data or another model the difference is much larger than the
+    tolerance.
+    """
     stored, found = np.asarray(reader.header["logdensity"]), last_logdensity(state)
     tolerance = np.sqrt(np.finfo(np.float32).eps) * np.maximum(1.0, np.abs(stored))
     if np.any(np.abs(stored - found) > tolerance) or np.any(np.isnan(stored) != np.isnan(found)):
         raise ValueError(
-            f"the model's log density where the chains stood last is {found}, and was {stored} when {reader.path} was "
-            "saved: pass the model, its arguments and data as they were."
+            f"the model's log density at the last states of the chains is {found}, and was {stored} when {reader.path} "
+            "was saved: pass the model, its arguments and data as they were."
         )
 
 
@@ -309,22 +344,33 @@ def load(
     kernel: Kernel | None = None,
     solver: RecurrenceSolver | None = None,
 ) -> Chain:
-    """A chain from a file of `Chain.save`: to read its draws, or to `Chain.extend` it with the same result as there.
+    """Read a chain from a file written by `Chain.save`.
 
-    path: of the file.
-    model: the NumPyro model or log density that the chain was made with (None where there was none): no code is
-        stored. It must have the same sites, and the same density where the chains stood last.
-    model_args, model_kwargs: the model's arguments, data included; for a NumPyro model.
-    initial_position: for a log density over pytrees with classes of your own; dicts, lists and tuples are stored.
-    kernel, solver: those that the chain was made with, where they hold functions or classes of your own, as
-        `from_blackjax` does. What was tuned is in the file.
+    `Chain.extend` continues it with the same result as the original chain.
+
+    Args:
+        path: The file.
+        model: The NumPyro model or log density that the chain was made with; None if there was none. No code is stored.
+            The model must have the same sites, and the same density at the last states of the chains.
+        model_args: Positional arguments of a NumPyro model, data included.
+        model_kwargs: Keyword arguments of a NumPyro model, data included.
+        initial_position: Position of a log density over pytrees of user-defined classes. Dicts, lists and tuples are
+            stored, so they need not be passed.
+        kernel: The kernel that the chain was made with, if it holds functions or objects of user-defined classes, as
+            kernels of `from_blackjax` do. Tuned values are in the file.
+        solver: The solver that the chain was made with, under the same condition.
 
     Returns:
         The `Chain`. Its report has no plan.
 
     Raises:
-        ValueError: the file is not whole, or of another version; the model has other sites, another density, or
-            another precision; something that is not stored was not given.
+        ValueError: The file is incomplete, or of another version; the model has other sites, another density, or
+            another precision; or something that is not stored was not passed.
+        TypeError: The chain is of a NumPyro model, and none was passed.
+
+    Warns:
+        UserWarning: The chain was made by an earlier pmcmc with a key whose noise can no longer be reproduced, so it
+            cannot be verified.
 
     Example:
         >>> import jax.numpy as jnp, pathlib, pmcmc, tempfile
@@ -337,7 +383,7 @@ def load(
     """
     refuse_transformation("load", model_args, model_kwargs, initial_position)
     if Path(path).is_dir():
-        raise ValueError(f"{path} is a folder: pass a file of Chain.save. What Chain.stream wrote takes pmcmc.resume.")
+        raise ValueError(f"{path} is a folder: pass a file of Chain.save, or read the folder with pmcmc.resume.")
     reader = Reader(path)
     state, solver = rebuild(reader, model, model_args, model_kwargs, initial_position, kernel, solver)
     thinning, extra_fields = read_thinning(reader, state), tuple(reader.names("extra_fields"))
@@ -352,7 +398,7 @@ def load(
 
 
 def _record(reader: Reader, state: ChainState) -> tuple[PyTree, Any]:
-    """Unknowns and info of all draws."""
+    """Read unknowns and info of all draws."""
     unknown, info = _record_shapes(state.target, state.kernel, jax.tree.map(lambda x: x[0], state.ensemble))
     leading = np.shape(reader.array("unknowns/0"))[:2]
     if leading[:1] != (len(state.own),) or len(leading) < 2 or not leading[1]:

@@ -1,4 +1,9 @@
-"""Steps of a chain taken again, to compare with those recorded."""
+"""Steps of a chain, computed again to compare them with the stored ones; used by `pmcmc.chain.verify`.
+
+A `Checker` computes the steps that lead to stored draws again and measures the differences. A `Look` holds what was
+found, and repeats draws that do not agree under other roundings. Draws are addressed by places (chain, draw); a draw
+number equal to the number of draws means the last state of the chain.
+"""
 
 import math
 from typing import NamedTuple
@@ -17,30 +22,38 @@ from pmcmc.random.streams import step_noise
 from pmcmc.random.threefry import threefry_2x32
 from pmcmc.target import Target
 
-# Draws handed to one call of the program, and taken side by side in it where the kernel tells its margin.
+# Number of draws checked by one call of the program, and of lanes that are computed side by side in it if the kernel
+# reports its margin.
 CALL, ABREAST = 8192, 256
-# Other roundings that are tried: an honest draw behind one tie is missed by all of them once in 2^8 times. Two, to see
-# whether rounding matters, where more draws are far off than ties would account for: FEW, or one in ten.
+# Number of other roundings that are tried: a correct draw after one tie is missed by all of them once in 2^8 times. If
+# more draws are far off than ties could explain (more than FEW and more than one in ten), only two are tried, to see
+# whether rounding matters.
 ROUNDINGS, FEW = 8, 64
-# Where paths of different roundings part, a draw may be so many times as far from the nearest as they are from each
-# other, as long as that is less than so many posterior sd.
+# If paths of different roundings separate, a draw agrees up to GROWTH times their distance from each other, as long as
+# that is at most MOST posterior standard deviations.
 GROWTH, MOST = 4, 0.01
-# Margins beyond are those of steps that nothing but an error of this size decides otherwise.
+# Margins are compared up to this size. Beyond it, only an error of this size could change the decision.
 WIDE_MARGIN = 30.0
-# Draws that a spread is taken over, at most.
+# Largest number of draws from which the spread is computed.
 SPREAD_DRAWS = 2**16
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-# What is compared, in the order in which differences are named.
+# What is compared, in the order in which messages name differences.
 FIELDS = ("state", "decision", *Info._fields)
 
 
 class Record(NamedTuple):
     """Stored draws and where they come from.
 
-    unknowns, info: (C, n, ...). first: (C, ...) what is known to stand ``thinning`` steps before the first draw, or
-    None. last: (C, ...) where the chains stand, ``num_unkept`` steps behind the last draw. first_step: number of the
-    step behind what stands before the first draw. in_basis: whether unknowns are coordinates in warm-up's basis, where
-    a posterior standard deviation is about one.
+    Attributes:
+        unknowns: States of all draws; shape (C, n, ...).
+        info: Info of all draws; shape (C, n).
+        first: States ``thinning`` steps before the first draw; shape (C, ...). None if they are not known.
+        last: States after the last step; shape (C, ...).
+        thinning: Number of steps from one draw to the next.
+        num_unkept: Number of steps from the last draw to ``last``.
+        first_step: Number of the step that follows ``first``.
+        in_basis: Whether unknowns are coordinates in the basis of warm-up, in which a posterior standard deviation is
+            about 1.
     """
 
     unknowns: PyTree
@@ -54,10 +67,13 @@ class Record(NamedTuple):
 
 
 class _Held(NamedTuple):
-    """Draws held against steps taken anew.
+    """Comparison of n stored draws with steps computed again.
 
-    gaps: (n, FIELDS) in posterior standard deviations, or what comes of them; see `_info_gaps`. agrees: (n,).
-    new: the states computed, where they were asked for.
+    Attributes:
+        gaps: Differences in posterior standard deviations, or in a comparable unit (see `_info_gaps`); shape
+            (n, FIELDS).
+        agrees: Whether all differences of a draw are small enough; shape (n,).
+        new: The computed states, if they were requested.
     """
 
     gaps: np.ndarray
@@ -66,41 +82,68 @@ class _Held(NamedTuple):
 
     @property
     def difference(self) -> np.ndarray:
-        """(n,) of the states."""
+        """Differences of the states; shape (n,)."""
         return self.gaps[:, 0]
 
 
 class Look:
-    """What was found at places (n, 2), and what a second look changes."""
+    """What was found at some places, updated by further looks under other roundings.
+
+    Args:
+        checker: Computes the steps.
+        places: Rows (chain, draw); shape (n, 2).
+        held: Result of the first comparison.
+    """
 
     def __init__(self, checker: "Checker", places: np.ndarray, held: _Held):
         self.checker, self.places, self.held = checker, places, held
 
     def again(self, among: np.ndarray, lanes: int, rounding: int) -> np.ndarray:
-        """Under another rounding, those that do not agree yet; (n,) which do now."""
+        """Repeat those draws that do not agree yet under another rounding.
+
+        Args:
+            among: Draws to consider; shape (n,).
+            lanes: Number of lanes computed side by side.
+            rounding: See `_follow`.
+
+        Returns:
+            Whether a draw agrees now and did not before; shape (n,).
+        """
         left = np.flatnonzero(among & ~self.held.agrees)
         found = self.checker.hold(self.places[left], lanes, rounding)
         return self._accept(left[found.agrees], found.gaps[found.agrees])
 
     def _accept(self, rows: np.ndarray, gaps: np.ndarray) -> np.ndarray:
+        """Record that these rows agree, and return a mask of them; shape (n,)."""
         self.held.agrees[rows], self.held.gaps[rows] = True, gaps
         return np.isin(np.arange(len(self.places)), rows)
 
     def under_other_roundings(self, among: np.ndarray, lanes: int) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) which agree under one of several roundings, and which none reaches because these end apart."""
+        """Repeat those draws that do not agree yet under several other roundings.
+
+        Args:
+            among: Draws to consider; shape (n,).
+            lanes: Number of lanes computed side by side.
+
+        Returns:
+            Whether a draw agrees now within the plain tolerance, and whether it is undecided because the roundings end
+            apart; shapes (n,).
+        """
         tolerance, gap = self.checker.tolerance, self.checker.gap
         left = np.flatnonzero(among & ~self.held.agrees)
         far = np.sum(self.held.difference[left] > MOST)
         parted = np.zeros(len(self.places), bool)
         if not left.size:
             return parted, parted
+        # Compute the steps under each rounding; keep the smallest gaps, and how far the results are apart.
         reference = nearest = self.checker.hold(self.places[left], lanes, 2, keep_new=True)
         best, spread = nearest.gaps, np.zeros(len(left))
         for rounding in range(3, 2 + (ROUNDINGS if far <= max(FEW, len(self.places) // 10) else 2)):
             found = self.checker.hold(self.places[left], lanes, rounding, keep_new=True)
             spread = np.maximum(spread, gap(reference.new, found.new))
             best = np.where((found.gaps.max(axis=1) < best.max(axis=1))[:, None], found.gaps, best)
-        apart = GROWTH * spread > max(MOST, tolerance)  # where a draw may be near one of them by chance
+        # Where the results are far apart, a draw may be near one of them by chance: it must then equal one.
+        apart = GROWTH * spread > max(MOST, tolerance)
         agrees = best.max(axis=1) <= np.where(apart, tolerance, np.maximum(tolerance, GROWTH * spread))
         parted[left] = apart & ~agrees
         now = self._accept(left[agrees], best[agrees])
@@ -108,7 +151,15 @@ class Look:
 
 
 class Checker:
-    """Takes steps anew and compares. Places are rows (chain, draw); the number of draws stands for where chains are."""
+    """Computes steps again and compares them with stored draws.
+
+    Args:
+        target: The target.
+        kernel: The kernel.
+        keys: Keys of the chains; shape (C,).
+        record: The stored draws.
+        tolerance: Largest difference that agrees, in posterior standard deviations.
+    """
 
     def __init__(self, target: Target, kernel: Kernel, keys: Array, record: Record, tolerance: float):
         self.target, self.kernel, self.keys, self.record, self.tolerance = target, kernel, keys, record, tolerance
@@ -118,22 +169,29 @@ class Checker:
         self.scale = jax.tree.map(one if record.in_basis else _spread, record.unknowns)
 
     def num_steps(self, places: np.ndarray) -> np.ndarray:
-        """(n,) from the draw before."""
+        """Return the number of steps from the draw before each place; shape (n,)."""
         return np.where(places[:, 1] == self.num_draws, self.record.num_unkept, self.record.thinning)
 
     def gap(self, one: PyTree, other: PyTree) -> np.ndarray:
-        """(n,) largest difference of unknowns in posterior standard deviations."""
+        """Return the largest difference between unknowns, in posterior standard deviations; shape (n,)."""
         return np.max(np.stack(jax.tree.leaves(jax.tree.map(_gap, one, other, self.scale))), axis=0)
 
     def hold(self, places: np.ndarray, lanes: int, rounding: int, keep_new: bool = False) -> _Held:
-        """Compare the draws at ``places`` with what steps make of the states before them. rounding: see `_follow`."""
+        """Compare stored draws with the steps computed from the states before them.
+
+        Args:
+            places: Rows (chain, draw); shape (n, 2).
+            lanes: Number of lanes computed side by side.
+            rounding: See `_follow`.
+            keep_new: Whether to return the computed states.
+        """
         gaps = np.zeros((len(places), len(FIELDS)))
         room = jax.tree.map(lambda x: np.empty((len(places), *x.shape[2:]), x.dtype), self.record.unknowns)
         new = room if keep_new else None
         steps = self.num_steps(places)
         for number in np.unique(steps).tolist():
             own = np.flatnonzero(steps == number)
-            # powers of two, so that what is left for a second look often finds the program of the first
+            # Numbers of groups are powers of two, so that a second look often finds the program of the first.
             groups = min(max(1, CALL // lanes), 1 << math.ceil(math.log2(max(1.0, len(own) / lanes))))
             for begin in range(0, len(own), groups * lanes):
                 some = own[begin : begin + groups * lanes]
@@ -144,7 +202,15 @@ class Checker:
         return _Held(gaps, gaps.max(axis=1) <= self.tolerance, new)
 
     def _follow(self, places: np.ndarray, num_steps: int, shape: tuple[int, int], rounding: int) -> tuple:
-        """Unknowns computed anew and the last step's info; None where there was no step."""
+        """Compute the unknowns at some places, and the info of the last step; the info is None if there was no step.
+
+        Args:
+            places: Rows (chain, draw) with the same number of steps from the draw before; at most as many as the shape
+                holds.
+            num_steps: That number of steps.
+            shape: Numbers of groups and of lanes per group.
+            rounding: See the function `_follow`.
+        """
         if num_steps == 0:
             return self._stored(*(places - [0, 1]).T), None
         padding = np.repeat(places[-1:], math.prod(shape) - len(places), axis=0)
@@ -157,7 +223,7 @@ class Checker:
         return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[: len(places)], found)
 
     def _stored(self, chain: np.ndarray, draw: np.ndarray) -> PyTree:
-        """Draw -1 is what stands before the first."""
+        """Return stored states. Draw -1 is the state before the first draw."""
         record, number = self.record, self.num_draws
         first = record.unknowns if record.first is None else record.first
         wide = lambda mask, rows: mask.reshape(-1, *(1,) * (rows.ndim - 1))
@@ -171,11 +237,11 @@ class Checker:
         return jax.tree.map(leaf, record.unknowns, first, record.last)
 
     def _compare(self, places: np.ndarray, new: PyTree, info: Info | None) -> np.ndarray:
-        """(n, FIELDS) gaps."""
+        """Return the differences between stored draws and computed ones; shape (n, FIELDS)."""
         chain, draw = places.T
         gaps = np.zeros((len(places), len(FIELDS)))
         gaps[:, 0] = self.gap(self._stored(chain, draw), new)
-        kept = draw < self.num_draws  # of other steps no info is stored
+        kept = draw < self.num_draws  # the last states of the chains have no stored info
         if info is None or not kept.any():
             return gaps
         row = np.minimum(draw, self.num_draws - 1)
@@ -199,16 +265,30 @@ def _follow(
     *,
     moves_states: bool,
 ) -> tuple[PyTree, Info]:
-    """The unknown after ``num_steps`` steps from each of (groups, lanes, ...), and the info of the last.
+    """Take ``num_steps`` steps from each of (groups, lanes, ...) states.
 
-    chain, first_step: (groups, lanes), whose noise is drawn. rounding: 0: as it comes; 1, -1: near ties are resolved
-    upwards, downwards; any larger number: each at random, and with ``moves_states`` states are moved by up to two
-    roundings before each step, as another program might.
-    Few lanes go in one kernel, as sampling in order does, which rounds differently from XLA's other programs.
+    A few lanes are computed in one kernel, as in sequential sampling, which rounds differently from other programs of
+    XLA.
+
+    Args:
+        target: The target.
+        kernel: The kernel.
+        keys: Keys of the chains; shape (C,).
+        chain: Number of the chain whose noise each lane uses; shape (groups, lanes).
+        first_step: Number of the first step of each lane; shape (groups, lanes).
+        unknown: States before the first step; shape (groups, lanes, ...).
+        num_steps: Number of steps.
+        rounding: 0 changes nothing; 1 and -1 resolve near ties upwards and downwards; larger numbers are seeds of
+            random roundings, see ``moves_states``.
+        moves_states: Whether each near tie is resolved at random, and each state is changed by up to two roundings
+            before its step, as another program might.
+
+    Returns:
+        The unknown after the last step, and its info.
     """
     arrays = (target, kernel, keys, chain, first_step, unknown, num_steps, rounding)
 
-    # of all arrays, as in_one_kernel wants it
+    # `in_one_kernel` needs all arrays as arguments.
     def follow(target, kernel, keys, chain, first_step, unknown, num_steps, rounding):
         transition = kernel.transition(target)
         none = jnp.zeros((), target.spec.dtype)
@@ -216,6 +296,7 @@ def _follow(
         def one(chain: Array, first: Array, x: PyTree) -> tuple[PyTree, Info]:
             def take(state: PyTree, number: Array) -> tuple[PyTree, Info]:
                 noise = jax.tree.map(lambda u: u[0], step_noise(kernel, target, keys[chain], (first + number)[None]))
+                # Choose how a near tie is resolved, and move the state as another rounding would.
                 sign = rounding.astype(none.dtype)
                 if moves_states:
                     words = jnp.stack([rounding, chain]).astype(jnp.uint32), (first + number).astype(jnp.uint32)
@@ -227,7 +308,7 @@ def _follow(
                     new = jax.tree.map(lambda a, b: jnp.asarray(a, jnp.result_type(b)), new, state)
                     return new, info, sign * near_tie_bound(info)
 
-                # the bound is known only once the step was taken, so where ties are resolved it is taken twice
+                # The bound of a near tie is known only after the step, so the step is taken twice to resolve ties.
                 shapes = jax.eval_shape(lambda: transition.step(state, noise)[1])
                 empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
                 return jax.lax.fori_loop(0, 1 + (rounding != 0), attempt, (state, empty, none))[:2]
@@ -245,7 +326,7 @@ def _follow(
 
 
 def _moved(unknown: PyTree, words: Array, number: Array) -> PyTree:
-    """Real numbers times 1 + k eps, k drawn from -2 to 2."""
+    """Multiply real numbers by 1 + k eps, with k drawn from -2 to 2."""
 
     def leaf(place: int, x: Array) -> Array:
         if not is_real(x):
@@ -259,9 +340,9 @@ def _moved(unknown: PyTree, words: Array, number: Array) -> PyTree:
 
 
 def _spread(x: np.ndarray) -> np.ndarray:
-    """Posterior standard deviation by the interquartile range of the draws, which a few of them cannot change.
+    """Estimate posterior standard deviations robustly, from the interquartile range of the draws.
 
-    Where half of the draws are alike by the range of nine in ten; where nothing moved the size of the entry, or 1.
+    If half of the draws are equal, the range of nine in ten is used; if nothing moved, the size of the entry, or 1.
     """
     if not is_real(x):
         return np.ones(x.shape[2:])
@@ -270,13 +351,17 @@ def _spread(x: np.ndarray) -> np.ndarray:
     low, first, middle, third, high = np.nanquantile(np.where(np.isfinite(rows), rows, np.nan), QUANTILES, axis=0)
     size, eps = np.abs(middle), math.sqrt(float(jnp.finfo(x.dtype).eps))
     spread = np.where(size > 0, size, 1.0)
-    for found in ((high - low) / 3.29, (third - first) / 1.349):  # of a normal distribution these are one
+    # Both ranges are divided by their length for a standard normal distribution. The last one that is not zero counts.
+    for found in ((high - low) / 3.29, (third - first) / 1.349):
         spread = np.where(found > eps * size, found, spread)
     return np.where(np.isfinite(spread), spread, 1.0)
 
 
 def _gap(stored: np.ndarray, new: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """(n,) largest difference in units of scale; inf where integers differ, or anything is not finite."""
+    """Return the largest difference in units of the scale; shape (n,).
+
+    It is inf where integers differ or an entry is not finite.
+    """
     axes = tuple(range(1, stored.ndim))
     if not is_real(stored):
         return np.where(np.all(stored == new, axis=axes), 0.0, np.inf)
@@ -286,10 +371,11 @@ def _gap(stored: np.ndarray, new: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def _info_gaps(stored: Info, new: Info, dim: int) -> list[np.ndarray]:
-    """(n,) by field, in units in which a step taken anew differs as its state does in posterior standard deviations.
+    """Return the differences of all fields of the info, each of shape (n,).
 
-    Log densities and energies carry roundings at their size, and change by about one a standard deviation and
-    coordinate; so do log alpha, and with it the margin and the acceptance rate. What is counted must be the same.
+    They are in units in which the info of a step computed again differs as much as its state does in posterior standard
+    deviations. Log densities and energies carry rounding errors of their size, and change by about one per standard
+    deviation and coordinate. So does log alpha, and with it the margin and the acceptance rate. Counts must be equal.
     """
     finite = lambda x: np.where(np.isfinite(x), np.abs(np.asarray(x, float)), 0.0)
     size = dim + finite(new.logdensity) + (0.0 if new.energy is None else finite(new.energy))

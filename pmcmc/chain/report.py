@@ -1,4 +1,7 @@
-"""What was decided, why, and what it cost."""
+"""The report of a run: what was decided, why, and what it cost.
+
+`SolveReport` is filled in by `pmcmc.sampling` and printed by the user; docs/report.md explains every line.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,56 +15,78 @@ from pmcmc.planning import Plan
 from pmcmc.recurrence import RESULTS
 from pmcmc.stability import Diagnosis
 
-# Bias, in posterior standard deviations, that a report calls small.
+# Bias that a report calls small, in posterior standard deviations.
 SMALL_BIAS = 0.01
-# Nothing is said of it where fewer than half of the pairs started that far apart, where the draws' standard deviation
-# is not within this factor of that of warm-up's ensemble, ...
+# The bias is not judged if fewer than half of the pairs started at least APART standard deviations apart, or if the
+# draws' standard deviation differs from that of the warm-up ensemble by more than the factor SPREAD.
 APART, SPREAD = 1.0, 2.0
-# ... or above this share of divergent draws, at which a run warns, too.
+# Nor is it judged if more than this share of the draws is divergent, which also causes a warning.
 MANY_DIVERGENCES = 0.01
-# Fields that files do not hold, and arrays that have not one entry per chain.
+# Fields that files do not hold, and arrays that do not have one entry per chain.
 NOT_STORED = ("plan", "find_diagnosis", "find_mixing")
 BY_PAIR = ("bias_bound", "coalescence_steps", "pair_distances")
-# A critical path this many times shorter than the chain is called so.
+# The critical path is called shorter than the chain from this ratio on.
 SHORTER = 1.05
-# Figures that were corrected by more than this share are printed as they were at first, too.
+# If a figure was corrected by more than this share, the original one is printed too.
 LARGE_CORRECTION = 0.1
 
 
 @dataclass(frozen=True)
 class SolveReport:
-    """How the draws of a `Chain` were made. Arrays have one entry per chain; ``print(report)`` reads as prose.
+    """How the draws of a `Chain` were made; ``print(report)`` shows it as prose.
 
-    decision: "shooting", "newton" or "sequential", as was planned; of a solver from elsewhere its own name
-        (`recurrence.RecurrenceSolver.decision`). reason: one sentence.
-    plan: what "auto" measured and expected, with the figures of before the run; None where the caller chose, or the run
-        was too short to plan. Where it was planned anew on the way, the last plan.
-    bias_bound: (n,) bounds on what is left of the start t = 0..n-1 steps behind warm-up: 1-Wasserstein distance to the
-        law that chains from warm-up's ensemble tend to, in standard deviations of that ensemble, from lagged coupled
-        pairs (Biswas, Jacob & Vanetti 2019); empty without a pilot, or after one that proves nothing. Of a region that
-        no lane of warm-up found it says nothing; see `bias_doubt`.
-    pair_distances: (pairs,) at which the pairs started, in the same unit; empty without a pilot.
-    spread: largest ratio, either way, of the draws' standard deviations to those of the ensemble; NaN where unknown.
-    result: `RESULTS` of the last parallel solve. fallback: why it was left, how many steps had been solved in parallel
-        and sampled sequentially by then, and how many were left; "" where it was not.
-    residual: largest |x[t] - f(x[t-1], u[t])| / scale among the steps solved in parallel, as measured; of a solve that
-        did not hold to its end, among those that stand. 0 where there are none, NaN where the solver does not tell.
-    num_steps: steps per chain. num_draws: of these kept.
-    num_sequential_steps: critical path, in steps one after the other.
-    num_iters, num_sweeps: of the parallel solver; 0 where it has none. num_blocks: 1 where there are none.
-    certified_steps: steps solved in parallel, that is taken by the parallel solver and certified. All others,
-        ``num_steps - certified_steps``, were sampled sequentially: the first ones under "auto", those taken while a
-        program was compiled, and what was left after a fallback.
-    near_ties: accept decisions within rounding of a tie, where another machine may decide otherwise; NaN where the
-        kernel does not tell.
-    lyapunov_exponent: mean log growth per step of small distances between coupled paths, seen on merging lanes.
-    coalescence_steps: steps until each pair of the pilot merged (steps of the pilot + 1: it did not); may be empty.
-    acceptance_rate: mean over the draws. *_seconds: wall time; pilot_seconds: of following and
-        comparing partners, whose steps are no draws;
-        total_seconds: of everything, copies included; planned_seconds: of what followed the plan, compilation
-        included, to hold beside `predicted_seconds`.
-    warmup_remark: what is doubtful about warm-up and what may help; "" where nothing is. It is a warning, too.
-    num_lost_lanes: times that warm-up put one of its lanes on another's place, see `EnsembleAdaptation`.
+    Arrays have one entry per chain, unless a shape is given. Times are wall-clock seconds.
+
+    Attributes:
+        decision: What was planned: "shooting", "newton" or "sequential". A user-defined solver has its own name
+            (`recurrence.RecurrenceSolver.decision`).
+        reason: Why, in one sentence.
+        plan: What "auto" measured and expected, with the figures from before the run; the last plan if the run was
+            planned again. None if the caller chose the solver, or if the run was too short to plan.
+        bias_bound: Bounds on the influence of the start after t = 0, ..., n-1 steps; shape (n,). They bound the
+            1-Wasserstein distance to the law that chains from the warm-up ensemble converge to, in standard deviations
+            of that ensemble, and are computed from lagged coupled pairs (Biswas, Jacob & Vanetti 2019). Empty without a
+            pilot, or if the pilot proves nothing. They do not cover regions that no lane of warm-up found; see
+            `bias_doubt`.
+        result: `RESULTS` code of the last parallel solve.
+        fallback: Why the parallel solver was abandoned, how many steps had been solved in parallel and sampled
+            sequentially by then, and how many were left; "" if it was not.
+        residual: Largest ``|x[t] - f(x[t-1], u[t])| / scale`` among the steps solved in parallel, as measured. If a
+            solve failed, only its certified steps count. 0 if there are none, NaN if the solver does not report it.
+        num_steps: Number of steps per chain.
+        num_sequential_steps: Critical path: number of steps taken one after the other.
+        num_iters: Number of iterations of a Newton-type solver; 0 for other solvers.
+        num_sweeps: Number of repair sweeps; 0 for solvers without blocks.
+        num_blocks: Number of blocks per chain; 1 for solvers without blocks.
+        certified_steps: Number of steps that the parallel solver took and certified. All others,
+            ``num_steps - certified_steps``, were sampled sequentially: the first ones under "auto", those taken while a
+            program was compiled, and the remainder after a fallback.
+        near_ties: Number of accept decisions within rounding of a tie, which another machine may decide differently;
+            NaN if the kernel does not report them.
+        lyapunov_exponent: Mean log growth per step of small distances between coupled paths, measured on merging lanes;
+            NaN if there were none.
+        coalescence_steps: Number of steps until each pair of the pilot merged, the number of steps of the pilot + 1 if
+            it did not; shape (pairs,). Empty without a pilot, or if it proves nothing.
+        acceptance_rate: Mean acceptance rate of the draws.
+        num_divergent: Number of divergent draws.
+        warmup_seconds: Time of warm-up.
+        pilot_seconds: Time to compute the partners, whose steps are not draws, and to compare them with the chains.
+        compile_seconds: Time that the run waited for compilation.
+        solve_seconds: Time of sampling.
+        total_seconds: Time of the whole run, copies included.
+        planned_seconds: Time of everything after the plan, compilation included; compare with `predicted_seconds`. 0
+            without a plan.
+        warmup_remark: What is doubtful about warm-up and what may help; "" if nothing is. It is also issued as a
+            warning.
+        num_lost_lanes: Number of times that warm-up moved a lane to the position of another one, see
+            `EnsembleAdaptation`.
+        num_draws: Number of draws kept per chain.
+        pair_distances: Initial distances of the pairs of the pilot, in standard deviations of the warm-up ensemble;
+            shape (pairs,). Empty without a pilot, or if it proves nothing.
+        spread: Largest ratio, either way, between the standard deviations of the draws and of the warm-up ensemble; NaN
+            if unknown.
+        find_mixing: Computes `mixing`.
+        find_diagnosis: Computes `diagnosis`.
     """
 
     decision: str
@@ -98,23 +123,23 @@ class SolveReport:
 
     @cached_property
     def diagnosis(self) -> Diagnosis | None:
-        """Which sites keep coupled chains apart and what may help; None where they merge, or nobody looked.
+        """Which sites keep coupled chains apart, and what may help; None if all pairs merged, or without a pilot.
 
-        Worked out when first asked for: it compiles small programs, which takes a few seconds.
+        It is computed on first use, which takes a few seconds because small programs are compiled.
         """
         return None if self.find_diagnosis is None else self.find_diagnosis()
 
     @cached_property
     def mixing(self) -> Mixing | None:
-        """R-hat and effective sample sizes of the draws; None where they are not at hand.
+        """R-hat and effective sample sizes of the draws; None if the draws are not available.
 
-        Of a chain that was extended or loaded they are those of all draws, of one on disk those of the last run.
+        For a chain that was extended or loaded they are those of all draws; for a chain on disk, those of the last run.
         """
         return None if self.find_mixing is None else self.find_mixing()
 
     @property
     def bias_doubt(self) -> str:
-        """Why ``bias_bound`` is not to be relied on; "" where nothing speaks against it."""
+        """Why ``bias_bound`` should not be relied on; "" if nothing speaks against it."""
         divergent = float(np.sum(self.num_divergent)) / max(self.num_draws * len(self.num_divergent), 1)
         apart = np.mean(self.pair_distances >= APART) if self.pair_distances.size else np.nan
         if self.warmup_remark:
@@ -129,10 +154,10 @@ class SolveReport:
 
     @property
     def predicted_seconds(self) -> float:
-        """What the steps behind the plan should take, compilation included; NaN without a plan.
+        """Predicted time of the steps after the plan, compilation included; NaN without a plan.
 
-        Of a plan to sample sequentially, corrected by what a step in order turned out to take (``plan.correction``);
-        ``plan.chosen.seconds`` is the figure of before the run.
+        If the plan is to sample sequentially, it is corrected by the measured cost of a sequential step
+        (``plan.correction``). ``plan.chosen.seconds`` is the figure from before the run.
         """
         if self.plan is None:
             return float("nan")
@@ -141,12 +166,15 @@ class SolveReport:
 
     @property
     def predicted_sequential_seconds(self) -> float:
-        """The same for sequential sampling, corrected alike; ``plan.sequential_seconds`` is that of before the run."""
+        """Predicted time of sequential sampling, corrected in the same way; NaN without a plan.
+
+        ``plan.sequential_seconds`` is the figure from before the run.
+        """
         return self.plan.sequential_seconds * self.plan.correction if self.plan else float("nan")
 
     @property
     def predicted_num_sequential_steps(self) -> tuple[float, float, float]:
-        """Critical path as planned, with its interval of 90 %, the first steps included; NaN without a plan."""
+        """Planned critical path and its 90 % interval, the first steps included; NaN without a plan."""
         if self.plan is None:
             return (float("nan"),) * 3
         first, chosen = self.num_steps - self.plan.num_steps, self.plan.chosen
@@ -160,8 +188,8 @@ class SolveReport:
             lines += self._certificate()
         if self.num_lost_lanes:
             lines.append(
-                f"Warm-up: lanes that did not move, far below the others in log density, were put on the places of "
-                f"others ({self.num_lost_lanes} in all)."
+                f"Warm-up: lanes that did not move, far below the others in log density, were moved to the positions "
+                f"of others ({self.num_lost_lanes} in all)."
             )
         if self.warmup_remark:
             lines.append(self.warmup_remark)
@@ -180,7 +208,7 @@ class SolveReport:
         return "\n".join(lines)
 
     def _planned(self, plan: Plan) -> str:
-        """What was planned, as corrected, beside what it took."""
+        """Return the line that compares the plan with the time taken."""
         line = f"Planned: {_corrected(self.predicted_seconds, plan.chosen.seconds)}, took {self.planned_seconds:.2f} s"
         if plan.solver.is_sequential:
             return f"{line}."
@@ -188,6 +216,7 @@ class SolveReport:
         return f"{line}; sequential sampling was expected to take {alone}."
 
     def _certificate(self) -> list[str]:
+        """Return the lines on the critical path and the certificate."""
         path, total = int(np.max(self.num_sequential_steps)), self.num_steps
         planned = ""
         if self.plan is not None:
@@ -201,7 +230,7 @@ class SolveReport:
         ]
 
     def _solved(self) -> list[str]:
-        """What became of the parallel solves, and of how many steps."""
+        """Return the parts of the certificate on the results of the parallel solves and the numbers of steps."""
         solved, others = self.certified_steps, self.num_steps - self.certified_steps
         said = [", ".join(what for _, what in by_result(self.result))] if np.any(solved) or self.fallback else []
         if not np.any(solved):
@@ -216,7 +245,7 @@ class SolveReport:
         return [*said, f"{span(solved)} steps of each chain solved in parallel and certified{in_order}"]
 
     def _contraction(self) -> list[str]:
-        """Lyapunov exponent, bias and blame."""
+        """Return the lines on growth rate, bias and diagnosis."""
         rate, error = float("nan"), float("nan")
         if self.plan is not None and self.plan.coalescence is not None:
             rate, error = (float(self.plan.coalescence.growth_rate), float(self.plan.coalescence.growth_error))
@@ -236,10 +265,12 @@ class SolveReport:
         return lines
 
     def _mixing(self, mixing: Mixing) -> str:
+        """Return the line on mixing."""
         few = mixing.num_draws < MIN_DRAWS
         return f"Mixing: {'too few draws to judge it' if few else mixing}."
 
     def _bias(self) -> str:
+        """Return the line on the bias of the start."""
         small = np.flatnonzero(self.bias_bound <= SMALL_BIAS)
         if not small.size:
             return f"Bias left by warm-up: not below {SMALL_BIAS} sd within {self.bias_bound.size - 1} steps."
@@ -251,10 +282,12 @@ class SolveReport:
         )
 
     def _near_ties(self) -> str:
+        """Return the part of the certificate on near ties."""
         total = np.sum(self.near_ties)
         return "near ties not counted" if np.isnan(total) else f"{int(total)} near-tie accept decisions in all"
 
     def _solver_counts(self) -> str:
+        """Return the end of the line on the critical path: blocks and sweeps, or iterations."""
         if self.num_blocks > 1:
             return f", in {self.num_blocks} blocks with {int(np.max(self.num_sweeps))} repair sweep(s)."
         if np.any(self.num_iters > 0):
@@ -263,25 +296,28 @@ class SolveReport:
 
 
 def _corrected(seconds: float, first: float) -> str:
-    """A figure of a plan, and what it was before it was corrected where that is something else."""
+    """Return a figure of a plan as text, and the original one if the correction was large."""
     at_first = f" ({first:.2f} s at first)" if abs(seconds - first) > LARGE_CORRECTION * first else ""
     return f"{seconds:.2f} s{at_first}"
 
 
-# So many chains are named by their numbers, more are counted.
+# Up to this many chains are named by their numbers; more are counted.
 MOST_NAMED = 4
 
 
 def span(counts: Any) -> str:
-    """Numbers of steps, one for each chain: one number where they are the same, else the smallest and the largest."""
+    """Return numbers of steps, one per chain, as text: the number if they are equal, otherwise the range."""
     least, most = int(np.min(counts)), int(np.max(counts))
     return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def by_result(codes: Any) -> list[tuple[RESULTS, str]]:
-    """Each result with its name and the chains that have it, if not all do; `RESULTS.successful` last.
+    """Return each result with a text that names it and, if results differ, the chains that have it.
 
-    codes: (C,) one for each chain.
+    `RESULTS.successful` comes last.
+
+    Args:
+        codes: Codes of the chains; shape (C,).
     """
     codes = np.ravel(codes)
     found = sorted(RESULTS(int(code)) for code in np.unique(codes))
@@ -293,7 +329,7 @@ def by_result(codes: Any) -> list[tuple[RESULTS, str]]:
 
 
 def _chains(numbers: np.ndarray, total: int) -> str:
-    """Some of the chains, named."""
+    """Return a text that names some of the chains."""
     if len(numbers) > MOST_NAMED:
         return f"{len(numbers)} of {total} chains"
     *first, last = map(str, numbers)

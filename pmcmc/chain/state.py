@@ -1,4 +1,9 @@
-"""Where chains stand, and what a file says of them."""
+"""The state from which chains continue, and the user's model that they belong to.
+
+`ChainState` holds everything that later steps need. `Source` keeps the user's model behind a target, so that a later
+call can detect changes; `model_source` and `density_source` make one. `header` describes a chain in a file;
+`pmcmc.load` reads it.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -22,9 +27,12 @@ from pmcmc.warmup.base import LaneTiming
 
 
 class Described(NamedTuple):
-    """What a model's sites say of themselves, for whoever labels draws.
+    """Names and data of a model's sites, used to label draws.
 
-    dims: names of the leading axes of a site's values. observed, constant: the data, by site and by argument.
+    Attributes:
+        dims: Names of the leading axes of a site's values, by site.
+        observed: Observed data, by site.
+        constant: Other arrays among the model's arguments, by argument.
     """
 
     dims: dict[str, list[str]]
@@ -34,11 +42,14 @@ class Described(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """The user's model behind a target, so that a later call can tell whether it has changed.
+    """The user's model behind a target, so that a later call can tell whether the model has changed.
 
-    make: the target of the model as it is when this is called. target: as it was when the run began.
-    given: the kernel as the user passed it. traced: with the functions in it as they were when the run began.
-    constant: array arguments of the model at that time, by name.
+    Attributes:
+        make: Returns the target of the model as it is when this is called.
+        target: The target of the model as it was when the run began.
+        constant: Array arguments of the model at that time, by name.
+        given: The kernel as the user passed it.
+        traced: The kernel with its functions as they were when the run began.
     """
 
     make: Callable[[], Target]
@@ -48,41 +59,51 @@ class Source:
     traced: Kernel | None = None
 
     def with_kernel(self, kernel: Kernel) -> tuple["Source", Kernel]:
-        """With functions in the kernel traced, which is returned too, and a target that knows what they are."""
+        """Trace the functions in a kernel.
+
+        Returns:
+            This source with the kernel, whose target includes the kernel's context, and the traced kernel.
+        """
         target = replace(self.target, context=None)
         traced = kernel.traced(target)
         target = replace(target, context=traced.context(target))
         return replace(self, target=target, given=kernel, traced=traced), traced
 
     def check(self) -> None:
-        """Raise where model, data or functions in the kernel are no longer what they were.
+        """Raise an error if the model, its data or functions in the kernel have changed since the run began.
 
         Raises:
-            ValueError: what has changed.
+            ValueError: They have changed; the message says what.
         """
         target = self.make()
         now, then = (t.model.content(t.data) for t in (target, self.target))
         if target.spec != self.target.spec or now != then:
-            what = "numbers that it reads are others" if now[0] == then[0] else "it computes something else"
+            what = "it reads other numbers" if now[0] == then[0] else "it computes something else"
             raise ValueError(
-                f"the model has changed since this chain was sampled: {what}. Its draws are of the model as it was. "
-                "Restore the model, its data and the handlers around it, or sample the new model by a call of its own."
+                f"the model has changed since this chain was sampled: {what}. Its draws belong to the earlier model. "
+                "Restore the model, its data and the handlers around it, or sample the new model in a separate call."
             )
         if self.given is not None and not self.with_kernel(self.given)[0].has_kernel_of(self):
             raise ValueError(
-                "functions in the kernel have changed since this chain was sampled: its draws are of the kernel as it "
-                "was. Restore what these functions read, or sample again with the new kernel."
+                "functions in the kernel have changed since this chain was sampled: its draws belong to the earlier "
+                "kernel. Restore what these functions read, or sample again with the new kernel."
             )
 
     def has_kernel_of(self, other: "Source") -> bool:
-        """Whether functions in the two kernels compute the same."""
+        """Whether the functions in the two kernels compute the same."""
         return self._functions() == other._functions()
 
     def _functions(self) -> tuple:
+        """Return what the functions in the kernel compute, in a form that can be compared."""
         return _operations(self.target.context), [fn.content for fn in traced_functions(self.traced)]
 
     def describe(self, target: Target, position: PyTree) -> Described:
-        """Sites with their dimensions, and the data."""
+        """Return the names of the sites' dimensions, and the data.
+
+        Args:
+            target: The target as tuned by warm-up.
+            position: An unconstrained position, at which the model is run.
+        """
         observed = target.model.observed(target.data, position)
         same = lambda a, b: jnp.shape(a) == jnp.shape(b) and bool(jnp.all(jnp.asarray(a) == b))
         constant = {
@@ -91,9 +112,9 @@ class Source:
         return Described(target.model.dims, observed, constant)
 
     def digests(self) -> dict[str, Any]:
-        """What a file says of the model, its data and the functions in the kernel, so that others are refused.
+        """Return digests of the model, its data and the functions in the kernel, by which a file recognises them.
 
-        Those of the arguments can be compared anywhere; the others where the packages' versions are the same.
+        Digests of the arguments can be compared on any machine, the others only between equal versions of the packages.
         """
         model, numbers = self.target.model.content(self.target.data)
         return {
@@ -106,23 +127,30 @@ class Source:
 
 
 def _operations(context: Any) -> Any:
-    """A context whose traces are known by what they compute alone."""
+    """Return a context in which traces are replaced by the operations that they compute."""
     if isinstance(context, Trace):
         return context.operations
     return tuple(map(_operations, context)) if type(context) is tuple else context
 
 
 class ChainState(NamedTuple):
-    """Where chains stand, and all they need to go on as one long run would.
+    """Where chains are, and everything they need to continue as one long run would.
 
-    target, kernel: as tuned by warm-up.
-    unknown: the kernel's state, leading axis num_chains.
-    rng_key: of the noise: that of step t of chain c is a function of (rng_key, c, t).
-    num_steps: taken since warm-up. num_unkept: of these, those behind the last one that thinning kept.
-    ensemble: last unknowns of warm-up, from which block starts are guessed. own: (num_chains,) those where the chains
-        started. timing: of a step on many lanes, for the planner. None of the three changes a draw.
-    source: the user's model, to see whether it has changed.
-    warmup_remark, num_lost_lanes: what warm-up had to say, for the reports of all that follows; see `SolveReport`.
+    ``ensemble``, ``own`` and ``timing`` do not affect later draws.
+
+    Attributes:
+        target: The target in the coordinates found by warm-up.
+        kernel: The kernel as tuned by warm-up.
+        unknown: The kernel's states, leading axis num_chains.
+        rng_key: Key of the noise: the noise of step t of chain c is a function of (rng_key, c, t).
+        num_steps: Number of steps taken since warm-up.
+        num_unkept: Number of steps taken since the last one that thinning kept.
+        ensemble: Last states of the lanes of warm-up, from which starts of blocks are guessed.
+        own: Numbers of the states in the ensemble where the chains started; shape (num_chains,).
+        timing: Time of a step on many lanes, for the planner; None if it was not measured.
+        source: The user's model, for checking whether it has changed.
+        warmup_remark: What is doubtful about warm-up, for all later reports; see `SolveReport`.
+        num_lost_lanes: Number of replaced lanes of warm-up, for all later reports; see `SolveReport`.
     """
 
     target: Target
@@ -140,7 +168,7 @@ class ChainState(NamedTuple):
 
     @property
     def scale(self) -> PyTree:
-        """Scale of an unknown: 1 if it is coordinates in a basis that warm-up found, else None for unknown."""
+        """The scale of an unknown: 1 if it is a vector in the basis found by warm-up, otherwise None (not known)."""
         if self.target.basis is None or len(jax.tree.leaves(self.ensemble)) > 1:
             return None
         return jax.tree.map(lambda x: np.ones(x.shape[1:], x.dtype), self.ensemble)
@@ -154,7 +182,19 @@ def header(
     solver: RecurrenceSolver | None,
     extra_fields: Sequence[str],
 ) -> dict[str, Any]:
-    """What a file says of a chain beside its draws; arrays go to the writer. `pmcmc.load` is the other half."""
+    """Return what a file says about a chain besides its draws; `pmcmc.load` reads it.
+
+    Args:
+        writer: Writer of the file, to which the arrays go.
+        state: State of the chains.
+        report: The report.
+        thinning: Every ``thinning``-th step was kept.
+        solver: The solver that was asked for; None for "auto".
+        extra_fields: Names that `Chain.get_extra_fields` returns.
+
+    Returns:
+        Entries that JSON can hold.
+    """
     target = state.target
     for name, tree in {
         "unknown": state.unknown,
@@ -184,33 +224,34 @@ def header(
 
 
 def _anywhere(solver: RecurrenceSolver | None) -> RecurrenceSolver | None:
-    """Without devices, which a file cannot hold and another machine does not have."""
+    """Return the solver without its devices, which a file cannot hold and another machine does not have."""
     return None if solver is None else solver.with_devices(None)
 
 
 def describe_sites(target: Target) -> dict[str, list]:
-    """Shape and dtype of every leaf of the target's positions, by its place."""
+    """Return shape and dtype of every leaf of the target's positions, by its path."""
     leaves = jax.tree_util.tree_leaves_with_path(target.spec.template)
     return {jax.tree_util.keystr(path): [list(x.shape), str(x.dtype)] for path, x in leaves}
 
 
 @plain_jit()
 def _logdensity(target: Target, kernel: Kernel, unknown: PyTree) -> Array:
+    """Compute the log densities of unknowns with one leading axis."""
     return jax.vmap(lambda x: target.model.logdensity(target.data, kernel.position(target, x)))(unknown)
 
 
 def last_logdensity(state: ChainState) -> np.ndarray:
-    """(num_chains,) log densities where the chains stand."""
+    """Return the log densities where the chains are; shape (num_chains,)."""
     return np.asarray(_logdensity(state.target, state.kernel, state.unknown))
 
 
 def model_source(model: Callable, model_args: tuple, model_kwargs: dict) -> Source:
-    """A NumPyro model with its arguments as they are now."""
+    """Return the source of a NumPyro model with its current arguments."""
     make = lambda: numpyro_target(model, model_args, model_kwargs)
     return Source(make, make(), array_arguments(model, model_args, model_kwargs))
 
 
 def density_source(logdensity_fn: Callable | None, position: PyTree) -> Source:
-    """A log density over pytrees like ``position`` as it is now."""
+    """Return the source of a log density over pytrees like ``position``, as it is now."""
     target = Target.from_logdensity(logdensity_fn, position)
     return Source(lambda: Target.from_logdensity(logdensity_fn, target.spec.template), target, {})

@@ -1,4 +1,7 @@
-"""Chains whose draws are on disk."""
+"""Chains whose draws are in a folder on disk.
+
+`StoredChain` is what `Chain.stream` and `pmcmc.resume` return. It reads draws only when they are requested.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,24 +18,29 @@ from pmcmc.chain.state import ChainState
 from pmcmc.interop.zarr import open_lazily, read_arrays
 from pmcmc.recurrence import RecurrenceSolver
 
-# Within the folder of a store.
+# Names within the folder of a store.
 DRAWS, CHECKPOINT = "draws.zarr", "checkpoint.npz"
 
 
 @dataclass(frozen=True)
 class StoredChain:
-    """Chains whose draws `Chain.stream` wrote to a folder: nothing of them is in memory until it is asked for.
+    """Chains whose draws `Chain.stream` wrote to a folder. Draws are read into memory only when they are requested.
 
-    The folder holds ``draws.zarr``, which xarray and ArviZ open (``xarray.open_zarr(path / "draws.zarr",
-    group="posterior")``), at any time, also while the run goes on; and ``checkpoint.npz``, from which `pmcmc.resume`
-    goes on. Kernel states are not kept, so there is no ``verify``: the certificate is the ``report``.
+    The folder holds two things. ``draws.zarr`` can be opened by xarray and ArviZ (``xarray.open_zarr(path /
+    "draws.zarr", group="posterior")``) at any time, also during the run. ``checkpoint.npz`` is what `pmcmc.resume`
+    continues from. The kernel's states are not kept, so there is no ``verify``: the certificate is the ``report``.
 
-    path: of the folder. sites: that were kept. num_samples: draws kept per chain.
-    state: where the chains stand after the last step. report: of the steps taken by the last `Chain.stream`,
-    `extend` or `pmcmc.resume`. thinning: of every so many steps the last was kept.
-    solver: that was asked for; None for "auto".
-    max_memory: bytes that what follows may take.
-    devices: that share the blocks, or Newton's steps, of what follows; None: none named.
+    Attributes:
+        path: The folder.
+        sites: Names of the sites that were kept.
+        num_samples: Number of draws kept per chain.
+        state: State of the chains after the last step.
+        report: Report on the steps taken by the last `Chain.stream`, `extend` or `pmcmc.resume`.
+        thinning: Every ``thinning``-th step was kept.
+        solver: The solver that was asked for; None for "auto".
+        max_memory: Bytes that may be used when the chain is continued; None for the defaults of `pmcmc.parallel_chain`.
+        devices: Devices that share the blocks, or the steps of Newton's method, when the chain is continued; None if
+            none were named.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc, tempfile
@@ -55,16 +63,23 @@ class StoredChain:
 
     @property
     def num_chains(self) -> int:
+        """Number of chains."""
         return len(self.state.own)
 
     def get_samples(self, group_by_chain: bool = False, *, sites: Sequence[str] | None = None) -> dict[str, Any]:
-        """Draws of the named sites, or of all that were kept, read into memory.
+        """Read draws into memory.
 
-        Leading axes (num_chains, num_samples) with ``group_by_chain``, else (num_chains * num_samples,).
+        Args:
+            group_by_chain: Whether chains are a separate axis.
+            sites: Names of the sites to read; None for all that were kept.
+
+        Returns:
+            Draws by site, with leading axes (num_chains, num_samples) if ``group_by_chain``, otherwise
+            (num_chains * num_samples,).
 
         Raises:
-            ValueError: a site that was not kept.
-            MemoryError: they do not fit; before anything is read.
+            ValueError: One of the sites was not kept.
+            MemoryError: The draws do not fit into memory; raised before anything is read.
         """
         wanted = self.sites if sites is None else tuple(sites)
         if missing := [name for name in wanted if name not in self.sites]:
@@ -76,19 +91,33 @@ class StoredChain:
         return {name: jnp.asarray(x if group_by_chain else ungroup(x)) for name, x in draws.items()}
 
     def to_arviz(self) -> Any:
-        """ArviZ's container over the folder: InferenceData on ArviZ 0.x, DataTree on 1.x.
+        """Open the folder in ArviZ's container: InferenceData for ArviZ 0.x, DataTree for 1.x.
 
-        Groups: posterior, sample_stats as in `Chain.to_arviz`, and a NumPyro model's observed_data and constant_data.
-        Arrays are read when they are used, and so far as they are: ``.posterior["mu"].sel(chain=0)[-1000:]``.
+        The groups are posterior and sample_stats, as in `Chain.to_arviz`, and observed_data and constant_data of a
+        NumPyro model. Only the parts of arrays that are used are read: ``.posterior["mu"].sel(chain=0)[-1000:]``.
         """
         return open_lazily(self.path / DRAWS)
 
     def extend(self, num_samples: int, *, progress_bar: bool = True) -> "StoredChain":
-        """Write ``num_samples`` more steps of every chain behind these: as one long run would; see `Chain.extend`.
+        """Continue every chain by ``num_samples`` steps, as one long run would, and append the draws to the folder.
+
+        See `Chain.extend`.
+
+        Args:
+            num_samples: Number of new steps per chain.
+            progress_bar: Whether to show progress in terminals and notebooks.
+
+        Returns:
+            A new `StoredChain` with all draws. Its ``report`` covers the new steps only.
 
         Raises:
-            ValueError, TypeError: ``num_samples`` is no integer of at least ``thinning``, or others have gone on from
-                here already.
+            ValueError: ``num_samples`` is less than ``thinning``, or the folder was already extended beyond this chain.
+            TypeError: ``num_samples`` is not an integer.
+            RuntimeError: Another process is writing to the folder.
+            MemoryError: The shortest segment does not fit into memory; raised before any sampling.
+            Interrupted: Ctrl-C; its ``chain`` holds the draws of the last checkpoint.
+            NonFiniteState: A chain reached a state that is not finite; its ``chain`` holds the draws of the last
+                checkpoint.
         """
         from pmcmc.sampling.streaming import extend_stored
 

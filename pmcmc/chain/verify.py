@@ -1,16 +1,17 @@
-"""A chain checked on the equation it claims to solve: every step is taken anew from the draw before it.
+"""Check a chain against the equation that it should satisfy: every step is computed again from the draw before it.
 
-Nothing of the solver is used: from the stored draw x[t-1] and the noise u[t], drawn again from the key, the kernel's
-step gives f(x[t-1], u[t]), which is held against the stored x[t], and what the step says of itself against the stored
-`Info`. A thinned chain is followed from one kept draw to the next, and must arrive within the tolerance of one step:
-on a chain that contracts rounding is forgotten as fast as it comes.
+`verify` implements `Chain.verify` and returns a `Verification`. The solver is not involved. From the stored draw x[t-1]
+and the noise u[t], which is drawn again from the key, the kernel's step gives f(x[t-1], u[t]). This is compared with
+the stored x[t], and the info of the step with the stored `Info`. A thinned chain is followed from one kept draw to the
+next, and must arrive within the tolerance of one step: a chain that contracts forgets rounding errors as fast as they
+arise.
 
-Another program rounds differently, and a step within rounding of a tie may then be decided otherwise. Where a draw does
-not agree, its steps are taken again under other roundings: of a single step with a margin both outcomes
-(`Kernel.nudge`), else several times with ties resolved at random and with states moved by rounding (`_follow`). The
-draw must agree with one of them, to within the tolerance or `GROWTH` times the distance of these paths from each
-other. Where that is more than `MOST`, rounding alone says where these steps end, and nothing can be said of a draw that
-none of them reaches to within the tolerance.
+Another program rounds differently, and may decide a step within rounding of a tie differently. If a draw does not
+agree, its steps are computed again under other roundings: both outcomes (`Kernel.nudge`) for a single step with a
+margin, otherwise several times with ties resolved at random and with states changed by rounding. The draw must agree
+with one of them to within the tolerance, or to within `GROWTH` times the distance of these paths from each other. If
+that is more than `MOST`, rounding alone determines where the steps end. A draw that none of them reaches to within the
+tolerance is then undecided. `pmcmc.chain.replay` computes the steps.
 """
 
 import math
@@ -27,29 +28,35 @@ from pmcmc.kernels import Kernel
 from pmcmc.random.streams import chain_keys
 from pmcmc.target import Target
 
-# A step taken anew by another program rounds differently: its differences in units of eps and posterior sd.
+# Default tolerance in units of eps and posterior sd: another program that computes the same step rounds differently.
 ROUNDING = 4096
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What `Chain.verify` found. True where every draw that has a predecessor agrees; ``print(it)`` reads as prose.
+    """Result of `Chain.verify`. It is true if every draw that has a predecessor agrees; ``print`` shows it as prose.
 
-    num_steps: steps taken anew, over all chains. num_draws: stored draws that they were held against.
-    num_agreed: of these draws, those that follow from the one before.
-    num_mismatched: draws, and states where chains stand, that do not follow from the one before.
-    num_mismatched_ends: of these the latter.
-    first_mismatch: (chain, draw) of the first of them; a draw number of num_samples is the state where the chain
-        stands. None: there is none.
-    mismatched_fields: what differs at any of them: "state", "decision" (accepted or not), and names of `Info`.
-    num_undecided: draws and states of which nothing can be said, because rounding alone decides where the steps before
-        them end; a chain that has any is not verified. first_undecided: as first_mismatch.
-    num_near_ties: draws that agree only under another rounding: with the other outcome of a decision near a tie.
-    num_unverified: draws whose predecessor is not stored.
-    max_difference: largest accepted difference, in posterior standard deviations. tolerance: what it may be; more, up
-        to 0.01, only where rounding is seen to grow to as much between two draws.
-    max_mismatch: largest difference of those that do not follow; 0 where there is none.
-    batch_shape: steps taken side by side. has_margin: whether the kernel tells how near to a tie it decides.
+    Attributes:
+        num_steps: Number of steps computed again, over all chains.
+        num_draws: Number of stored draws with which they were compared.
+        num_agreed: Number of these draws that follow from the one before.
+        num_mismatched: Number of draws, and of last states of chains, that do not follow from the draw before.
+        num_mismatched_ends: Number of last states among these.
+        first_mismatch: (chain, draw) of the first of them; a draw number of num_samples means the last state of the
+            chain. None if all follow.
+        mismatched_fields: What differs at any of them: "state", "decision" (accepted or not), and names of `Info`.
+        num_undecided: Number of draws and last states that cannot be judged, because rounding alone determines where
+            the steps before them end. A chain that has any is not verified.
+        first_undecided: (chain, draw) of the first of them, as in ``first_mismatch``.
+        num_near_ties: Number of draws that agree only under another rounding, that is with the other outcome of a
+            decision near a tie.
+        num_unverified: Number of draws whose predecessor is not stored.
+        max_difference: Largest accepted difference, in posterior standard deviations.
+        tolerance: Largest difference allowed. More is allowed, up to 0.01, only where rounding is seen to grow to as
+            much between two draws.
+        max_mismatch: Largest difference of the draws that do not follow; 0 if all follow.
+        batch_shape: Number of lanes on which steps were computed side by side.
+        has_margin: Whether the kernel reports how close its decisions are to a tie.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -82,7 +89,7 @@ class Verification:
     def __str__(self) -> str:
         said = [
             f"{self.num_agreed:,} of {self.num_draws:,} draws follow from the one before, {self.num_steps:,} steps "
-            f"taken anew, to within {self.max_difference:.2g} posterior sd (allowed: {self.tolerance:.2g}"
+            f"computed again, to within {self.max_difference:.2g} posterior sd (allowed: {self.tolerance:.2g}"
             f"{', and what rounding grows to between two draws' if self.max_difference > self.tolerance else ''})"
         ]
         if self.num_near_ties:
@@ -90,27 +97,28 @@ class Verification:
         said.append(self._mismatches())
         if self.first_undecided is not None:
             said.append(
-                ". Of {2:,} draws, draw {1:,} of chain {0} first, nothing can be said: the steps before them end "
+                ". {2:,} draws are undecided, the first of them draw {1:,} of chain {0}: the steps before them end "
                 "elsewhere under another rounding. Sample in float64, or keep more draws (thinning=)".format(
                     *self.first_undecided, self.num_undecided
                 )
             )
         if not self.has_margin:
             said.append(
-                f". The kernel does not tell near ties; steps were taken in the batch shape of the run "
+                f". The kernel does not report near ties; steps were taken in the batch shape of the run "
                 f"({self.batch_shape} side by side), and in float32 another rounding may show as a mismatch"
             )
         if self.num_unverified:
-            said.append(f". {self.num_unverified:,} draws could not be checked: what came before them is not stored")
+            said.append(f". {self.num_unverified:,} draws could not be checked: their predecessors are not stored")
         return "".join(said) + "."
 
     def _mismatches(self) -> str:
+        """Return the sentences on draws that do not follow; "" if all do."""
         if self.first_mismatch is None:
             return ""
         chain, draw = self.first_mismatch
         first = f"The first that does not is draw {draw:,} of chain {chain}"
         if self.num_mismatched == self.num_mismatched_ends:
-            first = f"But the state where chain {chain} stands does not follow from its last draw"
+            first = f"But the last state of chain {chain} does not follow from its last draw"
         said = (
             f". {first}: the draws, the key, the kernel, the model or its data are not those of the run "
             f"(differing: {', '.join(self.mismatched_fields)})"
@@ -118,7 +126,7 @@ class Verification:
         if 0 < self.max_mismatch < math.sqrt(self.tolerance):
             said += (
                 f". But no difference is above {self.max_mismatch:.2g}: a density that amplifies rounding, as "
-                "nearly singular matrices do, shows like that; tolerance= says what to allow"
+                "nearly singular matrices do, looks like this; tolerance= sets what to allow"
             )
         return said
 
@@ -126,17 +134,26 @@ class Verification:
 def verify(
     target: Target, kernel: Kernel, rng_key: PRNGKey, record: Record, num_blocks: int, tolerance: float | None
 ) -> Verification:
-    """See `Chain.verify`. num_blocks: of the solve, for kernels that must be verified in its batch shape.
+    """Check stored draws; see `Chain.verify`.
+
+    Args:
+        target: The target.
+        kernel: The kernel.
+        rng_key: Key of the noise.
+        record: The stored draws.
+        num_blocks: Number of blocks of the solve, for kernels that must be verified in its batch shape.
+        tolerance: Largest difference, in posterior standard deviations; None for the default.
 
     Raises:
-        ValueError: there is nothing to check.
+        ValueError: There is nothing to check.
     """
     num_chains, num_draws = jax.tree.leaves(record.unknowns)[0].shape[:2]
     if record.first is None and num_draws == 1:
         raise ValueError(
-            "a chain of one draw that began at another's end cannot be verified: what came before it is not stored. "
-            "Extend it, or verify the chain that it went on from."
+            "a chain of one draw that began at another's end cannot be verified: its predecessor is not stored. "
+            "Extend it, or verify the chain that it continues."
         )
+    # Choose the tolerance, and the number of lanes that are computed side by side.
     margins = np.asarray(record.info.margin)
     has_margin = not np.isnan(margins).all()
     eps = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves((record.unknowns, margins)) if is_real(x))
@@ -145,19 +162,23 @@ def verify(
     abreast = min(ABREAST, 1 << max(0, num_chains * num_draws - 1).bit_length())
     lanes = shape if not has_margin and eps > 1e-8 else max(shape, abreast)
     checker = Checker(target, kernel, chain_keys(rng_key, num_chains=num_chains), record, tolerance)
+    # First look: all draws that have a predecessor, and the last states.
     skip = int(record.first is None)
     places = np.stack(np.meshgrid(np.arange(num_chains), np.arange(skip, num_draws), indexing="ij"), -1).reshape(-1, 2)
     places = np.concatenate([places, np.stack([np.arange(num_chains), np.full(num_chains, num_draws)], -1)])
     look = Look(checker, places, checker.hold(places, lanes, 0))
     steps = checker.num_steps(places)
-    settled = (steps == 1) & has_margin  # both outcomes of its tie are all that rounding can do
+    # Second look, at draws that do not agree. For a single step with a margin, the two outcomes of its tie are all that
+    # rounding can change. Steps of a kernel without margin are computed in other batch shapes.
+    settled = (steps == 1) & has_margin
     if has_margin:
         ties = look.again(settled, lanes, -1) | look.again(settled, lanes, 1)
     else:
         ties = np.zeros(len(places), bool)
         for other in (num_chains, ABREAST) if eps > 1e-8 else ():
-            if other != lanes:  # in order they went in the first of these shapes; the other is another rounding
+            if other != lanes:  # sequential sampling used the first of these shapes; the second rounds differently
                 look.again(steps > 0, other, 0)
+    # Third look: several other roundings, for everything else.
     changed, undecided = look.under_other_roundings((steps > 0) & ~settled, lanes)
     held, ends = look.held, places[:, 1] == num_draws
     wrong = ~held.agrees & ~undecided
@@ -182,6 +203,7 @@ def verify(
 
 
 def _earliest(places: np.ndarray) -> tuple[int, int] | None:
+    """Return (chain, draw) of the place with the smallest draw number; None if there are no places."""
     if not len(places):
         return None
     chain, draw = places[np.lexsort((places[:, 0], places[:, 1]))[0]].tolist()

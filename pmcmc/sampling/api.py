@@ -1,4 +1,8 @@
-"""The public face: ``parallel_chain`` for NumPyro models, ``sample`` for plain log densities."""
+"""The public functions: `parallel_chain` for NumPyro models, `sample` for plain log densities.
+
+Both check their arguments (`Settings.check`), find starting positions, and pass them to
+`pmcmc.sampling.session.sample_new`.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -40,45 +44,57 @@ def parallel_chain(
     max_memory: int | None = None,
     progress_bar: bool = True,
 ) -> Chain:
-    """Sample a NumPyro model's posterior, each chain solved in parallel across its length.
+    """Sample the posterior of a NumPyro model, with each chain solved in parallel across its length.
 
-    model: a NumPyro model. model_args, model_kwargs: its arguments, data included. Its latent sites are continuous, or
-        discrete with finite support; the latter are drawn by `DiscreteGibbs` and returned as integers.
-    rng_key: a JAX key, or an int seed. The draws are a function of it, whatever solver or blocks are used.
-    kernel: `HMC()` by default; tunables left None are set by warm-up. Where there are discrete sites, one that needs
-        gradients becomes ``Compose([DiscreteGibbs(), (kernel, continuous sites)])``.
-    solver: "auto" samples in order unless a short pilot of coupled chains merges and blocks (`MultipleShooting`), DEER
-        or quasi-DEER should save a quarter of the time; or any `RecurrenceSolver`.
-    num_warmup: steps of warm-up, 0 for none (then the kernel's tunables must be given).
-    num_samples: steps per chain after warm-up; every ``thinning``-th is kept.
-    init_params: unconstrained starting values by site, for all chains or with a leading axis num_chains.
-    extra_fields: names for `Chain.get_extra_fields`, as NumPyro spells them.
-    warmup: `EnsembleAdaptation()` by default, `SiteAdaptation()` for `Gibbs`, `DiscreteGibbs` and `Compose`; its
-        seconds do not depend on num_chains.
-    save_warmup: keep the draws of warm-up's lanes for `Chain.get_warmup_samples` and `Chain.to_arviz`.
-    devices: that share the blocks, or Newton's steps, such as ``jax.devices()``. Left out, "auto" takes all of this
-        process where it expects a gain, any other solver the one that JAX uses by default. The draws are the same. For
-        the cores of a CPU call ``numpyro.set_host_device_count`` first (docs/devices.md).
-    max_memory: bytes for the draws and for what one solve holds (noise, states, info) together: the run is cut into
-        segments that fit. None: 512 MiB a solve, and for draws what the system has. Compiled programs and the model's
-        own intermediates come on top. `Chain.stream` writes draws to disk instead.
-    progress_bar: draws that stand, sweeps and the time left, in terminals and notebooks; elsewhere nothing is shown.
+    Args:
+        model: A NumPyro model. Its latent sites are continuous, or discrete with finite support; the latter are sampled
+            by `DiscreteGibbs` and returned as integers.
+        rng_key: A JAX key, or an int seed. The draws are a function of it, whatever solver or blocks are used.
+        model_args: Positional arguments of the model, data included.
+        model_kwargs: Keyword arguments of the model, data included.
+        kernel: Default: `HMC()`. Tunable fields that are None are set by warm-up. If there are discrete sites, a kernel
+            that needs gradients becomes ``Compose([DiscreteGibbs(), (kernel, continuous sites)])``.
+        solver: "auto" or any `RecurrenceSolver`. "auto" samples sequentially, unless coupled chains merge in a short
+            pilot and blocks (`MultipleShooting`), DEER or quasi-DEER are predicted to save a quarter of the time.
+        num_warmup: Number of warm-up steps. With 0 there is no warm-up, and the kernel must have a step size.
+        num_samples: Number of steps per chain after warm-up, of which every ``thinning``-th is kept.
+        num_chains: Number of chains.
+        thinning: Number of steps per draw that is kept.
+        init_params: Unconstrained starting values by site, for all chains or with a leading axis num_chains. None:
+            drawn as NumPyro does.
+        extra_fields: Names for `Chain.get_extra_fields`, as NumPyro spells them.
+        save_warmup: Whether to keep the draws of the lanes of warm-up, for `Chain.get_warmup_samples` and
+            `Chain.to_arviz`.
+        warmup: Default: `EnsembleAdaptation()`; for `Gibbs`, `DiscreteGibbs` and `Compose` `SiteAdaptation()`. Its
+            time does not depend on num_chains.
+        devices: Devices that share the blocks, or the steps of Newton's method, such as ``jax.devices()``. None: "auto"
+            uses all devices of this process if it expects a gain, and any other solver uses JAX's default device. The
+            draws do not depend on the devices. To use the cores of a CPU as devices, call
+            ``numpyro.set_host_device_count`` first (docs/devices.md).
+        max_memory: Bytes for the draws and for what one solve holds (noise, states, info) together; the run is cut into
+            segments that fit. None: 512 MiB for a solve, and the available memory for draws. Compiled programs and the
+            model's intermediate arrays come on top. `Chain.stream` writes draws to disk instead.
+        progress_bar: Whether to show finished draws, sweeps and the remaining time, in terminals and notebooks only.
 
     Returns:
-        A `Chain`; its ``report`` says what was decided and certified.
+        A `Chain`. Its ``report`` says what was decided and certified.
 
     Raises:
-        ValueError, TypeError: before any sampling, for sizes, shapes, models and densities that cannot be used.
-        WarmupError: warm-up found nothing to sample with.
-        MemoryError: the draws and the shortest segment do not fit into memory; before any sampling.
-        Interrupted: Ctrl-C; what was sampled so far is its ``chain``.
-        NonFiniteState: a chain reached a state that is not finite; the draws from before are its ``chain``.
+        ValueError: A size, shape, model or density cannot be used; raised before any sampling.
+        TypeError: An argument has the wrong type; raised before any sampling.
+        WarmupError: Warm-up found no way to sample.
+        MemoryError: The draws and the shortest segment do not fit into memory; raised before any sampling.
+        Interrupted: Ctrl-C; its ``chain`` holds the draws so far.
+        NonFiniteState: A chain reached a state that is not finite; its ``chain`` holds the draws before it, or is None
+            if there are none.
 
     Warns:
-        UserWarning: warm-up did not settle or some of its lanes did not move, a chain accepted no move, a coordinate of
-            one never moved, more than 1 % of the draws were divergent, the draws have not mixed, or a ``solver`` that
-            you chose failed before it had solved a tenth of any chain. Where it solved more before it failed, or "auto"
-            chose it, the report says so and nothing is warned of.
+        UserWarning: Warm-up did not settle, or some of its lanes did not move.
+        UserWarning: A chain accepted no move, or one of its coordinates never moved.
+        UserWarning: More than 1 % of the draws were divergent.
+        UserWarning: The draws have not mixed.
+        UserWarning: A ``solver`` passed by the user failed before it had solved a tenth of any chain. If it solved more
+            before it failed, or if "auto" chose it, only the report says so.
 
     Example:
         >>> import numpyro, numpyro.distributions as dist, pmcmc
@@ -103,10 +119,10 @@ def parallel_chain(
 
 
 def _warmup_record(settings: Settings, save_warmup: bool) -> WarmupRecord | None:
-    """Where warm-up's draws go; None where they are not wanted.
+    """Return a record for the draws of warm-up; None if they are not wanted.
 
     Raises:
-        ValueError: they are, and there are none to be had.
+        ValueError: They are wanted, but there is no warm-up or it does not show its draws.
     """
     if not save_warmup:
         return None
@@ -121,7 +137,10 @@ def _warmup_record(settings: Settings, save_warmup: bool) -> WarmupRecord | None
 
 
 def model_starts(target: Target, rng_key: PRNGKey, init_params: PyTree, settings: Settings) -> PyTree:
-    """Positions where warm-up starts, or the chains without one: drawn as NumPyro does, or those given."""
+    """Return the positions where warm-up starts, or where the chains start if there is no warm-up.
+
+    They are drawn as NumPyro does, or made from those that the user passed.
+    """
     num_starts = settings.warmup.num_starts if settings.num_warmup else settings.num_chains
     if init_params is None:
         return numpyro_starts(target, jax.random.fold_in(rng_key, 0), num_starts)
@@ -146,13 +165,32 @@ def sample(
     max_memory: int | None = None,
     progress_bar: bool = True,
 ) -> Chain:
-    """Sample ``exp(logdensity_fn(position))`` over unconstrained positions, each chain parallel across its length.
+    """Sample ``exp(logdensity_fn(position))`` over unconstrained positions, with each chain solved in parallel.
 
-    logdensity_fn: ``position -> scalar``, as it is now: arrays that it reads may change between two calls, and nothing
-        is compiled again where their shapes stay. None for kernels that evaluate none: `Gibbs`.
-    initial_position: any pytree of floating arrays; every chain's warm-up starts there. For `Gibbs`, `DiscreteGibbs`
-        and `Compose` a dict of sites, integers among them if need be.
-    Other arguments, result and errors as in `parallel_chain`. ``get_samples()`` has the position's own pytree.
+    Errors and warnings are those of `parallel_chain`.
+
+    Args:
+        logdensity_fn: ``position -> scalar``, as it is at the time of the call: arrays that it reads may change between
+            two calls, and nothing is compiled again if their shapes stay the same. None for kernels that evaluate no
+            density, such as `Gibbs`.
+        initial_position: Any pytree of floating arrays, where the warm-up of every chain starts. For `Gibbs`,
+            `DiscreteGibbs` and `Compose` a dict of sites, which may contain integers.
+        rng_key: See `parallel_chain`, as for all arguments below.
+        kernel: Default: `HMC()`.
+        solver: "auto" or any `RecurrenceSolver`.
+        num_warmup: Number of warm-up steps; 0 for none.
+        num_samples: Number of steps per chain after warm-up.
+        num_chains: Number of chains.
+        thinning: Number of steps per draw that is kept.
+        extra_fields: Names for `Chain.get_extra_fields`.
+        save_warmup: Whether to keep the draws of warm-up.
+        warmup: Default: `EnsembleAdaptation()`, or `BlockAdaptation()` for kernels over sites.
+        devices: Devices that share the work; None for the default.
+        max_memory: Bytes for the draws and for what one solve holds; None for the default.
+        progress_bar: Whether to show progress.
+
+    Returns:
+        A `Chain`, whose ``get_samples()`` returns the pytree of the position.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -168,7 +206,7 @@ def sample(
         target, kernel, solver, num_warmup, num_samples, num_chains, thinning, extra_fields, warmup, devices, max_memory
     )
     num_starts = settings.warmup.num_starts if num_warmup else num_chains
-    # by numpy, as all that happens between programs: every operation of jax's own is one more program to compile
+    # In numpy, like everything between programs: each operation of JAX would be one more program to compile.
     starts = jax.tree.map(lambda x: np.repeat(np.asarray(jnp.asarray(x))[None], num_starts, axis=0), initial_position)
     record = _warmup_record(settings, save_warmup)
     return sample_new(source, as_key(rng_key), starts, settings, progress_bar, record)

@@ -1,4 +1,8 @@
-"""The arguments of the public functions, checked before anything is traced."""
+"""The arguments of the public functions, checked before anything is traced.
+
+`Settings.check` validates them and fills in the defaults. `as_key` and `spread_starts` convert keys and starting
+positions.
+"""
 
 import operator
 from collections.abc import Sequence
@@ -22,10 +26,19 @@ from pmcmc.warmup import ChEESAdaptation, EnsembleAdaptation, Pathfinder, SiteAd
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for.
+    """What the user asked for, with the defaults filled in.
 
-    solver: None for "auto". devices: that share the work; none: the default one. max_memory: bytes; None: no limit of
-    the user's own.
+    Attributes:
+        kernel: The kernel.
+        solver: The solver; None for "auto".
+        num_warmup: Number of warm-up steps.
+        num_samples: Number of steps per chain after warm-up.
+        num_chains: Number of chains.
+        thinning: Number of steps per draw that is kept.
+        extra_fields: Names for `Chain.get_extra_fields`.
+        warmup: The warm-up.
+        devices: Devices that share the work; empty for the default one.
+        max_memory: Bytes; None if the user set no limit.
     """
 
     kernel: Kernel
@@ -54,10 +67,11 @@ class Settings:
         devices: Any = None,
         max_memory: Any = None,
     ) -> "Settings":
-        """Validate and fill in the defaults.
+        """Validate the arguments of `pmcmc.parallel_chain`, and fill in the defaults.
 
         Raises:
-            ValueError, TypeError: expected, got, fix.
+            ValueError: A value cannot be used; the message says what was expected and what to do.
+            TypeError: A value has the wrong type.
         """
         kernel = HMC() if kernel is None else kernel
         if not isinstance(kernel, Kernel):
@@ -115,10 +129,11 @@ def settings_of(chain: Chain | StoredChain, num_samples: Any, max_memory: Any) -
 
 
 def _check_kernel(kernel: Kernel, extra_fields: Sequence[str], num_warmup: int) -> None:
-    """Raise where it cannot do what is asked of it.
+    """Raise an error if the kernel cannot do what was asked for.
 
     Raises:
-        ValueError: it has no such fields, or cannot be warmed up or do without.
+        ValueError: The kernel has no such fields, needs a warm-up, or cannot be warmed up.
+        TypeError: ``extra_fields`` is a string.
     """
     if isinstance(extra_fields, str):
         raise TypeError(f"extra_fields must be a sequence of names, got {extra_fields!r}: write ({extra_fields!r},).")
@@ -141,10 +156,11 @@ def _check_kernel(kernel: Kernel, extra_fields: Sequence[str], num_warmup: int) 
 
 
 def _devices(devices: Any, solver: RecurrenceSolver | None) -> tuple[jax.Device, ...]:
-    """Those that share the work; of several processes all their devices.
+    """Return the devices that share the work; empty for the default one.
 
     Raises:
-        ValueError, TypeError: none, no devices, or "auto" on several processes.
+        ValueError: There are none, or "auto" should use several processes.
+        TypeError: They are not a sequence of devices.
     """
     if devices is None:
         return ()
@@ -161,11 +177,12 @@ def _devices(devices: Any, solver: RecurrenceSolver | None) -> tuple[jax.Device,
 
 
 def _is_device(value: Any) -> bool:
+    """Return whether a value is a JAX device."""
     return isinstance(value, jax.Device)
 
 
 def _with_discrete_sites(kernel: Kernel, target: Target) -> Kernel:
-    """The kernel, with updates of the target's discrete sites where it has none."""
+    """Return the kernel, with updates of the target's discrete sites if it has none."""
     discrete = [name for name, _ in target.model.supports]
     if not discrete or isinstance(kernel, SiteKernel):
         return kernel
@@ -174,10 +191,10 @@ def _with_discrete_sites(kernel: Kernel, target: Target) -> Kernel:
 
 
 def _fitting_warmup(warmup: Warmup | None, kernel: Kernel) -> Warmup:
-    """The one given, or the one that suits the kernel.
+    """Return the given warm-up, or the default for the kernel.
 
     Raises:
-        TypeError: it cannot tune the kernel.
+        TypeError: The given warm-up cannot tune the kernel.
     """
     by_sites = isinstance(kernel, SiteKernel)
     if warmup is None:
@@ -192,6 +209,12 @@ def _fitting_warmup(warmup: Warmup | None, kernel: Kernel) -> Warmup:
 
 
 def _size(name: str, value: Any, least: int) -> int:
+    """Return an argument as an integer of at least ``least``.
+
+    Raises:
+        ValueError: It is less than ``least``.
+        TypeError: It is not an integer.
+    """
     try:
         size = operator.index(value)
     except TypeError:
@@ -204,13 +227,13 @@ def _size(name: str, value: Any, least: int) -> int:
 
 
 def as_key(rng_key: PRNGKey | int) -> PRNGKey:
-    """A threefry key from a key (typed or raw, of any of JAX's implementations) or an int seed.
+    """Return a threefry key made from an int seed or from a key of any of JAX's implementations, typed or raw.
 
-    Every stream of a run comes from this key. Those of ``rbg`` and ``unsafe_rbg`` keys themselves would not do: their
-    bits under `jax.vmap` differ from those alone, so the noise would depend on how many lanes draw it.
+    All noise of a run comes from this key. Keys of ``rbg`` and ``unsafe_rbg`` cannot be used directly: their bits under
+    `jax.vmap` differ from those of single calls, so the noise would depend on the number of lanes that draw it.
 
     Raises:
-        TypeError: neither.
+        TypeError: ``rng_key`` is neither a seed nor a key.
     """
     if isinstance(rng_key, Integral) and not isinstance(rng_key, bool):
         return jax.random.key(int(rng_key), impl=IMPL)
@@ -218,7 +241,7 @@ def as_key(rng_key: PRNGKey | int) -> PRNGKey:
         rng_key = jnp.asarray(rng_key)
     if isinstance(rng_key, jax.Array):
         typed = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
-        # 2 words of threefry, 4 of rbg and unsafe_rbg
+        # Raw keys have 2 words for threefry, and 4 for rbg and unsafe_rbg.
         if rng_key.shape == () if typed else rng_key.dtype == jnp.uint32 and rng_key.shape in ((2,), (4,)):
             return threefry_key(rng_key)
     raise TypeError(
@@ -228,10 +251,19 @@ def as_key(rng_key: PRNGKey | int) -> PRNGKey:
 
 
 def spread_starts(target: Target, init_params: PyTree, num_chains: int, num_starts: int) -> PyTree:
-    """Starting positions with leading axis ``num_starts`` from one position, or from one per chain.
+    """Return starting positions made from one position, or from one per chain.
+
+    Args:
+        target: The target.
+        init_params: Unconstrained values by site, with or without a leading axis num_chains.
+        num_chains: Number of chains.
+        num_starts: Number of starting positions.
+
+    Returns:
+        Positions with leading axis num_starts.
 
     Raises:
-        ValueError: other names or shapes than the target's.
+        ValueError: Names or shapes are not those of the target.
     """
     template = target.spec.template
     shapes = lambda tree: jax.tree.map(jnp.shape, tree)

@@ -1,8 +1,9 @@
-"""Draws written to disk as they are certified, with a checkpoint from which a run that was stopped goes on.
+"""Draws written to disk once they are certified, with a checkpoint from which a stopped run continues.
 
-A store is a folder: ``draws.zarr``, groups of arrays that grow, and ``checkpoint.npz``, which is replaced as a whole.
-Draws are written behind the end of the arrays first, then shown, then vouched for by the checkpoint: whenever the
-process is killed, the checkpoint's draws stand, and what is beyond them is cut off when the run goes on.
+A `Store` is a folder with two parts: ``draws.zarr``, groups of arrays that grow, and ``checkpoint.npz``, which is
+replaced as a whole. Draws are first written after the end of the visible arrays, then made visible, then recorded in
+the checkpoint. Whenever the process is killed, the draws of the checkpoint are complete, and any later ones are cut off
+when the run continues.
 """
 
 import math
@@ -26,22 +27,27 @@ from pmcmc.sampling.programs import Engine
 from pmcmc.sampling.sinks import Keeper, Moves, Thinned
 from pmcmc.target import Target
 
-# Draws wait for each other until they are so many bytes, or so much time has passed since the last checkpoint.
+# Draws are written once they take this many bytes, or this much time has passed since the last checkpoint.
 FLUSH_BYTES, FLUSH_SECONDS = 32 * 2**20, 5.0
-# Of the user's budget; what waits is joined and cut into chunks, which takes copies.
+# Share of the user's memory limit for draws not yet written, and the number of copies made when they are concatenated
+# and cut into chunks.
 FLUSH_SHARE, COPIES = 1 / 16, 3
 LOCK = "lock"
-# Draws made of unknowns at a time, at most.
+# Largest number of draws constrained at a time.
 _CONSTRAIN_BATCH = 8192
-# Draws of each chain that are kept in memory, up to twice as many, to judge how well they mixed; fewer where they take
-# more than so many bytes.
+# Number of draws per chain that are kept in memory (up to twice as many) to judge how well they have mixed, and the
+# smallest number to which it is reduced if the draws take more than the given bytes.
 _NUM_JUDGED, _FEWEST, _JUDGED_BYTES = 1024, 64, 2**23
 
 
 class Store(Keeper):
-    """A folder where the draws of a run go, held by this process alone until it is closed.
+    """A folder to which the draws of a run go, locked for this process until it is closed.
 
-    last: what stands, as the checkpoint has it.
+    Args:
+        path: The folder; it must exist.
+
+    Attributes:
+        last: The chain at the last checkpoint.
     """
 
     in_step = True
@@ -53,13 +59,13 @@ class Store(Keeper):
 
     @classmethod
     def new(cls, path: Path) -> "Store":
-        """In a folder that is empty or not there yet.
+        """Make a store in a folder that is empty or does not exist yet.
 
         Raises:
-            FileExistsError: there is something.
+            FileExistsError: The folder is not empty.
             ImportError: Zarr is not installed.
-            RuntimeError: another process is writing there.
-            ValueError: a run of several processes.
+            RuntimeError: Another process is writing to the folder.
+            ValueError: The run has several processes.
         """
         check_zarr()
         if jax.process_count() > 1:
@@ -67,13 +73,13 @@ class Store(Keeper):
         path.mkdir(parents=True, exist_ok=True)
         if any(file.name != LOCK for file in path.iterdir()):
             raise FileExistsError(
-                f"{path} holds something already: pmcmc.resume(...) goes on with a run that was stopped; else choose "
-                "another folder, or delete it."
+                f"{path} is not empty: pmcmc.resume(...) continues a run that was stopped; otherwise choose another "
+                "folder, or delete this one."
             )
         return cls(path)
 
     def close(self) -> None:
-        """Let others have the folder."""
+        """Release the folder for other processes."""
         self._lock.close()
 
     def begin(
@@ -91,12 +97,12 @@ class Store(Keeper):
             chain: The chain that is continued.
             there: Returns the chain as it is at the moment.
             engine: The engine of the run.
-            num_steps: Steps that the run takes.
+            num_steps: Number of steps that the run takes.
             num_planned: See `Run`.
             first: Draws that come before those of the run; None if there are none.
 
         Raises:
-            ValueError: others have gone on from the chain already.
+            ValueError: The folder was already extended beyond the chain.
         """
         state = chain.state
         self._target, self._kernel, self._sites, self._there = state.target, state.kernel, chain.sites, there
@@ -106,8 +112,8 @@ class Store(Keeper):
         found = self._steps_on_disk()
         if found not in (None, state.num_steps):
             raise ValueError(
-                f"{self.path} has gone on to {found:,} steps, and this chain stands at {state.num_steps:,}: take the "
-                "chain that went on, or pmcmc.resume it."
+                f"{self.path} already holds {found:,} steps, and this chain has {state.num_steps:,}: continue the "
+                "newer chain, or open it with pmcmc.resume."
             )
         self._open(state)
         self._forget(engine)
@@ -121,11 +127,12 @@ class Store(Keeper):
         self.certify()
 
     def _steps_on_disk(self) -> int | None:
+        """Return the number of steps recorded in the checkpoint; None without a checkpoint."""
         file = self.path / CHECKPOINT
         return Reader(file, STORE).field("num_steps", int, least=0) if file.exists() else None
 
     def _open(self, state: ChainState) -> None:
-        """The arrays, described where they are new."""
+        """Open the arrays, and describe them if they are new."""
         target, new = state.target, not (self.path / DRAWS).exists()
         place = state.kernel.position(target, jax.tree.map(lambda x: jnp.asarray(x)[0], state.unknown))
         described = state.source.describe(target, place)
@@ -136,7 +143,7 @@ class Store(Keeper):
             self._arrays.describe(attrs, len(state.own), constants)
 
     def _forget(self, engine: Engine) -> None:
-        """Of draws that were added before nothing is told any more."""
+        """Reset the statistics of earlier draws."""
         none = np.zeros(engine.num_chains)
         self._moves = Moves(none.astype(int), none, none.astype(int), False)
         empty = lambda s: np.empty((engine.num_chains, 0, *s.shape), s.dtype)
@@ -146,7 +153,10 @@ class Store(Keeper):
         self._thinned.add(unknowns)
 
     def _batch_size(self, engine: Engine) -> int:
-        """Draws of one chain that are constrained at a time: sites and their copies take a share of what may wait."""
+        """Return the number of draws of one chain to constrain at a time.
+
+        The draws and their copies take a share of the memory for draws not yet written.
+        """
         shapes = by_name(site_shapes(self._target))
         row = sum(math.prod(shapes[name].shape) * shapes[name].dtype.itemsize for name in self._sites)
         return max(1, min(_CONSTRAIN_BATCH, self._flush_bytes // (4 * max(row, 1))) // engine.num_chains)
@@ -159,6 +169,7 @@ class Store(Keeper):
             self._add(*part)
 
     def _add(self, unknowns: PyTree, info: Info) -> None:
+        """Constrain a batch of draws, update the statistics, and write the waiting draws if they take enough bytes."""
         compiled = lambda rows: constrain(self._target, self._kernel, rows, sites=self._sites)
         num_chains = info.margin.shape[0]
         draws = {
@@ -182,7 +193,7 @@ class Store(Keeper):
             self._write()
 
     def _write(self) -> None:
-        """What waits, where nobody sees it yet."""
+        """Write the waiting draws; readers do not see them yet."""
         if self._waiting:
             joined = jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), *self._waiting)
             self._waiting, self._num_bytes = [], 0
@@ -194,8 +205,10 @@ class Store(Keeper):
             self.certify()
 
     def certify(self) -> None:
-        """All that was added, as what a run goes on from."""
+        """Write a checkpoint with all draws added so far."""
         chain = self._there()
+        # Write the draws, show them to readers, and replace the checkpoint, in this order: if the process is killed in
+        # between, the old checkpoint still describes draws that exist.
         self._write()
         self._arrays.show(chain.num_samples)
         writer = Writer()
@@ -211,7 +224,7 @@ class Store(Keeper):
         self.last, self._certified = chain, time.perf_counter()
 
     def cut(self) -> None:
-        """Back to the checkpoint."""
+        """Hide draws after the last checkpoint."""
         self._arrays.show(self.last.num_samples)
 
     @property
@@ -228,25 +241,26 @@ class Store(Keeper):
 
 
 def flush_bytes(max_memory: int | None) -> int:
-    """Draws that wait at most."""
+    """Return the number of bytes at which waiting draws are written."""
     return FLUSH_BYTES if max_memory is None else min(FLUSH_BYTES, int(FLUSH_SHARE * max_memory))
 
 
 def held_bytes(max_memory: int | None) -> int:
-    """That waiting draws take."""
+    """Return the bytes used by draws not yet written, copies included."""
     return COPIES * flush_bytes(max_memory)
 
 
 def check_kept(target: Target, sites: Any) -> tuple[str, ...]:
-    """Names of the sites to keep: those given, or all.
+    """Return the names of the sites to keep: those given, or all.
 
     Raises:
-        ValueError, TypeError: the model does not have them, or they cannot be named on disk.
+        ValueError: The model does not have one of the sites, there are none, or a name cannot be used on disk.
+        TypeError: ``sites`` is not a sequence of names.
     """
     known = tuple(by_name(site_shapes(target)))
     sites = known if sites is None else check_sites(target, sites)
     if not sites:
-        raise ValueError(f"sites names none to keep: expected names out of {list(known)}.")
+        raise ValueError(f"sites is empty: expected names out of {list(known)}.")
     if slashed := [name for name in sites if "/" in name]:
         raise ValueError(
             f"sites {slashed} cannot be arrays on disk, where / separates folders: rename them in the model, or leave "
@@ -256,14 +270,16 @@ def check_kept(target: Target, sites: Any) -> tuple[str, ...]:
 
 
 def _lock(path: Path) -> Any:
-    """An open file that no other process can open so until this one closes it, or ends, however that comes about.
+    """Lock a folder by opening a file in it.
+
+    The lock ends when the file is closed, or with the process, however it ends.
 
     Raises:
-        RuntimeError: another process has it.
+        RuntimeError: Another process has the lock.
     """
     try:
         import fcntl
-    except ImportError:  # not on this system
+    except ImportError:  # this system has no such locks
         return open(path / LOCK, "w")
     file = open(path / LOCK, "w")  # noqa: SIM115
     try:

@@ -1,4 +1,8 @@
-"""Chains that go on: in memory, to a folder on disk, and there again after they were stopped."""
+"""Chains that continue in a folder on disk, also after the run was stopped.
+
+`stream` and `extend_stored` implement `Chain.stream` and `StoredChain.extend`; `resume` finishes a run that was
+stopped. The draws go to a `pmcmc.sampling.store.Store`.
+"""
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -32,7 +36,7 @@ def stream(
     max_memory: int | None,
     progress_bar: bool,
 ) -> StoredChain:
-    """See `Chain.stream`."""
+    """Implement `Chain.stream`."""
     refuse_transformation("Chain.stream")
     settings = settings_of(chain, num_samples, chain.max_memory if max_memory is None else max_memory)
     kept = check_kept(chain.target, sites)
@@ -52,7 +56,7 @@ def stream(
 
 
 def extend_stored(chain: StoredChain, num_samples: int, progress_bar: bool) -> StoredChain:
-    """See `StoredChain.extend`."""
+    """Implement `StoredChain.extend`."""
     refuse_transformation("StoredChain.extend")
     settings = settings_of(chain, num_samples, chain.max_memory)
     with closing(Store(chain.path)) as store:
@@ -67,7 +71,16 @@ def _to_store(
     first: Chain | None = None,
     num_planned: int | None = None,
 ) -> StoredChain:
-    """The steps that follow a chain, behind its draws. first: a chain whose draws come before them, too."""
+    """Take the steps that follow a chain, and append their draws to a store.
+
+    Args:
+        store: The store.
+        chain: The chain that is continued.
+        settings: What the user asked for.
+        progress_bar: Whether to show progress.
+        first: A chain whose draws come first in the store; None if the store has them already.
+        num_planned: See `Run`.
+    """
     state = chain.state
     with Session(settings, progress_bar) as session:
         engine = session.engine_for(state, lambda _: held_bytes(settings.max_memory))
@@ -107,24 +120,37 @@ def resume(
     devices: Sequence[jax.Device] | None = None,
     progress_bar: bool = True,
 ) -> StoredChain:
-    """Finish a `Chain.stream` that was killed or interrupted; of a finished one just return the chain.
+    """Finish a `Chain.stream` that was killed or interrupted. If it had finished, return its chain.
 
-    Draws behind the last checkpoint, which is some seconds or one segment old, are taken again. The chain is that of a
-    run that was never stopped: with a solver of your own and on the same machine to the last bit, since the segments
-    are the same; under "auto" up to the tolerance of merges, as with any other blocks.
+    Draws after the last checkpoint, which is at most some seconds or one segment old, are taken again. The chain equals
+    that of a run that was never stopped. With a solver chosen by the user and on the same machine it is equal to the
+    last bit, since the segments are the same. Under "auto" it is equal up to the tolerance of merges, as with any other
+    blocks.
 
-    path: of the folder.
-    model, model_args, model_kwargs, initial_position, kernel, solver: as of `load`; no code is stored.
-    max_memory: in place of that of the run. devices: that share the blocks, or Newton's steps; not stored.
+    Args:
+        path: The folder.
+        model: The NumPyro model or log density, as for `load`; no code is stored.
+        model_args: Positional arguments of a NumPyro model, data included.
+        model_kwargs: Keyword arguments of a NumPyro model, data included.
+        initial_position: Position of a log density over pytrees of user-defined classes, as for `load`.
+        kernel: The kernel, if it holds what is not stored, as for `load`.
+        solver: The solver, if it holds what is not stored, as for `load`.
+        max_memory: Memory limit in bytes; None for that of the run.
+        devices: Devices that share the blocks, or the steps of Newton's method; they are not stored.
+        progress_bar: Whether to show progress in terminals and notebooks.
 
     Returns:
-        The `StoredChain` with all draws that were wanted; its ``report`` is of the steps taken now.
+        The `StoredChain` with all draws that were asked for. Its ``report`` covers the steps taken now.
 
     Raises:
-        FileNotFoundError: no run streamed there.
-        ValueError, TypeError: as of `load`.
-        RuntimeError: another process is writing to it.
-        MemoryError: as of `Chain.stream`.
+        FileNotFoundError: No run was streamed to the folder.
+        ValueError: See `load`.
+        TypeError: See `load`.
+        RuntimeError: Another process is writing to the folder.
+        MemoryError: The shortest segment does not fit into memory; raised before any sampling.
+        Interrupted: Ctrl-C; its ``chain`` holds the draws of the last checkpoint.
+        NonFiniteState: A chain reached a state that is not finite; its ``chain`` holds the draws of the last
+            checkpoint.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc, tempfile
@@ -165,12 +191,12 @@ def resume(
         settings = settings_of(chain, num_wanted, chain.max_memory)
         if not (left := num_wanted - state.num_steps):
             return chain
-        num_planned = None if solver is None else num_planned  # "auto" plans anew
+        num_planned = None if solver is None else num_planned  # "auto" plans again
         return _to_store(store, chain, replace(settings, num_samples=left), progress_bar, num_planned=num_planned)
 
 
 def _check_draws(reader: Reader, chain: StoredChain) -> None:
-    """Raise where the folder does not hold the draws that its checkpoint vouches for."""
+    """Raise an error if the folder does not hold the draws that its checkpoint describes."""
     target = chain.state.target
     known = by_name(jax.eval_shape(target.model.constrain, target.data, target.spec.template))
     if strange := set(chain.sites) - set(known):

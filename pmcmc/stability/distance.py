@@ -76,9 +76,8 @@ def site_distances(target: Target, first: Array, second: Array, *, scale: PyTree
             basis, ``sqrt(diag(L L^T))``, or 1 where the target has no basis.
 
     Returns:
-        {site: distances of shape (..., shape of the site)}. If the position is not a dict, sites are named by their
-            path in
-        the pytree, or "position" if it is a single array.
+        Distances by site, each of shape (..., shape of the site). If the position is not a dict, sites are named by
+        their path in the pytree, or "position" if it is a single array.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc

@@ -203,7 +203,7 @@ def _is_another_chain(place: tuple, now: Any, value: Any, said: str) -> bool:
         return True
     if "is not stored in the file: pass" in said:  # a placeholder for a user's function
         return isinstance(value, dict) and "gap" in value
-    if "log density where the chains stood last" in said:
+    if "log density at the last states of the chains" in said:
         return place in (("basis",), ("logdensity",))
     settings = place[0] in ("kernel", "solver") and len(place) > 2
     number = (now is None or isinstance(now, (dict, int, float))) and (value is None or type(value) in (int, float))

@@ -183,7 +183,7 @@ def test_what_rounding_decides_is_said_to_be_undecided() -> None:
     assert not found
     assert (found.num_mismatched, found.num_undecided, found.num_agreed) == (0, 40, 0)
     assert found.first_undecided == (0, 0)
-    assert "Of 40 draws, draw 0 of chain 0 first, nothing can be said" in str(found)
+    assert "40 draws are undecided, the first of them draw 0 of chain 0: " in str(found)
     assert "Sample in float64, or keep more draws" in str(found)
 
 

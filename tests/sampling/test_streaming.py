@@ -91,7 +91,7 @@ def test_thinning_and_extension_go_on_counting(tmp_path: Path) -> None:
     both = first.extend(1000, progress_bar=False)
     assert_whole(both)
     assert first.get_samples()["x"].shape == (2 * (1001 // 3), 3)
-    with pytest.raises(ValueError, match=r"has gone on to 2,001 steps, and this chain stands at 1,001"):
+    with pytest.raises(ValueError, match=r"already holds 2,001 steps, and this chain has 1,001"):
         first.extend(10, progress_bar=False)
 
 
@@ -210,17 +210,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_is_there_is_not_overwritten(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileExistsError, match=r"holds something already: pmcmc.resume"):
+    with pytest.raises(FileExistsError, match=r"is not empty: pmcmc.resume"):
         start(Sequential()).stream(finished, 300, progress_bar=False)
     (tmp_path / "another's").touch()
-    with pytest.raises(FileExistsError, match="holds something already"):
+    with pytest.raises(FileExistsError, match="is not empty"):
         start(Sequential()).stream(tmp_path, 300, progress_bar=False)
 
 
 def test_no_store(tmp_path: Path, finished: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no checkpoint.npz: no Chain.stream has begun there"):
         pmcmc.resume(tmp_path, gaussian)
-    with pytest.raises(ValueError, match=r"is a folder.*takes pmcmc.resume"):
+    with pytest.raises(ValueError, match=r"is a folder.*with pmcmc.resume"):
         pmcmc.load(finished, gaussian)
 
 
@@ -260,7 +260,7 @@ def slashed():
     ("sites", "error", "words"),
     [
         (["y", "z"], ValueError, r"no \['z'\]: expected names out of"),
-        ([], ValueError, "sites names none to keep"),
+        ([], ValueError, "sites is empty"),
         ("y", TypeError, "must be a sequence of names"),
         (None, ValueError, r"\['group/x'\] cannot be arrays on disk"),
     ],

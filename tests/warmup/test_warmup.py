@@ -200,7 +200,7 @@ def test_lanes_in_the_far_tails_are_put_elsewhere_and_counted() -> None:
     report = pmcmc.sample(gaussian, start_like(gaussian), 0, **SIZES | dict(num_samples=50)).report
     assert report.num_lost_lanes == 0
     assert "(7 in all)" not in str(report)
-    assert "on the places of others (7 in all)" in str(replace(report, num_lost_lanes=7))
+    assert "to the positions of others (7 in all)" in str(replace(report, num_lost_lanes=7))
 
 
 def test_chains_start_where_lanes_keep_apart() -> None:

@@ -51,8 +51,10 @@ def test_a_case_is_held_against_its_limits(measured: tuple) -> None:
     (tried,) = row["tried"]
     assert row["efficiency_at_best"] == pytest.approx(tried["limit"]["median_s"] / tried["shooting"]["median_s"])
     assert tried["merge_longest"] == tried["num_sequential_steps"] - tried["block_length"]
-    assert row["sequential_steps_timed"] == 2048  # whole chunks of 128
-    assert row["sequential"]["median_s"] == pytest.approx(timings[-1]["sequential"]["median_s"] * 2000 / 2048)
+    timed = row["sequential_steps_timed"]  # in whole chunks of 128; fewer than all if the machine is slow just now
+    assert timed % 128 == 0
+    assert timed <= 2048
+    assert row["sequential"]["median_s"] == pytest.approx(timings[-1]["sequential"]["median_s"] * 2000 / timed)
     assert row["bytes_per_draw"] > 2 * 2 * 8  # state and noise of two numbers
     assert row["speedup_over_best"] is None  # no second device
 

@@ -184,7 +184,7 @@ def sample(
         thinning: Number of steps per draw that is kept.
         extra_fields: Names for `Chain.get_extra_fields`.
         save_warmup: Whether to keep the draws of warm-up.
-        warmup: Default: `EnsembleAdaptation()`, or `BlockAdaptation()` for kernels over sites.
+        warmup: Default: `EnsembleAdaptation()`, or `SiteAdaptation()` for kernels over sites.
         devices: Devices that share the work; None for the default.
         max_memory: Bytes for the draws and for what one solve holds; None for the default.
         progress_bar: Whether to show progress.

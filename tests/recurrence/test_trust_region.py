@@ -7,6 +7,7 @@ import pytest
 
 from pmcmc import recurrence as rec
 from pmcmc.recurrence import RESULTS, AdaptiveRegularization, Filter, FixedRegularization, LevenbergMarquardt, Smoother
+from pmcmc.recurrence.newton import trust_region
 from tests.helpers.recurrence_problems import coupled
 
 SEQUENTIAL = rec.Sequential()
@@ -78,7 +79,7 @@ def test_float32_steps_agree_with_float64(rng_key):
 
 
 def trial(before, after, predicted, lost_after=0):
-    return rec._trust_region.Trial(*map(jnp.array, (before, after, predicted, 0, lost_after)))
+    return trust_region.Trial(*map(jnp.array, (before, after, predicted, 0, lost_after)))
 
 
 def test_adaptive_strength_follows_the_model():

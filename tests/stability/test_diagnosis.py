@@ -106,7 +106,7 @@ def test_modes_beside_a_centred_site_that_is_well_identified() -> None:
     found = diagnose(target, HMC, pilot, GOOD)
     assert found.sites == {"b": SiteDistance(pytest.approx(4.0), NUM_PAIRS, NUM_PAIRS)}
     assert said(found) == {"modes"}
-    assert "of their own at 'b', " in found.suggestions[0]
+    assert "separate regions at 'b', " in found.suggestions[0]
     assert "LocScaleReparam" not in str(found)
     assert str(found).startswith(f"Kept apart by: b (4 sd in {NUM_PAIRS} of {NUM_PAIRS} pairs).")
 
@@ -120,7 +120,7 @@ def test_every_site_that_is_apart_is_named() -> None:
     assert found.sites["mu"] == SiteDistance(pytest.approx(2.0), 5, 8)
     assert found.sites["b"] == SiteDistance(pytest.approx(4.0), 3, 8)
     assert said(found) == {"modes"}
-    assert "of their own at 'mu', 'b', " in found.suggestions[0]
+    assert "separate regions at 'mu', 'b', " in found.suggestions[0]
 
 
 FUNNEL = {"tau": wandering(1.5, 1), "theta": wandering(1.0, 2)}
@@ -142,7 +142,7 @@ def test_a_site_that_a_scale_depends_on_is_explained_by_it() -> None:
     assert said(found) == {"scale"}
     found = diagnose(target, HMC, pilot_of(target, {**caught, "b": steady(4.0)}, move=0.2), GOOD)
     assert said(found) == {"scale", "modes"}
-    assert "of their own at 'b', " in found.suggestions[1]
+    assert "separate regions at 'b', " in found.suggestions[1]
 
 
 def hierarchy(family=dist.Normal, name="theta"):

@@ -78,9 +78,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("pilot", "reason"), CASES, ids=[reason[:20] for _, reason in CASES])
-def test_every_fault_is_a_reason(pilot, reason: str, free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(automatic, "couple", lambda head, own: pilot.Pilot(pilot(), "", 0.0))
+@pytest.mark.parametrize(("make", "reason"), CASES, ids=[reason[:20] for _, reason in CASES])
+def test_every_fault_is_a_reason(make, reason: str, free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(automatic, "couple", lambda head, own: pilot.Pilot(make(), "", 0.0))
     kernel = pmcmc.HMC(num_integration_steps=2)
     chain = run(kernel, "auto")
     assert chain.report.reason.startswith(NOTHING)

@@ -404,11 +404,11 @@ class Chain:
 
         - posterior.
         - sample_stats with ``lp``, ``acceptance_rate``, ``diverging``, ``step_size``, ``energy``, ``n_steps`` and
-        ``tree_depth`` as far as the kernel has them, and ``accept_margin`` (log alpha - log u).
+          ``tree_depth`` as far as the kernel has them, and ``accept_margin`` (log alpha - log u).
         - observed_data, and constant_data with the other arrays among its arguments, for a NumPyro model. Dimensions
-        are named after plates.
+          are named after plates.
         - warmup_posterior, in which each lane is a chain (see `get_warmup_samples`), and warmup_sample_stats with
-        ``lp``, if ``save_warmup`` was set.
+          ``lp``, if ``save_warmup`` was set.
 
         The attributes say what the solver did.
 

@@ -404,11 +404,11 @@ class Chain:
 
         - posterior.
         - sample_stats with ``lp``, ``acceptance_rate``, ``diverging``, ``step_size``, ``energy``, ``n_steps`` and
-        ``tree_depth`` as far as the kernel has them, and ``accept_margin`` (log alpha - log u).
-        - observed_data, and constant_data with the other arrays among its arguments, for a NumPyro model. Dimensions
-        are named after plates.
+          ``tree_depth`` as far as the kernel has them, and ``accept_margin`` (log alpha - log u).
+        - observed_data, and constant_data with the other arrays among the model's arguments, for a NumPyro model.
+          Dimensions are named after plates.
         - warmup_posterior, in which each lane is a chain (see `get_warmup_samples`), and warmup_sample_stats with
-        ``lp``, if ``save_warmup`` was set.
+          ``lp``, if ``save_warmup`` was set.
 
         The attributes say what the solver did.
 
@@ -424,8 +424,9 @@ class Chain:
             dims: ArviZ's names of dimensions, in addition to the names of plates.
 
         Raises:
-            ValueError: ``log_likelihood`` is set for a plain log density, or the number of predictive draws differs
-                from that of the posterior.
+            ValueError: ``log_likelihood`` is set for a model without observed sites, the number of predictive draws
+                differs from that of the posterior, or the model does not have some of the sites.
+            TypeError: ``sites`` is not a sequence of names.
 
         Example:
             >>> import jax.numpy as jnp, pmcmc

@@ -90,7 +90,7 @@ class Source:
             )
 
     def has_kernel_of(self, other: "Source") -> bool:
-        """Whether the functions in the two kernels compute the same."""
+        """Return whether the functions in the two kernels compute the same."""
         return self._functions() == other._functions()
 
     def _functions(self) -> tuple:

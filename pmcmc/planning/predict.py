@@ -1,4 +1,11 @@
-"""The longest of many waiting times, from a few: an exponential tail behind those observed."""
+"""Predict what parallel solves will take, from the merge times of a short pilot.
+
+A solve ends with the slowest of many merges, and a pilot observes only a few. `ExponentialTail` extrapolates: it adds
+an exponential tail to the observed times. `predict_sweeps` applies it to multiple shooting, `predict_iterations` and
+`extrapolate_iterations` to Newton-type solvers. Each returns a `Prediction` with an interval.
+
+Source: Pickands (1975) for the tail.
+"""
 
 import math
 from dataclasses import dataclass
@@ -12,25 +19,36 @@ from pmcmc._typing import ArrayLeaf, Scalar
 from pmcmc.recurrence import Dense, Identity, JacobianStructure, Zero
 from pmcmc.stability.coalescence import Coalescence
 
-_NUM_NODES = 64  # of the average over the uncertain tail
-_MIN_EXCESSES = 8  # with fewer the mean excess is known to less than a third
+# Number of nodes of the average over the uncertain tail.
+_NUM_NODES = 64
+# Least number of times above the threshold. With fewer the mean excess is uncertain by more than a third.
+_MIN_EXCESSES = 8
 
 
 @dataclass(frozen=True)
 class ExponentialTail:
-    """Waiting times as observed up to a threshold u, and ``P(t > u + s) = p exp(-s / theta)`` behind it.
+    """Distribution of waiting times: as observed up to a threshold u, exponential above it.
 
-    body: sorted times up to u. threshold: u, such that the upper quarter of the times lies behind it, but at least
-        8 of them, and as many more as never ended, or half. share: p, of the times behind u.
-    mean_excess: theta, inf where no time behind u was seen to end. num_events: how many were.
+    Above the threshold
 
-    Behind the median of a normal law, say, an exponential tail fitted to the excesses is too long: the largest of 1,000
-    comes out at 5.4 deviations instead of 3.2, and at 3.7 behind the upper quartile. Hence the high threshold, for
-    which 32 times are the fewest that will do; 16 overestimate.
+        P(t > u + s) = p exp(-s / theta).
 
-    theta is the maximum-likelihood estimate with censored times: the time spent behind u over the times that ended
-    there. Excesses over a high threshold are exponential where the tail is neither heavier nor bounded (Pickands 1975,
-    shape 0); coupled paths that meet by a bounded probability in every stretch of time have such a tail.
+    theta is the maximum-likelihood estimate for censored times: the total time spent above u, divided by the number of
+    times that ended there. Excesses over a high threshold are exponential if the tail is neither heavier nor bounded
+    (Pickands 1975, shape 0). Coupled paths that merge with at least a certain probability in every stretch of time have
+    such a tail.
+
+    The threshold must be high. For a normal law, for example, an exponential tail fitted above the median is too long:
+    the largest of 1,000 times comes out at 5.4 standard deviations instead of 3.2, and at 3.7 if it is fitted above the
+    upper quartile. With this threshold at least 32 times are needed; 16 overestimate.
+
+    Attributes:
+        body: Sorted times up to u.
+        threshold: u. The upper quarter of the times lies above it, but at least 8 of them, plus as many as never ended,
+            and at most half of all.
+        share: p, the share of the times above u.
+        mean_excess: theta; inf if no time above u was seen to end.
+        num_events: Number of times above u that were seen to end.
     """
 
     body: tuple[float, ...]
@@ -41,7 +59,11 @@ class ExponentialTail:
 
     @classmethod
     def fit(cls, times: ArrayLeaf, limit: Scalar) -> "ExponentialTail":
-        """From observed times; those above ``limit`` had not ended at ``limit``."""
+        """Fit the distribution to observed times; those above ``limit`` had not ended at ``limit``.
+
+        Raises:
+            ValueError: There are fewer than two times.
+        """
         times = np.sort(np.asarray(times, float))
         if times.size < 2:
             raise ValueError(f"expected at least 2 waiting times to fit a tail to, got {times.size}.")
@@ -50,44 +72,49 @@ class ExponentialTail:
         low = times.size - min(int(np.sum(~ended)) + max(times.size // 4, _MIN_EXCESSES), times.size // 2)
         threshold = times[low - 1]
         excess, events = float(np.sum(times[low:] - threshold)), int(ended[low:].sum())
-        # times are whole steps: ties at the threshold still leave half a step of doubt each
+        # Times are whole steps: even if all of them equal the threshold, each is uncertain by half a step.
         mean_excess = max(excess, 0.5 * events) / events if events else np.inf
         return cls(tuple(map(float, times[:low])), float(threshold), 1 - low / times.size, float(mean_excess), events)
 
     @cached_property
     def _mean_excesses(self) -> np.ndarray:
-        """Equally likely values of theta: 1 / theta ~ Gamma(num_events), in the cube-root approximation of its
-        quantiles (Wilson & Hilferty 1931)."""
+        """Equally likely values of theta.
+
+        They follow from ``1 / theta ~ Gamma(num_events)``, with quantiles in the cube-root approximation of Wilson &
+        Hilferty (1931).
+        """
         k = max(self.num_events, 1)
         z = np.array([NormalDist().inv_cdf((i + 0.5) / _NUM_NODES) for i in range(_NUM_NODES)])
         relative = np.maximum(1 - 1 / (9 * k) + z / (3 * np.sqrt(k)), 0.05) ** 3
         return self.mean_excess / relative
 
     def expected_maximum(self, count: Scalar) -> float:
-        """Mean of the largest of ``count`` independent times: the integral of ``1 - F(t)^count``."""
+        """Return the mean of the largest of ``count`` independent times: the integral of ``1 - F(t)^count``."""
         if not np.isfinite(self.mean_excess):
             return float("inf")
         body = np.array([0.0, *self.body])
-        below = np.arange(body.size - 1) / (len(self.body) / (1 - self.share))  # F between the observed times
+        # Up to the threshold, F is constant between the observed times.
+        below = np.arange(body.size - 1) / (len(self.body) / (1 - self.share))
         head = float(np.sum(np.diff(body) * (1 - below**count)))
+        # Above the threshold, integrate over s in units of theta. log1p keeps p e^-s when it is far below 1.
         s = np.linspace(0, np.log(max(count, 1.0)) + 30, 4000)
-        # in units of theta; log1p keeps p e^-s when it is far below 1
         alive = -np.expm1(count * np.log1p(-self.share * np.exp(-s)))
         return head + self.mean_excess * float(np.sum((alive[1:] + alive[:-1]) / 2) * (s[1] - s[0]))
 
     def exceeds(self, time: Scalar, count: Scalar) -> float:
-        """``P(largest of count times > time)`` for times behind the threshold, theta being uncertain too."""
+        """Return ``P(largest of count times > time)`` above the threshold, averaged over the uncertain theta."""
         tail = self.share * np.exp(-(time - self.threshold) / self._mean_excesses)
         return float(np.mean(-np.expm1(count * np.log1p(-tail))))
 
     def quantile(self, probability: Scalar, count: Scalar) -> float:
-        """The largest of ``count`` times does not exceed it with this probability, theta being uncertain too."""
+        """Return the quantile of the largest of ``count`` times, with theta uncertain."""
         if not np.isfinite(self.mean_excess):
             return float("inf")
-        one = -np.expm1(np.log(probability) / count)  # how often a single time may exceed it
+        one = -np.expm1(np.log(probability) / count)  # probability with which a single time may exceed it
         if one >= self.share:
             rank = int(np.ceil((1 - one) * len(self.body) / (1 - self.share))) - 1
             return self.body[min(max(rank, 0), len(self.body) - 1)]
+        # Above the threshold, bisect.
         low, high = self.threshold, self.threshold + float(self._mean_excesses.max() * (np.log(count) + 40))
         for _ in range(60):
             middle = (low + high) / 2
@@ -95,14 +122,19 @@ class ExponentialTail:
         return (low + high) / 2
 
 
-# Distance, in units of the scale, below which two paths are taken to differ by their tangent.
+# Distance, in units of the scale, below which two paths are assumed to differ by their tangent.
 LINEAR_REGIME = 0.1
 
 
 class Prediction(NamedTuple):
-    """A number to expect, between two that it should lie in.
+    """An expected number and an interval that should contain it.
 
-    None is more than what a sequential solve needs.
+    No value is above what a sequential solve needs.
+
+    Attributes:
+        value: Expected value.
+        lower: Lower end of the interval.
+        upper: Upper end of the interval.
     """
 
     value: float
@@ -113,7 +145,9 @@ class Prediction(NamedTuple):
 class SweepPrediction(NamedTuple):
     """What multiple shooting is expected to take.
 
-    num_sweeps: repair sweeps. num_sequential_steps: critical path, in steps one after the other.
+    Attributes:
+        num_sweeps: Number of repair sweeps.
+        num_sequential_steps: Critical path: number of steps taken one after the other.
     """
 
     num_sweeps: Prediction
@@ -123,24 +157,28 @@ class SweepPrediction(NamedTuple):
 def predict_sweeps(
     pilot: Coalescence, *, length: int, num_blocks: int, num_chains: int = 1, level: Scalar = 0.9
 ) -> SweepPrediction:
-    """Sweeps and critical path of `MultipleShooting` from the merge times of a pilot.
+    """Predict sweeps and critical path of `MultipleShooting` from the merge times of a pilot.
 
-    Repairs start at the P - 1 inner ends of blocks of S = ceil(T / P) steps and run on, sweep after sweep, until they
+    Repairs start at the P - 1 inner ends of blocks of S = ceil(T / P) steps and continue, sweep after sweep, until they
     merge. With M the longest of the C (P - 1) merge times
 
         critical path = min(T, S + M),        sweeps = min(P - 1, ceil(M / S))
 
-    and the mean of M is that of the largest of C (P - 1) independent draws from the pilot's merge times, extended by an
-    exponential tail. The interval also holds the uncertainty of that tail. Exact but for the tail and one assumption:
-    that a repair meets the recording of a later sweep after as many steps as that of the first.
+    The mean of M is that of the largest of C (P - 1) independent draws from the pilot's merge times, extended by an
+    exponential tail. The interval includes the uncertainty of that tail. Apart from the tail, the result is exact under
+    one assumption: a repair merges with the recording of a later sweep after as many steps as with that of the first.
 
-    pilot: from `coalescence_time`, outside jit, of 32 pairs or more (16 overestimate, see `ExponentialTail`), its
-        starts like the guesses of the solve (wider starts: an upper estimate), its tolerance that of the solve.
-    length: T. num_blocks: P. num_chains: C, solved side by side.
-    level: probability of the intervals.
+    Args:
+        pilot: Result of `coalescence_time`, outside jit, with 32 pairs or more (16 overestimate, see
+            `ExponentialTail`). Its starts should be like the guesses of the solve (wider starts give an upper
+            estimate), and its tolerance that of the solve.
+        length: T, the number of steps.
+        num_blocks: P, the number of blocks.
+        num_chains: C, the number of chains solved side by side.
+        level: Probability of the intervals.
 
     Raises:
-        ValueError: fewer than two pairs; length, num_blocks or num_chains below 1.
+        ValueError: There are fewer than two pairs, or length, num_blocks or num_chains is below 1.
 
     Example:
         >>> import jax, jax.numpy as jnp, pmcmc
@@ -169,30 +207,36 @@ def predict_sweeps(
 def predict_iterations(
     jacobian: JacobianStructure, pilot: Coalescence, *, length: int, level: Scalar = 0.9
 ) -> Prediction:
-    """Iterations of a Newton-type solver on T steps, by the structure of its Jacobian, from a pilot alone.
+    """Predict the iterations of a Newton-type solver on T steps, from the structure of its Jacobian and a pilot.
 
     `Zero` (Jacobi): after k iterations the state at t is that of a path started from the guess at t - k, so the solve
-    ends with the slowest merge of any start: the largest of about T / theta independent merge times, theta the mean
-    excess of their tail (starts closer than that merge together). Exact but for the tail.
+    ends with the slowest merge of any start. This is the largest of about T / theta independent merge times, where
+    theta is the mean excess of their tail (starts closer than that merge together). Exact apart from the tail.
 
-    `Dense` (Newton, DEER): an iteration solves the linear contraction of all steps at once, and by causality at least
-    one more step where paths are further apart than that. A heuristic: the longest nonlinear phase (see
-    `nonlinear_steps`) of T / median(merge time) windows, but at least log2(log tol / log 0.1) + 2, the quadratic phase
-    and two iterations into it. It grows like log T where the growth rate is negative, as Gonzalez et al. (2025) prove,
-    and is T where the rate is not, as they show. Within a factor 3 of the truth on MALA and recurrent networks, 0.4 to
-    2.2 over a dozen seeds each. Interval: 1 (an affine recurrence) to Jacobi.
+    `Dense` (Newton, DEER): one iteration solves all steps at once where the paths contract linearly, and by causality
+    at least one more step where paths are further apart than that. The prediction is a heuristic: the longest nonlinear
+    phase (see `nonlinear_steps`) of T / median(merge time) windows, but at least log2(log tol / log 0.1) + 2, the
+    quadratic phase and two iterations to reach it. It grows like log T if the growth rate is negative, as Gonzalez et
+    al. (2025) prove, and is T otherwise, as they show. It was within a factor 3 of the truth on MALA and recurrent
+    networks, 0.4 to 2.2 over a dozen seeds each. The interval ranges from 1 (an affine recurrence) to the upper end of
+    that for Jacobi.
 
     `Identity` (Picard): T. A cumulative sum never forgets; 0.5 T to T was seen on contracting chains.
 
-    Others (quasi-Newton): between Dense and Zero, depending on how much of the Jacobian the structure keeps. The value
-    is their geometric mean, the interval is all that is known: measure on windows with `extrapolate_iterations`.
+    Other structures (quasi-Newton): between Dense and Zero, depending on how much of the Jacobian the structure keeps.
+    The value is their geometric mean, and the interval is everything that is known; measure on windows with
+    `extrapolate_iterations` instead.
 
-    pilot, level: as in `predict_sweeps`. length: T.
+    Args:
+        jacobian: Structure of the solver's Jacobian.
+        pilot: See `predict_sweeps`.
+        length: T, the number of steps.
+        level: Probability of the interval.
 
     Raises:
-        ValueError: fewer than two pairs, or length below 1.
+        ValueError: There are fewer than two pairs, or length is below 1.
 
-    Source: Gonzalez et al. 2025, "Predictability enables parallelization of nonlinear state space models".
+    Source: Gonzalez et al. (2025), "Predictability enables parallelization of nonlinear state space models".
 
     Example:
         >>> import jax, jax.numpy as jnp, pmcmc
@@ -226,17 +270,23 @@ def predict_iterations(
 def extrapolate_iterations(
     num_iters: ArrayLeaf, *, window: int, length: int, limit: int | None = None, level: Scalar = 0.9
 ) -> Prediction:
-    """Iterations of a solver on T steps from those it took on windows of one path: for any contracting structure.
+    """Predict the iterations of a solver on T steps from those it took on windows of one path.
 
-    Where paths merge within a window, what happens in one does not reach the next but one; a solve of T steps then ends
-    with the slowest of its T / window windows. Windows shorter than a merge time underestimate. Not for Picard, whose
-    iterations grow with the window.
+    This works for any structure of the Jacobian if the recurrence contracts. If paths merge within a window, what
+    happens in one window does not affect the window after the next. A solve of T steps then ends with the slowest of
+    its T / window windows. Windows shorter than a merge time underestimate. Not for Picard, whose iterations grow with
+    the window.
 
-    num_iters: (num_windows,) iterations on each. window: its steps. length: T. limit: budget of iterations; a count
-        that reached it had not ended. None: the window itself, with which every solver ends.
+    Args:
+        num_iters: Number of iterations on each window; shape (num_windows,).
+        window: Number of steps of a window.
+        length: T, the number of steps.
+        limit: Budget of iterations; a count that reached it had not ended. None: the window itself, after which every
+            solver ends.
+        level: Probability of the interval.
 
     Raises:
-        ValueError: fewer than two windows; a window below 1 step or longer than T.
+        ValueError: There are fewer than two windows, or a window is below 1 step or longer than T.
 
     Example:
         >>> import jax.numpy as jnp
@@ -250,12 +300,22 @@ def extrapolate_iterations(
 
 
 def nonlinear_steps(pilot: Coalescence, *, linear_regime: Scalar = LINEAR_REGIME) -> np.ndarray:
-    """(pairs,) steps until each pair stayed within ``linear_regime``, less those that contraction accounts for.
+    """Return how long pairs stayed apart beyond what contraction explains.
+
+    For each pair this is the number of steps until it stayed within ``linear_regime`` = delta, minus the number that
+    contraction at the measured rate accounts for:
 
         steps(d < delta for good) - log(d[0] / delta) / |growth_rate|,   at least 0
 
-    Near zero where paths approach each other from afar as they do from near; long where decisions or modes keep them
-    apart. inf for pairs that never came so close.
+    It is near zero if distant paths approach each other as fast as near ones, and long if decisions or modes keep them
+    apart.
+
+    Args:
+        pilot: Result of `coalescence_time`, outside jit.
+        linear_regime: Distance, in units of the scale, below which two paths are assumed to differ by their tangent.
+
+    Returns:
+        Numbers of steps, shape (pairs,); inf for pairs that never came so close.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -276,18 +336,25 @@ def nonlinear_steps(pilot: Coalescence, *, linear_regime: Scalar = LINEAR_REGIME
 
 
 def _merge_tail(pilot: Coalescence) -> ExponentialTail:
+    """Fit a tail to the merge times of a pilot."""
     return ExponentialTail.fit(np.asarray(pilot.steps), pilot.max_steps)
 
 
 def longest_of(tail: ExponentialTail, count: Scalar, level: Scalar) -> tuple[float, float, float]:
-    """Mean and quantiles of the longest of ``count`` times."""
+    """Return the mean and the two quantiles of the longest of ``count`` times.
+
+    Args:
+        tail: Distribution of a time.
+        count: Number of independent times.
+        level: Probability between the quantiles.
+    """
     mean = tail.expected_maximum(count)
     low, high = (tail.quantile(q, count) for q in ((1 - level) / 2, (1 + level) / 2))
     return mean, min(low, mean), max(high, mean)
 
 
 def _exceeds(tail: ExponentialTail, steps: Scalar, count: Scalar) -> float:
-    """``P(longest of count times > steps)``; below the threshold from the observed times."""
+    """Return ``P(longest of count times > steps)``; below the threshold it is computed from the observed times."""
     if steps >= tail.threshold:
         return tail.exceeds(steps, count)
     at_most = sum(t <= steps for t in tail.body) / (len(tail.body) / (1 - tail.share))

@@ -1,12 +1,15 @@
-"""The pilot: the chains' own first steps, and partners that follow them from elsewhere under the same noise.
+"""The pilot of ``solver="auto"``: do chains that start elsewhere merge with these, under the same noise?
 
-The first steps are sampled sequentially and stand. They are timed, and other states of the warm-up's ensemble take the
-same steps with the same noise by the same program, so a pilot compiles nothing and wastes only the partners' steps.
-Each partner of a chain follows it over a window of its own, so all pairs see different noise.
+The pilot consists of the first steps of the chains and of partners. The chains' first steps are sampled sequentially
+(`Head`), kept as draws, and timed. Partners start from other states of the warm-up ensemble and take the same steps,
+with the same noise and the same program (`Couple`). So a pilot compiles nothing, and only the partners' steps are
+wasted. Each partner of a chain follows it over a separate window, so all pairs see different noise. `couple` runs the
+pilot.
 
-The chains are at least `LAG` steps ahead of their partners: both start as warm-up left them, but the chains have moved
-on before they share their noise. So the distances of the pairs also bound the bias left after warm-up (see
-`pmcmc.stability.wasserstein_bound`; a longer lag has fewer terms, so the bound for the shortest holds).
+The chains are at least `LAG` steps ahead of their partners. Both start where warm-up left them, but the chains have
+moved on before they share their noise. The distances of the pairs therefore also bound the bias left after warm-up
+(`bias_after_warmup`). The lag is longer for later windows, and the bound of `pmcmc.stability.wasserstein_bound` has
+fewer terms for a longer lag, so the bound for the shortest lag holds for all.
 """
 
 import math
@@ -25,26 +28,31 @@ from pmcmc.sampling.segments import Run
 from pmcmc.stability import Coalescence, wasserstein_bound
 from pmcmc.stability.evidence import coalescence_of_paths, gaps_by_dimension
 
-# Sequential sampling is timed over so many stretches of one length, which take about this long or longer in all.
+# Sequential sampling is timed over this many stretches of equal length, which take at least about this long in total.
 NUM_TIMED, TIMING_SECONDS = 5, 0.1
-# Pairs to couple: the first few say how long a merge takes, the others follow as far as time permits.
+# Number of pairs to couple: the first ones show how long a merge takes, the others follow as far as time permits.
 FIRST_PAIRS, NUM_PAIRS = 4, 32
-# The share of the run that partners' steps may take.
+# Share of the run that the steps of partners may take.
 SHARE = 0.03
-# Steps that the chains are ahead of their partners.
+# Number of steps that the chains are ahead of their partners.
 LAG = 32
-# A pair is followed in stretches that double from the fewest steps that one program takes, and no further than this.
+# A pair is followed in stretches that double in length, starting from the fewest steps that one program takes, up to
+# this many steps.
 FIRST_STRETCH, MAX_STEPS = Sequential.unit, 8192
-# Steps of the chains that pairs may be compared with.
+# Number of steps of the chains that are kept, because pairs may be compared with them.
 MAX_KEPT = LAG + NUM_PAIRS * MAX_STEPS
 
 
 class Head:
-    """The chains' first steps, sampled in order. Their path is kept as far as a pilot may want to see it.
+    """The chains' first steps, sampled sequentially. Their path is kept as far as a pilot may need it.
 
-    seconds_per_step: of all chains, the lower median over `NUM_TIMED` stretches of the first length that is long enough
-        to be timed. So up to two of them may be held up by something else.
-    seconds: all that was sampled took, with what the host does about it.
+    Args:
+        run: The run, whose first steps are taken.
+
+    Attributes:
+        seconds_per_step: Time of a step of all chains: the lower median over `NUM_TIMED` stretches of the first length
+            that is long enough to be timed. So up to two of them may be delayed by something else.
+        seconds: Time that all sampling took, including the work on the host.
     """
 
     def __init__(self, run: Run):
@@ -54,18 +62,19 @@ class Head:
         self.seconds_per_step = self._time()
 
     def _time(self) -> float:
-        """Take the steps that are timed; returns the seconds that one takes."""
+        """Take the steps that are timed; returns the seconds per step."""
         length, every, timed = FIRST_STRETCH, list[float](), list[float]()
         while self.run.left and len(timed) < NUM_TIMED:
             before, seconds = self.run.done, self.extend(length)
             timed.append(seconds / (self.run.done - before))
             every.append(timed[-1])
-            if seconds < TIMING_SECONDS / NUM_TIMED:  # too short, however long others of this length were held up
+            # One fast stretch shows that the length is too short: others may have been delayed, none can be too fast.
+            if seconds < TIMING_SECONDS / NUM_TIMED:
                 length, timed = 8 * length, []
         return median_low(timed) if len(timed) == NUM_TIMED else min(every)
 
     def extend(self, num_steps: int) -> float:
-        """As many more steps; returns the seconds they took."""
+        """Take ``num_steps`` more steps; returns the seconds they took."""
         begin, seconds, end = time.perf_counter(), 0.0, min(self.run.done + num_steps, self.run.num_steps)
         while self.run.done < end:
             first = self.run.done
@@ -79,7 +88,7 @@ class Head:
         return seconds
 
     def path(self, first: int, num_steps: int) -> PyTree:
-        """Unknowns (C, num_steps, ...) of the steps from number ``first`` on; samples them if need be."""
+        """Return the unknowns (C, num_steps, ...) of the steps from number ``first`` on; missing steps are sampled."""
         missing = first + num_steps - self.run.done
         if missing > 0:
             self.extend(missing)
@@ -94,10 +103,19 @@ class Head:
 
 
 class Couple:
-    """Partners of all chains over one window of steps, from number ``first`` on, until all have ``merged``.
+    """One partner of each chain over one window of steps, followed until all have merged.
 
-    path: (C, steps, ...). What follows a merge is the chain's own path, and is not run.
-    run_seconds: of the programs that followed. num_calls: of these; call: the shortest, of any steps.
+    Args:
+        head: The chains' first steps.
+        first: Number of the first step of the window.
+        start: Unknowns of the partners before the window, leading axis C.
+
+    Attributes:
+        path: Unknowns of the partners; shape (C, steps, ...). Once all have merged, what follows equals the path of the
+            chains and is not computed.
+        run_seconds: Time in programs.
+        num_calls: Number of calls of programs.
+        call: Time of the shortest call, whatever its number of steps.
     """
 
     def __init__(self, head: Head, first: int, start: PyTree):
@@ -108,33 +126,47 @@ class Couple:
 
     @property
     def num_steps(self) -> int:
+        """Number of steps that the partners have taken."""
         return jax.tree.leaves(self.path)[0].shape[1]
 
     @property
     def merged(self) -> bool:
+        """Whether every partner has merged with its chain."""
         return bool(self._close.all())
 
     def follow(self, num_steps: int, scale: PyTree, tol: float) -> None:
-        """Take the partners to ``num_steps`` steps in all, and see which have met their chains."""
+        """Take the partners to ``num_steps`` steps in total, and record which have merged with their chains.
+
+        Args:
+            num_steps: Total number of steps.
+            scale: Scale of the unknowns.
+            tol: Largest distance that counts as merged.
+        """
         engine, shape = self.head.run.engine, self.head.shape
         while self.num_steps < num_steps:
             begin, sampling, done = time.perf_counter(), self.head.seconds, self.num_steps
+            # Take the next steps of the partners, with the noise of the chains.
             x = jax.tree.map(lambda v: v[:, -1], self.path) if done else self.start
             steps = min(num_steps - done, shape.capacity)
             numbers = np.full(engine.num_chains, self.first + done)
             segment, clock = engine.solve(Sequential(), shape, x, numbers, steps)
             new = jax.tree.map(lambda v, n=steps: v[:, :n], segment.chains(segment.solution.value))
             self.path = jax.tree.map(lambda old, v: np.concatenate([old, v], axis=1), self.path, new)
+            # Compare them with the chains, whose own steps are sampled now if they are missing.
             chains = self.head.path(self.first + done, steps)
             flat = lambda tree: jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), tree)
             distances = gaps_by_dimension(flat(chains), flat(new), scale).max(axis=1)
             self._close |= (distances.reshape(-1, steps) <= tol).any(axis=1)
+            # The time that sampling the chains took does not count.
             seconds = time.perf_counter() - begin - (self.head.seconds - sampling)
             self.num_calls, self.call = self.num_calls + 1, min(self.call, seconds)
             self.run_seconds += clock.run_seconds
 
     def pairs(self, num_steps: int) -> tuple[PyTree, PyTree]:
-        """Chains and partners, (C, num_steps + 1, ...): where they stand before the window, then its steps."""
+        """Return the paths of chains and partners, each of shape (C, num_steps + 1, ...).
+
+        The first entry is the state before the window.
+        """
         before = jax.tree.map(lambda x: np.asarray(x)[:, None], self.start)
         chains = self.head.path(self.first - 1, num_steps + 1)
         follow = lambda a, b, c: np.concatenate([a, b[:, :num_steps], c[:, 1 + b.shape[1] :]], axis=1)
@@ -142,10 +174,13 @@ class Couple:
 
 
 class Pilot(NamedTuple):
-    """coalescence: None where no partner could be followed, which ``excuse`` explains.
+    """Result of `couple`.
 
-    seconds: that following and comparing the partners took; the chains' own steps are draws, and not counted.
-    run_seconds: of these the partners' programs.
+    Attributes:
+        coalescence: How the pairs approached each other; None if no partner could be followed.
+        excuse: Why there is no coalescence; "" if there is one.
+        seconds: Time to follow and compare the partners. The chains' own steps are draws and do not count.
+        run_seconds: Part of it spent in the partners' programs.
     """
 
     coalescence: Coalescence | None
@@ -155,20 +190,24 @@ class Pilot(NamedTuple):
 
 
 def couple(head: Head, own: np.ndarray) -> Pilot:
-    """Pairs of the chains with partners from other states of the ensemble, as many as the pilot's share pays for.
+    """Couple the chains with as many partners as fit into the pilot's share of the run.
 
-    own: (C,) the places of the chains' starts in the engine's bank of guesses.
+    Args:
+        head: The chains' first steps.
+        own: Numbers of the chains' starts in the engine's bank of guesses; shape (C,).
     """
+    # Check that there are partners, and time for the first pairs.
     begin, sampling = time.perf_counter(), head.seconds
     run, chains = head.run, head.run.engine.num_chains
     starts = _partner_starts(run, own)
     budget = int(SHARE * run.num_steps)
     few = min(len(starts), math.ceil(FIRST_PAIRS / chains))
     if few * chains < 2:
-        return Pilot(None, "There are not enough states of an ensemble to couple the chain with.")
+        return Pilot(None, "The ensemble has too few states to couple the chain with.")
     longest = min(budget // few, MAX_STEPS, run.num_steps // (len(starts) + 1) - LAG)
     if longest < FIRST_STRETCH // 2:
-        return Pilot(None, f"A run of {run.num_steps:,} steps has no time to couple chains first.")
+        return Pilot(None, f"A run of {run.num_steps:,} steps is too short to couple chains first.")
+    # Set up the first pairs. Window k starts LAG + k * steps steps after the start of the chains.
     window = lambda k, steps: LAG + k * steps
     couples = [Couple(head, window(k, longest), start) for k, start in enumerate(starts[:few])]
     scale = run.engine.scale
@@ -183,19 +222,22 @@ def couple(head: Head, own: np.ndarray) -> Pilot:
         return num_steps
 
     num_open = lambda: sum(not one.merged for one in couples)
-    # a call takes a while whatever its steps: of cheap ones, that of tens of thousands; and what one should take is
-    # counted, not what it took: a stall is not work
+    # Costs. Every call has a fixed cost, which for cheap steps equals that of tens of thousands of them. The expected
+    # time is counted, not the measured one, because a stall is not work.
     call = lambda: min(one.call for one in couples)
     price = lambda steps: call() + steps * head.seconds_per_step
     taken = lambda: sum(one.num_calls * call() + one.num_steps * head.seconds_per_step for one in couples)
     left = lambda: budget * head.seconds_per_step - taken()
+    # Follow the first pairs until they merge.
     steps = follow(min(FIRST_STRETCH, longest))
     while steps < longest and num_open():
         steps = follow(min(2 * steps, longest))
-    if not num_open():  # now that a merge has a length, more pairs of twice that, and the slowest to their end
+    # The merge time is now known: add pairs with windows of twice that length, and follow the slowest to their end.
+    if not num_open():
         steps = min(2 * steps, longest)
         while True:
-            single = sum(one.num_calls for one in couples) == 1  # which may have been held up: a second one tells
+            # If there was only one call, it may have been delayed: add one more pair to see, before adding others.
+            single = sum(one.num_calls for one in couples) == 1
             there, paid = len(couples) - few, max(0, int(0.75 * left() / price(steps)))
             more, first = starts[len(couples) :][: 1 if single else paid], window(few, longest) + there * steps
             couples += [Couple(head, first + k * steps, start) for k, start in enumerate(more)]
@@ -204,6 +246,7 @@ def couple(head: Head, own: np.ndarray) -> Pilot:
                 break
         while steps < longest and 0 < num_open() * price(steps) <= left():
             steps = follow(min(2 * steps, longest))
+    # Compute the distances of all pairs.
     both = zip(*(one.pairs(steps) for one in couples), strict=True)
     paths = [jax.tree.map(lambda *xs: np.concatenate(xs), *side) for side in both]
     found = coalescence_of_paths(*paths, scale=scale, tol=tol)
@@ -212,20 +255,24 @@ def couple(head: Head, own: np.ndarray) -> Pilot:
 
 
 def _partner_starts(run: Run, own: np.ndarray) -> list[PyTree]:
-    """Other states of the ensemble for all chains, as many sets as there should be partners."""
+    """Return other states of the ensemble: one set, with a state for each chain, per partner."""
     guesses = jax.tree.map(np.asarray, run.engine.guesses)
     bank = jax.tree.leaves(guesses)[0].shape[0]
     wanted = min(math.ceil(NUM_PAIRS / run.engine.num_chains), bank - 1)
-    # halfway round the bank first: lanes of its two halves descend from different starts
+    # Begin halfway through the bank, because lanes of its two halves descend from different starts.
     lanes = [(own + bank // 2 + k * max(1, bank // (2 * max(wanted, 1)))) % bank for k in range(wanted)]
     return [jax.tree.map(lambda g, i=i: g[i], guesses) for i in lanes if not np.any(i == own)]
 
 
 def bias_after_warmup(pilot: Coalescence) -> np.ndarray:
-    """(n,) bounds on the 1-Wasserstein distance between the law of a state t steps behind warm-up and the posterior.
+    """Bound the 1-Wasserstein distance between the law of the state t steps after warm-up and the posterior.
 
-    In posterior standard deviations of the coordinate that differs most, as the distances of the pilot are. inf where
-    pairs do not approach each other.
+    Args:
+        pilot: Distances of the pairs.
+
+    Returns:
+        Bounds by t, shape (n,), in posterior standard deviations of the coordinate that differs most, like the
+        distances of the pilot. They are inf if pairs do not approach each other.
     """
     steps = np.arange(pilot.distances.shape[0])[:, None]
     distances = np.where(steps < np.asarray(pilot.steps), pilot.distances, 0.0)  # merged pairs stay together
@@ -233,7 +280,7 @@ def bias_after_warmup(pilot: Coalescence) -> np.ndarray:
 
 
 def _spread(path: PyTree) -> PyTree:
-    """Scale where warm-up knows none: standard deviation over the first steps, 1 where nothing moved."""
+    """Estimate the scale if warm-up found none: standard deviations over the first steps, 1 where nothing moved."""
 
     def leaf(x):
         spread = np.std(np.asarray(x, float), axis=(0, 1))

@@ -147,7 +147,7 @@ def all_finite(tree: PyTree) -> Array:
     return jnp.all(finite_rows(tree, 0))
 
 
-def relative_gap(x: Array, y: Array, scale: Array) -> Array:
+def relative_gap(x: ArrayLeaf, y: ArrayLeaf, scale: ArrayLeaf) -> Array:
     """Return ``|x - y| / scale`` by entry; equal entries are at distance 0 whatever the scale."""
     gap = jnp.abs(x - y)
     return jnp.where(gap == 0, 0.0, gap / jnp.broadcast_to(scale, x.shape))

@@ -400,15 +400,12 @@ class Chain:
     ) -> Any:
         """Return the chain as ArviZ's container: InferenceData for ArviZ 0.x, DataTree for 1.x.
 
-        The groups are:
-
-        - posterior.
-        - sample_stats with ``lp``, ``acceptance_rate``, ``diverging``, ``step_size``, ``energy``, ``n_steps`` and
-          ``tree_depth`` as far as the kernel has them, and ``accept_margin`` (log alpha - log u).
-        - observed_data, and constant_data with the other arrays among the model's arguments, for a NumPyro model.
-          Dimensions are named after plates.
-        - warmup_posterior, in which each lane is a chain (see `get_warmup_samples`), and warmup_sample_stats with
-          ``lp``, if ``save_warmup`` was set.
+        Its groups are posterior, sample_stats, observed_data and constant_data. sample_stats has ``lp``,
+        ``acceptance_rate``, ``diverging``, ``accept_margin`` (log alpha - log u) and, as far as the kernel has them,
+        ``step_size``, ``energy``, ``n_steps`` and ``tree_depth``. For a NumPyro model, observed_data and constant_data
+        hold its data and its other array arguments, and dimensions are named after plates. If ``save_warmup`` was set,
+        there are warmup_posterior, in which each lane is a chain (see `get_warmup_samples`), and
+        warmup_sample_stats with ``lp``.
 
         The attributes say what the solver did.
 

@@ -393,7 +393,7 @@ def _support(name: str, fn: Any) -> tuple[int, ...]:
 
 
 def print_summary(samples: dict, prob: float) -> None:
-    """Print NumPyro's table of means, quantiles, n_eff and r_hat for samples with axes (chain, draw, ...)."""
+    """Print NumPyro's table of means, medians, intervals, n_eff and r_hat for samples with axes (chain, draw, ...)."""
     from numpyro import diagnostics
 
     diagnostics.print_summary(samples, prob=prob, group_by_chain=True)

@@ -180,7 +180,7 @@ class Chain:
 
         return stream(self, path, num_samples, sites, max_memory, progress_bar)
 
-    def verify(self, *, tolerance: float | None = None) -> Verification:
+    def verify(self, *, tol: float | None = None) -> Verification:
         """Check that every draw follows from the draw before it and the noise of the key.
 
         Each draw is computed again from these two. The solver is not involved, so the check detects a file that was
@@ -199,7 +199,7 @@ class Chain:
         draw, the draw is undecided, and the chain is not verified.
 
         Args:
-            tolerance: Largest ``|stored - computed|`` in posterior standard deviations: one unit of the basis found by
+            tol: Largest ``|stored - computed|`` in posterior standard deviations: one unit of the basis found by
                 warm-up, or an estimate from the interquartile range of the draws if there is no basis. None: 4096 eps,
                 whatever the number of steps between two draws; more, up to 0.01, only for draws whose other roundings
                 end further apart than that. If the solver was given a looser ``tol``, pass the same
@@ -228,7 +228,7 @@ class Chain:
         in_basis = state.target.basis is not None and len(jax.tree.leaves(self.unknowns)) == 1
         thinning = (self.thinning, state.num_unkept)
         record = Record(self.unknowns, self.info, first, self.last_state, *thinning, steps_before, in_basis)
-        return verify(self.target, self.kernel, state.rng_key, record, self.report.num_blocks, tolerance)
+        return verify(self.target, self.kernel, state.rng_key, record, self.report.num_blocks, tol)
 
     def save(self, path: str | Path) -> None:
         """Write the chain to one file, which `pmcmc.load` reads here or on another machine.

@@ -129,7 +129,7 @@ class Look:
             Whether a draw agrees now within the plain tolerance, and whether it is undecided because the roundings end
             apart; shapes (n,).
         """
-        tolerance, gap = self.checker.tolerance, self.checker.gap
+        tol, gap = self.checker.tol, self.checker.gap
         left = np.flatnonzero(among & ~self.held.agrees)
         far = np.sum(self.held.difference[left] > MOST)
         parted = np.zeros(len(self.places), bool)
@@ -143,11 +143,11 @@ class Look:
             spread = np.maximum(spread, gap(reference.new, found.new))
             best = np.where((found.gaps.max(axis=1) < best.max(axis=1))[:, None], found.gaps, best)
         # Where the results are far apart, a draw may be near one of them by chance: it must then equal one.
-        apart = GROWTH * spread > max(MOST, tolerance)
-        agrees = best.max(axis=1) <= np.where(apart, tolerance, np.maximum(tolerance, GROWTH * spread))
+        apart = GROWTH * spread > max(MOST, tol)
+        agrees = best.max(axis=1) <= np.where(apart, tol, np.maximum(tol, GROWTH * spread))
         parted[left] = apart & ~agrees
         now = self._accept(left[agrees], best[agrees])
-        return now & (self.held.difference <= tolerance), parted
+        return now & (self.held.difference <= tol), parted
 
 
 class Checker:
@@ -158,11 +158,11 @@ class Checker:
         kernel: The kernel.
         keys: Keys of the chains; shape (C,).
         record: The stored draws.
-        tolerance: Largest difference that agrees, in posterior standard deviations.
+        tol: Largest difference that agrees, in posterior standard deviations.
     """
 
-    def __init__(self, target: Target, kernel: Kernel, keys: Array, record: Record, tolerance: float):
-        self.target, self.kernel, self.keys, self.record, self.tolerance = target, kernel, keys, record, tolerance
+    def __init__(self, target: Target, kernel: Kernel, keys: Array, record: Record, tol: float):
+        self.target, self.kernel, self.keys, self.record, self.tol = target, kernel, keys, record, tol
         self.num_draws = record.info.margin.shape[1]
         self.dim = sum(math.prod(x.shape[2:]) for x in jax.tree.leaves(record.unknowns))
         one = lambda x: np.ones(x.shape[2:])
@@ -199,7 +199,7 @@ class Checker:
                 gaps[some] = self._compare(places[some], found, info)
                 if keep_new:
                     jax.tree.map(lambda room, x, some=some: room.__setitem__(some, x), new, found)
-        return _Held(gaps, gaps.max(axis=1) <= self.tolerance, new)
+        return _Held(gaps, gaps.max(axis=1) <= self.tol, new)
 
     def _follow(self, places: np.ndarray, num_steps: int, shape: tuple[int, int], rounding: int) -> tuple:
         """Compute the unknowns at some places, and the info of the last step; the info is None if there was no step.

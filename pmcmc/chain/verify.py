@@ -52,7 +52,7 @@ class Verification:
             decision near a tie.
         num_unverified: Number of draws whose predecessor is not stored.
         max_difference: Largest accepted difference, in posterior standard deviations.
-        tolerance: Largest difference allowed. More is allowed, up to 0.01, only where rounding is seen to grow to as
+        tol: Largest difference allowed. More is allowed, up to 0.01, only where rounding is seen to grow to as
             much between two draws.
         max_mismatch: Largest difference of the draws that do not follow; 0 if all follow.
         batch_shape: Number of lanes on which steps were computed side by side.
@@ -78,7 +78,7 @@ class Verification:
     num_near_ties: int
     num_unverified: int
     max_difference: float
-    tolerance: float
+    tol: float
     max_mismatch: float
     batch_shape: int
     has_margin: bool
@@ -89,8 +89,8 @@ class Verification:
     def __str__(self) -> str:
         said = [
             f"{self.num_agreed:,} of {self.num_draws:,} draws follow from the one before, {self.num_steps:,} steps "
-            f"computed again, to within {self.max_difference:.2g} posterior sd (allowed: {self.tolerance:.2g}"
-            f"{', and what rounding grows to between two draws' if self.max_difference > self.tolerance else ''})"
+            f"computed again, to within {self.max_difference:.2g} posterior sd (allowed: {self.tol:.2g}"
+            f"{', and what rounding grows to between two draws' if self.max_difference > self.tol else ''})"
         ]
         if self.num_near_ties:
             said.append(f", {self.num_near_ties:,} of them by the other outcome of a near-tie decision")
@@ -123,16 +123,16 @@ class Verification:
             f". {first}: the draws, the key, the kernel, the model or its data are not those of the run "
             f"(differing: {', '.join(self.mismatched_fields)})"
         )
-        if 0 < self.max_mismatch < math.sqrt(self.tolerance):
+        if 0 < self.max_mismatch < math.sqrt(self.tol):
             said += (
                 f". But no difference is above {self.max_mismatch:.2g}: a density that amplifies rounding, as "
-                "nearly singular matrices do, looks like this; tolerance= sets what to allow"
+                "nearly singular matrices do, looks like this; tol= sets what to allow"
             )
         return said
 
 
 def verify(
-    target: Target, kernel: Kernel, rng_key: PRNGKey, record: Record, num_blocks: int, tolerance: float | None
+    target: Target, kernel: Kernel, rng_key: PRNGKey, record: Record, num_blocks: int, tol: float | None
 ) -> Verification:
     """Check stored draws; see `Chain.verify`.
 
@@ -142,7 +142,7 @@ def verify(
         rng_key: Key of the noise.
         record: The stored draws.
         num_blocks: Number of blocks of the solve, for kernels that must be verified in its batch shape.
-        tolerance: Largest difference, in posterior standard deviations; None for the default.
+        tol: Largest difference, in posterior standard deviations; None for the default.
 
     Raises:
         ValueError: There is nothing to check.
@@ -157,11 +157,11 @@ def verify(
     margins = np.asarray(record.info.margin)
     has_margin = not np.isnan(margins).all()
     eps = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves((record.unknowns, margins)) if is_real(x))
-    tolerance = ROUNDING * eps if tolerance is None else tolerance
+    tol = ROUNDING * eps if tol is None else tol
     shape = num_chains * num_blocks
     abreast = min(ABREAST, 1 << max(0, num_chains * num_draws - 1).bit_length())
     lanes = shape if not has_margin and eps > 1e-8 else max(shape, abreast)
-    checker = Checker(target, kernel, chain_keys(rng_key, num_chains=num_chains), record, tolerance)
+    checker = Checker(target, kernel, chain_keys(rng_key, num_chains=num_chains), record, tol)
     # First look: all draws that have a predecessor, and the last states.
     skip = int(record.first is None)
     places = np.stack(np.meshgrid(np.arange(num_chains), np.arange(skip, num_draws), indexing="ij"), -1).reshape(-1, 2)
@@ -189,13 +189,13 @@ def verify(
         num_mismatched=int(wrong.sum()),
         num_mismatched_ends=int((wrong & ends).sum()),
         first_mismatch=_earliest(places[wrong]),
-        mismatched_fields=tuple(np.array(FIELDS)[(held.gaps[wrong] > tolerance).any(axis=0)].tolist()),
+        mismatched_fields=tuple(np.array(FIELDS)[(held.gaps[wrong] > tol).any(axis=0)].tolist()),
         num_undecided=int(undecided.sum()),
         first_undecided=_earliest(places[undecided]),
         num_near_ties=int((ties | changed).sum()) if has_margin else 0,
         num_unverified=num_chains * skip,
         max_difference=float(np.max(held.difference[held.agrees], initial=0.0)),
-        tolerance=tolerance,
+        tol=tol,
         max_mismatch=float(np.max(held.difference[wrong], initial=0.0)),
         batch_shape=lanes,
         has_margin=has_margin,

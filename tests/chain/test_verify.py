@@ -80,7 +80,7 @@ def test_a_changed_state_is_noticed(place, change) -> None:
     assert not found
     assert found.first_mismatch == place[:2]
     assert found.num_mismatched == 2  # it does not follow from its predecessor, nor the next draw from it
-    assert ("tolerance=" in str(found)) == (change == 1e-11)  # the others are by far too large for rounding
+    assert ("tol=" in str(found)) == (change == 1e-11)  # the others are by far too large for rounding
     assert f"is draw {place[1]} of chain {place[0]}" in str(found)
 
 
@@ -130,8 +130,8 @@ def test_a_loose_merge_is_seen_and_may_be_allowed() -> None:
     loose = run(solver=MultipleShooting(8, tol=1e-4))
     found = loose.verify()
     assert 1 <= found.num_mismatched <= 14
-    assert found.tolerance < found.max_mismatch <= 1e-4
-    assert loose.verify(tolerance=2e-4)
+    assert found.tol < found.max_mismatch <= 1e-4
+    assert loose.verify(tol=2e-4)
 
 
 def test_what_began_at_anothers_end() -> None:
@@ -185,7 +185,7 @@ def test_near_ties_of_float32_may_go_either_way() -> None:
     info = found.info._replace(margin=flipped)
     seen = replace(found, unknowns=other, info=info).verify()
     assert seen.num_near_ties == found.verify().num_near_ties + 1
-    assert seen.max_difference < seen.tolerance  # measured against the outcome that agrees
+    assert seen.max_difference < seen.tol  # measured against the outcome that agrees
     assert (seen.num_mismatched, seen.first_mismatch) == (1, (1, tie[1] + 1))
     third = found.unknowns.copy()
     third[1, tie[1]] += 0.01  # neither branch

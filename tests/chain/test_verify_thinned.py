@@ -50,8 +50,8 @@ def test_the_tolerance_is_that_of_one_step(thinning: int, dtype: str) -> None:
     chain = thinned(thinning, dtype, 8 if thinning == 10_000 else 20)
     found = chain.verify()
     assert found, str(found)
-    assert found.tolerance == ROUNDING * np.finfo(dtype).eps
-    assert found.max_difference < found.tolerance / 10
+    assert found.tol == ROUNDING * np.finfo(dtype).eps
+    assert found.max_difference < found.tol / 10
     sd = chain.unknowns.std(axis=(0, 1))
     last = chain.state._replace(unknown=chain.state.unknown + np.asarray(0.04 * sd, dtype))
     moved = replace(chain, unknowns=chain.unknowns + np.asarray(0.04 * sd, dtype), state=last)
@@ -195,7 +195,7 @@ def test_rounding_that_grows_between_draws_is_allowed_for_as_far_as_it_is_seen_t
     honest = replace(chain, state=chain.state._replace(kernel=chaotic(3.9 * (1 + 2e-16))))
     found = honest.verify()
     assert found, str(found)
-    assert found.tolerance < found.max_difference < 1e-7
+    assert found.tol < found.max_difference < 1e-7
     assert "and what rounding grows to between two draws" in str(found)
     draws = chain.unknowns["a"].copy()
     draws[0, 10] += 1e-4

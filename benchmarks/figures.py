@@ -61,7 +61,7 @@ def blocks(num_blocks: int = 6, length: int = 64) -> Any:
     near = dict(textcoords="offset points", ha="right")
     below.annotate(f"blocks: {total} steps in {critical_path}", (total, critical_path), (-6, 5), **near)
     below.annotate(f"sequential sampling: {total} steps in {total}", (0.8 * total, 0.8 * total), (-12, 0), **near)
-    below.set(xlabel="step t of the chain", ylabel="steps one after the other", xlim=(-2, total + 2), ylim=(0, total))
+    below.set(xlabel="step t of the chain", ylabel="sequential steps", xlim=(-2, total + 2), ylim=(0, total))
     return figure
 
 
@@ -102,7 +102,7 @@ def _solved_blocks(num_blocks: int, length: int) -> tuple[np.ndarray, np.ndarray
 
 
 def gain(length: int = 100_000) -> Any:
-    """Steps one after the other, and seconds, of blocks against sequential sampling: all measured pairs at one T."""
+    """Sequential steps and seconds of blocks against sequential sampling: all measured pairs at one T."""
     rows = [row for row in _successful("kernels_cpu") if row["length"] == length]
     rows.sort(key=lambda row: row["speedup"])
     names, places = [row["case"] for row in rows], np.arange(len(rows))
@@ -110,7 +110,7 @@ def gain(length: int = 100_000) -> Any:
     left.hlines(places, [row["num_sequential_steps"] for row in rows], length, color="0.8", lw=1.5)
     left.plot([length] * len(rows), places, "o", color="0.45", label="sequential sampling")
     left.plot([row["num_sequential_steps"] for row in rows], places, "o", color="C0", label="blocks")
-    left.set(xscale="log", xlabel="steps one after the other", yticks=places, yticklabels=names, xlim=(400, 2 * length))
+    left.set(xscale="log", xlabel="sequential steps", yticks=places, yticklabels=names, xlim=(400, 2 * length))
     left.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
     speedups = np.array([row["speedup"] for row in rows])
     right.barh(places, speedups - 1, left=1, height=0.55, color=np.where(speedups > 1, "C0", "0.6"))

@@ -213,11 +213,12 @@ class ParallelMCMC(MCMC):
                 ``post_warmup_state.rng_key``, the chains continue as one long run would; any other key gives new noise.
                 Thinning continues with the noise: if ``thinning`` does not divide ``num_samples``, a run that continues
                 may keep one draw more than the run before it.
-            *args, **kwargs: Arguments of the model. extra_fields: Names as in NumPyro: fields of the kernel,
-            ``"adapt_state.step_size"``, ``"z.site"`` for unconstrained
-                values, ``"~z.site"`` to leave a site out.
+            *args: Arguments of the model.
+            extra_fields: Names as in NumPyro: fields of the kernel, ``"adapt_state.step_size"``, ``"z.site"`` for
+                unconstrained values, ``"~z.site"`` to leave a site out.
             init_params: Unconstrained starting values by site, with a leading axis num_chains if there are several
                 chains.
+            **kwargs: Keyword arguments of the model.
         """
         self._args, self._kwargs = args, kwargs
         source, key, settings = self._prepare(rng_key, extra_fields)

@@ -5,7 +5,7 @@ sites, statistics and ArviZ groups from them on request. `Chain.extend` and `Cha
 `Chain.verify` checks the draws, and `Chain.save` writes them to a file.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._typing import Array, PyTree
-from pmcmc._xla.compile import TargetJit, tuned_jit
 from pmcmc._xla.trace import refuse_transformation
-from pmcmc.chain.draws import by_name, check_sites, constrain, fields, in_batches, piece, sample_stats, ungroup
+from pmcmc.chain.batches import constrain_draws, constrain_warmup, warmup_logdensity
+from pmcmc.chain.batches import log_likelihood as log_likelihood_of
+from pmcmc.chain.draws import by_name, check_sites, fields, sample_stats, ungroup
 from pmcmc.chain.file_format import Writer
 from pmcmc.chain.replay import Record
 from pmcmc.chain.report import SolveReport
@@ -29,11 +30,6 @@ from pmcmc.interop.numpyro import print_summary
 from pmcmc.kernels import Info, Kernel
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.target import Target
-
-# Number of draws constrained at a time, and their bytes: limits the memory of models with large deterministic sites.
-_CONSTRAIN_BATCH, _CONSTRAIN_BYTES = 65_536, 2**26
-# Numbers (observations times draws) in one batch of log likelihoods.
-_LIKELIHOOD_BATCH = 2**22
 
 
 @dataclass(frozen=True)
@@ -282,33 +278,14 @@ class Chain:
         """
         if None not in self._samples and sites is not None:
             if missing := tuple(name for name in sites if name not in self._samples):
-                self._samples.update(self._constrained(missing))
+                self._samples.update(constrain_draws(self.target, self.kernel, self.unknowns, missing))
             return {name: self._samples[name] for name in sites}
         if None not in self._samples:
-            whole = self._constrained(None)
+            whole = constrain_draws(self.target, self.kernel, self.unknowns, None)
             self._samples.clear()  # single sites are contained in the whole
             self._samples[None] = whole
         whole = self._samples[None]
         return whole if sites is None else {name: by_name(whole)[name] for name in sites}
-
-    def _constrained(self, sites: tuple[str, ...] | None) -> PyTree:
-        """Compute the constrained values of these sites, or of all."""
-        compiled = lambda target, kernel, rows: constrain(target, kernel, rows, sites=sites)
-        batch = min(self.num_chains * self.num_samples, _CONSTRAIN_BATCH)
-        rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch, *x.shape[2:]), x.dtype), self.unknowns)
-        # Shapes of a full batch: if a full batch fits, as it usually does, this trace is the program's own.
-        draws = constrain.eval_shape(self.target, self.kernel, rows, sites=sites)
-        return self._of_each_draw(compiled, piece(batch, _CONSTRAIN_BYTES, draws))
-
-    def _of_each_draw(self, compiled: Callable, most: int) -> PyTree:
-        """Return ``compiled(target, kernel, unknowns)`` of all draws, with leading axes (num_chains, num_samples).
-
-        Args:
-            compiled: A compiled function of target, kernel and a batch of unknowns.
-            most: Largest number of draws in one batch.
-        """
-        batch = min(self.num_chains * self.num_samples, most)
-        return in_batches(lambda rows: compiled(self.target, self.kernel, rows), self.unknowns, batch)
 
     def get_warmup_samples(self) -> PyTree:
         """Return the draws of warm-up under the same names as `get_samples`, in the order in which they were made.
@@ -333,15 +310,7 @@ class Chain:
         """
         if self.warmup_path is None:
             raise ValueError("warm-up was not kept: pass save_warmup=True to parallel_chain or sample.")
-        return self._of_each_warmup_draw(_constrain_rows)
-
-    def _of_each_warmup_draw(self, compiled: TargetJit) -> PyTree:
-        """Return ``compiled(target, positions)`` of all draws of warm-up, with leading axes (lanes, steps)."""
-        path: Any = self.warmup_path
-        batch = min(path[..., 0].size, _CONSTRAIN_BATCH)
-        rows = jax.ShapeDtypeStruct((batch, path.shape[-1]), path.dtype)
-        batch = piece(batch, _CONSTRAIN_BYTES, compiled.eval_shape(self.target, rows))
-        return in_batches(lambda rows: compiled(self.target, rows), path, batch)
+        return constrain_warmup(self.target, self.warmup_path)
 
     def _warmup_groups(self, sites: Sequence[str] | None) -> dict[str, Any]:
         """Return the ArviZ groups of warm-up; empty if warm-up was not kept."""
@@ -349,7 +318,7 @@ class Chain:
             return {}
         draws = by_name(self.get_warmup_samples())
         wanted = draws if sites is None else sites
-        lp = self._of_each_warmup_draw(_logdensity_rows)
+        lp = warmup_logdensity(self.target, self.warmup_path)
         return {"warmup_posterior": {name: draws[name] for name in wanted}, "warmup_sample_stats": {"lp": lp}}
 
     def get_extra_fields(self, group_by_chain: bool = False) -> dict[str, Any]:
@@ -436,10 +405,11 @@ class Chain:
         target, report = self.target, self.report
         place = self.kernel.position(target, jax.tree.map(lambda x: jnp.asarray(x)[0], self.last_state))
         described = self.state.source.describe(target, place)
+        likelihood = log_likelihood_of(target, self.kernel, self.unknowns) if log_likelihood else {}
         groups = {
             "posterior": samples,
             "sample_stats": sample_stats(self.kernel, self.info),
-            "log_likelihood": self._log_likelihood() if log_likelihood else {},
+            "log_likelihood": likelihood,
             **predictive_groups(prior, posterior_predictive, samples),
             **self._warmup_groups(sites),
             "observed_data": described.observed,
@@ -454,38 +424,3 @@ class Chain:
             "sampling_time": float(report.total_seconds),
         }
         return to_arviz(groups, attrs, dims={**described.dims, **(dims or {})}, coords=coords or {})
-
-    def _log_likelihood(self) -> PyTree:
-        """Return the log likelihood of every observation at every draw, by site.
-
-        Raises:
-            ValueError: The model has no observed sites.
-        """
-        draw = jax.tree.map(lambda x: x[0, :1], self.unknowns)
-        shapes = _log_likelihoods.eval_shape(self.target, self.kernel, draw)
-        if not shapes:
-            raise ValueError(
-                "log_likelihood=True needs a NumPyro model with observed sites: a plain log density does not tell its "
-                "observations apart."
-            )
-        size = sum(x.size for x in jax.tree.leaves(shapes))
-        return self._of_each_draw(_log_likelihoods, max(1, _LIKELIHOOD_BATCH // size))
-
-
-@tuned_jit()
-def _log_likelihoods(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
-    """Compute the log likelihood of every observation for unknowns with one leading axis."""
-    one = lambda unknown: target.model.log_likelihood(target.data, kernel.position(target, unknown))
-    return jax.vmap(one)(unknowns)
-
-
-@tuned_jit()
-def _constrain_rows(target: Target, rows: Array) -> PyTree:
-    """Return the sites at unconstrained positions (N, D) in the coordinates of the user's model, without a basis."""
-    return jax.vmap(lambda row: target.model.constrain(target.data, target.spec.unravel(row)))(rows)
-
-
-@tuned_jit()
-def _logdensity_rows(target: Target, rows: Array) -> Array:
-    """Return the log densities of unconstrained positions (N, D)."""
-    return jax.vmap(lambda row: target.model.logdensity(target.data, target.spec.unravel(row)))(rows)

@@ -58,9 +58,9 @@ class SolveReport:
         num_iters: Number of iterations of a Newton-type solver; 0 for other solvers.
         num_sweeps: Number of repair sweeps; 0 for solvers without blocks.
         num_blocks: Number of blocks per chain; 1 for solvers without blocks.
-        certified_steps: Number of steps that the parallel solver took and certified. All others,
-            ``num_steps - certified_steps``, were sampled sequentially: the first ones under "auto", those taken while a
-            program was compiled, and the remainder after a fallback.
+        certified_steps: Number of steps that were solved in parallel, certified and kept. All others were sampled
+            sequentially: the first ones under "auto", those taken while a program was compiled, and the remainder after
+            a fallback.
         near_ties: Number of accept decisions within rounding of a tie, which another machine may decide differently;
             NaN if the kernel does not report them.
         lyapunov_exponent: Mean log growth per step of small distances between coupled paths, measured on merging lanes;

@@ -1,7 +1,7 @@
 """Turn NumPyro models into targets. NumPyro is imported only when a function of this module runs.
 
 `numpyro_target` runs the model once under trace and makes a `Target` of it, whose `NumpyroModel` evaluates log density,
-deterministic sites and log likelihoods without running Python again. `numpyro_starts` draws valid starts.
+deterministic sites and log likelihoods without running Python again.
 """
 
 import inspect

@@ -79,8 +79,8 @@ class Stats(NamedTuple):
             Every equation up to it is satisfied on a scale that depends only on the states up to it (the given scale,
             or the smaller of the measured one and the range of those states), so that wild later states cannot make it
             count. And the residuals up to it, propagated by the measured growth of small distances, stay within the
-            tolerance. Steps that are satisfied exactly always count. For shooting: whole blocks from the start; where
-            paths separate, only blocks without inexact merges.
+            tolerance. Steps that are satisfied exactly always count. For shooting: whole blocks from the start, or up
+            to the first non-finite state; where paths separate, only blocks without inexact merges.
         growth_rate: Mean log growth per step of small distances between paths, a finite-distance estimate of the
             largest Lyapunov exponent; NaN if none was observed.
         certified_residual: Largest residual of the certified steps, on the scale by which they were judged; 0 if there
@@ -124,10 +124,11 @@ class RecurrenceSolver(abc.ABC):
     """Base class of solvers of ``x[t] = fn(x[t-1], inputs[t])``, t = 1..T.
 
     A solver implements `solve_problem` for a batch of recurrences of one shape; `solve` and `solve_batch` check the
-    arguments and call it. It is a frozen dataclass and a pytree whose numbers are leaves.
+    arguments and call it. It is a frozen dataclass and a pytree whose numbers are leaves: decorate it with
+    `pmcmc.register_dataclass`.
     """
 
-    # Whether the solver takes one step after the other and can do nothing wrong: its states need no certificate.
+    # Whether the solver takes one step after the other, so that its states are correct by definition.
     is_sequential: ClassVar[bool] = False
     # Whether it walks along lanes: the number of steps is an argument of its program, and its buffers can be reused.
     walks: ClassVar[bool] = False

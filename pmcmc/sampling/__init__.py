@@ -1,4 +1,9 @@
-"""From a model to draws."""
+"""From a model to draws.
+
+`api` has the public functions and `settings` checks their arguments; `session` is one run, whose `warm_up` tunes the
+kernel. `automatic` decides how to sample, from the `pilot`; `segments` takes the steps, with the compiled `programs`;
+`sinks` keep the draws in memory, `store` and `streaming` on disk; `reporting` makes the report and warns.
+"""
 
 from pmcmc.chain.loading import load
 from pmcmc.sampling.api import parallel_chain, sample

@@ -1,7 +1,7 @@
 """The two compiled programs of a segment: `draw_noise` draws the noise of its steps, `solve_noise` finds its states.
 
 `Engine` compiles both for one set of chains, runs them and reuses their buffers. A `Shape` is what they are compiled
-for, a `Segment` is what a run of both returns. `fit_memory` sets the memory budget of an engine.
+for, a `Segment` is what a run of both returns.
 """
 
 import math
@@ -19,21 +19,16 @@ from pmcmc._typing import Array, PyTree
 from pmcmc._xla.background import BackgroundCompiler
 from pmcmc._xla.compile import plain_jit, programs_of, tuned_jit
 from pmcmc._xla.fused_loop import FEW_LANES, in_one_kernel
-from pmcmc._xla.memory import available_bytes, size_text
 from pmcmc.chain.state import ChainState
 from pmcmc.kernels import Kernel
 from pmcmc.kernels.base import near_tie_bound
-from pmcmc.random.streams import chain_keys, step_noise
+from pmcmc.random.streams import chain_keys, lane_noise
 from pmcmc.random.threefry import key_pair
-from pmcmc.recurrence import RecurrenceSolver, Sequential, Solution
+from pmcmc.recurrence import RecurrenceSolver, Solution
 from pmcmc.recurrence.lanes import Lanes, Layout
 from pmcmc.recurrence.sharding import AllLanes, Steps, lane_sharding, over_devices, over_steps, step_sharding
-from pmcmc.sampling.settings import Settings
 from pmcmc.target import Target
 
-# Noise is drawn in pieces: first as many large ones as fit into the block length, each this share of the capacity, then
-# small ones of this many steps.
-NOISE_PIECE, SMALL_PIECE = 1 / 8, 64
 # Bytes that one solve may hold for all chains, and bytes of one stretch of sequential sampling; see
 # `Engine.bytes_per_step`.
 SEGMENT_BYTES = 512 * 2**20
@@ -135,7 +130,7 @@ def draw_noise(
     def draw(held: Any, buffer: PyTree) -> PyTree:
         chain, block = jnp.divmod(held.numbers(), shape.num_blocks)
         first = first_step[chain] + block * block_length
-        return _draw_lanes(target, kernel, chain_keys[chain], first, block_length, buffer, shape.capacity)
+        return lane_noise(target, kernel, chain_keys[chain], first, block_length, buffer, shape.capacity)
 
     if not shape.devices:
         return draw(AllLanes(layout), buffer)
@@ -147,44 +142,7 @@ def _draw_part(target: Target, kernel: Kernel, steps: Steps, whole: tuple[Array,
     chain_keys, first_step = whole
     num_steps = steps.num_own
     first = first_step + steps.numbers()[0]
-    return _draw_lanes(target, kernel, chain_keys, first, jnp.asarray(num_steps), buffer, num_steps)
-
-
-def _draw_lanes(
-    target: Target,
-    kernel: Kernel,
-    keys: Array,
-    first_step: Array,
-    block_length: Array,
-    buffer: PyTree,
-    capacity: int,
-) -> PyTree:
-    """Draw the noise of some lanes, in pieces of fixed size.
-
-    Args:
-        target: Target to sample.
-        kernel: Kernel, which draws the noise of a step.
-        keys: Key of each lane's chain; shape (lanes,).
-        first_step: Number of each lane's first step; shape (lanes,).
-        block_length: Steps of each lane.
-        buffer: Earlier noise of this shape, which is overwritten.
-        capacity: Steps for which the buffer has room.
-    """
-
-    def draw_steps(first: Array, num_steps: int) -> PyTree:
-        steps = first_step[:, None] + (first + jnp.arange(num_steps))[None]
-        return jax.vmap(partial(step_noise, kernel, target))(keys, steps)
-
-    def run_piece(size: int, start: Array | int, number: Array, noise: PyTree) -> PyTree:
-        first = jnp.minimum(start + number * size, capacity - size)
-        write = lambda buffer, new: jax.lax.dynamic_update_slice_in_dim(buffer, new, first, 1)
-        return jax.tree.map(write, noise, draw_steps(first, size))
-
-    large, small = math.ceil(capacity * NOISE_PIECE), min(capacity, SMALL_PIECE)
-    whole = block_length // large if large > small else jnp.zeros_like(block_length)
-    buffer = jax.lax.fori_loop(0, whole, partial(run_piece, large, 0), buffer)
-    rest = -(-(block_length - whole * large) // small)
-    return jax.lax.fori_loop(0, rest, partial(run_piece, small, whole * large), buffer)
+    return lane_noise(target, kernel, chain_keys, first, jnp.asarray(num_steps), buffer, num_steps)
 
 
 @tuned_jit(static_argnames="shape", donate_argnames="buffers")
@@ -491,42 +449,3 @@ class Engine:
 def _name(solver: RecurrenceSolver, shape: Shape) -> tuple:
     """Return the key of a solver's programs in this engine; it does not depend on the solver's numbers."""
     return jax.tree.structure(solver), shape
-
-
-# Least number of steps of a segment: with fewer, nearly all time is overhead. Sequential sampling takes steps in pieces
-# of this size.
-LEAST_STEPS = Sequential.unit
-_REMEDY = "Keep fewer draws by thinning=, write them to disk by Chain.stream, or sample fewer chains at a time."
-
-
-def fit_memory(engine: Engine, settings: Settings, held: int) -> None:
-    """Set the memory budget of an engine, or raise if the shortest segment does not fit.
-
-    With a budget given by the user, draws and engine share it. Without one, a solve of the engine may hold
-    `SEGMENT_BYTES`. In both cases everything must fit into the available memory.
-
-    Args:
-        engine: The engine; it may hold shapes only.
-        settings: What the user asked for.
-        held: Bytes of the draws of all chains that are kept in memory.
-
-    Raises:
-        MemoryError: The memory does not suffice. The message says how much is needed and available, and suggests a
-            remedy.
-    """
-    num_steps, most, available = settings.num_samples, settings.max_memory, available_bytes()
-    step = engine.bytes_per_step(settings.solver or Sequential())
-    least = held + step * min(num_steps, LEAST_STEPS)
-    if most is not None:
-        if least > most:
-            raise MemoryError(
-                f"max_memory is {size_text(most)}, and the least is {size_text(least)}: {size_text(held)} for draws, "
-                f"the rest for {LEAST_STEPS} steps of {engine.num_chains} chain(s) at once. {_REMEDY}"
-            )
-        engine.max_bytes = most - held
-    needed = max(least, held + min(num_steps * step, engine.max_bytes or SEGMENT_BYTES))
-    if needed > available:
-        raise MemoryError(
-            f"{num_steps:,} steps of {engine.num_chains} chain(s) need about {size_text(needed)}, {size_text(held)} of "
-            f"it for draws, and {size_text(available)} are available. {_REMEDY}"
-        )

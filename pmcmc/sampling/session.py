@@ -24,10 +24,10 @@ from pmcmc.chain.draws import judge_mixing
 from pmcmc.chain.state import ChainState, Source
 from pmcmc.chain.stored import StoredChain
 from pmcmc.sampling.automatic import Automatic, compile_first
-from pmcmc.sampling.programs import Engine, fit_memory
+from pmcmc.sampling.programs import Engine
 from pmcmc.sampling.reporting import Outcome
 from pmcmc.sampling.segments import NonFiniteState, Run
-from pmcmc.sampling.settings import Settings, settings_of
+from pmcmc.sampling.settings import Settings, fit_memory, settings_of
 from pmcmc.sampling.sinks import Draws, Keeper, draw_bytes
 from pmcmc.sampling.warm_up import WarmupRecord, tune_chains
 

@@ -1,4 +1,4 @@
-"""The arguments of the public functions, checked before anything is traced.
+"""The arguments of the public functions, checked before anything is sampled.
 
 `Settings.check` validates them and fills in the defaults. `as_key` and `spread_starts` convert keys and starting
 positions.
@@ -15,13 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._typing import PRNGKey, PyTree
+from pmcmc._xla.memory import available_bytes, size_text
 from pmcmc.chain.chain import Chain
 from pmcmc.chain.stored import StoredChain
 from pmcmc.kernels import HMC, Compose, DiscreteGibbs, Kernel, SiteKernel
 from pmcmc.random.threefry import IMPL, threefry_key
-from pmcmc.recurrence import RecurrenceSolver
+from pmcmc.recurrence import RecurrenceSolver, Sequential
+from pmcmc.sampling.programs import SEGMENT_BYTES, Engine
 from pmcmc.target import Target
 from pmcmc.warmup import ChEESAdaptation, EnsembleAdaptation, Pathfinder, SiteAdaptation, Warmup, WindowAdaptation
+
+# Least number of steps of a segment: with fewer, nearly all time is overhead. Sequential sampling takes steps in pieces
+# of this size.
+LEAST_STEPS = Sequential.unit
+_REMEDY = "Keep fewer draws by thinning=, write them to disk by Chain.stream, or sample fewer chains at a time."
 
 
 @dataclass(frozen=True)
@@ -279,3 +286,36 @@ def spread_starts(target: Target, init_params: PyTree, num_chains: int, num_star
         "init_params must hold unconstrained values of the latent sites. Expected shapes "
         f"{shapes(template)}, with or without a leading axis num_chains={num_chains}, got {shapes(init_params)}."
     )
+
+
+def fit_memory(engine: Engine, settings: Settings, held: int) -> None:
+    """Set the memory budget of an engine, or raise if the shortest segment does not fit.
+
+    With a budget given by the user, draws and engine share it. Without one, a solve of the engine may hold
+    `SEGMENT_BYTES`. In both cases everything must fit into the available memory.
+
+    Args:
+        engine: The engine; it may hold shapes only.
+        settings: What the user asked for.
+        held: Bytes of the draws of all chains that are kept in memory.
+
+    Raises:
+        MemoryError: The memory does not suffice. The message says how much is needed and available, and suggests a
+            remedy.
+    """
+    num_steps, most, available = settings.num_samples, settings.max_memory, available_bytes()
+    step = engine.bytes_per_step(settings.solver or Sequential())
+    least = held + step * min(num_steps, LEAST_STEPS)
+    if most is not None:
+        if least > most:
+            raise MemoryError(
+                f"max_memory is {size_text(most)}, and the least is {size_text(least)}: {size_text(held)} for draws, "
+                f"the rest for {LEAST_STEPS} steps of {engine.num_chains} chain(s) at once. {_REMEDY}"
+            )
+        engine.max_bytes = most - held
+    needed = max(least, held + min(num_steps * step, engine.max_bytes or SEGMENT_BYTES))
+    if needed > available:
+        raise MemoryError(
+            f"{num_steps:,} steps of {engine.num_chains} chain(s) need about {size_text(needed)}, {size_text(held)} of "
+            f"it for draws, and {size_text(available)} are available. {_REMEDY}"
+        )

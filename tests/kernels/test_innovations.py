@@ -126,13 +126,13 @@ def chains_alike(keys, first_step, block_length):
 @pytest.mark.parametrize("fault", [every_block_alike, one_step_early, segments_alike, chains_alike])
 def test_sees_a_planted_fault(fault, fresh_programs, monkeypatch: pytest.MonkeyPatch) -> None:
     in_segments(monkeypatch)
-    right = programs._draw_lanes
+    right = programs.lane_noise
 
     def wrong(target, kernel, keys, first_step, block_length, buffer, capacity):
         keys, first_step = fault(keys, first_step, block_length)
         return right(target, kernel, keys, first_step, block_length, buffer, capacity)
 
-    monkeypatch.setattr(programs, "_draw_lanes", wrong)
+    monkeypatch.setattr(programs, "lane_noise", wrong)
     z = lagged_scores(series(sample()))
     print(fault.__name__, np.max(np.abs(z)))
     assert np.max(np.abs(z)) > 1.2 * z_bound(NUM_TESTS * z.size)

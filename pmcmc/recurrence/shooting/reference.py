@@ -1,7 +1,8 @@
 """Multiple shooting as a plain sequential loop over blocks and steps: the algorithm on one page.
 
-`MultipleShooting` computes the same in parallel, for many chains at once. The tests compare the two step by step. Read
-this file for the rule and `pmcmc.recurrence.shooting.repair` for its parallel form.
+`MultipleShooting` computes the same in parallel, for many chains at once, and the tests compare the two. Read this file
+for the order of things, with finite states of scale 1 and no budget; `pmcmc.recurrence.shooting.repair` has all clauses
+of the rule.
 """
 
 from collections.abc import Callable

@@ -3,18 +3,20 @@
 Each clause keeps the certificate true:
 
 1. Starts are never compared. In the first repair sweep every block but the first is active. Later, block p+1 is active
-   if and only if block p ran to its end without merging.
+   if and only if block p ran to its end without merging. A lane that the budget of steps stops stays active itself, and
+   one whose state becomes non-finite ends: neither hands on a start.
 2. An active lane takes at least one step from its new start and compares the new state with the recorded one at that
    step. It has merged if the two are equal, or if they are within the tolerance after `WATCHED_STEPS` steps at small
    distances or at the end of the block. Then the recorded state is kept. Otherwise it is overwritten, and the lane
    goes on.
-3. If no scale is given, it is that of the zeroth sweep, but at most twice the range of the lane's own states since its
-   start: runs from wild guesses may have any spread, and relative to that any two states are close.
+3. If no scale is given, it is the smaller of the spread of the zeroth sweep and twice the range of the lane's own
+   states
+   in this sweep: runs from wild guesses may have any spread, and relative to that any two states are close.
 4. The residual is the running maximum of the accepted differences. Elsewhere every state is the image of its
    predecessor by construction. The exact prefix grows by at least one block per sweep.
 
-`pmcmc.recurrence.shooting.reference` is the same rule as a plain loop. `repair_sweep` is one sweep, `_compare` is
-clauses 2 to 4.
+`pmcmc.recurrence.shooting.reference` is the same rule as a plain loop, for states of scale 1. `repair_sweep` is one
+sweep, `_compare` is clauses 2 to 4.
 """
 
 from typing import NamedTuple

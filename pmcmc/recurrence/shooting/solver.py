@@ -4,10 +4,9 @@ The T steps are cut into P blocks of S = ceil(T / P) steps.
 
 1. *Zeroth sweep.* Every block starts from a guess and takes S ordinary steps, all blocks at once.
 2. *Repair sweeps.* Block p+1 is run again from the end of block p with the same inputs, again all at once. If paths
-   under
-   common inputs coalesce, the repaired path soon merges with the recorded one, and from there on the recording is
-   valid. A block that ran to its end without merging has a new end, so its successor is run again in the next sweep,
-   until no block is pending.
+   under common inputs coalesce, the repaired path soon merges with the recorded one, and from there on the recording
+   is valid. A block that ran to its end without merging has a new end, so its successor is run again in the next
+   sweep, until no block is pending.
 
 `pmcmc.recurrence.shooting.repair` states the rule and each of its clauses; `pmcmc.recurrence.shooting.reference` is the
 same algorithm as a plain loop.
@@ -16,9 +15,9 @@ The critical path is S plus the sum over sweeps of the longest merge, instead of
 steps, where t_c is the coalescence time. No derivatives are needed, and states may be discrete.
 
 A merge within the tolerance proves little if nearby paths separate: two orbits of a chaotic map come close by chance.
-The growth rate of small distances (below the square root of the tolerance) is therefore measured on the lanes that
-merge, each for at least `WATCHED_STEPS` steps. If it is not negative and a merge was not bitwise, the result is
-`not_contracting`.
+The growth rate of small distances (below the square root of the tolerance) is therefore measured on all lanes that are
+run again. If it would carry the largest accepted difference past the tolerance within T steps, the result is
+`not_contracting` (see `pmcmc.recurrence.growth`).
 
 Source: Heidelberger & Stone (1990), time-parallel simulation; Neal (1999), circular coupling; Chartier & Philippe
 (1993), parallel shooting for dissipative systems.

@@ -29,8 +29,7 @@ from pmcmc.recurrence.lanes import Lanes, Layout
 from pmcmc.recurrence.sharding import AllLanes, Steps, lane_sharding, over_devices, over_steps, step_sharding
 from pmcmc.target import Target
 
-# Bytes that one solve may hold for all chains, and bytes of one stretch of sequential sampling; see
-# `Engine.bytes_per_step`.
+# Bytes that one solve, and one stretch of sequential sampling, may take for all chains; see `Engine.bytes_per_step`.
 SEGMENT_BYTES = 512 * 2**20
 SEQUENTIAL_BYTES = 64 * 2**20
 

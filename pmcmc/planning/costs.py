@@ -40,6 +40,21 @@ class Costs(NamedTuple):
         return self.overhead + apart + lanes * self.lane / (1 + self.device_gain * (num_devices - 1))
 
 
+def segment_cost(step: Scalar, num_blocks: int, merge: Scalar, length: Scalar) -> Scalar:
+    """Return the cost of one step of a segment in blocks, in sequential steps.
+
+    A segment of ``length`` steps takes ``length / num_blocks`` steps of all lanes for its zeroth sweep and ``merge``
+    for its repair.
+
+    Args:
+        step: Cost of a step of all lanes, in sequential steps.
+        num_blocks: P, blocks per chain.
+        merge: Steps until the slowest lane has merged.
+        length: Steps per chain of the segment.
+    """
+    return step * (1 / num_blocks + merge / length)
+
+
 @dataclass(frozen=True)
 class CostModel:
     """Constants with which `costs` derives `Costs` from the measurements of a run.

@@ -220,8 +220,6 @@ def _block_candidates(
         in_order = min(num_steps, int(costs.overlap * compilation / costs.sequential))
         step = costs.step(num_blocks * num_chains, num_devices)
         segments = schedule(num_steps - in_order, num_blocks, merge, step / costs.sequential, most)
-        if not segments and in_order < num_steps:  # a failing segment could cost more than may be lost
-            continue
         plain = sum(MultipleShooting.unit * -(-s // (num_blocks * MultipleShooting.unit)) for s in segments)
         path, lower, upper = (plain + len(segments) * steps for steps in (merge, low, high))
         shared = f" on {num_devices} devices" if num_devices > 1 else ""

@@ -1,64 +1,48 @@
 """Length of the segments of a run in blocks, which limits what "auto" may lose, and the measured pace of steps.
 
-`next_segment` is the rule: a segment that fails may cost the time saved so far plus the share `LOSS` of a sequential
-run. For a plan, `schedule` applies it to a run in which merges occur as predicted; `pmcmc.sampling.automatic` applies
-it to the time that a run has really saved. `Pace` estimates the seconds of a step from stretches, some of which may be
-delayed by a stalling machine.
+`next_segment` is the rule: a segment is planned to cost at most the time saved so far plus the share `LOSS` of a
+sequential run. A segment that fails may cost more, since its repair is given up after several predicted merges and one
+is counted (`PATIENCE` in `pmcmc.sampling.automatic`). For a plan, `schedule` applies it to a run in which merges occur
+as predicted; `pmcmc.sampling.automatic` applies it to the time that a run has really saved. `Pace` estimates the
+seconds of a step from stretches, some of which may be delayed by a stalling machine.
 """
-
-import math
 
 import numpy as np
 
 from pmcmc._typing import Scalar
-from pmcmc.recurrence import MultipleShooting
+from pmcmc.planning.costs import segment_cost
 
 # The first segment is at most this share of a run.
 FIRST_SHARE = 1 / 8
 # Time that a failing segment may cost beyond the time saved so far, as a share of a sequential run.
 LOSS = 0.1
-# A repair may take this many times its predicted merge before it is given up.
-PATIENCE = 4
 
 
-def patience(merge: Scalar) -> int:
-    """Return the steps after which the repair of a segment is given up; merge: as predicted, of its slowest lane."""
-    return math.ceil(PATIENCE * max(merge, MultipleShooting.unit))
+def next_segment(num_steps: int, done: int, saved: Scalar, cost: Scalar, max_steps: Scalar) -> int:
+    """Return the number of steps of the next segment.
 
-
-def next_segment(
-    num_steps: int, done: int, saved: Scalar, step: Scalar, num_blocks: int, merge: Scalar, max_steps: Scalar
-) -> int:
-    """Return the number of steps of the next segment; 0 if none may be risked.
-
-    A segment of L steps that fails costs at most ``step (L / num_blocks + patience)``, with the patience of its repair.
-    That may be no more than what was saved so far plus the share `LOSS` of a sequential run:
-
-        step (L / num_blocks + patience) <= LOSS num_steps + saved
-
-    The first segment is at most num_steps / 8, too.
+    Its planned cost, ``cost`` per step, is at most the time saved so far plus the share `LOSS` of a sequential run. The
+    first segment is at most T / 8.
 
     Args:
         num_steps: T, all steps planned for.
         done: Steps solved so far.
-        saved: Time that they saved, in sequential steps; negative if they took longer.
-        step: Cost of a step of all lanes, in sequential steps.
-        num_blocks: P.
-        merge: Predicted steps until the slowest lane has merged.
+        saved: Time saved so far, in sequential steps; it may be negative.
+        cost: Cost of a step in blocks, in sequential steps; see `segment_cost`.
         max_steps: Steps for which a solve has memory.
     """
-    most = num_blocks * ((LOSS * num_steps + saved) / step - patience(merge))
+    allowed = (LOSS * num_steps + max(saved, 0.0)) / cost
     if not done:
-        most = min(most, FIRST_SHARE * num_steps)
-    return max(0, int(min(num_steps - done, most, max_steps)))
+        allowed = min(allowed, FIRST_SHARE * num_steps)
+    return max(1, int(min(num_steps - done, allowed, max_steps)))
 
 
 def schedule(num_steps: int, num_blocks: int, merge: Scalar, step: Scalar, max_steps: Scalar) -> list[int]:
-    """Return the segments of a run in which merges arrive as predicted; empty if no segment may be risked.
+    """Return the lengths of the segments of a run in which merges occur as predicted.
 
     Args:
-        num_steps: T.
-        num_blocks: P.
+        num_steps: T, steps per chain.
+        num_blocks: P, blocks per chain.
         merge: Steps until the slowest lane of a segment has merged.
         step: Cost of a step of all lanes, in sequential steps.
         max_steps: Steps for which a solve has memory.
@@ -66,12 +50,14 @@ def schedule(num_steps: int, num_blocks: int, merge: Scalar, step: Scalar, max_s
     segments: list[int] = []
     done, saved = 0, 0.0
     while done < num_steps:
-        length = next_segment(num_steps, done, saved, step, num_blocks, merge, max_steps)
-        if not length or len(segments) > 1000:  # no segment may be risked, or they are too short to pay
-            return []
+        # The cost of a step depends on the length of the segment, which is guessed: that of the last one, or T / 8.
+        guess = segments[-1] if segments else FIRST_SHARE * num_steps
+        length = next_segment(num_steps, done, saved, segment_cost(step, num_blocks, merge, guess), max_steps)
         segments.append(length)
         done += length
-        saved += length - step * (length / num_blocks + merge)
+        saved += length * (1 - segment_cost(step, num_blocks, merge, length))
+        if len(segments) > 1000:  # segments are too short to pay: this plan will not be chosen
+            return [*segments, num_steps - done]
     return segments
 
 

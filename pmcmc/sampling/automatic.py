@@ -19,9 +19,9 @@ from pmcmc._pytree import is_real
 from pmcmc._xla.background import num_cores
 from pmcmc._xla.compile import default_platform
 from pmcmc.planning import Costs, Plan, plan
-from pmcmc.planning.costs import CostModel
+from pmcmc.planning.costs import CostModel, segment_cost
 from pmcmc.planning.plan import block_solvers
-from pmcmc.planning.schedule import FIRST_SHARE, next_segment, patience
+from pmcmc.planning.schedule import FIRST_SHARE, next_segment
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential
 from pmcmc.sampling.pilot import Head, bias_after_warmup, couple
 from pmcmc.sampling.programs import SEGMENT_BYTES, Engine, Shape
@@ -251,26 +251,26 @@ class Automatic:
             run.engine.compile_ahead(solver, shape)
             self.sequentially_until_ready(solver, shape, planned)
         # Compare with the time of sequential steps as measured by now. ``path`` counts the steps of all lanes so far,
-        # ``rates`` holds the seconds of such a step in each segment, ``rate`` is what is concluded from them.
+        # ``rates`` holds the seconds of such a step in each segment, ``spent`` is the total in sequential steps.
         sequential = planned.costs.sequential * self.correction
         total, start = run.left, run.done
         expected = planned.costs.step(blocks * run.engine.num_chains, max(1, len(solver.shared_by)))
-        path, rates, rate = 0, list[float](), expected
+        path, rates, spent = 0, list[float](), 0.0
         while run.left:
             # Choose the length of the segment by the time saved so far, and limit its repair.
-            done, step = run.done - start, rate / sequential
-            most = shape.capacity * blocks
-            length = next_segment(total, done, done - path * step, step, blocks, chosen.merge, most)
-            if not length:
-                run.fall_back("Another segment in blocks could cost more than may be lost.")
-                return
+            done = run.done - start
+            at_first = segment_cost(expected / sequential, blocks, chosen.merge, FIRST_SHARE * total)
+            cost = spent / done if done else at_first
+            length = next_segment(total, done, done - spent, cost, shape.capacity * blocks)
             if rates:
                 length = max(length, blocks * min(solver.unit, shape.capacity))  # a shorter segment takes as long
-            attempt = replace(solver, max_steps=math.ceil(length / blocks) + patience(chosen.merge))
+            patience = math.ceil(PATIENCE * max(chosen.merge, solver.unit))
+            attempt = replace(solver, max_steps=math.ceil(length / blocks) + patience)
             # Solve it, and account for its time.
             segment, failed, clock = run.take(attempt, shape, length)
             steps, kept = int(np.max(segment.solution.stats.num_sequential_steps)), run.done - start - done
             path, rates = path + steps, [*rates, clock.run_seconds / steps]
+            spent = path * median_low(rates) / sequential
             rate = min(expected, *rates) if len(rates) == 1 else median_low(rates)
             # Go on or fall back. A slow merge does not end the run if the certified prefix of its segment was worth the
             # time: the next segment begins where that prefix ends.

@@ -24,7 +24,7 @@ from pmcmc.planning.plan import block_solvers
 from pmcmc.planning.schedule import FIRST_SHARE, next_segment
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential
 from pmcmc.sampling.pilot import Head, bias_after_warmup, couple
-from pmcmc.sampling.programs import SEGMENT_BYTES, Engine, Shape
+from pmcmc.sampling.programs import Engine, Shape
 from pmcmc.sampling.segments import Run
 from pmcmc.stability import Coalescence, Diagnosis, diagnose
 from pmcmc.stability.evidence import pilot_fault
@@ -181,8 +181,7 @@ class Automatic:
 
     def most_steps(self, solver: RecurrenceSolver) -> float:
         """Return the number of steps per chain for which one solve has memory."""
-        budget = self.run.engine.max_bytes
-        return (SEGMENT_BYTES if budget is None else budget) / self.run.engine.bytes_per_step(solver)
+        return self.run.engine.max_bytes / self.run.engine.bytes_per_step(solver)
 
     def costs(self, head: Head) -> Costs:
         """Return the costs of steps, from the times of the chains' first steps and of the lanes of warm-up."""

@@ -246,7 +246,7 @@ class Engine:
         origin: Steps that the chains took before; step 0 of this engine draws the noise of the step with this number.
 
     Attributes:
-        max_bytes: Bytes that one solve may hold. None: `SEGMENT_BYTES`.
+        max_bytes: Bytes that one solve may hold; `SEGMENT_BYTES` at first.
         clock: Seconds of all programs so far.
     """
 
@@ -263,7 +263,7 @@ class Engine:
         self.target, self.kernel, self.chain_keys = target, kernel, chain_keys
         self.guesses, self.scale, self.background = guesses, scale, background or BackgroundCompiler()
         self.origin = origin
-        self.max_bytes: int | None = None
+        self.max_bytes = SEGMENT_BYTES
         self.clock = Clock(0.0, 0.0)
         self._buffers: dict[Shape, tuple[PyTree, PyTree]] = {}
 
@@ -319,7 +319,7 @@ class Engine:
 
         The budget is `max_bytes`; one stretch of sequential sampling uses at most `SEQUENTIAL_BYTES`.
         """
-        budget = SEGMENT_BYTES if self.max_bytes is None else self.max_bytes
+        budget = self.max_bytes
         if solver.is_sequential:
             budget = min(budget, SEQUENTIAL_BYTES)
         pieces = math.ceil(num_steps * self.bytes_per_step(solver) / budget)

@@ -21,7 +21,7 @@ from pmcmc.chain.stored import StoredChain
 from pmcmc.kernels import HMC, Compose, DiscreteGibbs, Kernel, SiteKernel
 from pmcmc.random.threefry import IMPL, threefry_key
 from pmcmc.recurrence import RecurrenceSolver, Sequential
-from pmcmc.sampling.programs import SEGMENT_BYTES, Engine
+from pmcmc.sampling.programs import Engine
 from pmcmc.target import Target
 from pmcmc.warmup import ChEESAdaptation, EnsembleAdaptation, Pathfinder, SiteAdaptation, Warmup, WindowAdaptation
 
@@ -313,7 +313,7 @@ def fit_memory(engine: Engine, settings: Settings, held: int) -> None:
                 f"the rest for {LEAST_STEPS} steps of {engine.num_chains} chain(s) at once. {_REMEDY}"
             )
         engine.max_bytes = most - held
-    needed = max(least, held + min(num_steps * step, engine.max_bytes or SEGMENT_BYTES))
+    needed = max(least, held + min(num_steps * step, engine.max_bytes))
     if needed > available:
         raise MemoryError(
             f"{num_steps:,} steps of {engine.num_chains} chain(s) need about {size_text(needed)}, {size_text(held)} of "

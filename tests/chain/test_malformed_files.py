@@ -24,7 +24,7 @@ ODD = (None, True, -1, 0, 3.5, 10**6, "x", [], {}, [1, 2], {"array": "none"}, {"
 # Entries of the report that older files do not have.
 LATER = ("warmup_remark", "digests", "num_lost_lanes", "num_draws", "pair_distances", "spread")
 SENTENCE = r"is not a whole file of Chain\.(save|stream): cut short, damaged, or of another program \(.*\)\. "
-REMEDY = "(Copy it again from where it was saved|It is replaced as a whole)"
+REMEDY = "(Copy it again from where it was saved|pmcmc replaces it as a whole)"
 
 
 @cache

@@ -158,7 +158,7 @@ def test_no_number_is_below_zero(num_samples: int) -> None:
     moved = replace(chain, state=chain.state._replace(unknown=chain.state.unknown + 1)).verify()
     assert not moved
     assert (moved.num_agreed, moved.num_mismatched, moved.num_mismatched_ends) == (moved.num_draws, 2, 2)
-    assert "the state where chain 0 stands does not follow" in str(moved)
+    assert "the last state of chain 0 does not follow" in str(moved)
 
 
 def chaotic(rate: float) -> pmcmc.Gibbs:

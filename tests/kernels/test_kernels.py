@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pmcmc import HMC, MALA, BranchTaken, RandomWalk, StraightThrough, Target, UniformLength
+from pmcmc import HMC, MALA, RandomWalk, Target
+from pmcmc.kernels import BranchTaken, StraightThrough, UniformLength
 from pmcmc.kernels.metropolis import select
 from pmcmc.target import Model
 from tests.helpers.chains import draw_noise

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from scipy import special
 
-from pmcmc import HMC, MALA, NUTS, Info, RandomWalk, UniformLength, from_blackjax
+from pmcmc import HMC, MALA, NUTS, Info, RandomWalk, from_blackjax
 from pmcmc._pytree import register_dataclass
+from pmcmc.kernels import UniformLength
 from pmcmc.kernels.metropolis import GradientState
 from tests.helpers.chains import draw_noise
 from tests.helpers.selection import share

@@ -18,6 +18,7 @@ from numpyro.infer import NUTS, Predictive, log_likelihood
 import pmcmc
 from pmcmc import doctor
 from pmcmc._xla import fused_loop
+from pmcmc._xla.content import inner_programs
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, deer
 from pmcmc.sampling import programs
 
@@ -130,7 +131,7 @@ def test_sampling_in_order_is_one_kernel(monkeypatch) -> None:
 
     def names(jaxpr) -> set:
         here = {equation.primitive.name for equation in jaxpr.eqns} - fused_loop._SIMPLE
-        return here.union(*(names(p) for equation in jaxpr.eqns for p in fused_loop._inner(equation.params)))
+        return here.union(*(names(p) for equation in jaxpr.eqns for p in inner_programs(equation)))
 
     def spy(fn, *args):
         unlisted.append(names(jax.make_jaxpr(fn)(*args).jaxpr))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pmcmc import HMC, MALA, UniformLength
+from pmcmc import HMC, MALA
+from pmcmc.kernels import UniformLength
 from pmcmc.random.distributions import normals, uniforms
 from pmcmc.random.threefry import fold_in, key_pair
 from tests.helpers.chains import draw_noise

@@ -15,7 +15,7 @@ from pmcmc._typing import Array
 from pmcmc._xla import memory as _host
 from pmcmc.kernels.base import PositionKernel
 from pmcmc.recurrence import MultipleShooting, Sequential
-from pmcmc.sampling import programs
+from pmcmc.sampling import programs, settings
 from pmcmc.sampling.programs import Engine
 from tests.helpers.targets import gaussian, start_like
 
@@ -110,7 +110,7 @@ def test_more_than_memory_holds(num_warmup: int, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(pmcmc.EnsembleAdaptation, "run", lambda *args: pytest.fail("warm-up has begun"))
     with pytest.raises(MemoryError, match=r"steps of 2 chain\(s\) need about .* GiB .*are available.*thinning="):
         run(10**14, num_warmup=num_warmup)
-    monkeypatch.setattr(programs, "available_bytes", lambda: 1000.0)
+    monkeypatch.setattr(settings, "available_bytes", lambda: 1000.0)
     with pytest.raises(MemoryError, match="draws"):
         run(100, solver=Sequential())
 

@@ -18,9 +18,10 @@ import pytest
 from numpyro.diagnostics import effective_sample_size
 
 import pmcmc
-from pmcmc import ChEESAdaptation, EnsembleAdaptation, Pathfinder, UniformLength, WindowAdaptation
+from pmcmc import EnsembleAdaptation, WindowAdaptation
+from pmcmc.kernels import UniformLength
 from pmcmc.recurrence import MultipleShooting, Sequential
-from pmcmc.warmup import ensemble
+from pmcmc.warmup import ChEESAdaptation, Pathfinder, ensemble, moments
 from pmcmc.warmup.lanes import far_lanes, half_for_held, held_lanes
 from pmcmc.warmup.starts import start_order
 from tests.helpers.selection import share
@@ -239,16 +240,16 @@ def test_moments_and_when_they_are_settled() -> None:
     rng = np.random.default_rng(0)
     factor = np.array([[1.0, 0.0], [0.999, np.sqrt(1 - 0.999**2)]])
     path = rng.standard_normal((200, 32, 2))
-    mean, found = ensemble._moments(path @ factor.T + 3, dense=True)
+    mean, found = moments.path_moments(path @ factor.T + 3, dense=True)
     np.testing.assert_allclose(mean, 3, atol=0.1)
     np.testing.assert_allclose(found, factor, atol=0.03)  # hardly any shrinkage: 0.999 must stay 0.999
-    assert ensemble._is_settled(path, *ensemble._moments(path, dense=True))
-    assert not ensemble._is_settled(path @ factor.T, *ensemble._moments(path @ factor.T, dense=True))
-    assert not ensemble._is_settled(path + 4, *ensemble._moments(path + 4, dense=False))
+    assert ensemble._is_settled(path, *moments.path_moments(path, dense=True))
+    assert not ensemble._is_settled(path @ factor.T, *moments.path_moments(path @ factor.T, dense=True))
+    assert not ensemble._is_settled(path + 4, *moments.path_moments(path + 4, dense=False))
     still = rng.standard_normal((1, 32, 2)) + 0.05 * path  # the spread is that of the starts, not of the target
     for dense in (True, False):
-        assert not ensemble._is_settled(still, *ensemble._moments(still, dense=dense))
-    few = ensemble._moments(rng.standard_normal((16, 32, 1)) + np.zeros(8), dense=True)[1]
+        assert not ensemble._is_settled(still, *moments.path_moments(still, dense=dense))
+    few = moments.path_moments(rng.standard_normal((16, 32, 1)) + np.zeros(8), dense=True)[1]
     assert np.all(np.isfinite(few))
 
 

@@ -11,6 +11,7 @@ import pytest
 import pmcmc
 from pmcmc import HMC, MALA, NUTS, RandomWalk
 from pmcmc._xla import fused_loop
+from pmcmc._xla.content import inner_programs
 from pmcmc._xla.fused_loop import in_one_kernel
 from pmcmc.recurrence import Sequential
 from pmcmc.sampling import programs
@@ -114,4 +115,4 @@ def test_sampling_a_small_model_in_order_is_one_kernel(kernel, monkeypatch):
 
 def _unlisted(jaxpr):
     here = {equation.primitive.name for equation in jaxpr.eqns} - fused_loop._SIMPLE
-    return here.union(*(_unlisted(inner) for equation in jaxpr.eqns for inner in fused_loop._inner(equation.params)))
+    return here.union(*(_unlisted(inner) for equation in jaxpr.eqns for inner in inner_programs(equation)))

@@ -150,6 +150,11 @@ def settings() -> Iterator[Finding]:
             "jax_debug_nans is on: a proposal that is NaN, which a kernel rejects, ends the run instead.",
             "Unset JAX_DEBUG_NANS.",
         )
+    kept = jax.config.values["jax_compilation_cache_dir"]
+    if kept:
+        yield Finding(f"Compiled programs are kept between processes in {kept}.")
+    else:
+        yield Finding("Compiled programs are not kept between processes: pmcmc.cache_programs() does that.")
     if "xla_gpu_deterministic_ops" in os.environ.get("XLA_FLAGS", "") and jax.default_backend() != "cpu":
         yield Finding(
             "xla_gpu_deterministic_ops is set: sums repeat to the last bit, and the gradient of alpha[index], which "

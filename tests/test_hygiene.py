@@ -7,17 +7,14 @@ import ast
 import importlib
 import inspect
 import json
-import os
 import pkgutil
-import subprocess
-import sys
 import types
 from pathlib import Path
 
 import pytest
 
 import pmcmc
-from tests.helpers.sources import PACKAGE, imports, source_trees
+from tests.helpers.sources import PACKAGE, imports, run_python, source_trees
 
 # A room may import from itself and from earlier levels; rooms of one level may not import from each other.
 LEVELS = [
@@ -203,16 +200,6 @@ def toy_package(tmp_path: Path, file: str, source: str) -> Path:
     return tmp_path / "toy"
 
 
-def run_python(code: str, *arguments: str, cwd: Path = PACKAGE.parent) -> str:
-    """Return the standard output of a fresh interpreter with jax's defaults: float32, no settings of this suite."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.fail(done.stdout + done.stderr, pytrace=False)
-    return done.stdout
-
-
 IMPORT_EFFECTS = """
 import importlib, json, sys
 import jax
@@ -298,6 +285,10 @@ def num_code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return function.end_lineno - function.lineno + 1 - doc_lines
 
 
+# The files whose purpose is to change settings of jax, when the user calls them.
+SETTERS = {"_xla/program_cache.py"}
+
+
 def banned(node: ast.AST) -> str | None:
     """Return what is wrong with this node, or None."""
     match node:
@@ -318,12 +309,13 @@ def code_violations(root: Path) -> list[str]:
     """Return files over 450 lines, functions over 60, and banned constructs under root."""
     found = []
     for path, tree in source_trees(root):
+        relative = path.relative_to(root)
         num_lines = len(path.read_text(encoding="utf-8").splitlines())
         if num_lines > 450:
-            found.append(f"{path.relative_to(root)}: {num_lines} lines, at most 450 allowed")
+            found.append(f"{relative}: {num_lines} lines, at most 450 allowed")
         for node in ast.walk(tree):
-            if fault := banned(node):
-                found.append(f"{path.relative_to(root)}:{node.lineno}: {fault}")
+            if (fault := banned(node)) and not (fault.startswith("jax.config") and str(relative) in SETTERS):
+                found.append(f"{relative}:{node.lineno}: {fault}")
     return found
 
 

@@ -1,8 +1,13 @@
 """The source of the package as syntax trees."""
 
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 PACKAGE = Path(__file__).parents[2] / "pmcmc"
 DYNAMIC_IMPORTS = {"import_module", "__import__", "find_spec"}
@@ -29,3 +34,13 @@ def imports(node: ast.AST, package: tuple[str, ...], lazy: bool = False) -> Iter
         for name in names:
             yield child.lineno, name.split("."), lazy
         yield from imports(child, package, lazy or isinstance(child, (*FUNCTIONS, ast.Lambda)))
+
+
+def run_python(code: str, *arguments: str, cwd: Path = PACKAGE.parent) -> str:
+    """Return the standard output of a fresh interpreter with jax's defaults: float32, no settings of this suite."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.fail(done.stdout + done.stderr, pytrace=False)
+    return done.stdout

@@ -1,0 +1,84 @@
+"""Programs kept on disk: a second process compiles nothing, and its draws are the same."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+import pmcmc
+from pmcmc._xla import program_cache
+from tests.helpers.sources import run_python
+
+RUN = """
+import json, sys
+import jax, jax.numpy as jnp
+from jax import monitoring
+counts = {"hits": 0, "misses": 0}
+def count(event, **_):
+    if event.startswith("/jax/compilation_cache/cache_"):
+        counts[event.rsplit("_", 1)[1]] += 1
+monitoring.register_event_listener(count)
+import pmcmc
+assert jax.config.jax_compilation_cache_dir is None  # importing switches nothing on
+folder = pmcmc.cache_programs(sys.argv[1])
+scale = float(sys.argv[2])
+draws = pmcmc.sample(
+    lambda x: -0.5 * jnp.sum((x / scale) ** 2), jnp.zeros(2), 0, num_samples=50, num_warmup=40, progress_bar=False
+).get_samples()
+print(json.dumps({"counts": counts, "draws": draws.tolist(), "folder": str(folder)}))
+"""
+
+
+def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
+    run = lambda scale: json.loads(run_python(RUN, str(tmp_path / "programs"), scale).splitlines()[-1])
+    first, second, other = run("1.0"), run("1.0"), run("3.0")
+    assert first["folder"] == str(tmp_path / "programs")
+    assert first["counts"]["misses"] > 5
+    assert second["counts"]["misses"] == 0
+    assert second["counts"]["hits"] >= first["counts"]["misses"]
+    assert second["draws"] == first["draws"]
+    assert other["draws"] != first["draws"]
+
+
+@pytest.fixture
+def kept_settings():
+    """Restore jax's settings of the cache."""
+    names = [
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    ]
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    program_cache.compilation_cache.reset_cache()
+
+
+def test_which_folder(kept_settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "of jax"))
+    assert pmcmc.cache_programs() == tmp_path / "of jax"
+    assert pmcmc.cache_programs(tmp_path / "named") == tmp_path / "named"
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.setattr(program_cache.sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    mine = pmcmc.cache_programs()
+    assert mine.parent == tmp_path / "home" / "pmcmc"
+    assert jax.config.jax_compilation_cache_dir == str(mine)
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.setattr(program_cache, "_processor", lambda: "another one")
+    assert pmcmc.cache_programs() != mine
+
+
+def test_what_is_not_used_goes_first(kept_settings, tmp_path: Path) -> None:
+    for number in range(4):
+        file = tmp_path / f"program-{number}"
+        file.write_bytes(bytes(100))
+        used = time.time() - 1000 * (number + 1 if number else 0)  # the first is the newest, then ever older ones
+        os.utime(file, (used, used))
+    (tmp_path / "folder").mkdir()
+    pmcmc.cache_programs(tmp_path, max_bytes=250)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "program-0", "program-1"]

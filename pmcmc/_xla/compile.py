@@ -52,11 +52,7 @@ def that_ends(fn: Callable) -> Callable:
 # Number of targets whose programs are kept, the most recently used: fitting one new model after another must not fill
 # the memory.
 MAX_TARGETS = 8
-
-
 _programs: OrderedDict[Hashable, dict[Hashable, Any]] = OrderedDict()
-
-
 _lock = threading.Lock()
 
 

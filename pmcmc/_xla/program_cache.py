@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -19,10 +20,11 @@ def cache_programs(folder: str | Path | None = None, *, max_bytes: int = 4 * 2**
     does not, and no draw depends on the cache. pmcmc never calls this by itself.
 
     Args:
-        folder: Where programs are kept. None: the folder that ``jax_compilation_cache_dir`` names, if it is set, and
-            otherwise one in the user's cache folder for this kind of processor and version of jaxlib.
-        max_bytes: Programs that were not used for longest are deleted if the folder holds more than this. Done once,
-            at this call.
+        folder: Where programs are kept; machines with other processors should not share it. None: the folder that
+            ``jax_compilation_cache_dir`` names, if it is set, and otherwise one in the user's cache folder for this
+            kind of processor and version of jaxlib.
+        max_bytes: Programs that were not used for longest are deleted if the programs in the folder take more bytes
+            than this. Done once, at this call. Other files in the folder are left alone.
 
     Returns:
         The folder.
@@ -66,16 +68,20 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
+def _is_program(file: Path) -> bool:
+    """Whether JAX's cache wrote this file; a folder that the user names may hold anything else."""
+    return re.fullmatch(r".+-[0-9a-f]{64}-(cache|atime)", file.name) is not None and file.is_file()
+
+
 def _delete_unused(folder: Path, max_bytes: int) -> None:
     """Delete the programs that were not used for longest, until the others take at most ``max_bytes``."""
     found = []
-    for file in folder.iterdir():
+    for file in filter(_is_program, folder.iterdir()):
         try:
             status = file.stat()
         except FileNotFoundError:  # another process has deleted it
             continue
-        if file.is_file():
-            found.append((max(status.st_atime, status.st_mtime), status.st_size, file))
+        found.append((max(status.st_atime, status.st_mtime), status.st_size, file))
     total = sum(size for _, size, _ in found)
     for _, size, file in sorted(found, key=lambda entry: entry[0]):
         if total <= max_bytes:

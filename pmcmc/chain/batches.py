@@ -1,6 +1,6 @@
 """Sites and likelihoods of all draws, computed in batches that bound the memory used.
 
-`constrain_draws` and `log_likelihood` take the kernel's states of a chain, `constrain_warmup` and `warmup_logdensity`
+`constrain_draws` and `log_likelihoods` take the kernel's states of a chain, `constrain_warmup` and `warmup_logdensity`
 the unconstrained positions of the lanes of warm-up.
 """
 
@@ -32,20 +32,20 @@ def constrain_draws(target: Target, kernel: Kernel, unknowns: PyTree, sites: tup
     return _of_each_draw(compiled, unknowns, piece(batch, CONSTRAIN_BYTES, draws))
 
 
-def log_likelihood(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
+def log_likelihoods(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
     """Return the log likelihood of every observation at every draw, by site.
 
     Raises:
         ValueError: The model has no observed sites.
     """
-    shapes = _log_likelihoods.eval_shape(target, kernel, jax.tree.map(lambda x: x[0, :1], unknowns))
+    shapes = _likelihood_rows.eval_shape(target, kernel, jax.tree.map(lambda x: x[0, :1], unknowns))
     if not shapes:
         raise ValueError(
             "log_likelihood=True needs a NumPyro model with observed sites: a plain log density does not tell its "
             "observations apart."
         )
     size = sum(x.size for x in jax.tree.leaves(shapes))
-    compiled = lambda rows: _log_likelihoods(target, kernel, rows)
+    compiled = lambda rows: _likelihood_rows(target, kernel, rows)
     return _of_each_draw(compiled, unknowns, max(1, LIKELIHOOD_BATCH // size))
 
 
@@ -78,7 +78,7 @@ def _of_each_position(compiled: TargetJit, target: Target, path: Any) -> PyTree:
 
 
 @tuned_jit()
-def _log_likelihoods(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
+def _likelihood_rows(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
     """Compute the log likelihood of every observation for unknowns with one leading axis."""
     one = lambda unknown: target.model.log_likelihood(target.data, kernel.position(target, unknown))
     return jax.vmap(one)(unknowns)

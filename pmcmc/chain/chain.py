@@ -16,8 +16,7 @@ import numpy as np
 
 from pmcmc._typing import Array, PyTree
 from pmcmc._xla.trace import refuse_transformation
-from pmcmc.chain.batches import constrain_draws, constrain_warmup, warmup_logdensity
-from pmcmc.chain.batches import log_likelihood as log_likelihood_of
+from pmcmc.chain.batches import constrain_draws, constrain_warmup, log_likelihoods, warmup_logdensity
 from pmcmc.chain.draws import by_name, check_sites, fields, sample_stats, ungroup
 from pmcmc.chain.file_format import Writer
 from pmcmc.chain.replay import Record
@@ -405,7 +404,7 @@ class Chain:
         target, report = self.target, self.report
         place = self.kernel.position(target, jax.tree.map(lambda x: jnp.asarray(x)[0], self.last_state))
         described = self.state.source.describe(target, place)
-        likelihood = log_likelihood_of(target, self.kernel, self.unknowns) if log_likelihood else {}
+        likelihood = log_likelihoods(target, self.kernel, self.unknowns) if log_likelihood else {}
         groups = {
             "posterior": samples,
             "sample_stats": sample_stats(self.kernel, self.info),

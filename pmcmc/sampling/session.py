@@ -102,14 +102,14 @@ class Session:
                 record(target, path)
 
         def prepare(expected: ChainState) -> None:
-            engine = self.engine_for(expected, self.draw_bytes(0))
+            engine = self.engine_for(expected, self.bytes_in_memory(0))
             compile_first(engine, self.settings.solver, self.settings.num_samples)
 
         state = tune_chains(source, rng_key, starts, self.settings, watch, prepare)
         self.warmup_seconds = time.perf_counter() - self.began
         return state
 
-    def draw_bytes(self, num_unkept: int) -> Callable[[Engine], int]:
+    def bytes_in_memory(self, num_unkept: int) -> Callable[[Engine], int]:
         """Return a function of the engine: the bytes of all draws that are kept in memory.
 
         Args:
@@ -221,7 +221,7 @@ def _sample(session: Session, state: ChainState, record: WarmupRecord | None = N
     """Sample from ``state`` on, into memory. If the run ends early, its exception carries the draws so far."""
     settings = session.settings
     # Prepare the engine, room for the draws, and the run.
-    engine = session.engine_for(state, session.draw_bytes(state.num_unkept))
+    engine = session.engine_for(state, session.bytes_in_memory(state.num_unkept))
     draws = Draws(engine, (state.num_unkept + settings.num_samples) // settings.thinning)
     outcome = session.start(state, engine, draws)
 

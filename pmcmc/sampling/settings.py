@@ -90,6 +90,8 @@ class Settings:
             raise TypeError(
                 f'solver must be "auto" or a solver such as pmcmc.recurrence.MultipleShooting(), got {solver!r}.'
             )
+        for part in (kernel, solver):
+            _check_registered(part)
         num_samples = _size("num_samples", num_samples, 1)
         num_chains = _size("num_chains", num_chains, 1)
         thinning = _size("thinning", thinning, 1)
@@ -133,6 +135,19 @@ def settings_of(chain: Chain | StoredChain, num_samples: Any, max_memory: Any) -
         chain.devices,
         max_memory,
     )
+
+
+def _check_registered(part: Any) -> None:
+    """Raise an error if a kernel or solver is not a pytree, which would fail only after warm-up.
+
+    Raises:
+        TypeError: It is not.
+    """
+    if not isinstance(part, str) and any(leaf is part for leaf in jax.tree.leaves(part)):
+        raise TypeError(
+            f"{type(part).__name__} is not a pytree, so compiled programs cannot take it as an argument: decorate the "
+            "class with @pmcmc.register_dataclass, above @dataclass(frozen=True)."
+        )
 
 
 def _check_kernel(kernel: Kernel, extra_fields: Sequence[str], num_warmup: int) -> None:

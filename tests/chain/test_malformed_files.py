@@ -169,6 +169,18 @@ def test_arrays(saved) -> None:
     assert_refused(wrong)
 
 
+def test_names_of_earlier_files(tmp_path: Path) -> None:
+    """`MultipleShooting` had a field ``merge_tol``, which is ``tol`` now."""
+    solver = MultipleShooting(4, tol=1e-5)
+    plain_chain().save(tmp_path / "now.npz")
+    header, arrays = read(tmp_path / "now.npz")
+    items = header["solver"]["items"]
+    del items["tol"]
+    items["merge_tol"] = 1e-5
+    write(tmp_path / "then.npz", header, arrays)
+    assert pmcmc.load(tmp_path / "then.npz", gaussian).solver == solver
+
+
 @pytest.mark.parametrize("share", [6, pytest.param(2, marks=pytest.mark.slow)])
 def test_header(share: int, saved) -> None:
     """Each entry, however deep, is dropped or changed in type. A change that leaves the chain as it was is no error."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import pmcmc
-from pmcmc.recurrence import Sequential
+from pmcmc.recurrence import RecurrenceSolver, Sequential
 from pmcmc.sampling.settings import Settings
 from tests.helpers.targets import ERRORS, eight_schools_model, gaussian, start_like
 
@@ -29,9 +29,15 @@ def test_good_settings_pass() -> None:
     assert Settings.check(**{**GOOD, "num_samples": np.int32(7)}).num_samples == 7
 
 
+class Unregistered(RecurrenceSolver):
+    def solve_problem(self, problem):
+        return Sequential().solve_problem(problem)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
+        (dict(solver=Unregistered()), TypeError, "Unregistered is not a pytree.*@pmcmc.register_dataclass"),
         (dict(num_samples=0), ValueError, "num_samples must be at least 1, got 0"),
         (dict(num_samples=-5), ValueError, "at least 1, got -5"),
         (dict(num_chains=0), ValueError, "num_chains must be at least 1"),

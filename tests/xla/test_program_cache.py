@@ -23,6 +23,9 @@ def count(event, **_):
 monitoring.register_event_listener(count)
 import pmcmc
 assert jax.config.jax_compilation_cache_dir is None  # importing switches nothing on
+jax.jit(lambda x: x + 1)(1.0)  # jax has found its cache to be off
+pmcmc.cache_programs(sys.argv[1] + " of before")
+jax.jit(lambda x: x + 2)(1.0)
 folder = pmcmc.cache_programs(sys.argv[1])
 scale = float(sys.argv[2])
 draws = pmcmc.sample(
@@ -36,6 +39,7 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
     run = lambda scale: json.loads(run_python(RUN, str(tmp_path / "programs"), scale).splitlines()[-1])
     first, second, other = run("1.0"), run("1.0"), run("3.0")
     assert first["folder"] == str(tmp_path / "programs")
+    assert len(list((tmp_path / "programs").glob("*-cache"))) > 5
     assert first["counts"]["misses"] > 5
     assert second["counts"]["misses"] == 0
     assert second["counts"]["hits"] >= first["counts"]["misses"]
@@ -75,10 +79,14 @@ def test_which_folder(kept_settings, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_what_is_not_used_goes_first(kept_settings, tmp_path: Path) -> None:
     for number in range(4):
-        file = tmp_path / f"program-{number}"
+        file = tmp_path / f"jit_f-{number:064x}-cache"
         file.write_bytes(bytes(100))
         used = time.time() - 1000 * (number + 1 if number else 0)  # the first is the newest, then ever older ones
         os.utime(file, (used, used))
-    (tmp_path / "folder").mkdir()
+    mine = tmp_path / "results-cache"  # the largest and the oldest
+    mine.write_bytes(bytes(1000))
+    os.utime(mine, (0, 0))
+    (tmp_path / f"folder-{0:064x}-cache").mkdir()
     pmcmc.cache_programs(tmp_path, max_bytes=250)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "program-0", "program-1"]
+    kept = sorted(file.name for file in tmp_path.iterdir())
+    assert kept == [f"folder-{0:064x}-cache", *(f"jit_f-{n:064x}-cache" for n in (0, 1)), "results-cache"]

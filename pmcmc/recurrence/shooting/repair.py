@@ -10,8 +10,7 @@ Each clause keeps the certificate true:
    distances or at the end of the block. Then the recorded state is kept. Otherwise it is overwritten, and the lane
    goes on.
 3. If no scale is given, it is the smaller of the spread of the zeroth sweep and twice the range of the lane's own
-   states
-   in this sweep: runs from wild guesses may have any spread, and relative to that any two states are close.
+   states in this sweep: runs from wild guesses may have any spread, and relative to that any two states are close.
 4. The residual is the running maximum of the accepted differences. Elsewhere every state is the image of its
    predecessor by construction. The exact prefix grows by at least one block per sweep.
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from benchmarks._harness import program_bytes
 from benchmarks.targets import Case
-from pmcmc._typing import PyTree
-from pmcmc._xla.background import num_cores
+from pmcmc._pytree import PyTree
+from pmcmc._xla.compile import num_cores
 from pmcmc.recurrence import MultipleShooting, Sequential
-from pmcmc.recurrence.lanes import LaneSolver
+from pmcmc.recurrence.sequential import LaneSolver
 from pmcmc.sampling.programs import Clock, Engine, Segment, Shape, solve_noise
 
 NUM_STATES = 64

@@ -30,7 +30,7 @@ from benchmarks._harness import alternate, peak_bytes, ratio, save, with_others
 from benchmarks._runs import Run, compile_all, in_blocks, in_order, typical_states, without_repair
 from benchmarks.cases import CASES
 from benchmarks.targets import Case
-from pmcmc._typing import PyTree
+from pmcmc._pytree import PyTree
 from pmcmc.recurrence import RESULTS
 
 BLOCKS = (64, 128, 256, 512)

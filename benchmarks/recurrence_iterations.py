@@ -24,7 +24,7 @@ from benchmarks._harness import save
 from benchmarks.targets import CASES
 from pmcmc import HMC, MALA, Kernel, Target
 from pmcmc import recurrence as rec
-from pmcmc.model_basis import Basis
+from pmcmc.target import Basis
 
 
 class Case(NamedTuple):

@@ -10,8 +10,7 @@ import numpy as np
 
 from benchmarks._harness import SHARED
 from pmcmc.kernels import HMC, MALA, NUTS, Kernel, RandomWalk
-from pmcmc.model_basis import Basis
-from pmcmc.target import Target
+from pmcmc.target import Basis, Target
 
 
 @dataclass(frozen=True)

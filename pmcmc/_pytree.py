@@ -1,4 +1,4 @@
-"""Pytrees: registration, conversion to vectors, masks, and the one distance between states.
+"""Pytrees: types, registration, conversion to vectors, masks, and the one distance between states.
 
 On CPU ``jnp.max`` silently drops NaN for large arrays. No reduction here relies on NaN passing through it:
 finiteness is always tested separately.
@@ -6,12 +6,25 @@ finiteness is always tested separately.
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from pmcmc._typing import Array, ArrayLeaf, PyTree
+__all__ = ["Array", "ArrayLeaf", "Bool", "Float", "Int", "PRNGKey", "PyTree", "Scalar"]
+
+
+# A typed key (jax.random.key) or a raw uint32 key (jax.random.PRNGKey).
+PRNGKey = Any
+
+
+# A Python number or a 0-d array.
+Scalar = Annotated[Any, "no axes"]
+
+
+# An array as a field of a pytree. Any, because jax also rebuilds pytrees with its own placeholders as leaves.
+ArrayLeaf = Any
 
 
 def register_dataclass(cls: type) -> type:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 import pmcmc
-from pmcmc._optional import require
+from pmcmc.interop import require
 
 # Every `THINNING`-th draw is kept: long chains are quick to sample but slow to summarise.
 THINNING = 10

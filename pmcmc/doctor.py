@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pmcmc
-from pmcmc._xla.factorizations import may_wait_for_ever
+from pmcmc._xla.rewrites import may_wait_for_ever
 from pmcmc.kernels import HMC
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
 from pmcmc.recurrence.solution import default_tolerance

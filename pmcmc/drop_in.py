@@ -17,21 +17,20 @@ from numpyro.infer.initialization import init_to_uniform
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import initialize_model
 
-from pmcmc._typing import Array, PRNGKey, PyTree
+from pmcmc._pytree import Array, PRNGKey, PyTree
 from pmcmc._xla.trace import refuse_transformation
 from pmcmc.chain.chain import Chain
 from pmcmc.chain.draws import site_shapes
 from pmcmc.chain.state import ChainState, Source, last_logdensity, model_source
 from pmcmc.kernels import Kernel
-from pmcmc.model_basis import Basis
 from pmcmc.numpyro_samplers import STEP_SIZE, check_metric_sites, kernel_fields, translate, with_metric
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.sampling.api import model_starts
 from pmcmc.sampling.session import sample_from, sample_new, warm_up
 from pmcmc.sampling.settings import Settings, as_key
-from pmcmc.target import Target
+from pmcmc.target import Basis, Target
 from pmcmc.warmup import Warmup
-from pmcmc.warmup.metric import check_metric, scale_of_metric
+from pmcmc.warmup.base import check_metric, scale_of_metric
 
 __all__ = ["AdaptState", "ParallelMCMC", "ParallelState"]
 

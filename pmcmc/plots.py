@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._optional import require
-from pmcmc._pytree import real_dtype, relative_distance
-from pmcmc._typing import PyTree
+from pmcmc._pytree import PyTree, real_dtype, relative_distance
 from pmcmc.chain.chain import Chain
 from pmcmc.chain.report import SolveReport
+from pmcmc.interop import require
 from pmcmc.recurrence import MultipleShooting, Solution
 from pmcmc.recurrence.solution import typical_scale
 from pmcmc.sampling.programs import Engine

@@ -20,11 +20,49 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._pytree import RavelSpec, is_real, register_dataclass
-from pmcmc._typing import Array, Float, PyTree
+from pmcmc._pytree import Array, ArrayLeaf, Float, PyTree, RavelSpec, is_real, register_dataclass
 from pmcmc._xla.compile import plain_jit, tuned_jit
 from pmcmc._xla.trace import Trace, trace
-from pmcmc.model_basis import Basis
+
+
+def _product(matrix: Array, vector: Array) -> Array:
+    """Return ``matrix @ vector``; up to D = 32 as a sum, which XLA fuses with the rest (see `in_one_kernel`)."""
+    return matrix @ vector if len(vector) > 32 else jnp.sum(matrix * vector[None, :], axis=1)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Basis:
+    """Affine coordinates ``x = loc + scale y``; kernels and solvers see y.
+
+    Attributes:
+        loc: Shape (D,).
+        scale: Shape (D,) for a diagonal map, (D, D) lower triangular for a full one.
+    """
+
+    loc: ArrayLeaf
+    scale: ArrayLeaf
+
+    def to_position(self, y: Float[Array, " dim"]) -> Float[Array, " dim"]:
+        """Return ``x = loc + scale y``, (D,)."""
+        return self.loc + (_product(self.scale, y) if self.scale.ndim == 2 else self.scale * y)
+
+    def to_positions(self, rows: np.ndarray) -> np.ndarray:
+        """Map many coordinates (..., D) by `to_position`, in numpy and float64."""
+        loc, scale = np.asarray(self.loc, float), np.asarray(self.scale, float)
+        return loc + (rows @ scale.T if scale.ndim == 2 else rows * scale)
+
+    def to_coordinates(self, x: Float[Array, " dim"]) -> Float[Array, " dim"]:
+        """Inverse of `to_position`, (D,)."""
+        if self.scale.ndim == 2:
+            return jax.scipy.linalg.solve_triangular(self.scale, x - self.loc, lower=True)
+        return (x - self.loc) / self.scale
+
+    @property
+    def covariance(self) -> Array:
+        """The inverse mass matrix that this basis corresponds to: scale scale^T, or its diagonal."""
+        return self.scale @ self.scale.T if self.scale.ndim == 2 else self.scale**2
+
 
 # Pairs (site, its values) of discrete sites.
 Supports = tuple[tuple[str, tuple[int | float, ...]], ...]
@@ -49,9 +87,9 @@ class Model(abc.ABC):
         """Return the shape and dtype of `logdensity`."""
         return jax.eval_shape(self.logdensity, data, position)
 
-    @abc.abstractmethod
     def constrain(self, data: PyTree, position: PyTree) -> PyTree:
         """Return what the user sees of a position, such as constrained values."""
+        return position
 
     def explain(self, data: PyTree, position: PyTree) -> str:
         """Return a sentence saying which part of the density is not finite at ``position``; empty if unknown."""
@@ -128,9 +166,6 @@ class LogDensity(Model):
     def logdensity(self, data, position):
         return self.trace(data, position)
 
-    def constrain(self, data, position):
-        return position
-
 
 @dataclass(frozen=True)
 class WithoutDensity(Model):
@@ -140,9 +175,6 @@ class WithoutDensity(Model):
 
     def logdensity(self, data, position):
         return jnp.asarray(jnp.nan, RavelSpec.of(position).dtype)
-
-    def constrain(self, data, position):
-        return position
 
 
 @dataclass(frozen=True)

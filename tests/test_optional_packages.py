@@ -10,7 +10,7 @@ import pytest
 import pmcmc
 from pmcmc import demo, plots
 from pmcmc.__main__ import main
-from pmcmc.interop.zarr import open_lazily, read_arrays
+from pmcmc.interop.arviz import open_lazily, read_arrays
 from tests.helpers.sources import PACKAGE, imports, source_trees
 
 PROJECT = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]

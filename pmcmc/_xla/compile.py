@@ -2,25 +2,149 @@
 
 Functions whose first argument is a `pmcmc.Target` are decorated with `tuned_jit` or `plain_jit`. Their programs are
 kept per target, in `programs_of`, and dropped with the targets that were used least recently.
+
+`BackgroundCompiler` compiles in a second thread, alongside work that need not wait for it, such as warm-up.
+`cache_programs` keeps programs between processes, and `available_bytes` bounds what a run may allocate.
 """
 
 import ctypes
+import hashlib
+import os
+import platform
+import re
+import sys
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, update_wrapper, wraps
+from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib
+from jax.experimental.compilation_cache import compilation_cache
 
-from pmcmc._xla.factorizations import few_at_a_time, may_wait_for_ever
+from pmcmc._xla import default_platform
+from pmcmc._xla.rewrites import few_at_a_time, may_wait_for_ever
+
+# Files with the limit and the use of a container's control group: version 2, then version 1.
+_GROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 
 
-def default_platform() -> str:
-    """Platform of the default device: that of ``jax.default_device`` if set, otherwise the default backend."""
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
-    return jax.default_backend() if device is None else getattr(device, "platform", device)
+def available_bytes() -> float:
+    """Return the bytes of host memory that this process may still allocate; inf if the system does not say."""
+    found = [float("inf")]
+    for line in _read("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            found.append(1024.0 * int(line.split()[1]))
+    for limit, use in _GROUPS:
+        most, taken = _read(limit).strip(), _read(use).strip()
+        if most.isdigit() and taken.isdigit():
+            found.append(float(most) - float(taken))
+    return min(found)
+
+
+def check_available(needed: int, remedy: str) -> None:
+    """Raise if less memory is available than the draws need.
+
+    Args:
+        needed: Bytes.
+        remedy: Last sentence of the error message.
+
+    Raises:
+        MemoryError: Fewer than ``needed`` bytes are available.
+    """
+    if needed > (available := available_bytes()):
+        raise MemoryError(f"the draws need {size_text(needed)}, and {size_text(available)} are available. {remedy}")
+
+
+def _read(path: str) -> str:
+    """Return the text of a file; empty if it cannot be read."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def size_text(number: float | int) -> str:
+    """Format a number of bytes in MiB, or in GiB from 0.5 GiB up."""
+    return f"{number / 2**30:,.1f} GiB" if number >= 2**29 else f"{number / 2**20:,.1f} MiB"
+
+
+def num_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class BackgroundCompiler:
+    """Run compilations one after the other in a background thread.
+
+    XLA compiles without holding Python's lock. Work in the main thread is therefore slowed down only while a program
+    is being traced.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pmcmc-compile")
+        self._jobs: dict[Hashable, _Job] = {}
+
+    def begin(self, name: Hashable, compilation: Callable[[], Callable[[], None] | None]) -> None:
+        """Submit a compilation, unless one was submitted under this name before.
+
+        Args:
+            name: Key of the compilation.
+            compilation: Reads the user's model (traces it) and returns a function that does the rest, or None. The
+                model is not read after ``compilation`` has returned.
+        """
+        if name not in self._jobs:
+            job = self._jobs[name] = _Job(compilation)
+            job.future = self._pool.submit(job.run)
+
+    def ready(self, name: Hashable) -> bool:
+        """Whether there is nothing to wait for: the compilation has ended, or was never submitted."""
+        return name not in self._jobs or self._jobs[name].future.done()
+
+    def wait(self, name: Hashable) -> float:
+        """Wait until the compilation has ended.
+
+        A failed compilation is not reported here: it fails again, visibly, when its program is needed.
+
+        Returns:
+            Seconds waited.
+        """
+        begin = time.perf_counter()
+        if name in self._jobs:
+            self._jobs[name].future.exception()
+        return time.perf_counter() - begin
+
+    def close(self) -> None:
+        """Cancel what has not begun, and wait until no model is being read, so that the caller may use it again."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for job in self._jobs.values():
+            if not job.future.cancelled():
+                job.traced.wait()
+
+
+class _Job:
+    """A submitted compilation; ``traced`` is set once it no longer reads the user's model."""
+
+    def __init__(self, compilation: Callable[[], Callable[[], None] | None]):
+        self._compilation = compilation
+        self.traced = threading.Event()
+        self.future: Future
+
+    def run(self) -> None:
+        try:
+            rest = self._compilation()
+            self.traced.set()
+            if rest is not None:
+                rest()
+        finally:
+            self.traced.set()
 
 
 @cache
@@ -44,7 +168,7 @@ def compiler_options(platform: str) -> dict[str, Any] | None:
 def that_ends(fn: Callable) -> Callable:
     """Return ``fn``, which is about to be traced, protected against the deadlock of some jaxlib versions on CPU.
 
-    See `pmcmc._xla.factorizations`. Elsewhere ``fn`` is returned unchanged.
+    See `pmcmc._xla.rewrites`. Elsewhere ``fn`` is returned unchanged.
     """
     return few_at_a_time(fn) if default_platform() == "cpu" and may_wait_for_ever() else fn
 
@@ -152,3 +276,81 @@ def tuned_jit(**jit_options: Any) -> Callable[[Callable], TargetJit]:
 def plain_jit(**jit_options: Any) -> Callable[[Callable], TargetJit]:
     """Like `tuned_jit`, for functions called within other programs, or too small to be worth tuning."""
     return lambda fn: TargetJit(fn, False, **jit_options)
+
+
+def cache_programs(folder: str | Path | None = None, *, max_bytes: int = 4 * 2**30) -> Path:
+    """Keep compiled programs on disk, so that the next process with the same model and shapes need not compile.
+
+    This switches on JAX's persistent compilation cache for all programs of this process, of other packages, too. Call
+    it before sampling. Programs are found by what they compute: new data of the same shapes find them, a changed model
+    does not, and no draw depends on the cache. pmcmc never calls this by itself.
+
+    Args:
+        folder: Where programs are kept; machines with other processors should not share it. None: the folder that
+            ``jax_compilation_cache_dir`` names, if it is set, and otherwise one in the user's cache folder for this
+            kind of processor and version of jaxlib.
+        max_bytes: Programs that were not used for longest are deleted if the programs in the folder take more bytes
+            than this. Done once, at this call. Other files in the folder are left alone.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OSError: The folder cannot be made.
+
+    Example:
+        >>> import pmcmc, tempfile
+        >>> folder = pmcmc.cache_programs(tempfile.mkdtemp())
+    """
+    named = folder or jax.config.values["jax_compilation_cache_dir"] or _user_folder()
+    path = Path(named).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    _delete_unused(path, max_bytes)
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small programs are many
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    compilation_cache.reset_cache()  # it may have been found to be off already
+    return path
+
+
+def _user_folder() -> Path:
+    """Return a folder for programs of this machine: those of another processor may not run here."""
+    if sys.platform == "win32":
+        root = Path(os.environ.get("LOCALAPPDATA", "~"))
+    elif sys.platform == "darwin":
+        root = Path("~/Library/Caches")
+    else:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    kind = hashlib.sha256("\n".join((platform.machine(), _processor(), jaxlib.__version__)).encode()).hexdigest()
+    return root.expanduser() / "pmcmc" / f"programs-{kind[:12]}"
+
+
+def _processor() -> str:
+    """Return the instruction sets of the processor, or its name where the system does not list them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _is_program(file: Path) -> bool:
+    """Whether JAX's cache wrote this file; a folder that the user names may hold anything else."""
+    return re.fullmatch(r".+-[0-9a-f]{64}-(cache|atime)", file.name) is not None and file.is_file()
+
+
+def _delete_unused(folder: Path, max_bytes: int) -> None:
+    """Delete the programs that were not used for longest, until the others take at most ``max_bytes``."""
+    found = []
+    for file in filter(_is_program, folder.iterdir()):
+        try:
+            status = file.stat()
+        except FileNotFoundError:  # another process has deleted it
+            continue
+        found.append((max(status.st_atime, status.st_mtime), status.st_size, file))
+    total = sum(size for _, size, _ in found)
+    for _, size, file in sorted(found, key=lambda entry: entry[0]):
+        if total <= max_bytes:
+            break
+        file.unlink(missing_ok=True)
+        total -= size

@@ -25,8 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from pmcmc._pytree import register_dataclass
-from pmcmc._typing import Array, PyTree
+from pmcmc._pytree import Array, PyTree, register_dataclass
 from pmcmc._xla.content import Content, Place, shape_of
 
 # Calls of functions that the user's code has jitted.

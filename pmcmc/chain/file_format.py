@@ -17,10 +17,10 @@ import jax
 import numpy as np
 
 from pmcmc import kernels, recurrence
-from pmcmc._typing import PyTree
+from pmcmc._pytree import PyTree
 from pmcmc._xla.trace import Traced, Untraced
-from pmcmc.kernels.compose import Block
-from pmcmc.model_basis import Basis
+from pmcmc.kernels.gibbs import Block
+from pmcmc.target import Basis
 
 
 class Format(NamedTuple):

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._typing import PRNGKey, PyTree
-from pmcmc._xla.compile import default_platform
+from pmcmc._pytree import PRNGKey, PyTree
+from pmcmc._xla import default_platform
 from pmcmc._xla.trace import refuse_transformation
 from pmcmc.chain.chain import Chain
 from pmcmc.chain.draws import judge_mixing
@@ -27,10 +27,9 @@ from pmcmc.chain.file_format import Reader
 from pmcmc.chain.report import BY_PAIR, NOT_STORED, SolveReport
 from pmcmc.chain.state import ChainState, Source, density_source, describe_sites, last_logdensity, model_source
 from pmcmc.kernels import Kernel
-from pmcmc.model_basis import Basis
-from pmcmc.random.threefry import IMPL, threefry_key
+from pmcmc.random.streams import IMPL, threefry_key
 from pmcmc.recurrence import RecurrenceSolver
-from pmcmc.target import Target
+from pmcmc.target import Basis, Target
 from pmcmc.warmup.base import LaneTiming
 
 

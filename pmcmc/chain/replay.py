@@ -12,14 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._pytree import is_real
-from pmcmc._typing import Array, PyTree
+from pmcmc._pytree import Array, PyTree, is_real
 from pmcmc._xla.compile import tuned_jit
-from pmcmc._xla.fused_loop import FEW_LANES, in_one_kernel
+from pmcmc._xla.rewrites import FEW_LANES, in_one_kernel
 from pmcmc.kernels import Info, Kernel
 from pmcmc.kernels.base import near_tie_bound
-from pmcmc.random.streams import step_noise
-from pmcmc.random.threefry import threefry_2x32
+from pmcmc.random.streams import step_noise, threefry_2x32
 from pmcmc.target import Target
 
 # Number of draws checked by one call of the program, and of lanes that are computed side by side in it if the kernel

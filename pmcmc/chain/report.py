@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pmcmc.chain.mixing import MIN_DRAWS, Mixing
+from pmcmc.chain.draws import MIN_DRAWS, Mixing
 from pmcmc.planning import Plan
 from pmcmc.recurrence import RESULTS
 from pmcmc.stability import Diagnosis

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._typing import Array, PRNGKey, PyTree
-from pmcmc._xla.compile import default_platform, plain_jit
+from pmcmc._pytree import Array, PRNGKey, PyTree
+from pmcmc._xla import default_platform
+from pmcmc._xla.compile import plain_jit
 from pmcmc._xla.trace import Trace, digest, traced_functions
 from pmcmc.chain.file_format import Writer
 from pmcmc.chain.report import NOT_STORED, SolveReport

@@ -21,8 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._pytree import is_real
-from pmcmc._typing import PRNGKey
+from pmcmc._pytree import PRNGKey, is_real
 from pmcmc.chain.replay import ABREAST, FIELDS, Checker, Look, Record
 from pmcmc.kernels import Kernel
 from pmcmc.random.streams import chain_keys

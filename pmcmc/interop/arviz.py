@@ -1,9 +1,22 @@
-"""Build ArviZ containers from draws. ArviZ is imported only when a function of this module runs."""
+"""Draws in ArviZ's layout, in memory or on disk. ArviZ and Zarr are imported only when a function of this module runs.
+
+`to_arviz` builds containers of draws. `DrawArrays` writes draws as growing Zarr arrays; `open_lazily` and `read_arrays`
+read them.
+
+The files use Zarr format 2, because consolidated metadata, which xarray looks for first, is part of format 2 and not of
+format 3. It is one file, replaced as a whole, and the only place that records how long the arrays are. So a reader
+never sees one array longer than another, nor draws that are written but not shown yet.
+"""
 
 import inspect
+import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from pmcmc.interop import require
 
 
 def to_arviz(
@@ -63,3 +76,141 @@ def predictive_groups(
             )
         groups["posterior_predictive"][name] = x
     return groups
+
+
+Groups = dict[str, dict[str, Any]]  # arrays by group and name
+# Size of one chunk, all chains together. A chunk is a file, and each `DrawArrays.write` writes the last one again.
+CHUNK_BYTES = 2**20
+_DIMS = "_ARRAY_DIMENSIONS"  # attribute in which xarray looks for names of axes in format 2
+
+
+def check_zarr(who: str = "Chain.stream") -> None:
+    """Raise an error if Zarr is missing, before draws are written or read.
+
+    Raises:
+        ImportError: Zarr is not installed.
+    """
+    require(("zarr",), who, "pmcmc[zarr]")
+
+
+class DrawArrays:
+    """Arrays (chain, draw, ...) in the groups of a Zarr hierarchy.
+
+    Args:
+        path: A new folder, or one made by this class.
+        dims: Names of the leading axes of a draw, by array.
+    """
+
+    def __init__(self, path: Path, dims: dict[str, list[str]]):
+        import zarr
+
+        self.path, self.dims = path, dims
+        self._root = zarr.open_group(str(path), mode="a", zarr_format=2, use_consolidated=False)
+        self._shown = {x.path: x for _, group in self._root.groups() for _, x in group.arrays() if _grows(x)}
+        self._whole: dict[str, Any] = {}
+
+    def describe(self, attrs: dict[str, Any], num_chains: int, constants: Groups) -> None:
+        """Write attributes, chain numbers, and arrays without draws."""
+        self._root.attrs.update(attrs)
+        for name in ("posterior", "sample_stats"):
+            group = self._root.create_group(name, attributes=attrs)
+            self._fixed(group, "chain", np.arange(num_chains), ["chain"])
+        for name, arrays in constants.items():
+            if arrays:
+                group = self._root.create_group(name, attributes=attrs)
+            for key, value in arrays.items():
+                x = np.asarray(value)
+                self._fixed(group, key, x, self._names(key, x.shape))
+
+    def _fixed(self, group: Any, name: str, x: np.ndarray, dims: list[str]) -> None:
+        """Write an array that does not grow."""
+        made = group.create_array(
+            name, shape=x.shape, chunks=_some(x.shape), dtype=x.dtype, fill_value=None, attributes={_DIMS: dims}
+        )
+        made[...] = x
+
+    def _names(self, name: str, shape: tuple[int, ...]) -> list[str]:
+        """Return names of axes: those known, then numbered ones."""
+        known = list(self.dims.get(name, []))
+        return known + [f"{name}_dim_{axis}" for axis in range(len(known), len(shape))]
+
+    def write(self, first: int, groups: Groups, room: int) -> None:
+        """Write draws after the first ``first`` ones. Readers do not see them before `show`.
+
+        Args:
+            first: Number of draws already written.
+            groups: Draws by group and name, leading axes (chain, draw).
+            room: Number of draws that the arrays will have in the end; used for arrays that do not exist yet.
+        """
+        for group, arrays in groups.items():
+            for name, x in arrays.items():
+                whole = self._open(f"{group}/{name}", np.asarray(x), room)
+                whole[:, first : first + x.shape[1]] = np.asarray(x)
+
+    def _open(self, path: str, like: np.ndarray, room: int) -> Any:
+        """Return the array at its final length. Readers see the length of a second handle, which `show` resizes."""
+        import zarr
+
+        if path not in self._whole:
+            shape = (like.shape[0], room, *like.shape[2:])
+            if path in self._shown:
+                whole = self._shown[path]
+                num_draws = whole.shape[1]
+                whole.resize(shape)
+            else:
+                num_draws, chunk = 0, (like.shape[0], 1, *like.shape[2:])
+                rows = max(1, CHUNK_BYTES // max(1, math.prod(chunk) * like.dtype.itemsize))
+                dims = ["chain", "draw", *self._names(path.split("/")[-1], like.shape[2:])]
+                whole = self._root.create_array(
+                    path,
+                    shape=shape,
+                    chunks=_some((like.shape[0], min(rows, room), *like.shape[2:])),
+                    dtype=like.dtype,
+                    fill_value=None,  # xarray would mask entries equal to a fill value as missing
+                    attributes={_DIMS: dims},
+                )
+            self._whole[path] = whole
+            self._shown[path] = zarr.open_array(str(self.path), path=path, mode="r+", zarr_format=2)
+            self._shown[path].resize((shape[0], num_draws, *shape[2:]))
+        return self._whole[path]
+
+    def show(self, num_draws: int) -> None:
+        """Let readers see exactly ``num_draws`` draws of all arrays."""
+        import zarr
+
+        for x in self._shown.values():
+            if x.shape[1] != num_draws:
+                x.resize((x.shape[0], num_draws, *x.shape[2:]))
+        zarr.consolidate_metadata(str(self.path), zarr_format=2)
+
+
+def _some(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Replace zeros in a shape by ones: Zarr needs chunks of at least one element."""
+    return tuple(max(1, n) for n in shape)
+
+
+def _grows(x: Any) -> bool:
+    """Whether an array has the axes (chain, draw)."""
+    return x.attrs.get(_DIMS, [])[:2] == ["chain", "draw"]
+
+
+def open_lazily(path: Path) -> Any:
+    """Return ArviZ's container; its arrays are read when they are used."""
+    check_zarr("StoredChain.to_arviz")
+    import arviz as az
+    import xarray as xr
+
+    tree = xr.open_datatree(str(path), engine="zarr", chunks=None)
+    # ArviZ 0.x has its own class InferenceData. From 1.0 on it uses xarray's DataTree, which 1.3 also exports as
+    # InferenceData.
+    container: Any = getattr(az, "InferenceData", xr.DataTree)
+    return tree if container is xr.DataTree else container.from_datatree(tree)
+
+
+def read_arrays(path: Path, group: str, names: Sequence[str]) -> dict[str, Any]:
+    """Return arrays at the length that is shown; each is read where it is indexed."""
+    check_zarr("StoredChain.get_samples")
+    import zarr
+
+    found = zarr.open_group(str(path), mode="r")
+    return {name: found[f"{group}/{name}"] for name in names}

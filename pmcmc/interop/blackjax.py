@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pmcmc._typing import Array, PRNGKey, PyTree, Scalar
+from pmcmc._pytree import Array, PRNGKey, PyTree, Scalar
 
 KEY_FIELD = "random_generator_arg"
 # Algorithms that take a likelihood and multiply it by a Gaussian prior which they define themselves.

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._pytree import RavelSpec
-from pmcmc._typing import Array, PRNGKey, PyTree
+from pmcmc._pytree import Array, PRNGKey, PyTree, RavelSpec
 from pmcmc._xla.trace import Trace, trace
 from pmcmc.interop.numpyro_sites import active_reparams, check_trace, non_centred_forms, scales
 from pmcmc.target import Model, Supports, Target

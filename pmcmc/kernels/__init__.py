@@ -14,15 +14,12 @@ Source: Zoltowski et al. (2025).
 
 from pmcmc.kernels.base import Info, Kernel, SiteKernel
 from pmcmc.kernels.blackjax import BlackJAX, from_blackjax
-from pmcmc.kernels.compose import Block, Compose
 from pmcmc.kernels.discrete import DiscreteGibbs
-from pmcmc.kernels.gibbs import Gibbs
-from pmcmc.kernels.hmc import HMC
-from pmcmc.kernels.leapfrog import Leapfrog, ParallelLeapfrog, SequentialLeapfrog, UniformLength
+from pmcmc.kernels.gibbs import Block, Compose, Gibbs
+from pmcmc.kernels.hmc import HMC, Leapfrog, ParallelLeapfrog, SequentialLeapfrog, UniformLength
 from pmcmc.kernels.mala import MALA
-from pmcmc.kernels.metropolis import BranchTaken, StraightThrough, Surrogate
+from pmcmc.kernels.metropolis import BranchTaken, RandomWalk, StraightThrough, Surrogate
 from pmcmc.kernels.nuts import NUTS
-from pmcmc.kernels.random_walk import RandomWalk
 from pmcmc.kernels.updates import (
     CategoricalUpdate,
     CustomUpdate,

@@ -21,8 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pmcmc._pytree import RavelSpec
-from pmcmc._typing import Array, ArrayLeaf, PRNGKey, PyTree, Scalar
+from pmcmc._pytree import Array, ArrayLeaf, PRNGKey, PyTree, RavelSpec, Scalar
 from pmcmc._xla.trace import trace
 from pmcmc.recurrence import Recurrence
 from pmcmc.target import Target

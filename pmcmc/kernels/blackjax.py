@@ -21,11 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from pmcmc._pytree import is_real, register_dataclass
-from pmcmc._typing import Array, PRNGKey, PyTree, Scalar
+from pmcmc._pytree import Array, PRNGKey, PyTree, Scalar, is_real, register_dataclass
 from pmcmc.interop import blackjax as interop
 from pmcmc.kernels.base import Info, Kernel, check_step_size, step_content
-from pmcmc.random.threefry import key_pair
+from pmcmc.random.streams import key_pair
 from pmcmc.target import Target
 
 

@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._pytree import register_dataclass
-from pmcmc._typing import Array, PRNGKey, PyTree
+from pmcmc._pytree import Array, PRNGKey, PyTree, register_dataclass
 from pmcmc._xla.compile import plain_jit
 from pmcmc.kernels.base import Info, SiteKernel, site_templates
 from pmcmc.random.distributions import check_values, inverse_cdf, uniforms

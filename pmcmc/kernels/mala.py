@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from pmcmc._pytree import register_dataclass
-from pmcmc._typing import Array, Scalar
+from pmcmc._pytree import Array, Scalar, register_dataclass
 from pmcmc.kernels.base import Info, check_step_size
 from pmcmc.kernels.metropolis import BranchTaken, GradientKernel, GradientState, Surrogate, accept
 from pmcmc.random.distributions import normals, uniforms

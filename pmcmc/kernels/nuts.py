@@ -16,13 +16,12 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pmcmc._pytree import register_dataclass
-from pmcmc._typing import Array, ArrayLeaf, PyTree, Scalar
+from pmcmc._pytree import Array, ArrayLeaf, PyTree, Scalar, register_dataclass
 from pmcmc.kernels import nuts_tree as machine
 from pmcmc.kernels.base import Info, check_step_size
 from pmcmc.kernels.metropolis import GradientKernel, GradientState
 from pmcmc.random.distributions import jax_normals
-from pmcmc.random.threefry import fold_in, key_pair
+from pmcmc.random.streams import fold_in, key_pair
 from pmcmc.recurrence import Staged
 from pmcmc.target import Target
 

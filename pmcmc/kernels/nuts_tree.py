@@ -29,10 +29,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pmcmc._typing import Array, PyTree
+from pmcmc._pytree import Array, PyTree
 from pmcmc.kernels.metropolis import GradientState, log_acceptance
 from pmcmc.random.distributions import jax_uniforms
-from pmcmc.random.threefry import fold_in
+from pmcmc.random.streams import fold_in
 
 
 class End(NamedTuple):

@@ -15,11 +15,10 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from pmcmc._pytree import register_dataclass
-from pmcmc._typing import Array, ArrayLeaf, PRNGKey, PyTree
+from pmcmc._pytree import Array, ArrayLeaf, PRNGKey, PyTree, register_dataclass
 from pmcmc._xla.trace import Traced, Untraced
 from pmcmc.random.distributions import check_values, inverse_cdf, log_gammas, normals, uniform_array
-from pmcmc.random.threefry import key_pair, raw_keys_are_threefry
+from pmcmc.random.streams import key_pair, raw_keys_are_threefry
 
 
 class Site(NamedTuple):

@@ -7,7 +7,7 @@ measure is a constant of `CostModel`.
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pmcmc._typing import Scalar
+from pmcmc._pytree import Scalar
 
 
 class Costs(NamedTuple):

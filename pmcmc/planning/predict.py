@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pmcmc._typing import ArrayLeaf, Scalar
+from pmcmc._pytree import ArrayLeaf, Scalar
 from pmcmc.recurrence import Dense, Identity, JacobianStructure, Zero
 from pmcmc.stability.coalescence import Coalescence
 

@@ -1,7 +1,7 @@
 """All random numbers: counter-based bits, distributions computed from them, and the noise of each step.
 
 For a given kernel and target, the noise of step t of chain c is a function of (noise key, c, t) alone; the noise key is
-the second half of a split of the run's key (`pmcmc.sampling.warm_up`). It is drawn in one place,
+the second half of a split of the run's key (`pmcmc.sampling.session`). It is drawn in one place,
 `pmcmc.random.streams.step_noise`: the key of chain c is ``fold_in(noise key, c)``, the key of step t is
 ``fold_in(chain key, t)``, and `Kernel.sample_noise` turns the step's key into the noise of one step, with the
 distributions of this package. A step is deterministic given its noise; where the noise is itself a key (NUTS,
@@ -10,7 +10,7 @@ does not depend on the number of chains, the solver, its blocks, the devices, or
 any step can be drawn again later, as `Chain.verify` does. Starting positions and warm-up use other keys
 than the noise key, and the probes of stochastic Jacobians (`HutchinsonDiagonal`) affect convergence only.
 
-- `pmcmc.random.threefry`: JAX's hash, and keys as pairs of words.
+- `pmcmc.random.streams`: JAX's hash, and keys as pairs of words.
 - `pmcmc.random.distributions`: uniforms, normals, gamma variates and discrete draws.
 - `pmcmc.random.streams`: keys of chains and noise of steps.
 """

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._typing import Array, Float, PRNGKey
-from pmcmc.random.threefry import key_pair, threefry_2x32
+from pmcmc._pytree import Array, Float, PRNGKey
+from pmcmc.random.streams import key_pair, threefry_2x32
 
 
 def uniforms(rng_key: PRNGKey, count: int, dtype) -> Float[Array, " count"]:

@@ -12,10 +12,20 @@ with a `RESULTS` code and `Stats`:
 
 from collections.abc import Callable
 
-from pmcmc._typing import PyTree
-from pmcmc.recurrence.newton.basis import JacobianBasis, LinearBasis, ScaledBasis, StandardBasis
+from pmcmc._pytree import PyTree
 from pmcmc.recurrence.newton.hutchinson import FixedProbes, FreshProbes, HutchinsonBlockDiagonal, HutchinsonDiagonal
-from pmcmc.recurrence.newton.jacobian import BlockDiagonal, Dense, Diagonal, Identity, JacobianStructure, Zero
+from pmcmc.recurrence.newton.jacobian import (
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    Identity,
+    JacobianBasis,
+    JacobianStructure,
+    LinearBasis,
+    ScaledBasis,
+    StandardBasis,
+    Zero,
+)
 from pmcmc.recurrence.newton.newton import Newton
 from pmcmc.recurrence.newton.trust_region import (
     AdaptiveRegularization,

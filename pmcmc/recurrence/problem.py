@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pmcmc._pytree import is_real, real_dtype
-from pmcmc._typing import Array, PyTree
+from pmcmc._pytree import Array, PyTree, is_real, real_dtype
 
 
 def _identity(x):

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pmcmc._typing import Array, PyTree
+from pmcmc._pytree import Array, PyTree
 from pmcmc.recurrence.sharding import Steps
 
 

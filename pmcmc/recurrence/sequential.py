@@ -1,17 +1,272 @@
-"""The sequential solver: ``x[t] = fn(x[t-1], inputs[t])``, one step after the other. See `Sequential`."""
+"""The sequential solver: ``x[t] = fn(x[t-1], inputs[t])``, one step after the other. See `Sequential`.
 
+Other solvers that walk along the path share its memory layout, in which paths are lanes. A chain of T steps is cut into
+P blocks of S steps. Lane ``c * P + p`` contains steps ``p S + 1 .. (p + 1) S`` of chain c. Buffers have shape (lanes,
+capacity, ...) with S <= capacity. The capacity is part of a program's shapes, S is a number, so one compiled program
+solves any path of up to P * capacity steps, in time proportional to S.
+
+`Layout` converts between chains and lanes, `Lanes` is a batch of recurrences in this layout, and `LaneSolver` is the
+base class of the solvers. `walk` steps all lanes together; `walk_apart` lets each lane be at its own step.
+"""
+
+import abc
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pmcmc._pytree import finite_rows, leading_true, real_dtype, register_dataclass, tree_index
-from pmcmc._typing import Array
-from pmcmc.recurrence.lanes import Lanes, LaneSolver, walk
-from pmcmc.recurrence.problem import Problem
-from pmcmc.recurrence.solution import RESULTS, Solution, Stats
+from pmcmc._pytree import (
+    Array,
+    PyTree,
+    finite_rows,
+    leading_true,
+    real_dtype,
+    register_dataclass,
+    tree_index,
+    tree_where,
+)
+from pmcmc.recurrence.problem import Problem, Recurrence, Staged
+from pmcmc.recurrence.solution import RESULTS, RecurrenceSolver, Solution, Stats
+
+
+class Layout(NamedTuple):
+    """How chains are cut into lanes. The first three numbers are static, the others may be traced.
+
+    Attributes:
+        num_chains: C.
+        num_blocks: P, blocks per chain.
+        capacity: Steps that a lane's buffers have room for.
+        block_length: S, at most ``capacity``; see `LaneSolver.unit` for the numbers allowed.
+        length: T, steps of each chain, at most P S.
+    """
+
+    num_chains: int
+    num_blocks: int
+    capacity: int
+    block_length: int | Array
+    length: int | Array
+
+    @classmethod
+    def of(cls, problem: Problem, num_blocks: int, num_devices: int = 1) -> "Layout":
+        """Return a static layout whose blocks are as long as the buffers.
+
+        Blocks are equally long. Their number is chosen to be a multiple of ``num_devices``, so the last ones may be
+        empty.
+        """
+        block_length = -(-problem.length // num_blocks)
+        blocks = num_devices * -(-problem.length // (block_length * num_devices))
+        return cls(problem.num_chains, blocks, block_length, block_length, problem.length)
+
+    @property
+    def num_lanes(self) -> int:
+        """C P, the lanes of all chains."""
+        return self.num_chains * self.num_blocks
+
+    def to_lanes(self, tree: PyTree) -> PyTree:
+        """Cut ``(C, T, ...)`` into lanes ``(C * P, capacity, ...)``; the last step is repeated as padding."""
+        pad = self.num_blocks * self.capacity - self.length
+
+        def leaf(x):
+            if pad:
+                x = jnp.concatenate([x, jnp.repeat(x[:, -1:], pad, axis=1)], axis=1)
+            return x.reshape(self.num_lanes, self.capacity, *x.shape[2:])
+
+        return jax.tree.map(leaf, tree)
+
+    def to_chains(self, tree: PyTree) -> PyTree:
+        """Inverse of `to_lanes`; drops the padding."""
+        leaf = lambda x: x.reshape(self.num_chains, -1, *x.shape[2:])[:, : self.length]
+        return jax.tree.map(leaf, tree)
+
+    def by_chain(self, lanes: Array) -> Array:
+        """Reshape ``(lanes,)`` to ``(C, P)``."""
+        return lanes.reshape(self.num_chains, self.num_blocks)
+
+    def valid_steps(self) -> Array:
+        """Number of steps of each block that lie within the path, shape ``(lanes,)``; the last block may be padded."""
+        start = jnp.arange(self.num_blocks) * self.block_length
+        return jnp.tile(jnp.clip(self.length - start, 0, self.block_length), self.num_chains)
+
+    def shift(self, lanes: Array) -> Array:
+        """Pass each block's entry to its successor; the first block keeps its own, since it is never restarted."""
+        blocks = lanes.reshape(self.num_chains, self.num_blocks, *lanes.shape[1:])
+        return jnp.concatenate([blocks[:, :1], blocks[:, :-1]], axis=1).reshape(lanes.shape)
+
+
+class Lanes(NamedTuple):
+    """A batch of recurrences laid out as lanes; compare `Problem`.
+
+    Attributes:
+        recurrence: The recurrence.
+        x0: States before the first step, (C, ...).
+        inputs: Inputs, (lanes, capacity, ...).
+        guess_at: See `Problem.guess_at`; None without a guess.
+        scale: Spread of each coordinate, structure of one state; None: measured.
+        layout: How chains are cut into lanes.
+        buffers: (value, aux) of an earlier solution of this layout, which are overwritten. None: new buffers.
+        measured: Whether the scale was measured on runs from guesses rather than given.
+        held: Lanes of this device, where a solver distributes lanes over devices: see `AllLanes`.
+    """
+
+    recurrence: Recurrence
+    x0: PyTree
+    inputs: PyTree
+    guess_at: Callable | None
+    scale: PyTree
+    layout: Layout
+    buffers: PyTree = None
+    measured: bool = False
+    held: Any = None
+
+
+class LaneSolver(RecurrenceSolver):
+    """A solver that walks: each lane takes one step after the other, so one program serves any number of steps.
+
+    Attributes:
+        unit: S must be a multiple of the greatest common divisor of this and the capacity.
+    """
+
+    walks: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def blocks_for(self, length: int) -> int:
+        """Return P for a path of ``length`` steps."""
+
+    @abc.abstractmethod
+    def solve_lanes(self, lanes: Lanes) -> Solution:
+        """Solve for all lanes.
+
+        Value and aux of the solution have shape (lanes, capacity, ...); entries after the first S steps are undefined.
+        """
+
+    def solve_problem(self, problem: Problem) -> Solution:
+        layout = Layout.of(problem, self.blocks_for(problem.length), max(1, len(self.shared_by)))
+        guess_at = None if problem.guess is None else problem.guess_at
+        inputs = layout.to_lanes(problem.inputs)
+        solution = self.solve_lanes(Lanes(problem.recurrence, problem.x0, inputs, guess_at, problem.scale, layout))
+        return solution._replace(value=layout.to_chains(solution.value), aux=layout.to_chains(solution.aux))
+
+
+def read_step(buffer: PyTree, step: Array | int) -> PyTree:
+    """Read one step of every lane from buffers ``(lanes, S, ...)``; ``step`` is one number, or one per lane."""
+    if jnp.ndim(step):
+        return jax.tree.map(lambda b: b.at[jnp.arange(b.shape[0]), step].get(mode="clip"), buffer)
+    return jax.tree.map(lambda b: jax.lax.dynamic_index_in_dim(b, step, 1, keepdims=False), buffer)
+
+
+def write_step(buffer: PyTree, new: PyTree, step: Array | int) -> PyTree:
+    """Inverse of `read_step`, for one step shared by all lanes."""
+    return jax.tree.map(lambda b, n: jax.lax.dynamic_update_index_in_dim(b, n, step, 1), buffer, new)
+
+
+def write_where(mask: Array, buffer: PyTree, new: PyTree, step: Array | int) -> PyTree:
+    """Write like `write_step`, only in the lanes where ``mask`` is True; each lane may have its own step."""
+    if jnp.ndim(step):
+
+        def leaf(b, n):
+            return b.at[jnp.arange(b.shape[0]), jnp.where(mask, step, b.shape[1])].set(n, mode="drop")
+
+        return jax.tree.map(leaf, buffer, new)
+    return write_step(buffer, tree_where(mask, new, read_step(buffer, step)), step)
+
+
+def walk(step: Callable, carry: PyTree, lanes: Lanes, chunk: int) -> tuple[PyTree, PyTree]:
+    """Take S steps of every lane, rounded up to whole chunks.
+
+    Args:
+        step: ``(carry, input) -> (carry, record)`` of all lanes at once.
+        carry: Carries of all lanes before the first step.
+        lanes: Inputs, layout and, if there are any, buffers to overwrite.
+        chunk: Steps between two writes to the large buffers; divides the capacity.
+
+    Returns:
+        The last carry, and the record ``(lanes, capacity, ...)``, undefined where nothing was written.
+    """
+    layout, inputs, record = lanes.layout, lanes.inputs, record_for(step, carry, lanes)
+    run_chunk = _run_alone if layout.num_blocks == 1 else _run_abreast
+    body = lambda number, state: run_chunk(step, inputs, number * chunk, chunk, *state)
+    return jax.lax.fori_loop(0, -(-layout.block_length // chunk), body, (carry, record))
+
+
+def record_for(step: Callable, carry: PyTree, lanes: Lanes) -> PyTree:
+    """Return the buffers that `walk` overwrites, or new ones."""
+    if lanes.buffers is not None:
+        return lanes.buffers
+    _, shapes = jax.eval_shape(step, carry, read_step(lanes.inputs, 0))
+    return jax.tree.map(lambda x: jnp.zeros((x.shape[0], lanes.layout.capacity, *x.shape[1:]), x.dtype), shapes)
+
+
+def _run_alone(step, inputs, first, chunk, carry, record):
+    """Step few lanes: each step reads and writes the large buffers. A fixed loop length saves 15 ns a step."""
+
+    def body(number, state):
+        carry, record = state
+        carry, new = step(carry, read_step(inputs, first + number))
+        return carry, write_step(record, new, first + number)
+
+    return jax.lax.fori_loop(0, chunk, body, (carry, record))
+
+
+def _run_abreast(step, inputs, first, chunk, carry, record):
+    """Step many lanes through small buffers (steps, lanes, ...), in which the lanes of a step are adjacent.
+
+    Writing each step into the large buffers would touch a page per lane and array.
+    """
+    swap = lambda tree: jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tree)
+    u = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, chunk, 1), inputs)
+    carry, new = jax.lax.scan(step, carry, swap(u), length=chunk)
+    write = lambda buffer, x: jax.lax.dynamic_update_slice_in_dim(buffer, x, first, 1)
+    return carry, jax.tree.map(write, record, swap(new))
+
+
+# Lanes that have ended their step wait until this share of the active lanes has; then all of these begin a new step.
+SHARE = 0.1
+
+
+def walk_apart(
+    staged: Staged, inputs: PyTree, start: PyTree, state: Any, going: Callable, visit: Callable
+) -> tuple[PyTree, Any]:
+    """Take steps of varying length until no lane is going; lanes need not be at the same step.
+
+    Args:
+        staged: The step in stages.
+        inputs: Inputs, (lanes, capacity, ...).
+        start: Carries before the first step, leading axis lanes.
+        state: The caller's state, with a field ``step``, (lanes,): the number of the step that each lane is in.
+        going: ``state -> (lanes,)``, whether a lane has a step to take.
+        visit: ``(state, carry, aux, arrived) -> state``, called when lanes have ended a step. Only lanes where
+            ``arrived`` is True may change their step number.
+
+    Returns:
+        The carries where each lane stopped, and the last state.
+    """
+
+    def body(loop: Any) -> Any:
+        state, work = loop
+        under_way = going(state)
+        enough = jnp.ceil(SHARE * jnp.sum(under_way))
+
+        def few_wait(work: PyTree) -> Array:
+            return jnp.sum(under_way & staged.finished(work)) < enough
+
+        # Advance until enough lanes have ended their step, then report these.
+        work = jax.lax.while_loop(few_wait, staged.advance, work)
+        arrived = under_way & staged.finished(work)
+        carry, aux = staged.conclude(work)
+        state = visit(state, carry, aux, arrived)
+        # Begin the next step in the lanes that go on; all others keep their work.
+        begun = staged.begin(carry, read_step(inputs, state.step))
+        again = arrived & going(state)
+        wide = lambda x: again.reshape((1,) * (x.ndim - 1) + again.shape)
+        return state, jax.tree.map(lambda new, old: jnp.where(wide(new), new, old), begun, work)
+
+    work = staged.begin(start, read_step(inputs, state.step))
+    state, work = jax.lax.while_loop(lambda loop: jnp.any(going(loop[0])), body, (state, work))
+    return staged.conclude(work)[0], state
+
 
 # Steps per chunk, where the number of steps is traced.
 CHUNK = 128

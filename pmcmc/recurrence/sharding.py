@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pmcmc._pytree import expand_mask, is_real, leading_true
-from pmcmc._typing import Array, PyTree
+from pmcmc._pytree import Array, PyTree, expand_mask, is_real, leading_true
 from pmcmc._xla.compile import that_ends
-from pmcmc.recurrence.lanes import Layout
+from pmcmc.recurrence.sequential import Layout
 
 # Name of the one axis of the device mesh: along lanes, or along steps.
 AXIS = "devices"

@@ -1,6 +1,7 @@
 """What solvers return (`Solution`, `Stats`, `RESULTS`), and their base class `RecurrenceSolver`.
 
 It also defines what "small" means: the default tolerance of a dtype, and the scale that residuals are relative to.
+`log_growth` and `separates` say whether a small residual means that the path is right.
 """
 
 import abc
@@ -11,8 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pmcmc._pytree import is_real
-from pmcmc._typing import Array, PyTree
+from pmcmc._pytree import Array, PyTree, is_real
 from pmcmc.recurrence.problem import Problem, Recurrence, make_problem
 
 
@@ -140,7 +140,7 @@ class RecurrenceSolver(abc.ABC):
         return 1
 
     def solve_lanes(self, lanes: Any) -> Solution:
-        """Solve a batch that is laid out as lanes; see `pmcmc.recurrence.lanes.Lanes`.
+        """Solve a batch that is laid out as lanes; see `pmcmc.recurrence.sequential.Lanes`.
 
         The default solves each chain as a whole, so there is one lane per chain.
         """
@@ -247,3 +247,27 @@ def typical_scale(path: PyTree) -> PyTree:
         return jnp.where(jnp.isfinite(spread), spread, 1.0).astype(x.dtype)
 
     return jax.tree.map(leaf, path)
+
+
+def log_growth(distance: Array, before: Array, tol: Array | float) -> Array:
+    """Return ``log(distance / before)`` with both clipped to tol / 1024 .. 1: one term of the mean growth rate.
+
+    The floor keeps a merge that happens to be exact from counting as infinite contraction.
+
+    Args:
+        distance: Distance of two paths after a step.
+        before: Distance before it.
+        tol: Tolerance at which paths merge.
+    """
+    floor = tol * 2.0**-10
+    return jnp.log(jnp.maximum(jnp.minimum(distance, 1.0), floor) / jnp.maximum(before, floor))
+
+
+def separates(growth_rate: Array, residual: Array, tol: Array | float, length: Array | int) -> Array:
+    """Whether nearby paths separate so fast that a solution with this residual may be a pseudo-orbit.
+
+    An error of the size of the residual, made once, grows to ``residual exp(growth_rate T)`` along the path. Where the
+    rate is not negative and that exceeds the tolerance, the solution is not the sequential path to that tolerance. A
+    rate of NaN, no small distance ever seen, compares False.
+    """
+    return (growth_rate >= 0) & (residual * jnp.exp(growth_rate * length) > tol)

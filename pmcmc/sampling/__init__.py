@@ -1,8 +1,8 @@
 """From a model to draws.
 
-`api` has the public functions and `settings` checks their arguments; `session` is one run, whose `warm_up` tunes the
-kernel. `automatic` decides how to sample, from the `pilot`; `segments` takes the steps, with the compiled `programs`;
-`sinks` keep the draws in memory, `store` and `streaming` on disk; `reporting` makes the report and warns.
+`api` has the public functions and `settings` checks their arguments; `session` is one run, warm-up included.
+`automatic` decides how to sample, from the `pilot`; `segments` takes the steps, with the compiled `programs`, and keeps
+their draws in memory, `store` and `streaming` on disk; `reporting` makes the report and warns.
 """
 
 from pmcmc.chain.loading import load

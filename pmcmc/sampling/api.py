@@ -10,16 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._typing import PRNGKey, PyTree
+from pmcmc._pytree import PRNGKey, PyTree
 from pmcmc._xla.trace import refuse_transformation
 from pmcmc.chain.chain import Chain
 from pmcmc.chain.state import density_source, model_source
-from pmcmc.interop.numpyro_starts import numpyro_starts
+from pmcmc.interop.numpyro_sites import numpyro_starts
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver
-from pmcmc.sampling.session import sample_new
+from pmcmc.sampling.session import WarmupRecord, sample_new
 from pmcmc.sampling.settings import Settings, as_key, spread_starts
-from pmcmc.sampling.warm_up import WarmupRecord
 from pmcmc.target import Target
 from pmcmc.warmup import Warmup
 

@@ -16,12 +16,11 @@ import jax
 import numpy as np
 
 from pmcmc._pytree import is_real
-from pmcmc._xla.background import num_cores
-from pmcmc._xla.compile import default_platform
+from pmcmc._xla import default_platform
+from pmcmc._xla.compile import num_cores
 from pmcmc.planning import Costs, Plan, plan
 from pmcmc.planning.costs import CostModel, segment_cost
-from pmcmc.planning.plan import block_solvers
-from pmcmc.planning.schedule import FIRST_SHARE, next_segment
+from pmcmc.planning.plan import FIRST_SHARE, block_solvers, next_segment
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential
 from pmcmc.sampling.pilot import Head, bias_after_warmup, couple
 from pmcmc.sampling.programs import Engine, Shape

@@ -20,8 +20,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from pmcmc._pytree import real_dtype
-from pmcmc._typing import PyTree
+from pmcmc._pytree import PyTree, real_dtype
 from pmcmc.recurrence import Sequential
 from pmcmc.recurrence.solution import default_tolerance
 from pmcmc.sampling.segments import Run

@@ -15,17 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from pmcmc._typing import Array, PyTree
-from pmcmc._xla.background import BackgroundCompiler
-from pmcmc._xla.compile import plain_jit, programs_of, tuned_jit
-from pmcmc._xla.fused_loop import FEW_LANES, in_one_kernel
+from pmcmc._pytree import Array, PyTree
+from pmcmc._xla.compile import BackgroundCompiler, plain_jit, programs_of, tuned_jit
+from pmcmc._xla.rewrites import FEW_LANES, in_one_kernel
 from pmcmc.chain.state import ChainState
 from pmcmc.kernels import Kernel
 from pmcmc.kernels.base import near_tie_bound
-from pmcmc.random.streams import chain_keys, lane_noise
-from pmcmc.random.threefry import key_pair
+from pmcmc.random.streams import chain_keys, key_pair, lane_noise
 from pmcmc.recurrence import RecurrenceSolver, Solution
-from pmcmc.recurrence.lanes import Lanes, Layout
+from pmcmc.recurrence.sequential import Lanes, Layout
 from pmcmc.recurrence.sharding import AllLanes, Steps, lane_sharding, over_devices, over_steps, step_sharding
 from pmcmc.target import Target
 

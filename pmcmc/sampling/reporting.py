@@ -12,9 +12,8 @@ from functools import partial
 import jax
 import numpy as np
 
-from pmcmc._typing import PyTree
-from pmcmc.chain.draws import judge_mixing
-from pmcmc.chain.mixing import stride_of
+from pmcmc._pytree import PyTree
+from pmcmc.chain.draws import judge_mixing, stride_of
 from pmcmc.chain.report import MANY_DIVERGENCES, SolveReport, by_result, span
 from pmcmc.chain.state import ChainState
 from pmcmc.kernels import SiteKernel

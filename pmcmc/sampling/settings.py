@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._typing import PRNGKey, PyTree
-from pmcmc._xla.memory import available_bytes, size_text
+from pmcmc._pytree import PRNGKey, PyTree
+from pmcmc._xla.compile import available_bytes, size_text
 from pmcmc.chain.chain import Chain
 from pmcmc.chain.stored import StoredChain
 from pmcmc.kernels import HMC, Compose, DiscreteGibbs, Kernel, SiteKernel
-from pmcmc.random.threefry import IMPL, threefry_key
+from pmcmc.random.streams import IMPL, threefry_key
 from pmcmc.recurrence import RecurrenceSolver, Sequential
 from pmcmc.sampling.programs import Engine
 from pmcmc.target import Target

@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._typing import PyTree
+from pmcmc._pytree import PyTree
 from pmcmc.chain.draws import by_name, check_sites, constrain, in_batches, sample_stats, site_shapes
 from pmcmc.chain.file_format import STORE, Reader, Writer
 from pmcmc.chain.state import ChainState, header
 from pmcmc.chain.stored import CHECKPOINT, DRAWS, StoredChain
-from pmcmc.interop.zarr import DrawArrays, check_zarr
+from pmcmc.interop.arviz import DrawArrays, check_zarr
 from pmcmc.kernels import Info
 from pmcmc.sampling.programs import Engine
-from pmcmc.sampling.sinks import Keeper, Moves, Thinned
+from pmcmc.sampling.segments import Keeper, Moves, Thinned
 from pmcmc.target import Target
 
 # Draws are written once they take this many bytes, or this much time has passed since the last checkpoint.

@@ -12,14 +12,14 @@ from types import NoneType
 
 import jax
 
-from pmcmc._typing import PyTree
+from pmcmc._pytree import PyTree
 from pmcmc._xla.trace import refuse_transformation
 from pmcmc.chain.chain import Chain
 from pmcmc.chain.draws import by_name
 from pmcmc.chain.file_format import STORE, Reader
 from pmcmc.chain.loading import check_num_draws, read_report, read_thinning, rebuild
 from pmcmc.chain.stored import CHECKPOINT, DRAWS, StoredChain
-from pmcmc.interop.zarr import read_arrays
+from pmcmc.interop.arviz import read_arrays
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.sampling.segments import NonFiniteState

@@ -8,10 +8,9 @@ This package only measures; plans and predictions based on its measurements are 
 
 from pmcmc.stability.coalescence import Checkpoints, Coalescence, coalescence_time
 from pmcmc.stability.diagnosis import Diagnosis, SiteDistance, diagnose
-from pmcmc.stability.distance import coordinate_distances, site_distances
+from pmcmc.stability.distance import WassersteinBound, coordinate_distances, site_distances, wasserstein_bound
 from pmcmc.stability.evidence import PilotError, check_pilot
 from pmcmc.stability.lyapunov import ContractionBound, LyapunovExponent, contraction_bound, lyapunov_exponent
-from pmcmc.stability.wasserstein import WassersteinBound, wasserstein_bound
 
 __all__ = [
     "Checkpoints",

@@ -13,12 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._pytree import finite_rows, is_real, real_dtype, tree_index
-from pmcmc._typing import Array, ArrayLeaf, PyTree, Scalar
+from pmcmc._pytree import Array, ArrayLeaf, PyTree, Scalar, finite_rows, is_real, real_dtype, tree_index
 from pmcmc.recurrence import Recurrence
-from pmcmc.recurrence.growth import log_growth
 from pmcmc.recurrence.problem import as_recurrence
-from pmcmc.recurrence.solution import default_tolerance
+from pmcmc.recurrence.solution import default_tolerance, log_growth
 from pmcmc.stability.distance import coordinate_distances, judged_movement
 
 

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._pytree import is_real
-from pmcmc._typing import PyTree
+from pmcmc._pytree import PyTree, is_real
 from pmcmc.kernels import Info, Kernel, SiteKernel
 from pmcmc.stability.coalescence import Coalescence
 from pmcmc.stability.distance import site_distances

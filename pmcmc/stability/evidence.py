@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pmcmc._pytree import is_real
-from pmcmc._typing import PyTree
+from pmcmc._pytree import PyTree, is_real
 from pmcmc.stability.coalescence import Checkpoints, Coalescence, checkpoint_steps
 from pmcmc.stability.distance import judged_movement
 

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._pytree import RavelSpec, all_finite, is_real
-from pmcmc._typing import Array, PyTree
+from pmcmc._pytree import Array, PyTree, RavelSpec, all_finite, is_real
 from pmcmc.recurrence import Recurrence
 from pmcmc.recurrence.problem import make_problem
 

@@ -17,17 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._pytree import register_dataclass
-from pmcmc._typing import Array, PRNGKey, PyTree, Scalar
+from pmcmc._pytree import Array, PRNGKey, PyTree, Scalar, register_dataclass
 from pmcmc._xla.compile import tuned_jit
 from pmcmc.interop.blackjax import AdaptedTrajectory, chees_adaptation, pathfinder, window_adaptation
 from pmcmc.kernels import HMC, Kernel, SequentialLeapfrog, UniformLength
 from pmcmc.target import Target
-from pmcmc.warmup.base import Tuned, Warmup, WarmupError, Watch, ignore
+from pmcmc.warmup.base import Tuned, Warmup, WarmupError, Watch, check_metric, ignore, pooled_moments, take_metric
 from pmcmc.warmup.ensemble import EnsembleAdaptation, explore_basis, split_key
 from pmcmc.warmup.lanes import NUM_LANES, Exploration, check_exploration, is_dense, tune, tuned_shapes
-from pmcmc.warmup.metric import check_metric, take_metric
-from pmcmc.warmup.moments import pooled_moments
 
 
 @register_dataclass

@@ -20,12 +20,10 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import numpy as np
 
-from pmcmc._pytree import register_dataclass
-from pmcmc._typing import ArrayLeaf, PRNGKey, PyTree, Scalar
+from pmcmc._pytree import ArrayLeaf, PRNGKey, PyTree, Scalar, register_dataclass
 from pmcmc.kernels import HMC, Kernel
-from pmcmc.model_basis import Basis
-from pmcmc.target import Target
-from pmcmc.warmup.base import Tuned, Warmup, Watch, ignore
+from pmcmc.target import Basis, Target
+from pmcmc.warmup.base import Tuned, Warmup, Watch, check_metric, ignore, path_moments, take_metric
 from pmcmc.warmup.lanes import (
     NUM_LANES,
     PIECE,
@@ -38,8 +36,6 @@ from pmcmc.warmup.lanes import (
     tune,
     tuned_shapes,
 )
-from pmcmc.warmup.metric import check_metric, take_metric
-from pmcmc.warmup.moments import path_moments
 
 # A basis is settled if draws made in it look standard to within the factor SETTLED, and at least the share MIXED of
 # their variance is within lanes.

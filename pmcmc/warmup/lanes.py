@@ -19,16 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._pytree import is_real
-from pmcmc._typing import Array, ArrayLeaf, PRNGKey, PyTree, Scalar
+from pmcmc._pytree import Array, ArrayLeaf, PRNGKey, PyTree, Scalar, is_real
 from pmcmc._xla.compile import tuned_jit
 from pmcmc.interop.blackjax import dual_averaging
 from pmcmc.kernels import Kernel
-from pmcmc.random.threefry import fold_in, key_pair, raw_keys_are_threefry
+from pmcmc.random.streams import fold_in, key_pair, raw_keys_are_threefry
 from pmcmc.target import Target
-from pmcmc.warmup.base import LaneTiming, Tuned, WarmupError, Watch, ignore
-from pmcmc.warmup.metric import check_metric, take_metric
-from pmcmc.warmup.starts import start_order
+from pmcmc.warmup.base import LaneTiming, Tuned, WarmupError, Watch, check_metric, ignore, start_order, take_metric
 
 # Number of lanes on which the kernel's step size is adapted, and whose last states are starts of chains and blocks.
 NUM_LANES = 32

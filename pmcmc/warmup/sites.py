@@ -15,15 +15,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pmcmc._pytree import all_finite, is_real, register_dataclass
-from pmcmc._typing import Array, PRNGKey, PyTree, Scalar
+from pmcmc._pytree import Array, PRNGKey, PyTree, Scalar, all_finite, is_real, register_dataclass
 from pmcmc._xla.compile import tuned_jit
 from pmcmc.interop.blackjax import dual_averaging
 from pmcmc.kernels import Block, Compose, Kernel, SiteKernel
-from pmcmc.model_basis import Basis
-from pmcmc.target import Target
-from pmcmc.warmup.base import LaneTiming, Tuned, Warmup, WarmupError, Watch, ignore
-from pmcmc.warmup.moments import pooled_moments
+from pmcmc.target import Basis, Target
+from pmcmc.warmup.base import LaneTiming, Tuned, Warmup, WarmupError, Watch, ignore, pooled_moments
 
 NUM_WINDOWS = 4
 

@@ -12,11 +12,10 @@ import numpyro.distributions as dist
 import pytest
 
 import pmcmc
-from pmcmc.chain import mixing
-from pmcmc.chain.draws import judge_mixing
-from pmcmc.chain.mixing import judge, measure
+import pmcmc.chain.draws as draws_module
+from pmcmc.chain.draws import judge, judge_mixing, measure
 from pmcmc.recurrence import Sequential
-from pmcmc.sampling.sinks import Thinned
+from pmcmc.sampling.segments import Thinned
 
 QUIET = dict(progress_bar=False, num_warmup=400)
 
@@ -92,7 +91,7 @@ def test_values_that_do_not_vary_in_every_respect() -> None:
 def test_columns_are_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     sites = {"x": autoregressive(0.7, (4, 200, 7))}
     whole = judge(sites)
-    monkeypatch.setattr(mixing, "MAX_COLUMNS", 3)
+    monkeypatch.setattr(draws_module, "MAX_COLUMNS", 3)
     assert judge(sites) == whole
 
 
@@ -100,8 +99,8 @@ def test_of_many_draws_some_are_looked_at() -> None:
     draws = autoregressive(0.9, (2, 100_000, 20))
     target = pmcmc.Target.from_logdensity(lambda x: -jnp.sum(x**2), jnp.zeros(20))
     found = judge_mixing(target, pmcmc.HMC(), draws)
-    assert found.stride == 100_000 // (mixing.MAX_NUMBERS // 40)
-    assert found.num_draws * 20 <= 1.1 * mixing.MAX_NUMBERS
+    assert found.stride == 100_000 // (draws_module.MAX_NUMBERS // 40)
+    assert found.num_draws * 20 <= 1.1 * draws_module.MAX_NUMBERS
     assert f"one in {found.stride}" in str(found)
     whole = measure(draws)
     assert found.min_ess < whole.bulk_ess.min()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import pmcmc
-from pmcmc._xla.fused_loop import in_one_kernel
+from pmcmc._xla.rewrites import in_one_kernel
 from pmcmc.chain import replay
 from pmcmc.random.streams import chain_keys, step_noise
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmcmc import recurrence as rec
-from pmcmc._pytree import tree_index
-from pmcmc._typing import Array, PyTree
+from pmcmc._pytree import Array, PyTree, tree_index
 from pmcmc.recurrence import RESULTS, Solution
 from tests.helpers.compilation import compile_quickly
 

@@ -76,7 +76,7 @@ def test_groups_and_names() -> None:
 
 def test_log_likelihood(monkeypatch: pytest.MonkeyPatch) -> None:
     """Computed in pieces of 5 draws; masked observations have 0, as in NumPyro."""
-    monkeypatch.setattr(pmcmc.chain.batches, "LIKELIHOOD_BATCH", 60)
+    monkeypatch.setattr(pmcmc.chain.stored, "LIKELIHOOD_BATCH", 60)
     data = chain().to_arviz(log_likelihood=True)
     found = data.log_likelihood["y"]
     assert found.dims == ("chain", "draw", "day", "place")

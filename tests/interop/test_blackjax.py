@@ -248,7 +248,7 @@ def test_an_algorithm_already_built() -> None:
     np.testing.assert_allclose(chain.info.logdensity, jax.vmap(jax.vmap(gaussian))(joined), rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match="cannot be warmed up"):
         pmcmc.sample(over_tree, position, 2, kernel=built, num_samples=50, **SIZES)
-    basis = pmcmc.model_basis.Basis(jnp.zeros(3), jnp.ones(3))
+    basis = pmcmc.target.Basis(jnp.zeros(3), jnp.ones(3))
     with pytest.raises(ValueError, match="whitened coordinates"):
         built.init(Target.from_logdensity(over_tree, position).with_basis(basis), position)
 

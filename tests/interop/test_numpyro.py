@@ -14,7 +14,7 @@ from numpyro.infer.util import constrain_fn, log_likelihood, potential_energy
 import pmcmc
 from benchmarks._compilations import compilations
 from pmcmc.interop.numpyro import numpyro_target
-from pmcmc.interop.numpyro_starts import numpyro_starts
+from pmcmc.interop.numpyro_sites import numpyro_starts
 from pmcmc.recurrence import Sequential
 from pmcmc.sampling.programs import Engine, Shape
 from pmcmc.target import check_starts

@@ -14,7 +14,7 @@ import numpyro.distributions as dist
 import pytest
 
 import pmcmc
-from pmcmc.chain import batches
+from pmcmc.chain import stored
 from pmcmc.recurrence import Sequential
 
 SIZES = dict(num_warmup=0, num_samples=30, num_chains=2, progress_bar=False)
@@ -99,10 +99,10 @@ def test_pieces_are_the_whole(monkeypatch) -> None:
     whole, parts = (pmcmc.parallel_chain(counting_model()[0], 0, **options) for _ in range(2))
     expected = whole.get_samples()
     row = sum(x[0].size * x.dtype.itemsize for x in expected.values())
-    monkeypatch.setattr(batches, "CONSTRAIN_BYTES", 5 * row + row // 2)
+    monkeypatch.setattr(stored, "CONSTRAIN_BYTES", 5 * row + row // 2)
     sizes = []
-    in_batches = batches.in_batches
-    monkeypatch.setattr(batches, "in_batches", lambda *args: (sizes.append(args[2]), in_batches(*args))[1])
+    in_batches = stored.in_batches
+    monkeypatch.setattr(stored, "in_batches", lambda *args: (sizes.append(args[2]), in_batches(*args))[1])
     jax.tree.map(np.testing.assert_array_equal, parts.get_samples(), expected)
     assert sizes == [5]
 

@@ -8,7 +8,7 @@ import pytest
 
 import pmcmc
 from pmcmc.kernels import Block
-from pmcmc.kernels.compose import _combine
+from pmcmc.kernels.gibbs import _combine
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
 from tests.helpers.chains import draw_noise, solve
 from tests.helpers.gibbs import z_scores

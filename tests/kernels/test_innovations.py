@@ -14,8 +14,7 @@ import pytest
 from scipy import stats
 
 import pmcmc
-from pmcmc._pytree import register_dataclass
-from pmcmc._typing import Array
+from pmcmc._pytree import Array, register_dataclass
 from pmcmc.kernels.base import PositionKernel
 from pmcmc.random.distributions import normals, uniforms
 from pmcmc.recurrence import MultipleShooting

@@ -8,7 +8,7 @@ from scipy import stats
 
 import pmcmc
 from pmcmc import HMC, MALA, RandomWalk, Target
-from pmcmc.kernels.random_walk import WalkNoise
+from pmcmc.kernels.metropolis import WalkNoise
 from pmcmc.recurrence import Sequential
 from tests.helpers.chains import draw_noise, solve
 from tests.helpers.statistics import z_bound

@@ -17,7 +17,7 @@ from numpyro.infer import NUTS, Predictive, log_likelihood
 
 import pmcmc
 from pmcmc import doctor
-from pmcmc._xla import fused_loop
+from pmcmc._xla import rewrites
 from pmcmc._xla.content import inner_programs
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, deer
 from pmcmc.sampling import programs
@@ -130,7 +130,7 @@ def test_sampling_in_order_is_one_kernel(monkeypatch) -> None:
     unlisted = []
 
     def names(jaxpr) -> set:
-        here = {equation.primitive.name for equation in jaxpr.eqns} - fused_loop._SIMPLE
+        here = {equation.primitive.name for equation in jaxpr.eqns} - rewrites._SIMPLE
         return here.union(*(names(p) for equation in jaxpr.eqns for p in inner_programs(equation)))
 
     def spy(fn, *args):

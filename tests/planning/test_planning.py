@@ -13,7 +13,7 @@ import pytest
 
 import pmcmc
 from pmcmc.planning import Costs, plan, predict_iterations
-from pmcmc.planning.schedule import next_segment, schedule
+from pmcmc.planning.plan import next_segment, schedule
 from pmcmc.recurrence import RESULTS, Dense, MultipleShooting, Sequential, Windowed, deer, quasi_deer
 from pmcmc.sampling import automatic, pilot, segments
 from pmcmc.stability import coalescence_time

@@ -12,7 +12,7 @@ import pytest
 
 import pmcmc
 from pmcmc.planning import Costs
-from pmcmc.planning.schedule import Pace
+from pmcmc.planning.plan import Pace
 from pmcmc.recurrence import Sequential
 from pmcmc.sampling import automatic, pilot, session
 from pmcmc.sampling.pilot import FIRST_STRETCH, NUM_TIMED, TIMING_SECONDS, Head

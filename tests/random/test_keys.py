@@ -15,7 +15,7 @@ from numpyro.infer import HMC, init_to_sample
 
 import pmcmc
 from pmcmc.drop_in import ParallelMCMC
-from pmcmc.random.threefry import key_pair
+from pmcmc.random.streams import key_pair
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.sampling.settings import as_key
 from tests.helpers.targets import gaussian, start_like

@@ -9,7 +9,7 @@ from scipy import stats
 from pmcmc import HMC, MALA
 from pmcmc.kernels import UniformLength
 from pmcmc.random.distributions import normals, uniforms
-from pmcmc.random.threefry import fold_in, key_pair
+from pmcmc.random.streams import fold_in, key_pair
 from tests.helpers.chains import draw_noise
 from tests.helpers.statistics import TEST_FAILURE_RATE, z_bound
 from tests.helpers.targets import gaussian, make_target

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.extend.random import threefry_2x32 as jax_threefry
 
-from pmcmc.random.threefry import fold_in, key_pair, threefry_2x32
+from pmcmc.random.streams import fold_in, key_pair, threefry_2x32
 
 pytestmark = pytest.mark.optimized
 

@@ -13,10 +13,9 @@ import numpyro.distributions as dist
 import pytest
 
 import pmcmc
+import pmcmc._xla.compile as compile_module
 from benchmarks._compilations import compilations
-from pmcmc._xla import background
-from pmcmc._xla.background import BackgroundCompiler
-from pmcmc._xla.compile import forget_programs
+from pmcmc._xla.compile import BackgroundCompiler, forget_programs
 from pmcmc.interop.numpyro import numpyro_target
 from pmcmc.planning import Costs, plan
 from pmcmc.recurrence import MultipleShooting, Sequential
@@ -115,7 +114,9 @@ def two_cores(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sampling_waits_for_no_program_twice(kernel, solver, two_cores, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was compiled for shapes is found for arrays: nothing is compiled when it is needed."""
     pools, pool = [], ThreadPoolExecutor
-    monkeypatch.setattr(background, "ThreadPoolExecutor", lambda **options: pools.append(pool(**options)) or pools[-1])
+    monkeypatch.setattr(
+        compile_module, "ThreadPoolExecutor", lambda **options: pools.append(pool(**options)) or pools[-1]
+    )
     jax.clear_caches()
     with compilations() as seen:
         arguments = dict(kernel=kernel, solver=solver, num_samples=20_000, **SIZES)

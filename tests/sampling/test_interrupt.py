@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 import pmcmc
-from pmcmc._pytree import register_dataclass
-from pmcmc._typing import Array
-from pmcmc._xla import memory as _host
+from pmcmc._pytree import Array, register_dataclass
+from pmcmc._xla import compile as _host
 from pmcmc.kernels.base import PositionKernel
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.sampling import programs, settings

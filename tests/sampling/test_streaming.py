@@ -37,7 +37,7 @@ def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(programs, "SEQUENTIAL_BYTES", 2**16)
     monkeypatch.setattr(store, "FLUSH_SECONDS", 0.0)
     monkeypatch.setattr(store, "FLUSH_BYTES", 2**12)
-    monkeypatch.setattr("pmcmc.interop.zarr.CHUNK_BYTES", 2**11)
+    monkeypatch.setattr("pmcmc.interop.arviz.CHUNK_BYTES", 2**11)
 
 
 def assert_whole(chain: pmcmc.StoredChain, exactly: pmcmc.StoredChain | None = None) -> None:
@@ -128,7 +128,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 import pmcmc
 from pathlib import Path
 from pmcmc.chain.file_format import Writer
-from pmcmc.interop.zarr import DrawArrays
+from pmcmc.interop.arviz import DrawArrays
 from pmcmc.sampling import programs, store
 from tests.helpers import streams
 from tests.helpers.targets import gaussian
@@ -281,6 +281,6 @@ def test_without_zarr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_more_than_memory_has_room_for(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chain = pmcmc.resume(finished, gaussian)
-    monkeypatch.setattr("pmcmc._xla.memory.available_bytes", lambda: 1000.0)
+    monkeypatch.setattr("pmcmc._xla.compile.available_bytes", lambda: 1000.0)
     with pytest.raises(MemoryError, match=r"the draws need .* are available. Name fewer by sites="):
         chain.get_samples()

@@ -10,7 +10,7 @@ import numpyro.distributions as dist
 import pytest
 
 import pmcmc
-from pmcmc.chain.mixing import judge
+from pmcmc.chain.draws import judge
 from pmcmc.chain.report import SolveReport
 from tests.helpers.targets import gaussian, start_like
 

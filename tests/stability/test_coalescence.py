@@ -235,7 +235,7 @@ def test_sites_are_unmixed() -> None:
     names = ["log_tau", "mu", *["z"] * 8]
     a, b = rng.normal(size=(2, 5, 10))
     for scale, matrix in ((lower, lower), (np.abs(np.diag(lower)), np.diag(np.abs(np.diag(lower))))):
-        mixed = target.with_basis(pmcmc.model_basis.Basis(jnp.asarray(loc), jnp.asarray(scale)))
+        mixed = target.with_basis(pmcmc.target.Basis(jnp.asarray(loc), jnp.asarray(scale)))
         sites = site_distances(mixed, jnp.asarray(a), jnp.asarray(b))
         flat = np.concatenate([sites[name].reshape(5, -1) for name in dict.fromkeys(names)], axis=1)
         expected = np.abs((a - b) @ matrix.T) / np.sqrt(np.diag(matrix @ matrix.T))
@@ -250,7 +250,7 @@ def test_sites_are_unmixed() -> None:
 def test_merge_steps_of_sites() -> None:
     """To the resolution of the checkpoints, with coordinates that mix the sites: b merges before a in every basis."""
     target = pmcmc.Target.from_logdensity(lambda x: -(x["a"] ** 2) - x["b"] ** 2, {"a": 0.0, "b": 0.0})
-    mixed = target.with_basis(pmcmc.model_basis.Basis(jnp.zeros(2), jnp.array([[1.0, 0.0], [3.0, 1.0]])))
+    mixed = target.with_basis(pmcmc.target.Basis(jnp.zeros(2), jnp.array([[1.0, 0.0], [3.0, 1.0]])))
     rates = jnp.array([0.5, 0.1])
     fn = lambda y, u: mixed.coordinates(mixed.spec.unravel(rates * mixed.spec.ravel(mixed.position(y))))
     start = mixed.coordinates({"a": 1.0, "b": 1.0})[None]

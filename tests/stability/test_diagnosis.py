@@ -17,11 +17,10 @@ from numpyro.infer.reparam import LocScaleReparam, TransformReparam
 import pmcmc
 from pmcmc.interop.numpyro import numpyro_target
 from pmcmc.kernels import Info
-from pmcmc.model_basis import Basis
 from pmcmc.sampling import automatic
 from pmcmc.stability import Coalescence, Diagnosis, SiteDistance, diagnose
 from pmcmc.stability.evidence import coalescence_of_paths
-from pmcmc.target import Target
+from pmcmc.target import Basis, Target
 from tests.helpers.targets import funnel, funnel_may_warn, start_like
 
 SENTENCES = {

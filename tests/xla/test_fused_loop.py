@@ -10,9 +10,9 @@ import pytest
 
 import pmcmc
 from pmcmc import HMC, MALA, NUTS, RandomWalk
-from pmcmc._xla import fused_loop
+from pmcmc._xla import rewrites
 from pmcmc._xla.content import inner_programs
-from pmcmc._xla.fused_loop import in_one_kernel
+from pmcmc._xla.rewrites import in_one_kernel
 from pmcmc.recurrence import Sequential
 from pmcmc.sampling import programs
 from tests.helpers.selection import share
@@ -55,7 +55,7 @@ def test_what_such_a_kernel_cannot_hold_is_left_to_xla(call):
 UNUSED = """
 import jax, jax.numpy as jnp
 from pmcmc._xla.compile import compiler_options
-from pmcmc._xla.fused_loop import in_one_kernel
+from pmcmc._xla.rewrites import in_one_kernel
 
 def step(k, mask, key, x):
     return jnp.tanh(x) + 0 * k + 0 * mask + 0 * jax.random.key_data(key).astype(int).sum()
@@ -114,5 +114,5 @@ def test_sampling_a_small_model_in_order_is_one_kernel(kernel, monkeypatch):
 
 
 def _unlisted(jaxpr):
-    here = {equation.primitive.name for equation in jaxpr.eqns} - fused_loop._SIMPLE
+    here = {equation.primitive.name for equation in jaxpr.eqns} - rewrites._SIMPLE
     return here.union(*(_unlisted(inner) for equation in jaxpr.eqns for inner in inner_programs(equation)))

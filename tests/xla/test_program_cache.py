@@ -9,7 +9,7 @@ import jax
 import pytest
 
 import pmcmc
-from pmcmc._xla import program_cache
+import pmcmc._xla.compile as compile_module
 from tests.helpers.sources import run_python
 
 RUN = """
@@ -22,6 +22,7 @@ def count(event, **_):
         counts[event.rsplit("_", 1)[1]] += 1
 monitoring.register_event_listener(count)
 import pmcmc
+import pmcmc._xla.compile as compile_module
 assert jax.config.jax_compilation_cache_dir is None  # importing switches nothing on
 jax.jit(lambda x: x + 1)(1.0)  # jax has found its cache to be off
 pmcmc.cache_programs(sys.argv[1] + " of before")
@@ -59,7 +60,7 @@ def kept_settings():
     yield
     for name, value in before.items():
         jax.config.update(name, value)
-    program_cache.compilation_cache.reset_cache()
+    compile_module.compilation_cache.reset_cache()
 
 
 def test_which_folder(kept_settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,13 +68,13 @@ def test_which_folder(kept_settings, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert pmcmc.cache_programs() == tmp_path / "of jax"
     assert pmcmc.cache_programs(tmp_path / "named") == tmp_path / "named"
     jax.config.update("jax_compilation_cache_dir", None)
-    monkeypatch.setattr(program_cache.sys, "platform", "linux")
+    monkeypatch.setattr(compile_module.sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     mine = pmcmc.cache_programs()
     assert mine.parent == tmp_path / "home" / "pmcmc"
     assert jax.config.jax_compilation_cache_dir == str(mine)
     jax.config.update("jax_compilation_cache_dir", None)
-    monkeypatch.setattr(program_cache, "_processor", lambda: "another one")
+    monkeypatch.setattr(compile_module, "_processor", lambda: "another one")
     assert pmcmc.cache_programs() != mine
 
 

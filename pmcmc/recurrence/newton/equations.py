@@ -2,8 +2,11 @@
 
 All Newton-type solvers use it to evaluate all T equations at once (`System`, `Evaluation`) and to judge the last
 iterate: `conclude` decides which states are certified, and the result code.
+
+`tangent_growth` and `amplified` measure how errors grow along the path.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
@@ -11,12 +14,10 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from pmcmc._pytree import expand_mask, finite_rows, relative_distance, within_rounding
-from pmcmc._typing import Array, PyTree
-from pmcmc.recurrence.growth import amplified, mean_growth, separates, tangent_growth
+from pmcmc._pytree import Array, PyTree, expand_mask, finite_rows, relative_distance, within_rounding
 from pmcmc.recurrence.scan import running
 from pmcmc.recurrence.sharding import AllSteps, Steps
-from pmcmc.recurrence.solution import RESULTS, Stats, default_tolerance, typical_scale
+from pmcmc.recurrence.solution import RESULTS, Stats, default_tolerance, separates, typical_scale
 
 # The scale is measured on about this many states, as in `typical_scale`.
 SCALE_STATES = 4096
@@ -270,3 +271,66 @@ def conclude(system: System, now: Evaluation, course: Course, iterates: Array | 
         certified_residual=steps.max(jnp.where(steps.numbers() < standing.prefix, residual, 0.0)),
     )
     return Outcome(path, now.aux, result, worst, stats, iterates, residual)
+
+
+def tangent_growth(
+    fn, previous: Array, inputs: PyTree, unit: Array, wanted: Array, steps: Steps, num_steps: int = 64
+) -> Array:
+    """``log |J v| / |v|`` of each step along a path, ``(own steps,)``; 0 where not ``wanted`` or not defined.
+
+    Blocks of ``num_steps`` steps run as lanes, each from the same direction (one unit in every coordinate). So an entry
+    depends on the states before it alone, and a prefix of the path has the growth that it would have by itself.
+
+    previous: states x[t-1], shape ``(own steps, D)``. inputs: leading axis of the same. unit: of the norm, ``(D,)``.
+    """
+    length, dim = previous.shape
+    num_steps = min(num_steps, length)
+    lanes = -(-length // num_steps)
+    unit = jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1)
+    largest = math.log(jnp.finfo(previous.dtype).max)
+
+    def cut(x):
+        x = jnp.concatenate([x, jnp.repeat(x[-1:], lanes * num_steps - length, axis=0)])
+        return jnp.moveaxis(x.reshape(lanes, num_steps, *x.shape[1:]), 1, 0)
+
+    def push(x, u, v):
+        return jax.jvp(lambda x: fn(x, u), (x,), (v * unit,))[1] / unit
+
+    ones = jnp.full((lanes, dim), dim**-0.5, previous.dtype)
+
+    def body(v, xu):
+        x, u = xu
+        v = jax.vmap(push)(x, u, v)
+        # without overflow: the square of a wild derivative is infinite
+        size = jnp.max(jnp.abs(v), axis=1)
+        v = v / jnp.where((size > 0) & jnp.isfinite(size), size, 1)[:, None]
+        norm = jnp.sqrt(jnp.sum(v * v, axis=1))
+        log = jnp.clip(jnp.log(size) + jnp.log(norm), -largest, largest)
+        defined = jnp.isfinite(norm) & (norm > 0)
+        v = jnp.where(defined[:, None], v / jnp.where(defined, norm, 1)[:, None], ones)
+        return v, jnp.where(jnp.isnan(log), 0, log)
+
+    def measure():
+        _, logs = jax.lax.scan(body, ones, (cut(previous), jax.tree.map(cut, inputs)))
+        return logs.T.reshape(-1)[:length].astype(previous.dtype)
+
+    return jax.lax.cond(wanted, measure, lambda: jnp.zeros(length, previous.dtype))
+
+
+def mean_growth(growth: Array, steps: Steps, num_steps: int = 64) -> Array:
+    """Mean of `tangent_growth` over its whole blocks: the largest Lyapunov exponent, from below its transient."""
+    num_steps = min(num_steps, growth.shape[0])
+    lanes = growth.shape[0] // num_steps
+    whole = steps.numbers()[num_steps - 1 :: num_steps][:lanes] < steps.length  # blocks without padding
+    total = jnp.where(whole[:, None], growth[: lanes * num_steps].reshape(lanes, num_steps), 0)
+    return steps.total(jnp.sum(total)) / (num_steps * steps.total(jnp.sum(whole)))
+
+
+def amplified(residual: Array, growth: Array, steps: Steps) -> Array:
+    """Errors of a path whose steps have these residuals: ``e[t] = exp(growth[t]) e[t-1] + residual[t]``, e[0] = 0."""
+
+    def join(first, second):
+        (a1, b1), (a2, b2) = first, second
+        return a1 + a2, jnp.logaddexp(b1 + a2, b2)
+
+    return jnp.exp(running(steps, join, (growth, jnp.log(residual)), (0.0, -jnp.inf))[1])

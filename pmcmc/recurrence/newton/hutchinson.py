@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
-from pmcmc._pytree import register_dataclass
-from pmcmc._typing import Array, PRNGKey
+from pmcmc._pytree import Array, PRNGKey, register_dataclass
 from pmcmc.recurrence.newton.jacobian import Scanned, half_size, pushforward
 
 

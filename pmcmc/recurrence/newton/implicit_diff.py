@@ -26,8 +26,7 @@ import jax.extend
 import jax.numpy as jnp
 from jax.custom_derivatives import zero_from_primal
 
-from pmcmc._pytree import RavelSpec, is_real
-from pmcmc._typing import Array, PyTree, Scalar
+from pmcmc._pytree import Array, PyTree, RavelSpec, Scalar, is_real
 from pmcmc.recurrence.newton.equations import Outcome, System
 from pmcmc.recurrence.problem import Problem
 from pmcmc.recurrence.scan import affine_scan

@@ -36,8 +36,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pmcmc._pytree import expand_mask
-from pmcmc._typing import Array, Scalar
+from pmcmc._pytree import Array, Scalar, expand_mask
 from pmcmc.recurrence.scan import affine_scan, apply_affine, compose
 from pmcmc.recurrence.sharding import Steps
 

@@ -4,27 +4,212 @@ With the residual ``r[t] = f(x[t-1], u[t]) - x[t]`` of the current iterate and a
 
     e[t] = A[t] e[t-1] + r[t],   e[0] = 0,          x[t] <- f(x[t-1], u[t]) + A[t] e[t-1]
 
-This is the update ``x'[t] = f(x[t-1]) + A[t] (x'[t-1] - x[t-1])`` of Gonzalez et al. (2025), written for the
-increments e. They vanish at the solution, so rounding in the products of A does not disturb it, and where e = 0 on a
-prefix, each of its states is f of its predecessor to the last bit. By causality the first k states are exact after k
-iterations. The solver is `Newton`; the options that it shares with others are in `pmcmc.recurrence.newton.loop`.
+This is the update ``x'[t] = f(x[t-1]) + A[t] (x'[t-1] - x[t-1])`` of Gonzalez et al. (2025), written for the increments
+e. They vanish at the solution, so rounding in the products of A does not disturb it, and where e = 0 on a prefix, each
+of its states is f of its predecessor to the last bit. By causality the first k states are exact after k iterations. The
+solver is `Newton`. `NewtonType` is its base class, shared with `LevenbergMarquardt`: the loop evaluates an iterate,
+lets the solver accept or reject it, and stops when every equation is satisfied, when nothing changes, or when the
+budget is spent.
+
+Entries that are not finite restart the linear recursion. The policy acts on iterates only:
+
+1. A row of r or A that is NaN or infinite counts as zero in the linear recursion, which therefore restarts after it and
+   does not carry the NaN to the end of the path.
+2. A correction that overflows is dropped: that entry takes the Jacobi update ``x[t] <- f(x[t-1], u[t])``.
+3. An entry of the new iterate that is still not finite is replaced by that of x[0]: its last finite value is often
+   already on the way to overflow.
+
+None of this can lead to a false success: a step counts only if its equation is satisfied when evaluated again, and if f
+itself is not finite after a prefix that is satisfied, the solve ends as `nonfinite`. The exact prefix still grows by at
+least one step per iteration, because e = 0 there and nothing within it is restarted.
 
 Differences from the published code: 1. the stopping rule is the residual at every t, never the increment, and
-finiteness is tested separately; 2. entries that are not finite restart the recursion (see
-`pmcmc.recurrence.newton.loop`), which keeps the exact prefix growing. This can delay convergence, but never leads to a
-false success.
+finiteness is tested separately; 2. entries that are not finite restart the recursion, which keeps the exact prefix
+growing. This can delay convergence, but never leads to a false success.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import abc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from pmcmc._pytree import register_dataclass
-from pmcmc._typing import Scalar
-from pmcmc.recurrence.newton.basis import JacobianBasis, StandardBasis
-from pmcmc.recurrence.newton.jacobian import Dense, JacobianStructure
-from pmcmc.recurrence.newton.loop import NewtonType, drop_overflow
+from pmcmc._pytree import Array, PyTree, Scalar, finite_rows, register_dataclass
+from pmcmc.recurrence.newton.equations import Course, Evaluation, System, blocked_at, conclude
+from pmcmc.recurrence.newton.implicit_diff import VectorSolver
+from pmcmc.recurrence.newton.jacobian import Dense, Identity, JacobianBasis, JacobianStructure, StandardBasis, Zero
+from pmcmc.recurrence.sharding import distinct
+
+
+class Iterate(NamedTuple):
+    """State of the loop.
+
+    Attributes:
+        now: The current iterate, evaluated.
+        memory: What a solver remembers between iterations, such as the strength of its trust region.
+        moving: Whether another iteration can change anything.
+        solved: Whether every equation is satisfied.
+        blocked: See `blocked_at`.
+        num_iters: Number of iterations so far.
+        iterates: Stored iterates, (num_iterates, T, D), or None.
+    """
+
+    now: Evaluation
+    memory: PyTree
+    moving: Array
+    solved: Array
+    blocked: Array
+    num_iters: Array
+    iterates: Array | None
+
+
+class Linearization(NamedTuple):
+    """The linear recursion of an iterate, in the solver's basis.
+
+    Attributes:
+        a: A[t], in the solver's structure; None if nothing is stored.
+        r: Residuals, (T, D).
+    """
+
+    a: Array | None
+    r: Array
+
+
+class NewtonType(VectorSolver):
+    """Base class of `Newton` and `LevenbergMarquardt`, both of which have the fields annotated here."""
+
+    jacobian: JacobianStructure
+    basis: JacobianBasis
+    damping: Scalar | None
+    clip: Scalar | None
+    tol: Scalar | None
+    max_iters: Scalar
+    num_iterates: int
+    devices: Sequence[jax.Device] | None
+
+    @property
+    def decision(self):
+        return "newton"
+
+    @property
+    def shared_by(self):
+        return self.devices or ()
+
+    def with_devices(self, devices):
+        return replace(self, devices=devices)  # type: ignore[type-var]  # its subclasses are dataclasses
+
+    def numbers_per_step(self, dim):
+        # From XLA's memory analysis for Dense and the diagonals, D = 4 and 24, on a CPU: the affine scan stores four
+        # A[t], and iterates, images, residuals and similar arrays amount to 13 to 17 states.
+        return 4 * self.jacobian.num_entries(dim) + 17 * dim + 16
+
+    @abc.abstractmethod
+    def begin(self, system: System) -> PyTree:
+        """Return the memory before the first iteration."""
+
+    @abc.abstractmethod
+    def propose(self, system: System, it: Iterate) -> tuple[Array, Any]:
+        """Return the next path ``(T, D)``, and what `judge` needs to know about it."""
+
+    @abc.abstractmethod
+    def judge(
+        self, system: System, it: Iterate, candidate: Evaluation, plan: Any
+    ) -> tuple[Evaluation, PyTree, Array | bool]:
+        """Return the next iterate, the new memory, and whether to continue even if the path does not change."""
+
+    @property
+    def tolerance(self):
+        return self.tol
+
+    def check(self):
+        """Raise on invalid static arguments; called by the constructors."""
+        if isinstance(self.max_iters, int) and self.max_iters < 0:
+            raise ValueError(f"max_iters must be at least 0, got {self.max_iters}.")
+        if isinstance(self.num_iterates, int) and self.num_iterates < 0:
+            raise ValueError(f"num_iterates must be at least 0, got {self.num_iterates}.")
+        if self.devices is not None:
+            object.__setattr__(self, "devices", distinct(self.devices))
+        if isinstance(self.jacobian, Identity | Zero) and not (self.damping is None and self.clip is None):
+            raise ValueError(
+                f"damping and clip act on the entries of a Jacobian; {type(self.jacobian).__name__}() has none. "
+                "Drop them, or use Diagonal()."
+            )
+
+    def start(self, system: System, guess: Array) -> Iterate:
+        """Evaluate the guess."""
+        now = system.evaluate(guess)
+        store = jnp.broadcast_to(guess, (self.num_iterates, *guess.shape)) if self.num_iterates else None
+        none = jnp.zeros((), int)
+        solved = system.steps.all(now.holds)
+        return Iterate(now, self.begin(system), jnp.array(True), solved, blocked_at(system, now), none, store)
+
+    def advance(self, system: System, it: Iterate) -> Iterate:
+        """Do one iteration: propose, evaluate, judge."""
+        path, plan = self.propose(system, it)
+        path = jnp.where(jnp.isfinite(path), path, jnp.broadcast_to(system.start, path.shape))
+        # Every step of the candidate is evaluated: the residual, not the increment, decides whether it is a solution.
+        candidate = system.evaluate(path)
+        now, memory, retry = self.judge(system, it, candidate, plan)
+        blocked = blocked_at(system, now)
+        moving = system.steps.any(jnp.any(now.path != it.now.path, axis=1)) | retry
+        # Stop if f is not finite twice at the same step after a correct prefix: no iteration can change that.
+        moving = moving & ((blocked == system.length) | (blocked != it.blocked))
+        solved, num_iters = system.steps.all(now.holds), it.num_iters + 1
+        return Iterate(now, memory, moving, solved, blocked, num_iters, record(it.iterates, now.path, num_iters))
+
+    def unfinished(self, it: Iterate) -> Array:
+        """Whether to iterate again."""
+        return ~it.solved & it.moving & (it.num_iters < self.max_iters)
+
+    def run(self, system, guess, guess_given):
+        first = self.start(system, guess)
+        first = first._replace(moving=jnp.all(jnp.isfinite(system.start)))
+        last = jax.lax.while_loop(self.unfinished, lambda it: self.advance(system, it), first)
+        course = Course(last.moving, last.blocked, last.num_iters, last.num_iters + 1, system.length)
+        return conclude(system, last.now, course, finish(last.iterates, last.now.path, last.num_iters))
+
+    def linearize(self, system: System, it: Iterate) -> Linearization:
+        """Compute A and r in the basis: damped, clipped, and restarted where they are not finite."""
+        encode, decode = self.basis.encode, self.basis.decode
+        x, inputs = system.previous(it.now.path), system.inputs
+        fn: Callable = system.image
+        if not isinstance(self.basis, StandardBasis):
+            # linearise in the increment, at 0, so that the point of linearisation is x to the last bit
+            fn = lambda dz, xu: encode(system.image(xu[0] + decode(dz), xu[1]))
+            x, inputs = jnp.zeros_like(x), (x, inputs)
+        a = self.jacobian.linearize(fn, x, inputs, it.num_iters)
+        if a is not None:
+            a = a if self.damping is None else (self.damping * a).astype(a.dtype)
+            a = a if self.clip is None else jnp.clip(a, -self.clip, self.clip).astype(a.dtype)
+            a = _restart(a)
+        return Linearization(a, _restart(jax.vmap(encode)(it.now.images - it.now.path)))
+
+
+def _restart(rows: Array) -> Array:
+    """Set rows that are not finite to zero, where the recursion restarts."""
+    return jnp.where(finite_rows(rows).reshape((-1,) + (1,) * (rows.ndim - 1)), rows, 0.0)
+
+
+def drop_overflow(correction: Array) -> Array:
+    """Set corrections that are not finite to zero; these entries take the Jacobi update."""
+    return jnp.where(jnp.isfinite(correction), correction, 0.0)
+
+
+def record(iterates: Array | None, path: Array, index: Array) -> Array | None:
+    """Store an iterate if there is room for it."""
+    if iterates is None:
+        return None
+    return iterates.at[index].set(path, mode="drop")
+
+
+def finish(iterates: Array | None, path: Array, num_iters: Array) -> Array | None:
+    """Fill the unused places with the last iterate."""
+    if iterates is None:
+        return None
+    behind = jnp.arange(iterates.shape[0]) > num_iters
+    return jnp.where(behind[:, None, None], path, iterates)
 
 
 @register_dataclass

@@ -28,13 +28,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pmcmc._pytree import finite_rows, register_dataclass
-from pmcmc._typing import Array, PyTree, Scalar
+from pmcmc._pytree import Array, PyTree, Scalar, finite_rows, register_dataclass
 from pmcmc.recurrence.newton import kalman
-from pmcmc.recurrence.newton.basis import JacobianBasis, StandardBasis
 from pmcmc.recurrence.newton.equations import exact_prefix
-from pmcmc.recurrence.newton.jacobian import Dense, JacobianStructure, Scanned
-from pmcmc.recurrence.newton.loop import NewtonType, drop_overflow
+from pmcmc.recurrence.newton.jacobian import Dense, JacobianBasis, JacobianStructure, Scanned, StandardBasis
+from pmcmc.recurrence.newton.newton import NewtonType, drop_overflow
 from pmcmc.recurrence.scan import apply_affine
 from pmcmc.recurrence.sharding import Steps
 

@@ -12,8 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pmcmc._pytree import leading_true, register_dataclass
-from pmcmc._typing import Array
+from pmcmc._pytree import Array, leading_true, register_dataclass
 from pmcmc.recurrence.newton.equations import (
     Course,
     Evaluation,
@@ -24,7 +23,7 @@ from pmcmc.recurrence.newton.equations import (
     measured_scale,
     own_residual,
 )
-from pmcmc.recurrence.newton.loop import Iterate, NewtonType, VectorSolver, finish, record
+from pmcmc.recurrence.newton.newton import Iterate, NewtonType, VectorSolver, finish, record
 
 
 class Slide(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pmcmc._typing import PyTree
+from pmcmc._pytree import PyTree
 
 # Steps at small distances after which a merge within the tolerance is accepted.
 WATCHED_STEPS = 8

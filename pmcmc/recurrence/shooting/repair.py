@@ -23,12 +23,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pmcmc._pytree import finite_rows, is_real, relative_distance, tree_where
-from pmcmc._typing import Array, PyTree, Scalar
-from pmcmc.recurrence.growth import log_growth
-from pmcmc.recurrence.lanes import Lanes, read_step, walk_apart, write_where
+from pmcmc._pytree import Array, PyTree, Scalar, finite_rows, is_real, relative_distance, tree_where
+from pmcmc.recurrence.sequential import Lanes, read_step, walk_apart, write_where
 from pmcmc.recurrence.shooting.reference import WATCHED_STEPS
-from pmcmc.recurrence.solution import default_tolerance
+from pmcmc.recurrence.solution import default_tolerance, log_growth
 
 
 class Recording(NamedTuple):

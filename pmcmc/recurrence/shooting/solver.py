@@ -17,7 +17,7 @@ steps, where t_c is the coalescence time. No derivatives are needed, and states 
 A merge within the tolerance proves little if nearby paths separate: two orbits of a chaotic map come close by chance.
 The growth rate of small distances (below the square root of the tolerance) is therefore measured on all lanes that are
 run again. If it would carry the largest accepted difference past the tolerance within T steps, the result is
-`not_contracting` (see `pmcmc.recurrence.growth`).
+`not_contracting` (see `pmcmc.recurrence.solution`).
 
 Source: Heidelberger & Stone (1990), time-parallel simulation; Neal (1999), circular coupling; Chartier & Philippe
 (1993), parallel shooting for dissipative systems.
@@ -31,14 +31,22 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pmcmc._pytree import expand_mask, finite_rows, is_real, leading_true, real_dtype, register_dataclass
-from pmcmc._typing import Array, PyTree, Scalar
-from pmcmc.recurrence.growth import separates
-from pmcmc.recurrence.lanes import Lanes, LaneSolver, Layout, read_step, record_for, walk, walk_apart, write_where
+from pmcmc._pytree import (
+    Array,
+    PyTree,
+    Scalar,
+    expand_mask,
+    finite_rows,
+    is_real,
+    leading_true,
+    real_dtype,
+    register_dataclass,
+)
 from pmcmc.recurrence.problem import Staged
+from pmcmc.recurrence.sequential import Lanes, LaneSolver, Layout, read_step, record_for, walk, walk_apart, write_where
 from pmcmc.recurrence.sharding import AllLanes, distinct, lane_sharding, over_devices, replicated
 from pmcmc.recurrence.shooting.repair import Recording, Sweep, repair_sweep, successor_starts
-from pmcmc.recurrence.solution import RESULTS, Solution, Stats, default_tolerance, typical_scale
+from pmcmc.recurrence.solution import RESULTS, Solution, Stats, default_tolerance, separates, typical_scale
 
 # Steps of the zeroth sweep between writes to the path, if they divide the capacity.
 CHUNK = 16

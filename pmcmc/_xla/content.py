@@ -6,6 +6,7 @@ Two programs with equal content compute the same.
 
 import enum
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
@@ -16,6 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
+# Assumed rounds of a loop whose number of rounds is found while it runs, and primitives that take n^3 operations.
+UNKNOWN_ROUNDS = 64
+FACTORIZATIONS = frozenset(("cholesky", "eig", "eigh", "geqrf", "lu", "qr", "schur", "svd", "triangular_solve"))
 # A function with custom derivative rules is compared by its derivatives up to this order: gradients, and the Jacobians
 # of steps that use them.
 _MAX_ORDER = 3
@@ -176,6 +180,33 @@ def inner_programs(equation: Any) -> Iterator[Jaxpr]:
         for one in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(one, (ClosedJaxpr, Jaxpr)):
                 yield one.jaxpr if isinstance(one, ClosedJaxpr) else one
+
+
+def count_operations(program: Jaxpr) -> int:
+    """Estimate the arithmetic operations of a program, from its shapes alone.
+
+    Products count their multiplications, factorisations of n x n matrices n^3, and other operations the numbers they
+    read or write. Loops whose number of rounds is not known count as `UNKNOWN_ROUNDS` rounds, and of the branches of a
+    conditional only the longest counts.
+    """
+    return sum(map(_operations, program.eqns))
+
+
+def _operations(equation: Any) -> int:
+    """Return the operations of one equation of a program."""
+    name = equation.primitive.name
+    inner = [count_operations(program) for program in inner_programs(equation)]
+    if inner:
+        rounds = equation.params["length"] if name == "scan" else UNKNOWN_ROUNDS if name == "while" else 1
+        return rounds * (max(inner) if name in ("cond", "custom_jvp_call", "custom_vjp_call") else sum(inner))
+    sizes = [math.prod(getattr(var.aval, "shape", ())) for var in (*equation.invars, *equation.outvars)]
+    if name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        return sizes[-1] * math.prod(shape[axis] for axis in contracted)
+    if name in FACTORIZATIONS:
+        return sizes[-1] * equation.invars[0].aval.shape[-1]
+    return max(sizes, default=0)
 
 
 def shape_of(aval: Any) -> tuple:

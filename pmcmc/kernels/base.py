@@ -202,6 +202,17 @@ class Kernel(abc.ABC):
         changes: dict[str, Any] = {"inverse_mass_matrix": None}
         return replace(self, **changes)  # type: ignore[type-var]
 
+    def tuned_by(self) -> "Kernel":
+        """Return the kernel that warm-up runs to tune the step size of this one: itself, or one of shorter programs.
+
+        Its unknowns must have the same form.
+        """
+        return self
+
+    def at_most(self, num_steps: Scalar) -> "Kernel":
+        """Return the kernel with trajectories of at most ``num_steps`` leapfrog steps; called by early warm-up."""
+        return self
+
     def finalize(self) -> "Kernel":
         """Return the kernel with all that follows from its tuned step size fixed; called at the end of warm-up."""
         return self

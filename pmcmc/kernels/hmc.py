@@ -307,6 +307,11 @@ class HMC(GradientKernel):
             else replace(self, num_integration_steps=self.default_length())
         )
 
+    def at_most(self, num_steps):
+        if isinstance(self.num_integration_steps, UniformLength) or not isinstance(self.leapfrog, SequentialLeapfrog):
+            return self
+        return replace(self, num_integration_steps=jnp.minimum(self.finalize().num_integration_steps, num_steps))
+
     @property
     def may_resonate(self):
         return not (

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from pmcmc._pytree import Array, ArrayLeaf, PyTree, Scalar, register_dataclass
 from pmcmc.kernels import nuts_tree as machine
 from pmcmc.kernels.base import Info, check_step_size
+from pmcmc.kernels.hmc import HMC
 from pmcmc.kernels.metropolis import GradientKernel, GradientState
 from pmcmc.random.distributions import jax_normals
 from pmcmc.random.streams import fold_in, key_pair
@@ -81,6 +82,11 @@ class NUTS(GradientKernel):
     def sample_noise(self, rng_key, target):
         momentum, trajectory = (fold_in(key_pair(rng_key), jnp.asarray(i)) for i in range(2))
         return NUTSNoise(jax_normals(momentum, target.dim, target.spec.dtype), trajectory)
+
+    def tuned_by(self):
+        # At the step size where HMC accepts 0.80 of its proposals, NUTS accepts 0.82 to 0.83 (decision 028). The
+        # program of NUTS takes several times as long to compile, and exploration has compiled that of HMC.
+        return HMC(step_size=self.step_size)
 
     def step(self, target, state: GradientState, noise: NUTSNoise) -> tuple[GradientState, Info]:
         leaves, treedef = jax.tree.flatten((target, self, state, noise))

@@ -140,7 +140,7 @@ def model_starts(target: Target, rng_key: PRNGKey, init_params: PyTree, settings
 
     They are drawn as NumPyro does, or made from those that the user passed.
     """
-    num_starts = settings.warmup.num_starts if settings.num_warmup else settings.num_chains
+    num_starts = settings.warmup.count_starts(target) if settings.num_warmup else settings.num_chains
     if init_params is None:
         return numpyro_starts(target, jax.random.fold_in(rng_key, 0), num_starts)
     return spread_starts(target, init_params, settings.num_chains, num_starts)
@@ -204,7 +204,7 @@ def sample(
     settings = Settings.check(
         target, kernel, solver, num_warmup, num_samples, num_chains, thinning, extra_fields, warmup, devices, max_memory
     )
-    num_starts = settings.warmup.num_starts if num_warmup else num_chains
+    num_starts = settings.warmup.count_starts(target) if num_warmup else num_chains
     # In numpy, like everything between programs: each operation of JAX would be one more program to compile.
     starts = jax.tree.map(lambda x: np.repeat(np.asarray(jnp.asarray(x))[None], num_starts, axis=0), initial_position)
     record = _warmup_record(settings, save_warmup)

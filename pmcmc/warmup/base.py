@@ -91,12 +91,14 @@ class Warmup(abc.ABC):
     the same chain for any schedule.
 
     Attributes:
-        num_starts: Number of positions from which `run` starts.
         shows_path: Whether `run` passes all steps of all lanes to its watch, so that they can be kept as draws.
     """
 
-    num_starts: int
     shows_path: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def count_starts(self, target: Target) -> int:
+        """Return the number of positions from which `run` starts."""
 
     def tuned_shapes(self, target: Target, kernel: Kernel) -> Tuned | None:
         """Return the shapes of the arrays in the result of `run`, or None if they are not known in advance.
@@ -122,7 +124,7 @@ class Warmup(abc.ABC):
             target: Target to sample.
             kernel: Kernel to tune.
             rng_key: Key of the warm-up.
-            starts: Positions with leading axis `num_starts`.
+            starts: Positions; their leading axis has the length that `count_starts` returns.
             num_steps: Number of warm-up steps.
             watch: Called with the steps of the lanes as they are taken, as far as they are available one by one.
 

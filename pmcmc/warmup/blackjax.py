@@ -24,7 +24,7 @@ from pmcmc.kernels import HMC, Kernel, SequentialLeapfrog, UniformLength
 from pmcmc.target import Target
 from pmcmc.warmup.base import Tuned, Warmup, WarmupError, Watch, check_metric, ignore, pooled_moments, take_metric
 from pmcmc.warmup.ensemble import EnsembleAdaptation, explore_basis, split_key
-from pmcmc.warmup.lanes import NUM_LANES, Exploration, check_exploration, is_dense, tune, tuned_shapes
+from pmcmc.warmup.lanes import NUM_LANES, Exploration, check_exploration, is_dense, num_lanes, tune, tuned_shapes
 
 
 @register_dataclass
@@ -34,7 +34,7 @@ class WindowAdaptation(Warmup):
 
     1. From each of ``num_starts`` starts, BlackJAX's window adaptation runs NUTS for ``num_steps`` steps. The second
        halves of these paths, pooled, give the mean and covariance that become the target's basis.
-    2. In that basis 32 lanes of the kernel (``32 // num_starts`` of each start) run for a quarter as many steps, at
+    2. In that basis lanes of the kernel, as many as in `EnsembleAdaptation`, run for a quarter as many steps, at
        least 102 (rounded up, see `pmcmc.warmup.lanes.tune`). Over the first two thirds of these, dual averaging brings
        their mean acceptance rate to the kernel's target; the last third decorrelates the lanes.
 
@@ -57,6 +57,9 @@ class WindowAdaptation(Warmup):
     def __post_init__(self):
         if not 1 <= self.num_starts <= NUM_LANES:
             raise ValueError(f"num_starts must lie in 1..{NUM_LANES}, got {self.num_starts}.")
+
+    def count_starts(self, target):
+        return min(self.num_starts, num_lanes(target))
 
     def tuned_shapes(self, target: Target, kernel: Kernel) -> Tuned:
         return tuned_shapes(target, kernel, is_dense(target, self.dense))
@@ -108,7 +111,7 @@ def _explore(target: Target, rng_key: PRNGKey, positions: Array, *, num_steps: i
     paths, acceptance_rate = jax.vmap(one)(jax.random.split(rng_key, num_starts), positions)
     late = paths[:, num_steps // 2 :]
     mean, scale = pooled_moments(late.reshape(-1, late.shape[-1]), dense)
-    per_start = NUM_LANES // num_starts
+    per_start = num_lanes(target) // num_starts
     spaced = jnp.linspace(num_steps // 2, num_steps - 1, per_start).astype(int)
     last = paths[:, spaced].reshape(num_starts * per_start, -1)
     return Exploration(mean, scale, last, jnp.max(jnp.std(late, axis=1), axis=0), jnp.mean(acceptance_rate))
@@ -159,9 +162,8 @@ class ChEESAdaptation(Warmup):
 
     dense: bool | None = field(default=None, metadata=dict(static=True))
 
-    @property
-    def num_starts(self) -> int:  # type: ignore[override]
-        return NUM_LANES
+    def count_starts(self, target):
+        return num_lanes(target)
 
     def run(
         self,
@@ -246,9 +248,8 @@ class Pathfinder(Warmup):
 
     then: Warmup = field(default=EnsembleAdaptation(), metadata=dict(static=True))
 
-    @property
-    def num_starts(self) -> int:  # type: ignore[override]
-        return self.then.num_starts
+    def count_starts(self, target):
+        return self.then.count_starts(target)
 
     @property
     def shows_path(self) -> bool:  # type: ignore[override]

@@ -1,7 +1,7 @@
 """Warm-up by one ensemble of lanes, which find location and metric before they tune the kernel's step size.
 
-`EnsembleAdaptation` runs 32 lanes of HMC in windows of growing length. After each window the mean m and Cholesky factor
-F of all draws, in the current coordinates, update the basis ``x = loc + scale y``:
+`EnsembleAdaptation` runs up to 32 lanes of HMC in windows of growing length. After each window the mean m and Cholesky
+factor F of all draws, in the current coordinates, update the basis ``x = loc + scale y``:
 
     loc' = loc + scale m,    scale' = scale F
 
@@ -25,7 +25,7 @@ from pmcmc.kernels import HMC, Kernel
 from pmcmc.target import Basis, Target
 from pmcmc.warmup.base import Tuned, Warmup, Watch, check_metric, ignore, path_moments, take_metric
 from pmcmc.warmup.lanes import (
-    NUM_LANES,
+    NO_LIMIT,
     PIECE,
     Exploration,
     LaneEnsemble,
@@ -33,6 +33,7 @@ from pmcmc.warmup.lanes import (
     far_lanes,
     held_lanes,
     is_dense,
+    num_lanes,
     tune,
     tuned_shapes,
 )
@@ -43,6 +44,8 @@ SETTLED, MIXED = 3.0, 0.2
 # Number of further windows, with a step size tuned for it, that a held lane far out gets before it is moved to another
 # lane's position.
 PATIENCE = 1
+# Largest number of leapfrog steps in the first window; it doubles with every further short window.
+SHORTEST = 8
 # Largest number of times that the last window is repeated because it did not settle the basis.
 MAX_REPEATS = 8
 UNSETTLED = (
@@ -56,12 +59,16 @@ UNSETTLED = (
 @register_dataclass
 @dataclass(frozen=True)
 class EnsembleAdaptation(Warmup):
-    """Windows over an ensemble of 32 lanes of jittered HMC, then dual averaging of the kernel's own step size.
+    """Windows over an ensemble of lanes of jittered HMC, then dual averaging of the kernel's own step size.
 
-    1. Exploration: 32 lanes run HMC, each from its own start. After every 16 steps the mean and covariance of all their
-       draws become the basis in which they continue, until the basis looks right and the lanes mix (see `SETTLED`,
-       `MIXED`), or for a quarter of ``num_steps``. Then come windows of 32, 64, ... steps, a quarter of ``num_steps``
-       in total. The last of them, at least half of this quarter, gives the target's basis; as long as it does not
+    There are 32 lanes, or fewer (at least 4) if one log density takes more than about 65,000 operations, see
+    `pmcmc.warmup.lanes.num_lanes`.
+
+    1. Exploration: the lanes run HMC, each from its own start. After every 16 steps the mean and covariance of their
+       last 8 draws become the basis in which they continue, until the basis looks right and the lanes mix (see
+       `SETTLED`, `MIXED`), or for a quarter of ``num_steps``. Trajectories are short at first. Then come windows of 32,
+       64, ... steps, a quarter of ``num_steps`` in total. The last of them, at least half of this quarter, gives the
+       target's basis; as long as it does not
        settle the basis, it is repeated, up to eight times. In each window dual averaging of one step size for all lanes
        starts anew. Lanes that do not move count together for half of the acceptance rate that is tuned, so the step
        size falls until they move. A lane that does not move and whose log density is far below that of all lanes that
@@ -69,8 +76,9 @@ class EnsembleAdaptation(Warmup):
     2. Tuning: in that basis the lanes run the kernel for a quarter as many steps (at least 102), as in
        `WindowAdaptation`.
 
-    One program of a few leapfrog steps is compiled, and for HMC both parts run it. NUTS along 4 paths, as in
-    `WindowAdaptation`, takes several times as long to compile, and as many steps sequentially.
+    One program of a few leapfrog steps is compiled, and for HMC and NUTS both parts run it: the step size of NUTS is
+    tuned on HMC. NUTS along 4 paths, as in `WindowAdaptation`, takes several times as long to compile, and as many
+    steps sequentially.
 
     Args:
         dense: Full covariance (True) or its diagonal (False). None: full up to 50 dimensions.
@@ -97,9 +105,8 @@ class EnsembleAdaptation(Warmup):
     inverse_mass_matrix: ArrayLeaf | None = None
     shows_path: ClassVar[bool] = True
 
-    @property
-    def num_starts(self) -> int:  # type: ignore[override]
-        return NUM_LANES
+    def count_starts(self, target):
+        return num_lanes(target)
 
     def tuned_shapes(self, target: Target, kernel: Kernel) -> Tuned:
         return tuned_shapes(target, kernel, is_dense(target, self.dense), self.inverse_mass_matrix)
@@ -167,7 +174,7 @@ def explore_basis(
         target: Target to sample.
         kernel: Kernel to tune.
         rng_key: Key of the exploration.
-        starts: Positions with leading axis 32.
+        starts: Positions of the lanes, along the leading axis.
         num_steps: Number of warm-up steps.
         dense: Whether the basis is a full matrix. None: up to 50 dimensions.
         watch: Called with the steps of the lanes.
@@ -241,13 +248,20 @@ class Explorer:
         self.num_waits = np.zeros(len(positions), int)
         self.movement, self.acceptance_rate = np.zeros(target.dim), 0.0
 
-    def run_window(self, num_pieces: int) -> None:
-        """Run a window of ``num_pieces`` pieces of `PIECE` steps, then set the basis to the moments of their draws."""
+    def run_window(self, num_pieces: int, longest: int = NO_LIMIT, burn_in: int = 0) -> None:
+        """Run a window, then set the basis to the moments of its draws.
+
+        Args:
+            num_pieces: Number of pieces of `PIECE` steps.
+            longest: Largest number of leapfrog steps of a trajectory.
+            burn_in: Number of steps at the beginning that do not count as draws: lanes may be on their way.
+        """
         if not self.finite:
             return
         # Run the window in the current basis; dual averaging starts anew.
         target = self.target.with_basis(self.frame.basis(self.target.spec.dtype))
         self.lanes.enter(target, self.frame.to_coordinates(self.positions))
+        self.lanes.longest = min(longest, NO_LIMIT)
         pieces = [self.lanes.run(adapting=True)[0] for _ in range(num_pieces)]
         path = np.concatenate([np.asarray(piece.path, float) for piece in pieces])
         self.movement = np.ptp(self.frame.to_positions(path), axis=0).max(axis=0)
@@ -264,8 +278,9 @@ class Explorer:
         self.finite = bool(np.all(np.isfinite(path)))
         # Update the basis from the draws of the window.
         if self.finite:
-            mean, factor = path_moments(path, self.dense)
-            self.settled = _is_settled(path, mean, factor)
+            draws = path[burn_in:]
+            mean, factor = path_moments(draws, self.dense)
+            self.settled = _is_settled(draws, mean, factor)
             scale = self.frame.scale @ factor if self.dense else self.frame.scale * factor
             self.frame = Frame(self.frame.to_positions(mean[None])[0], scale)
 
@@ -294,9 +309,10 @@ def explore(
         Moments and positions in the user's coordinates.
     """
     explorer = Explorer(target, rng_key, positions, dense, watch)
-    # Short windows, until the basis is settled.
-    for _ in range(num_pieces):
-        explorer.run_window(1)
+    # Short windows, until the basis is settled. Trajectories are short at first: in a basis that is far too wide, the
+    # step size is small, and trajectories of 64 leapfrog steps would go to and fro.
+    for number in range(num_pieces):
+        explorer.run_window(1, longest=SHORTEST * 2**number, burn_in=PIECE // 2)
         if explorer.settled:
             break
     # Windows of growing length; the last is repeated until it settles the basis.
@@ -364,6 +380,8 @@ def _as_rows(positions: PyTree) -> np.ndarray:
     """
     leaves = [np.asarray(x, float) for x in jax.tree.leaves(positions)]
     rows = np.concatenate([x.reshape(len(x), -1) for x in leaves], axis=1)
-    half = np.arange(NUM_LANES // 2)
+    half = np.arange(len(rows) // 2)
+    if len(half) < 4:
+        return rows
     turned = 4 * (half // 4) + (half + np.array([2, 1, 3, 0])[half // 4]) % 4
-    return rows[np.concatenate([half, NUM_LANES // 2 + turned])]
+    return rows[np.concatenate([half, len(half) + turned])]

@@ -21,16 +21,21 @@ import numpy as np
 
 from pmcmc._pytree import Array, ArrayLeaf, PRNGKey, PyTree, Scalar, is_real
 from pmcmc._xla.compile import tuned_jit
+from pmcmc._xla.content import count_operations
 from pmcmc.interop.blackjax import dual_averaging
 from pmcmc.kernels import Kernel
 from pmcmc.random.streams import fold_in, key_pair, raw_keys_are_threefry
 from pmcmc.target import Target
 from pmcmc.warmup.base import LaneTiming, Tuned, WarmupError, Watch, check_metric, ignore, start_order, take_metric
 
-# Number of lanes on which the kernel's step size is adapted, and whose last states are starts of chains and blocks.
-NUM_LANES = 32
-# Number of steps in one run of the program.
-PIECE = 16
+# Largest and least number of lanes on which the kernel's step size is adapted, and whose last states are starts of
+# chains and blocks; see `num_lanes`.
+NUM_LANES, LEAST_LANES = 32, 4
+# Operations of the log density that all lanes together may take. On two cores a gradient of 8 lanes took as long as one
+# of 4 for a logistic regression of 1e4 rows (1.6e5 operations), and 32 lanes took 64 times as long for 1e5 rows.
+LANE_OPERATIONS = 2**21
+# Number of steps in one run of the program, and a number of leapfrog steps that is no limit.
+PIECE, NO_LIMIT = 16, 2**30
 # A lane is held if it did not move in a piece and its mean acceptance rate was below this share of the target rate.
 HELD = 0.1
 # A held lane is far out if its log density is lower than every value that the moving lanes visited in the meantime, by
@@ -47,6 +52,18 @@ HELD_STILL = (
 # Least number of pieces from which the time of a step is taken. They are the last ones, because the number of leapfrog
 # steps of HMC depends on the step size.
 NUM_TIMED = 5
+
+
+def num_lanes(target: Target) -> int:
+    """Return the number of lanes of warm-up: 32, or fewer if one log density fills the processor.
+
+    It is the largest power of two from 4 to 32 for which the log densities of all lanes take at most `LANE_OPERATIONS`
+    operations. The count follows from shapes alone, never from timings, so the same key gives the same chain.
+    """
+    y = jax.ShapeDtypeStruct((target.dim,), target.spec.dtype)
+    density = jax.make_jaxpr(lambda target, y: target.logdensity_fn(y))(target, y)
+    most = LANE_OPERATIONS // max(1, count_operations(density.jaxpr))
+    return min(NUM_LANES, max(LEAST_LANES, 2 ** (max(1, most).bit_length() - 1)))
 
 
 class Piece(NamedTuple):
@@ -97,6 +114,7 @@ def run_piece(
     rate: Scalar,
     adapting: Array,
     weights: Array,
+    longest: Array,
 ) -> Piece:
     """Take `PIECE` steps of all lanes.
 
@@ -110,6 +128,7 @@ def run_piece(
         rate: Acceptance rate to tune to.
         adapting: Whether dual averaging continues; otherwise the step size is its final one.
         weights: Weights of the lanes' acceptance rates in the one that is tuned, with sum 1; shape (lanes,).
+        longest: Largest number of leapfrog steps of a trajectory.
 
     Returns:
         The states after the steps, and what happened on the way.
@@ -127,6 +146,7 @@ def run_piece(
     def body(carry, noise):
         state, averaged = carry
         now, before = _with_step(kernel, target, averaged, averaging, adapting), coordinates(state)
+        now = now.at_most(longest)
         state, info = jax.vmap(lambda s, n: now.step(target, s, n))(state, noise)
         after = coordinates(state)
         updated = averaging.update(averaged, jnp.sum(weights * info.acceptance_rate))
@@ -186,11 +206,14 @@ class LaneEnsemble:
         rng_key: Key of the noise; None if only shapes are needed.
         rate: Acceptance rate to tune to, a weighted mean over the lanes.
         watch: Called with the steps of the lanes.
+
+    Attributes:
+        longest: Largest number of leapfrog steps of a trajectory; no limit at first.
     """
 
     def __init__(self, kernel: Any, rng_key: PRNGKey | None, rate: Scalar, watch: Watch = ignore):
         self.kernel, self.rng_key, self.rate, self.watch = kernel, rng_key, float(rate), watch
-        self._averaging, self._number = dual_averaging(self.rate), 0
+        self._averaging, self._number, self.longest = dual_averaging(self.rate), 0, NO_LIMIT
         self._weights: np.ndarray | None = None
 
     def enter(self, target: Target, positions: np.ndarray) -> None:
@@ -215,7 +238,8 @@ class LaneEnsemble:
         Returns:
             The piece, and the seconds that it took to run.
         """
-        arguments = (self.states, self.averaged, self.rate, np.asarray(adapting), self._weights)
+        longest = np.asarray(self.longest, np.int32)
+        arguments = (self.states, self.averaged, self.rate, np.asarray(adapting), self._weights, longest)
         piece, (_, seconds) = run_piece.timed(
             self.target, self.kernel, self.rng_key, np.asarray(self._number), *arguments
         )
@@ -226,14 +250,14 @@ class LaneEnsemble:
         self._weights = half_for_held(held).astype(self.target.spec.dtype)
         return piece, seconds
 
-    def tuned_kernel(self) -> Any:
-        """Return the kernel with the final step size and, for HMC, its number of leapfrog steps."""
-        return _tuned_kernel(self.target, self.kernel, self.averaged, self.rate)
+    def tuned(self, kernel: Any) -> Any:
+        """Return a kernel with the final step size and, for HMC, its number of leapfrog steps."""
+        return _tuned_kernel(self.target, kernel, self.averaged, self.rate)
 
 
 @tuned_jit()
 def _tuned_kernel(target: Target, kernel: Any, averaged: PyTree, rate: Scalar) -> Any:
-    """Return the kernel with the final step size of dual averaging; see `LaneEnsemble.tuned_kernel`."""
+    """Return the kernel with the final step size of dual averaging; see `LaneEnsemble.tuned`."""
     return _with_step(kernel, target, averaged, dual_averaging(rate), jnp.array(False)).finalize()
 
 
@@ -268,7 +292,8 @@ def tune(
         WarmupError: No step size can be found, states are not finite, or nothing moved in the last third.
     """
     rate = kernel.target_acceptance_rate(target.dim) if rate is None else rate
-    lanes = LaneEnsemble(kernel, rng_key, rate, watch)
+    stand_in = kernel.tuned_by()
+    lanes = LaneEnsemble(stand_in, rng_key, rate, watch)
     lanes.enter(target, positions)
     # Adapt the step size for two thirds of the steps; decorrelate the lanes in the last third.
     third = math.ceil(num_steps / (3 * PIECE))
@@ -276,11 +301,11 @@ def tune(
     last, seconds = zip(*(lanes.run(adapting=False) for _ in range(third)), strict=True)
     timed = [*before, *seconds][-max(third, NUM_TIMED) :]
     # Judge the tuned kernel by the last third.
-    tuned = lanes.tuned_kernel()
+    tuned = lanes.tuned(kernel)
     acceptance_rate = np.concatenate([piece.acceptance_rate for piece in last])
     moved = np.mean([piece.moved for piece in last], axis=0)
     check_tuned(tuned, lanes.states, np.mean(acceptance_rate), np.mean(moved))
-    timing = LaneTiming(len(positions), median_low(timed) / PIECE)
+    timing = LaneTiming(len(positions), median_low(timed) / PIECE) if stand_in is kernel else None
     order = start_order(*(np.concatenate(parts) for parts in ([p.path for p in last], [p.logdensity for p in last])))
     num_held = int(held_lanes(moved, acceptance_rate, lanes.rate).sum())
     some = 0 < num_held < len(moved)  # if all are held, `check_tuned` has raised
@@ -383,9 +408,9 @@ def tuned_shapes(target: Target, kernel: Kernel, dense: bool, metric: ArrayLeaf 
     dtype, dim = target.spec.dtype, target.dim
     scale = np.eye(dim, dtype=dtype) if dense else np.ones(dim, dtype)
     kernel, basis = take_metric(target, kernel, np.zeros(dim, dtype), scale, metric)
-    whitened, lanes = target.with_basis(basis), LaneEnsemble(kernel, None, 1.0)
+    whitened, lanes = target.with_basis(basis), LaneEnsemble(kernel.tuned_by(), None, 1.0)
     averaged = lanes.first_average(whitened)
     tuned = _tuned_kernel.eval_shape(whitened, kernel, averaged, lanes.rate)
-    positions = np.zeros((NUM_LANES, dim), dtype)
-    states = _start_lanes.eval_shape(whitened, kernel, positions, averaged, lanes.rate)
+    positions = np.zeros((num_lanes(target), dim), dtype)
+    states = _start_lanes.eval_shape(whitened, lanes.kernel, positions, averaged, lanes.rate)
     return Tuned(whitened, tuned, states, jnp.asarray(np.zeros((), dtype)))

@@ -57,6 +57,9 @@ class SiteAdaptation(Warmup):
     target_acceptance_rate: Scalar | None = None
     num_starts: int = field(default=32, metadata=dict(static=True))
 
+    def count_starts(self, target):
+        return self.num_starts
+
     def __post_init__(self):
         if self.num_starts < 2:
             raise ValueError(f"num_starts must be at least 2, got {self.num_starts}.")

@@ -57,7 +57,7 @@ def scores(case: Case, num_studies: int, fault: Callable = lambda state, before:
         y = simulate({name: x[0] for name, x in truth.items()}, rng.normal(size=NUM_DATA))
         target = replace(STUDY.target(), data=y)
         settings = case.settings(target)
-        starts = jax.tree.map(jnp.asarray, STUDY.draw(rng, settings.warmup.num_starts))
+        starts = jax.tree.map(jnp.asarray, STUDY.draw(rng, settings.warmup.count_starts(target)))
         source = Source(lambda: target, target, {})  # noqa: B023
         state = warm_up(source, jax.random.key(number), starts, settings, progress_bar=False)
         chain = sample_from(fault(state, before or state), settings, progress_bar=False)

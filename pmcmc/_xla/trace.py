@@ -302,7 +302,7 @@ def _own(constant: Any) -> Array:
     """Return an array that later changes of the user's arrays do not affect."""
     if isinstance(constant, (jax.Array, jax.core.Tracer)):
         return constant
-    return jnp.asarray(np.array(constant, copy=True))
+    return jax.device_put(np.array(constant, copy=True))
 
 
 def _with_outputs(program: Jaxpr, outvars: list[Any]) -> Jaxpr:

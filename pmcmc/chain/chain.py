@@ -267,7 +267,7 @@ class Chain:
             TypeError: ``sites`` is not a sequence of names.
         """
         wanted = None if sites is None else check_sites(self.target, sites)
-        return jax.tree.map(lambda x: jnp.asarray(x if group_by_chain else ungroup(x)), self._grouped(wanted))
+        return jax.tree.map(lambda x: jax.device_put(x if group_by_chain else ungroup(x)), self._grouped(wanted))
 
     def _grouped(self, sites: tuple[str, ...] | None) -> PyTree:
         """Return numpy arrays (num_chains, num_samples, ...), computed once.

@@ -290,7 +290,7 @@ def _prototype_position(
     discrete: list[str] = []
     fixed: list[str] = []
     trace = lambda key: _traced_position(model, args, kwargs, key, discrete, fixed)
-    shapes = jax.eval_shape(trace, jax.random.key(0))
+    shapes = jax.eval_shape(lambda: trace(jax.random.key(0)))
     position = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     return position, _supports(model, args, kwargs, discrete) if discrete else (), fixed
 

@@ -193,7 +193,7 @@ def numpyro_starts(target: Target, rng_key: PRNGKey, num_starts: int) -> PyTree:
     """
     starts, usable = None, np.zeros(num_starts, bool)
     for tries in range(_MAX_TRIES):
-        drawn = jax.tree.map(np.asarray, _draw_starts(target, rng_key, jnp.asarray(tries), num_starts=num_starts))
+        drawn = jax.tree.map(np.asarray, _draw_starts(target, rng_key, np.uint32(tries), num_starts=num_starts))
         keep = lambda old, new: np.where(usable.reshape(-1, *(1,) * (new.ndim - 1)), old, new)  # noqa: B023
         starts = drawn if starts is None else jax.tree.map(keep, starts, drawn)
         *_, usable = evaluate_starts(target, starts)
@@ -217,7 +217,7 @@ def _draw_starts(target: Target, rng_key: PRNGKey, tries: Array, *, num_starts: 
         nonlocal drawn
         numbers = drawn + jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
         drawn += math.prod(shape)
-        bits, _ = threefry_2x32(key_pair(rng_key), numbers, tries.astype(jnp.uint32))
+        bits, _ = threefry_2x32(key_pair(rng_key), numbers, tries)
         return bits.astype(target.spec.dtype) * 2.0**-32
 
     starts = jax.vmap(target.spec.unravel)(4 * uniform(num_starts, target.dim) - 2)

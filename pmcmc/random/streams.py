@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pmcmc._pytree import Array, PRNGKey, PyTree
 
@@ -23,8 +24,8 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
 
 
-def threefry_2x32(key: Array, first: Array, second: Array) -> tuple[Array, Array]:
-    """Hash pairs of 32-bit words elementwise.
+def threefry_2x32(key: Any, first: Any, second: Any) -> tuple[Any, Any]:
+    """Hash pairs of 32-bit words elementwise, of JAX or of numpy.
 
     Args:
         key: Two words, shape ``(2,)``.
@@ -34,15 +35,15 @@ def threefry_2x32(key: Array, first: Array, second: Array) -> tuple[Array, Array
     Returns:
         Both words of each hash.
     """
-    schedule = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(_PARITY))
+    schedule = (key[0], key[1], key[0] ^ key[1] ^ np.uint32(_PARITY))
     x, y = first + schedule[0], second + schedule[1]
     for group in range(5):
         for distance in _ROTATIONS[group % 2]:
             x = x + y
-            y = (y << jnp.uint32(distance)) | (y >> jnp.uint32(32 - distance))
+            y = (y << np.uint32(distance)) | (y >> np.uint32(32 - distance))
             y = x ^ y
         x = x + schedule[(group + 1) % 3]
-        y = y + schedule[(group + 2) % 3] + jnp.uint32(group + 1)
+        y = y + schedule[(group + 2) % 3] + np.uint32(group + 1)
     return x, y
 
 
@@ -90,10 +91,34 @@ def fold_in(pair: Array, number: Array) -> Array:
 NOISE_PIECE, SMALL_PIECE = 1 / 8, 64
 
 
-@partial(jax.jit, static_argnames="num_chains")
+def seed_key(seed: int) -> PRNGKey:
+    """Return ``jax.random.key(seed)``, a threefry key, computed in numpy."""
+    wide = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+    return _typed(np.array([seed >> 32 if wide else 0, seed], object) & 0xFFFFFFFF)
+
+
+def split_key(rng_key: PRNGKey, number: int) -> list[PRNGKey]:
+    """Return the first keys of ``jax.random.split``, computed in numpy."""
+    return [_typed(words) for words in _folded(rng_key, number)]
+
+
 def chain_keys(rng_key: PRNGKey, *, num_chains: int) -> Array:
     """Return one key per chain, shape ``(num_chains,)``; the key of a chain does not depend on their number."""
-    return jax.vmap(lambda c: jax.random.fold_in(rng_key, c))(jnp.arange(num_chains))
+    return _typed(_folded(rng_key, num_chains))
+
+
+def _folded(rng_key: PRNGKey, number: int) -> np.ndarray:
+    """Return the words of ``jax.random.fold_in(rng_key, n)``, n < number; shape ``(number, 2)``.
+
+    Hashed in numpy: each operation of JAX on a key would be a program to compile.
+    """
+    pair, numbers = np.asarray(key_pair(rng_key)), np.arange(number, dtype=np.uint32)
+    return np.stack(threefry_2x32(pair, np.zeros_like(numbers), numbers), axis=-1)
+
+
+def _typed(words: np.ndarray) -> PRNGKey:
+    """Return typed threefry keys with these words; shape (..., 2)."""
+    return jax.random.wrap_key_data(jax.device_put(words.astype(np.uint32)), impl=IMPL)
 
 
 @runtime_checkable

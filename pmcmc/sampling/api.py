@@ -16,6 +16,7 @@ from pmcmc.chain.chain import Chain
 from pmcmc.chain.state import density_source, model_source
 from pmcmc.interop.numpyro_sites import numpyro_starts
 from pmcmc.kernels import Kernel
+from pmcmc.random.streams import split_key
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.sampling.session import WarmupRecord, sample_new
 from pmcmc.sampling.settings import Settings, as_key, spread_starts
@@ -142,7 +143,7 @@ def model_starts(target: Target, rng_key: PRNGKey, init_params: PyTree, settings
     """
     num_starts = settings.warmup.count_starts(target) if settings.num_warmup else settings.num_chains
     if init_params is None:
-        return numpyro_starts(target, jax.random.fold_in(rng_key, 0), num_starts)
+        return numpyro_starts(target, split_key(rng_key, 1)[0], num_starts)
     return spread_starts(target, init_params, settings.num_chains, num_starts)
 
 

@@ -401,7 +401,7 @@ class Run:
         self._watch(path, keep)
         self.x = jax.tree.map(last, self.x, path)
         self.position += keep
-        self.progress.update(self.done - before, int(np.max(stats.num_sweeps)))
+        self.progress.update(self.done - before, int(np.asarray(stats.num_sweeps).max()))
         # Add to the counts; sequential steps need no certificate.
         if solver.is_sequential:
             counts.critical_path += keep

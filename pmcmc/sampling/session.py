@@ -27,6 +27,7 @@ from pmcmc.chain.chain import Chain
 from pmcmc.chain.draws import judge_mixing
 from pmcmc.chain.state import ChainState, Source
 from pmcmc.chain.stored import StoredChain
+from pmcmc.random.streams import split_key
 from pmcmc.sampling.automatic import Automatic, compile_first
 from pmcmc.sampling.programs import Engine
 from pmcmc.sampling.reporting import Outcome
@@ -89,14 +90,14 @@ def tune_chains(
     target, settings = source.target, replace(settings, kernel=kernel)
     check_starts(target, starts)
     kernel.check_start(target, jax.tree.map(lambda x: np.asarray(x)[0], starts))
-    warmup_key, chain_key = _split_keys(rng_key)
+    warmup_key, chain_key = split_key(rng_key, 2)
     # Compile for sampling while warm-up runs.
     if settings.num_warmup and (expected := settings.warmup.tuned_shapes(target, kernel)) is not None:
         prepare(_begin(expected, starts, chain_key, settings, source))
     # Warm up, and start the chains from lanes of the ensemble.
     tuned = _tune(target, warmup_key, starts, settings, watch)
     state = _begin(tuned, starts, chain_key, settings, source)
-    unknown = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[state.own]), state.ensemble)
+    unknown = jax.tree.map(lambda x: jax.device_put(np.asarray(x)[state.own]), state.ensemble)
     return state._replace(unknown=unknown)
 
 
@@ -138,13 +139,6 @@ def _is_per_chain(starts: PyTree, num_chains: int) -> bool:
     rows = [np.asarray(x) for x in jax.tree.leaves(starts)]
     repeats = all(np.array_equal(x[num_chains:], x[:-num_chains]) for x in rows)
     return repeats and any(np.any(x != x[:1]) for x in rows)
-
-
-@jax.jit
-def _split_keys(rng_key: PRNGKey) -> tuple[PRNGKey, PRNGKey]:
-    """Return the key of warm-up and the key of the chains."""
-    warmup_key, chain_key = jax.random.split(rng_key)
-    return warmup_key, chain_key
 
 
 class Interrupted(KeyboardInterrupt):

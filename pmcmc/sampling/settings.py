@@ -19,7 +19,7 @@ from pmcmc._xla.compile import available_bytes, size_text
 from pmcmc.chain.chain import Chain
 from pmcmc.chain.stored import StoredChain
 from pmcmc.kernels import HMC, Compose, DiscreteGibbs, Kernel, SiteKernel
-from pmcmc.random.streams import IMPL, threefry_key
+from pmcmc.random.streams import seed_key, threefry_key
 from pmcmc.recurrence import RecurrenceSolver, Sequential
 from pmcmc.sampling.programs import Engine
 from pmcmc.target import Target
@@ -258,7 +258,7 @@ def as_key(rng_key: PRNGKey | int) -> PRNGKey:
         TypeError: ``rng_key`` is neither a seed nor a key.
     """
     if isinstance(rng_key, Integral) and not isinstance(rng_key, bool):
-        return jax.random.key(int(rng_key), impl=IMPL)
+        return seed_key(int(rng_key))
     if isinstance(rng_key, np.ndarray) and rng_key.dtype == np.uint32:
         rng_key = jnp.asarray(rng_key)
     if isinstance(rng_key, jax.Array):

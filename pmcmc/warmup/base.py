@@ -20,6 +20,7 @@ import abc
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -290,7 +291,7 @@ def take_metric(
     metric, kernel = metric if kernel.metric is None else kernel.metric, kernel.without_metric()
     if metric is not None:
         scale = scale_of_metric(metric, target.dim)
-    return kernel, Basis(*(jnp.asarray(np.asarray(x, target.spec.dtype)) for x in (loc, scale)))
+    return kernel, Basis(*(jax.device_put(np.asarray(x, target.spec.dtype)) for x in (loc, scale)))
 
 
 def scale_of_metric(metric: ArrayLeaf, dim: int) -> np.ndarray:

@@ -21,9 +21,10 @@ from pmcmc._pytree import Array, PRNGKey, PyTree, Scalar, register_dataclass
 from pmcmc._xla.compile import tuned_jit
 from pmcmc.interop.blackjax import AdaptedTrajectory, chees_adaptation, pathfinder, window_adaptation
 from pmcmc.kernels import HMC, Kernel, SequentialLeapfrog, UniformLength
+from pmcmc.random.streams import split_key
 from pmcmc.target import Target
 from pmcmc.warmup.base import Tuned, Warmup, WarmupError, Watch, check_metric, ignore, pooled_moments, take_metric
-from pmcmc.warmup.ensemble import EnsembleAdaptation, explore_basis, split_key
+from pmcmc.warmup.ensemble import EnsembleAdaptation, explore_basis
 from pmcmc.warmup.lanes import NUM_LANES, Exploration, check_exploration, is_dense, num_lanes, tune, tuned_shapes
 
 
@@ -76,7 +77,7 @@ class WindowAdaptation(Warmup):
         if num_steps < 20:
             raise ValueError(f"num_warmup must be 0 or at least 20 (for its windows), got {num_steps}.")
         check_metric(target, kernel)
-        metric_key, step_key = jax.random.split(rng_key)
+        metric_key, step_key = split_key(rng_key, 2)
         positions = jax.vmap(target.coordinates)(starts)
         dense = is_dense(target, self.dense)
         found = _explore(target, metric_key, positions, num_steps=num_steps, dense=dense)
@@ -183,7 +184,7 @@ class ChEESAdaptation(Warmup):
             raise ValueError(
                 f"ChEESAdaptation draws the number of steps: use SequentialLeapfrog(), got {kernel.leapfrog!r}."
             )
-        explore_key, chees_key, step_key = split_key(rng_key, number=3)
+        explore_key, chees_key, step_key = split_key(rng_key, 3)
         explored = explore_basis(target, kernel, explore_key, starts, num_steps, self.dense, watch)
         whitened, num_tuning = target.with_basis(explored.basis), max(102, num_steps // 4)
         lanes = jnp.asarray(explored.lanes, target.spec.dtype)
@@ -267,7 +268,7 @@ class Pathfinder(Warmup):
         num_steps: int,
         watch: Watch = ignore,
     ) -> Tuned:
-        path_key, rest_key = split_key(rng_key, number=2)
+        path_key, rest_key = split_key(rng_key, 2)
         return self.then.run(target, kernel, rest_key, _move(target, path_key, starts), num_steps, watch)
 
 

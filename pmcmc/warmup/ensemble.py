@@ -14,7 +14,6 @@ Source: Stan's windows (Stan Development Team) with moments pooled over chains (
 
 import math
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -22,6 +21,7 @@ import numpy as np
 
 from pmcmc._pytree import ArrayLeaf, PRNGKey, PyTree, Scalar, register_dataclass
 from pmcmc.kernels import HMC, Kernel
+from pmcmc.random.streams import split_key
 from pmcmc.target import Basis, Target
 from pmcmc.warmup.base import Tuned, Warmup, Watch, check_metric, ignore, path_moments, take_metric
 from pmcmc.warmup.lanes import (
@@ -120,19 +120,13 @@ class EnsembleAdaptation(Warmup):
         num_steps: int,
         watch: Watch = ignore,
     ) -> Tuned:
-        explore_key, step_key = split_key(rng_key, number=2)
+        explore_key, step_key = split_key(rng_key, 2)
         found = explore_basis(
             target, kernel, explore_key, starts, num_steps, self.dense, watch, self.inverse_mass_matrix
         )
         num_tuning, whitened = max(102, num_steps // 4), target.with_basis(found.basis)
         tuned = tune(whitened, found.kernel, step_key, found.lanes, self.target_acceptance_rate, num_tuning, watch)
         return found.told(tuned)
-
-
-@partial(jax.jit, static_argnames="number")
-def split_key(rng_key: PRNGKey, *, number: int) -> tuple[PRNGKey, ...]:
-    """Return the keys of `jax.random.split`, unpacked, from one compiled program."""
-    return tuple(jax.random.split(rng_key, number))
 
 
 class Explored(NamedTuple):

@@ -97,10 +97,13 @@ def _with_step(kernel: Any, target: Target, averaged: PyTree, averaging: Any, ad
 
 
 @tuned_jit()
-def _start_lanes(target: Target, kernel: Any, positions: Array, averaged: PyTree, rate: Scalar) -> PyTree:
-    """Return the unknowns of lanes that start at positions (lanes, D) in the target's coordinates."""
-    ready = _with_step(kernel, target, averaged, dual_averaging(rate), jnp.array(True))
-    return jax.vmap(lambda y: ready.unknown(ready.start(target, y)))(positions)
+def _start_lanes(target: Target, kernel: Any, positions: Array, rate: Scalar) -> tuple[PyTree, PyTree]:
+    """Return the unknowns of lanes at positions (lanes, D) in the target's coordinates, and a new dual averaging."""
+    averaging = dual_averaging(rate)
+    as_leaf = lambda x: jnp.asarray(x, target.spec.dtype if is_real(x) else int)
+    averaged = jax.tree.map(as_leaf, averaging.init(kernel.first_step_size(target.dim)))
+    ready = _with_step(kernel, target, averaged, averaging, jnp.array(True))
+    return jax.vmap(lambda y: ready.unknown(ready.start(target, y)))(positions), averaged
 
 
 @tuned_jit()
@@ -213,21 +216,16 @@ class LaneEnsemble:
 
     def __init__(self, kernel: Any, rng_key: PRNGKey | None, rate: Scalar, watch: Watch = ignore):
         self.kernel, self.rng_key, self.rate, self.watch = kernel, rng_key, float(rate), watch
-        self._averaging, self._number, self.longest = dual_averaging(self.rate), 0, NO_LIMIT
+        self._number, self.longest = 0, NO_LIMIT
         self._weights: np.ndarray | None = None
 
     def enter(self, target: Target, positions: np.ndarray) -> None:
         """Put the lanes at coordinates (lanes, D) of a target and restart dual averaging."""
-        self.target, self.averaged = target, self.first_average(target)
+        self.target = target
         positions = np.asarray(positions, target.spec.dtype)
         if self._weights is None:
             self._weights = np.full(len(positions), 1 / len(positions), target.spec.dtype)
-        self.states = _start_lanes(target, self.kernel, positions, self.averaged, self.rate)
-
-    def first_average(self, target: Target) -> PyTree:
-        """Return the state at which dual averaging starts."""
-        as_leaf = lambda x: np.asarray(x, target.spec.dtype if is_real(x) else int)
-        return jax.tree.map(as_leaf, self._averaging.init(self.kernel.first_step_size(target.dim)))
+        self.states, self.averaged = _start_lanes(target, self.kernel, positions, self.rate)
 
     def run(self, adapting: bool) -> tuple[Piece, float]:
         """Run one more piece.
@@ -310,7 +308,7 @@ def tune(
     num_held = int(held_lanes(moved, acceptance_rate, lanes.rate).sum())
     some = 0 < num_held < len(moved)  # if all are held, `check_tuned` has raised
     remark = HELD_STILL.format(num_held=num_held, num_lanes=len(moved)) if some else ""
-    return Tuned(target, tuned, lanes.states, jnp.asarray(np.mean(acceptance_rate)), timing, remark, order)
+    return Tuned(target, tuned, lanes.states, np.mean(acceptance_rate), timing, remark, order)
 
 
 def check_tuned(kernel: Kernel, states: PyTree, acceptance_rate: Any, moved: Any) -> None:
@@ -408,9 +406,7 @@ def tuned_shapes(target: Target, kernel: Kernel, dense: bool, metric: ArrayLeaf 
     dtype, dim = target.spec.dtype, target.dim
     scale = np.eye(dim, dtype=dtype) if dense else np.ones(dim, dtype)
     kernel, basis = take_metric(target, kernel, np.zeros(dim, dtype), scale, metric)
-    whitened, lanes = target.with_basis(basis), LaneEnsemble(kernel.tuned_by(), None, 1.0)
-    averaged = lanes.first_average(whitened)
-    tuned = _tuned_kernel.eval_shape(whitened, kernel, averaged, lanes.rate)
-    positions = np.zeros((num_lanes(target), dim), dtype)
-    states = _start_lanes.eval_shape(whitened, lanes.kernel, positions, averaged, lanes.rate)
-    return Tuned(whitened, tuned, states, jnp.asarray(np.zeros((), dtype)))
+    whitened, positions, rate = target.with_basis(basis), np.zeros((num_lanes(target), dim), dtype), 1.0
+    states, averaged = _start_lanes.eval_shape(whitened, kernel.tuned_by(), positions, rate)
+    tuned = _tuned_kernel.eval_shape(whitened, kernel, averaged, rate)
+    return Tuned(whitened, tuned, states, jax.device_put(np.zeros((), dtype)))

@@ -95,8 +95,8 @@ class ParallelMCMC(MCMC):
 
     These options of NUTS and HMC are kept: ``model``, ``target_accept_prob``, ``dense_mass`` (True or False),
     ``max_tree_depth``, ``num_steps``, ``init_strategy``, and ``step_size`` and ``inverse_mass_matrix`` if they are not
-    adapted. If they are, NumPyro only starts from them, and pmcmc starts elsewhere. HMC's trajectories are a quarter of
-    a period long, with jittered steps, instead of a fixed 2 pi. Options that cannot be kept are refused.
+    adapted. If they are, NumPyro only starts from them, and pmcmc starts elsewhere. HMC's trajectories are 0.29 of a
+    period long, with jittered steps, instead of a fixed 2 pi. Options that cannot be kept are refused.
 
     Args:
         sampler: ``numpyro.infer.NUTS(model, ...)`` or ``HMC(model, ...)``, translated as described above; or the model

@@ -95,7 +95,7 @@ def _length(sampler: Any, step_size: Any) -> int | None:
     if sampler._trajectory_length != 2 * math.pi:
         raise ValueError(
             "trajectory_length= cannot be kept while the step size is adapted: pass num_steps=, or leave it out for "
-            "a quarter of a period."
+            "0.29 of a period."
         )
     return None
 

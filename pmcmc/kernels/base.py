@@ -248,6 +248,10 @@ class Kernel(abc.ABC):
         """
         return 0.8 * dim ** (-1 / 4)
 
+    def final_step_size(self, step_size: Array) -> Array:
+        """Return the step size to sample with, given that at which tuning ended; the same by default."""
+        return step_size
+
     def start(self, target: Target, y: Array) -> Any:
         """Return the state at the target's coordinates y; shape (D,)."""
         return self.init(target, target.position(y))

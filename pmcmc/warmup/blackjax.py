@@ -137,7 +137,7 @@ class ChEESAdaptation(Warmup):
     3. The kernel gets ``UniformLength(1, T / step_size)`` and, unless one is given, the step size. Its lanes then
        run for as many steps again, which decorrelates and times them.
 
-    It is worth its longer compilation if `HMC`'s default length, a quarter of a period in whitened coordinates, is far
+    It is worth its longer compilation if `HMC`'s default length, 0.29 of a period in whitened coordinates, is far
     from the best, as under strong dependence that no linear map removes. It raises the cost of a step, see
     `UniformLength`.
 

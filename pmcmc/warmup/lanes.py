@@ -87,12 +87,13 @@ class Piece(NamedTuple):
 
 
 def _with_step(kernel: Any, target: Target, averaged: PyTree, averaging: Any, adapting: Array) -> Any:
-    """Return the kernel with the current step size of dual averaging; a given step size is kept."""
+    """Return the kernel with the current or final step size of dual averaging; a given step size is kept."""
     if "step_size" not in kernel.tunables:
         return kernel
     step_size = kernel.step_size
     if step_size is None:
-        step_size = jnp.where(adapting, averaging.step_size(averaged), averaging.final(averaged))
+        final = kernel.final_step_size(averaging.final(averaged))
+        step_size = jnp.where(adapting, averaging.step_size(averaged), final)
     return kernel.with_step_size(jnp.asarray(step_size, target.spec.dtype))
 
 

@@ -186,7 +186,7 @@ def _begin(target: Target, kernel: Kernel, rates: tuple) -> tuple:
 
 
 def _with_steps(target: Target, kernel: Kernel, averaged: tuple, rates: tuple, adapting: Array) -> Kernel:
-    """Return the kernel with the current step sizes of dual averaging; given step sizes are kept."""
+    """Return the kernel with the current or final step sizes of dual averaging; given step sizes are kept."""
     if not isinstance(kernel, Compose):
         return kernel
 
@@ -194,7 +194,8 @@ def _with_steps(target: Target, kernel: Kernel, averaged: tuple, rates: tuple, a
         if state is None:
             return block
         averaging = dual_averaging(rate)
-        step_size = jnp.where(adapting, averaging.step_size(state), averaging.final(state))
+        final = block.kernel.final_step_size(averaging.final(state))
+        step_size = jnp.where(adapting, averaging.step_size(state), final)
         return replace(block, kernel=block.kernel.with_step_size(jnp.asarray(step_size, target.spec.dtype)))
 
     return replace(kernel, blocks=tuple(map(one, kernel.blocks, averaged, rates)))

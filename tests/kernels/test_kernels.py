@@ -1,5 +1,6 @@
 """Every kernel is a deterministic, differentiable map of its noise, rejects what is not finite, and equals BlackJAX."""
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from pmcmc import HMC, MALA, RandomWalk, Target
-from pmcmc.kernels import BranchTaken, StraightThrough, UniformLength
+from pmcmc.kernels import BranchTaken, ParallelLeapfrog, StraightThrough, UniformLength
 from pmcmc.kernels.metropolis import select
 from pmcmc.target import Model
 from tests.helpers.chains import draw_noise
@@ -305,9 +306,36 @@ def test_bad_tunables_are_refused() -> None:
 
 
 def test_eight_schools_lengths() -> None:
-    """Drawn lengths cover low..high; the default length is a quarter period."""
+    """Drawn lengths cover low..high; the default length is the number of steps that a time of 1.82 takes."""
     target = make_target(eight_schools)
     kernel = HMC(step_size=0.1, num_integration_steps=UniformLength(2, 5))
     _, info = step_each(target, kernel, kernel.restore(target, jnp.zeros(10)), draw_noise(target, kernel, 1, 400))
     assert sorted(set(info.num_integration_steps.tolist())) == [2, 3, 4, 5]
-    assert [int(HMC(step_size=h).default_length()) for h in (0.01, 0.1, 0.5, 2.0)] == [64, 16, 4, 1]
+    assert [int(HMC(step_size=h).default_length()) for h in (0.01, 0.1, 0.5, 2.0)] == [64, 19, 4, 1]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_final_step_size_of_hmc(dtype) -> None:
+    """Warm-up's last step size is shortened until as many steps take 1.82, and they do not become more by rounding."""
+    tuned = np.concatenate([np.geomspace(0.003, 4, 997), math.acos(-1 / 4) / np.arange(1, 65)]).astype(dtype)
+    final = np.asarray(HMC().final_step_size(jnp.asarray(tuned)))
+    lengths = np.asarray(HMC(step_size=tuned).default_length())
+    assert final.dtype == tuned.dtype
+    assert np.all(final <= tuned)
+    np.testing.assert_array_equal(HMC(step_size=final).default_length(), lengths)
+    takes = np.where(lengths < 64, math.acos(-1 / 4), np.minimum(64 * tuned, math.acos(-1 / 4)))
+    np.testing.assert_allclose(final * lengths, takes, rtol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        HMC(num_integration_steps=2),
+        HMC(num_integration_steps=UniformLength(1, 4)),
+        HMC(leapfrog=ParallelLeapfrog(4)),
+        MALA(),
+    ],
+    ids=["fixed", "uniform", "parallel", "MALA"],
+)
+def test_a_given_length_keeps_the_tuned_step_size(kernel) -> None:
+    assert kernel.final_step_size(jnp.array(1.25)) == 1.25

@@ -238,7 +238,8 @@ def test_a_plan_that_fails_loses_nothing(free_lanes, monkeypatch: pytest.MonkeyP
     short = merging(np.arange(2, 34))
     monkeypatch.setattr(automatic, "couple", lambda head, own: pilot.Pilot(short, "", 0.0))
     monkeypatch.setattr(automatic.Automatic, "costs", lambda self, head: Costs(1e-12, 1e-12, 1e-14, 0.0))
-    run = lambda solver: pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=8000, solver=solver, **SIZES)
+    options = dict(kernel=pmcmc.HMC(num_integration_steps=2), num_samples=8000, **SIZES)  # nearly half a period
+    run = lambda solver: pmcmc.sample(gaussian, start_like(gaussian), 3, solver=solver, **options)
     chain = run("auto")
     assert chain.report.decision == "shooting"
     assert np.any(chain.report.result == RESULTS.max_iters_reached)
@@ -254,7 +255,8 @@ def test_a_slow_merge_ends_a_segment_not_the_run(free_lanes, monkeypatch: pytest
     short, taken, take = merging(np.arange(20, 52)), [], segments.Run.take
     monkeypatch.setattr(automatic, "couple", lambda head, own: pilot.Pilot(short, "", 0.0))
     monkeypatch.setattr(segments.Run, "take", lambda *a: taken.append(take(*a)) or taken[-1])
-    run = lambda solver: pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=20_000, solver=solver, **SIZES)
+    options = dict(kernel=pmcmc.HMC(num_integration_steps=2), num_samples=20_000, **SIZES)  # nearly half a period
+    run = lambda solver: pmcmc.sample(gaussian, start_like(gaussian), 3, solver=solver, **options)
     chain = run("auto")
     failed = [why for segment, why, _ in taken if why]
     assert failed

@@ -74,7 +74,7 @@ def far_modes(x):
 
 
 def test_a_mode_that_no_lane_found_is_not_spoken_for(free_lanes) -> None:
-    chain = pmcmc.sample(far_modes, jnp.full(1, -40.0), 0, num_samples=10_000, **SIZES)
+    chain = pmcmc.sample(far_modes, jnp.full(1, -40.0), 1, num_samples=10_000, **SIZES)
     assert np.all(chain.get_samples() < 0)
     (line,) = [line for line in str(chain.report).splitlines() if line.startswith("Bias")]
     assert "relative to the region that the lanes of warm-up found; of other regions this says nothing" in line

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import sys
 import warnings
 from dataclasses import replace
@@ -21,7 +22,7 @@ import pmcmc
 from pmcmc import EnsembleAdaptation, WindowAdaptation
 from pmcmc.kernels import UniformLength
 from pmcmc.recurrence import MultipleShooting, Sequential
-from pmcmc.warmup import ChEESAdaptation, Pathfinder, ensemble, moments
+from pmcmc.warmup import ChEESAdaptation, Pathfinder, base, ensemble
 from pmcmc.warmup.base import start_order
 from pmcmc.warmup.lanes import far_lanes, half_for_held, held_lanes
 from tests.helpers.selection import share
@@ -52,6 +53,25 @@ def test_basis_and_step_size_of_a_gaussian(scheme: str) -> None:
     # After whitening HMC takes about two steps: the step size is near one, never tiny.
     assert 0.3 < float(chain.kernel.step_size) < 2
     assert chain.report.num_divergent.sum() == 0
+
+
+def test_trajectories_of_a_gaussian_do_not_turn_back() -> None:
+    """Two steps of 1.3, the size tuned, took nearly half a period, after which squares are about the same."""
+    chain = gaussian_chain("ensemble")
+    taken = float(chain.kernel.step_size) * int(chain.kernel.num_integration_steps)
+    assert taken == pytest.approx(math.acos(-1 / 4), rel=1e-5)
+    draws = np.asarray(chain.get_samples(group_by_chain=True), float)
+    squares = (draws - draws.mean(axis=(0, 1))) ** 2
+    assert min(effective_sample_size(squares)) > 0.35 * draws[..., 0].size
+
+
+def test_a_given_step_size_is_kept() -> None:
+    """Only a tuned step size is shortened, also where the number of steps is left out."""
+    chain = pmcmc.sample(
+        gaussian, start_like(gaussian), 0, kernel=pmcmc.HMC(step_size=1.0), **{**SIZES, "num_samples": 10}
+    )
+    assert float(chain.kernel.step_size) == 1.0
+    assert int(chain.kernel.num_integration_steps) == 2
 
 
 def test_chees_finds_the_length_of_a_gaussian() -> None:
@@ -105,8 +125,8 @@ def test_bad_scales(scheme: str, kind: str) -> None:
 
 
 def test_warm_up_that_did_not_settle_says_so() -> None:
-    """Scales ten orders of magnitude apart in 60 dimensions: too much for 20 steps, but not for 400."""
-    scale = np.logspace(-5, 5, 60)
+    """Scales twelve orders of magnitude apart in 60 dimensions: too much for 20 steps, but not for 400."""
+    scale = np.logspace(-6, 6, 60)
     logdensity = lambda x: -0.5 * jnp.sum((x / scale) ** 2)
     run = lambda **options: pmcmc.sample(logdensity, jnp.zeros(60), 0, **options)
     options = {**SIZES, "num_samples": 20}
@@ -240,16 +260,16 @@ def test_moments_and_when_they_are_settled() -> None:
     rng = np.random.default_rng(0)
     factor = np.array([[1.0, 0.0], [0.999, np.sqrt(1 - 0.999**2)]])
     path = rng.standard_normal((200, 32, 2))
-    mean, found = moments.path_moments(path @ factor.T + 3, dense=True)
+    mean, found = base.path_moments(path @ factor.T + 3, dense=True)
     np.testing.assert_allclose(mean, 3, atol=0.1)
     np.testing.assert_allclose(found, factor, atol=0.03)  # hardly any shrinkage: 0.999 must stay 0.999
-    assert ensemble._is_settled(path, *moments.path_moments(path, dense=True))
-    assert not ensemble._is_settled(path @ factor.T, *moments.path_moments(path @ factor.T, dense=True))
-    assert not ensemble._is_settled(path + 4, *moments.path_moments(path + 4, dense=False))
+    assert ensemble._is_settled(path, *base.path_moments(path, dense=True))
+    assert not ensemble._is_settled(path @ factor.T, *base.path_moments(path @ factor.T, dense=True))
+    assert not ensemble._is_settled(path + 4, *base.path_moments(path + 4, dense=False))
     still = rng.standard_normal((1, 32, 2)) + 0.05 * path  # the spread is that of the starts, not of the target
     for dense in (True, False):
-        assert not ensemble._is_settled(still, *moments.path_moments(still, dense=dense))
-    few = moments.path_moments(rng.standard_normal((16, 32, 1)) + np.zeros(8), dense=True)[1]
+        assert not ensemble._is_settled(still, *base.path_moments(still, dense=dense))
+    few = base.path_moments(rng.standard_normal((16, 32, 1)) + np.zeros(8), dense=True)[1]
     assert np.all(np.isfinite(few))
 
 

@@ -111,8 +111,8 @@ def measure(setting: Setting, methods: list[str], repeats: int, limit: float, fo
         _add_agreement(runs, found, what)
     row = {"posterior": setting.name, "num_samples": setting.num_samples, "cached": setting.cached}
     done = {method: middle(found) for method, found in runs.items()}
-    agrees = all(x["agrees"] for x in done.values() if x.get("agrees") is not None)
-    return row | {"agrees": agrees, "runs": done}
+    verdicts = [x["agrees"] for x in done.values() if "agrees" in x]
+    return row | {"agrees": all(verdicts) if verdicts else None, "runs": done}  # None: nothing to compare with
 
 
 def _add_agreement(runs: dict[str, list[dict[str, Any]]], found: dict[str, Summary], what: Problem) -> None:
@@ -182,7 +182,7 @@ def derive(rows: list[dict[str, Any]]) -> None:
 def lines(row: dict[str, Any]) -> str:
     """Return the lines of one row."""
     cache = "warm cache" if row["cached"] else "no cache"
-    verdict = "" if row["agrees"] else "  METHODS DISAGREE"
+    verdict = "  METHODS DISAGREE" if row["agrees"] is False else ""
     text = [f"{row['posterior']}, {NUM_CHAINS} x {row['num_samples']:,} draws, {cache}{verdict}"]
     for method, facts in row["runs"].items():
         if "error" in facts:
@@ -269,7 +269,7 @@ def summarise(rows: list[dict[str, Any]], methods: list[str]) -> None:
                 f"{method}: speed-up over NumPyro's faster one: median {np.median(ratios):.2f}, least {min(ratios):.2f}"
             )
     for row in rows:
-        if not row["agrees"]:
+        if row["agrees"] is False:
             print(json.dumps({key: row[key] for key in KEYS}), "failed: the methods disagree")
 
 

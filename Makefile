@@ -6,7 +6,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile --max-worker-restart 1
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow coverage test-legs lint notebooks notebook-outputs docs counts bench clean
+.PHONY: demo test test-slow coverage test-legs lint notebooks notebook-outputs docs counts bench peers clean
 
 demo: $(STAMP)
 	$(BIN)/python -m pmcmc demo
@@ -54,6 +54,13 @@ docs: $(STAMP)
 # Runs a small subset in about 5 minutes into build/benchmarks. For the full suites: .venv/bin/python -m benchmarks --help
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
+
+# The samplers that benchmarks.whole_call compares with, in an environment of their own. pystan has wheels for x86-64 Linux
+# and compiles models with g++. If Python 3.12 has another name: make peers PEERS_PYTHON=NAME.
+PEERS_PYTHON ?= python3.12
+peers:
+	test -x build/peers/bin/python || $(PEERS_PYTHON) -m venv build/peers
+	build/peers/bin/python -m pip install -qq --disable-pip-version-check nutpie pymc numba pystan setuptools
 
 # Keeps .venv, which is slow to rebuild; remove it by hand if needed.
 clean:

@@ -10,25 +10,16 @@ sample sizes are NumPyro's.
 
 import argparse
 import math
-import time
 from importlib.util import find_spec
 from typing import Any
 
 import jax
-import numpy as np
 
+from benchmarks._fresh import answer, run_fresh
 from benchmarks._harness import save, with_others
-from benchmarks.whole_call import (
-    NUM_CHAINS,
-    NUM_WARMUP,
-    Problem,
-    answer,
-    judge,
-    problem,
-    run_fresh,
-    run_numpyro,
-    run_ours,
-)
+from benchmarks.judging import judge
+from benchmarks.problems import problem
+from benchmarks.samplers import NUM_CHAINS, runner
 
 POSTERIORS = ("eight_schools", "german_credit", "mixture", "stochastic_volatility", "irt")
 MANY = (64, 256, 1024)
@@ -45,41 +36,13 @@ PILOT, FEWEST = 4000, 50
 MARGIN = 1.15
 
 
-def run_blackjax(what: Problem, seed: int, num_chains: int, num_samples: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Run the window adaptation of one chain, then all chains from its end, vectorised."""
-    import blackjax
-    from numpyro.infer.util import initialize_model
-
-    begin = time.perf_counter()
-    init_key, warm_key, run_key = jax.random.split(jax.random.key(seed), 3)
-    model = initialize_model(init_key, what.model, model_args=what.args, model_kwargs=what.kwargs)
-    logdensity = lambda z: -model.potential_fn(z)
-    warmup = blackjax.window_adaptation(blackjax.nuts, logdensity)
-    (state, parameters), _ = jax.jit(warmup.run, static_argnums=2)(warm_key, model.param_info.z, NUM_WARMUP)
-    kernel = blackjax.nuts(logdensity, **parameters)
-
-    @jax.jit
-    def chain(key):
-        def step(state, key):
-            state, info = kernel.step(key, state)
-            return state, (model.postprocess_fn(state.position), info.is_divergent)
-
-        return jax.lax.scan(step, state, jax.random.split(key, num_samples))[1]
-
-    samples, divergent = jax.block_until_ready(jax.vmap(chain)(jax.random.split(run_key, num_chains)))
-    return samples, {"seconds": time.perf_counter() - begin, "num_divergent": int(np.sum(divergent))}
-
-
 def run_here(name: str, method: str, seed: int, num_samples: int) -> dict[str, Any]:
     """Run one method in this process."""
     jax.config.update("jax_enable_x64", True)
     jax.devices()
     what, chains = problem(name), METHODS[method]
-    if method == "blackjax":
-        samples, facts = run_blackjax(what, seed, chains, num_samples)
-    else:
-        run = run_ours if method == "pmcmc" else run_numpyro
-        samples, facts = run(method.split(",")[0], what, seed, num_samples, chains)
+    method = method.split(",")[0]
+    samples, facts = runner(method)(method, what, seed, num_samples, chains)
     return {**facts, **judge(samples, what.reference), "num_samples": num_samples, "num_chains": chains}
 
 

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 
 import pmcmc
+from benchmarks._fresh import run_fresh
 from benchmarks._harness import peak_bytes, program_bytes, save, with_others
 from benchmarks._runs import in_blocks, in_order, solve_program
 from benchmarks.cases import CASES
-from benchmarks.whole_call import run_fresh
 
 QUICK_CASES = ("mixture", "banana", "eight_schools", "eight_schools_nuts", "schools_gibbs", "german_credit")
 LENGTH, NUM_BLOCKS, DIM = 2**14, 64, 10

@@ -1,17 +1,21 @@
 """The benchmark suites at a tiny size: rows have what the tables need, files keep what is not measured again."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import numpy as np
+import numpyro
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import gpu, kernels
+from benchmarks import gpu, judging, kernels, whole_call
 from benchmarks._harness import alternate, save, with_others
 from benchmarks._runs import Run
 from benchmarks.cases import CASES
+from benchmarks.models import MODELS
 from pmcmc.recurrence import Sequential
 
 sys.path.append(str(Path(__file__).parents[1] / "docs" / "_ext"))
@@ -119,3 +123,86 @@ def test_the_run_that_compiles_is_told_apart() -> None:
     seconds = iter([100.0, 1.0, 5.0, 2.0])
     timing = alternate({"a": lambda: next(seconds)}, repeats=3, seconds_of=lambda s: s)
     assert timing == {"a": {"first_s": 100.0, "median_s": 2.0, "min_s": 1.0, "max_s": 5.0}}
+
+
+def test_peers_need_neither_jax_nor_pmcmc() -> None:
+    code = "import sys, benchmarks.peers; assert not {'jax', 'pmcmc', 'numpyro'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "logistic_100_000"])
+def test_models_have_the_sites_that_are_compared(name: str) -> None:
+    model = MODELS[name]()
+    try:
+        data = model.data()
+    except FileNotFoundError:
+        pytest.skip("the shared data are absent")
+    start = numpyro.handlers.substitute(model.numpyro, data={"beta": np.zeros(2)} if name == "kidiq" else {})
+    sites = numpyro.handlers.trace(numpyro.handlers.seed(start, 0)).get_trace(**data)
+    assert set(model.parameters) <= set(sites)
+    assert all(np.isfinite(site["value"]).all() for site in sites.values() if site["type"] != "plate")
+    assert all(size > 0 for key, size in model.stan_data(data).items() if key in model.sizes)
+    again = model.data()
+    assert all((data[key] == again[key]).all() for key in data)
+
+
+def test_draws_that_differ_are_found() -> None:
+    rng = np.random.default_rng(0)
+    draws = lambda shift=0.0, scale=1.0: {f"x[{i}]": shift + scale * rng.standard_normal((4, 500)) for i in range(50)}
+    good = {name: judging.summary(draws()) for name in "abc"}
+    for facts in judging.agreement(good).values():
+        assert max(facts["max_z_mean"], facts["max_z_sd"]) < facts["z_limit"] < 6
+    for wrong, key in ((draws(shift=0.3), "max_z_mean"), (draws(scale=1.2), "max_z_sd")):
+        found = judging.agreement({**good, "d": judging.summary(wrong)})
+        assert found["d"][key] > found["d"]["z_limit"]
+        assert found["d"][key] == max(facts[key] for facts in found.values())
+    assert judging.agreement({"a": good["a"]}) == {}
+    assert judging.agreement({"a": good["a"]}, good["b"])["a"]["max_z_mean"] < 6
+
+
+def test_seconds_to_a_sample_size_separate_the_fixed_cost() -> None:
+    short, long = (1000, {"seconds": 4.0, "min_ess": 500.0}), (11_000, {"seconds": 9.0, "min_ess": 5500.0})
+    assert whole_call.seconds_to(4000, short, None) == pytest.approx(32.0)
+    assert whole_call.seconds_to(100, short, None) == 4.0
+    assert whole_call.seconds_to(2000, short, long) == pytest.approx(3.5 + 2.0)  # 4,000 draws of 0.5 ms
+    assert whole_call.seconds_to(2000, long, short) == whole_call.seconds_to(2000, short, long)
+
+
+def test_whole_calls_become_rows_and_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three methods: one samples another posterior, and one fails."""
+    rng = np.random.default_rng(0)
+    asked: list[tuple[str, int]] = []
+
+    def run(setting, method, seed, folder, limit):
+        asked.append((method, seed))
+        if method == "stan":
+            return {"error": "no compiler"}
+        theta = rng.standard_normal((4, setting.num_samples, 8)) + (method == "blackjax")
+        np.savez(whole_call.files(folder)[1], theta=theta)
+        return {"seconds": 1.0 + seed, "cpu_seconds": 1.0, "num_divergent": 0, "decision": "sequential"}
+
+    monkeypatch.setattr(whole_call, "run", run)
+    methods, rows = ["pmcmc", "numpyro vectorized", "numpyro sequential", "blackjax", "stan"], []
+    for num_samples, cached in ((200, False), (400, False), (200, True)):
+        setting = whole_call.Setting("eight_schools", num_samples, cached)
+        rows.append(whole_call.measure(setting, methods, 2, 60, tmp_path))
+    assert asked[:10] == [(m, 0) for m in methods] + [(m, 1) for m in methods[::-1]]
+    assert asked[20:22] == [("pmcmc", 2), ("pmcmc", 0)]  # another seed fills the cache
+    whole_call.derive(rows)
+    for row in rows:
+        assert not row["agrees"]
+        assert row["runs"]["pmcmc"]["seconds"] == 1.5
+        assert row["runs"]["pmcmc"]["speedup"] == 1.0
+        assert row["runs"]["pmcmc"]["decision"] == "sequential"
+        assert row["runs"]["stan"] == {"error": "no compiler", "num_failed": 2, "num_runs": 2}
+        assert "DISAGREE" in whole_call.lines(row)
+    assert [row["runs"]["pmcmc"]["bound"] for row in rows] == [False, False, True]
+    (header, *body), source = benchmark_tables.render(save("calls", rows, tmp_path, peers={"nutpie": "0.0"}))
+    assert "nutpie 0.0" in source
+    assert len(body) == 3
+    monkeypatch.setitem(benchmark_tables.TABLES, "calls", benchmark_tables.whole_calls)
+    (header, *body), _ = benchmark_tables.render(tmp_path / "calls.json")
+    assert [line[0] for line in body] == ["eight schools, 200", "eight schools, 400", "eight schools, 200, cache"]
+    assert body[0][header.index("blackjax, seconds")] == "1.50 (differs)"
+    assert body[0][header.index("stan, seconds")] == "failed"
+    assert all(len(part[0]) <= 8 for part in benchmark_tables.parts([header, *body]))

@@ -106,14 +106,32 @@ def merge_times(rows: Rows) -> Table:
     return pivot(rows, "posterior", cell, "kernel")
 
 
+# Of whole calls: heading of a group of columns, and the key of a run.
+CALL_GROUPS = {
+    "ESS 400": "seconds_to_400",
+    "ESS 4,000": "seconds_to_4000",
+    "seconds": "seconds",
+    "min ESS": "min_ess",
+}
+
+
 def whole_calls(rows: Rows) -> Table:
-    """One row for each posterior and sampler."""
-    table = [["posterior", "sampler", "seconds", "min ESS", "ESS a second", "against NumPyro vectorized"]]
+    """One row for each posterior, length and use of the cache; one column for each figure and sampler."""
+    methods = list(dict.fromkeys(name for row in rows for name in row["runs"]))
+    table = [["posterior", *(f"{name}, {group}" for group in CALL_GROUPS for name in methods)]]
     for row in rows:
-        for name, run in row["runs"].items():
-            figures = [run.get(key) for key in ("seconds", "min_ess", "ess_per_s", "speedup")]
-            table.append([row["posterior"].replace("_", " "), name, *map(number, figures)])
+        what = f"{row['posterior'].replace('_', ' ')}, {number(row['num_samples'])}"
+        runs = [row["runs"].get(name, {}) for name in methods]
+        cells = [call_cell(run, key) for key in CALL_GROUPS.values() for run in runs]
+        table.append([what + (", cache" if row.get("cached") else ""), *cells])
     return table
+
+
+def call_cell(run: dict[str, Any], key: str) -> str:
+    """A figure, marked if the draws differ from those of other samplers, or that the run failed."""
+    if "error" in run:
+        return "failed" if key == "seconds" else "-"
+    return number(run.get(key)) + (" (differs)" if run.get("agrees") is False and key == "seconds" else "")
 
 
 TABLES: dict[str, Callable[[Rows], Table]] = {
@@ -240,7 +258,9 @@ def render(path: Path) -> tuple[Table, str]:
     where = stored["environment"]
     precision = "float64" if where.get("x64") else "float32"
     machine = f"{where['device']}, {where['cores']} cores, {where['machine']}"
-    versions = f"Python {where['python']}, jax {where['jax']}, {precision}"
+    others = where.get("packages", {}) | where.get("peers", {})  # that were compared with pmcmc
+    packages = ", ".join(f"{name} {version}" for name, version in ({"jax": where["jax"]} | others).items())
+    versions = f"Python {where['python']}, {packages}, {precision}"
     rows = stored["rows"]
     table = TABLES.get(path.stem) or SUITES.get(rows[0].get("suite", ""), plain)
     return table(rows), f"{machine}; {versions}; benchmarks/results/{path.name}"

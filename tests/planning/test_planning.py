@@ -255,7 +255,8 @@ def test_a_slow_merge_ends_a_segment_not_the_run(free_lanes, monkeypatch: pytest
     short, taken, take = merging(np.arange(20, 52)), [], segments.Run.take
     monkeypatch.setattr(automatic, "couple", lambda head, own: pilot.Pilot(short, "", 0.0))
     monkeypatch.setattr(segments.Run, "take", lambda *a: taken.append(take(*a)) or taken[-1])
-    options = dict(kernel=pmcmc.HMC(num_integration_steps=2), num_samples=20_000, **SIZES)  # nearly half a period
+    kernel = pmcmc.HMC(step_size=1.2, num_integration_steps=2)  # nearly half a period
+    options = dict(kernel=kernel, num_samples=20_000, **SIZES)
     run = lambda solver: pmcmc.sample(gaussian, start_like(gaussian), 3, solver=solver, **options)
     chain = run("auto")
     failed = [why for segment, why, _ in taken if why]
@@ -393,7 +394,7 @@ def centred(error, effect):
 def test_the_report_says_what_keeps_chains_apart(free_lanes) -> None:
     effect = jnp.array([28.0, 8, -3, 7, -1, 1, 18, 12])
     error = jnp.array([15.0, 10, 16, 11, 9, 11, 10, 18])
-    chain = pmcmc.parallel_chain(centred, 0, model_args=(error, effect), num_samples=4000, **SIZES)
+    chain = pmcmc.parallel_chain(centred, 1, model_args=(error, effect), num_samples=4000, **SIZES)
     report = chain.report
     assert report.decision == "sequential"
     assert set(report.diagnosis.sites) == {"mu", "tau", "theta"}

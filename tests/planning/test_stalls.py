@@ -220,7 +220,7 @@ def test_a_sequential_plan_is_corrected(machine) -> None:
 
 def test_steps_that_turn_out_dear_are_planned_anew(machine) -> None:
     """Sampled sequentially since steps seemed cheap; in blocks once most of them were not."""
-    dear = 20 * STEP
+    dear = 60 * STEP
     machine(lanes=dear, planned=dear)
     alone = sample(num_samples=40_000)
     assert alone.decision == "sequential"

@@ -22,7 +22,7 @@ from pmcmc.kernels.base import Info, check_step_size
 from pmcmc.kernels.metropolis import GradientKernel, GradientState
 from pmcmc.random.distributions import jax_normals
 from pmcmc.random.streams import fold_in, key_pair
-from pmcmc.recurrence import Staged
+from pmcmc.recurrence.problem import Staged
 from pmcmc.target import Target
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from pmcmc import recurrence as rec
-from pmcmc.recurrence import RESULTS, AdaptiveRegularization, Filter, FixedRegularization, LevenbergMarquardt, Smoother
+from pmcmc.recurrence import RESULTS, AdaptiveRegularization, FixedRegularization, LevenbergMarquardt
 from pmcmc.recurrence.newton import trust_region
+from pmcmc.recurrence.newton.trust_region import Filter, Smoother
 from tests.helpers.recurrence_problems import coupled
 
 SEQUENTIAL = rec.Sequential()

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 from pmcmc._pytree import Array, PyTree, Scalar, finite_rows, register_dataclass
 from pmcmc.recurrence.newton.equations import Course, Evaluation, System, blocked_at, conclude
 from pmcmc.recurrence.newton.implicit_diff import VectorSolver
-from pmcmc.recurrence.newton.jacobian import Dense, Identity, JacobianBasis, JacobianStructure, StandardBasis, Zero
+from pmcmc.recurrence.newton.jacobian import Dense, Identity, JacobianBasis, JacobianStructure, Zero
 from pmcmc.recurrence.sharding import distinct
 
 
@@ -81,7 +81,7 @@ class NewtonType(VectorSolver):
     """Base class of `Newton` and `LevenbergMarquardt`, both of which have the fields annotated here."""
 
     jacobian: JacobianStructure
-    basis: JacobianBasis
+    basis: JacobianBasis | None
     damping: Scalar | None
     clip: Scalar | None
     tol: Scalar | None
@@ -170,21 +170,28 @@ class NewtonType(VectorSolver):
         course = Course(last.moving, last.blocked, last.num_iters, last.num_iters + 1, system.length)
         return conclude(system, last.now, course, finish(last.iterates, last.now.path, last.num_iters))
 
+    def encode(self, dx: Array) -> Array:
+        """Map increments ``(T, D)`` to the basis."""
+        return dx if self.basis is None else jax.vmap(self.basis.encode)(dx)
+
+    def decode(self, dz: Array) -> Array:
+        """Map increments ``(T, D)`` back."""
+        return dz if self.basis is None else jax.vmap(self.basis.decode)(dz)
+
     def linearize(self, system: System, it: Iterate) -> Linearization:
         """Compute A and r in the basis: damped, clipped, and restarted where they are not finite."""
-        encode, decode = self.basis.encode, self.basis.decode
         x, inputs = system.previous(it.now.path), system.inputs
         fn: Callable = system.image
-        if not isinstance(self.basis, StandardBasis):
+        if (basis := self.basis) is not None:
             # linearise in the increment, at 0, so that the point of linearisation is x to the last bit
-            fn = lambda dz, xu: encode(system.image(xu[0] + decode(dz), xu[1]))
+            fn = lambda dz, xu: basis.encode(system.image(xu[0] + basis.decode(dz), xu[1]))
             x, inputs = jnp.zeros_like(x), (x, inputs)
         a = self.jacobian.linearize(fn, x, inputs, it.num_iters)
         if a is not None:
             a = a if self.damping is None else (self.damping * a).astype(a.dtype)
             a = a if self.clip is None else jnp.clip(a, -self.clip, self.clip).astype(a.dtype)
             a = _restart(a)
-        return Linearization(a, _restart(jax.vmap(encode)(it.now.images - it.now.path)))
+        return Linearization(a, _restart(self.encode(it.now.images - it.now.path)))
 
 
 def _restart(rows: Array) -> Array:
@@ -229,7 +236,7 @@ class Newton(NewtonType):
         max_iters: Budget of iterations. After T iterations every structure is exact. A small budget stops early: the
             result is then `max_iters_reached`, `residual_profile` is the residual of each step, and
             `stats.certified_steps` the length of the certified prefix.
-        basis: Coordinates in which the Jacobian is approximated, damped and clipped.
+        basis: Coordinates in which the Jacobian is approximated, damped and clipped. None: those of the state.
         damping: A[t] <- damping A[t]; 1 changes nothing, 0 is Jacobi. (``damp_factor`` in the code of Zoltowski et al.)
         clip: Entries of the (damped) A[t] are clipped to [-clip, clip].
         num_iterates: Number of iterates to keep in `Solution.iterates`, the initial guess first. If there are fewer,
@@ -254,7 +261,7 @@ class Newton(NewtonType):
     jacobian: JacobianStructure = Dense()
     tol: Scalar | None = None
     max_iters: Scalar = 200
-    basis: JacobianBasis = StandardBasis()
+    basis: JacobianBasis | None = None
     damping: Scalar | None = None
     clip: Scalar | None = None
     num_iterates: int = field(default=0, metadata=dict(static=True))
@@ -268,7 +275,7 @@ class Newton(NewtonType):
 
     def propose(self, system, it):
         a, r = self.linearize(system, it)
-        correction = jax.vmap(self.basis.decode)(self.jacobian.recur(a, r, system.steps))
+        correction = self.decode(self.jacobian.recur(a, r, system.steps))
         return it.now.images + drop_overflow(correction), None
 
     def judge(self, system, it, candidate, plan):

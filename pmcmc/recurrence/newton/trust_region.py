@@ -31,10 +31,12 @@ import jax.numpy as jnp
 from pmcmc._pytree import Array, PyTree, Scalar, finite_rows, register_dataclass
 from pmcmc.recurrence.newton import kalman
 from pmcmc.recurrence.newton.equations import exact_prefix
-from pmcmc.recurrence.newton.jacobian import Dense, JacobianBasis, JacobianStructure, Scanned, StandardBasis
+from pmcmc.recurrence.newton.jacobian import Dense, JacobianBasis, JacobianStructure, Scanned
 from pmcmc.recurrence.newton.newton import NewtonType, drop_overflow
 from pmcmc.recurrence.scan import apply_affine
 from pmcmc.recurrence.sharding import Steps
+
+__all__ = ["Filter", "Smoother", "StepRule"]  # the other public names are exported by pmcmc.recurrence
 
 
 class Step(NamedTuple):
@@ -291,7 +293,7 @@ class LevenbergMarquardt(NewtonType):
     step_rule: StepRule = Filter()
     tol: Scalar | None = None
     max_iters: Scalar = 200
-    basis: JacobianBasis = StandardBasis()
+    basis: JacobianBasis | None = None
     damping: Scalar | None = None
     clip: Scalar | None = None
     num_iterates: int = field(default=0, metadata=dict(static=True))
@@ -312,10 +314,10 @@ class LevenbergMarquardt(NewtonType):
         a, r = self.linearize(system, it)
         num_exact = self.regularization.num_exact(exact_prefix(system, it.now))
         step = self.step_rule.step(a, r, self.regularization.strength(it.memory), num_exact, system.steps)
-        return it.now.images + drop_overflow(jax.vmap(self.basis.decode)(step.beyond_images)), step.model
+        return it.now.images + drop_overflow(self.decode(step.beyond_images)), step.model
 
     def judge(self, system, it, candidate, plan):
-        residual = lambda now: jax.vmap(self.basis.encode)(now.images - now.path)
+        residual = lambda now: self.encode(now.images - now.path)
         before, after = residual(it.now), residual(candidate)
         norm = lambda r: _norm(system.steps, r)
         lost = lambda r: system.steps.sum(~finite_rows(r))

@@ -62,6 +62,8 @@ _RENAMED = {
     ("HutchinsonDiagonal", "schedule"): "fixed_probes",
     ("HutchinsonBlockDiagonal", "schedule"): "fixed_probes",
 }
+# Fields that earlier files do not have, by class, with their values there.
+_ADDED: dict[str, dict] = {"NUTS": {"inverse_mass_matrix": None}}
 # Classes without fields in earlier files, and the values that replace them.
 _REPLACED = {"StandardBasis": None, "FreshProbes": False, "FixedProbes": True}
 
@@ -269,7 +271,9 @@ class Reader:
         if kind in _REPLACED and not items:
             return _REPLACED[kind]
         now = lambda name: _RENAMED.get((kind, name), name)
-        values: dict[Any, Any] = {now(key): self.decode(what, item, _part(given, key)) for key, item in items.items()}
+        values: dict[Any, Any] = {
+            now(key): self.decode(what, item, _part(given, key)) for key, item in (_ADDED.get(kind, {}) | items).items()
+        }
         if kind == "dict":
             return values
         if kind in ("tuple", "list"):

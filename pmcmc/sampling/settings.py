@@ -19,11 +19,13 @@ from pmcmc._xla.compile import available_bytes, size_text
 from pmcmc.chain.chain import Chain
 from pmcmc.chain.stored import StoredChain
 from pmcmc.kernels import HMC, Compose, DiscreteGibbs, Kernel, SiteKernel
+from pmcmc.kernels.metropolis import GradientKernel
 from pmcmc.random.streams import IMPL, threefry_key
 from pmcmc.recurrence import RecurrenceSolver, Sequential
 from pmcmc.sampling.programs import Engine
 from pmcmc.target import Target
 from pmcmc.warmup import ChEESAdaptation, EnsembleAdaptation, Pathfinder, SiteAdaptation, Warmup, WindowAdaptation
+from pmcmc.warmup.base import check_metric
 
 # Least number of steps of a segment: with fewer, nearly all time is overhead. Sequential sampling takes steps in pieces
 # of this size.
@@ -102,6 +104,8 @@ class Settings:
         _check_kernel(kernel, extra_fields, num_warmup)
         kernel = _with_discrete_sites(kernel, target)
         warmup = _fitting_warmup(warmup, kernel)
+        if not num_warmup and isinstance(kernel, GradientKernel):  # else warm-up checks it
+            check_metric(target, kernel)
         solver = None if isinstance(solver, str) else solver
         devices = _devices(devices, solver)
         if devices and solver is not None:

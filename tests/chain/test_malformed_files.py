@@ -181,6 +181,19 @@ def test_names_of_earlier_files(tmp_path: Path) -> None:
     assert pmcmc.load(tmp_path / "then.npz", gaussian).solver == solver
 
 
+def test_nuts_of_earlier_files(tmp_path: Path) -> None:
+    """`NUTS` had no metric."""
+    kernel = pmcmc.NUTS(0.5, inverse_mass_matrix=np.array([1.0, 2.0, 0.5]))
+    chain = pmcmc.sample(gaussian, start_like(gaussian), 3, kernel=kernel, num_warmup=0, solver=Sequential(), **SIZES)
+    chain.save(tmp_path / "now.npz")
+    found = pmcmc.load(tmp_path / "now.npz", gaussian).kernel
+    np.testing.assert_array_equal(found.inverse_mass_matrix, kernel.inverse_mass_matrix)
+    header, arrays = read(tmp_path / "now.npz")
+    del arrays[header["kernel"]["items"].pop("inverse_mass_matrix")["array"]]
+    write(tmp_path / "then.npz", header, arrays)
+    assert pmcmc.load(tmp_path / "then.npz", gaussian).kernel == pmcmc.NUTS(0.5)
+
+
 BEFORE = {"kind": "StandardBasis", "items": {}}
 
 

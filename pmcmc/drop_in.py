@@ -13,15 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.infer import MCMC
 from numpyro.infer import NUTS as NumpyroNUTS
-from numpyro.infer.initialization import init_to_uniform
 from numpyro.infer.mcmc import MCMCKernel
-from numpyro.infer.util import initialize_model
 
 from pmcmc._pytree import Array, PRNGKey, PyTree
 from pmcmc._xla.trace import refuse_transformation
 from pmcmc.chain.chain import Chain
 from pmcmc.chain.draws import site_shapes
 from pmcmc.chain.state import ChainState, Source, last_logdensity, model_source
+from pmcmc.interop.numpyro import strategy_starts
 from pmcmc.kernels import Kernel
 from pmcmc.numpyro_samplers import STEP_SIZE, check_metric_sites, kernel_fields, translate
 from pmcmc.recurrence import RecurrenceSolver
@@ -264,14 +263,12 @@ class ParallelMCMC(MCMC):
 
     def _init_params(self, rng_key: PRNGKey, given: PyTree) -> PyTree:
         """Return the given starts, or those of the sampler's strategy; None for the default of NumPyro and pmcmc."""
-        strategy = self.sampler._init_strategy
-        if given is not None or strategy is init_to_uniform:
+        if given is not None:
             return given
-        keys = jax.random.split(jax.random.fold_in(rng_key, 0), self.num_chains)
-        found = initialize_model(
-            keys, self.sampler.model, init_strategy=strategy, model_args=self._args, model_kwargs=self._kwargs
+        sampler = self.sampler
+        return strategy_starts(
+            sampler.model, self._args, self._kwargs, sampler._init_strategy, rng_key, self.num_chains
         )
-        return found.param_info.z
 
     def _go_on(self, source: Source, rng_key: PRNGKey, kernel: Kernel) -> ChainState:
         """Continue from ``post_warmup_state``, with the model's arguments of this run; ``kernel`` is not tuned."""

@@ -16,12 +16,13 @@ from pmcmc._pytree import Array, PRNGKey, register_dataclass
 from pmcmc.recurrence.newton.jacobian import Scanned, half_size, pushforward
 
 
+@dataclass(frozen=True)
 class Hutchinson(Scanned):
-    """Base class of the estimates, both of which have the fields annotated here."""
+    """Base class of the estimates, with their common options."""
 
     rng_key: PRNGKey
-    num_probes: int
-    fixed_probes: bool
+    num_probes: int = field(default=1, metadata=dict(static=True))
+    fixed_probes: bool = field(default=False, metadata=dict(static=True))
 
     def __post_init__(self):
         if isinstance(self.num_probes, int) and self.num_probes < 1:
@@ -57,10 +58,6 @@ class HutchinsonDiagonal(Hutchinson):
         >>> jacobian.linearize(lambda x, u: x**2, jnp.array([[1.0, 2.0]]), None, 0).tolist()  # exact: J is diagonal
         [[2.0, 4.0]]
     """
-
-    rng_key: PRNGKey
-    num_probes: int = field(default=1, metadata=dict(static=True))
-    fixed_probes: bool = field(default=False, metadata=dict(static=True))
 
     def num_entries(self, dim):
         return dim
@@ -101,10 +98,6 @@ class HutchinsonBlockDiagonal(Hutchinson):
         >>> jacobian.linearize(swap, jnp.zeros((1, 2)), None, 0)[0, :, :, 0].tolist()
         [[0.0, 2.0], [3.0, 0.0]]
     """
-
-    rng_key: PRNGKey
-    num_probes: int = field(default=1, metadata=dict(static=True))
-    fixed_probes: bool = field(default=False, metadata=dict(static=True))
 
     def num_entries(self, dim):
         return 2 * dim

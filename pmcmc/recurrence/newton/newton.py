@@ -65,29 +65,31 @@ class Iterate(NamedTuple):
     iterates: Array | None
 
 
-class Linearization(NamedTuple):
-    """The linear recursion of an iterate, in the solver's basis.
-
-    Attributes:
-        a: A[t], in the solver's structure; None if nothing is stored.
-        r: Residuals, (T, D).
-    """
-
-    a: Array | None
-    r: Array
-
-
+@dataclass(frozen=True)
 class NewtonType(VectorSolver):
-    """Base class of `Newton` and `LevenbergMarquardt`, both of which have the fields annotated here."""
+    """Base class of `Newton` and `LevenbergMarquardt`, with their common options."""
 
-    jacobian: JacobianStructure
-    basis: JacobianBasis | None
-    damping: Scalar | None
-    clip: Scalar | None
-    tol: Scalar | None
-    max_iters: Scalar
-    num_iterates: int
-    devices: Sequence[jax.Device] | None
+    jacobian: JacobianStructure = Dense()
+    tol: Scalar | None = None
+    max_iters: Scalar = 200
+    basis: JacobianBasis | None = None
+    damping: Scalar | None = None
+    clip: Scalar | None = None
+    num_iterates: int = field(default=0, metadata=dict(static=True))
+    devices: Sequence[jax.Device] | None = field(default=None, metadata=dict(static=True))
+
+    def __post_init__(self):
+        if isinstance(self.max_iters, int) and self.max_iters < 0:
+            raise ValueError(f"max_iters must be at least 0, got {self.max_iters}.")
+        if isinstance(self.num_iterates, int) and self.num_iterates < 0:
+            raise ValueError(f"num_iterates must be at least 0, got {self.num_iterates}.")
+        if self.devices is not None:
+            object.__setattr__(self, "devices", distinct(self.devices))
+        if isinstance(self.jacobian, Identity | Zero) and not (self.damping is None and self.clip is None):
+            raise ValueError(
+                f"damping and clip act on the entries of a Jacobian; {type(self.jacobian).__name__}() has none. "
+                "Drop them, or use Diagonal()."
+            )
 
     @property
     def decision(self):
@@ -98,7 +100,7 @@ class NewtonType(VectorSolver):
         return self.devices or ()
 
     def with_devices(self, devices):
-        return replace(self, devices=devices)  # type: ignore[type-var]  # its subclasses are dataclasses
+        return replace(self, devices=devices)
 
     def numbers_per_step(self, dim):
         # From XLA's memory analysis for Dense and the diagonals, D = 4 and 24, on a CPU: the affine scan stores four
@@ -122,20 +124,6 @@ class NewtonType(VectorSolver):
     @property
     def tolerance(self):
         return self.tol
-
-    def check(self):
-        """Raise on invalid static arguments; called by the constructors."""
-        if isinstance(self.max_iters, int) and self.max_iters < 0:
-            raise ValueError(f"max_iters must be at least 0, got {self.max_iters}.")
-        if isinstance(self.num_iterates, int) and self.num_iterates < 0:
-            raise ValueError(f"num_iterates must be at least 0, got {self.num_iterates}.")
-        if self.devices is not None:
-            object.__setattr__(self, "devices", distinct(self.devices))
-        if isinstance(self.jacobian, Identity | Zero) and not (self.damping is None and self.clip is None):
-            raise ValueError(
-                f"damping and clip act on the entries of a Jacobian; {type(self.jacobian).__name__}() has none. "
-                "Drop them, or use Diagonal()."
-            )
 
     def start(self, system: System, guess: Array) -> Iterate:
         """Evaluate the guess."""
@@ -178,8 +166,12 @@ class NewtonType(VectorSolver):
         """Map increments ``(T, D)`` back."""
         return dz if self.basis is None else jax.vmap(self.basis.decode)(dz)
 
-    def linearize(self, system: System, it: Iterate) -> Linearization:
-        """Compute A and r in the basis: damped, clipped, and restarted where they are not finite."""
+    def linearize(self, system: System, it: Iterate) -> tuple[Array | None, Array]:
+        """Return A and r in the basis: damped, clipped, and restarted where they are not finite.
+
+        Returns:
+            A[t] in the solver's structure, or None if nothing is stored; and the residuals, shape (T, D).
+        """
         x, inputs = system.previous(it.now.path), system.inputs
         fn: Callable = system.image
         if (basis := self.basis) is not None:
@@ -191,7 +183,7 @@ class NewtonType(VectorSolver):
             a = a if self.damping is None else (self.damping * a).astype(a.dtype)
             a = a if self.clip is None else jnp.clip(a, -self.clip, self.clip).astype(a.dtype)
             a = _restart(a)
-        return Linearization(a, _restart(self.encode(it.now.images - it.now.path)))
+        return a, _restart(self.encode(it.now.images - it.now.path))
 
 
 def _restart(rows: Array) -> Array:
@@ -257,18 +249,6 @@ class Newton(NewtonType):
         >>> int(solution.stats.num_iters) < 20
         True
     """
-
-    jacobian: JacobianStructure = Dense()
-    tol: Scalar | None = None
-    max_iters: Scalar = 200
-    basis: JacobianBasis | None = None
-    damping: Scalar | None = None
-    clip: Scalar | None = None
-    num_iterates: int = field(default=0, metadata=dict(static=True))
-    devices: Sequence[jax.Device] | None = field(default=None, metadata=dict(static=True))
-
-    def __post_init__(self):
-        self.check()
 
     def begin(self, system):
         return None

@@ -110,18 +110,8 @@ class Settings:
         devices = _devices(devices, solver)
         if devices and solver is not None:
             solver = solver.with_devices(devices)
-        return cls(
-            kernel,
-            solver,
-            num_warmup,
-            num_samples,
-            num_chains,
-            thinning,
-            tuple(extra_fields),
-            warmup,
-            devices,
-            max_memory,
-        )
+        sizes = num_warmup, num_samples, num_chains, thinning
+        return cls(kernel, solver, *sizes, tuple(extra_fields), warmup, devices, max_memory)
 
 
 def settings_of(chain: Chain | StoredChain, num_samples: Any, max_memory: Any) -> Settings:

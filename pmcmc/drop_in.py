@@ -13,24 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.infer import MCMC
 from numpyro.infer import NUTS as NumpyroNUTS
-from numpyro.infer.initialization import init_to_uniform
 from numpyro.infer.mcmc import MCMCKernel
-from numpyro.infer.util import initialize_model
 
 from pmcmc._pytree import Array, PRNGKey, PyTree
 from pmcmc._xla.trace import refuse_transformation
 from pmcmc.chain.chain import Chain
 from pmcmc.chain.draws import site_shapes
 from pmcmc.chain.state import ChainState, Source, last_logdensity, model_source
+from pmcmc.interop.numpyro import strategy_starts
 from pmcmc.kernels import Kernel
-from pmcmc.numpyro_samplers import STEP_SIZE, check_metric_sites, kernel_fields, translate, with_metric
+from pmcmc.numpyro_samplers import STEP_SIZE, check_metric_sites, kernel_fields, translate
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.sampling.api import model_starts
 from pmcmc.sampling.session import sample_from, sample_new, warm_up
 from pmcmc.sampling.settings import Settings, as_key
-from pmcmc.target import Basis, Target
+from pmcmc.target import Target
 from pmcmc.warmup import Warmup
-from pmcmc.warmup.base import check_metric, scale_of_metric
 
 __all__ = ["AdaptState", "ParallelMCMC", "ParallelState"]
 
@@ -160,7 +158,7 @@ class ParallelMCMC(MCMC):
                 )
             self._stands_for = type(sampler).__name__
             kernel, adaptation = translate(sampler, num_warmup)
-            warmup = adaptation if warmup is None else with_metric(warmup, adaptation.inverse_mass_matrix)
+            warmup = adaptation if warmup is None else warmup
         if callable(chain_method) or chain_method in ("parallel", "sequential"):
             chain_method = "vectorized"  # NumPyro refuses other values
         super().__init__(
@@ -248,7 +246,6 @@ class ParallelMCMC(MCMC):
         check_metric_sites(self.sampler._inverse_mass_matrix, target)
         settings = self._settings(target)
         settings = replace(settings, extra_fields=kernel_fields(target, settings.kernel, extra_fields))
-        source = replace(source, target=self._with_basis(target, settings.kernel))
         return source, as_key(rng_key), settings
 
     def _settings(self, target: Target) -> Settings:
@@ -264,25 +261,14 @@ class ParallelMCMC(MCMC):
             self._warmup,
         )
 
-    def _with_basis(self, target: Target, kernel: Kernel) -> Target:
-        """Use the metric that NUTS was given as the basis, if there is no warm-up to do so."""
-        metric = getattr(self._warmup, "inverse_mass_matrix", None)
-        if metric is None or self.num_warmup:
-            return target
-        check_metric(target, kernel, metric)
-        loc, scale = np.zeros(target.dim), scale_of_metric(metric, target.dim)
-        return target.with_basis(Basis(*(jnp.asarray(x, target.spec.dtype) for x in (loc, scale))))
-
     def _init_params(self, rng_key: PRNGKey, given: PyTree) -> PyTree:
         """Return the given starts, or those of the sampler's strategy; None for the default of NumPyro and pmcmc."""
-        strategy = self.sampler._init_strategy
-        if given is not None or strategy is init_to_uniform:
+        if given is not None:
             return given
-        keys = jax.random.split(jax.random.fold_in(rng_key, 0), self.num_chains)
-        found = initialize_model(
-            keys, self.sampler.model, init_strategy=strategy, model_args=self._args, model_kwargs=self._kwargs
+        sampler = self.sampler
+        return strategy_starts(
+            sampler.model, self._args, self._kwargs, sampler._init_strategy, rng_key, self.num_chains
         )
-        return found.param_info.z
 
     def _go_on(self, source: Source, rng_key: PRNGKey, kernel: Kernel) -> ChainState:
         """Continue from ``post_warmup_state``, with the model's arguments of this run; ``kernel`` is not tuned."""
@@ -306,6 +292,8 @@ class ParallelMCMC(MCMC):
                 "post_warmup_state has another number of chains, or latent sites of other names or shapes: set it to "
                 "None to warm up again."
             )
+        if chains.kernel.metric is None:  # warm-up has made it the basis
+            kernel = kernel.without_metric()
         if not _could_be_tuned_to(kernel, chains.kernel):
             asked, found = _name(kernel, chains.kernel), _name(chains.kernel, kernel)
             raise ValueError(

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from numpyro.infer import HMC as NumpyroHMC
@@ -12,7 +11,7 @@ from numpyro.infer.hmc_util import euclidean_kinetic_energy
 from pmcmc.chain.draws import site_shapes
 from pmcmc.kernels import HMC, NUTS, Kernel
 from pmcmc.target import Target
-from pmcmc.warmup import EnsembleAdaptation, Warmup
+from pmcmc.warmup import EnsembleAdaptation
 
 STEP_SIZE = "adapt_state.step_size"
 
@@ -58,8 +57,7 @@ def translate(sampler: Any, num_warmup: int) -> tuple[Kernel, EnsembleAdaptation
         length = _length(sampler, step_size)
         return HMC(step_size=step_size, num_integration_steps=length, inverse_mass_matrix=metric), warmup
     depth = sampler._max_tree_depth
-    warmup = replace(warmup, inverse_mass_matrix=metric)
-    return NUTS(step_size=step_size, max_num_doublings=depth if isinstance(depth, int) else depth[1]), warmup
+    return NUTS(step_size, depth if isinstance(depth, int) else depth[1], metric), warmup
 
 
 def _whole_metric(sampler: Any) -> Any:
@@ -73,17 +71,6 @@ def check_metric_sites(metric: Any, target: Target) -> None:
     sites = tuple(sorted(target.spec.template))
     if isinstance(metric, dict) and tuple(metric) != (sites,):
         raise ValueError(f"inverse_mass_matrix is over the sites {list(metric)}: expected one entry for {[sites]}.")
-
-
-def with_metric(warmup: Warmup, metric: Any) -> Warmup:
-    """Return the user's warm-up with the metric of the user's sampler; raise if it cannot keep a metric."""
-    if metric is None:
-        return warmup
-    if not isinstance(warmup, EnsembleAdaptation):
-        raise ValueError(
-            f"{type(warmup).__name__} finds its own metric: keep adapt_mass_matrix=True, or leave out warmup=."
-        )
-    return replace(warmup, inverse_mass_matrix=metric)
 
 
 def _length(sampler: Any, step_size: Any) -> int | None:

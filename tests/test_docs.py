@@ -32,14 +32,14 @@ EXAMPLES = {name: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for name, 
 
 def missing(modules: list, entries: list[str]) -> list[str]:
     """Return public names of the modules that no entry shows; a name that several modules share needs one entry."""
-    shown = [getattr(importlib.import_module(e.rpartition(".")[0]), e.rpartition(".")[2]) for e in entries]
+    shown = [getattr(pkgutil.resolve_name(e.rpartition(".")[0]), e.rpartition(".")[2]) for e in entries]
     names = [(f"{module.__name__}.{name}", getattr(module, name)) for module in modules for name in module.__all__]
     return [name for name, value in names if not (type(value) is type(pmcmc) or any(value is s for s in shown))]
 
 
 def public_modules() -> list:
     rooms = [m.name for m in pkgutil.iter_modules(pmcmc.__path__) if not m.name.startswith("_")]
-    modules = [pmcmc, *(importlib.import_module(f"pmcmc.{room}") for room in rooms)]
+    modules = [pmcmc, pmcmc.recurrence.trust_region, *(importlib.import_module(f"pmcmc.{room}") for room in rooms)]
     return [module for module in modules if hasattr(module, "__all__")]
 
 

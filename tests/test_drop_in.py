@@ -276,15 +276,15 @@ def test_what_numpyros_kernels_become() -> None:
     assert translate(NUTS(model, step_size=0.3, adapt_step_size=False), 100)[0].step_size == 0.3
     assert translate(NUTS(model, step_size=0.3), 0)[0].step_size == 0.3
     assert translate(NUTS(model, max_tree_depth=(5, 8)), 100)[0].max_num_doublings == 8
-    assert translate(NUTS(model, adapt_mass_matrix=False), 100)[1].inverse_mass_matrix == 1.0
     assert translate(HMC(model), 100)[0] == pmcmc.HMC()
     assert translate(HMC(model, num_steps=5, trajectory_length=None), 100)[0].num_integration_steps == 5
     fixed = HMC(model, step_size=0.5, adapt_step_size=False, trajectory_length=1.2)
     assert translate(fixed, 100)[0] == pmcmc.HMC(step_size=0.5, num_integration_steps=3)
     metric = jnp.array([1.0, 2.0])
-    kept = translate(HMC(model, inverse_mass_matrix=metric, adapt_mass_matrix=False), 100)[0]
-    np.testing.assert_array_equal(kept.inverse_mass_matrix, metric)
-    assert translate(HMC(model, adapt_mass_matrix=False), 100)[0].inverse_mass_matrix == 1.0
+    for sampler in (HMC, NUTS):
+        kept = translate(sampler(model, inverse_mass_matrix=metric, adapt_mass_matrix=False), 100)[0]
+        np.testing.assert_array_equal(kept.inverse_mass_matrix, metric)
+        assert translate(sampler(model, adapt_mass_matrix=False), 100)[0].inverse_mass_matrix == 1.0
 
 
 BLOCKS = {("mu",): jnp.ones(1), ("sigma",): jnp.ones(1)}
@@ -365,7 +365,8 @@ def test_a_given_metric_is_kept_while_the_step_size_is_tuned(sampler, metric) ->
     kept = sampler(model, inverse_mass_matrix=metric, adapt_mass_matrix=False, dense_mass=metric.ndim == 2)
     options = {**SIZES, "num_samples": 40}
     mcmc = ParallelMCMC(kept, **options)
-    mcmc.run(jax.random.key(0), Y, extra_fields=("adapt_state.step_size", "energy"))
+    mcmc.warmup(jax.random.key(0), Y)
+    mcmc.run(mcmc.post_warmup_state.rng_key, Y, extra_fields=("adapt_state.step_size", "energy"))
     state = mcmc.last_state.adapt_state
     assert list(state.inverse_mass_matrix) == [("mu", "sigma")]
     np.testing.assert_allclose(state.inverse_mass_matrix["mu", "sigma"], jnp.stack([metric, metric]), rtol=1e-12)
@@ -417,9 +418,10 @@ def test_metrics_that_do_not_fit() -> None:
     over_one = NUTS(model, inverse_mass_matrix={("mu",): jnp.ones(1)}, adapt_mass_matrix=False)
     with pytest.raises(ValueError, match=r"over the sites \[\('mu',\)\]: expected one entry for \[\('mu', 'sigma'\)\]"):
         ParallelMCMC(over_one, **options).run(jax.random.key(0), Y)
-    fixed = NUTS(model, inverse_mass_matrix=jnp.ones(2), adapt_mass_matrix=False)
-    with pytest.raises(ValueError, match="WindowAdaptation finds its own metric: keep adapt_mass_matrix=True"):
-        ParallelMCMC(fixed, warmup=pmcmc.WindowAdaptation(), **options)
+    for num_warmup in (20, 0):
+        wrong = NUTS(model, step_size=0.5, inverse_mass_matrix=jnp.ones(3), adapt_mass_matrix=False)
+        with pytest.raises(ValueError, match=r"inverse_mass_matrix has shape \(3,\): expected \(2,\) or \(2, 2\)"):
+            ParallelMCMC(wrong, **{**options, "num_warmup": num_warmup}).run(jax.random.key(0), Y)
     twice = dict(kernel=pmcmc.HMC(inverse_mass_matrix=1.0), warmup=pmcmc.EnsembleAdaptation(inverse_mass_matrix=1.0))
     with pytest.raises(ValueError, match="inverse_mass_matrix is given twice"):
         make(**twice).run(jax.random.key(0), Y)

@@ -6,8 +6,8 @@ shown as code.
 """
 
 import builtins
-import importlib
 import inspect
+import pkgutil
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,14 +44,14 @@ class Public(SphinxDirective):
     has_content = True
 
     def run(self) -> list[nodes.Node]:
-        module = importlib.import_module(self.arguments[0])
+        module = pkgutil.resolve_name(self.arguments[0])  # a module, or one that another exports under this name
         names = "\n".join(self.content).split()
         lines = [".. list-table::", "   :class: summary", "   :widths: 30 70", ""]
         for name in names:
-            lines += [f"   * - `{name} <{module.__name__}.{name}>`", f"     - {summary(getattr(module, name))}"]
+            lines += [f"   * - `{name} <{self.arguments[0]}.{name}>`", f"     - {summary(getattr(module, name))}"]
         for name in names:
             kind = "autoclass" if inspect.isclass(getattr(module, name)) else "autofunction"
-            lines += ["", f".. {kind}:: {module.__name__}.{name}"]
+            lines += ["", f".. {kind}:: {self.arguments[0]}.{name}"]
         return self.parse_text_to_nodes("\n".join(lines))
 
 

@@ -22,9 +22,9 @@ from pmcmc.chain.replay import Record
 from pmcmc.chain.report import SolveReport
 from pmcmc.chain.state import ChainState, header
 from pmcmc.chain.stored import StoredChain, constrain_draws, constrain_warmup, log_likelihoods, warmup_logdensity
+from pmcmc.chain.summary import Summary
 from pmcmc.chain.verify import Verification, verify
 from pmcmc.interop.arviz import predictive_groups, to_arviz
-from pmcmc.interop.numpyro import print_summary
 from pmcmc.kernels import Info, Kernel
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.target import Target
@@ -344,16 +344,27 @@ class Chain:
             grouped = {name: x.reshape(-1) for name, x in grouped.items()}
         return {name: jnp.asarray(x) for name, x in grouped.items()}
 
-    def print_summary(self, prob: float = 0.9, *, sites: Sequence[str] | None = None) -> None:
-        """Print NumPyro's table of all sites: mean, standard deviation, median, interval, effective sample size, R-hat.
+    def summary(self, prob: float = 0.9, *, sites: Sequence[str] | None = None) -> Summary:
+        """Return mean, standard deviation, median, interval, effective sample size and R-hat of all sites.
 
         Args:
             prob: Probability of the highest posterior density interval.
-            sites: Names of the sites to show, as for `get_samples`; None for all.
+            sites: Names of the sites, as for `get_samples`; None for all.
+
+        Returns:
+            NumPyro's statistics, ``{site: {statistic: array}}``, which print as a table.
         """
         samples = self._grouped(None if sites is None else check_sites(self.target, sites))
-        print_summary(samples if isinstance(samples, dict) else {"x": samples}, prob)
-        print(f"Number of divergences: {int(np.sum(self.info.is_divergent))}")
+        return Summary(samples, prob, self.info.is_divergent)
+
+    def print_summary(self, prob: float = 0.9, *, sites: Sequence[str] | None = None) -> None:
+        """Print the table of `summary`.
+
+        Args:
+            prob: As in `summary`.
+            sites: As in `summary`.
+        """
+        print(self.summary(prob, sites=sites))
 
     def to_arviz(
         self,

@@ -52,12 +52,20 @@ STORE = Format(
 # By name, the only classes of which objects are created from a file.
 _CLASSES: dict[str, type] = {"Basis": Basis, "Block": Block} | {
     name: getattr(room, name)
-    for room in (kernels, recurrence)
+    for room in (kernels, recurrence, recurrence.trust_region)
     for name in room.__all__
     if isinstance(getattr(room, name), type) and is_dataclass(getattr(room, name))
 }
 # Fields that had another name in earlier files, by class and name.
-_RENAMED = {("MultipleShooting", "merge_tol"): "tol"}
+_RENAMED = {
+    ("MultipleShooting", "merge_tol"): "tol",
+    ("HutchinsonDiagonal", "schedule"): "fixed_probes",
+    ("HutchinsonBlockDiagonal", "schedule"): "fixed_probes",
+}
+# Fields that earlier files do not have, by class, with their values there.
+_ADDED: dict[str, dict] = {"NUTS": {"inverse_mass_matrix": None}}
+# Classes without fields in earlier files, and the values that replace them.
+_REPLACED = {"StandardBasis": None, "FreshProbes": False, "FixedProbes": True}
 
 
 class Writer:
@@ -260,8 +268,12 @@ class Reader:
         kind, items = stored.get("kind"), stored.get("items")
         if not (isinstance(kind, str) and isinstance(items, dict)):
             raise self.malformed(f"{what} holds {stored!r:.40}")
+        if kind in _REPLACED and not items:
+            return _REPLACED[kind]
         now = lambda name: _RENAMED.get((kind, name), name)
-        values: dict[Any, Any] = {now(key): self.decode(what, item, _part(given, key)) for key, item in items.items()}
+        values: dict[Any, Any] = {
+            now(key): self.decode(what, item, _part(given, key)) for key, item in (_ADDED.get(kind, {}) | items).items()
+        }
         if kind == "dict":
             return values
         if kind in ("tuple", "list"):

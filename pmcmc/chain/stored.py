@@ -21,6 +21,7 @@ from pmcmc._xla.compile import TargetJit, check_available, tuned_jit
 from pmcmc.chain.draws import constrain, in_batches, piece, ungroup
 from pmcmc.chain.report import SolveReport
 from pmcmc.chain.state import ChainState
+from pmcmc.chain.summary import Summary
 from pmcmc.interop.arviz import open_lazily, read_arrays
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver
@@ -177,6 +178,20 @@ class StoredChain:
         check_available(total, "Name fewer by sites=, or read a part at a time from to_arviz().")
         draws = {name: x[:, : self.num_samples] for name, x in arrays.items()}
         return {name: jnp.asarray(x if group_by_chain else ungroup(x)) for name, x in draws.items()}
+
+    def summary(self, prob: float = 0.9, *, sites: Sequence[str] | None = None) -> Summary:
+        """Return what `Chain.summary` returns, of draws that are read into memory.
+
+        Args:
+            prob: Probability of the highest posterior density interval.
+            sites: Names of the sites to read; None for all that were kept.
+
+        Raises:
+            ValueError: One of the sites was not kept.
+            MemoryError: The draws do not fit into memory; raised before anything is read.
+        """
+        divergent = read_arrays(self.path / DRAWS, "sample_stats", ["diverging"])["diverging"]
+        return Summary(self.get_samples(True, sites=sites), prob, np.asarray(divergent[:, : self.num_samples]))
 
     def to_arviz(self) -> Any:
         """Open the folder in ArviZ's container: InferenceData for ArviZ 0.x, DataTree for 1.x.

@@ -391,8 +391,38 @@ def _support(name: str, fn: Any) -> tuple[int, ...]:
     return tuple(found.tolist())
 
 
-def print_summary(samples: dict, prob: float) -> None:
-    """Print NumPyro's table of means, medians, intervals, n_eff and r_hat for samples with axes (chain, draw, ...)."""
+@_alone
+def strategy_starts(
+    model: Callable, args: tuple, kwargs: dict, init_strategy: Callable, rng_key: PRNGKey, num_chains: int
+) -> dict[str, Array] | None:
+    """Return starts that NumPyro finds by a strategy such as ``init_to_median``.
+
+    Args:
+        model: A NumPyro model without discrete latent sites.
+        args: Positional arguments of the model.
+        kwargs: Keyword arguments of the model.
+        init_strategy: One of NumPyro's strategies, or a function like them.
+        rng_key: Key of the run.
+        num_chains: Number of starts.
+
+    Returns:
+        Unconstrained values by site, leading axis num_chains; None for ``init_to_uniform``, which `numpyro_starts`
+        draws.
+
+    Raises:
+        RuntimeError: NumPyro found no start where the density is finite.
+    """
+    from numpyro.infer.initialization import init_to_uniform
+    from numpyro.infer.util import initialize_model
+
+    if init_strategy is init_to_uniform:
+        return None
+    keys = jax.random.split(jax.random.fold_in(rng_key, 0), num_chains)
+    return initialize_model(keys, model, init_strategy=init_strategy, model_args=args, model_kwargs=kwargs).param_info.z
+
+
+def summary_of(samples: dict, prob: float) -> dict[str, dict]:
+    """Return NumPyro's means, medians, intervals, n_eff and r_hat for samples with axes (chain, draw, ...)."""
     from numpyro import diagnostics
 
-    diagnostics.print_summary(samples, prob=prob, group_by_chain=True)
+    return diagnostics.summary(samples, prob=prob, group_by_chain=True)

@@ -352,23 +352,6 @@ class HMC(GradientKernel):
             return jnp.minimum(drawn, steps.high)
         return self.leapfrog.length(jnp.asarray(steps, int))
 
-    def _momentum(self, normal: Array) -> Array:
-        """Return a momentum with covariance M: z / sqrt(M^{-1}), or L^{-T} z with M^{-1} = L L^T."""
-        metric = self.inverse_mass_matrix
-        if metric is None:
-            return normal
-        metric = jnp.asarray(metric, normal.dtype)
-        if metric.ndim < 2:
-            return normal / jnp.sqrt(metric)
-        return jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(metric), normal, lower=True, trans=1)
-
-    def _velocity(self, momentum: Array) -> Array:
-        """Return M^{-1} p."""
-        if self.inverse_mass_matrix is None:
-            return momentum
-        metric = jnp.asarray(self.inverse_mass_matrix, momentum.dtype)
-        return metric * momentum if metric.ndim < 2 else metric @ momentum
-
     def _kinetic(self, momentum: Array) -> Array:
         """Return the kinetic energy p^T M^{-1} p / 2."""
         return 0.5 * jnp.sum(momentum * self._velocity(momentum))

@@ -179,10 +179,34 @@ def accept(
 
 
 class GradientKernel(PositionKernel):
-    """Base class of kernels whose unknown is the position alone; log density and gradient are caches."""
+    """Base class of kernels whose unknown is the position alone; log density and gradient are caches.
+
+    Momenta have shape (D,), or (D, L) for a batch with lanes last.
+    """
 
     def restore(self, target, unknown: Array) -> GradientState:
         return GradientState(unknown, *target.value_and_grad(unknown))
+
+    def _momentum(self, normal: Array) -> Array:
+        """Return a momentum with covariance M: z / sqrt(M^{-1}), or L^{-T} z with M^{-1} = L L^T."""
+        if self.metric is None:
+            return normal
+        metric = jnp.asarray(self.metric, normal.dtype)
+        if metric.ndim < 2:
+            return normal / _before_lanes(jnp.sqrt(metric), normal)
+        return jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(metric), normal, lower=True, trans=1)
+
+    def _velocity(self, momentum: Array) -> Array:
+        """Return M^{-1} p."""
+        if self.metric is None:
+            return momentum
+        metric = jnp.asarray(self.metric, momentum.dtype)
+        return _before_lanes(metric, momentum) * momentum if metric.ndim < 2 else metric @ momentum
+
+
+def _before_lanes(diagonal: Array, like: Array) -> Array:
+    """Return a diagonal (D,), or a number, with axes of size 1 for the lanes of ``like``."""
+    return diagonal.reshape(*diagonal.shape, *(1,) * (like.ndim - diagonal.ndim))
 
 
 class WalkState(NamedTuple):

@@ -1,9 +1,9 @@
 """The No-U-Turn sampler.
 
-`NUTS` doubles a leapfrog trajectory of ``H(x, p) = -log p(x) + |p|^2 / 2``, forwards or backwards at random, until it
-turns back on itself, and draws the new state from the trajectory with weights exp(-H). A transition is a loop over the
-state machine of `pmcmc.kernels.nuts_tree`, one leapfrog step at a time. A batch of lanes advances together, and solvers
-may let lanes go on to their next transition without waiting for the others (`NUTS.stages`).
+`NUTS` doubles a leapfrog trajectory of ``H(x, p) = -log p(x) + p^T M^{-1} p / 2``, forwards or backwards at random,
+until it turns back on itself, and draws the new state from the trajectory with weights exp(-H). A transition is a loop
+over the state machine of `pmcmc.kernels.nuts_tree`, one leapfrog step at a time. A batch of lanes advances together,
+and solvers may let lanes go on to their next transition without waiting for the others (`NUTS.stages`).
 
 Source: Hoffman & Gelman (2014); Betancourt (2017); Phan et al. (2019).
 """
@@ -23,7 +23,7 @@ from pmcmc.kernels.hmc import HMC
 from pmcmc.kernels.metropolis import GradientKernel, GradientState
 from pmcmc.random.distributions import jax_normals
 from pmcmc.random.streams import fold_in, key_pair
-from pmcmc.recurrence import Staged
+from pmcmc.recurrence.problem import Staged
 from pmcmc.target import Target
 
 
@@ -31,7 +31,7 @@ class NUTSNoise(NamedTuple):
     """Randomness of one NUTS transition.
 
     Attributes:
-        momentum: Standard normal; shape (D,).
+        momentum: Standard normal that the metric turns into a momentum; shape (D,).
         key: Raw key for the randomness along the trajectory; shape (2,).
     """
 
@@ -44,19 +44,20 @@ class NUTSNoise(NamedTuple):
 class NUTS(GradientKernel):
     """Multinomial No-U-Turn sampler.
 
-    A leapfrog trajectory of ``H(x, p) = -log p(x) + |p|^2 / 2`` is doubled until it turns back on itself. The metric is
-    the identity, which suits the whitened coordinates of warm-up. Given the same keys, every step equals that of
-    ``blackjax.nuts`` (1.7).
+    A leapfrog trajectory of ``H(x, p) = -log p(x) + p^T M^{-1} p / 2`` is doubled until it turns back on itself. Given
+    the same keys, every step equals that of ``blackjax.nuts`` (1.7).
 
     In addition to the extra fields of gradient kernels there are ``energy``, ``num_steps`` and ``tree_depth``.
     ``accept_prob`` is the mean over the trajectory. `Info.margin` is NaN, since a transition makes many decisions, so
     near ties are not counted.
 
     Args:
-        step_size: Leapfrog step, in units of the target's coordinates. None: tuned by warm-up to an acceptance rate of
-            0.8, as for HMC.
+        step_size: Leapfrog step, in units of the metric. None: tuned by warm-up to an acceptance rate of 0.8, as for
+            HMC.
         max_num_doublings: Depth of the deepest tree, which has ``2^max_num_doublings - 1`` leapfrog steps; NumPyro's
             ``max_tree_depth``.
+        inverse_mass_matrix: As in `HMC`: M^{-1}, about the posterior's (co)variance; shape (D,) or (D, D). None: the
+            identity, which suits the whitened coordinates of warm-up.
 
     Raises:
         ValueError: ``step_size`` is not positive, or ``max_num_doublings`` is below 1.
@@ -73,6 +74,7 @@ class NUTS(GradientKernel):
 
     step_size: Scalar | None = None
     max_num_doublings: int = field(default=10, metadata=dict(static=True))
+    inverse_mass_matrix: ArrayLeaf | None = None
 
     def __post_init__(self):
         check_step_size(self.step_size)
@@ -111,11 +113,11 @@ class NUTS(GradientKernel):
         return replace(super().transition(target), staged=self.stages(target))
 
     def _begin(self, state: GradientState, noise: NUTSNoise) -> machine.Tree:
-        return machine.begin(state, noise.momentum, noise.key, self.max_num_doublings)
+        return machine.begin(self._velocity, state, self._momentum(noise.momentum), noise.key, self.max_num_doublings)
 
     def _advance(self, value_and_grad, tree: machine.Tree) -> machine.Tree:
         step_size = jnp.asarray(self.step_size, tree.energy.dtype)
-        return machine.advance(value_and_grad, step_size, self.max_num_doublings, tree)
+        return machine.advance(value_and_grad, self._velocity, step_size, self.max_num_doublings, tree)
 
     def _conclude(self, tree: machine.Tree) -> tuple[GradientState, Info]:
         new = tree.draw.state

@@ -131,10 +131,11 @@ class Tree(NamedTuple):
     finished: Array
 
 
-def begin(state: GradientState, momentum: Array, key: Array, max_num_doublings: int) -> Tree:
+def begin(velocity: Callable, state: GradientState, momentum: Array, key: Array, max_num_doublings: int) -> Tree:
     """Return the transition at its start, a trajectory of one state.
 
     Args:
+        velocity: Function ``p -> M^{-1} p`` of momenta (D, ...).
         state: Start of the trajectory.
         momentum: Momentum at the start; shape (D,) or (D, L).
         key: Raw key; shape (2,) or (2, L).
@@ -145,7 +146,7 @@ def begin(state: GradientState, momentum: Array, key: Array, max_num_doublings: 
     """
     batch, dtype = momentum.shape[1:], momentum.dtype
     zero, real, never = jnp.zeros(batch, int), jnp.zeros(batch, dtype), jnp.zeros(batch, bool)
-    energy = kinetic(momentum) - state.logdensity
+    energy = _kinetic(velocity, momentum) - state.logdensity
     end = End(state.position, momentum, state.gradient)
     draw = Draw(state, energy, real)
     rows = jnp.zeros((max(max_num_doublings - 1, 1), *momentum.shape), dtype)
@@ -167,11 +168,12 @@ def begin(state: GradientState, momentum: Array, key: Array, max_num_doublings: 
     )
 
 
-def advance(value_and_grad: Callable, step_size: Array, max_num_doublings: int, tree: Tree) -> Tree:
+def advance(value_and_grad: Callable, velocity: Callable, step_size: Array, max_num_doublings: int, tree: Tree) -> Tree:
     """Take one leapfrog step; a finished transition keeps everything that is read of it.
 
     Args:
         value_and_grad: Log density and gradient at positions like those of the tree.
+        velocity: Function ``p -> M^{-1} p`` of momenta (D, ...).
         step_size: Leapfrog step.
         max_num_doublings: Depth of the deepest tree.
         tree: The transition.
@@ -184,12 +186,12 @@ def advance(value_and_grad: Callable, step_size: Array, max_num_doublings: int, 
     turned_about = (tree.subtree.num_leaves == 0) & (drawn.direction != tree.heading)
     back = choose(turned_about, tree.front, tree.back)
     front = choose(turned_about, tree.back, tree.front)
-    front, logdensity = _leapfrog(value_and_grad, drawn.direction * step_size, front)
+    front, logdensity = _leapfrog(value_and_grad, velocity, drawn.direction * step_size, front)
     state = GradientState(front.position, logdensity, front.gradient)
-    energy = kinetic(front.momentum) - logdensity
+    energy = _kinetic(velocity, front.momentum) - logdensity
     usable = jnp.all(jnp.isfinite(front.gradient), 0)
     weight, diverges = log_acceptance(jnp.where(usable, tree.energy - energy, jnp.nan))
-    subtree, turns = _add_leaf(tree.subtree, front.momentum, Draw(state, energy, weight), drawn.leaf)
+    subtree, turns = _add_leaf(velocity, tree.subtree, front.momentum, Draw(state, energy, weight), drawn.leaf)
 
     # The doubling ends if its subtree is complete, turns or diverges.
     broken = diverges | turns
@@ -197,7 +199,8 @@ def advance(value_and_grad: Callable, step_size: Array, max_num_doublings: int, 
     depth = tree.depth + ended
     subtree = subtree._replace(num_leaves=jnp.where(ended | tree.finished, 0, subtree.num_leaves))
     momentum_sum = tree.momentum_sum + choose(ended, subtree.momentum_sum, jnp.zeros_like(subtree.momentum_sum))
-    turns_back = _is_turning(back.momentum, front.momentum, momentum_sum - (back.momentum + front.momentum) / 2)
+    between = momentum_sum - (back.momentum + front.momentum) / 2
+    turns_back = _is_turning(velocity, back.momentum, front.momentum, between)
     return Tree(
         key=tree.key,
         drawn=_draw_ahead(tree.key, depth, subtree.num_leaves, energy.dtype),
@@ -222,27 +225,29 @@ def choose(mask: Array, on_true: PyTree, on_false: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(wide(a), a, b), on_true, on_false)
 
 
-def kinetic(momentum: Array) -> Array:
-    """Return ``|p|^2 / 2`` of momenta (D, ...)."""
-    return 0.5 * jnp.sum(momentum * momentum, 0)
+def _kinetic(velocity: Callable, momentum: Array) -> Array:
+    """Return ``p^T M^{-1} p / 2`` of momenta (D, ...)."""
+    return 0.5 * jnp.sum(momentum * velocity(momentum), 0)
 
 
-def _is_turning(first: Array, last: Array, between: Array) -> Array:
-    """Return whether a part of the trajectory turns at either end, ``r . rho <= 0`` (Betancourt 2013).
+def _is_turning(velocity: Callable, first: Array, last: Array, between: Array) -> Array:
+    """Return whether a part of the trajectory turns at either end, ``r^T M^{-1} rho <= 0`` (Betancourt 2013).
 
     Args:
+        velocity: Function ``p -> M^{-1} p``.
         first: Momentum r at the first state.
         last: Momentum r at the last state.
         between: rho, the sum of the momenta, with those of the first and last state weighted by one half.
     """
-    return (jnp.sum(first * between, 0) <= 0) | (jnp.sum(last * between, 0) <= 0)
+    towards = velocity(between)
+    return (jnp.sum(first * towards, 0) <= 0) | (jnp.sum(last * towards, 0) <= 0)
 
 
-def _leapfrog(value_and_grad: Callable, step: Array, end: End) -> tuple[End, Array]:
+def _leapfrog(value_and_grad: Callable, velocity: Callable, step: Array, end: End) -> tuple[End, Array]:
     """Return the end of the trajectory after one leapfrog step, and the log density there."""
     step = step[None]
     momentum = end.momentum + 0.5 * step * end.gradient
-    position = end.position + step * momentum
+    position = end.position + step * velocity(momentum)
     logdensity, gradient = value_and_grad(position)
     return End(position, momentum + 0.5 * step * gradient, gradient), logdensity
 
@@ -256,7 +261,9 @@ def _draw_ahead(key: Array, depth: Array, leaf: Array, dtype) -> Drawn:
     return Drawn(jnp.where(forwards, 1, -1).astype(dtype), first_uniform(fold_in(leaves, leaf)), first_uniform(merge))
 
 
-def _add_leaf(subtree: Subtree, momentum: Array, leaf: Draw, uniform: Array) -> tuple[Subtree, Array]:
+def _add_leaf(
+    velocity: Callable, subtree: Subtree, momentum: Array, leaf: Draw, uniform: Array
+) -> tuple[Subtree, Array]:
     """Return the subtree with one more leaf, and whether it turns there."""
     number, old = subtree.num_leaves, subtree.draw
     first = number == 0
@@ -275,7 +282,7 @@ def _add_leaf(subtree: Subtree, momentum: Array, leaf: Draw, uniform: Array) -> 
 
     def check(i, turns):
         due = (lowest <= i) & (i <= row)
-        return turns | (due & _is_turning(checkpoints[i], momentum, middle - sums[i]))
+        return turns | (due & _is_turning(velocity, checkpoints[i], momentum, middle - sums[i]))
 
     turns = jax.lax.fori_loop(jnp.min(lowest), jnp.max(row) + 1, check, jnp.zeros(number.shape, bool))
     return Subtree(number + 1, momentum_sum, draw, checkpoints, sums), turns

@@ -10,7 +10,6 @@ from pmcmc.planning.predict import (
     Prediction,
     SweepPrediction,
     extrapolate_iterations,
-    nonlinear_steps,
     predict_iterations,
     predict_sweeps,
 )
@@ -23,7 +22,6 @@ __all__ = [
     "Prediction",
     "SweepPrediction",
     "extrapolate_iterations",
-    "nonlinear_steps",
     "plan",
     "predict_iterations",
     "predict_sweeps",

@@ -6,14 +6,15 @@ with a `RESULTS` code and `Stats`:
 - `MultipleShooting` runs blocks of the path at once and repairs them. It needs no derivative.
 - `Newton` and `LevenbergMarquardt` iterate on all states at once, with a `JacobianStructure` that approximates the
   Jacobian. `deer`, `quasi_deer`, `elk`, `quasi_elk`, `picard` and `jacobi` build them by the names of the papers, and
-  `Windowed` restricts their iterations to a window.
+  `Windowed` restricts their iterations to a window. `trust_region` holds the step rules of `LevenbergMarquardt`.
 - `Sequential` is the plain loop over t, the reference for the others.
 """
 
 from collections.abc import Callable
 
 from pmcmc._pytree import PyTree
-from pmcmc.recurrence.newton.hutchinson import FixedProbes, FreshProbes, HutchinsonBlockDiagonal, HutchinsonDiagonal
+from pmcmc.recurrence.newton import trust_region
+from pmcmc.recurrence.newton.hutchinson import HutchinsonBlockDiagonal, HutchinsonDiagonal
 from pmcmc.recurrence.newton.jacobian import (
     BlockDiagonal,
     Dense,
@@ -23,21 +24,17 @@ from pmcmc.recurrence.newton.jacobian import (
     JacobianStructure,
     LinearBasis,
     ScaledBasis,
-    StandardBasis,
     Zero,
 )
 from pmcmc.recurrence.newton.newton import Newton
 from pmcmc.recurrence.newton.trust_region import (
     AdaptiveRegularization,
-    Filter,
     FixedRegularization,
     LevenbergMarquardt,
     Regularization,
-    Smoother,
-    StepRule,
 )
 from pmcmc.recurrence.newton.windowed import Windowed
-from pmcmc.recurrence.problem import Recurrence, Staged
+from pmcmc.recurrence.problem import Recurrence
 from pmcmc.recurrence.sequential import Sequential
 from pmcmc.recurrence.shooting.solver import MultipleShooting
 from pmcmc.recurrence.solution import RESULTS, RecurrenceSolver, Solution, Stats
@@ -48,10 +45,7 @@ __all__ = [
     "BlockDiagonal",
     "Dense",
     "Diagonal",
-    "Filter",
-    "FixedProbes",
     "FixedRegularization",
-    "FreshProbes",
     "HutchinsonBlockDiagonal",
     "HutchinsonDiagonal",
     "Identity",
@@ -66,12 +60,8 @@ __all__ = [
     "Regularization",
     "ScaledBasis",
     "Sequential",
-    "Smoother",
     "Solution",
-    "Staged",
-    "StandardBasis",
     "Stats",
-    "StepRule",
     "Windowed",
     "Zero",
     "deer",
@@ -81,6 +71,7 @@ __all__ = [
     "quasi_deer",
     "quasi_elk",
     "solve",
+    "trust_region",
 ]
 
 

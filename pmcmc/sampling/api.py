@@ -5,6 +5,7 @@ Both check their arguments (`Settings.check`), find starting positions, and pass
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from pmcmc._pytree import PRNGKey, PyTree
 from pmcmc._xla.trace import refuse_transformation
 from pmcmc.chain.chain import Chain
 from pmcmc.chain.state import density_source, model_source
+from pmcmc.interop.numpyro import strategy_starts
 from pmcmc.interop.numpyro_sites import numpyro_starts
 from pmcmc.kernels import Kernel
 from pmcmc.random.streams import split_key
@@ -37,6 +39,7 @@ def parallel_chain(
     num_chains: int = 4,
     thinning: int = 1,
     init_params: PyTree = None,
+    init_strategy: Callable | None = None,
     extra_fields: Sequence[str] = (),
     save_warmup: bool = False,
     warmup: Warmup | None = None,
@@ -62,6 +65,9 @@ def parallel_chain(
         thinning: Number of steps per draw that is kept.
         init_params: Unconstrained starting values by site, for all chains or with a leading axis num_chains. None:
             drawn as NumPyro does.
+        init_strategy: How NumPyro finds starting values, one for each chain: ``numpyro.infer.init_to_median``,
+            ``init_to_value(values=...)``, ``init_to_sample``, ``init_to_uniform(radius=...)`` and so on. None:
+            ``init_to_uniform``. Models with discrete latent sites take ``init_params`` instead.
         extra_fields: Names for `Chain.get_extra_fields`, as NumPyro spells them.
         save_warmup: Whether to keep the draws of the lanes of warm-up, for `Chain.get_warmup_samples` and
             `Chain.to_arviz`.
@@ -114,8 +120,29 @@ def parallel_chain(
         target, kernel, solver, num_warmup, num_samples, num_chains, thinning, extra_fields, warmup, devices, max_memory
     )
     record = _warmup_record(settings, save_warmup)
+    if init_strategy is not None:
+        check_strategy(target, init_params, init_strategy)
+        init_params = strategy_starts(model, model_args, model_kwargs, init_strategy, key, settings.num_chains)
     starts = model_starts(target, key, init_params, settings)
     return sample_new(source, key, starts, settings, progress_bar, record)
+
+
+def check_strategy(target: Target, init_params: PyTree, init_strategy: Any) -> None:
+    """Raise an error if starts cannot be found by a strategy.
+
+    Raises:
+        ValueError: Starts are given too, or the model has discrete latent sites.
+        TypeError: The strategy is not callable.
+    """
+    if init_params is not None:
+        raise ValueError("init_params and init_strategy both say where chains start: leave one of them out.")
+    if not callable(init_strategy):
+        raise TypeError(f"init_strategy must be one of NumPyro's, such as init_to_median, got {init_strategy!r}.")
+    if target.model.supports:
+        raise ValueError(
+            f"init_strategy finds no values for the discrete sites {[name for name, _ in target.model.supports]}: pass "
+            "init_params, or leave both out."
+        )
 
 
 def _warmup_record(settings: Settings, save_warmup: bool) -> WarmupRecord | None:
@@ -158,6 +185,7 @@ def sample(
     num_samples: int = 10_000,
     num_chains: int = 4,
     thinning: int = 1,
+    init_per_chain: bool = False,
     extra_fields: Sequence[str] = (),
     save_warmup: bool = False,
     warmup: Warmup | None = None,
@@ -182,6 +210,8 @@ def sample(
         num_samples: Number of steps per chain after warm-up.
         num_chains: Number of chains.
         thinning: Number of steps per draw that is kept.
+        init_per_chain: Whether the arrays of ``initial_position`` have a leading axis num_chains, with one start for
+            each chain.
         extra_fields: Names for `Chain.get_extra_fields`.
         save_warmup: Whether to keep the draws of warm-up.
         warmup: Default: `EnsembleAdaptation()`, or `SiteAdaptation()` for kernels over sites.
@@ -200,13 +230,31 @@ def sample(
         (400, 3)
     """
     refuse_transformation("sample", rng_key, initial_position)
-    source = density_source(logdensity_fn, initial_position)
+    first = _first_chain(initial_position, num_chains) if init_per_chain else initial_position
+    source = density_source(logdensity_fn, first)
     target = source.target
     settings = Settings.check(
         target, kernel, solver, num_warmup, num_samples, num_chains, thinning, extra_fields, warmup, devices, max_memory
     )
     num_starts = settings.warmup.count_starts(target) if num_warmup else num_chains
     # In numpy, like everything between programs: each operation of JAX would be one more program to compile.
-    starts = jax.tree.map(lambda x: np.repeat(np.asarray(jnp.asarray(x))[None], num_starts, axis=0), initial_position)
+    in_numpy = lambda x: np.asarray(jnp.asarray(x))
+    each = initial_position if init_per_chain else jax.tree.map(lambda x: in_numpy(x)[None], initial_position)
+    starts = jax.tree.map(lambda x: in_numpy(x)[np.arange(num_starts) % len(x)], each)
     record = _warmup_record(settings, save_warmup)
     return sample_new(source, as_key(rng_key), starts, settings, progress_bar, record)
+
+
+def _first_chain(positions: PyTree, num_chains: int) -> PyTree:
+    """Return the first of the positions with a leading axis num_chains.
+
+    Raises:
+        ValueError: An array has another leading axis.
+    """
+    shapes = [np.shape(x) for x in jax.tree.leaves(positions)]
+    if any(shape[:1] != (num_chains,) for shape in shapes):
+        raise ValueError(
+            f"init_per_chain=True needs arrays with a leading axis num_chains={num_chains} in initial_position, got "
+            f"shapes {shapes}."
+        )
+    return jax.tree.map(lambda x: np.asarray(x)[0], positions)

@@ -19,11 +19,13 @@ from pmcmc._xla.compile import available_bytes, size_text
 from pmcmc.chain.chain import Chain
 from pmcmc.chain.stored import StoredChain
 from pmcmc.kernels import HMC, Compose, DiscreteGibbs, Kernel, SiteKernel
+from pmcmc.kernels.metropolis import GradientKernel
 from pmcmc.random.streams import seed_key, threefry_key
 from pmcmc.recurrence import RecurrenceSolver, Sequential
 from pmcmc.sampling.programs import Engine
 from pmcmc.target import Target
 from pmcmc.warmup import ChEESAdaptation, EnsembleAdaptation, Pathfinder, SiteAdaptation, Warmup, WindowAdaptation
+from pmcmc.warmup.base import check_metric
 
 # Least number of steps of a segment: with fewer, nearly all time is overhead. Sequential sampling takes steps in pieces
 # of this size.
@@ -102,22 +104,14 @@ class Settings:
         _check_kernel(kernel, extra_fields, num_warmup)
         kernel = _with_discrete_sites(kernel, target)
         warmup = _fitting_warmup(warmup, kernel)
+        if not num_warmup and isinstance(kernel, GradientKernel):  # else warm-up checks it
+            check_metric(target, kernel)
         solver = None if isinstance(solver, str) else solver
         devices = _devices(devices, solver)
         if devices and solver is not None:
             solver = solver.with_devices(devices)
-        return cls(
-            kernel,
-            solver,
-            num_warmup,
-            num_samples,
-            num_chains,
-            thinning,
-            tuple(extra_fields),
-            warmup,
-            devices,
-            max_memory,
-        )
+        sizes = num_warmup, num_samples, num_chains, thinning
+        return cls(kernel, solver, *sizes, tuple(extra_fields), warmup, devices, max_memory)
 
 
 def settings_of(chain: Chain | StoredChain, num_samples: Any, max_memory: Any) -> Settings:

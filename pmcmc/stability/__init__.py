@@ -6,14 +6,13 @@ a run proves nothing, and `diagnose` names the sites that keep the pairs apart. 
 This package only measures; plans and predictions based on its measurements are in `pmcmc.planning`.
 """
 
-from pmcmc.stability.coalescence import Checkpoints, Coalescence, coalescence_time
+from pmcmc.stability.coalescence import Coalescence, coalescence_time
 from pmcmc.stability.diagnosis import Diagnosis, SiteDistance, diagnose
-from pmcmc.stability.distance import WassersteinBound, coordinate_distances, site_distances, wasserstein_bound
+from pmcmc.stability.distance import WassersteinBound, site_distances, wasserstein_bound
 from pmcmc.stability.evidence import PilotError, check_pilot
 from pmcmc.stability.lyapunov import ContractionBound, LyapunovExponent, contraction_bound, lyapunov_exponent
 
 __all__ = [
-    "Checkpoints",
     "Coalescence",
     "ContractionBound",
     "Diagnosis",
@@ -24,7 +23,6 @@ __all__ = [
     "check_pilot",
     "coalescence_time",
     "contraction_bound",
-    "coordinate_distances",
     "diagnose",
     "lyapunov_exponent",
     "site_distances",

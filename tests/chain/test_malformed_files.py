@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import pmcmc
-from pmcmc.recurrence import MultipleShooting, Sequential
+from pmcmc.recurrence import HutchinsonDiagonal, LevenbergMarquardt, MultipleShooting, Sequential, trust_region
 from tests.helpers.targets import EFFECTS, ERRORS, eight_schools_model, gaussian, start_like
 
 SIZES = dict(num_samples=61, num_chains=2, thinning=2, progress_bar=False)
@@ -179,6 +179,52 @@ def test_names_of_earlier_files(tmp_path: Path) -> None:
     items["merge_tol"] = 1e-5
     write(tmp_path / "then.npz", header, arrays)
     assert pmcmc.load(tmp_path / "then.npz", gaussian).solver == solver
+
+
+def test_nuts_of_earlier_files(tmp_path: Path) -> None:
+    """`NUTS` had no metric."""
+    kernel = pmcmc.NUTS(0.5, inverse_mass_matrix=np.array([1.0, 2.0, 0.5]))
+    chain = pmcmc.sample(gaussian, start_like(gaussian), 3, kernel=kernel, num_warmup=0, solver=Sequential(), **SIZES)
+    chain.save(tmp_path / "now.npz")
+    found = pmcmc.load(tmp_path / "now.npz", gaussian).kernel
+    np.testing.assert_array_equal(found.inverse_mass_matrix, kernel.inverse_mass_matrix)
+    header, arrays = read(tmp_path / "now.npz")
+    del arrays[header["kernel"]["items"].pop("inverse_mass_matrix")["array"]]
+    write(tmp_path / "then.npz", header, arrays)
+    assert pmcmc.load(tmp_path / "then.npz", gaussian).kernel == pmcmc.NUTS(0.5)
+
+
+BEFORE = {"kind": "StandardBasis", "items": {}}
+
+
+@pytest.mark.parametrize("schedule", ["FreshProbes", "FixedProbes"])
+def test_solvers_of_earlier_files(schedule: str, tmp_path: Path) -> None:
+    """The basis was an object where it is None now, and the schedule of probes an object where it is a boolean."""
+    fixed_probes = schedule == "FixedProbes"
+    jacobian = HutchinsonDiagonal(np.zeros(2, np.uint32), num_probes=2, fixed_probes=fixed_probes)
+    solver = LevenbergMarquardt(jacobian, step_rule=trust_region.Smoother())
+    replace(plain_chain(), solver=solver).save(tmp_path / "now.npz")
+    header, arrays = read(tmp_path / "now.npz")
+    header["solver"]["items"]["basis"] = BEFORE
+    items = header["solver"]["items"]["jacobian"]["items"]
+    del items["fixed_probes"]
+    items["schedule"] = {"kind": schedule, "items": {}}
+    write(tmp_path / "then.npz", header, arrays)
+    for name in ("now.npz", "then.npz"):
+        found = pmcmc.load(tmp_path / name, gaussian).solver
+        assert (found.basis, found.step_rule) == (None, solver.step_rule)
+        assert (found.jacobian.num_probes, found.jacobian.fixed_probes) == (2, fixed_probes)
+
+
+def test_replaced_objects_stand_only_where_they_may(tmp_path: Path) -> None:
+    replace(plain_chain(), solver=LevenbergMarquardt()).save(tmp_path / "chain.npz")
+    header, arrays = read(tmp_path / "chain.npz")
+    wrong = {}
+    for place, value in [("step_rule", BEFORE), ("basis", {**BEFORE, "items": {"scale": 1.0}})]:
+        write(tmp_path / "chain.npz", changed(header, ("solver", "items", place), value), arrays)
+        wrong[place,] = refused(tmp_path / "chain.npz", load_plain)
+    assert_refused({("step_rule",): wrong["step_rule",]})
+    assert "is a StandardBasis, which pmcmc does not have" in wrong["basis",]
 
 
 @pytest.mark.parametrize("share", [6, pytest.param(2, marks=pytest.mark.slow)])

@@ -126,7 +126,7 @@ def shared_steps() -> None:
     for length in (101, 9):
         check_joins(length)
         check_shared(rec.deer(), length)
-    check_shared(rec.quasi_elk(step_rule=rec.Smoother()), 101)
+    check_shared(rec.quasi_elk(step_rule=rec.trust_region.Smoother()), 101)
 
 
 def check_joins(length: int) -> None:

@@ -149,7 +149,7 @@ SOLVERS = {
     "clipped": rec.quasi_deer(clip=0.9),
     "elk": rec.elk(),
     "elk-fixed": rec.elk(regularization=rec.FixedRegularization(0.1)),
-    "quasi_elk": rec.quasi_elk(step_rule=rec.Smoother()),
+    "quasi_elk": rec.quasi_elk(step_rule=rec.trust_region.Smoother()),
     "window-deer": rec.Windowed(rec.deer(), 24),
     "window-picard": rec.Windowed(rec.picard(), 7),
     "window-quasi_elk": rec.Windowed(rec.quasi_elk(), 24),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc.recurrence import Recurrence, Staged
+from pmcmc.recurrence.problem import Recurrence, Staged
 
 X0 = jnp.array([3.0, -1.0])
 TURN = np.array([[0.8, -0.6], [0.6, 0.8]])

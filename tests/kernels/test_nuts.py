@@ -12,15 +12,16 @@ from pmcmc import NUTS, Target
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
 from tests.helpers.chains import draw_noise, solve
 from tests.helpers.selection import share
-from tests.helpers.targets import banana, eight_schools, gaussian, logistic, make_target, mixture
+from tests.helpers.targets import COVARIANCE, banana, eight_schools, gaussian, logistic, make_target, mixture
 
 HALF_NORMAL = Target.from_logdensity(lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(1))  # D = 1
 
 
 def blackjax_chain(target, kernel, x0, keys):
     """Return states before and after every step, and infos, of BlackJAX's own loop."""
+    metric = jnp.ones(target.dim) if kernel.metric is None else kernel.metric
     algorithm = blackjax.nuts(
-        target.logdensity_fn, kernel.step_size, jnp.ones(target.dim), max_num_doublings=kernel.max_num_doublings
+        target.logdensity_fn, kernel.step_size, metric, max_num_doublings=kernel.max_num_doublings
     )
 
     def step(state, key):
@@ -50,10 +51,15 @@ PARITY = {
     "banana": (make_target(banana), NUTS(0.2)),
     "logistic": (make_target(logistic), NUTS(0.3)),
     "mixture": (make_target(mixture), NUTS(0.6)),
+    "diagonal metric": (make_target(gaussian), NUTS(0.4, inverse_mass_matrix=jnp.diagonal(COVARIANCE))),
+    "dense metric": (make_target(gaussian), NUTS(0.4, inverse_mass_matrix=jnp.asarray(COVARIANCE))),
 }
 
 
-@pytest.mark.parametrize("name", share(list(PARITY), "gaussian", "one doubling", "one dimension", "logistic"))
+@pytest.mark.parametrize(
+    "name",
+    share(list(PARITY), "gaussian", "one doubling", "one dimension", "logistic", "diagonal metric", "dense metric"),
+)
 def test_equals_blackjax_with_the_same_keys(name: str) -> None:
     target, kernel = PARITY[name]
     keys, x0 = jax.random.split(jax.random.key(3), 100), jnp.full(target.dim, 0.4)
@@ -62,7 +68,8 @@ def test_equals_blackjax_with_the_same_keys(name: str) -> None:
     found = solve(target, kernel, Sequential(), x0, noise)
     np.testing.assert_allclose(found.value, expected.position, rtol=0, atol=1e-10)
     np.testing.assert_allclose(found.aux.logdensity, expected.logdensity, rtol=0, atol=1e-10)
-    np.testing.assert_allclose(noise.momentum, info.momentum, rtol=0, atol=1e-12)
+    momentum = jax.vmap(kernel._momentum)(noise.momentum)
+    np.testing.assert_allclose(momentum, info.momentum, rtol=0, atol=1e-12)
     check_info(found.aux, info)
     assert np.mean(np.any(np.diff(expected.position, axis=0) != 0, axis=1)) > 0.3
     assert np.all(np.isnan(found.aux.margin))
@@ -168,6 +175,23 @@ def test_lanes_of_a_batch_are_the_single_steps() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-11), together, alone)
     restored = jax.vmap(lambda x: kernel.restore(target, x))(jax.vmap(kernel.unknown)(alone[0]))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-11), restored, alone[0])
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["diagonal", "full"])
+def test_a_metric_is_a_change_of_coordinates(full: bool) -> None:
+    """A metric M^-1 = L L^T gives the same chain as coordinates x = L y without one, in lanes as well."""
+    metric = COVARIANCE if full else np.diag(np.diag(COVARIANCE))
+    scale_tril, plain, target = jnp.linalg.cholesky(jnp.asarray(metric)), NUTS(0.5), make_target(gaussian)
+    kernel = NUTS(0.5, inverse_mass_matrix=metric if full else np.diag(metric))
+    whitened = Target.from_logdensity(lambda y: gaussian(scale_tril @ y), jnp.zeros(3))
+    noise, y = draw_noise(target, kernel, 4, 64), jax.random.normal(jax.random.key(1), (64, 3))
+    step = lambda target, kernel: jax.jit(jax.vmap(lambda x, u: kernel.step(target, kernel.restore(target, x), u)))
+    expected, expected_info = step(whitened, plain)(y, noise)
+    found, info = step(target, kernel)(y @ scale_tril.T, noise)
+    np.testing.assert_allclose(found.position, expected.position @ scale_tril.T, rtol=0, atol=1e-9)
+    np.testing.assert_array_equal(info.num_integration_steps, expected_info.num_integration_steps)
+    np.testing.assert_allclose(info.acceptance_rate, expected_info.acceptance_rate, rtol=0, atol=1e-9)
+    assert np.ptp(info.num_integration_steps) >= 2
 
 
 def test_derivative_is_that_of_the_branch_taken() -> None:

@@ -11,8 +11,8 @@ from scipy import stats
 
 import pmcmc
 from pmcmc import MALA
-from pmcmc.planning import extrapolate_iterations, nonlinear_steps, predict_iterations, predict_sweeps
-from pmcmc.planning.predict import ExponentialTail
+from pmcmc.planning import extrapolate_iterations, predict_iterations, predict_sweeps
+from pmcmc.planning.predict import ExponentialTail, nonlinear_steps
 from pmcmc.recurrence import Dense, Diagonal, Identity, MultipleShooting, Newton, Recurrence, Sequential, Zero
 from pmcmc.stability import coalescence_time, wasserstein_bound
 from tests.helpers.chains import draw_noise

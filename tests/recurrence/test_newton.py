@@ -57,7 +57,9 @@ def test_linear_rate_is_that_of_the_approximation_error(solver, theory):
 @pytest.mark.parametrize("strength", [0.05, 1.0])
 def test_linear_rate_of_a_fixed_trust_region(strength):
     """With steady gain G = 1 / (1 + lambda P-) and exact A = a, a constant error shrinks by (1 - G) / (1 - G a)."""
-    solver = rec.elk(regularization=rec.FixedRegularization(strength), step_rule=rec.Filter(), num_iterates=13)
+    solver = rec.elk(
+        regularization=rec.FixedRegularization(strength), step_rule=rec.trust_region.Filter(), num_iterates=13
+    )
     a, predicted = 0.7, 1.0
     for _ in range(200):
         predicted = a * a * predicted / (1 + strength * predicted) + 1
@@ -102,7 +104,7 @@ def test_hutchinson_is_unbiased_and_fresh_or_fixed(rng_key):
     four = rec.HutchinsonDiagonal(rng_key, num_probes=4).linearize(fn, x, None, 0)
     np.testing.assert_allclose(four.std(0), deviation / 2, rtol=0.1)
     assert np.any(estimate != rec.HutchinsonDiagonal(rng_key).linearize(fn, x, None, 1))
-    fixed = rec.HutchinsonDiagonal(rng_key, schedule=rec.FixedProbes())
+    fixed = rec.HutchinsonDiagonal(rng_key, fixed_probes=True)
     np.testing.assert_array_equal(fixed.linearize(fn, x, None, 0), fixed.linearize(fn, x, None, 1))
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from pmcmc import recurrence as rec
-from pmcmc.recurrence import RESULTS, AdaptiveRegularization, Filter, FixedRegularization, LevenbergMarquardt, Smoother
+from pmcmc.recurrence import RESULTS, AdaptiveRegularization, FixedRegularization, LevenbergMarquardt
 from pmcmc.recurrence.newton import trust_region
+from pmcmc.recurrence.newton.trust_region import Filter, Smoother
 from tests.helpers.recurrence_problems import coupled
 
 SEQUENTIAL = rec.Sequential()
@@ -24,7 +25,12 @@ def solve(solver, fn, x0, inputs, **options):
 def test_without_regularization_it_is_newton_to_rounding(jacobian, rule, rng_key):
     fn, x0, inputs = coupled(rng_key, 9, dim=2, gain=1.5)
     newton = solve(rec.Newton(jacobian, num_iterates=6), fn, x0, inputs)
-    elk = solve(LevenbergMarquardt(jacobian, FixedRegularization(0.0), rule, num_iterates=6), fn, x0, inputs)
+    elk = solve(
+        LevenbergMarquardt(jacobian, regularization=FixedRegularization(0.0), step_rule=rule, num_iterates=6),
+        fn,
+        x0,
+        inputs,
+    )
     assert int(newton.stats.num_iters) == int(elk.stats.num_iters)
     np.testing.assert_allclose(elk.iterates, newton.iterates, rtol=1e-12, atol=1e-13)
 

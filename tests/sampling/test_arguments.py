@@ -3,10 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
+from numpyro.infer import init_to_median
 
 import pmcmc
 from pmcmc.recurrence import RecurrenceSolver, Sequential
+from pmcmc.sampling.api import check_strategy
 from pmcmc.sampling.settings import Settings
 from tests.helpers.targets import ERRORS, eight_schools_model, gaussian, start_like
 
@@ -145,6 +149,33 @@ def test_init_params(init_params) -> None:
     with pytest.raises(ValueError, match="init_params must hold unconstrained values") as caught:
         pmcmc.parallel_chain(eight_schools_model, 0, model_args=(ERRORS,), init_params=init_params, num_chains=4)
     assert "'z': (8,)" in str(caught.value)
+
+
+def with_switch():
+    numpyro.sample("switch", dist.Bernoulli(0.3))
+    numpyro.sample("x", dist.Normal())
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "error", "words"),
+    [
+        (eight_schools_model, dict(init_params={}, init_strategy=init_to_median), ValueError, "leave one of them out"),
+        (with_switch, dict(init_strategy=init_to_median), ValueError, r"discrete sites \['switch'\]: pass init_params"),
+    ],
+    ids=["both", "discrete"],
+)
+def test_strategies_that_cannot_be_used(model, options, error, words: str) -> None:
+    args = () if model is with_switch else (ERRORS,)
+    with pytest.raises(error, match=words):
+        pmcmc.parallel_chain(model, 0, model_args=args, **options)
+    with pytest.raises(TypeError, match="must be one of NumPyro's, such as init_to_median, got 'median'"):
+        check_strategy(GOOD["target"], None, "median")
+
+
+def test_starts_of_other_numbers_of_chains() -> None:
+    for position in (jnp.zeros((3, 2)), 0.0, {"a": np.zeros(4), "b": 1.0}):
+        with pytest.raises(ValueError, match=r"init_per_chain=True needs arrays with a leading axis num_chains=4"):
+            pmcmc.sample(gaussian, position, 0, num_chains=4, init_per_chain=True)
 
 
 def spike(p):

@@ -10,12 +10,13 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from numpyro import diagnostics, infer
 from scipy import stats
 
 import pmcmc
 from benchmarks._compilations import compilations
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, deer
-from pmcmc.sampling import programs
+from pmcmc.sampling import api, programs
 from pmcmc.sampling.programs import Engine
 from tests.helpers.statistics import z_bound
 from tests.helpers.targets import COVARIANCE, funnel, funnel_may_warn, gaussian, start_like
@@ -201,6 +202,22 @@ def test_print_summary(capsys: pytest.CaptureFixture) -> None:
     assert "x[2]" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("chain", [model_chain, reference], ids=["model", "plain"])
+def test_summary_is_numpyros(chain, capsys: pytest.CaptureFixture) -> None:
+    """The statistics are those of NumPyro, and so is the table."""
+    chain, samples = chain(), chain().get_samples(group_by_chain=True)
+    samples = samples if isinstance(samples, dict) else {"x": samples}
+    found, expected = chain.summary(0.8), diagnostics.summary(samples, prob=0.8, group_by_chain=True)
+    assert list(found) == list(expected)
+    jax.tree.map(np.testing.assert_array_equal, dict(found), dict(expected))
+    diagnostics.print_summary(samples, prob=0.8, group_by_chain=True)
+    table = capsys.readouterr().out
+    assert repr(found) == f"{table}Number of divergences: {found.num_divergences}"
+    assert found.num_divergences == chain.info.is_divergent.sum()
+    if chain is model_chain():
+        assert list(chain.summary(sites=["sigma"])) == ["sigma"]
+
+
 @pytest.mark.filterwarnings("ignore")  # ArviZ's own dependencies
 def test_arviz() -> None:
     data = model_chain().to_arviz()
@@ -251,3 +268,38 @@ def test_starts_of_the_chains() -> None:
     np.testing.assert_allclose(each["mu"][:, -1], starts["mu"], atol=1e-6)
     np.testing.assert_allclose(each["sigma"][:, -1], jnp.exp(starts["sigma"]), atol=1e-6)
     np.testing.assert_allclose(one["mu"], 0.5, atol=1e-6)
+
+
+TINY = dict(kernel=pmcmc.HMC(step_size=1e-9, num_integration_steps=1), solver=Sequential(), progress_bar=False)
+TINY |= dict(num_warmup=0, num_samples=3, num_chains=4)
+
+
+def test_starts_of_numpyros_strategies() -> None:
+    """Chains stay where NumPyro starts them; a function of the site is a strategy too."""
+    run = lambda strategy: pmcmc.parallel_chain(
+        normal_model, 0, model_args=(OBSERVED,), init_strategy=strategy, **TINY
+    ).get_samples(group_by_chain=True)
+    np.testing.assert_allclose(run(infer.init_to_value(values={"mu": 0.7, "sigma": 2.0}))["sigma"], 2.0, rtol=1e-6)
+    median = run(infer.init_to_median(num_samples=1001))
+    np.testing.assert_allclose(median["mu"], 0.0, atol=0.2)
+    assert np.ptp(median["mu"][:, -1]) > 0  # one start for each chain
+    assert np.all(np.abs(run(infer.init_to_uniform(radius=0.01))["mu"]) < 0.011)
+    default = pmcmc.parallel_chain(normal_model, 0, model_args=(OBSERVED,), **TINY).get_samples(group_by_chain=True)
+    np.testing.assert_array_equal(run(infer.init_to_uniform)["mu"], default["mu"])
+
+
+@pytest.mark.parametrize("num_warmup", [0, 20])
+def test_starts_of_the_chains_of_a_density(num_warmup: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without warm-up chains stay where they start. With one its lanes start there in turn."""
+    starts = {"a": np.arange(4.0), "b": jnp.arange(12.0).reshape(4, 3) / 10}
+    logdensity = lambda p: -0.5 * (p["a"] ** 2 + jnp.sum(p["b"] ** 2))
+    if not num_warmup:
+        chain = pmcmc.sample(logdensity, starts, 0, init_per_chain=True, **TINY)
+        for name, x in chain.get_samples(group_by_chain=True).items():
+            np.testing.assert_allclose(x, np.broadcast_to(np.asarray(starts[name])[:, None], x.shape), atol=1e-6)
+        return
+    seen = []
+    monkeypatch.setattr(api, "sample_new", lambda source, key, starts, *rest: seen.append(starts) or reference())
+    pmcmc.sample(logdensity, starts, 0, init_per_chain=True, num_chains=4)
+    for name, x in starts.items():
+        np.testing.assert_array_equal(seen[0][name], np.concatenate([x] * 8))

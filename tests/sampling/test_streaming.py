@@ -104,6 +104,9 @@ def test_arviz_and_xarray_open_sites_by_name(tmp_path: Path) -> None:
     expected = chain.extend(70, progress_bar=False).to_arviz()
     opened = stored.to_arviz()
     assert list(stored.get_samples(sites=["mu"])) == ["mu"]
+    summary = stored.summary(sites=["mu"])
+    np.testing.assert_allclose(summary["mu"]["mean"], np.mean(expected.posterior["mu"]), rtol=1e-12)
+    assert summary.num_divergences == expected.sample_stats["diverging"].sum()
     assert set(opened.posterior) == {"theta", "mu"}
     for group in ("posterior", "sample_stats", "observed_data", "constant_data"):
         for name, found in getattr(opened, group).items():

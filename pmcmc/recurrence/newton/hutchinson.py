@@ -7,7 +7,6 @@ satisfies the recurrence whatever the probes were, so they do not contribute to 
 `HutchinsonDiagonal` estimates `Diagonal`, `HutchinsonBlockDiagonal` estimates `BlockDiagonal`.
 """
 
-import abc
 from dataclasses import dataclass, field
 
 import jax
@@ -17,49 +16,26 @@ from pmcmc._pytree import Array, PRNGKey, register_dataclass
 from pmcmc.recurrence.newton.jacobian import Scanned, half_size, pushforward
 
 
-class ProbeSchedule(abc.ABC):
-    """Which key the probes of an iteration are drawn from."""
+@dataclass(frozen=True)
+class Hutchinson(Scanned):
+    """Base class of the estimates, with their common options."""
 
-    @abc.abstractmethod
-    def key(self, rng_key: PRNGKey, iteration: Array) -> PRNGKey:
-        """Return the key of this iteration."""
+    rng_key: PRNGKey
+    num_probes: int = field(default=1, metadata=dict(static=True))
+    fixed_probes: bool = field(default=False, metadata=dict(static=True))
+
+    def __post_init__(self):
+        if isinstance(self.num_probes, int) and self.num_probes < 1:
+            raise ValueError(f"num_probes must be at least 1, got {self.num_probes}. Use Zero() for no derivative.")
+
+    def key(self, iteration: Array | int) -> PRNGKey:
+        """Return the key of the probes of this iteration."""
+        return self.rng_key if self.fixed_probes else jax.random.fold_in(self.rng_key, iteration)
 
 
 @register_dataclass
 @dataclass(frozen=True)
-class FreshProbes(ProbeSchedule):
-    """New probes at every iteration.
-
-    The errors of the diagonal average out over the iterations.
-    """
-
-    def key(self, rng_key, iteration):
-        return jax.random.fold_in(rng_key, iteration)
-
-
-@register_dataclass
-@dataclass(frozen=True)
-class FixedProbes(ProbeSchedule):
-    """Identical probes at every iteration.
-
-    The approximation is then one fixed matrix for a given path.
-
-    Source: published code of Zoltowski et al. (2025).
-    """
-
-    def key(self, rng_key, iteration):
-        return rng_key
-
-
-def _check(num_probes):
-    """Raise if ``num_probes`` is a Python number below 1."""
-    if isinstance(num_probes, int) and num_probes < 1:
-        raise ValueError(f"num_probes must be at least 1, got {num_probes}. Use Zero() for no derivative.")
-
-
-@register_dataclass
-@dataclass(frozen=True)
-class HutchinsonDiagonal(Scanned):
+class HutchinsonDiagonal(Hutchinson):
     """Diagonal estimate ``mean over probes of z * (J z)``, one JVP per probe: stochastic quasi-DEER.
 
     It needs O(T D) memory.
@@ -68,7 +44,8 @@ class HutchinsonDiagonal(Scanned):
         rng_key: Key of the probes. The chains of a batch share their probes; steps do not.
         num_probes: JVPs per step and iteration. The variance of entry i is
             ``sum over j != i of J[i, j]^2 / num_probes``.
-        schedule: `FreshProbes` (default) or `FixedProbes`.
+        fixed_probes: Whether all iterations share their probes, so that the estimate is one fixed matrix for a given
+            path, as in the published code. By default each iteration draws new ones, and their errors average out.
 
     Raises:
         ValueError: num_probes is below 1.
@@ -82,18 +59,11 @@ class HutchinsonDiagonal(Scanned):
         [[2.0, 4.0]]
     """
 
-    rng_key: PRNGKey
-    num_probes: int = field(default=1, metadata=dict(static=True))
-    schedule: ProbeSchedule = FreshProbes()
-
-    def __post_init__(self):
-        _check(self.num_probes)
-
     def num_entries(self, dim):
         return dim
 
     def linearize(self, fn, x, inputs, iteration):
-        key = self.schedule.key(self.rng_key, iteration)
+        key = self.key(iteration)
 
         def add(i, total):
             z = jax.random.rademacher(jax.random.fold_in(key, i), x.shape, x.dtype)
@@ -105,7 +75,7 @@ class HutchinsonDiagonal(Scanned):
 
 @register_dataclass
 @dataclass(frozen=True)
-class HutchinsonBlockDiagonal(Scanned):
+class HutchinsonBlockDiagonal(Hutchinson):
     """Estimate of `BlockDiagonal`: with z nonzero in one half at a time, ``E[z * (J_pq z)] = diag(J_pq)``.
 
     It takes two JVPs per probe, independent of D.
@@ -113,7 +83,8 @@ class HutchinsonBlockDiagonal(Scanned):
     Args:
         rng_key: Key of the probes. The chains of a batch share their probes; steps do not.
         num_probes: Pairs of JVPs per step and iteration.
-        schedule: `FreshProbes` (default) or `FixedProbes`.
+        fixed_probes: Whether all iterations share their probes, so that the estimate is one fixed matrix for a given
+            path, as in the published code. By default each iteration draws new ones, and their errors average out.
 
     Raises:
         ValueError: num_probes is below 1; or, in a solve, D is odd.
@@ -128,18 +99,11 @@ class HutchinsonBlockDiagonal(Scanned):
         [[0.0, 2.0], [3.0, 0.0]]
     """
 
-    rng_key: PRNGKey
-    num_probes: int = field(default=1, metadata=dict(static=True))
-    schedule: ProbeSchedule = FreshProbes()
-
-    def __post_init__(self):
-        _check(self.num_probes)
-
     def num_entries(self, dim):
         return 2 * dim
 
     def linearize(self, fn, x, inputs, iteration):
-        key = self.schedule.key(self.rng_key, iteration)
+        key = self.key(iteration)
         length, half = x.shape[0], half_size(x)
         push = jax.vmap(lambda x, u, v: pushforward(fn, x, u, v))
 

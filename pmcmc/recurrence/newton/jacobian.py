@@ -42,21 +42,6 @@ class JacobianBasis(abc.ABC):
 
 @register_dataclass
 @dataclass(frozen=True)
-class StandardBasis(JacobianBasis):
-    """The state's own coordinates, L = I.
-
-    This is the default; nothing is mapped.
-    """
-
-    def encode(self, dx):
-        return dx
-
-    def decode(self, dz):
-        return dz
-
-
-@register_dataclass
-@dataclass(frozen=True)
 class ScaledBasis(JacobianBasis):
     """Diagonal scaling, L = diag(scale).
 

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 from pmcmc._pytree import Array, PyTree, Scalar, finite_rows, register_dataclass
 from pmcmc.recurrence.newton.equations import Course, Evaluation, System, blocked_at, conclude
 from pmcmc.recurrence.newton.implicit_diff import VectorSolver
-from pmcmc.recurrence.newton.jacobian import Dense, Identity, JacobianBasis, JacobianStructure, StandardBasis, Zero
+from pmcmc.recurrence.newton.jacobian import Dense, Identity, JacobianBasis, JacobianStructure, Zero
 from pmcmc.recurrence.sharding import distinct
 
 
@@ -65,29 +65,31 @@ class Iterate(NamedTuple):
     iterates: Array | None
 
 
-class Linearization(NamedTuple):
-    """The linear recursion of an iterate, in the solver's basis.
-
-    Attributes:
-        a: A[t], in the solver's structure; None if nothing is stored.
-        r: Residuals, (T, D).
-    """
-
-    a: Array | None
-    r: Array
-
-
+@dataclass(frozen=True)
 class NewtonType(VectorSolver):
-    """Base class of `Newton` and `LevenbergMarquardt`, both of which have the fields annotated here."""
+    """Base class of `Newton` and `LevenbergMarquardt`, with their common options."""
 
-    jacobian: JacobianStructure
-    basis: JacobianBasis
-    damping: Scalar | None
-    clip: Scalar | None
-    tol: Scalar | None
-    max_iters: Scalar
-    num_iterates: int
-    devices: Sequence[jax.Device] | None
+    jacobian: JacobianStructure = Dense()
+    tol: Scalar | None = None
+    max_iters: Scalar = 200
+    basis: JacobianBasis | None = None
+    damping: Scalar | None = None
+    clip: Scalar | None = None
+    num_iterates: int = field(default=0, metadata=dict(static=True))
+    devices: Sequence[jax.Device] | None = field(default=None, metadata=dict(static=True))
+
+    def __post_init__(self):
+        if isinstance(self.max_iters, int) and self.max_iters < 0:
+            raise ValueError(f"max_iters must be at least 0, got {self.max_iters}.")
+        if isinstance(self.num_iterates, int) and self.num_iterates < 0:
+            raise ValueError(f"num_iterates must be at least 0, got {self.num_iterates}.")
+        if self.devices is not None:
+            object.__setattr__(self, "devices", distinct(self.devices))
+        if isinstance(self.jacobian, Identity | Zero) and not (self.damping is None and self.clip is None):
+            raise ValueError(
+                f"damping and clip act on the entries of a Jacobian; {type(self.jacobian).__name__}() has none. "
+                "Drop them, or use Diagonal()."
+            )
 
     @property
     def decision(self):
@@ -98,7 +100,7 @@ class NewtonType(VectorSolver):
         return self.devices or ()
 
     def with_devices(self, devices):
-        return replace(self, devices=devices)  # type: ignore[type-var]  # its subclasses are dataclasses
+        return replace(self, devices=devices)
 
     def numbers_per_step(self, dim):
         # From XLA's memory analysis for Dense and the diagonals, D = 4 and 24, on a CPU: the affine scan stores four
@@ -122,20 +124,6 @@ class NewtonType(VectorSolver):
     @property
     def tolerance(self):
         return self.tol
-
-    def check(self):
-        """Raise on invalid static arguments; called by the constructors."""
-        if isinstance(self.max_iters, int) and self.max_iters < 0:
-            raise ValueError(f"max_iters must be at least 0, got {self.max_iters}.")
-        if isinstance(self.num_iterates, int) and self.num_iterates < 0:
-            raise ValueError(f"num_iterates must be at least 0, got {self.num_iterates}.")
-        if self.devices is not None:
-            object.__setattr__(self, "devices", distinct(self.devices))
-        if isinstance(self.jacobian, Identity | Zero) and not (self.damping is None and self.clip is None):
-            raise ValueError(
-                f"damping and clip act on the entries of a Jacobian; {type(self.jacobian).__name__}() has none. "
-                "Drop them, or use Diagonal()."
-            )
 
     def start(self, system: System, guess: Array) -> Iterate:
         """Evaluate the guess."""
@@ -170,21 +158,32 @@ class NewtonType(VectorSolver):
         course = Course(last.moving, last.blocked, last.num_iters, last.num_iters + 1, system.length)
         return conclude(system, last.now, course, finish(last.iterates, last.now.path, last.num_iters))
 
-    def linearize(self, system: System, it: Iterate) -> Linearization:
-        """Compute A and r in the basis: damped, clipped, and restarted where they are not finite."""
-        encode, decode = self.basis.encode, self.basis.decode
+    def encode(self, dx: Array) -> Array:
+        """Map increments ``(T, D)`` to the basis."""
+        return dx if self.basis is None else jax.vmap(self.basis.encode)(dx)
+
+    def decode(self, dz: Array) -> Array:
+        """Map increments ``(T, D)`` back."""
+        return dz if self.basis is None else jax.vmap(self.basis.decode)(dz)
+
+    def linearize(self, system: System, it: Iterate) -> tuple[Array | None, Array]:
+        """Return A and r in the basis: damped, clipped, and restarted where they are not finite.
+
+        Returns:
+            A[t] in the solver's structure, or None if nothing is stored; and the residuals, shape (T, D).
+        """
         x, inputs = system.previous(it.now.path), system.inputs
         fn: Callable = system.image
-        if not isinstance(self.basis, StandardBasis):
+        if (basis := self.basis) is not None:
             # linearise in the increment, at 0, so that the point of linearisation is x to the last bit
-            fn = lambda dz, xu: encode(system.image(xu[0] + decode(dz), xu[1]))
+            fn = lambda dz, xu: basis.encode(system.image(xu[0] + basis.decode(dz), xu[1]))
             x, inputs = jnp.zeros_like(x), (x, inputs)
         a = self.jacobian.linearize(fn, x, inputs, it.num_iters)
         if a is not None:
             a = a if self.damping is None else (self.damping * a).astype(a.dtype)
             a = a if self.clip is None else jnp.clip(a, -self.clip, self.clip).astype(a.dtype)
             a = _restart(a)
-        return Linearization(a, _restart(jax.vmap(encode)(it.now.images - it.now.path)))
+        return a, _restart(self.encode(it.now.images - it.now.path))
 
 
 def _restart(rows: Array) -> Array:
@@ -229,7 +228,7 @@ class Newton(NewtonType):
         max_iters: Budget of iterations. After T iterations every structure is exact. A small budget stops early: the
             result is then `max_iters_reached`, `residual_profile` is the residual of each step, and
             `stats.certified_steps` the length of the certified prefix.
-        basis: Coordinates in which the Jacobian is approximated, damped and clipped.
+        basis: Coordinates in which the Jacobian is approximated, damped and clipped. None: those of the state.
         damping: A[t] <- damping A[t]; 1 changes nothing, 0 is Jacobi. (``damp_factor`` in the code of Zoltowski et al.)
         clip: Entries of the (damped) A[t] are clipped to [-clip, clip].
         num_iterates: Number of iterates to keep in `Solution.iterates`, the initial guess first. If there are fewer,
@@ -251,24 +250,12 @@ class Newton(NewtonType):
         True
     """
 
-    jacobian: JacobianStructure = Dense()
-    tol: Scalar | None = None
-    max_iters: Scalar = 200
-    basis: JacobianBasis = StandardBasis()
-    damping: Scalar | None = None
-    clip: Scalar | None = None
-    num_iterates: int = field(default=0, metadata=dict(static=True))
-    devices: Sequence[jax.Device] | None = field(default=None, metadata=dict(static=True))
-
-    def __post_init__(self):
-        self.check()
-
     def begin(self, system):
         return None
 
     def propose(self, system, it):
         a, r = self.linearize(system, it)
-        correction = jax.vmap(self.basis.decode)(self.jacobian.recur(a, r, system.steps))
+        correction = self.decode(self.jacobian.recur(a, r, system.steps))
         return it.now.images + drop_overflow(correction), None
 
     def judge(self, system, it, candidate, plan):

@@ -21,20 +21,20 @@ first evaluation, outside the loop, rounds differently).
 """
 
 import abc
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from pmcmc._pytree import Array, PyTree, Scalar, finite_rows, register_dataclass
 from pmcmc.recurrence.newton import kalman
 from pmcmc.recurrence.newton.equations import exact_prefix
-from pmcmc.recurrence.newton.jacobian import Dense, JacobianBasis, JacobianStructure, Scanned, StandardBasis
+from pmcmc.recurrence.newton.jacobian import JacobianStructure, Scanned
 from pmcmc.recurrence.newton.newton import NewtonType, drop_overflow
 from pmcmc.recurrence.scan import apply_affine
 from pmcmc.recurrence.sharding import Steps
+
+__all__ = ["Filter", "Smoother", "StepRule"]  # the other public names are exported by pmcmc.recurrence
 
 
 class Step(NamedTuple):
@@ -261,8 +261,6 @@ class LevenbergMarquardt(NewtonType):
     Args:
         jacobian: `Dense` (ELK), `Diagonal` (quasi-ELK), `HutchinsonDiagonal`, `BlockDiagonal` or
             `HutchinsonBlockDiagonal`.
-        regularization: `AdaptiveRegularization` or `FixedRegularization`: lambda, dimensionless.
-        step_rule: `Filter`, as published, or `Smoother`, the exact Levenberg-Marquardt step.
         tol: As in `Newton`.
         max_iters: As in `Newton`. T iterations suffice with `AdaptiveRegularization`, but not with a fixed lambda.
         basis: As in `Newton`.
@@ -270,6 +268,8 @@ class LevenbergMarquardt(NewtonType):
         clip: As in `Newton`.
         num_iterates: As in `Newton`.
         devices: As in `Newton`.
+        regularization: `AdaptiveRegularization` or `FixedRegularization`: lambda, dimensionless.
+        step_rule: `Filter`, as published, or `Smoother`, the exact Levenberg-Marquardt step.
 
     Raises:
         ValueError: As in `Newton`.
@@ -286,19 +286,11 @@ class LevenbergMarquardt(NewtonType):
         True
     """
 
-    jacobian: JacobianStructure = Dense()
     regularization: Regularization = AdaptiveRegularization()
     step_rule: StepRule = Filter()
-    tol: Scalar | None = None
-    max_iters: Scalar = 200
-    basis: JacobianBasis = StandardBasis()
-    damping: Scalar | None = None
-    clip: Scalar | None = None
-    num_iterates: int = field(default=0, metadata=dict(static=True))
-    devices: Sequence[jax.Device] | None = field(default=None, metadata=dict(static=True))
 
     def __post_init__(self):
-        self.check()
+        super().__post_init__()
         if isinstance(self.jacobian, JacobianStructure) and not isinstance(self.jacobian, Scanned):
             raise TypeError(
                 f"a trust region needs a Jacobian with entries, got {type(self.jacobian).__name__}(). "
@@ -312,10 +304,10 @@ class LevenbergMarquardt(NewtonType):
         a, r = self.linearize(system, it)
         num_exact = self.regularization.num_exact(exact_prefix(system, it.now))
         step = self.step_rule.step(a, r, self.regularization.strength(it.memory), num_exact, system.steps)
-        return it.now.images + drop_overflow(jax.vmap(self.basis.decode)(step.beyond_images)), step.model
+        return it.now.images + drop_overflow(self.decode(step.beyond_images)), step.model
 
     def judge(self, system, it, candidate, plan):
-        residual = lambda now: jax.vmap(self.basis.encode)(now.images - now.path)
+        residual = lambda now: self.encode(now.images - now.path)
         before, after = residual(it.now), residual(candidate)
         norm = lambda r: _norm(system.steps, r)
         lost = lambda r: system.steps.sum(~finite_rows(r))

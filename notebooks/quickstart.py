@@ -61,6 +61,12 @@ import arviz as az
 plt.rcParams["figure.dpi"] = 80
 
 # %% [markdown]
+# Compiled programs are kept on disk, so that this notebook starts sooner the next time.
+
+# %%
+folder = pmcmc.cache_programs()
+
+# %% [markdown]
 # All sizes are set here: small if `PMCMC_SMALL` is set (tests), and smaller on a GPU, where sequential steps take much
 # longer than on a CPU.
 

@@ -23,6 +23,7 @@ from pmcmc.chain.state import ChainState, Source, last_logdensity, model_source
 from pmcmc.interop.numpyro import strategy_starts
 from pmcmc.kernels import Kernel
 from pmcmc.numpyro_samplers import STEP_SIZE, check_metric_sites, kernel_fields, translate
+from pmcmc.random.streams import fold_key
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.sampling.api import model_starts
 from pmcmc.sampling.session import sample_from, sample_new, warm_up
@@ -304,7 +305,7 @@ class ParallelMCMC(MCMC):
         num_unkept = chains.num_unkept % self.thinning
         if not np.array_equal(data(rng_key), data(chains.rng_key)):
             # Do not use the key itself: it may have drawn these steps before, and chains that share noise would merge.
-            rng_key, num_unkept = jax.random.fold_in(rng_key, chains.num_steps + 1), 0
+            rng_key, num_unkept = fold_key(rng_key, chains.num_steps + 1), 0
         target = target.with_basis(chains.target.basis)
         return chains._replace(target=target, rng_key=rng_key, num_unkept=num_unkept, source=source)
 

@@ -20,6 +20,7 @@ from pmcmc import kernels, recurrence
 from pmcmc._pytree import PyTree
 from pmcmc._xla.trace import Traced, Untraced
 from pmcmc.kernels.gibbs import Block
+from pmcmc.kernels.hmc import TRAJECTORY_LENGTH
 from pmcmc.target import Basis
 
 
@@ -63,7 +64,10 @@ _RENAMED = {
     ("HutchinsonBlockDiagonal", "schedule"): "fixed_probes",
 }
 # Fields that earlier files do not have, by class, with their values there.
-_ADDED: dict[str, dict] = {"NUTS": {"inverse_mass_matrix": None}}
+_ADDED: dict[str, dict] = {
+    "NUTS": {"inverse_mass_matrix": None},
+    "HMC": {"trajectory_length": TRAJECTORY_LENGTH},
+}
 # Classes without fields in earlier files, and the values that replace them.
 _REPLACED = {"StandardBasis": None, "FreshProbes": False, "FixedProbes": True}
 

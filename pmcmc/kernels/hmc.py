@@ -208,7 +208,7 @@ class ParallelLeapfrog(Leapfrog):
 # Time of a trajectory whose number of steps is left out, 0.29 of the period on a standard normal target. A trajectory
 # of time T multiplies a centred coordinate by cos(T) on average, and a rejection by 1. At the acceptance rate of 0.8 to
 # which warm-up tunes, successive draws have the correlation 0.8 cos(T) + 0.2, which is zero here.
-TRAJECTORY_TIME = math.acos(-1 / 4)
+TRAJECTORY_LENGTH = math.acos(-1 / 4)
 # Numbers of steps that miss this time by a smaller share than this, such as rounding errors, count as reaching it.
 TIME_TOLERANCE = 1e-4
 
@@ -239,8 +239,8 @@ class HMC(GradientKernel):
     Args:
         step_size: Leapfrog step, in units of the metric (about the posterior's scale). None: tuned by warm-up to an
             acceptance rate of 0.8, then shortened to T / L if ``num_integration_steps`` is left out too.
-        num_integration_steps: Number L of leapfrog steps, or `UniformLength`. None: ``clip(ceil(T / step_size), 1,
-            64)``, where T = arccos(-1/4) = 1.82 is 0.29 of the period on a standard normal target.
+        num_integration_steps: Number L of leapfrog steps, or `UniformLength`. None: ``clip(ceil(trajectory_length /
+            step_size), 1, 64)``.
         inverse_mass_matrix: M^{-1}, about the posterior's (co)variance; shape (D,) or (D, D). None: the identity, which
             suits the whitened coordinates of warm-up. A full matrix is factorised in every step.
         step_size_jitter: The step size is multiplied by a factor uniform on (1 - jitter, 1 + jitter), drawn with the
@@ -249,10 +249,12 @@ class HMC(GradientKernel):
             (docs/choosing.md).
         surrogate: Derivative of the accept decision, used by Newton-type solvers only.
         leapfrog: `SequentialLeapfrog`, or `ParallelLeapfrog`, which solves all states of a long trajectory at once.
+        trajectory_length: Time T of a trajectory whose number of steps is left out. The default, arccos(-1/4) = 1.82,
+            is 0.29 of the period on a standard normal target.
 
     Raises:
-        ValueError: ``step_size`` is not positive, ``num_integration_steps`` is below 1, or the jitter is outside
-            [0, 1).
+        ValueError: ``step_size`` or ``trajectory_length`` is not positive, ``num_integration_steps`` is below 1, or the
+            jitter is outside [0, 1).
 
     Source: Duane et al. (1987); Neal (2011), eq. 5.18-5.20.
 
@@ -270,9 +272,12 @@ class HMC(GradientKernel):
     step_size_jitter: Scalar = 0.2
     surrogate: Surrogate = BranchTaken()
     leapfrog: Leapfrog = SequentialLeapfrog()
+    trajectory_length: Scalar = TRAJECTORY_LENGTH
 
     def __post_init__(self):
         check_step_size(self.step_size)
+        if isinstance(self.trajectory_length, (int, float)) and not self.trajectory_length > 0:
+            raise ValueError(f"trajectory_length must be positive, got {self.trajectory_length}.")
         if isinstance(self.num_integration_steps, int) and self.num_integration_steps < 1:
             raise ValueError(f"num_integration_steps must be at least 1, got {self.num_integration_steps}.")
         if isinstance(self.step_size_jitter, (int, float)) and not 0 <= self.step_size_jitter < 1:
@@ -321,14 +326,14 @@ class HMC(GradientKernel):
         return replace(self, num_integration_steps=jnp.minimum(self.finalize().num_integration_steps, num_steps))
 
     def final_step_size(self, step_size):
-        """Return the step size at which the L steps of the default take no longer than `TRAJECTORY_TIME`.
+        """Return the step size at which the L steps of the default take no longer than ``trajectory_length``.
 
         The number of steps is rounded up, so with few large steps the trajectory would turn back: with two steps of
         1.35 it takes 2.7, nearly half a period, and squares of coordinates hardly change.
         """
         if self.num_integration_steps is not None or not isinstance(self.leapfrog, SequentialLeapfrog):
             return step_size
-        longest = TRAJECTORY_TIME / replace(self, step_size=step_size).default_length()
+        longest = jnp.asarray(self.trajectory_length) / replace(self, step_size=step_size).default_length()
         return jnp.minimum(step_size, longest.astype(jnp.result_type(step_size)))
 
     @property
@@ -338,8 +343,8 @@ class HMC(GradientKernel):
         )
 
     def default_length(self) -> Array:
-        """Return ``clip(ceil(T / step_size), 1, 64)``, or the number of steps fixed by the leapfrog integrator."""
-        ratio = (1 - TIME_TOLERANCE) * TRAJECTORY_TIME / jnp.asarray(self.step_size)
+        """Return ``clip(ceil(trajectory_length / step_size), 1, 64)``, or the number that the integrator fixes."""
+        ratio = (1 - TIME_TOLERANCE) * jnp.asarray(self.trajectory_length) / jnp.asarray(self.step_size)
         return self.leapfrog.length(jnp.clip(jnp.ceil(ratio), 1, 64).astype(int))
 
     def _length(self, noise: HMCNoise) -> Array:

@@ -97,22 +97,27 @@ def seed_key(seed: int) -> PRNGKey:
     return _typed(np.array([seed >> 32 if wide else 0, seed], object) & 0xFFFFFFFF)
 
 
+def fold_key(rng_key: PRNGKey, number: int) -> PRNGKey:
+    """Return ``jax.random.fold_in(rng_key, number)``, computed in numpy."""
+    return _typed(_folded(rng_key, np.array([number]))[0])
+
+
 def split_key(rng_key: PRNGKey, number: int) -> list[PRNGKey]:
     """Return the first keys of ``jax.random.split``, computed in numpy."""
-    return [_typed(words) for words in _folded(rng_key, number)]
+    return [_typed(words) for words in _folded(rng_key, np.arange(number))]
 
 
 def chain_keys(rng_key: PRNGKey, *, num_chains: int) -> Array:
     """Return one key per chain, shape ``(num_chains,)``; the key of a chain does not depend on their number."""
-    return _typed(_folded(rng_key, num_chains))
+    return _typed(_folded(rng_key, np.arange(num_chains)))
 
 
-def _folded(rng_key: PRNGKey, number: int) -> np.ndarray:
-    """Return the words of ``jax.random.fold_in(rng_key, n)``, n < number; shape ``(number, 2)``.
+def _folded(rng_key: PRNGKey, numbers: np.ndarray) -> np.ndarray:
+    """Return the words of ``jax.random.fold_in(rng_key, n)`` for some numbers (n,); shape ``(n, 2)``.
 
     Hashed in numpy: each operation of JAX on a key would be a program to compile.
     """
-    pair, numbers = np.asarray(key_pair(rng_key)), np.arange(number, dtype=np.uint32)
+    pair, numbers = np.asarray(key_pair(rng_key)), numbers.astype(np.uint32)
     return np.stack(threefry_2x32(pair, np.zeros_like(numbers), numbers), axis=-1)
 
 

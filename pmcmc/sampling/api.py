@@ -18,7 +18,7 @@ from pmcmc.chain.state import density_source, model_source
 from pmcmc.interop.numpyro import strategy_starts
 from pmcmc.interop.numpyro_sites import numpyro_starts
 from pmcmc.kernels import Kernel
-from pmcmc.random.streams import split_key
+from pmcmc.random.streams import fold_key
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.sampling.session import WarmupRecord, sample_new
 from pmcmc.sampling.settings import Settings, as_key, spread_starts
@@ -168,10 +168,20 @@ def model_starts(target: Target, rng_key: PRNGKey, init_params: PyTree, settings
 
     They are drawn as NumPyro does, or made from those that the user passed.
     """
-    num_starts = settings.warmup.count_starts(target) if settings.num_warmup else settings.num_chains
+    num_starts = _count_starts(target, settings)
     if init_params is None:
-        return numpyro_starts(target, split_key(rng_key, 1)[0], num_starts)
+        return numpyro_starts(target, fold_key(rng_key, 0), num_starts)
     return spread_starts(target, init_params, settings.num_chains, num_starts)
+
+
+def _count_starts(target: Target, settings: Settings) -> int:
+    """Return the number of positions where warm-up starts, or the chains if there is no warm-up.
+
+    Raises:
+        TypeError, ValueError: The kernel does not fit the target.
+    """
+    settings.kernel.check(target)
+    return settings.warmup.count_starts(target) if settings.num_warmup else settings.num_chains
 
 
 def sample(
@@ -236,7 +246,7 @@ def sample(
     settings = Settings.check(
         target, kernel, solver, num_warmup, num_samples, num_chains, thinning, extra_fields, warmup, devices, max_memory
     )
-    num_starts = settings.warmup.count_starts(target) if num_warmup else num_chains
+    num_starts = _count_starts(target, settings)
     # In numpy, like everything between programs: each operation of JAX would be one more program to compile.
     in_numpy = lambda x: np.asarray(jnp.asarray(x))
     each = initial_position if init_per_chain else jax.tree.map(lambda x: in_numpy(x)[None], initial_position)

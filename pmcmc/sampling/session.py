@@ -84,8 +84,7 @@ def tune_chains(
     Warns:
         UserWarning: The result of warm-up is doubtful.
     """
-    # Check the kernel and the starts before warm-up.
-    settings.kernel.check(source.target)
+    # Check the starts before warm-up.
     source, kernel = source.with_kernel(settings.kernel)
     target, settings = source.target, replace(settings, kernel=kernel)
     check_starts(target, starts)

@@ -4,7 +4,7 @@ A `Warmup` runs a kernel from dispersed starts and returns a `Tuned`: the kernel
 whitened coordinates ``x = loc + scale y`` (the posterior's location and scales), and an ensemble of states near the
 posterior.
 
-- `EnsembleAdaptation`, the default: windows over 32 lanes of HMC.
+- `EnsembleAdaptation`, the default: windows over up to 32 lanes of HMC.
 - `WindowAdaptation`: Stan's windows with NUTS.
 - `ChEESAdaptation`: also tunes the trajectory length of `pmcmc.HMC`.
 - `Pathfinder`: moves the starts towards the posterior before another warm-up.

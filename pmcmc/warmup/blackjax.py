@@ -5,7 +5,7 @@
   the expected square.
 - `Pathfinder`: moves each start to a draw of a Gaussian approximation fitted along an L-BFGS path.
 
-After that the step size is tuned on 32 lanes, by `pmcmc.warmup.lanes.tune`.
+After that the step size is tuned on up to 32 lanes, by `pmcmc.warmup.lanes.tune`.
 
 Source: Hoffman & Gelman (2014); Hoffman, Radul & Sountsov (2021); Zhang, Carpenter, Gelman & Vehtari (2022).
 """
@@ -127,7 +127,7 @@ MAX_STEPS = 1023
 @register_dataclass
 @dataclass(frozen=True)
 class ChEESAdaptation(Warmup):
-    """Warm-up of `HMC` that tunes the trajectory length by the ChEES criterion, over 32 lanes.
+    """Warm-up of `HMC` that tunes the trajectory length by the ChEES criterion, over up to 32 lanes.
 
     The criterion is the change in the estimator of the expected square, which ChEES maximises.
 

@@ -26,6 +26,7 @@ from pmcmc.target import Basis, Target
 from pmcmc.warmup.base import Tuned, Warmup, Watch, check_metric, ignore, path_moments, take_metric
 from pmcmc.warmup.lanes import (
     NO_LIMIT,
+    NUM_LANES,
     PIECE,
     Exploration,
     LaneEnsemble,
@@ -44,7 +45,7 @@ SETTLED, MIXED = 3.0, 0.2
 # Number of further windows, with a step size tuned for it, that a held lane far out gets before it is moved to another
 # lane's position.
 PATIENCE = 1
-# Largest number of leapfrog steps in the first window; it doubles with every further short window.
+# Largest number of leapfrog steps in the first window where gradients are dear; it doubles with each further one.
 SHORTEST = 8
 # Largest number of times that the last window is repeated because it did not settle the basis.
 MAX_REPEATS = 8
@@ -66,13 +67,13 @@ class EnsembleAdaptation(Warmup):
 
     1. Exploration: the lanes run HMC, each from its own start. After every 16 steps the mean and covariance of their
        last 8 draws become the basis in which they continue, until the basis looks right and the lanes mix (see
-       `SETTLED`, `MIXED`), or for a quarter of ``num_steps``. Trajectories are short at first. Then come windows of 32,
-       64, ... steps, a quarter of ``num_steps`` in total. The last of them, at least half of this quarter, gives the
-       target's basis; as long as it does not
-       settle the basis, it is repeated, up to eight times. In each window dual averaging of one step size for all lanes
-       starts anew. Lanes that do not move count together for half of the acceptance rate that is tuned, so the step
-       size falls until they move. A lane that does not move and whose log density is far below that of all lanes that
-       moved is moved to another lane's position if this is still so one window later.
+       `SETTLED`, `MIXED`), or for a quarter of ``num_steps``. With fewer than 32 lanes, trajectories are short at
+       first. Then come windows of 32, 64, ... steps, a quarter of ``num_steps`` in total. The last of them, at least
+       half of this quarter, gives the target's basis; as long as it does not settle the basis, it is repeated, up to
+       eight times. In each window dual averaging of one step size for all lanes starts anew. Lanes that do not move
+       count together for half of the acceptance rate that is tuned, so the step size falls until they move. A lane that
+       does not move and whose log density is far below that of all lanes that moved is moved to another lane's position
+       if this is still so one window later.
     2. Tuning: in that basis the lanes run the kernel for a quarter as many steps (at least 102), as in
        `WindowAdaptation`.
 
@@ -303,10 +304,12 @@ def explore(
         Moments and positions in the user's coordinates.
     """
     explorer = Explorer(target, rng_key, positions, dense, watch)
-    # Short windows, until the basis is settled. Trajectories are short at first: in a basis that is far too wide, the
-    # step size is small, and trajectories of 64 leapfrog steps would go to and fro.
+    # Short windows, until the basis is settled. In a basis that is far too wide the step size is small and trajectories
+    # are long, so where gradients are dear they are short at first. Elsewhere they are not: lanes that start near a
+    # narrow mode need long ones to reach it.
+    is_dear = len(positions) < NUM_LANES
     for number in range(num_pieces):
-        explorer.run_window(1, longest=SHORTEST * 2**number, burn_in=PIECE // 2)
+        explorer.run_window(1, longest=SHORTEST * 2**number if is_dear else NO_LIMIT, burn_in=PIECE // 2)
         if explorer.settled:
             break
     # Windows of growing length; the last is repeated until it settles the basis.

@@ -15,7 +15,7 @@ from numpyro.infer import HMC, init_to_sample
 
 import pmcmc
 from pmcmc.drop_in import ParallelMCMC
-from pmcmc.random.streams import key_pair
+from pmcmc.random.streams import chain_keys, fold_key, key_pair, seed_key, split_key
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.sampling.settings import as_key
 from tests.helpers.targets import gaussian, start_like
@@ -71,6 +71,21 @@ def test_seeds_and_threefry_keys_do_not_depend_on_the_default() -> None:
         with jax.default_prng_impl(default):
             for key in (3, typed, raw, jnp.asarray(raw)):
                 np.testing.assert_array_equal(run(key, Sequential()).unknowns, threefry_draws())
+
+
+@pytest.mark.parametrize("x64", [True, False])
+def test_keys_hashed_in_numpy_are_those_of_jax(x64: bool) -> None:
+    words = jax.random.key_data
+    with jax.enable_x64(x64):
+        for seed in (0, 1, 12345, -1, 2**31 - 1, 2**31, 2**40 + 7):
+            key = jax.random.key(seed, impl="threefry2x32")
+            np.testing.assert_array_equal(words(seed_key(seed)), words(key))
+            for number in (0, 1, 2**31, 2**32 - 1):
+                expected = words(jax.random.fold_in(key, np.uint32(number)))
+                np.testing.assert_array_equal(words(fold_key(key, number)), expected)
+            split = jax.random.split(key, 3)
+            np.testing.assert_array_equal([words(k) for k in split_key(key, 3)], words(split))
+            np.testing.assert_array_equal(words(chain_keys(key, num_chains=3)), words(split))
 
 
 def test_every_form_of_a_key_is_one_threefry_key() -> None:

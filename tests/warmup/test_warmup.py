@@ -19,10 +19,11 @@ import pytest
 from numpyro.diagnostics import effective_sample_size
 
 import pmcmc
+from benchmarks._compilations import compilations
 from pmcmc import EnsembleAdaptation, WindowAdaptation
 from pmcmc.kernels import UniformLength
 from pmcmc.recurrence import MultipleShooting, Sequential
-from pmcmc.warmup import ChEESAdaptation, Pathfinder, base, ensemble
+from pmcmc.warmup import ChEESAdaptation, Pathfinder, base, ensemble, lanes
 from pmcmc.warmup.base import start_order
 from pmcmc.warmup.lanes import far_lanes, half_for_held, held_lanes
 from tests.helpers.selection import share
@@ -334,3 +335,62 @@ def test_draws_agree_with_posteriordb(name: str) -> None:
         assert ess > 1000
         error = np.hypot(x.std() / np.sqrt(ess), reference["mcse_mean"][i])
         assert abs(x.mean() - reference["mean"][i]) / error < z_bound(30)
+
+
+def many_rows(num_rows: int) -> pmcmc.Target:
+    rows = jnp.asarray(np.random.default_rng(0).standard_normal((num_rows, 4)))
+    return pmcmc.Target.from_logdensity(lambda x: -jnp.sum(jnp.logaddexp(0, rows @ x)) - jnp.sum(x**2), jnp.zeros(4))
+
+
+@pytest.mark.parametrize(("num_rows", "expected"), [(100, 32), (6_000, 16), (13_000, 8), (200_000, 4)])
+def test_dear_densities_get_fewer_lanes(num_rows: int, expected: int) -> None:
+    target = many_rows(num_rows)
+    assert lanes.num_lanes(target) == expected
+    for warmup in (EnsembleAdaptation(), ChEESAdaptation(), Pathfinder()):
+        assert warmup.count_starts(target) == expected
+    assert WindowAdaptation(num_starts=6).count_starts(target) == min(6, expected)
+
+
+@pytest.mark.parametrize("warmup", [EnsembleAdaptation(), WindowAdaptation(num_starts=8)], ids=["ensemble", "window"])
+def test_few_lanes_find_the_posterior(warmup: pmcmc.warmup.Warmup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four lanes, begun at one start, and more chains than lanes; the shapes are those that were compiled for."""
+    monkeypatch.setattr(lanes, "LANE_OPERATIONS", 1)
+    fn = lambda x: -0.5 * jnp.sum(((x - 3) / jnp.array([1e-3, 1.0, 1e3])) ** 2)
+    options = dict(num_warmup=400, num_samples=2000, num_chains=6, warmup=warmup, progress_bar=False)
+    chain = pmcmc.sample(fn, jnp.zeros(3), 0, **options)
+    assert len(chain.state.ensemble) == 4
+    expected = warmup.tuned_shapes(chain.target, pmcmc.HMC())
+    assert jax.tree.map(jnp.shape, expected.states) == jax.tree.map(jnp.shape, chain.state.ensemble)
+    draws = (np.asarray(chain.get_samples()) - 3) / np.array([1e-3, 1.0, 1e3])[None]
+    assert np.all(np.abs(draws.mean(0)) < 0.1)
+    assert np.all(np.abs(draws.std(0) - 1) < 0.1)
+
+
+def test_first_trajectories_are_short_where_gradients_are_dear(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[int] = []
+    run = lanes.LaneEnsemble.run
+    monkeypatch.setattr(
+        lanes.LaneEnsemble, "run", lambda self, adapting: (limits.append(self.longest), run(self, adapting))[1]
+    )
+    narrow = lambda x: -0.5 * jnp.sum((x / 1e-3) ** 2)
+    options = dict(num_warmup=200, num_samples=20, progress_bar=False)
+    pmcmc.sample(narrow, jnp.ones(3), 0, **options)
+    assert set(limits) == {lanes.NO_LIMIT}
+    limits.clear()
+    monkeypatch.setattr(lanes, "LANE_OPERATIONS", 1)
+    pmcmc.sample(narrow, jnp.ones(3), 0, **options)
+    assert limits[:2] == [8, 16]
+    assert limits[-1] == lanes.NO_LIMIT
+
+
+def test_nuts_is_tuned_on_hmc() -> None:
+    """Its program is compiled once, for sampling, and it accepts about what was asked for."""
+    jax.clear_caches()
+    with compilations() as seen:
+        chain = pmcmc.sample(
+            lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(5), 0, kernel=pmcmc.NUTS(), solver=Sequential(), num_samples=2000,
+            progress_bar=False,
+        )  # fmt: skip
+    assert [program.name for program in seen].count("jit(run_piece)") == 1
+    assert chain.state.timing is None
+    assert 0.76 < np.mean(chain.report.acceptance_rate) < 0.9

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pmcmc._xla.content import UNKNOWN_ROUNDS, count_operations
 from pmcmc._xla.trace import digest, trace
 
 X = jnp.linspace(-1.0, 1.0, 3)
@@ -150,3 +151,20 @@ def test_digests_depend_on_the_content_alone() -> None:
     )
     said = {subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout for _ in range(2)}
     assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("fn", "shapes", "expected"),
+    [
+        (lambda a, b: a @ b, [(3, 4), (4, 5)], 60),
+        (lambda a: jnp.linalg.cholesky(a, symmetrize_input=False), [(6, 6)], 6**3),
+        (lambda a: jax.lax.scan(lambda c, x: (c + x, None), a[0], a)[0], [(7, 3)], 7 * 3),
+        (lambda a: jax.lax.while_loop(lambda x: x[0] < 1, lambda x: x * 2, a), [(5,)], UNKNOWN_ROUNDS * 5),
+        (lambda a: jax.lax.cond(True, lambda x: x * x * x, lambda x: x, a), [(5,)], 10),
+    ],
+    ids=["product", "factorisation", "scan", "while", "cond"],
+)
+def test_operations_are_counted(fn, shapes, expected: int) -> None:
+    program = jax.make_jaxpr(fn)(*(jnp.ones(shape) for shape in shapes))
+    assert expected <= count_operations(program.jaxpr) <= 3 * expected
+    assert count_operations(jax.make_jaxpr(lambda *args: jax.jit(fn)(*args))(*map(jnp.ones, shapes)).jaxpr) >= expected

@@ -85,6 +85,7 @@ class SolveReport:
             shape (pairs,). Empty without a pilot, or if it proves nothing.
         spread: Largest ratio, either way, between the standard deviations of the draws and of the warm-up ensemble; NaN
             if unknown.
+        num_lanes: Number of lanes of warm-up, whose last states are the ensemble; 0 if unknown.
         find_mixing: Computes `mixing`.
         find_diagnosis: Computes `diagnosis`.
     """
@@ -118,6 +119,7 @@ class SolveReport:
     num_draws: int = 0
     pair_distances: np.ndarray = field(default_factory=lambda: np.zeros(0))
     spread: float = float("nan")
+    num_lanes: int = 0
     find_mixing: Callable[[], Mixing] | None = field(default=None, repr=False, compare=False)
     find_diagnosis: Callable[[], Diagnosis] | None = field(default=None, repr=False, compare=False)
 
@@ -199,8 +201,9 @@ class SolveReport:
         lines.append(f"{accepted}{int(np.sum(self.num_divergent))} divergent transitions.")
         if self.mixing is not None:
             lines.append(self._mixing(self.mixing))
+        lanes = f" ({self.num_lanes} lanes)" if self.num_lanes and self.warmup_seconds else ""
         lines.append(
-            f"Seconds: warm-up {self.warmup_seconds:.2f}, pilot {self.pilot_seconds:.2f}, compile "
+            f"Seconds: warm-up {self.warmup_seconds:.2f}{lanes}, pilot {self.pilot_seconds:.2f}, compile "
             f"{self.compile_seconds:.2f}, solve {self.solve_seconds:.2f}; {self.total_seconds:.2f} in all."
         )
         if self.plan is not None:

@@ -244,9 +244,8 @@ class HMC(GradientKernel):
         inverse_mass_matrix: M^{-1}, about the posterior's (co)variance; shape (D,) or (D, D). None: the identity, which
             suits the whitened coordinates of warm-up. A full matrix is factorised in every step.
         step_size_jitter: The step size is multiplied by a factor uniform on (1 - jitter, 1 + jitter), drawn with the
-            noise. Without jitter, trajectories of fixed length may resonate: coupled chains took 3 times as long to
-            merge on an IRT model, mostly did not merge on a mixture, and merged as early on eight schools
-            (docs/choosing.md).
+            noise. Without jitter, trajectories of fixed length may resonate with a period of the posterior, and coupled
+            chains merge late or not at all (docs/choosing.md).
         surrogate: Derivative of the accept decision, used by Newton-type solvers only.
         leapfrog: `SequentialLeapfrog`, or `ParallelLeapfrog`, which solves all states of a long trajectory at once.
         trajectory_length: Time T of a trajectory whose number of steps is left out. The default, arccos(-1/4) = 1.82,

@@ -204,6 +204,7 @@ class Outcome:
             planned_seconds=0.0 if automatic is None else automatic.seconds,
             warmup_remark=self.state.warmup_remark,
             num_lost_lanes=self.state.num_lost_lanes,
+            num_lanes=len(jax.tree.leaves(self.state.ensemble)[0]),
             num_draws=int(moves.num_draws[0]),
             pair_distances=np.zeros(0) if pilot is None else np.asarray(pilot.distances)[0],
             spread=_spread(self.state, run.draws.some[0]),

@@ -65,15 +65,15 @@ class EnsembleAdaptation(Warmup):
     There are 32 lanes, or fewer (at least 4) if one log density takes more than about 65,000 operations, see
     `pmcmc.warmup.lanes.num_lanes`.
 
-    1. Exploration: the lanes run HMC, each from its own start. After every 16 steps the mean and covariance of their
-       last 8 draws become the basis in which they continue, until the basis looks right and the lanes mix (see
+    1. Exploration: the lanes run HMC, each from its own start. After every 16 steps the mean and covariance of all
+       their draws become the basis in which they continue, until the basis looks right and the lanes mix (see
        `SETTLED`, `MIXED`), or for a quarter of ``num_steps``. With fewer than 32 lanes, trajectories are short at
-       first. Then come windows of 32, 64, ... steps, a quarter of ``num_steps`` in total. The last of them, at least
-       half of this quarter, gives the target's basis; as long as it does not settle the basis, it is repeated, up to
-       eight times. In each window dual averaging of one step size for all lanes starts anew. Lanes that do not move
-       count together for half of the acceptance rate that is tuned, so the step size falls until they move. A lane that
-       does not move and whose log density is far below that of all lanes that moved is moved to another lane's position
-       if this is still so one window later.
+       first, and only the last 8 of the 16 steps count. Then come windows of 32, 64, ... steps, a quarter of
+       ``num_steps`` in total. The last of them, at least half of this quarter, gives the target's basis; as long as it
+       does not settle the basis, it is repeated, up to eight times. In each window dual averaging of one step size for
+       all lanes starts anew. Lanes that do not move count together for half of the acceptance rate that is tuned, so
+       the step size falls until they move. A lane that does not move and whose log density is far below that of all
+       lanes that moved is moved to another lane's position if this is still so one window later.
     2. Tuning: in that basis the lanes run the kernel for a quarter as many steps (at least 102), as in
        `WindowAdaptation`.
 
@@ -305,11 +305,14 @@ def explore(
     """
     explorer = Explorer(target, rng_key, positions, dense, watch)
     # Short windows, until the basis is settled. In a basis that is far too wide the step size is small and trajectories
-    # are long, so where gradients are dear they are short at first. Elsewhere they are not: lanes that start near a
-    # narrow mode need long ones to reach it.
+    # are long. Where gradients are dear, trajectories are therefore short at first, and only the later half of a window
+    # counts. Elsewhere they are not: lanes that start near a narrow mode need long ones to reach it.
     is_dear = len(positions) < NUM_LANES
     for number in range(num_pieces):
-        explorer.run_window(1, longest=SHORTEST * 2**number if is_dear else NO_LIMIT, burn_in=PIECE // 2)
+        if is_dear:
+            explorer.run_window(1, longest=SHORTEST * 2**number, burn_in=PIECE // 2)
+        else:
+            explorer.run_window(1)
         if explorer.settled:
             break
     # Windows of growing length; the last is repeated until it settles the basis.

@@ -359,6 +359,7 @@ def test_few_lanes_find_the_posterior(warmup: pmcmc.warmup.Warmup, monkeypatch: 
     options = dict(num_warmup=400, num_samples=2000, num_chains=6, warmup=warmup, progress_bar=False)
     chain = pmcmc.sample(fn, jnp.zeros(3), 0, **options)
     assert len(chain.state.ensemble) == 4
+    assert " (4 lanes), pilot" in str(chain.report)
     expected = warmup.tuned_shapes(chain.target, pmcmc.HMC())
     assert jax.tree.map(jnp.shape, expected.states) == jax.tree.map(jnp.shape, chain.state.ensemble)
     draws = (np.asarray(chain.get_samples()) - 3) / np.array([1e-3, 1.0, 1e3])[None]

@@ -68,6 +68,9 @@ def build(model: Model, data: dict[str, np.ndarray], seed: int) -> tuple[Any, fl
 def run_stan(model: Model, data: dict[str, np.ndarray], seed: int, num_samples: int) -> Outcome:
     """Run Stan."""
     posterior, build_s = build(model, data, seed)
+    # httpstan keeps draws, too, and returns those of an equal earlier call.
+    for fit in Path(os.environ["XDG_CACHE_HOME"]).glob("httpstan/*/models/*/fits/*"):
+        fit.unlink()
     watch = Stopwatch()
     fit = posterior.sample(num_chains=NUM_CHAINS, num_samples=num_samples, num_warmup=NUM_WARMUP)
     samples = {name: _by_chain(fit[name], fit.dims[fit.param_names.index(name)]) for name in model.parameters}

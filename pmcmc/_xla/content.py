@@ -19,7 +19,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 # Assumed rounds of a loop whose number of rounds is found while it runs, and primitives that take n^3 operations.
 UNKNOWN_ROUNDS = 64
-FACTORIZATIONS = frozenset(("cholesky", "eig", "eigh", "geqrf", "lu", "qr", "schur", "svd", "triangular_solve"))
+FACTORIZATIONS = frozenset(
+    ("cholesky", "eig", "eigh", "geqrf", "householder_product", "lu", "qr", "schur", "svd", "triangular_solve")
+)
 # A function with custom derivative rules is compared by its derivatives up to this order: gradients, and the Jacobians
 # of steps that use them.
 _MAX_ORDER = 3
@@ -195,7 +197,8 @@ def count_operations(program: Jaxpr) -> int:
 def _operations(equation: Any) -> int:
     """Return the operations of one equation of a program."""
     name = equation.primitive.name
-    inner = [count_operations(program) for program in inner_programs(equation)]
+    is_combined = name.startswith(("scatter", "reduce", "select_and"))  # their programs combine two numbers
+    inner = [] if is_combined else [count_operations(program) for program in inner_programs(equation)]
     if inner:
         rounds = equation.params["length"] if name == "scan" else UNKNOWN_ROUNDS if name == "while" else 1
         return rounds * (max(inner) if name in ("cond", "custom_jvp_call", "custom_vjp_call") else sum(inner))
@@ -205,7 +208,7 @@ def _operations(equation: Any) -> int:
         shape = equation.invars[0].aval.shape
         return sizes[-1] * math.prod(shape[axis] for axis in contracted)
     if name in FACTORIZATIONS:
-        return sizes[-1] * equation.invars[0].aval.shape[-1]
+        return sizes[-1 if name == "triangular_solve" else 0] * equation.invars[0].aval.shape[-1]
     return max(sizes, default=0)
 
 

@@ -6,6 +6,7 @@ user passes them again when the file is read.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
@@ -20,7 +21,6 @@ from pmcmc import kernels, recurrence
 from pmcmc._pytree import PyTree
 from pmcmc._xla.trace import Traced, Untraced
 from pmcmc.kernels.gibbs import Block
-from pmcmc.kernels.hmc import TRAJECTORY_LENGTH
 from pmcmc.target import Basis
 
 
@@ -66,7 +66,7 @@ _RENAMED = {
 # Fields that earlier files do not have, by class, with their values there.
 _ADDED: dict[str, dict] = {
     "NUTS": {"inverse_mass_matrix": None},
-    "HMC": {"trajectory_length": TRAJECTORY_LENGTH},
+    "HMC": {"trajectory_length": math.pi / 2},
 }
 # Classes without fields in earlier files, and the values that replace them.
 _REPLACED = {"StandardBasis": None, "FreshProbes": False, "FixedProbes": True}

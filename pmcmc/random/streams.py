@@ -92,7 +92,12 @@ NOISE_PIECE, SMALL_PIECE = 1 / 8, 64
 
 
 def seed_key(seed: int) -> PRNGKey:
-    """Return ``jax.random.key(seed)``, a threefry key, computed in numpy."""
+    """Return ``jax.random.key(seed)``, a threefry key, computed in numpy.
+
+    Raises:
+        OverflowError: The seed has more than 64 bits.
+    """
+    seed = int(np.int64(seed))
     wide = jax.config.jax_enable_x64  # type: ignore[attr-defined]
     return _typed(np.array([seed >> 32 if wide else 0, seed], object) & 0xFFFFFFFF)
 
@@ -164,8 +169,8 @@ def lane_noise(
     """Draw the noise of some lanes, in pieces of fixed size.
 
     Args:
-        target: Any to sample.
-        kernel: DrawsNoise, which draws the noise of a step.
+        target: What is sampled.
+        kernel: Kernel, which draws the noise of a step.
         keys: Key of each lane's chain; shape (lanes,).
         first_step: Number of each lane's first step; shape (lanes,).
         block_length: Steps of each lane.

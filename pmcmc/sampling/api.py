@@ -168,20 +168,29 @@ def model_starts(target: Target, rng_key: PRNGKey, init_params: PyTree, settings
 
     They are drawn as NumPyro does, or made from those that the user passed.
     """
-    num_starts = _count_starts(target, settings)
+    leaves, template = jax.tree.leaves(init_params), jax.tree.leaves(target.spec.template)
+    per_chain = bool(leaves) and np.ndim(leaves[0]) > np.ndim(template[0])
+    num_starts = _count_starts(target, settings, per_chain)
     if init_params is None:
         return numpyro_starts(target, fold_key(rng_key, 0), num_starts)
     return spread_starts(target, init_params, settings.num_chains, num_starts)
 
 
-def _count_starts(target: Target, settings: Settings) -> int:
+def _count_starts(target: Target, settings: Settings, per_chain: bool) -> int:
     """Return the number of positions where warm-up starts, or the chains if there is no warm-up.
+
+    Args:
+        target: The target.
+        settings: What the user asked for.
+        per_chain: Whether the user gave a start for each chain.
 
     Raises:
         TypeError, ValueError: The kernel does not fit the target.
     """
     settings.kernel.check(target)
-    return settings.warmup.count_starts(target) if settings.num_warmup else settings.num_chains
+    if not settings.num_warmup:
+        return settings.num_chains
+    return settings.warmup.count_starts(target, settings.num_chains if per_chain else 1)
 
 
 def sample(
@@ -246,7 +255,7 @@ def sample(
     settings = Settings.check(
         target, kernel, solver, num_warmup, num_samples, num_chains, thinning, extra_fields, warmup, devices, max_memory
     )
-    num_starts = _count_starts(target, settings)
+    num_starts = _count_starts(target, settings, init_per_chain)
     # In numpy, like everything between programs: each operation of JAX would be one more program to compile.
     in_numpy = lambda x: np.asarray(jnp.asarray(x))
     each = initial_position if init_per_chain else jax.tree.map(lambda x: in_numpy(x)[None], initial_position)

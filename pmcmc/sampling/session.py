@@ -129,7 +129,7 @@ def _chain_starts(tuned: Tuned, starts: PyTree, settings: Settings) -> np.ndarra
     chains = np.arange(settings.num_chains)
     if tuned.order is not None and not _is_per_chain(starts, settings.num_chains):
         return tuned.order[chains % num_states]
-    stride = max(1, num_states // settings.warmup.count_starts(tuned.target)) if settings.num_warmup else 1
+    stride = max(1, num_states // len(jax.tree.leaves(starts)[0])) if settings.num_warmup else 1
     return (chains * stride + chains * stride // num_states) % num_states
 
 

@@ -98,8 +98,14 @@ class Warmup(abc.ABC):
     shows_path: ClassVar[bool] = False
 
     @abc.abstractmethod
-    def count_starts(self, target: Target) -> int:
-        """Return the number of positions from which `run` starts."""
+    def count_starts(self, target: Target, num_given: int = 1) -> int:
+        """Return the number of positions from which `run` starts.
+
+        Args:
+            target: Target to sample.
+            num_given: Number of different starts that the user gave, one for each chain. A warm-up whose number of
+                starts is fixed may leave some of them out.
+        """
 
     def tuned_shapes(self, target: Target, kernel: Kernel) -> Tuned | None:
         """Return the shapes of the arrays in the result of `run`, or None if they are not known in advance.

@@ -59,7 +59,7 @@ class WindowAdaptation(Warmup):
         if not 1 <= self.num_starts <= NUM_LANES:
             raise ValueError(f"num_starts must lie in 1..{NUM_LANES}, got {self.num_starts}.")
 
-    def count_starts(self, target):
+    def count_starts(self, target, num_given=1):
         return min(self.num_starts, num_lanes(target))
 
     def tuned_shapes(self, target: Target, kernel: Kernel) -> Tuned:
@@ -163,8 +163,8 @@ class ChEESAdaptation(Warmup):
 
     dense: bool | None = field(default=None, metadata=dict(static=True))
 
-    def count_starts(self, target):
-        return num_lanes(target)
+    def count_starts(self, target, num_given=1):
+        return num_lanes(target, num_given)
 
     def run(
         self,
@@ -249,8 +249,8 @@ class Pathfinder(Warmup):
 
     then: Warmup = field(default=EnsembleAdaptation(), metadata=dict(static=True))
 
-    def count_starts(self, target):
-        return self.then.count_starts(target)
+    def count_starts(self, target, num_given=1):
+        return self.then.count_starts(target, num_given)
 
     @property
     def shows_path(self) -> bool:  # type: ignore[override]

@@ -106,8 +106,8 @@ class EnsembleAdaptation(Warmup):
     inverse_mass_matrix: ArrayLeaf | None = None
     shows_path: ClassVar[bool] = True
 
-    def count_starts(self, target):
-        return num_lanes(target)
+    def count_starts(self, target, num_given=1):
+        return num_lanes(target, num_given)
 
     def tuned_shapes(self, target: Target, kernel: Kernel) -> Tuned:
         return tuned_shapes(target, kernel, is_dense(target, self.dense), self.inverse_mass_matrix)

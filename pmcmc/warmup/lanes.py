@@ -54,16 +54,22 @@ HELD_STILL = (
 NUM_TIMED = 5
 
 
-def num_lanes(target: Target) -> int:
+def num_lanes(target: Target, num_given: int = 1) -> int:
     """Return the number of lanes of warm-up: 32, or fewer if one log density fills the processor.
 
     It is the largest power of two from 4 to 32 for which the log densities of all lanes take at most `LANE_OPERATIONS`
     operations. The count follows from shapes alone, never from timings, so the same key gives the same chain.
+
+    Args:
+        target: Target to sample.
+        num_given: Number of different starts. There are at least twice as many lanes, up to 32, so that each of the
+            first lanes has its own.
     """
     y = jax.ShapeDtypeStruct((target.dim,), target.spec.dtype)
     density = jax.make_jaxpr(lambda target, y: target.logdensity_fn(y))(target, y)
     most = LANE_OPERATIONS // max(1, count_operations(density.jaxpr))
-    return min(NUM_LANES, max(LEAST_LANES, 2 ** (max(1, most).bit_length() - 1)))
+    wanted = 2 ** (num_given - 1).bit_length() * 2 if num_given > 1 else 1
+    return min(NUM_LANES, max(LEAST_LANES, wanted, 2 ** (max(1, most).bit_length() - 1)))
 
 
 class Piece(NamedTuple):

@@ -57,7 +57,7 @@ class SiteAdaptation(Warmup):
     target_acceptance_rate: Scalar | None = None
     num_starts: int = field(default=32, metadata=dict(static=True))
 
-    def count_starts(self, target):
+    def count_starts(self, target, num_given=1):
         return self.num_starts
 
     def __post_init__(self):

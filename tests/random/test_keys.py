@@ -86,6 +86,8 @@ def test_keys_hashed_in_numpy_are_those_of_jax(x64: bool) -> None:
             split = jax.random.split(key, 3)
             np.testing.assert_array_equal([words(k) for k in split_key(key, 3)], words(split))
             np.testing.assert_array_equal(words(chain_keys(key, num_chains=3)), words(split))
+        with pytest.raises(OverflowError):
+            seed_key(2**64)
 
 
 def test_every_form_of_a_key_is_one_threefry_key() -> None:

@@ -395,3 +395,18 @@ def test_nuts_is_tuned_on_hmc() -> None:
     assert [program.name for program in seen].count("jit(run_piece)") == 1
     assert chain.state.timing is None
     assert 0.76 < np.mean(chain.report.acceptance_rate) < 0.9
+
+
+def test_every_given_start_is_used_with_few_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six chains in six separate modes stay there, although four lanes would do for the model."""
+    monkeypatch.setattr(lanes, "LANE_OPERATIONS", 1)
+    modes = 100.0 * jnp.arange(6)
+    fn = lambda x: jax.nn.logsumexp(-0.5 * (x[0] - modes) ** 2) - 0.5 * x[1] ** 2
+    starts = jnp.stack([modes, jnp.zeros(6)], axis=1)
+    kernel = pmcmc.HMC(step_size=0.5, num_integration_steps=3, inverse_mass_matrix=jnp.ones(2))
+    options = dict(kernel=kernel, num_warmup=100, num_samples=200, num_chains=6, progress_bar=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        chain = pmcmc.sample(fn, starts, 0, init_per_chain=True, solver=Sequential(), **options)
+    means = np.asarray(chain.get_samples(group_by_chain=True))[..., 0].mean(axis=1)
+    np.testing.assert_allclose(means, modes, atol=2)

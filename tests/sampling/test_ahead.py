@@ -197,7 +197,7 @@ def test_shapes_are_those_of_warmup() -> None:
     target = pmcmc.Target.from_logdensity(gaussian, start_like(gaussian))
     warmups = pmcmc.WindowAdaptation(), pmcmc.EnsembleAdaptation(), pmcmc.EnsembleAdaptation(dense=False)
     for warmup in warmups:
-        starts = jnp.zeros((warmup.num_starts, 3))
+        starts = jnp.zeros((warmup.count_starts(target), 3))
         for kernel in KERNELS.values():
             promised = warmup.tuned_shapes(target, kernel)
             tuned = warmup.run(target, kernel, jax.random.key(0), starts, 100)

@@ -7,10 +7,9 @@ sample: that is the task of `pmcmc.sampling`.
 """
 
 from pmcmc.chain.chain import Chain
-from pmcmc.chain.report import SolveReport
+from pmcmc.chain.report import SolveReport, Summary
 from pmcmc.chain.state import ChainState
 from pmcmc.chain.stored import StoredChain
-from pmcmc.chain.summary import Summary
 from pmcmc.chain.verify import Verification
 
 __all__ = ["Chain", "ChainState", "SolveReport", "StoredChain", "Summary", "Verification"]

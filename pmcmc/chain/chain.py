@@ -19,10 +19,9 @@ from pmcmc._xla.trace import refuse_transformation
 from pmcmc.chain.draws import by_name, check_sites, fields, sample_stats, ungroup
 from pmcmc.chain.file_format import Writer
 from pmcmc.chain.replay import Record
-from pmcmc.chain.report import SolveReport
+from pmcmc.chain.report import SolveReport, Summary
 from pmcmc.chain.state import ChainState, header
 from pmcmc.chain.stored import StoredChain, constrain_draws, constrain_warmup, log_likelihoods, warmup_logdensity
-from pmcmc.chain.summary import Summary
 from pmcmc.chain.verify import Verification, verify
 from pmcmc.interop.arviz import predictive_groups, to_arviz
 from pmcmc.kernels import Info, Kernel

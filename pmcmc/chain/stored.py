@@ -19,9 +19,8 @@ import numpy as np
 from pmcmc._pytree import Array, PyTree
 from pmcmc._xla.compile import TargetJit, check_available, tuned_jit
 from pmcmc.chain.draws import constrain, in_batches, piece, ungroup
-from pmcmc.chain.report import SolveReport
+from pmcmc.chain.report import SolveReport, Summary
 from pmcmc.chain.state import ChainState
-from pmcmc.chain.summary import Summary
 from pmcmc.interop.arviz import open_lazily, read_arrays
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver

@@ -210,7 +210,10 @@ class Kernel(abc.ABC):
         return self
 
     def at_most(self, num_steps: Scalar) -> "Kernel":
-        """Return the kernel with trajectories of at most ``num_steps`` leapfrog steps; called by early warm-up."""
+        """Return the kernel with trajectories of at most ``num_steps`` leapfrog steps.
+
+        Called while a program is traced. Exploration, which runs `HMC`, sets a limit; tuning sets none.
+        """
         return self
 
     def finalize(self) -> "Kernel":

@@ -10,7 +10,6 @@ does not depend on the number of chains, the solver, its blocks, the devices, or
 any step can be drawn again later, as `Chain.verify` does. Starting positions and warm-up use other keys
 than the noise key, and the probes of stochastic Jacobians (`HutchinsonDiagonal`) affect convergence only.
 
-- `pmcmc.random.streams`: JAX's hash, and keys as pairs of words.
+- `pmcmc.random.streams`: JAX's hash, keys of chains and noise of steps.
 - `pmcmc.random.distributions`: uniforms, normals, gamma variates and discrete draws.
-- `pmcmc.random.streams`: keys of chains and noise of steps.
 """

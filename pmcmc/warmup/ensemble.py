@@ -45,7 +45,7 @@ SETTLED, MIXED = 3.0, 0.2
 # Number of further windows, with a step size tuned for it, that a held lane far out gets before it is moved to another
 # lane's position.
 PATIENCE = 1
-# Largest number of leapfrog steps in the first window where gradients are dear; it doubles with each further one.
+# Largest number of leapfrog steps in the first window where gradients are costly; it doubles with each further one.
 SHORTEST = 8
 # Largest number of times that the last window is repeated because it did not settle the basis.
 MAX_REPEATS = 8
@@ -305,11 +305,11 @@ def explore(
     """
     explorer = Explorer(target, rng_key, positions, dense, watch)
     # Short windows, until the basis is settled. In a basis that is far too wide the step size is small and trajectories
-    # are long. Where gradients are dear, trajectories are therefore short at first, and only the later half of a window
-    # counts. Elsewhere they are not: lanes that start near a narrow mode need long ones to reach it.
-    is_dear = len(positions) < NUM_LANES
+    # are long. Where gradients are costly, trajectories are therefore short at first, and only the later half of a
+    # window counts. Elsewhere they are not: lanes that start near a narrow mode need long ones to reach it.
+    is_costly = len(positions) < NUM_LANES
     for number in range(num_pieces):
-        if is_dear:
+        if is_costly:
             explorer.run_window(1, longest=SHORTEST * 2**number, burn_in=PIECE // 2)
         else:
             explorer.run_window(1)

@@ -32,7 +32,7 @@ from pmcmc.warmup.base import LaneTiming, Tuned, WarmupError, Watch, check_metri
 # chains and blocks; see `num_lanes`.
 NUM_LANES, LEAST_LANES = 32, 4
 # Operations of the log density that all lanes together may take. On two cores a gradient of 8 lanes took as long as one
-# of 4 for a logistic regression of 1e4 rows (1.6e5 operations), and 32 lanes took 64 times as long for 1e5 rows.
+# of 4 for a logistic regression of 1e4 rows (1.6e5 operations), and 32 lanes took 64 times as long as 4 for 1e5 rows.
 LANE_OPERATIONS = 2**21
 # Number of steps in one run of the program, and a number of leapfrog steps that is no limit.
 PIECE, NO_LIMIT = 16, 2**30
@@ -57,8 +57,9 @@ NUM_TIMED = 5
 def num_lanes(target: Target, num_given: int = 1) -> int:
     """Return the number of lanes of warm-up: 32, or fewer if one log density fills the processor.
 
-    It is the largest power of two from 4 to 32 for which the log densities of all lanes take at most `LANE_OPERATIONS`
-    operations. The count follows from shapes alone, never from timings, so the same key gives the same chain.
+    It is the largest power of two up to 32 for which the log densities of all lanes take at most `LANE_OPERATIONS`
+    operations, and at least 4. The count follows from shapes alone, never from timings, so the same key gives the same
+    chain.
 
     Args:
         target: Target to sample.

@@ -214,7 +214,7 @@ class LaneEnsemble:
 
     Args:
         kernel: Kernel, with a step size of None if it is tuned.
-        rng_key: Key of the noise; None if only shapes are needed.
+        rng_key: Key of the noise.
         rate: Acceptance rate to tune to, a weighted mean over the lanes.
         watch: Called with the steps of the lanes.
 
@@ -222,7 +222,7 @@ class LaneEnsemble:
         longest: Largest number of leapfrog steps of a trajectory; no limit at first.
     """
 
-    def __init__(self, kernel: Any, rng_key: PRNGKey | None, rate: Scalar, watch: Watch = ignore):
+    def __init__(self, kernel: Any, rng_key: PRNGKey, rate: Scalar, watch: Watch = ignore):
         self.kernel, self.rng_key, self.rate, self.watch = kernel, rng_key, float(rate), watch
         self._number, self.longest = 0, NO_LIMIT
         self._weights: np.ndarray | None = None

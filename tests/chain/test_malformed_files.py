@@ -196,6 +196,18 @@ def test_nuts_of_earlier_files(tmp_path: Path) -> None:
     assert pmcmc.load(tmp_path / "then.npz", gaussian).kernel == pmcmc.NUTS(0.5)
 
 
+def test_hmc_of_earlier_files(tmp_path: Path) -> None:
+    """Without a number of steps, its trajectories took a quarter of a period: 16 steps of 0.1, and 19 now."""
+    kernel = pmcmc.HMC(step_size=0.1)
+    chain = pmcmc.sample(gaussian, start_like(gaussian), 3, kernel=kernel, num_warmup=0, solver=Sequential(), **SIZES)
+    chain.save(tmp_path / "now.npz")
+    assert pmcmc.load(tmp_path / "now.npz", gaussian).kernel.default_length() == 19
+    header, arrays = read(tmp_path / "now.npz")
+    del header["kernel"]["items"]["trajectory_length"]
+    write(tmp_path / "then.npz", header, arrays)
+    assert pmcmc.load(tmp_path / "then.npz", gaussian).kernel.default_length() == 16
+
+
 BEFORE = {"kind": "StandardBasis", "items": {}}
 
 

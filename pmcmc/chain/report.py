@@ -194,7 +194,7 @@ class SolveReport:
             lines += self._certificate()
         if self.num_lost_lanes:
             lines.append(
-                f"Warm-up: lanes that did not move, far below the others in log density, were moved to the positions "
+                f"Warm-up: lanes that stayed far below the others in log density were moved to the positions "
                 f"of others ({self.num_lost_lanes} in all)."
             )
         if self.warmup_remark:

@@ -71,8 +71,8 @@ class Tuned(NamedTuple):
         remark: Sentences that say what is doubtful about the result and what may help; "" if nothing is.
         order: Lane numbers in the order in which chains should start from them, so that the chains start apart; shape
             (lanes,). None if the lanes have mixed, and any order is as good.
-        num_lost: Number of times that a lane was moved to another lane's position, because it did not move and its log
-            density was far below that of all lanes that moved.
+        num_lost: Number of times that a lane was moved to another lane's position, because its log density stayed far
+            below that of the others.
     """
 
     target: Target

@@ -42,7 +42,7 @@ from pmcmc.warmup.lanes import (
 # A basis is settled if draws made in it look standard to within the factor SETTLED, and at least the share MIXED of
 # their variance is within lanes.
 SETTLED, MIXED = 3.0, 0.2
-# Number of further windows, with a step size tuned for it, that a held lane far out gets before it is moved to another
+# Number of further windows, with a step size tuned for it, that a lane far out gets before it is moved to another
 # lane's position.
 PATIENCE = 1
 # Largest number of leapfrog steps in the first window where gradients are costly; it doubles with each further one.
@@ -72,8 +72,9 @@ class EnsembleAdaptation(Warmup):
        ``num_steps`` in total. The last of them, at least half of this quarter, gives the target's basis; as long as it
        does not settle the basis, it is repeated, up to eight times. In each window dual averaging of one step size for
        all lanes starts anew. Lanes that do not move count together for half of the acceptance rate that is tuned, so
-       the step size falls until they move. A lane that does not move and whose log density is far below that of all
-       lanes that moved is moved to another lane's position if this is still so one window later.
+       the step size falls until they move. A lane whose log density stays far below that of the others, by more than
+       a wider region could make up for (`pmcmc.warmup.lanes.far_lanes`), is moved to another lane's position if this
+       is still so one window later.
     2. Tuning: in that basis the lanes run the kernel for a quarter as many steps (at least 102), as in
        `WindowAdaptation`.
 
@@ -262,18 +263,19 @@ class Explorer:
         self.movement = np.ptp(self.frame.to_positions(path), axis=0).max(axis=0)
         acceptance_rate = np.concatenate([piece.acceptance_rate for piece in pieces])
         self.acceptance_rate = float(np.mean(acceptance_rate))
-        # Move lanes that were held far out for too long to the positions of moving lanes.
+        # Move lanes that were far out for too long to the positions of lanes that move elsewhere.
         held = held_lanes(np.mean([piece.moved for piece in pieces], axis=0), acceptance_rate, self.lanes.rate)
-        far = far_lanes(held, np.concatenate([piece.logdensity for piece in pieces]), self.target.dim)
+        far = far_lanes(path, np.concatenate([piece.logdensity for piece in pieces]))
         self.num_waits = np.where(far, self.num_waits + 1, 0)
         lost = self.num_waits > PATIENCE
         self.num_waits[lost] = 0
         self.num_lost += int(lost.sum())
-        self.positions = self.frame.to_positions(_with_places(path[-1], np.flatnonzero(lost), np.flatnonzero(~held)))
+        places = _with_places(path[-1], np.flatnonzero(lost), np.flatnonzero(~held & ~far))
+        self.positions = self.frame.to_positions(places)
         self.finite = bool(np.all(np.isfinite(path)))
         # Update the basis from the draws of the window.
         if self.finite:
-            draws = path[burn_in:]
+            draws = path[burn_in:, ~lost]
             mean, factor = path_moments(draws, self.dense)
             self.settled = _is_settled(draws, mean, factor)
             scale = self.frame.scale @ factor if self.dense else self.frame.scale * factor

@@ -38,10 +38,11 @@ LANE_OPERATIONS = 2**21
 PIECE, NO_LIMIT = 16, 2**30
 # A lane is held if it did not move in a piece and its mean acceptance rate was below this share of the target rate.
 HELD = 0.1
-# A held lane is far out if its log density is lower than every value that the moving lanes visited in the meantime, by
-# more than this plus one nat per dimension. It needs a smaller step size than they do, so the posterior is no wider
-# there than where they are, and has less than about exp(-20) of its mass there.
-FAR = 20.0
+# A lane is far out if its log density stayed below that of the better half of the lanes by more than this, plus one nat
+# per dimension, plus what a wider region could make up for; see `far_lanes`. The posterior then has less than about
+# exp(-20) of its mass there. A region is taken to be at most `WIDER` times as wide as the lane has moved in it, and a lane
+# that has made up the share `ON_ITS_WAY` of what it lacks is left alone.
+FAR, WIDER, ON_ITS_WAY = 20.0, 10.0, 0.1
 HELD_STILL = (
     "{num_held} of the {num_lanes} lanes of warm-up did not move in its last third: the step size is too large for "
     "some region of the posterior, and chains that enter it get stuck. Use a smaller step size by aiming at a higher "
@@ -191,19 +192,30 @@ def half_for_held(held: np.ndarray) -> np.ndarray:
     return np.sum([group / group.sum() for group in groups], axis=0) / len(groups)
 
 
-def far_lanes(held: np.ndarray, logdensity: np.ndarray, dim: int) -> np.ndarray:
-    """Return which held lanes are where the posterior has no mass, see `FAR`; shape (lanes,).
+def far_lanes(path: np.ndarray, logdensity: np.ndarray) -> np.ndarray:
+    """Return which lanes are where the posterior has no mass worth a lane; shape (lanes,).
 
-    No lane is far if all of them are held.
+    The mass of a region is about its log density plus the log of its volume. Lane k is far if, with s[k, i] the
+    standard deviation of its coordinate i and s[i] that within the better half of the lanes (by mean log density),
+
+        max_t logp[t, k] < min_(t, better) logp - FAR - D - sum_i log(1 + WIDER s[k, i] / s[i])
+
+    A lane that does not move needs a smaller step size than the others, so the posterior is no wider there, and the sum
+    is 0. A lane that has come a tenth of the way up is not far, and none is where the better half does not move.
 
     Args:
-        held: Which lanes are held; shape (lanes,).
+        path: Coordinates of the lanes; shape (steps, lanes, D).
         logdensity: Log densities; shape (steps, lanes).
-        dim: Number of dimensions D.
     """
-    if held.all():
-        return np.zeros_like(held)
-    return held & (logdensity[-1] < np.min(logdensity[:, ~held]) - FAR - dim)  # False where NaN
+    num_lanes, dim = path.shape[1:]
+    better = np.argsort(-np.mean(logdensity, axis=0), kind="stable")[: num_lanes // 2]  # NaN comes last
+    variance = np.var(path, axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.sqrt(variance / np.mean(variance[better], axis=0))
+        bound = FAR + dim + np.sum(np.log1p(WIDER * ratio), axis=1)
+        lacking = np.min(logdensity[:, better]) - np.max(logdensity, axis=0)
+        climbed = logdensity[-1] - logdensity[0]
+        return (lacking > bound) & (climbed < ON_ITS_WAY * lacking)  # False where NaN
 
 
 class LaneEnsemble:

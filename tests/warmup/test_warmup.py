@@ -160,19 +160,58 @@ def test_pairs_of_lanes_come_from_different_starts_and_from_the_same() -> None:
     np.testing.assert_array_equal(np.sort(ensemble._as_rows(np.arange(32.0))[:, 0]), np.arange(32))
 
 
-def test_lanes_are_held_by_what_they_refuse_and_far_out_by_their_density() -> None:
-    """A lane that rejected all proposals is held; it is far out only if all other lanes have a far higher density."""
+def test_lanes_are_held_by_what_they_refuse() -> None:
     moved, acceptance_rate = np.array([0.9, 0.0, 0.0, 0.0]), np.full((16, 4), 0.8)
     acceptance_rate[:, 1:3] = 1e-3
     held = held_lanes(moved, acceptance_rate, 0.8)
     assert held.tolist() == [False, True, True, False]  # the last one was only unlucky
-    logdensity = np.full((16, 4), -5.0)
-    logdensity[3, 0], logdensity[:, 1], logdensity[:, 2] = -9.0, 40.0, -40.0
-    assert far_lanes(held, logdensity, dim=2).tolist() == [False, False, True, False]
-    assert far_lanes(held, logdensity, dim=20).tolist() == [False] * 4
-    assert not far_lanes(np.ones(4, bool), logdensity, dim=2).any()
     assert not held_lanes(moved, np.full((16, 4), np.nan), 0.8).any()  # a kernel without a rate
-    assert not far_lanes(held, np.full((16, 4), np.nan), dim=2).any()
+
+
+def test_lanes_are_far_out_if_a_wider_region_could_not_make_up_for_their_density() -> None:
+    """A third lane has a log density that is lower by a gap, and moves in a region of another width."""
+    rng = np.random.default_rng(0)
+
+    def is_far(gap: float, width: float, dim: int = 4, climbed: float = 0.0) -> bool:
+        path, logdensity = rng.standard_normal((160, 5, dim)), -0.5 * rng.chisquare(dim, (160, 5))
+        path[:, 2] *= width
+        logdensity[:, 2] += np.linspace(-climbed, 0.0, 160) - gap
+        far = far_lanes(path, logdensity)
+        assert not np.delete(far, 2).any()
+        return bool(far[2])
+
+    assert is_far(100, width=0.0)  # it does not move
+    assert is_far(100, width=1.0)
+    assert not is_far(20, width=1.0)
+    assert not is_far(100, width=1.0, dim=40)
+    assert not is_far(100, width=1e8)  # its mass may be larger: 4 log(1e8) = 74
+    assert is_far(1e3, width=1e8)
+    assert is_far(300, width=1.0, climbed=10)
+    assert not is_far(300, width=1.0, climbed=100)  # it is on its way
+
+
+def test_no_lane_is_far_out_where_nothing_can_be_told() -> None:
+    path, logdensity = np.zeros((16, 4, 2)), np.full((16, 4), -5.0)
+    logdensity[:, 2] = -1e6
+    assert not far_lanes(path, logdensity).any()  # the others do not move
+    path = np.random.default_rng(0).standard_normal(path.shape)
+    assert far_lanes(path, logdensity).tolist() == [False, False, True, False]
+    logdensity[:, 2] = np.nan
+    assert not far_lanes(path, logdensity).any()
+    assert not far_lanes(path, np.full((16, 4), np.nan)).any()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_lane_in_a_poor_mode_does_not_spoil_the_basis(seed: int) -> None:
+    """One start is in a mode that is 300 nats lower, where the lane moves. Its place is given up, and warm-up settles."""
+    logdensity = lambda x: jnp.logaddexp(-0.5 * jnp.sum(x**2), -300 - 0.5 * jnp.sum((x - 1e3) ** 2))
+    target = pmcmc.Target.from_logdensity(logdensity, jnp.zeros(3))
+    starts = np.random.default_rng(seed).standard_normal((32, 3))
+    starts[5] += 1e3
+    tuned = EnsembleAdaptation().run(target, pmcmc.HMC(), jax.random.key(seed), starts, 400)
+    assert tuned.num_lost == 1
+    assert tuned.remark == ""
+    np.testing.assert_allclose(np.diag(tuned.target.basis.scale), 1, rtol=0.5)
 
 
 def test_held_lanes_count_for_half() -> None:

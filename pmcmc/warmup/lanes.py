@@ -40,8 +40,8 @@ PIECE, NO_LIMIT = 16, 2**30
 HELD = 0.1
 # A lane is far out if its log density stayed below that of the better half of the lanes by more than this, plus one nat
 # per dimension, plus what a wider region could make up for; see `far_lanes`. The posterior then has less than about
-# exp(-20) of its mass there. A region is taken to be at most `WIDER` times as wide as the lane has moved in it, and a lane
-# that has made up the share `ON_ITS_WAY` of what it lacks is left alone.
+# exp(-20) of its mass there. A region is taken to be at most `WIDER` times as wide as the lane has moved in it, and a
+# lane that has made up the share `ON_ITS_WAY` of what it lacks is left alone.
 FAR, WIDER, ON_ITS_WAY = 20.0, 10.0, 0.1
 HELD_STILL = (
     "{num_held} of the {num_lanes} lanes of warm-up did not move in its last third: the step size is too large for "

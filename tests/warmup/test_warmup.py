@@ -203,7 +203,7 @@ def test_no_lane_is_far_out_where_nothing_can_be_told() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_one_lane_in_a_poor_mode_does_not_spoil_the_basis(seed: int) -> None:
-    """One start is in a mode that is 300 nats lower, where the lane moves. Its place is given up, and warm-up settles."""
+    """One lane moves in a mode that is 300 nats lower. It is moved elsewhere, and warm-up settles."""
     logdensity = lambda x: jnp.logaddexp(-0.5 * jnp.sum(x**2), -300 - 0.5 * jnp.sum((x - 1e3) ** 2))
     target = pmcmc.Target.from_logdensity(logdensity, jnp.zeros(3))
     starts = np.random.default_rng(seed).standard_normal((32, 3))

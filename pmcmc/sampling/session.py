@@ -94,7 +94,7 @@ def tune_chains(
     if settings.num_warmup and (expected := settings.warmup.tuned_shapes(target, kernel)) is not None:
         prepare(_begin(expected, starts, chain_key, settings, source))
     # Warm up, and start the chains from lanes of the ensemble.
-    tuned = _tune(target, warmup_key, starts.positions, settings, watch)
+    tuned = _tune(target, warmup_key, starts, settings, watch)
     state = _begin(tuned, starts, chain_key, settings, source)
     unknown = jax.tree.map(lambda x: jax.device_put(np.asarray(x)[state.own]), state.ensemble)
     return state._replace(unknown=unknown)
@@ -107,15 +107,17 @@ def _begin(tuned: Tuned, starts: Starts, chain_key: PRNGKey, settings: Settings,
     return state._replace(warmup_remark=tuned.remark, num_lost_lanes=tuned.num_lost)
 
 
-def _tune(target: Target, rng_key: PRNGKey, positions: PyTree, settings: Settings, watch: Watch) -> Tuned:
-    """Run the warm-up; without warm-up, return the kernel as it is with the states at ``positions``."""
+def _tune(target: Target, rng_key: PRNGKey, starts: Starts, settings: Settings, watch: Watch) -> Tuned:
+    """Run the warm-up; without warm-up, return the kernel as it is with the states at ``starts``."""
     if settings.num_warmup:
-        tuned = settings.warmup.run(target, settings.kernel, rng_key, positions, settings.num_warmup, watch)
+        tuned = settings.warmup.run(
+            target, settings.kernel, rng_key, starts.positions, settings.num_warmup, watch, starts.num_given
+        )
         if tuned.remark:
             warnings.warn(tuned.remark, stacklevel=5)  # the caller of `parallel_chain` and `sample`
         return jax.block_until_ready(tuned)
     kernel = settings.kernel
-    states = jax.vmap(lambda position: kernel.unknown(kernel.init(target, position)))(positions)
+    states = jax.vmap(lambda position: kernel.unknown(kernel.init(target, position)))(starts.positions)
     return Tuned(target, kernel, states, jnp.array(jnp.nan))
 
 

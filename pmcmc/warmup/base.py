@@ -124,6 +124,7 @@ class Warmup(abc.ABC):
         starts: PyTree,
         num_steps: int,
         watch: Watch = ignore,
+        num_given: int = 1,
     ) -> Tuned:
         """Tune a kernel on ``num_steps`` steps.
 
@@ -134,6 +135,8 @@ class Warmup(abc.ABC):
             starts: Positions; their leading axis has the length that `count_starts` returns.
             num_steps: Number of warm-up steps.
             watch: Called with the steps of the lanes as they are taken, as far as they are available one by one.
+            num_given: Number of different starts that the user gave, as in `count_starts`. If there are several, start
+                number i is that of chain ``i % num_given``, and the lane that chain starts from must descend from it.
 
         Returns:
             The tuned kernel, the target in its coordinates, and the ensemble.

@@ -73,6 +73,7 @@ class WindowAdaptation(Warmup):
         starts: PyTree,
         num_steps: int,
         watch: Watch = ignore,
+        num_given: int = 1,
     ) -> Tuned:
         if num_steps < 20:
             raise ValueError(f"num_warmup must be 0 or at least 20 (for its windows), got {num_steps}.")
@@ -174,6 +175,7 @@ class ChEESAdaptation(Warmup):
         starts: PyTree,
         num_steps: int,
         watch: Watch = ignore,
+        num_given: int = 1,
     ) -> Tuned:
         if not isinstance(kernel, HMC) or kernel.num_integration_steps is not None:
             raise ValueError(
@@ -185,7 +187,7 @@ class ChEESAdaptation(Warmup):
                 f"ChEESAdaptation draws the number of steps: use SequentialLeapfrog(), got {kernel.leapfrog!r}."
             )
         explore_key, chees_key, step_key = split_key(rng_key, 3)
-        explored = explore_basis(target, kernel, explore_key, starts, num_steps, self.dense, watch)
+        explored = explore_basis(target, kernel, explore_key, starts, num_steps, self.dense, watch, num_given=num_given)
         whitened, num_tuning = target.with_basis(explored.basis), max(102, num_steps // 4)
         lanes = jnp.asarray(explored.lanes, target.spec.dtype)
         found = _find_length(whitened, chees_key, lanes, num_steps=num_tuning)
@@ -267,9 +269,10 @@ class Pathfinder(Warmup):
         starts: PyTree,
         num_steps: int,
         watch: Watch = ignore,
+        num_given: int = 1,
     ) -> Tuned:
         path_key, rest_key = split_key(rng_key, 2)
-        return self.then.run(target, kernel, rest_key, _move(target, path_key, starts), num_steps, watch)
+        return self.then.run(target, kernel, rest_key, _move(target, path_key, starts), num_steps, watch, num_given)
 
 
 @tuned_jit()

@@ -1,5 +1,9 @@
 """Where lanes of warm-up begin, and which of them chains and their partners start from."""
 
+import warnings
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -28,3 +32,21 @@ def test_drawn_starts_belong_to_no_chain(warmup: pmcmc.warmup.Warmup, monkeypatc
     given = {"x": np.arange(8.0).reshape(4, 2) / 8}
     assert run(4, warmup=warmup, init_params=given).state.own.tolist() == [0, 1, 2, 3]
     assert run(4, warmup=warmup, init_params={"x": 0 * given["x"]}).state.own.tolist() == [2, 3, 1, 0]
+
+
+@pytest.mark.parametrize("num_chains", [3, 20])
+def test_given_starts_stay_with_their_chains(num_chains: int) -> None:
+    """So far apart that no lane reaches another's mode; pairs half of the ensemble apart have different starts."""
+    modes = 1e3 * jnp.arange(num_chains)
+    fn = lambda x: jax.nn.logsumexp(-0.5 * (x[0] - modes) ** 2) - 0.5 * x[1] ** 2
+    starts = jnp.stack([modes, jnp.zeros(num_chains)], axis=1)
+    kernel = pmcmc.HMC(step_size=0.5, num_integration_steps=3, inverse_mass_matrix=jnp.ones(2))
+    options = dict(kernel=kernel, num_warmup=40, num_samples=20, num_chains=num_chains, progress_bar=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        chain = pmcmc.sample(fn, starts, 0, init_per_chain=True, solver=Sequential(), **options)
+    draws = np.asarray(chain.get_samples(group_by_chain=True))[..., 0]
+    np.testing.assert_allclose(draws, np.broadcast_to(modes[:, None], draws.shape), atol=10)
+    lanes = np.asarray(jax.vmap(chain.target.position)(chain.state.ensemble))[:, 0]
+    partners = lanes[(chain.state.own + 16) % 32]
+    assert np.all(np.abs(lanes[chain.state.own] - partners) > 500)

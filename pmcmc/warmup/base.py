@@ -168,7 +168,8 @@ def start_order(path: np.ndarray, logdensity: np.ndarray) -> np.ndarray | None:
     first k lanes are the same for any number of chains.
 
     A lane far out in the tails would count as a separate mode, so lanes whose log density is an outlier below all
-    others come last.
+    others come last. Of up to four lanes none is an outlier, because it moves the quartiles as far: where a model is so
+    costly that there are only four, a lane in the tails counts as a mode.
 
     Args:
         path: Coordinates of the lanes under a fixed kernel; shape (steps, lanes, D).
@@ -200,7 +201,10 @@ def start_order(path: np.ndarray, logdensity: np.ndarray) -> np.ndarray | None:
 
 
 def _is_outlier(values: np.ndarray) -> np.ndarray:
-    """Return which values are far below all others: by three interquartile ranges and 3 below the lower quartile."""
+    """Return which values are far below all others: by three interquartile ranges and 3 below the lower quartile.
+
+    Up to four values have no outlier.
+    """
     low, high = np.quantile(values, (0.25, 0.75))
     return values < low - 3 * (high - low) - 3  # False if a value is NaN
 

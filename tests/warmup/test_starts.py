@@ -1,5 +1,6 @@
 """Where lanes of warm-up begin, and which of them chains and their partners start from."""
 
+import math
 import warnings
 
 import jax
@@ -11,7 +12,9 @@ import pytest
 
 import pmcmc
 from pmcmc.recurrence import Sequential
+from pmcmc.sampling.pilot import partner_shifts
 from pmcmc.warmup import lanes
+from pmcmc.warmup.base import start_order
 
 
 def model() -> None:
@@ -50,3 +53,22 @@ def test_given_starts_stay_with_their_chains(num_chains: int) -> None:
     lanes = np.asarray(jax.vmap(chain.target.position)(chain.state.ensemble))[:, 0]
     partners = lanes[(chain.state.own + 16) % 32]
     assert np.all(np.abs(lanes[chain.state.own] - partners) > 500)
+
+
+@pytest.mark.parametrize("num_chains", [1, 2, 4, 7, 40])
+@pytest.mark.parametrize("num_states", [1, 2, 3, 4, 8, 16, 30, 32])
+def test_all_partners_that_there_are(num_states: int, num_chains: int) -> None:
+    shifts = partner_shifts(num_states, num_chains)
+    assert len(shifts) == min(math.ceil(32 / num_chains), num_states - 1)
+    assert len({0, *shifts}) == 1 + len(shifts)
+    assert all(0 < shift < num_states for shift in shifts)
+    assert shifts[:1] == [num_states // 2][: len(shifts)]
+
+
+def test_four_lanes_show_no_outlier() -> None:
+    """One lane in the far tails: eight lanes put it last, four take it for a mode, as `start_order` says."""
+    path = np.random.default_rng(0).standard_normal((96, 8, 2))
+    path[:, 1] -= 12
+    logdensity = -0.5 * np.sum(path**2, axis=2)
+    assert start_order(path, logdensity)[-1] == 1
+    assert start_order(path[:, :4], logdensity[:, :4])[1] == 1

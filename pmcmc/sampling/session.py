@@ -91,7 +91,8 @@ def tune_chains(
     kernel.check_start(target, jax.tree.map(lambda x: np.asarray(x)[0], starts.positions))
     warmup_key, chain_key = split_key(rng_key, 2)
     # Compile for sampling while warm-up runs.
-    if settings.num_warmup and (expected := settings.warmup.tuned_shapes(target, kernel)) is not None:
+    num_starts = len(jax.tree.leaves(starts.positions)[0])
+    if settings.num_warmup and (expected := settings.warmup.tuned_shapes(target, kernel, num_starts)) is not None:
         prepare(_begin(expected, starts, chain_key, settings, source))
     # Warm up, and start the chains from lanes of the ensemble.
     tuned = _tune(target, warmup_key, starts, settings, watch)

@@ -107,11 +107,16 @@ class Warmup(abc.ABC):
                 starts is fixed may leave some of them out.
         """
 
-    def tuned_shapes(self, target: Target, kernel: Kernel) -> Tuned | None:
+    def tuned_shapes(self, target: Target, kernel: Kernel, num_starts: int) -> Tuned | None:
         """Return the shapes of the arrays in the result of `run`, or None if they are not known in advance.
 
         If they are known, sampling is compiled while warm-up runs. Wrong shapes cost only time: programs are then
         compiled again.
+
+        Args:
+            target: Target to sample.
+            kernel: Kernel to tune.
+            num_starts: Number of positions from which `run` starts.
         """
         return None
 

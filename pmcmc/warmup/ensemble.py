@@ -109,8 +109,8 @@ class EnsembleAdaptation(Warmup):
     def count_starts(self, target, num_given=1):
         return num_lanes(target, num_given)
 
-    def tuned_shapes(self, target: Target, kernel: Kernel) -> Tuned:
-        return tuned_shapes(target, kernel, is_dense(target, self.dense), self.inverse_mass_matrix)
+    def tuned_shapes(self, target: Target, kernel: Kernel, num_starts: int) -> Tuned:
+        return tuned_shapes(target, kernel, num_starts, is_dense(target, self.dense), self.inverse_mass_matrix)
 
     def run(
         self,

@@ -11,10 +11,14 @@ import numpyro.distributions as dist
 import pytest
 
 import pmcmc
-from pmcmc.recurrence import Sequential
+from benchmarks._compilations import compilations
+from pmcmc._xla.compile import forget_programs
+from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.sampling.pilot import partner_shifts
 from pmcmc.warmup import lanes
 from pmcmc.warmup.base import start_order
+
+PROGRAMS = ("jit(draw_noise)", "jit(solve_noise)")
 
 
 def model() -> None:
@@ -72,3 +76,22 @@ def test_four_lanes_show_no_outlier() -> None:
     logdensity = -0.5 * np.sum(path**2, axis=2)
     assert start_order(path, logdensity)[-1] == 1
     assert start_order(path[:, :4], logdensity[:, :4])[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("warmup", "num_chains"),
+    [(pmcmc.WindowAdaptation(num_starts=3), 2), (pmcmc.EnsembleAdaptation(), 6)],
+    ids=["starts that do not divide the lanes", "more lanes for given starts"],
+)
+def test_programs_are_compiled_for_the_lanes_that_there_are(
+    warmup: pmcmc.warmup.Warmup, num_chains: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each program of sampling once, during warm-up: the ensemble has as many states as were promised."""
+    monkeypatch.setattr(lanes, "LANE_OPERATIONS", 1)
+    given = {"x": np.arange(2.0 * num_chains).reshape(num_chains, 2) / 8}
+    jax.clear_caches()
+    forget_programs()
+    with compilations() as seen:
+        chain = run(num_chains, warmup=warmup, init_params=given, solver=MultipleShooting(2))
+    assert len(chain.state.own) == num_chains
+    assert sorted(program.name for program in seen if program.name in PROGRAMS) == sorted(PROGRAMS)

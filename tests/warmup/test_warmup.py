@@ -360,7 +360,7 @@ def test_few_lanes_find_the_posterior(warmup: pmcmc.warmup.Warmup, monkeypatch: 
     chain = pmcmc.sample(fn, jnp.zeros(3), 0, **options)
     assert len(chain.state.ensemble) == 4
     assert " (4 lanes), pilot" in str(chain.report)
-    expected = warmup.tuned_shapes(chain.target, pmcmc.HMC())
+    expected = warmup.tuned_shapes(chain.target, pmcmc.HMC(), warmup.count_starts(chain.target))
     assert jax.tree.map(jnp.shape, expected.states) == jax.tree.map(jnp.shape, chain.state.ensemble)
     draws = (np.asarray(chain.get_samples()) - 3) / np.array([1e-3, 1.0, 1e3])[None]
     assert np.all(np.abs(draws.mean(0)) < 0.1)

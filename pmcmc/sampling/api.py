@@ -21,7 +21,7 @@ from pmcmc.kernels import Kernel
 from pmcmc.random.streams import fold_key
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.sampling.session import WarmupRecord, sample_new
-from pmcmc.sampling.settings import Settings, as_key, spread_starts
+from pmcmc.sampling.settings import Settings, Starts, as_key, spread_starts
 from pmcmc.target import Target
 from pmcmc.warmup import Warmup
 
@@ -163,7 +163,7 @@ def _warmup_record(settings: Settings, save_warmup: bool) -> WarmupRecord | None
     return WarmupRecord()
 
 
-def model_starts(target: Target, rng_key: PRNGKey, init_params: PyTree, settings: Settings) -> PyTree:
+def model_starts(target: Target, rng_key: PRNGKey, init_params: PyTree, settings: Settings) -> Starts:
     """Return the positions where warm-up starts, or where the chains start if there is no warm-up.
 
     They are drawn as NumPyro does, or made from those that the user passed.
@@ -172,8 +172,9 @@ def model_starts(target: Target, rng_key: PRNGKey, init_params: PyTree, settings
     per_chain = bool(leaves) and np.ndim(leaves[0]) > np.ndim(template[0])
     num_starts = _count_starts(target, settings, per_chain)
     if init_params is None:
-        return numpyro_starts(target, fold_key(rng_key, 0), num_starts)
-    return spread_starts(target, init_params, settings.num_chains, num_starts)
+        return Starts(numpyro_starts(target, fold_key(rng_key, 0), num_starts))
+    positions = spread_starts(target, init_params, settings.num_chains, num_starts)
+    return Starts(positions, settings.num_chains if per_chain else 1)
 
 
 def _count_starts(target: Target, settings: Settings, per_chain: bool) -> int:
@@ -259,7 +260,8 @@ def sample(
     # In numpy, like everything between programs: each operation of JAX would be one more program to compile.
     in_numpy = lambda x: np.asarray(jnp.asarray(x))
     each = initial_position if init_per_chain else jax.tree.map(lambda x: in_numpy(x)[None], initial_position)
-    starts = jax.tree.map(lambda x: in_numpy(x)[np.arange(num_starts) % len(x)], each)
+    positions = jax.tree.map(lambda x: in_numpy(x)[np.arange(num_starts) % len(x)], each)
+    starts = Starts(positions, settings.num_chains if init_per_chain else 1)
     record = _warmup_record(settings, save_warmup)
     return sample_new(source, as_key(rng_key), starts, settings, progress_bar, record)
 

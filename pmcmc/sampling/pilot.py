@@ -257,10 +257,25 @@ def _partner_starts(run: Run, own: np.ndarray) -> list[PyTree]:
     """Return other states of the ensemble: one set, with a state for each chain, per partner."""
     guesses = jax.tree.map(np.asarray, run.engine.guesses)
     bank = jax.tree.leaves(guesses)[0].shape[0]
-    wanted = min(math.ceil(NUM_PAIRS / run.engine.num_chains), bank - 1)
-    # Begin halfway through the bank, because lanes of its two halves descend from different starts.
-    lanes = [(own + bank // 2 + k * max(1, bank // (2 * max(wanted, 1)))) % bank for k in range(wanted)]
-    return [jax.tree.map(lambda g, i=i: g[i], guesses) for i in lanes if not np.any(i == own)]
+    lanes = [(own + shift) % bank for shift in partner_shifts(bank, run.engine.num_chains)]
+    return [jax.tree.map(lambda g, i=i: g[i], guesses) for i in lanes]
+
+
+def partner_shifts(num_states: int, num_chains: int) -> list[int]:
+    """Return by how many states a chain's partners are ahead of it in the ensemble, which is taken as a ring.
+
+    There are as many as give `NUM_PAIRS` pairs, but no state is its own partner, nor a partner of one chain twice: an
+    ensemble of four states has three. They begin half of the ensemble apart, because lanes of its two halves descend
+    from different starts.
+
+    Args:
+        num_states: Number of states of the ensemble.
+        num_chains: Number of chains.
+    """
+    wanted = min(math.ceil(NUM_PAIRS / num_chains), num_states - 1)
+    stride = max(1, num_states // (2 * max(wanted, 1)))
+    shifts = ((num_states // 2 + k * stride) % num_states for k in range(num_states))
+    return list(dict.fromkeys(filter(None, shifts)))[:wanted]
 
 
 def bias_after_warmup(pilot: Coalescence) -> np.ndarray:

@@ -32,7 +32,7 @@ from pmcmc.sampling.automatic import Automatic, compile_first
 from pmcmc.sampling.programs import Engine
 from pmcmc.sampling.reporting import Outcome
 from pmcmc.sampling.segments import Draws, Keeper, NonFiniteState, Run, draw_bytes
-from pmcmc.sampling.settings import Settings, fit_memory, settings_of
+from pmcmc.sampling.settings import Settings, Starts, fit_memory, settings_of
 from pmcmc.target import Target, check_starts
 from pmcmc.warmup import Tuned
 from pmcmc.warmup.base import Watch
@@ -58,7 +58,7 @@ class WarmupRecord:
 def tune_chains(
     source: Source,
     rng_key: PRNGKey,
-    starts: PyTree,
+    starts: Starts,
     settings: Settings,
     watch: Watch,
     prepare: Callable[[ChainState], None],
@@ -68,7 +68,7 @@ def tune_chains(
     Args:
         source: The model.
         rng_key: The key of the whole run.
-        starts: Positions with leading axis num_starts (num_chains without warm-up).
+        starts: Where warm-up starts, or the chains without warm-up.
         settings: What the user asked for.
         watch: Called with the draws of warm-up's lanes.
         prepare: Called before warm-up with a state that holds shapes, if they are known, so that programs are compiled
@@ -87,11 +87,12 @@ def tune_chains(
     # Check the starts before warm-up.
     source, kernel = source.with_kernel(settings.kernel)
     target, settings = source.target, replace(settings, kernel=kernel)
-    check_starts(target, starts)
-    kernel.check_start(target, jax.tree.map(lambda x: np.asarray(x)[0], starts))
+    check_starts(target, starts.positions)
+    kernel.check_start(target, jax.tree.map(lambda x: np.asarray(x)[0], starts.positions))
     warmup_key, chain_key = split_key(rng_key, 2)
     # Compile for sampling while warm-up runs.
-    if settings.num_warmup and (expected := settings.warmup.tuned_shapes(target, kernel)) is not None:
+    num_starts = len(jax.tree.leaves(starts.positions)[0])
+    if settings.num_warmup and (expected := settings.warmup.tuned_shapes(target, kernel, num_starts)) is not None:
         prepare(_begin(expected, starts, chain_key, settings, source))
     # Warm up, and start the chains from lanes of the ensemble.
     tuned = _tune(target, warmup_key, starts, settings, watch)
@@ -100,44 +101,41 @@ def tune_chains(
     return state._replace(unknown=unknown)
 
 
-def _begin(tuned: Tuned, starts: PyTree, chain_key: PRNGKey, settings: Settings, source: Source) -> ChainState:
+def _begin(tuned: Tuned, starts: Starts, chain_key: PRNGKey, settings: Settings, source: Source) -> ChainState:
     """Return the first state of the chains, without ``unknown``; it holds shapes if ``tuned`` does."""
     own = _chain_starts(tuned, starts, settings)
     state = ChainState(tuned.target, tuned.kernel, None, chain_key, 0, 0, tuned.states, own, tuned.timing, source)
     return state._replace(warmup_remark=tuned.remark, num_lost_lanes=tuned.num_lost)
 
 
-def _tune(target: Target, rng_key: PRNGKey, starts: PyTree, settings: Settings, watch: Watch) -> Tuned:
+def _tune(target: Target, rng_key: PRNGKey, starts: Starts, settings: Settings, watch: Watch) -> Tuned:
     """Run the warm-up; without warm-up, return the kernel as it is with the states at ``starts``."""
     if settings.num_warmup:
-        tuned = settings.warmup.run(target, settings.kernel, rng_key, starts, settings.num_warmup, watch)
+        tuned = settings.warmup.run(
+            target, settings.kernel, rng_key, starts.positions, settings.num_warmup, watch, starts.num_given
+        )
         if tuned.remark:
             warnings.warn(tuned.remark, stacklevel=5)  # the caller of `parallel_chain` and `sample`
         return jax.block_until_ready(tuned)
     kernel = settings.kernel
-    states = jax.vmap(lambda position: kernel.unknown(kernel.init(target, position)))(starts)
+    states = jax.vmap(lambda position: kernel.unknown(kernel.init(target, position)))(starts.positions)
     return Tuned(target, kernel, states, jnp.array(jnp.nan))
 
 
-def _chain_starts(tuned: Tuned, starts: PyTree, settings: Settings) -> np.ndarray:
+def _chain_starts(tuned: Tuned, starts: Starts, settings: Settings) -> np.ndarray:
     """Return the lanes of the ensemble from which the chains start; shape (C,).
 
     If the lanes have not mixed, chains start in the order of `Tuned.order`, far apart. Otherwise, and always if the
-    user gave each chain its own start, consecutive chains take lanes that descend from consecutive starts.
+    user gave the chains different starts, consecutive chains take lanes that descend from consecutive starts.
     """
     num_states = jax.tree.leaves(tuned.states)[0].shape[0]
     chains = np.arange(settings.num_chains)
-    if tuned.order is not None and not _is_per_chain(starts, settings.num_chains):
+    rows = [np.asarray(x) for x in jax.tree.leaves(starts.positions)]
+    own_starts = starts.num_given > 1 and any(np.any(x != x[:1]) for x in rows)
+    if tuned.order is not None and not own_starts:
         return tuned.order[chains % num_states]
-    stride = max(1, num_states // len(jax.tree.leaves(starts)[0])) if settings.num_warmup else 1
+    stride = max(1, num_states // len(rows[0])) if settings.num_warmup else 1
     return (chains * stride + chains * stride // num_states) % num_states
-
-
-def _is_per_chain(starts: PyTree, num_chains: int) -> bool:
-    """Whether starts (N, ...) repeat ``num_chains`` starts, one per chain, that are not all equal."""
-    rows = [np.asarray(x) for x in jax.tree.leaves(starts)]
-    repeats = all(np.array_equal(x[num_chains:], x[:-num_chains]) for x in rows)
-    return repeats and any(np.any(x != x[:1]) for x in rows)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -194,13 +192,13 @@ class Session:
         self._background.close()
         self.progress.close()
 
-    def tune(self, source: Source, rng_key: PRNGKey, starts: PyTree, record: WarmupRecord | None = None) -> ChainState:
+    def tune(self, source: Source, rng_key: PRNGKey, starts: Starts, record: WarmupRecord | None = None) -> ChainState:
         """Warm up and return the state in which the chains start.
 
         Args:
             source: The model.
             rng_key: The key of the whole run.
-            starts: Positions with leading axis num_starts (num_chains without warm-up).
+            starts: Where warm-up starts, or the chains without warm-up.
             record: Keeps warm-up's draws; None if they are not wanted.
         """
 
@@ -273,7 +271,7 @@ def execute(outcome: Outcome) -> None:
 def sample_new(
     source: Source,
     rng_key: PRNGKey,
-    starts: PyTree,
+    starts: Starts,
     settings: Settings,
     progress_bar: bool,
     record: WarmupRecord | None = None,
@@ -283,7 +281,7 @@ def sample_new(
     Args:
         source: The model.
         rng_key: The key of the whole run.
-        starts: Positions with leading axis num_starts (num_chains without warm-up).
+        starts: Where warm-up starts, or the chains without warm-up.
         settings: What the user asked for.
         progress_bar: Whether to show a progress bar.
         record: Keeps warm-up's draws for the chain; None if they are not wanted.
@@ -299,7 +297,7 @@ def sample_new(
         return _sample(session, session.tune(source, rng_key, starts, record), record)
 
 
-def warm_up(source: Source, rng_key: PRNGKey, starts: PyTree, settings: Settings, progress_bar: bool) -> ChainState:
+def warm_up(source: Source, rng_key: PRNGKey, starts: Starts, settings: Settings, progress_bar: bool) -> ChainState:
     """Return the state from which `sample_new` with the same arguments would sample."""
     with Session(settings, progress_bar) as session:
         return session.tune(source, rng_key, starts)

@@ -8,7 +8,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -264,6 +264,19 @@ def as_key(rng_key: PRNGKey | int) -> PRNGKey:
         f"rng_key must be one JAX key (jax.random.key(0)) or an int seed, got {rng_key!r}. For several chains pass "
         "num_chains, not several keys."
     )
+
+
+class Starts(NamedTuple):
+    """Positions where warm-up starts, or where the chains start if there is no warm-up.
+
+    Attributes:
+        positions: Positions with leading axis num_starts (num_chains without warm-up).
+        num_given: Number of starts that the user gave, one for each chain, which the positions repeat in turn; 1 if
+            all chains share one, or if they were drawn.
+    """
+
+    positions: PyTree
+    num_given: int = 1
 
 
 def spread_starts(target: Target, init_params: PyTree, num_chains: int, num_starts: int) -> PyTree:

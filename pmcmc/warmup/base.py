@@ -107,11 +107,16 @@ class Warmup(abc.ABC):
                 starts is fixed may leave some of them out.
         """
 
-    def tuned_shapes(self, target: Target, kernel: Kernel) -> Tuned | None:
+    def tuned_shapes(self, target: Target, kernel: Kernel, num_starts: int) -> Tuned | None:
         """Return the shapes of the arrays in the result of `run`, or None if they are not known in advance.
 
         If they are known, sampling is compiled while warm-up runs. Wrong shapes cost only time: programs are then
         compiled again.
+
+        Args:
+            target: Target to sample.
+            kernel: Kernel to tune.
+            num_starts: Number of positions from which `run` starts.
         """
         return None
 
@@ -124,6 +129,7 @@ class Warmup(abc.ABC):
         starts: PyTree,
         num_steps: int,
         watch: Watch = ignore,
+        num_given: int = 1,
     ) -> Tuned:
         """Tune a kernel on ``num_steps`` steps.
 
@@ -134,6 +140,8 @@ class Warmup(abc.ABC):
             starts: Positions; their leading axis has the length that `count_starts` returns.
             num_steps: Number of warm-up steps.
             watch: Called with the steps of the lanes as they are taken, as far as they are available one by one.
+            num_given: Number of different starts that the user gave, as in `count_starts`. If there are several, start
+                number i is that of chain ``i % num_given``, and the lane that chain starts from must descend from it.
 
         Returns:
             The tuned kernel, the target in its coordinates, and the ensemble.
@@ -165,7 +173,8 @@ def start_order(path: np.ndarray, logdensity: np.ndarray) -> np.ndarray | None:
     first k lanes are the same for any number of chains.
 
     A lane far out in the tails would count as a separate mode, so lanes whose log density is an outlier below all
-    others come last.
+    others come last. Of up to four lanes none is an outlier, because it moves the quartiles as far: where a model is so
+    costly that there are only four, a lane in the tails counts as a mode.
 
     Args:
         path: Coordinates of the lanes under a fixed kernel; shape (steps, lanes, D).
@@ -197,7 +206,10 @@ def start_order(path: np.ndarray, logdensity: np.ndarray) -> np.ndarray | None:
 
 
 def _is_outlier(values: np.ndarray) -> np.ndarray:
-    """Return which values are far below all others: by three interquartile ranges and 3 below the lower quartile."""
+    """Return which values are far below all others: by three interquartile ranges and 3 below the lower quartile.
+
+    Up to four values have no outlier.
+    """
     low, high = np.quantile(values, (0.25, 0.75))
     return values < low - 3 * (high - low) - 3  # False if a value is NaN
 

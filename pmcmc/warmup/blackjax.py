@@ -62,8 +62,10 @@ class WindowAdaptation(Warmup):
     def count_starts(self, target, num_given=1):
         return min(self.num_starts, num_lanes(target))
 
-    def tuned_shapes(self, target: Target, kernel: Kernel) -> Tuned:
-        return tuned_shapes(target, kernel, is_dense(target, self.dense))
+    def tuned_shapes(self, target: Target, kernel: Kernel, num_starts: int) -> Tuned:
+        return tuned_shapes(
+            target, kernel, _lanes_per_start(target, num_starts) * num_starts, is_dense(target, self.dense)
+        )
 
     def run(
         self,
@@ -73,6 +75,7 @@ class WindowAdaptation(Warmup):
         starts: PyTree,
         num_steps: int,
         watch: Watch = ignore,
+        num_given: int = 1,
     ) -> Tuned:
         if num_steps < 20:
             raise ValueError(f"num_warmup must be 0 or at least 20 (for its windows), got {num_steps}.")
@@ -86,6 +89,11 @@ class WindowAdaptation(Warmup):
         lanes = np.asarray(jax.vmap(basis.to_coordinates)(found.last))
         num_tuning = max(102, num_steps // 4)
         return tune(target.with_basis(basis), kernel, step_key, lanes, self.target_acceptance_rate, num_tuning, watch)
+
+
+def _lanes_per_start(target: Target, num_starts: int) -> int:
+    """Return the number of lanes for each start of `WindowAdaptation`: together as many as usual, or a few less."""
+    return num_lanes(target) // num_starts
 
 
 @tuned_jit(static_argnames=("num_steps", "dense"))
@@ -112,7 +120,7 @@ def _explore(target: Target, rng_key: PRNGKey, positions: Array, *, num_steps: i
     paths, acceptance_rate = jax.vmap(one)(jax.random.split(rng_key, num_starts), positions)
     late = paths[:, num_steps // 2 :]
     mean, scale = pooled_moments(late.reshape(-1, late.shape[-1]), dense)
-    per_start = num_lanes(target) // num_starts
+    per_start = _lanes_per_start(target, num_starts)
     spaced = jnp.linspace(num_steps // 2, num_steps - 1, per_start).astype(int)
     last = paths[:, spaced].reshape(num_starts * per_start, -1)
     return Exploration(mean, scale, last, jnp.max(jnp.std(late, axis=1), axis=0), jnp.mean(acceptance_rate))
@@ -174,6 +182,7 @@ class ChEESAdaptation(Warmup):
         starts: PyTree,
         num_steps: int,
         watch: Watch = ignore,
+        num_given: int = 1,
     ) -> Tuned:
         if not isinstance(kernel, HMC) or kernel.num_integration_steps is not None:
             raise ValueError(
@@ -185,7 +194,7 @@ class ChEESAdaptation(Warmup):
                 f"ChEESAdaptation draws the number of steps: use SequentialLeapfrog(), got {kernel.leapfrog!r}."
             )
         explore_key, chees_key, step_key = split_key(rng_key, 3)
-        explored = explore_basis(target, kernel, explore_key, starts, num_steps, self.dense, watch)
+        explored = explore_basis(target, kernel, explore_key, starts, num_steps, self.dense, watch, num_given=num_given)
         whitened, num_tuning = target.with_basis(explored.basis), max(102, num_steps // 4)
         lanes = jnp.asarray(explored.lanes, target.spec.dtype)
         found = _find_length(whitened, chees_key, lanes, num_steps=num_tuning)
@@ -256,8 +265,8 @@ class Pathfinder(Warmup):
     def shows_path(self) -> bool:  # type: ignore[override]
         return self.then.shows_path
 
-    def tuned_shapes(self, target: Target, kernel: Kernel) -> Tuned | None:
-        return self.then.tuned_shapes(target, kernel)
+    def tuned_shapes(self, target: Target, kernel: Kernel, num_starts: int) -> Tuned | None:
+        return self.then.tuned_shapes(target, kernel, num_starts)
 
     def run(
         self,
@@ -267,9 +276,10 @@ class Pathfinder(Warmup):
         starts: PyTree,
         num_steps: int,
         watch: Watch = ignore,
+        num_given: int = 1,
     ) -> Tuned:
         path_key, rest_key = split_key(rng_key, 2)
-        return self.then.run(target, kernel, rest_key, _move(target, path_key, starts), num_steps, watch)
+        return self.then.run(target, kernel, rest_key, _move(target, path_key, starts), num_steps, watch, num_given)
 
 
 @tuned_jit()

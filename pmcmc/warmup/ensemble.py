@@ -110,8 +110,8 @@ class EnsembleAdaptation(Warmup):
     def count_starts(self, target, num_given=1):
         return num_lanes(target, num_given)
 
-    def tuned_shapes(self, target: Target, kernel: Kernel) -> Tuned:
-        return tuned_shapes(target, kernel, is_dense(target, self.dense), self.inverse_mass_matrix)
+    def tuned_shapes(self, target: Target, kernel: Kernel, num_starts: int) -> Tuned:
+        return tuned_shapes(target, kernel, num_starts, is_dense(target, self.dense), self.inverse_mass_matrix)
 
     def run(
         self,
@@ -121,10 +121,11 @@ class EnsembleAdaptation(Warmup):
         starts: PyTree,
         num_steps: int,
         watch: Watch = ignore,
+        num_given: int = 1,
     ) -> Tuned:
         explore_key, step_key = split_key(rng_key, 2)
         found = explore_basis(
-            target, kernel, explore_key, starts, num_steps, self.dense, watch, self.inverse_mass_matrix
+            target, kernel, explore_key, starts, num_steps, self.dense, watch, self.inverse_mass_matrix, num_given
         )
         num_tuning, whitened = max(102, num_steps // 4), target.with_basis(found.basis)
         tuned = tune(whitened, found.kernel, step_key, found.lanes, self.target_acceptance_rate, num_tuning, watch)
@@ -163,6 +164,7 @@ def explore_basis(
     dense: bool | None,
     watch: Watch = ignore,
     metric: ArrayLeaf | None = None,
+    num_given: int = 1,
 ) -> Explored:
     """Return the basis found on half of ``num_steps``, or that of the user's metric.
 
@@ -175,6 +177,7 @@ def explore_basis(
         dense: Whether the basis is a full matrix. None: up to 50 dimensions.
         watch: Called with the steps of the lanes.
         metric: Inverse mass matrix given to the warm-up, see `check_metric`.
+        num_given: Number of different starts that the user gave, as in `Warmup.run`.
 
     Returns:
         The kernel, the basis, and the lanes in it.
@@ -187,7 +190,7 @@ def explore_basis(
         raise ValueError(f"num_warmup must be 0 or at least 20 (for its windows), got {num_steps}.")
     check_metric(target, kernel, metric)
     num_pieces = max(2, math.ceil(num_steps / (4 * PIECE)))
-    found = explore(target, rng_key, _as_rows(starts), num_pieces, is_dense(target, dense), watch)
+    found = explore(target, rng_key, _as_rows(starts, num_given), num_pieces, is_dense(target, dense), watch)
     check_exploration(target, found)
     is_given = metric is not None or kernel.metric is not None
     kernel, basis = take_metric(target, kernel, found.mean, found.scale, metric)
@@ -374,16 +377,22 @@ def _with_places(last: np.ndarray, lost: np.ndarray, moving: np.ndarray) -> np.n
     return last
 
 
-def _as_rows(positions: PyTree) -> np.ndarray:
+def _as_rows(positions: PyTree, num_given: int) -> np.ndarray:
     """Return positions as rows in the user's coordinates; shape (lanes, D).
 
-    A pilot pairs lanes of the two halves. If starts repeat, as those given for four chains do, the first pairs must
-    have different starts, and so must later ones: groups of four lanes in the second half are rotated.
+    A pilot pairs lanes of the two halves, and the first pairs must have different starts, and so must later ones. If
+    the halves have equal starts, as those given for four chains, groups of four lanes in the second half are rotated.
+    Otherwise every lane keeps its start: the first pairs differ already, and with more given starts than a half has
+    lanes, chains need those of the second half.
+
+    Args:
+        positions: Positions with leading axis lanes.
+        num_given: Number of different starts that the user gave, as in `Warmup.run`.
     """
     leaves = [np.asarray(x, float) for x in jax.tree.leaves(positions)]
     rows = np.concatenate([x.reshape(len(x), -1) for x in leaves], axis=1)
     half = np.arange(len(rows) // 2)
-    if len(half) < 4:
+    if len(half) < 4 or len(half) % num_given:
         return rows
     turned = 4 * (half // 4) + (half + np.array([2, 1, 3, 0])[half // 4]) % 4
     return rows[np.concatenate([half, len(half) + turned])]

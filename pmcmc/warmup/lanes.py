@@ -413,12 +413,13 @@ def is_dense(target: Target, dense: bool | None) -> bool:
     return target.dim <= 50 if dense is None else dense
 
 
-def tuned_shapes(target: Target, kernel: Kernel, dense: bool, metric: ArrayLeaf | None = None) -> Tuned:
+def tuned_shapes(target: Target, kernel: Kernel, lanes: int, dense: bool, metric: ArrayLeaf | None = None) -> Tuned:
     """Return a `Tuned` whose arrays have the shapes that `tune` will return; their values mean nothing.
 
     Args:
         target: Target to sample.
         kernel: Kernel to tune.
+        lanes: Number of lanes.
         dense: Whether the basis is a full matrix.
         metric: Inverse mass matrix given to the warm-up, see `check_metric`.
     """
@@ -426,7 +427,7 @@ def tuned_shapes(target: Target, kernel: Kernel, dense: bool, metric: ArrayLeaf 
     dtype, dim = target.spec.dtype, target.dim
     scale = np.eye(dim, dtype=dtype) if dense else np.ones(dim, dtype)
     kernel, basis = take_metric(target, kernel, np.zeros(dim, dtype), scale, metric)
-    whitened, positions, rate = target.with_basis(basis), np.zeros((num_lanes(target), dim), dtype), 1.0
+    whitened, positions, rate = target.with_basis(basis), np.zeros((lanes, dim), dtype), 1.0
     states, averaged = _start_lanes.eval_shape(whitened, kernel.tuned_by(), positions, rate)
     tuned = _tuned_kernel.eval_shape(whitened, kernel, averaged, rate)
     return Tuned(whitened, tuned, states, jax.device_put(np.zeros((), dtype)))

@@ -72,6 +72,7 @@ class SiteAdaptation(Warmup):
         starts: PyTree,
         num_steps: int,
         watch: Watch = ignore,
+        num_given: int = 1,
     ) -> Tuned:
         if num_steps < 20:
             raise ValueError(f"num_warmup must be 0 or at least 20 (for its windows), got {num_steps}.")

@@ -199,7 +199,7 @@ def test_shapes_are_those_of_warmup() -> None:
     for warmup in warmups:
         starts = jnp.zeros((warmup.count_starts(target), 3))
         for kernel in KERNELS.values():
-            promised = warmup.tuned_shapes(target, kernel)
+            promised = warmup.tuned_shapes(target, kernel, len(starts))
             tuned = warmup.run(target, kernel, jax.random.key(0), starts, 100)
             for shape, found in zip(promised[:3], tuned[:3], strict=True):
                 assert jax.tree.structure(shape) == jax.tree.structure(found)

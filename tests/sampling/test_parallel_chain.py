@@ -298,8 +298,8 @@ def test_starts_of_the_chains_of_a_density(num_warmup: int, monkeypatch: pytest.
         for name, x in chain.get_samples(group_by_chain=True).items():
             np.testing.assert_allclose(x, np.broadcast_to(np.asarray(starts[name])[:, None], x.shape), atol=1e-6)
         return
-    seen = []
-    monkeypatch.setattr(api, "sample_new", lambda source, key, starts, *rest: seen.append(starts) or reference())
+    seen, other = [], reference()
+    monkeypatch.setattr(api, "sample_new", lambda source, key, starts, *rest: seen.append(starts) or other)
     pmcmc.sample(logdensity, starts, 0, init_per_chain=True, num_chains=4)
     for name, x in starts.items():
-        np.testing.assert_array_equal(seen[0][name], np.concatenate([x] * 8))
+        np.testing.assert_array_equal(seen[0].positions[name], np.concatenate([x] * 8))

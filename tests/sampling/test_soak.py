@@ -18,7 +18,7 @@ import pmcmc
 from pmcmc.chain.state import Source
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.sampling.session import sample_from, warm_up
-from pmcmc.sampling.settings import Settings
+from pmcmc.sampling.settings import Settings, Starts
 from tests.helpers.problems import DIM, random_numbers, target_of
 
 pytestmark = pytest.mark.optimized
@@ -48,7 +48,7 @@ def end_to_end(rng: np.random.Generator, kernel: pmcmc.Kernel, solver, num_chain
     target = target_of(numbers)
     start = numbers.shift + numbers.size * (numbers.modes[0] + rng.choice([0.1, 1.0, 10.0]) * rng.normal(size=DIM))
     settings = settings_of(target, kernel, solver, num_chains, num_samples)
-    starts = jnp.repeat(jnp.asarray(start)[None], settings.warmup.count_starts(target), axis=0)
+    starts = Starts(jnp.repeat(jnp.asarray(start)[None], settings.warmup.count_starts(target), axis=0))
     try:
         source = Source(lambda: target, target, {})
         state = warm_up(source, jax.random.key(int(rng.integers(2**31))), starts, settings, progress_bar=False)

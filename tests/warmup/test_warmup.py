@@ -154,10 +154,10 @@ def test_modes_that_communicate_stay_occupied() -> None:
 
 def test_pairs_of_lanes_come_from_different_starts_and_from_the_same() -> None:
     """One of each half, where four starts repeat; all 32 starts are used once."""
-    rows = ensemble._as_rows({"a": np.arange(32.0) % 4})[:, 0]
+    rows = ensemble._as_rows({"a": np.arange(32.0) % 4}, 4)[:, 0]
     assert np.all(rows[:12] != rows[16:28])
     np.testing.assert_array_equal(rows[12:16], rows[28:])
-    np.testing.assert_array_equal(np.sort(ensemble._as_rows(np.arange(32.0))[:, 0]), np.arange(32))
+    np.testing.assert_array_equal(np.sort(ensemble._as_rows(np.arange(32.0), 1)[:, 0]), np.arange(32))
 
 
 def test_lanes_are_held_by_what_they_refuse() -> None:
@@ -399,7 +399,7 @@ def test_few_lanes_find_the_posterior(warmup: pmcmc.warmup.Warmup, monkeypatch: 
     chain = pmcmc.sample(fn, jnp.zeros(3), 0, **options)
     assert len(chain.state.ensemble) == 4
     assert " (4 lanes), pilot" in str(chain.report)
-    expected = warmup.tuned_shapes(chain.target, pmcmc.HMC())
+    expected = warmup.tuned_shapes(chain.target, pmcmc.HMC(), warmup.count_starts(chain.target))
     assert jax.tree.map(jnp.shape, expected.states) == jax.tree.map(jnp.shape, chain.state.ensemble)
     draws = (np.asarray(chain.get_samples()) - 3) / np.array([1e-3, 1.0, 1e3])[None]
     assert np.all(np.abs(draws.mean(0)) < 0.1)

@@ -20,7 +20,7 @@ from pmcmc._pytree import register_dataclass
 from pmcmc.chain.state import Source
 from pmcmc.recurrence import MultipleShooting
 from pmcmc.sampling.session import sample_from, warm_up
-from pmcmc.sampling.settings import Settings
+from pmcmc.sampling.settings import Settings, Starts
 from tests.helpers.statistics import z_bound
 from tests.helpers.studies import NUM_DATA, Continuous
 
@@ -57,7 +57,7 @@ def scores(case: Case, num_studies: int, fault: Callable = lambda state, before:
         y = simulate({name: x[0] for name, x in truth.items()}, rng.normal(size=NUM_DATA))
         target = replace(STUDY.target(), data=y)
         settings = case.settings(target)
-        starts = jax.tree.map(jnp.asarray, STUDY.draw(rng, settings.warmup.count_starts(target)))
+        starts = Starts(jax.tree.map(jnp.asarray, STUDY.draw(rng, settings.warmup.count_starts(target))))
         source = Source(lambda: target, target, {})  # noqa: B023
         state = warm_up(source, jax.random.key(number), starts, settings, progress_bar=False)
         chain = sample_from(fault(state, before or state), settings, progress_bar=False)

@@ -1,0 +1,97 @@
+"""Where lanes of warm-up begin, and which of them chains and their partners start from."""
+
+import math
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+
+import pmcmc
+from benchmarks._compilations import compilations
+from pmcmc._xla.compile import forget_programs
+from pmcmc.recurrence import MultipleShooting, Sequential
+from pmcmc.sampling.pilot import partner_shifts
+from pmcmc.warmup import lanes
+from pmcmc.warmup.base import start_order
+
+PROGRAMS = ("jit(draw_noise)", "jit(solve_noise)")
+
+
+def model() -> None:
+    numpyro.sample("x", dist.Normal(0, 1).expand([2]).to_event(1))
+
+
+def run(num_chains: int, **options) -> pmcmc.Chain:
+    sizes = dict(num_warmup=40, num_samples=20, num_chains=num_chains, solver=Sequential(), progress_bar=False)
+    return pmcmc.parallel_chain(model, 0, **sizes | options)
+
+
+@pytest.mark.parametrize("warmup", [pmcmc.EnsembleAdaptation(), pmcmc.WindowAdaptation()], ids=["ensemble", "window"])
+def test_drawn_starts_belong_to_no_chain(warmup: pmcmc.warmup.Warmup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many chains as starts: they start apart if the starts were drawn, and from their own if these were given."""
+    monkeypatch.setattr(lanes, "LANE_OPERATIONS", 1)
+    monkeypatch.setattr(lanes, "start_order", lambda *path: np.array([2, 3, 1, 0]))
+    assert run(4, warmup=warmup).state.own.tolist() == [2, 3, 1, 0]
+    given = {"x": np.arange(8.0).reshape(4, 2) / 8}
+    assert run(4, warmup=warmup, init_params=given).state.own.tolist() == [0, 1, 2, 3]
+    assert run(4, warmup=warmup, init_params={"x": 0 * given["x"]}).state.own.tolist() == [2, 3, 1, 0]
+
+
+@pytest.mark.parametrize("num_chains", [3, 20])
+def test_given_starts_stay_with_their_chains(num_chains: int) -> None:
+    """So far apart that no lane reaches another's mode; pairs half of the ensemble apart have different starts."""
+    modes = 1e3 * jnp.arange(num_chains)
+    fn = lambda x: jax.nn.logsumexp(-0.5 * (x[0] - modes) ** 2) - 0.5 * x[1] ** 2
+    starts = jnp.stack([modes, jnp.zeros(num_chains)], axis=1)
+    kernel = pmcmc.HMC(step_size=0.5, num_integration_steps=3, inverse_mass_matrix=jnp.ones(2))
+    options = dict(kernel=kernel, num_warmup=40, num_samples=20, num_chains=num_chains, progress_bar=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        chain = pmcmc.sample(fn, starts, 0, init_per_chain=True, solver=Sequential(), **options)
+    draws = np.asarray(chain.get_samples(group_by_chain=True))[..., 0]
+    np.testing.assert_allclose(draws, np.broadcast_to(modes[:, None], draws.shape), atol=10)
+    lanes = np.asarray(jax.vmap(chain.target.position)(chain.state.ensemble))[:, 0]
+    partners = lanes[(chain.state.own + 16) % 32]
+    assert np.all(np.abs(lanes[chain.state.own] - partners) > 500)
+
+
+@pytest.mark.parametrize("num_chains", [1, 2, 4, 7, 40])
+@pytest.mark.parametrize("num_states", [1, 2, 3, 4, 8, 16, 30, 32])
+def test_all_partners_that_there_are(num_states: int, num_chains: int) -> None:
+    shifts = partner_shifts(num_states, num_chains)
+    assert len(shifts) == min(math.ceil(32 / num_chains), num_states - 1)
+    assert len({0, *shifts}) == 1 + len(shifts)
+    assert all(0 < shift < num_states for shift in shifts)
+    assert shifts[:1] == [num_states // 2][: len(shifts)]
+
+
+def test_four_lanes_show_no_outlier() -> None:
+    """One lane in the far tails: eight lanes put it last, four take it for a mode, as `start_order` says."""
+    path = np.random.default_rng(0).standard_normal((96, 8, 2))
+    path[:, 1] -= 12
+    logdensity = -0.5 * np.sum(path**2, axis=2)
+    assert start_order(path, logdensity)[-1] == 1
+    assert start_order(path[:, :4], logdensity[:, :4])[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("warmup", "num_chains"),
+    [(pmcmc.WindowAdaptation(num_starts=3), 2), (pmcmc.EnsembleAdaptation(), 6)],
+    ids=["starts that do not divide the lanes", "more lanes for given starts"],
+)
+def test_programs_are_compiled_for_the_lanes_that_there_are(
+    warmup: pmcmc.warmup.Warmup, num_chains: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each program of sampling once, during warm-up: the ensemble has as many states as were promised."""
+    monkeypatch.setattr(lanes, "LANE_OPERATIONS", 1)
+    given = {"x": np.arange(2.0 * num_chains).reshape(num_chains, 2) / 8}
+    jax.clear_caches()
+    forget_programs()
+    with compilations() as seen:
+        chain = run(num_chains, warmup=warmup, init_params=given, solver=MultipleShooting(2))
+    assert len(chain.state.own) == num_chains
+    assert sorted(program.name for program in seen if program.name in PROGRAMS) == sorted(PROGRAMS)

@@ -5,6 +5,7 @@ Both check their arguments (`Settings.check`), find starting positions, and pass
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -172,9 +173,9 @@ def model_starts(target: Target, rng_key: PRNGKey, init_params: PyTree, settings
     per_chain = bool(leaves) and np.ndim(leaves[0]) > np.ndim(template[0])
     num_starts = _count_starts(target, settings, per_chain)
     if init_params is None:
-        return Starts(numpyro_starts(target, fold_key(rng_key, 0), num_starts))
+        return Starts(partial(numpyro_starts, target, fold_key(rng_key, 0), num_starts), num_starts)
     positions = spread_starts(target, init_params, settings.num_chains, num_starts)
-    return Starts(positions, settings.num_chains if per_chain else 1)
+    return Starts(lambda: positions, num_starts, settings.num_chains if per_chain else 1)
 
 
 def _count_starts(target: Target, settings: Settings, per_chain: bool) -> int:
@@ -261,7 +262,7 @@ def sample(
     in_numpy = lambda x: np.asarray(jnp.asarray(x))
     each = initial_position if init_per_chain else jax.tree.map(lambda x: in_numpy(x)[None], initial_position)
     positions = jax.tree.map(lambda x: in_numpy(x)[np.arange(num_starts) % len(x)], each)
-    starts = Starts(positions, settings.num_chains if init_per_chain else 1)
+    starts = Starts(lambda: positions, num_starts, settings.num_chains if init_per_chain else 1)
     record = _warmup_record(settings, save_warmup)
     return sample_new(source, as_key(rng_key), starts, settings, progress_bar, record)
 

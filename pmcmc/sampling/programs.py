@@ -7,6 +7,7 @@ for, a `Segment` is what a run of both returns.
 import math
 import time
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -402,8 +403,8 @@ class Engine:
         ]
 
         def compile_programs() -> None:
-            for program in programs:
-                program.compile()
+            with ThreadPoolExecutor(len(programs)) as side_by_side:
+                list(side_by_side.map(lambda program: program.compile(), programs))
             self._note(solver, shape, time.perf_counter() - begin)
 
         return compile_programs

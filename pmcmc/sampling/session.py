@@ -71,8 +71,8 @@ def tune_chains(
         starts: Where warm-up starts, or the chains without warm-up.
         settings: What the user asked for.
         watch: Called with the draws of warm-up's lanes.
-        prepare: Called before warm-up with a state that holds shapes, if they are known, so that programs are compiled
-            during warm-up.
+        prepare: Called first, with a state that holds shapes, if they are known, so that programs are compiled while
+            starts are found and during warm-up.
 
     Returns:
         The state in which the chains start.
@@ -84,57 +84,66 @@ def tune_chains(
     Warns:
         UserWarning: The result of warm-up is doubtful.
     """
-    # Check the starts before warm-up.
     source, kernel = source.with_kernel(settings.kernel)
     target, settings = source.target, replace(settings, kernel=kernel)
-    check_starts(target, starts.positions)
-    kernel.check_start(target, jax.tree.map(lambda x: np.asarray(x)[0], starts.positions))
     warmup_key, chain_key = split_key(rng_key, 2)
-    # Compile for sampling while warm-up runs.
-    num_starts = len(jax.tree.leaves(starts.positions)[0])
-    if settings.num_warmup and (expected := settings.warmup.tuned_shapes(target, kernel, num_starts)) is not None:
-        prepare(_begin(expected, starts, chain_key, settings, source))
+    # Compile for sampling in the meantime.
+    if (expected := _expected(target, starts.number, settings)) is not None:
+        prepare(_begin(expected, _chain_starts(expected, starts.number, False, settings), chain_key, source))
+    # Check the starts before warm-up.
+    positions = starts.find()
+    check_starts(target, positions)
+    kernel.check_start(target, jax.tree.map(lambda x: np.asarray(x)[0], positions))
     # Warm up, and start the chains from lanes of the ensemble.
-    tuned = _tune(target, warmup_key, starts, settings, watch)
-    state = _begin(tuned, starts, chain_key, settings, source)
-    unknown = jax.tree.map(lambda x: jax.device_put(np.asarray(x)[state.own]), state.ensemble)
-    return state._replace(unknown=unknown)
+    tuned = _tune(target, warmup_key, positions, starts.num_given, settings, watch)
+    differ = any(np.any(np.asarray(x) != np.asarray(x)[:1]) for x in jax.tree.leaves(positions))
+    own = _chain_starts(tuned, starts.number, starts.num_given > 1 and differ, settings)
+    unknown = jax.tree.map(lambda x: jax.device_put(np.asarray(x)[own]), tuned.states)
+    return _begin(tuned, own, chain_key, source)._replace(unknown=unknown)
 
 
-def _begin(tuned: Tuned, starts: Starts, chain_key: PRNGKey, settings: Settings, source: Source) -> ChainState:
+def _expected(target: Target, num_starts: int, settings: Settings) -> Tuned | None:
+    """Return the shapes of what warm-up will return; None if they are not known, or there is no warm-up."""
+    if not settings.num_warmup:
+        return None
+    try:
+        return settings.warmup.tuned_shapes(target, settings.kernel, num_starts)
+    except (TypeError, ValueError, NotImplementedError):
+        return None  # `check_starts` says what is wrong with the density
+
+
+def _begin(tuned: Tuned, own: np.ndarray, chain_key: PRNGKey, source: Source) -> ChainState:
     """Return the first state of the chains, without ``unknown``; it holds shapes if ``tuned`` does."""
-    own = _chain_starts(tuned, starts, settings)
     state = ChainState(tuned.target, tuned.kernel, None, chain_key, 0, 0, tuned.states, own, tuned.timing, source)
     return state._replace(warmup_remark=tuned.remark, num_lost_lanes=tuned.num_lost)
 
 
-def _tune(target: Target, rng_key: PRNGKey, starts: Starts, settings: Settings, watch: Watch) -> Tuned:
-    """Run the warm-up; without warm-up, return the kernel as it is with the states at ``starts``."""
+def _tune(
+    target: Target, rng_key: PRNGKey, positions: PyTree, num_given: int, settings: Settings, watch: Watch
+) -> Tuned:
+    """Run the warm-up; without warm-up, return the kernel as it is with the states at ``positions``."""
     if settings.num_warmup:
-        tuned = settings.warmup.run(
-            target, settings.kernel, rng_key, starts.positions, settings.num_warmup, watch, starts.num_given
-        )
+        tuned = settings.warmup.run(target, settings.kernel, rng_key, positions, settings.num_warmup, watch, num_given)
         if tuned.remark:
             warnings.warn(tuned.remark, stacklevel=5)  # the caller of `parallel_chain` and `sample`
         return jax.block_until_ready(tuned)
     kernel = settings.kernel
-    states = jax.vmap(lambda position: kernel.unknown(kernel.init(target, position)))(starts.positions)
+    states = jax.vmap(lambda position: kernel.unknown(kernel.init(target, position)))(positions)
     return Tuned(target, kernel, states, jnp.array(jnp.nan))
 
 
-def _chain_starts(tuned: Tuned, starts: Starts, settings: Settings) -> np.ndarray:
+def _chain_starts(tuned: Tuned, num_starts: int, own_starts: bool, settings: Settings) -> np.ndarray:
     """Return the lanes of the ensemble from which the chains start; shape (C,).
 
     If the lanes have not mixed, chains start in the order of `Tuned.order`, far apart. Otherwise, and always if the
-    user gave the chains different starts, consecutive chains take lanes that descend from consecutive starts.
+    user gave the chains different starts (``own_starts``), consecutive chains take lanes that descend from consecutive
+    starts.
     """
     num_states = jax.tree.leaves(tuned.states)[0].shape[0]
     chains = np.arange(settings.num_chains)
-    rows = [np.asarray(x) for x in jax.tree.leaves(starts.positions)]
-    own_starts = starts.num_given > 1 and any(np.any(x != x[:1]) for x in rows)
     if tuned.order is not None and not own_starts:
         return tuned.order[chains % num_states]
-    stride = max(1, num_states // len(rows[0])) if settings.num_warmup else 1
+    stride = max(1, num_states // num_starts) if settings.num_warmup else 1
     return (chains * stride + chains * stride // num_states) % num_states
 
 

@@ -5,7 +5,7 @@ positions.
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -270,12 +270,14 @@ class Starts(NamedTuple):
     """Positions where warm-up starts, or where the chains start if there is no warm-up.
 
     Attributes:
-        positions: Positions with leading axis num_starts (num_chains without warm-up).
+        find: Returns the positions, with leading axis ``number``. Drawn ones are evaluated, which needs a program.
+        number: Number of positions (num_chains without warm-up).
         num_given: Number of starts that the user gave, one for each chain, which the positions repeat in turn; 1 if
             all chains share one, or if they were drawn.
     """
 
-    positions: PyTree
+    find: Callable[[], PyTree]
+    number: int
     num_given: int = 1
 
 

@@ -48,7 +48,8 @@ def end_to_end(rng: np.random.Generator, kernel: pmcmc.Kernel, solver, num_chain
     target = target_of(numbers)
     start = numbers.shift + numbers.size * (numbers.modes[0] + rng.choice([0.1, 1.0, 10.0]) * rng.normal(size=DIM))
     settings = settings_of(target, kernel, solver, num_chains, num_samples)
-    starts = Starts(jnp.repeat(jnp.asarray(start)[None], settings.warmup.count_starts(target), axis=0))
+    num_starts = settings.warmup.count_starts(target)
+    starts = Starts(lambda: jnp.repeat(jnp.asarray(start)[None], num_starts, axis=0), num_starts)
     try:
         source = Source(lambda: target, target, {})
         state = warm_up(source, jax.random.key(int(rng.integers(2**31))), starts, settings, progress_bar=False)

@@ -57,7 +57,9 @@ def scores(case: Case, num_studies: int, fault: Callable = lambda state, before:
         y = simulate({name: x[0] for name, x in truth.items()}, rng.normal(size=NUM_DATA))
         target = replace(STUDY.target(), data=y)
         settings = case.settings(target)
-        starts = Starts(jax.tree.map(jnp.asarray, STUDY.draw(rng, settings.warmup.count_starts(target))))
+        num_starts = settings.warmup.count_starts(target)
+        positions = jax.tree.map(jnp.asarray, STUDY.draw(rng, num_starts))
+        starts = Starts(lambda: positions, num_starts)  # noqa: B023
         source = Source(lambda: target, target, {})  # noqa: B023
         state = warm_up(source, jax.random.key(number), starts, settings, progress_bar=False)
         chain = sample_from(fault(state, before or state), settings, progress_bar=False)

@@ -302,4 +302,4 @@ def test_starts_of_the_chains_of_a_density(num_warmup: int, monkeypatch: pytest.
     monkeypatch.setattr(api, "sample_new", lambda source, key, starts, *rest: seen.append(starts) or other)
     pmcmc.sample(logdensity, starts, 0, init_per_chain=True, num_chains=4)
     for name, x in starts.items():
-        np.testing.assert_array_equal(seen[0].positions[name], np.concatenate([x] * 8))
+        np.testing.assert_array_equal(seen[0].find()[name], np.concatenate([x] * 8))

@@ -10,7 +10,6 @@ Source: Hoffman & Gelman (2014); Betancourt (2017); Phan et al. (2019).
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -136,7 +135,6 @@ class NUTS(GradientKernel):
         )
 
 
-@cache
 def _step_of(treedef: Any) -> Callable:
     """Return ``step`` as a function of the leaves of (target, kernel, state, noise), with its own rule for `jax.vmap`.
 

@@ -57,7 +57,7 @@ def translate(sampler: Any, num_warmup: int) -> tuple[Kernel, EnsembleAdaptation
         length = _length(sampler, step_size)
         return HMC(step_size=step_size, num_integration_steps=length, inverse_mass_matrix=metric), warmup
     depth = sampler._max_tree_depth
-    return NUTS(step_size, depth if isinstance(depth, int) else depth[1], metric), warmup
+    return NUTS(step_size, depth[1] if isinstance(depth, tuple) else depth, metric), warmup
 
 
 def _whole_metric(sampler: Any) -> Any:

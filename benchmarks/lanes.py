@@ -16,10 +16,11 @@ C columns are left out.
 
 import argparse
 import gc
+import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -86,7 +87,7 @@ PLANS: dict[str, Plan] = {
 }
 
 
-def measure(name: str, lanes: Iterable[int], folder: Path | None, scale: float, repeats: int) -> list[dict[str, Any]]:
+def measure(name: str, lanes: Sequence[int], folder: Path | None, scale: float, repeats: int) -> list[dict[str, Any]]:
     """Return one row for each number of lanes, all from one alternation.
 
     Args:
@@ -97,7 +98,7 @@ def measure(name: str, lanes: Iterable[int], folder: Path | None, scale: float, 
         repeats: Timed runs of each callable.
     """
     plan = PLANS[name]
-    unit = CHUNK * max(lanes)
+    unit = CHUNK * math.lcm(*lanes)
     lane_steps = max(1, round(plan.lane_steps * scale / unit)) * unit
     case = plan.make(lane_steps)
     bank = typical_states(case)
@@ -172,11 +173,9 @@ def summary(rows: list[dict[str, Any]]) -> str:
     parts = []
     for case in dict.fromkeys(row["case"] for row in rows if "C together" in row):
         best = lambda what, case=case: min(row[what]["median"] for row in rows if row["case"] == case)
-        parts.append(
-            f"{case} {best('together') / best('C together'):.2f} "
-            f"({best('together') / best('C all cores'):.2f} of C on all {num_cores()} cores)"
-        )
-    return "lanes over C on one core: " + ("; ".join(parts) or "no C steps were run")
+        part = f"{case} {best('together') / best('C together'):.2f}"
+        parts.append(f"{part} (on all cores {best('together') / best('C all cores'):.2f})")
+    return "pmcmc's lanes over C on one core: " + ("; ".join(parts) or "no C steps were run")
 
 
 def main(arguments: list[str] | None = None) -> None:

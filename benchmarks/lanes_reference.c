@@ -105,7 +105,7 @@ static inline void draw_step(const uint32_t key[2], const words number, row nois
 static inline void density(const constants *c, row x[D], row value, row gradient[D]) {
   (void)c;
   EACH {
-    float a = x[0][w], b = x[1][w], exponent[4], largest = -INFINITY, total = 0, left = 0, up = 0;
+    float a = x[0][w], b = x[1][w], exponent[4], largest = -0x1p126f, total = 0, left = 0, up = 0;
 #pragma GCC unroll 4
     for (int k = 0; k < 4; k++) {
       float dx = (k & 1 ? -2 : 2) - a, dy = (k & 2 ? -2 : 2) - b;

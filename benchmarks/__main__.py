@@ -9,7 +9,7 @@ python -m benchmarks --gpu              a ten-minute suite for GPUs, into benchm
 import argparse
 from collections.abc import Callable
 
-from benchmarks import end_to_end, import_time, kernels, memory, scaling, solvers
+from benchmarks import end_to_end, import_time, kernels, lanes, memory, scaling, solvers
 from benchmarks._harness import RESULTS, SKETCHES, device_name
 from benchmarks.gpu import run as run_gpu
 
@@ -17,6 +17,7 @@ from benchmarks.gpu import run as run_gpu
 SUITES: dict[str, Callable[[list[str]], None]] = {
     "solvers": solvers.main,
     "kernels": kernels.main,
+    "lanes": lanes.main,
     "end-to-end": end_to_end.main,
     "scaling": scaling.main,
     "memory": memory.main,

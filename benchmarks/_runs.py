@@ -17,7 +17,7 @@ from pmcmc._pytree import PyTree
 from pmcmc._xla.compile import num_cores
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.recurrence.sequential import LaneSolver
-from pmcmc.sampling.programs import Clock, Engine, Segment, Shape, solve_noise
+from pmcmc.sampling.programs import Clock, Engine, Segment, Shape, draw_noise, solve_noise
 
 NUM_STATES = 64
 # With fewer cores than this, a second compilation only slows the first.
@@ -100,6 +100,31 @@ def in_blocks(case: Case, bank: PyTree, num_blocks: int, num_chains: int = 1, **
 def without_repair(run: Run) -> LaneSolver:
     """Return a solver for sweep 0 alone, whose blocks cost as much as independent chains."""
     return MultipleShooting(run.shape.num_blocks, max_sweeps=np.int32(0), devices=run.solver.shared_by or None)
+
+
+def noise_and_steps(run: Run) -> tuple[Callable[[], float], Callable[[], float]]:
+    """Return functions that draw the noise alone, and that take the steps without repair under noise drawn before.
+
+    Both return the seconds that a program of the engine took. The noise must be drawn once before the first steps.
+    """
+    engine, shape, solver = run.engine, run.shape, without_repair(run)
+    integer = jnp.result_type(int)
+    first, length = np.zeros(run.num_chains, integer), np.asarray(shape.capacity, integer)
+    x0 = jax.tree.map(lambda x: x[jnp.arange(run.num_chains) % len(x)], run.bank)
+    buffers = list(engine._take_buffers(shape))
+
+    def noise() -> float:
+        model = engine.target, engine.kernel, engine.chain_keys
+        buffers[0], clock = draw_noise.timed(*model, first, length, buffers[0], shape=shape)
+        return clock[1]
+
+    def steps() -> float:
+        inputs = engine.target, engine.kernel, solver, buffers[0], x0, first, length, engine.guesses, engine.scale
+        (solution, _), clock = solve_noise.timed(*inputs, buffers[1], shape=shape)
+        buffers[1] = solution.value, solution.aux
+        return clock[1]
+
+    return noise, steps
 
 
 def compile_all(runs: list[Run]) -> list[float]:

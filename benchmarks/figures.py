@@ -142,7 +142,7 @@ def efficiency(name: str = "kernels_cpu") -> Any:
         left.plot([row["coalescence_mean"] for row in mine], places, **style)
         right.plot([row["efficiency"] for row in mine], places, **style)
     left.set(xlabel="mean coalescence time (steps)", xscale="log", yticks=range(len(cases)), yticklabels=cases)
-    right.set(xlabel="efficiency (1: as fast as independent chains)", xlim=(0, 1.05))
+    right.set(xlabel="efficiency vs own lanes", xlim=(0, 1.05))
     right.legend(frameon=False, loc="lower left")
     for axes in (left, right):
         axes.grid(color="0.92")

@@ -8,7 +8,8 @@ with
                  vmapped sequential chains
     efficiency   limit over shooting, at the P that is best for shooting; and relative to the limit at its own best P
 
-in alternating runs, by medians. Coalescence: mean steps until the repair of a block merges, in the longest blocks run.
+in alternating runs, by medians. The limit is that of pmcmc's own lanes; `benchmarks.lanes` compares these with C.
+Coalescence: mean steps until the repair of a block merges, in the longest blocks run.
 
     python -m benchmarks.kernels [--cases mixture banana] [--blocks 64 256 1024] [--scale 0.1] [--save NAME]
 """
@@ -193,9 +194,10 @@ def _on_cpu(name: str, length: int, effort: Effort) -> dict[str, float] | None:
 def line(row: dict[str, Any]) -> str:
     """Return the line of one case."""
     return (
-        f"{row['case']:34s} T={row['length']:>9,} P={row['num_blocks']:>5}  {row['speedup']:6.2f}x  efficiency "
-        f"{row['efficiency']:.2f} ({row['efficiency_at_best']:.2f} of the best limit, P={row['best_limit_blocks']})  "
-        f"{1000 * row['sequential']['median_s']:.1f} / {1000 * row['shooting']['median_s']:.1f} ms  {row['result']}, "
+        f"{row['case']:34s} T={row['length']:>9,} P={row['num_blocks']:>5}  {row['speedup']:6.2f}x  "
+        f"efficiency vs own lanes {row['efficiency']:.2f} ({row['efficiency_at_best']:.2f} of the best limit, "
+        f"P={row['best_limit_blocks']})  {1000 * row['sequential']['median_s']:.1f} / "
+        f"{1000 * row['shooting']['median_s']:.1f} ms  {row['result']}, "
         f"coalescence {row['coalescence_mean']:.0f} (longest {row['coalescence_longest']:,}), depth "
         f"{row['num_sequential_steps']:,}, {row['num_sweeps']} sweeps, work {row['evaluations_per_step']:.2f}, "
         f"acceptance {row['acceptance_rate'] or float('nan'):.2f}, {row['bytes_per_draw']:.0f} B a draw"

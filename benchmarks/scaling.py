@@ -59,7 +59,7 @@ def line(row: dict[str, Any]) -> str:
     return (
         f"{row['axis']:7s} {row['value']:>10,}  {row['case']:24s} T={row['length']:>10,}  {row['num_chains']:>3} x "
         f"{row['num_blocks']:>5} blocks  {1000 * row['shooting']['median_s']:9.1f} ms  {row['speedup']:6.2f}x  "
-        f"efficiency {row['efficiency']:.2f}  {row['result']}"
+        f"efficiency vs own lanes {row['efficiency']:.2f}  {row['result']}"
     )
 
 

@@ -104,7 +104,7 @@ def correlated(length: int = 10**5) -> Case:
 
 def german_target() -> tuple[Target, jax.Array, jax.Array]:
     """Return the logistic regression in its own coordinates, with the mode and Cholesky factor of its Laplace fit."""
-    design, good = _german_data()
+    design, good = german_data()
     mode, scale_tril = _laplace(design, good)
     x, y = jnp.asarray(design, float), jnp.asarray(good, float)
 
@@ -120,7 +120,7 @@ def _target(logdensity: Callable, dim: int) -> Target:
     return Target.from_logdensity(logdensity, jnp.zeros(dim))
 
 
-def _german_data() -> tuple[np.ndarray, np.ndarray]:
+def german_data() -> tuple[np.ndarray, np.ndarray]:
     """Return the standardised design with an intercept, and the labels."""
     path = SHARED / "data" / "german_credit_numeric.csv"
     if path.exists():

@@ -11,12 +11,15 @@ import numpyro
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import gpu, judging, kernels, whole_call
+from benchmarks import gpu, judging, kernels, lanes, whole_call
 from benchmarks._harness import alternate, save, with_others
+from benchmarks._reference import compiler_version
 from benchmarks._runs import Run
 from benchmarks.cases import CASES
 from benchmarks.models import MODELS
 from pmcmc.recurrence import Sequential
+from tests.helpers.selection import share
+from tests.helpers.sources import run_python
 
 sys.path.append(str(Path(__file__).parents[1] / "docs" / "_ext"))
 pytest.importorskip("sphinx", reason="the docs extra is not installed")
@@ -104,7 +107,50 @@ def test_rows_become_a_table_and_a_file(row: dict, tmp_path: Path) -> None:
     assert stored["rows"][1]["speedup"] == row["speedup"]
     (header, *body), _ = benchmark_tables.render(path)
     assert len(body) == 2
-    assert body[1][header.index("efficiency")] == benchmark_tables.number(row["efficiency"])
+    assert body[1][header.index("efficiency vs own lanes")] == benchmark_tables.number(row["efficiency"])
+
+
+AGREEMENT = """
+import pathlib
+from dataclasses import replace
+
+import jax
+
+from benchmarks import lanes
+
+plan = lanes.PLANS[{name!r}]
+case = plan.make(4096)
+starts = case.start(jax.random.key(0), 64)
+reference = lanes.by_hand(plan, case, starts, pathlib.Path({folder!r}))(starts, 16, jax.random.key(1))
+reference.case = replace(case, kernel=case.kernel.with_step_size(1.001 * case.kernel.step_size))
+try:
+    reference.check()
+except ArithmeticError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(compiler_version() is None, reason="there is no C compiler")
+@pytest.mark.parametrize("name", share([name for name, plan in lanes.PLANS.items() if plan.model], "mixture"))
+def test_steps_by_hand_are_those_of_the_kernel(name: str, tmp_path: Path) -> None:
+    """In float32; C steps whose step size is off by a thousandth are refused."""
+    found = run_python(AGREEMENT.format(name=name, folder=str(tmp_path)))
+    assert "of the C steps differ from pmcmc's by" in found
+
+
+def test_lanes_are_timed_without_a_compiler(tmp_path: Path) -> None:
+    rows = lanes.measure("mixture", (32, 64), None, scale=2**-8, repeats=1)
+    assert [row["lanes"] for row in rows] == [32, 64]
+    for row in rows:
+        assert row["lane_steps"] == 1024
+        assert row["over_c"] is None
+        assert min(row[what]["median"] for what in ("noise", "steps", "together", "sequential 1", "sequential 4")) > 0
+    assert lanes.summary(rows).endswith("no C steps were run")
+    by_hand = [row | {"C together": {"median": 2.0}, "C all cores": {"median": 1.0}} for row in rows]
+    best = min(row["together"]["median"] for row in rows)
+    assert f"mixture, MALA {best / 2:.2f} (on all cores {best:.2f})" in lanes.summary(by_hand)
+    (header, *body), _ = benchmark_tables.render(save("lanes", by_hand, tmp_path))
+    assert body[0][header.index("C ns")] == "2.00"
 
 
 def test_names_of_cases_and_suites_exist() -> None:

@@ -51,6 +51,10 @@ def milliseconds(key: str) -> Callable[[dict], Any]:
     return lambda row: 1000 * row[key]["median_s"]
 
 
+def nanoseconds(key: str) -> Callable[[dict], Any]:
+    return lambda row: row[key]["median"] if key in row else None
+
+
 def extremes(timing: dict[str, float]) -> str:
     """Smallest to largest, in milliseconds."""
     return f"{number(1000 * timing['min_s'])} to {number(1000 * timing['max_s'])}"
@@ -183,13 +187,13 @@ SUITES: dict[str, Callable[[Rows], Table]] = {
         shooting_ms=milliseconds("shooting"),
         speedup="speedup",
         over_best_sequential="speedup_over_best",
-        efficiency="efficiency",
+        efficiency_vs_own_lanes="efficiency",
         sequential_ms=milliseconds("sequential"),
         D="dim",
         coalescence=lambda row: f"{number(round(row['coalescence_mean']))} / {number(row['coalescence_longest'])}",
         work="evaluations_per_step",
         share_of_path="share_of_path",
-        efficiency_at_best_P=lambda row: (
+        efficiency_vs_own_lanes_at_best_P=lambda row: (
             f"{number(row['efficiency_at_best'])} (P = {number(row['best_limit_blocks'])})"
         ),
         repair_step_cost="repair_step_cost",
@@ -197,6 +201,22 @@ SUITES: dict[str, Callable[[Rows], Table]] = {
         bytes_per_draw=lambda row: number(round(row["bytes_per_draw"])),
         compile_s=lambda row: next(x["compile_s"] for x in row["tried"] if x["num_blocks"] == row["num_blocks"]),
         result="result",
+    ),
+    "lanes": columns(
+        case="case",
+        lanes="lanes",
+        together_ns=nanoseconds("together"),
+        C_ns=nanoseconds("C together"),
+        over_C="over_c",
+        one_chain_ns=nanoseconds("sequential 1"),
+        four_chains_ns=nanoseconds("sequential 4"),
+        noise_ns=nanoseconds("noise"),
+        steps_ns=nanoseconds("steps"),
+        C_noise_ns=nanoseconds("C noise"),
+        C_steps_ns=nanoseconds("C steps"),
+        C_all_cores_ns=nanoseconds("C all cores"),
+        over_C_all_cores="over_c_all_cores",
+        lane_steps="lane_steps",
     ),
     "scaling": columns(
         axis="axis",
@@ -206,7 +226,7 @@ SUITES: dict[str, Callable[[Rows], Table]] = {
         critical_path="num_sequential_steps",
         shooting_ms=milliseconds("shooting"),
         speedup="speedup",
-        efficiency="efficiency",
+        efficiency_vs_own_lanes="efficiency",
         T="length",
         chains="num_chains",
         sequential_ms=milliseconds("sequential"),

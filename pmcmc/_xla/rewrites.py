@@ -34,7 +34,7 @@ from pmcmc._xla.content import inner_programs
 FEW_LANES = 8
 # The pass itself skips matrix products, convolutions, scatters, collectives and library calls. Packages may add
 # primitives that are library calls, so the primitives known not to be are listed.
-_ELEMENTWISE = """abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil clamp clz
+ELEMENTWISE = """abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil clamp clz
 convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow
 is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or population_count pow real
 reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt
@@ -45,7 +45,7 @@ _STRUCTURAL = """broadcast_in_dim concatenate dynamic_slice dynamic_update_slice
 optimization_barrier pad reshape rev slice split squeeze stack tile transpose unstack"""
 
 
-_REDUCTIONS = """argmax argmin cumlogsumexp cummax cummin cumprod cumsum reduce_and reduce_max reduce_min reduce_or
+REDUCTIONS = """argmax argmin cumlogsumexp cummax cummin cumprod cumsum reduce_and reduce_max reduce_min reduce_or
 reduce_prod reduce_sum reduce_xor"""
 
 
@@ -54,7 +54,7 @@ pjit remat2 scan while"""
 
 
 _RANDOM = "random_bits random_fold_in random_seed random_split random_unwrap random_wrap threefry2x32"
-_SIMPLE = frozenset(" ".join((_ELEMENTWISE, _STRUCTURAL, _REDUCTIONS, _CALLING, _RANDOM)).split())
+_SIMPLE = frozenset(" ".join((ELEMENTWISE, _STRUCTURAL, REDUCTIONS, _CALLING, _RANDOM)).split())
 
 
 def in_one_kernel(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:

@@ -17,7 +17,8 @@ from pmcmc._pytree import PyTree
 from pmcmc._xla.compile import num_cores
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.recurrence.sequential import LaneSolver
-from pmcmc.sampling.programs import Clock, Engine, Segment, Shape, solve_noise
+from pmcmc.sampling.engine import Clock, Engine, Segment
+from pmcmc.sampling.programs import Shape, solve_noise
 
 NUM_STATES = 64
 # With fewer cores than this, a second compilation only slows the first.
@@ -28,10 +29,10 @@ def solve_program(engine: Engine, solver: LaneSolver, shape: Shape) -> Any:
     """Compile the program that solves; noise, states and info are among its arguments."""
     noise, record = engine._buffer_shapes(shape)
     integer = jnp.result_type(int)
-    number, numbers = np.asarray(0, integer), np.zeros(engine.num_chains, integer)
-    x0 = jax.tree.map(lambda g: jax.ShapeDtypeStruct((engine.num_chains, *g.shape[1:]), g.dtype), engine.guesses)
-    arguments = (engine.target, engine.kernel, solver, noise, x0, numbers, number, engine.guesses, engine.scale, record)
-    return solve_noise.lower(*arguments, shape=shape).compile()
+    number, numbers = np.asarray(0, integer), np.zeros(engine.num_chains // shape.num_groups, integer)
+    x0 = jax.tree.map(lambda g: jax.ShapeDtypeStruct((len(numbers), *g.shape[1:]), g.dtype), engine.guesses)
+    rest = (numbers, numbers, number, engine.guesses, engine.scale, record)
+    return solve_noise.lower(engine.target, engine.kernel, solver, noise, x0, *rest, shape=shape).compile()
 
 
 @dataclass
@@ -126,4 +127,4 @@ def typical_states(case: Case) -> PyTree:
         return starts
     run = in_order(case, starts, NUM_STATES, case.settle)
     segment, _ = run()
-    return jax.tree.map(lambda x: jnp.asarray(x[:, -1]), segment.chains(segment.solution.value))
+    return jax.tree.map(lambda x: jnp.asarray(x[:, -1]), segment.chains()[0])

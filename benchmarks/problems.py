@@ -32,7 +32,6 @@ class Problem(NamedTuple):
 
 
 @functools.cache
-@functools.cache
 def posteriordb() -> dict[str, Any]:
     """Return the public posteriors by name; an empty dict if the folder is absent."""
     path = SHARED / "posteriordb" / "posteriors.py"

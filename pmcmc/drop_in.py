@@ -93,9 +93,10 @@ class ParallelMCMC(MCMC):
     ``arviz.from_numpyro``. The attribute ``chain`` is the underlying `Chain`, with its report.
 
     These options of NUTS and HMC are kept: ``model``, ``target_accept_prob``, ``dense_mass`` (True or False),
-    ``max_tree_depth``, ``num_steps``, ``init_strategy``, and ``step_size`` and ``inverse_mass_matrix`` if they are not
-    adapted. If they are, NumPyro only starts from them, and pmcmc starts elsewhere. HMC's trajectories are 0.29 of a
-    period long, with jittered steps, instead of a fixed 2 pi. Options that cannot be kept are refused.
+    ``max_tree_depth``, ``num_steps``, ``trajectory_length``, ``init_strategy``, and ``step_size`` and
+    ``inverse_mass_matrix`` if they are not adapted. If they are, NumPyro only starts from them, and pmcmc starts
+    elsewhere. Steps of HMC are jittered, and its trajectories are 0.29 of a period long where ``trajectory_length`` is
+    left out, instead of 2 pi. Options that cannot be kept are refused.
 
     Args:
         sampler: ``numpyro.infer.NUTS(model, ...)`` or ``HMC(model, ...)``, translated as described above; or the model

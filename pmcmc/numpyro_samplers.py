@@ -54,10 +54,9 @@ def translate(sampler: Any, num_warmup: int) -> tuple[Kernel, EnsembleAdaptation
         metric = 1.0
     warmup = EnsembleAdaptation(dense=sampler._dense_mass, target_acceptance_rate=sampler._target_accept_prob)
     if type(sampler) is NumpyroHMC:
-        length = _length(sampler, step_size)
-        return HMC(step_size=step_size, num_integration_steps=length, inverse_mass_matrix=metric), warmup
+        return HMC(inverse_mass_matrix=metric, **_trajectory(sampler, step_size)), warmup
     depth = sampler._max_tree_depth
-    return NUTS(step_size, depth if isinstance(depth, int) else depth[1], metric), warmup
+    return NUTS(step_size, depth[1] if isinstance(depth, tuple) else depth, metric), warmup
 
 
 def _whole_metric(sampler: Any) -> Any:
@@ -73,18 +72,25 @@ def check_metric_sites(metric: Any, target: Target) -> None:
         raise ValueError(f"inverse_mass_matrix is over the sites {list(metric)}: expected one entry for {[sites]}.")
 
 
-def _length(sampler: Any, step_size: Any) -> int | None:
-    """Return the leapfrog steps of a trajectory; None for pmcmc's default."""
-    if sampler._num_steps is not None:
-        return sampler._num_steps
-    if step_size is not None:
-        return max(1, math.ceil(sampler._trajectory_length / float(step_size)))
-    if sampler._trajectory_length != 2 * math.pi:
-        raise ValueError(
-            "trajectory_length= cannot be kept while the step size is adapted: pass num_steps=, or leave it out for "
-            "0.29 of a period."
-        )
-    return None
+def _trajectory(sampler: Any, step_size: Any) -> dict[str, Any]:
+    """Return the fields of `HMC` that make trajectories like those of NumPyro's.
+
+    As there, steps are shortened until a whole number of them takes ``trajectory_length``, and with ``num_steps`` this
+    is their number. A time of 2 pi, NumPyro's default, counts as left out where something else fixes the trajectory or
+    the step size is tuned.
+
+    Args:
+        sampler: NumPyro's HMC.
+        step_size: Step size; None if it is tuned.
+    """
+    time, num_steps = sampler._trajectory_length, sampler._num_steps
+    is_default = time is None or time == 2 * math.pi
+    if num_steps is None and step_size is not None:
+        num_steps = max(1, math.ceil(time / float(step_size)))
+        return dict(step_size=time / num_steps, num_integration_steps=num_steps)
+    if num_steps is not None:
+        return dict(step_size=step_size if is_default else time / num_steps, num_integration_steps=num_steps)
+    return {} if is_default else dict(trajectory_length=time)
 
 
 def _refuse(sampler: Any) -> None:

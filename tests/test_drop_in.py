@@ -279,7 +279,12 @@ def test_what_numpyros_kernels_become() -> None:
     assert translate(HMC(model), 100)[0] == pmcmc.HMC()
     assert translate(HMC(model, num_steps=5, trajectory_length=None), 100)[0].num_integration_steps == 5
     fixed = HMC(model, step_size=0.5, adapt_step_size=False, trajectory_length=1.2)
-    assert translate(fixed, 100)[0] == pmcmc.HMC(step_size=0.5, num_integration_steps=3)
+    assert translate(fixed, 100)[0] == pmcmc.HMC(step_size=1.2 / 3, num_integration_steps=3)
+    assert translate(HMC(model, trajectory_length=1.2), 100)[0] == pmcmc.HMC(trajectory_length=1.2)
+    with pytest.warns(UserWarning, match="step size can't be adapted"):
+        both = HMC(model, num_steps=4, trajectory_length=1.0)
+    assert translate(both, 100)[0] == pmcmc.HMC(step_size=0.25, num_integration_steps=4)
+    assert translate(HMC(model, num_steps=4, step_size=0.5, adapt_step_size=False), 100)[0] == pmcmc.HMC(0.5, 4)
     metric = jnp.array([1.0, 2.0])
     for sampler in (HMC, NUTS):
         kept = translate(sampler(model, inverse_mass_matrix=metric, adapt_mass_matrix=False), 100)[0]
@@ -303,7 +308,6 @@ def quadratic(inverse_mass_matrix, r):
         (lambda: NUTS(model, kinetic_fn=quadratic), ValueError, "kinetic_fn must be the Euclidean one: leave it out"),
         (lambda: NUTS(model, forward_mode_differentiation=True), ValueError, "numpyro's or jax's scan"),
         (lambda: HMC(model, inverse_mass_matrix=BLOCKS), ValueError, r"pass an array \(D,\)"),
-        (lambda: HMC(model, trajectory_length=1.0), ValueError, "pass num_steps="),
         (lambda: 3.0, TypeError, r"sampler must be numpyro.infer.NUTS\(model\)"),
     ],
 )

@@ -18,7 +18,7 @@ from tests.helpers.sources import PACKAGE, imports, run_python, source_trees
 
 # A room may import from itself and from earlier levels; rooms of one level may not import from each other.
 LEVELS = [
-    {"_pytree", "_progress"},
+    {"_pytree", "_progress", "_arguments"},
     {"_xla"},
     {"random"},
     {"recurrence"},
@@ -337,6 +337,27 @@ def test_code_checker_sees(tmp_path: Path, source: str, message: str) -> None:
     violations = code_violations(toy_package(tmp_path, "chain.py", source))
     assert len(violations) == 1
     assert message in violations[0]
+
+
+def repeated_decorators(root: Path) -> list[str]:
+    """Return functions and classes under root that have the same decorator twice."""
+    found = []
+    for path, tree in source_trees(root):
+        for node in ast.walk(tree):
+            decorators = [ast.dump(one) for one in getattr(node, "decorator_list", [])]
+            if len(decorators) > len(set(decorators)):
+                found.append(f"{path.relative_to(root)}: {node.name}")
+    return found
+
+
+@pytest.mark.parametrize("folder", ["pmcmc", "benchmarks", "tests"])
+def test_no_decorator_is_repeated(folder: str) -> None:
+    assert repeated_decorators(PACKAGE.parent / folder) == []
+
+
+def test_decorator_checker_sees(tmp_path: Path) -> None:
+    root = toy_package(tmp_path, "chain.py", "@cache\n@wraps(f)\n@cache\ndef f(): pass\n@cache\ndef g(): pass\n")
+    assert repeated_decorators(root) == ["chain.py: f"]
 
 
 def test_code_checker_lets_docstrings_be_long(tmp_path: Path) -> None:

@@ -111,11 +111,13 @@ def rebuild(
     _check_class("kernel", stored["kernel"], kernel)
     _check_class("solver", stored["solver"], solver)
     as_leaf = lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x
+    given = kernel
     kernel = jax.tree.map(as_leaf, reader.decode("kernel", stored["kernel"], kernel))
     solver = reader.decode("solver", stored["solver"], solver)
     try:
         template = _check_parts(source.target.with_basis(basis), kernel, solver)
     except Exception as error:  # a kernel that no constructor would have made may fail in any way
+        _check_given(reader, source.target.with_basis(basis), given)
         raise reader.malformed(error) from error
     source, kernel = source.with_kernel(kernel)
     state = _state(reader, source, kernel, basis, template)
@@ -182,6 +184,25 @@ def _check_parts(target: Target, kernel: Any, solver: Any) -> PyTree:
     if jax.tree.map(lambda x: x.shape, after) != jax.tree.map(lambda x: x.shape, template):
         raise ValueError("its kernel changes the shape of its state")
     return template
+
+
+def _check_given(reader: Reader, target: Target, kernel: Any) -> None:
+    """Raise what a kernel that the user passed raises by itself, without any number of the file.
+
+    Nothing is known where there is no such kernel, or where its blocks still have to be tuned.
+    """
+    if not isinstance(kernel, Kernel):
+        return
+    if "step_size" in kernel.tunables and not kernel.is_tuned:
+        kernel = kernel.with_step_size(1.0)
+    if not kernel.is_tuned:
+        return
+    try:
+        _check_parts(target, kernel, None)
+    except Exception as error:
+        name = type(kernel).__name__
+        error.add_note(f"The {name} passed as kernel= raises this by itself: {reader.path} is not to blame.")
+        raise
 
 
 def _record_shapes(target: Target, kernel: Kernel, unknown: PyTree) -> tuple[PyTree, Any]:
@@ -366,6 +387,7 @@ def load(
         ValueError: The file is incomplete, or of another version; the model has other sites, another density, or
             another precision; or something that is not stored was not passed.
         TypeError: The chain is of a NumPyro model, and none was passed.
+        Exception: Whatever code of your own in ``kernel`` raises.
 
     Warns:
         UserWarning: The chain was made by an earlier pmcmc with a key whose noise can no longer be reproduced, so it

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pmcmc._arguments import known_number
 from pmcmc._pytree import Array, ArrayLeaf, PRNGKey, PyTree, RavelSpec, Scalar
 from pmcmc._xla.trace import trace
 from pmcmc.recurrence import Recurrence
@@ -287,8 +288,10 @@ def check_step_size(step_size: Any) -> None:
 
     Raises:
         ValueError: It is.
+        TypeError: It is a boolean.
     """
-    if isinstance(step_size, (int, float)) and not step_size > 0:
+    number = known_number("step_size", step_size)
+    if number is not None and not number > 0:
         raise ValueError(f"step_size must be positive, got {step_size}.")
 
 

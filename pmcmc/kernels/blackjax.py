@@ -235,9 +235,10 @@ def from_blackjax(algorithm: Callable | Any, *, caches: tuple[str, ...] | None =
             "target's log density it would sample another distribution. Pass a function of the log density that "
             "divides the prior out: see the example of from_blackjax."
         )
+    parameters = {name: int(value) if isinstance(value, np.integer) else value for name, value in parameters.items()}
     step_size = parameters.get("step_size")
     check_step_size(step_size)
-    if isinstance(step_size, (int, float)):
+    if isinstance(step_size, int):
         parameters["step_size"] = float(step_size)
     numbers = {name: value for name, value in parameters.items() if _is_numeric(value)}
     settings = tuple((name, value) for name, value in sorted(parameters.items()) if name not in numbers)

@@ -19,12 +19,14 @@ import abc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pmcmc._arguments import as_int, check_int, known_number
 from pmcmc._pytree import Array, ArrayLeaf, Scalar, register_dataclass
 from pmcmc.kernels.base import Info, check_step_size
 from pmcmc.kernels.metropolis import BranchTaken, GradientKernel, GradientState, Surrogate, accept
@@ -47,13 +49,16 @@ class UniformLength:
 
     Raises:
         ValueError: Not ``1 <= low <= high``.
+        TypeError: They are not integers.
     """
 
     low: Scalar
     high: Scalar
 
     def __post_init__(self):
-        if isinstance(self.low, int) and isinstance(self.high, int) and not 1 <= self.low <= self.high:
+        check_int("low", self.low, 1)
+        check_int("high", self.high, 1)
+        if isinstance(self.low, Integral) and isinstance(self.high, Integral) and self.low > self.high:
             raise ValueError(f"expected 1 <= low <= high, got {self.low}, {self.high}.")
 
 
@@ -143,7 +148,8 @@ class ParallelLeapfrog(Leapfrog):
             ``max_iters`` is set to L, which always suffices.
 
     Raises:
-        TypeError: ``num_steps`` is not an int, the kernel's number of steps is random, or ``solver`` is not a `Newton`.
+        TypeError: ``num_steps`` is not an integer, the kernel's number of steps is random, or ``solver`` is not a
+            `Newton`.
         ValueError: ``num_steps`` is below 1, or differs from the kernel's number of steps.
 
     Source: Zoltowski et al. (2025), block quasi-DEER. Their code caps the number of iterations and does not report when
@@ -160,17 +166,12 @@ class ParallelLeapfrog(Leapfrog):
     solver: Newton = Newton(BlockDiagonal())
 
     def __post_init__(self):
-        if not isinstance(self.num_steps, int):
-            raise TypeError(
-                f"ParallelLeapfrog needs a static number of steps, an int such as 64, got {self.num_steps!r}."
-            )
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}.")
+        object.__setattr__(self, "num_steps", as_int("num_steps", self.num_steps, 1))
         if isinstance(self.solver, RecurrenceSolver) and not isinstance(self.solver, Newton):
             raise TypeError(f"ParallelLeapfrog needs a Newton solver, got {type(self.solver).__name__}().")
 
     def check(self, num_integration_steps):
-        if isinstance(num_integration_steps, int) and num_integration_steps != self.num_steps:
+        if isinstance(num_integration_steps, Integral) and num_integration_steps != self.num_steps:
             raise ValueError(
                 f"the kernel takes {num_integration_steps} leapfrog steps, but ParallelLeapfrog {self.num_steps}: "
                 "leave num_integration_steps out, or make them equal."
@@ -254,6 +255,7 @@ class HMC(GradientKernel):
     Raises:
         ValueError: ``step_size`` or ``trajectory_length`` is not positive, ``num_integration_steps`` is below 1, or the
             jitter is outside [0, 1).
+        TypeError: ``num_integration_steps`` is not an integer, or another number is a boolean.
 
     Source: Duane et al. (1987); Neal (2011), eq. 5.18-5.20.
 
@@ -275,12 +277,13 @@ class HMC(GradientKernel):
 
     def __post_init__(self):
         check_step_size(self.step_size)
-        if isinstance(self.trajectory_length, (int, float)) and not self.trajectory_length > 0:
-            raise ValueError(f"trajectory_length must be positive, got {self.trajectory_length}.")
-        if isinstance(self.num_integration_steps, int) and self.num_integration_steps < 1:
-            raise ValueError(f"num_integration_steps must be at least 1, got {self.num_integration_steps}.")
-        if isinstance(self.step_size_jitter, (int, float)) and not 0 <= self.step_size_jitter < 1:
-            raise ValueError(f"step_size_jitter must lie in [0, 1), got {self.step_size_jitter}.")
+        check_int("num_integration_steps", self.num_integration_steps, 1)
+        time = known_number("trajectory_length", self.trajectory_length)
+        if time is not None and not time > 0:
+            raise ValueError(f"trajectory_length must be positive, got {time}.")
+        jitter = known_number("step_size_jitter", self.step_size_jitter)
+        if jitter is not None and not 0 <= jitter < 1:
+            raise ValueError(f"step_size_jitter must lie in [0, 1), got {jitter}.")
         if isinstance(self.leapfrog, Leapfrog):
             self.leapfrog.check(self.num_integration_steps)
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pmcmc._arguments import known_number
 from pmcmc._pytree import Array, PyTree, Scalar, register_dataclass
 from pmcmc.kernels.base import Info, PositionKernel, check_step_size
 from pmcmc.random.distributions import normals, uniforms
@@ -298,8 +299,8 @@ class RandomWalk(PositionKernel):
     def __post_init__(self):
         check_step_size(self.step_size)
         for name in ("grid_share", "independence_share"):
-            share = getattr(self, name)
-            if isinstance(share, (int, float)) and not 0 <= share <= 1:
+            share = known_number(name, getattr(self, name))
+            if share is not None and not 0 <= share <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {share}.")
 
     def target_acceptance_rate(self, dim):

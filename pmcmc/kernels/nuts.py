@@ -10,12 +10,12 @@ Source: Hoffman & Gelman (2014); Betancourt (2017); Phan et al. (2019).
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pmcmc._arguments import as_int
 from pmcmc._pytree import Array, ArrayLeaf, PyTree, Scalar, register_dataclass
 from pmcmc.kernels import nuts_tree as machine
 from pmcmc.kernels.base import Info, check_step_size
@@ -64,6 +64,7 @@ class NUTS(GradientKernel):
 
     Raises:
         ValueError: ``step_size`` is not positive, or ``max_num_doublings`` is below 1.
+        TypeError: ``max_num_doublings`` is not an integer.
 
     Source: Hoffman & Gelman (2014); multinomial and iterative as in Betancourt (2017) and Phan et al. (2019).
 
@@ -81,8 +82,7 @@ class NUTS(GradientKernel):
 
     def __post_init__(self):
         check_step_size(self.step_size)
-        if self.max_num_doublings < 1:
-            raise ValueError(f"max_num_doublings must be at least 1, got {self.max_num_doublings}.")
+        object.__setattr__(self, "max_num_doublings", as_int("max_num_doublings", self.max_num_doublings, 1))
 
     def sample_noise(self, rng_key, target):
         momentum, trajectory = (fold_in(key_pair(rng_key), jnp.asarray(i)) for i in range(2))
@@ -136,7 +136,6 @@ class NUTS(GradientKernel):
         )
 
 
-@cache
 def _step_of(treedef: Any) -> Callable:
     """Return ``step`` as a function of the leaves of (target, kernel, state, noise), with its own rule for `jax.vmap`.
 

@@ -4,7 +4,6 @@
 positions.
 """
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pmcmc._arguments import as_int
 from pmcmc._pytree import PRNGKey, PyTree
 from pmcmc._xla.compile import available_bytes, size_text
 from pmcmc.chain.chain import Chain
@@ -22,7 +22,7 @@ from pmcmc.kernels import HMC, Compose, DiscreteGibbs, Kernel, SiteKernel
 from pmcmc.kernels.metropolis import GradientKernel
 from pmcmc.random.streams import seed_key, threefry_key
 from pmcmc.recurrence import RecurrenceSolver, Sequential
-from pmcmc.sampling.programs import Engine
+from pmcmc.sampling.engine import Engine
 from pmcmc.target import Target
 from pmcmc.warmup import ChEESAdaptation, EnsembleAdaptation, Pathfinder, SiteAdaptation, Warmup, WindowAdaptation
 from pmcmc.warmup.base import check_metric
@@ -94,11 +94,11 @@ class Settings:
             )
         for part in (kernel, solver):
             _check_registered(part)
-        num_samples = _size("num_samples", num_samples, 1)
-        num_chains = _size("num_chains", num_chains, 1)
-        thinning = _size("thinning", thinning, 1)
-        num_warmup = _size("num_warmup", num_warmup, 0)
-        max_memory = None if max_memory is None else _size("max_memory", max_memory, 1)
+        num_samples = as_int("num_samples", num_samples, 1)
+        num_chains = as_int("num_chains", num_chains, 1)
+        thinning = as_int("thinning", thinning, 1)
+        num_warmup = as_int("num_warmup", num_warmup, 0)
+        max_memory = None if max_memory is None else as_int("max_memory", max_memory, 1)
         if thinning > num_samples:
             raise ValueError(f"thinning={thinning} keeps none of num_samples={num_samples} steps: make it smaller.")
         _check_kernel(kernel, extra_fields, num_warmup)
@@ -222,24 +222,6 @@ def _fitting_warmup(warmup: Warmup | None, kernel: Kernel) -> Warmup:
             f"{type(warmup).__name__} cannot warm up {type(kernel).__name__}: pass warmup={fitting}, or leave it out."
         )
     return warmup
-
-
-def _size(name: str, value: Any, least: int) -> int:
-    """Return an argument as an integer of at least ``least``.
-
-    Raises:
-        ValueError: It is less than ``least``.
-        TypeError: It is not an integer.
-    """
-    try:
-        size = operator.index(value)
-    except TypeError:
-        size = None
-    if size is None or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}.")
-    if size < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}.")
-    return size
 
 
 def as_key(rng_key: PRNGKey | int) -> PRNGKey:

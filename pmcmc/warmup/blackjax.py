@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pmcmc._arguments import as_int
 from pmcmc._pytree import Array, PRNGKey, PyTree, Scalar, register_dataclass
 from pmcmc._xla.compile import tuned_jit
 from pmcmc.interop.blackjax import AdaptedTrajectory, chees_adaptation, pathfinder, window_adaptation
@@ -47,6 +48,7 @@ class WindowAdaptation(Warmup):
 
     Raises:
         ValueError: ``num_starts`` is not in 1..32.
+        TypeError: ``num_starts`` is not an integer.
 
     Source: Hoffman & Gelman (2014) for dual averaging; Stan Development Team for windows.
     """
@@ -56,7 +58,8 @@ class WindowAdaptation(Warmup):
     num_starts: int = field(default=4, metadata=dict(static=True))
 
     def __post_init__(self):
-        if not 1 <= self.num_starts <= NUM_LANES:
+        object.__setattr__(self, "num_starts", as_int("num_starts", self.num_starts, 1))
+        if self.num_starts > NUM_LANES:
             raise ValueError(f"num_starts must lie in 1..{NUM_LANES}, got {self.num_starts}.")
 
     def count_starts(self, target, num_given=1):

@@ -94,14 +94,11 @@ class Piece(NamedTuple):
     moved: Array
 
 
-def _with_step(kernel: Any, target: Target, averaged: PyTree, averaging: Any, adapting: Array) -> Any:
-    """Return the kernel with the current or final step size of dual averaging; a given step size is kept."""
+def _with_step(kernel: Any, target: Target, step_size: Scalar) -> Any:
+    """Return the kernel with a step size; a step size that was given is kept."""
     if "step_size" not in kernel.tunables:
         return kernel
-    step_size = kernel.step_size
-    if step_size is None:
-        final = kernel.final_step_size(averaging.final(averaged))
-        step_size = jnp.where(adapting, averaging.step_size(averaged), final)
+    step_size = step_size if kernel.step_size is None else kernel.step_size
     return kernel.with_step_size(jnp.asarray(step_size, target.spec.dtype))
 
 
@@ -111,7 +108,7 @@ def _start_lanes(target: Target, kernel: Any, positions: Array, rate: Scalar) ->
     averaging = dual_averaging(rate)
     as_leaf = lambda x: jnp.asarray(x, target.spec.dtype if is_real(x) else int)
     averaged = jax.tree.map(as_leaf, averaging.init(kernel.first_step_size(target.dim)))
-    ready = _with_step(kernel, target, averaged, averaging, jnp.array(True))
+    ready = _with_step(kernel, target, averaging.step_size(averaged))
     return jax.vmap(lambda y: ready.unknown(ready.start(target, y)))(positions), averaged
 
 
@@ -127,6 +124,7 @@ def run_piece(
     adapting: Array,
     weights: Array,
     longest: Array,
+    final_step: Array,
 ) -> Piece:
     """Take `PIECE` steps of all lanes.
 
@@ -138,9 +136,10 @@ def run_piece(
         states: Unknowns of the lanes, with leading axis lanes.
         averaged: State of the dual averaging.
         rate: Acceptance rate to tune to.
-        adapting: Whether dual averaging continues; otherwise the step size is its final one.
+        adapting: Whether dual averaging continues; otherwise the step size is ``final_step``.
         weights: Weights of the lanes' acceptance rates in the one that is tuned, with sum 1; shape (lanes,).
         longest: Largest number of leapfrog steps of a trajectory.
+        final_step: Step size of the tuned kernel.
 
     Returns:
         The states after the steps, and what happened on the way.
@@ -154,10 +153,11 @@ def run_piece(
         noise = jax.vmap(lambda key: kernel.sample_noise(key, target))(keys)
     noise = jax.tree.map(lambda x: x.reshape(PIECE, num_lanes, *x.shape[1:]), noise)
     coordinates = jax.vmap(lambda state: kernel.coordinates(kernel.unknown(state)))
+    step_size = lambda averaged: jnp.where(adapting, averaging.step_size(averaged), final_step)
 
     def body(carry, noise):
         state, averaged = carry
-        now, before = _with_step(kernel, target, averaged, averaging, adapting), coordinates(state)
+        now, before = _with_step(kernel, target, step_size(averaged)), coordinates(state)
         now = now.at_most(longest)
         state, info = jax.vmap(lambda s, n: now.step(target, s, n))(state, noise)
         after = coordinates(state)
@@ -166,7 +166,7 @@ def run_piece(
         moved = jnp.any(after != before, axis=1)
         return (state, averaged), (after, info.acceptance_rate, info.logdensity, moved)
 
-    ready = _with_step(kernel, target, averaged, averaging, adapting)
+    ready = _with_step(kernel, target, step_size(averaged))
     state = jax.vmap(lambda unknown: ready.restore(target, unknown))(states)
     (state, averaged), (path, acceptance, logdensity, moved) = jax.lax.scan(body, (state, averaged), noise)
     return Piece(jax.vmap(kernel.unknown)(state), averaged, path, acceptance, logdensity, jnp.mean(moved, axis=0))
@@ -232,11 +232,12 @@ class LaneEnsemble:
 
     Attributes:
         longest: Largest number of leapfrog steps of a trajectory; no limit at first.
+        final_step: Step size of pieces that do not adapt; none at first.
     """
 
     def __init__(self, kernel: Any, rng_key: PRNGKey, rate: Scalar, watch: Watch = ignore):
         self.kernel, self.rng_key, self.rate, self.watch = kernel, rng_key, float(rate), watch
-        self._number, self.longest = 0, NO_LIMIT
+        self._number, self.longest, self.final_step = 0, NO_LIMIT, np.nan
         self._weights: np.ndarray | None = None
 
     def enter(self, target: Target, positions: np.ndarray) -> None:
@@ -251,13 +252,13 @@ class LaneEnsemble:
         """Run one more piece.
 
         Args:
-            adapting: Whether dual averaging continues.
+            adapting: Whether dual averaging continues; otherwise steps have the size ``final_step``.
 
         Returns:
             The piece, and the seconds that it took to run.
         """
-        longest = np.asarray(self.longest, np.int32)
-        arguments = (self.states, self.averaged, self.rate, np.asarray(adapting), self._weights, longest)
+        limits = np.asarray(self.longest, np.int32), np.asarray(self.final_step, self.target.spec.dtype)
+        arguments = (self.states, self.averaged, self.rate, np.asarray(adapting), self._weights, *limits)
         piece, (_, seconds) = run_piece.timed(
             self.target, self.kernel, self.rng_key, np.asarray(self._number), *arguments
         )
@@ -276,7 +277,8 @@ class LaneEnsemble:
 @tuned_jit()
 def _tuned_kernel(target: Target, kernel: Any, averaged: PyTree, rate: Scalar) -> Any:
     """Return the kernel with the final step size of dual averaging; see `LaneEnsemble.tuned`."""
-    return _with_step(kernel, target, averaged, dual_averaging(rate), jnp.array(False)).finalize()
+    final = kernel.final_step_size(dual_averaging(rate).final(averaged))
+    return _with_step(kernel, target, final).finalize()
 
 
 def tune(
@@ -290,7 +292,8 @@ def tune(
 ) -> Tuned:
     """Tune the kernel's step size on lanes, then run them on to decorrelate them.
 
-    Two thirds of the steps adapt the step size; the last third decorrelates the lanes. Each third is rounded up to
+    Two thirds of the steps adapt the step size; the last third decorrelates the lanes, at the step size of the tuned
+    kernel, also where another kernel is run in its place (`Kernel.tuned_by`). Each third is rounded up to
     whole pieces of `PIECE` steps. The time of a step is the lower median over the pieces of the last third, extended by
     earlier pieces to `NUM_TIMED`.
 
@@ -316,10 +319,11 @@ def tune(
     # Adapt the step size for two thirds of the steps; decorrelate the lanes in the last third.
     third = math.ceil(num_steps / (3 * PIECE))
     before = [lanes.run(adapting=True)[1] for _ in range(2 * third)]
+    tuned = lanes.tuned(kernel)
+    lanes.final_step = tuned.tunables.get("step_size", np.nan)
     last, seconds = zip(*(lanes.run(adapting=False) for _ in range(third)), strict=True)
     timed = [*before, *seconds][-max(third, NUM_TIMED) :]
     # Judge the tuned kernel by the last third.
-    tuned = lanes.tuned(kernel)
     acceptance_rate = np.concatenate([piece.acceptance_rate for piece in last])
     moved = np.mean([piece.moved for piece in last], axis=0)
     check_tuned(tuned, lanes.states, np.mean(acceptance_rate), np.mean(moved))

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pmcmc._arguments import as_int
 from pmcmc._pytree import Array, PRNGKey, PyTree, Scalar, all_finite, is_real, register_dataclass
 from pmcmc._xla.compile import tuned_jit
 from pmcmc.interop.blackjax import dual_averaging
@@ -44,6 +45,7 @@ class SiteAdaptation(Warmup):
 
     Raises:
         ValueError: ``num_starts`` is below 2.
+        TypeError: ``num_starts`` is not an integer.
 
     Source: Hoffman & Gelman (2014) for dual averaging; windows as in Stan.
 
@@ -61,8 +63,7 @@ class SiteAdaptation(Warmup):
         return self.num_starts
 
     def __post_init__(self):
-        if self.num_starts < 2:
-            raise ValueError(f"num_starts must be at least 2, got {self.num_starts}.")
+        object.__setattr__(self, "num_starts", as_int("num_starts", self.num_starts, 2))
 
     def run(
         self,

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -139,6 +139,44 @@ def test_what_is_not_stored_is_asked_for(tmp_path: Path) -> None:
         pmcmc.load(tmp_path / "chain.npz", gaussian, kernel=pmcmc.HMC())
     back = pmcmc.load(tmp_path / "chain.npz", gaussian, kernel=kernel)
     assert_equal(back.extend(20, progress_bar=False), chain.extend(20, progress_bar=False))
+
+
+@pmcmc.register_dataclass
+@dataclass(frozen=True)
+class Slower(pmcmc.MALA):
+    """A kernel of the user's own, which may be out of order."""
+
+    share: float = 0.5
+    broken: bool = field(default=False, metadata=dict(static=True))
+
+    def step(self, target, state, noise):
+        if self.broken:
+            raise ZeroDivisionError("out of order")
+        return super().step(target, state, noise._replace(normal=self.share * noise.normal))
+
+
+def test_a_kernel_that_raises_is_not_a_damaged_file(tmp_path: Path) -> None:
+    """And a damaged file is not a fault of a kernel that was passed and works."""
+    path = tmp_path / "chain.npz"
+    sizes = {**SIZES, "num_warmup": 0}
+    chain = pmcmc.sample(gaussian, start_like(gaussian), 0, kernel=Slower(0.3), solver=Sequential(), **sizes)
+    chain.save(path)
+    assert pmcmc.load(path, gaussian, kernel=Slower()).num_samples == 60
+    with np.load(path) as file:
+        arrays = dict(file)
+    header = json.loads(str(arrays["header"]))
+    for field_name, value, kernel, error, words in (
+        ("broken", True, Slower(broken=True), ZeroDivisionError, "out of order"),
+        ("broken", True, Slower(), ValueError, "not a whole file"),
+        ("share", "half", Slower(), ValueError, "not a whole file"),
+    ):
+        changed = json.loads(json.dumps(header))
+        changed["kernel"]["items"][field_name] = value
+        np.savez(path, **arrays | {"header": np.array(json.dumps(changed))})
+        with pytest.raises(error, match=words) as raised:
+            pmcmc.load(path, gaussian, kernel=kernel)
+        notes = getattr(raised.value, "__notes__", [])
+        assert any("chain.npz is not to blame" in note for note in notes) == (error is ZeroDivisionError)
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """NUTS as a state machine is BlackJAX's chain from its keys: as a step, as lanes, and in blocks with lanes apart."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import blackjax
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from pmcmc import NUTS, Target
+from pmcmc._xla.compile import forget_programs
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
 from tests.helpers.chains import draw_noise, solve
 from tests.helpers.selection import share
@@ -228,3 +231,21 @@ def test_numbers_are_leaves_and_mistakes_are_refused() -> None:
         NUTS(step_size=-1.0)
     with pytest.raises(ValueError, match="at least 1"):
         NUTS(max_num_doublings=0)
+
+
+def test_steps_of_old_models_are_not_kept() -> None:
+    """A traced step holds its model no longer than its program does."""
+
+    def traced() -> weakref.ref:
+        target = Target.from_logdensity(lambda x: -jnp.sum(x**4), jnp.zeros(2))
+        kernel = NUTS(step_size=0.1)
+        noise = jax.vmap(lambda key: kernel.sample_noise(key, target))(jax.random.split(jax.random.key(0), 3))
+        step = lambda u: kernel.step(target, kernel.init(target, jnp.zeros(2)), u)
+        jax.make_jaxpr(jax.vmap(step))(noise)
+        return weakref.ref(target.model)
+
+    model = traced()
+    forget_programs()
+    jax.clear_caches()
+    gc.collect()
+    assert model() is None

@@ -153,7 +153,6 @@ def test_exact_prefix_grows_by_a_step_an_iteration(regularization, rule):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [rec.elk, rec.quasi_elk])
-@pytest.mark.slow
 def test_default_solves_what_a_monotone_rule_does_not(make):
     """Folds and flips: the logistic map from a bad guess, two wells, and jumps of the recurrence itself."""
     logistic = lambda x, u: 2.8 * x * (1 - x)

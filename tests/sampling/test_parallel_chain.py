@@ -17,7 +17,7 @@ import pmcmc
 from benchmarks._compilations import compilations
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, deer
 from pmcmc.sampling import api, programs
-from pmcmc.sampling.programs import Engine
+from pmcmc.sampling.engine import Engine
 from tests.helpers.statistics import z_bound
 from tests.helpers.targets import COVARIANCE, funnel, funnel_may_warn, gaussian, start_like
 
@@ -302,4 +302,4 @@ def test_starts_of_the_chains_of_a_density(num_warmup: int, monkeypatch: pytest.
     monkeypatch.setattr(api, "sample_new", lambda source, key, starts, *rest: seen.append(starts) or other)
     pmcmc.sample(logdensity, starts, 0, init_per_chain=True, num_chains=4)
     for name, x in starts.items():
-        np.testing.assert_array_equal(seen[0].positions[name], np.concatenate([x] * 8))
+        np.testing.assert_array_equal(seen[0].find()[name], np.concatenate([x] * 8))

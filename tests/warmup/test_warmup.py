@@ -436,6 +436,25 @@ def test_nuts_is_tuned_on_hmc() -> None:
     assert 0.76 < np.mean(chain.report.acceptance_rate) < 0.9
 
 
+def test_nuts_is_judged_at_its_own_step_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last third of tuning is that of HMC with the step size of NUTS, which HMC alone would shorten to 0.9."""
+    pieces, run = [], lanes.LaneEnsemble.run
+
+    def spy(self, adapting: bool):
+        before = self.states, self._number
+        pieces.append((*before, run(self, adapting)))
+        return pieces[-1][-1]
+
+    monkeypatch.setattr(lanes.LaneEnsemble, "run", spy)
+    target, key = pmcmc.Target.from_logdensity(lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(2)), jax.random.key(0)
+    kernel = lanes.tune(target, pmcmc.NUTS(), key, np.zeros((8, 2)), None, 102).kernel
+    assert float(kernel.step_size) > 0.95
+    given = lanes.LaneEnsemble(replace(pmcmc.NUTS().tuned_by(), step_size=kernel.step_size), key, 0.8)
+    given.enter(target, np.zeros((8, 2)))
+    given.states, given._number, (expected, _) = pieces[-1]
+    np.testing.assert_allclose(run(given, adapting=False)[0].path, expected.path, rtol=1e-6)
+
+
 def test_every_given_start_is_used_with_few_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Six chains in six separate modes stay there, although four lanes would do for the model."""
     monkeypatch.setattr(lanes, "LANE_OPERATIONS", 1)

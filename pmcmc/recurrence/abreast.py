@@ -11,7 +11,7 @@ choice is made on the traced step and never by timing.
 On other platforms, and for few lanes, steps are batched by ``jax.vmap``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,23 @@ LARGEST = 2**16
 def prefers_lanes_last(num_lanes: int) -> bool:
     """Whether this many lanes are stepped with lanes last."""
     return num_lanes > FEW_LANES and default_platform() == "cpu"
+
+
+def map_lanes(fn: Callable, in_axes: Sequence[int | None], num_lanes: int) -> Callable:
+    """Return ``jax.vmap(fn, in_axes, out_axes=-1)``, with lanes last in between, too, where that is faster.
+
+    Args:
+        fn: Function of pytrees of one lane.
+        in_axes: For each argument -1 if its leaves have lanes on the last axis, None if it is shared.
+        num_lanes: Number of lanes.
+    """
+    return vmap_last(fn, in_axes) if prefers_lanes_last(num_lanes) else jax.vmap(fn, in_axes, out_axes=-1)
+
+
+def scan_abreast(body: Callable, carry: PyTree, inputs: PyTree, length: int, num_lanes: int) -> tuple[PyTree, PyTree]:
+    """Return ``jax.lax.scan(body, carry, inputs, length)`` over steps of all lanes, as one kernel where that pays."""
+    run = lambda carry, inputs: jax.lax.scan(body, carry, inputs, length)
+    return in_one_kernel(run, carry, inputs, largest=LARGEST) if prefers_lanes_last(num_lanes) else run(carry, inputs)
 
 
 def step_abreast(step: Callable, num_lanes: int) -> Callable:
@@ -59,8 +76,7 @@ def walk_abreast(step: Callable, carry: PyTree, lanes: Lanes, chunk: int) -> tup
         carry, record = state
         first = number * chunk
         u = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, chunk, 1), lanes.inputs)
-        run = lambda carry, u: jax.lax.scan(step_all, carry, u, length=chunk)
-        carry, new = in_one_kernel(run, carry, _last(u), largest=LARGEST)
+        carry, new = scan_abreast(step_all, carry, _last(u), chunk, lanes.held.num_lanes)
         write = lambda buffer, x: jax.lax.dynamic_update_slice_in_dim(buffer, x, first, 1)
         return carry, jax.tree.map(write, record, _first(new))
 

@@ -193,6 +193,7 @@ class Automatic:
             compile_seconds=engine.compile_seconds(Sequential(), head.shape) or 0.0,
             num_cores=num_cores(),
             lanes=self.timing,
+            num_groups=engine.num_groups,
         )
 
     def block_shape(self, solver: MultipleShooting) -> Shape:

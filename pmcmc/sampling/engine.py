@@ -189,9 +189,14 @@ class Engine:
         capacity = math.ceil(length / blocks)
         unit = solver.unit if capacity >= 4 * solver.unit else 1
         shape = Shape(blocks, math.ceil(capacity / unit) * unit, solver.shared_by)
-        if solver.is_sequential or solver.shared_by or default_platform() != "cpu":
-            return shape
-        return shape._replace(num_groups=max(n for n in range(1, num_cores() + 1) if self.num_chains % n == 0))
+        return shape if solver.is_sequential or solver.shared_by else shape._replace(num_groups=self.num_groups)
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of chains that are solved in blocks at once: on a CPU as many as cores and equal groups allow."""
+        if default_platform() != "cpu":
+            return 1
+        return max(n for n in range(1, num_cores() + 1) if self.num_chains % n == 0)
 
     def _buffer_shapes(self, shape: Shape) -> tuple[PyTree, PyTree]:
         """Return the shapes of the buffers of a group: noise, and (value, aux)."""

@@ -17,7 +17,8 @@ from pmcmc._pytree import PyTree
 from pmcmc._xla.compile import num_cores
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.recurrence.sequential import LaneSolver
-from pmcmc.sampling.programs import Clock, Engine, Segment, Shape, draw_noise, solve_noise
+from pmcmc.sampling.engine import Clock, Engine, Segment
+from pmcmc.sampling.programs import Shape, draw_noise, solve_noise
 
 NUM_STATES = 64
 # With fewer cores than this, a second compilation only slows the first.
@@ -28,10 +29,10 @@ def solve_program(engine: Engine, solver: LaneSolver, shape: Shape) -> Any:
     """Compile the program that solves; noise, states and info are among its arguments."""
     noise, record = engine._buffer_shapes(shape)
     integer = jnp.result_type(int)
-    number, numbers = np.asarray(0, integer), np.zeros(engine.num_chains, integer)
-    x0 = jax.tree.map(lambda g: jax.ShapeDtypeStruct((engine.num_chains, *g.shape[1:]), g.dtype), engine.guesses)
-    arguments = (engine.target, engine.kernel, solver, noise, x0, numbers, number, engine.guesses, engine.scale, record)
-    return solve_noise.lower(*arguments, shape=shape).compile()
+    number, numbers = np.asarray(0, integer), np.zeros(engine.num_chains // shape.num_groups, integer)
+    x0 = jax.tree.map(lambda g: jax.ShapeDtypeStruct((len(numbers), *g.shape[1:]), g.dtype), engine.guesses)
+    rest = (numbers, numbers, number, engine.guesses, engine.scale, record)
+    return solve_noise.lower(engine.target, engine.kernel, solver, noise, x0, *rest, shape=shape).compile()
 
 
 @dataclass
@@ -105,13 +106,16 @@ def without_repair(run: Run) -> LaneSolver:
 def noise_and_steps(run: Run) -> tuple[Callable[[], float], Callable[[], float]]:
     """Return functions that draw the noise alone, and that take the steps without repair under noise drawn before.
 
-    Both return the seconds that a program of the engine took. The noise must be drawn once before the first steps.
+    Both return the seconds that a program of the engine took. The noise must be drawn once before the first steps. For
+    runs of one group of chains.
     """
     engine, shape, solver = run.engine, run.shape, without_repair(run)
     integer = jnp.result_type(int)
-    first, length = np.zeros(run.num_chains, integer), np.asarray(shape.capacity, integer)
+    first, numbers = np.zeros(run.num_chains, integer), np.arange(run.num_chains, dtype=integer)
+    length = np.asarray(shape.capacity, integer)
     x0 = jax.tree.map(lambda x: x[jnp.arange(run.num_chains) % len(x)], run.bank)
-    buffers = list(engine._take_buffers(shape))
+    (group,) = engine._take_buffers(shape)
+    buffers = list(group)
 
     def noise() -> float:
         model = engine.target, engine.kernel, engine.chain_keys
@@ -119,8 +123,8 @@ def noise_and_steps(run: Run) -> tuple[Callable[[], float], Callable[[], float]]
         return clock[1]
 
     def steps() -> float:
-        inputs = engine.target, engine.kernel, solver, buffers[0], x0, first, length, engine.guesses, engine.scale
-        (solution, _), clock = solve_noise.timed(*inputs, buffers[1], shape=shape)
+        model, rest = (engine.target, engine.kernel, solver), (length, engine.guesses, engine.scale, buffers[1])
+        (solution, _), clock = solve_noise.timed(*model, buffers[0], x0, numbers, first, *rest, shape=shape)
         buffers[1] = solution.value, solution.aux
         return clock[1]
 
@@ -151,4 +155,4 @@ def typical_states(case: Case) -> PyTree:
         return starts
     run = in_order(case, starts, NUM_STATES, case.settle)
     segment, _ = run()
-    return jax.tree.map(lambda x: jnp.asarray(x[:, -1]), segment.chains(segment.solution.value))
+    return jax.tree.map(lambda x: jnp.asarray(x[:, -1]), segment.chains()[0])

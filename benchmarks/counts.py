@@ -24,7 +24,7 @@ from benchmarks._compilations import compilations
 from benchmarks._harness import RESULTS, program_bytes, save
 from benchmarks._runs import solve_program
 from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Sequential, deer, quasi_deer
-from pmcmc.sampling.programs import Engine
+from pmcmc.sampling.engine import Engine
 
 # A count that is worse by more than this share fails. Paths differ a little between processors because of rounding.
 TOLERANCE = 0.1

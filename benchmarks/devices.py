@@ -19,7 +19,8 @@ from benchmarks._harness import alternate, ratio, save, with_others
 from benchmarks.posteriors import POSTERIORS
 from pmcmc import HMC, MALA, NUTS, Chain, Kernel
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential, deer, quasi_deer
-from pmcmc.sampling.programs import Engine, Segment, Shape
+from pmcmc.sampling.engine import Engine, Segment
+from pmcmc.sampling.programs import Shape
 
 KERNELS: dict[str, Kernel] = {"HMC": HMC(), "NUTS": NUTS(), "MALA": MALA()}
 SOLVERS: dict[str, Callable[[int], RecurrenceSolver]] = {
@@ -55,10 +56,8 @@ def measure(name: str, kernel: str, solver: RecurrenceSolver, num_steps: int, re
         "num_blocks": one.shape.num_blocks,
         "length": one.shape.num_blocks * one.shape.capacity,
         "devices": jax.device_count(),
-        "result": {key: RESULTS(int(r.segment.solution.result[0])).name for key, r in found.items()},
-        "num_sequential_steps": {
-            key: int(r.segment.solution.stats.num_sequential_steps[0]) for key, r in found.items()
-        },
+        "result": {key: RESULTS(int(r.segment.result[0])).name for key, r in found.items()},
+        "num_sequential_steps": {key: int(r.segment.stats.num_sequential_steps[0]) for key, r in found.items()},
         **timing,
         "cores_busy": one.cores_busy,
         "speedup": ratio(timing, "one device", "all devices"),

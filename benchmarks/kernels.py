@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks._harness import RESULTS as FOLDER
 from benchmarks._harness import alternate, peak_bytes, ratio, save, with_others
@@ -95,14 +96,14 @@ def _blocks(run: Run, effort: Effort) -> dict[str, Any]:
 
 def _facts(run: Run) -> dict[str, Any]:
     """Return certificate, critical path and work of a solve."""
-    solution = run()[0].solution
-    stats = jax.tree.map(lambda x: x[0], solution.stats)  # the first chain's
+    segment = run()[0]
+    stats = jax.tree.map(lambda x: x[0], segment.stats)  # the first chain's
     blocks, length = run.shape.num_blocks, run.shape.capacity
     evaluations, depth = int(stats.num_fn_evals), int(stats.num_sequential_steps)
     return {
-        "result": RESULTS(int(solution.result[0])).name,
-        "residual": float(solution.residual[0]),
-        "acceptance_rate": _finite(jnp.mean(solution.aux.acceptance_rate)),
+        "result": RESULTS(int(segment.result[0])).name,
+        "residual": float(segment.residual[0]),
+        "acceptance_rate": _finite(np.mean(segment.chains()[1].acceptance_rate)),
         "block_length": length,
         "num_sequential_steps": depth,
         "num_sweeps": int(stats.num_sweeps),

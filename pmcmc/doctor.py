@@ -23,7 +23,8 @@ from pmcmc._xla.rewrites import may_wait_for_ever
 from pmcmc.kernels import HMC
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
 from pmcmc.recurrence.solution import default_tolerance
-from pmcmc.sampling.programs import Engine, Shape
+from pmcmc.sampling.engine import Engine
+from pmcmc.sampling.programs import Shape
 from pmcmc.target import Target
 
 # The same as in pyproject.toml, which a test checks: if the source folder is on the path, there is no metadata to read.

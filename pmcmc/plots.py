@@ -19,7 +19,7 @@ from pmcmc.chain.report import SolveReport
 from pmcmc.interop import require
 from pmcmc.recurrence import MultipleShooting, Solution
 from pmcmc.recurrence.solution import typical_scale
-from pmcmc.sampling.programs import Engine
+from pmcmc.sampling.engine import Engine
 from pmcmc.stability import Coalescence, site_distances
 
 __all__ = ["merge_distances", "merge_fronts", "newton_iterates", "planned_time", "speedup"]
@@ -219,9 +219,9 @@ def _recordings(chain: Chain, length: int, num_blocks: int, number: int) -> list
         solver = MultipleShooting(num_blocks, max_sweeps=jnp.asarray(max(sweep, 1)), max_steps=most)
         shape = engine.shape_for(solver, num_blocks * length)
         segment, _ = engine.solve(solver, shape, x0, np.zeros(1, int), length)
-        blocks = lambda x: np.asarray(x)[:, :length].copy()
-        recordings.append(jax.tree.map(blocks, segment.solution.value))
-        if int(segment.solution.stats.num_sweeps[0]) < sweep:
+        blocks = lambda x: x.reshape(num_blocks, length, *x.shape[2:]).copy()
+        recordings.append(jax.tree.map(blocks, segment.chains()[0]))
+        if int(segment.stats.num_sweeps[0]) < sweep:
             break
     return recordings
 

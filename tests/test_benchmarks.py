@@ -84,7 +84,7 @@ def test_without_repair_blocks_take_no_further_step() -> None:
 
     case = CASES["mixture"](2000)
     run = in_blocks(case, typical_states(case), 8)
-    both = [run(solver)[0].solution.stats for solver in (None, without_repair(run))]
+    both = [run(solver)[0].stats for solver in (None, without_repair(run))]
     repaired, alone = ((int(s.num_sequential_steps[0]), int(s.num_fn_evals[0])) for s in both)
     assert alone == (256, 2048)
     assert repaired > alone

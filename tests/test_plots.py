@@ -14,7 +14,7 @@ from pmcmc import plots
 from pmcmc.planning import Costs, plan
 from pmcmc.plots import _fronts, _recordings
 from pmcmc.recurrence import MultipleShooting, Sequential, deer, jacobi
-from pmcmc.sampling.programs import Engine
+from pmcmc.sampling.engine import Engine
 from tests.helpers.targets import gaussian, start_like
 
 matplotlib.use("Agg")
@@ -41,11 +41,11 @@ def test_fronts_are_the_solvers_own_counts() -> None:
     engine, x0 = Engine.of_one_chain(chain().state, 1)
     solver = MultipleShooting(num_blocks)
     segment, _ = engine.solve(solver, engine.shape_for(solver, 192), x0, np.zeros(1, int), length)
-    stats = segment.solution.stats
+    stats = segment.stats
     assert depth == stats.num_sequential_steps[0]
     assert sum(front.num_steps for front in fronts) == stats.num_fn_evals[0]
     assert max(front.sweep for front in fronts) == stats.num_sweeps[0] >= 2
-    np.testing.assert_allclose(segment.chains(segment.solution.value)[0], chain().unknowns[1, :192], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(segment.chains()[0][0], chain().unknowns[1, :192], rtol=0, atol=1e-9)
     ax = plots.merge_fronts(chain(), 192, num_blocks, number=1)
     assert ax.get_title() == f"192 steps in {depth}"
     dots = [line for line in ax.lines if line.get_marker() == "o"]

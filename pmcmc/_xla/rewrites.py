@@ -34,7 +34,7 @@ from pmcmc._xla.content import inner_programs
 FEW_LANES = 8
 # The pass itself skips matrix products, convolutions, scatters, collectives and library calls. Packages may add
 # primitives that are library calls, so the primitives known not to be are listed.
-_ELEMENTWISE = """abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil clamp clz
+ELEMENTWISE = """abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil clamp clz
 convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow
 is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or population_count pow real
 reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt
@@ -45,7 +45,7 @@ _STRUCTURAL = """broadcast_in_dim concatenate dynamic_slice dynamic_update_slice
 optimization_barrier pad reshape rev slice split squeeze stack tile transpose unstack"""
 
 
-_REDUCTIONS = """argmax argmin cumlogsumexp cummax cummin cumprod cumsum reduce_and reduce_max reduce_min reduce_or
+REDUCTIONS = """argmax argmin cumlogsumexp cummax cummin cumprod cumsum reduce_and reduce_max reduce_min reduce_or
 reduce_prod reduce_sum reduce_xor"""
 
 
@@ -54,19 +54,42 @@ pjit remat2 scan while"""
 
 
 _RANDOM = "random_bits random_fold_in random_seed random_split random_unwrap random_wrap threefry2x32"
-_SIMPLE = frozenset(" ".join((_ELEMENTWISE, _STRUCTURAL, _REDUCTIONS, _CALLING, _RANDOM)).split())
+_SIMPLE = frozenset(" ".join((ELEMENTWISE, _STRUCTURAL, REDUCTIONS, _CALLING, _RANDOM)).split())
 
 
-def in_one_kernel(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
+def in_one_kernel(fn: Callable[..., PyTree], *args: PyTree, largest: int | None = None) -> PyTree:
     """Compute ``fn(*args)`` as one single-threaded kernel if XLA supports it, otherwise unchanged.
 
     Call it while a program is traced. Sequential sampling of eight schools: 1.9 -> 0.7 us per HMC step, 12 -> 2.6 us
-    per NUTS step. It does not pay for many lanes: see docs/decisions/004.
+    per NUTS step.
+
+    Args:
+        fn: Function of pytrees.
+        args: Its arguments.
+        largest: Numbers that one operation may make; with a larger one, ``fn`` is computed unchanged, since XLA would
+            spread that operation over cores. None: any.
     """
-    jitted = jax.jit(fn)  # traced once: later calls find the program
-    if default_platform() != "cpu" or not _is_simple(jax.make_jaxpr(jitted)(*jax.tree.map(jax.typeof, args)).jaxpr):
-        return jitted(*args)
-    return jax.tree.map(_mark, jax.jit(lambda *args: _read_all(args, jitted(*args)))(*args))
+    leaves, treedef = jax.tree.flatten(args)
+    program, out = jax.make_jaxpr(lambda *x: fn(*jax.tree.unflatten(treedef, x)), return_shape=True)(*leaves)
+    # Values of the program around this one become arguments, also those that `fn` closes over. Arrays that are known by
+    # now stay constants within the kernel: XLA aborts if they are arguments of more than some 10 kB.
+    values = [*program.consts, *leaves]
+    is_argument = [isinstance(x, jax.core.Tracer) for x in values]
+
+    def run(*arguments: Any) -> list[Any]:
+        rest = iter(arguments)
+        filled = [next(rest) if is_arg else x for x, is_arg in zip(values, is_argument, strict=True)]
+        number = len(program.consts)
+        return jax.core.eval_jaxpr(program.jaxpr, filled[:number], *filled[number:])
+
+    arguments = [x for x, is_arg in zip(values, is_argument, strict=True) if is_arg]
+    is_small = largest is None or _largest_result(program.jaxpr) <= largest
+    if default_platform() == "cpu" and is_small and _is_simple(program.jaxpr):
+        arguments = jax.lax.optimization_barrier(arguments)  # or XLA could find out that one is a constant
+        found = list(map(_mark, jax.jit(lambda *x: _read_all(x, run(*x)))(*arguments)))
+    else:
+        found = jax.jit(run)(*arguments)
+    return jax.tree.unflatten(jax.tree.structure(out), found)
 
 
 def _read_all(args: PyTree, out: PyTree) -> PyTree:
@@ -100,6 +123,16 @@ def _is_simple(jaxpr: Any) -> bool:
     return all(
         equation.primitive.name in _SIMPLE and all(map(_is_simple, inner_programs(equation))) for equation in jaxpr.eqns
     )
+
+
+def _largest_result(program: Jaxpr) -> int:
+    """Return the size of the largest result of an operation; what loops collect of their rounds does not count."""
+    sizes = [0]
+    for equation in program.eqns:
+        inner = list(inner_programs(equation))
+        results = [] if inner else [math.prod(getattr(var.aval, "shape", ())) for var in equation.outvars]
+        sizes += [*map(_largest_result, inner), *results]
+    return max(sizes)
 
 
 class _Call(NamedTuple):

@@ -66,8 +66,12 @@ class CostModel:
             core. The rest is lost to tracing and because two threads share the cores.
         cpu_overhead: Seconds of a step of lanes on a CPU that do not depend on the number of lanes.
         cpu_warmup_overhead: Seconds of a step of warm-up on a CPU that do not depend on the number of lanes. It is
-            larger than ``cpu_overhead``, because a step of warm-up includes dual averaging.
+            larger than ``cpu_overhead``, because a run of warm-up's program has 16 steps only.
+        cpu_lane_ratio: Seconds of a lane in blocks over those of a lane in warm-up, which has a quarter of the lanes or
+            less and adapts the step size in between.
         least_lane_share: Least share of the time of a step of warm-up that is attributed to its lanes.
+        cpu_group_gain: Throughput that each further thread with a group of chains adds, relative to that of the first.
+            Two threads were 1.3 to 2.2 times as fast as one (decision 031).
         free_lanes: Number of lanes that double the time of a step on devices other than CPUs.
         cpu_device_overhead: Seconds that sharing adds to a step on CPU devices, which are threads of the same cores.
         cpu_device_gain: Throughput that each further CPU device adds, relative to that of the first. Two devices were
@@ -78,9 +82,11 @@ class CostModel:
 
     compile_ratio: float = 1.5
     overlap: float = 0.7
-    cpu_overhead: float = 2e-6
-    cpu_warmup_overhead: float = 1e-5
-    least_lane_share: float = 0.25
+    cpu_overhead: float = 1e-6
+    cpu_warmup_overhead: float = 1.1e-5
+    cpu_lane_ratio: float = 0.8
+    least_lane_share: float = 0.15
+    cpu_group_gain: float = 0.4
     free_lanes: int = 8192
     cpu_device_overhead: float = 1e-5
     cpu_device_gain: float = 0.2
@@ -94,6 +100,7 @@ class CostModel:
         compile_seconds: float,
         num_cores: int,
         lanes: tuple[int, float] | None,
+        num_groups: int = 1,
     ) -> Costs:
         """Return the costs of the steps of a run.
 
@@ -104,6 +111,7 @@ class CostModel:
             compile_seconds: Seconds that the sequential program took to compile.
             num_cores: Cores that this process may use.
             lanes: Number of lanes of warm-up, and seconds of a step of all of them; None if that was not measured.
+            num_groups: Groups of chains that are solved at once, each by a thread.
         """
         compilation = self.compile_ratio * compile_seconds
         overlap = self.overlap if num_cores > 1 else 0.0
@@ -114,6 +122,8 @@ class CostModel:
         if lanes is not None:
             number, seconds = lanes
             overhead = self.cpu_overhead
-            lane = max(seconds - self.cpu_warmup_overhead, self.least_lane_share * seconds) / number
+            lanes_alone = max(seconds - self.cpu_warmup_overhead, self.least_lane_share * seconds)
+            lane = self.cpu_lane_ratio * lanes_alone / number
+        lane /= 1 + self.cpu_group_gain * (num_groups - 1)
         devices = self.cpu_device_overhead, self.cpu_device_gain
         return Costs(sequential, overhead, lane, compilation, overlap, *devices)

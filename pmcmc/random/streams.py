@@ -117,6 +117,11 @@ def chain_keys(rng_key: PRNGKey, *, num_chains: int) -> Array:
     return _typed(_folded(rng_key, np.arange(num_chains)))
 
 
+def some_keys(keys: Array, own: slice) -> Array:
+    """Return some of the keys of chains, without a program that selects them."""
+    return _typed(np.asarray(jax.random.key_data(keys))[own])
+
+
 def _folded(rng_key: PRNGKey, numbers: np.ndarray) -> np.ndarray:
     """Return the words of ``jax.random.fold_in(rng_key, n)`` for some numbers (n,); shape ``(n, 2)``.
 

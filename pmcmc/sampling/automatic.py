@@ -22,8 +22,9 @@ from pmcmc.planning import Costs, Plan, plan
 from pmcmc.planning.costs import CostModel, segment_cost
 from pmcmc.planning.plan import FIRST_SHARE, block_solvers, next_segment
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential
+from pmcmc.sampling.engine import Engine
 from pmcmc.sampling.pilot import Head, bias_after_warmup, couple
-from pmcmc.sampling.programs import Engine, Shape
+from pmcmc.sampling.programs import Shape
 from pmcmc.sampling.segments import Run
 from pmcmc.stability import Coalescence, Diagnosis, diagnose
 from pmcmc.stability.evidence import pilot_fault
@@ -192,6 +193,7 @@ class Automatic:
             compile_seconds=engine.compile_seconds(Sequential(), head.shape) or 0.0,
             num_cores=num_cores(),
             lanes=self.timing,
+            num_groups=engine.num_groups,
         )
 
     def block_shape(self, solver: MultipleShooting) -> Shape:
@@ -266,13 +268,13 @@ class Automatic:
             attempt = replace(solver, max_steps=math.ceil(length / blocks) + patience)
             # Solve it, and account for its time.
             segment, failed, clock = run.take(attempt, shape, length)
-            steps, kept = int(np.max(segment.solution.stats.num_sequential_steps)), run.done - start - done
+            steps, kept = int(np.max(segment.stats.num_sequential_steps)), run.done - start - done
             path, rates = path + steps, [*rates, clock.run_seconds / steps]
             spent = path * median_low(rates) / sequential
             rate = min(expected, *rates) if len(rates) == 1 else median_low(rates)
             # Go on or fall back. A slow merge does not end the run if the certified prefix of its segment was worth the
             # time: the next segment begins where that prefix ends.
-            codes = np.asarray(segment.solution.result)
+            codes = segment.result
             slow = np.isin(codes, (RESULTS.successful, RESULTS.max_iters_reached)).all()
             if failed and not (slow and steps * rate / sequential < kept):
                 run.fall_back(failed)

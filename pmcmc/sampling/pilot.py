@@ -81,7 +81,7 @@ class Head:
             seconds += clock.run_seconds
             keep = min(self.run.done, MAX_KEPT) - first
             if keep > 0:
-                path = segment.chains(segment.solution.value)
+                path = segment.chains()[0]
                 self._paths.append(jax.tree.map(lambda x, n=keep: x[:, :n].copy(), path))
         self.seconds += time.perf_counter() - begin
         return seconds
@@ -149,7 +149,7 @@ class Couple:
             steps = min(num_steps - done, shape.capacity)
             numbers = np.full(engine.num_chains, self.first + done)
             segment, clock = engine.solve(Sequential(), shape, x, numbers, steps)
-            new = jax.tree.map(lambda v, n=steps: v[:, :n], segment.chains(segment.solution.value))
+            new = jax.tree.map(lambda v, n=steps: v[:, :n], segment.chains()[0])
             self.path = jax.tree.map(lambda old, v: np.concatenate([old, v], axis=1), self.path, new)
             # Compare them with the chains, whose own steps are sampled now if they are missing.
             chains = self.head.path(self.first + done, steps)

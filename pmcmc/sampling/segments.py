@@ -21,7 +21,8 @@ from pmcmc.chain.report import by_result, span
 from pmcmc.kernels import Info
 from pmcmc.planning.plan import Pace
 from pmcmc.recurrence import RESULTS, RecurrenceSolver, Sequential
-from pmcmc.sampling.programs import Clock, Engine, Segment, Shape
+from pmcmc.sampling.engine import Clock, Engine, Segment
+from pmcmc.sampling.programs import Shape
 
 
 class Moves(NamedTuple):
@@ -358,8 +359,8 @@ class Run:
         if solver.is_sequential:
             self.sequential_pace.add(wanted, clock.run_seconds)
         # Keep what is certified: all steps of a successful chain, otherwise a prefix.
-        codes = np.asarray(segment.solution.result)
-        stands = np.where(codes == RESULTS.successful, wanted, np.asarray(segment.solution.stats.certified_steps))
+        codes = segment.result
+        stands = np.where(codes == RESULTS.successful, wanted, segment.stats.certified_steps)
         # Chains that are ahead of others may have fewer steps left than were solved for.
         ends = np.minimum(wanted, self.num_steps - self.position)
         result, keep = np.where(stands < ends, codes, RESULTS.successful), np.minimum(stands, ends)
@@ -389,8 +390,8 @@ class Run:
             result: `RESULTS` codes of the steps that were wanted; shape (C,).
         """
         # Copy the draws, which are the states after every `thinning`-th step.
-        counts, solution, stats = self.counts, segment.solution, segment.solution.stats
-        path, info, near_ties = segment.chains((solution.value, solution.aux, segment.near_ties))
+        counts, stats = self.counts, segment.stats
+        path, info, near_ties = segment.chains()
         before = self.done
         first = -(self.num_unkept + self.position + 1) % self.thinning
         self.draws.add(path, info, [slice(f, n, self.thinning) for f, n in zip(first, keep, strict=True)])
@@ -401,23 +402,23 @@ class Run:
         self._watch(path, keep)
         self.x = jax.tree.map(last, self.x, path)
         self.position += keep
-        self.progress.update(self.done - before, int(np.asarray(stats.num_sweeps).max()))
+        self.progress.update(self.done - before, int(stats.num_sweeps.max()))
         # Add to the counts; sequential steps need no certificate.
         if solver.is_sequential:
             counts.critical_path += keep
             return
-        counts.critical_path += np.asarray(stats.num_sequential_steps)
+        counts.critical_path += stats.num_sequential_steps
         counts.num_blocks = segment.num_blocks
-        counts.num_iters = np.maximum(counts.num_iters, np.asarray(stats.num_iters))
-        counts.num_sweeps = np.maximum(counts.num_sweeps, np.asarray(stats.num_sweeps))
+        counts.num_iters = np.maximum(counts.num_iters, stats.num_iters)
+        counts.num_sweeps = np.maximum(counts.num_sweeps, stats.num_sweeps)
         counts.certified_steps += keep
-        growth = np.asarray(stats.growth_rate)
+        growth = stats.growth_rate
         counts.growth += np.where(np.isfinite(growth), growth, 0.0)
         counts.num_growths += np.isfinite(growth)
-        counts.result, held = result, np.asarray(solution.result) == RESULTS.successful
+        counts.result, held = result, segment.result == RESULTS.successful
         # If a solve failed, the residual is that of its certified prefix, which contains the kept steps.
-        prefix = np.nan if stats.certified_residual is None else np.asarray(stats.certified_residual)
-        residual = np.where(held, np.asarray(solution.residual), prefix)
+        prefix = np.nan if stats.certified_residual is None else stats.certified_residual
+        residual = np.where(held, segment.residual, prefix)
         counts.residual = np.maximum(counts.residual, np.where(keep > 0, residual, 0.0))
 
     def _watch(self, path: PyTree, keep: np.ndarray) -> None:

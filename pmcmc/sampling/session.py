@@ -29,7 +29,7 @@ from pmcmc.chain.state import ChainState, Source
 from pmcmc.chain.stored import StoredChain
 from pmcmc.random.streams import split_key
 from pmcmc.sampling.automatic import Automatic, compile_first
-from pmcmc.sampling.programs import Engine
+from pmcmc.sampling.engine import Engine
 from pmcmc.sampling.reporting import Outcome
 from pmcmc.sampling.segments import Draws, Keeper, NonFiniteState, Run, draw_bytes
 from pmcmc.sampling.settings import Settings, Starts, fit_memory, settings_of

@@ -22,7 +22,7 @@ from pmcmc.kernels import HMC, Compose, DiscreteGibbs, Kernel, SiteKernel
 from pmcmc.kernels.metropolis import GradientKernel
 from pmcmc.random.streams import seed_key, threefry_key
 from pmcmc.recurrence import RecurrenceSolver, Sequential
-from pmcmc.sampling.programs import Engine
+from pmcmc.sampling.engine import Engine
 from pmcmc.target import Target
 from pmcmc.warmup import ChEESAdaptation, EnsembleAdaptation, Pathfinder, SiteAdaptation, Warmup, WindowAdaptation
 from pmcmc.warmup.base import check_metric

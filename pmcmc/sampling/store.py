@@ -23,7 +23,7 @@ from pmcmc.chain.state import ChainState, header
 from pmcmc.chain.stored import CHECKPOINT, DRAWS, StoredChain
 from pmcmc.interop.arviz import DrawArrays, check_zarr
 from pmcmc.kernels import Info
-from pmcmc.sampling.programs import Engine
+from pmcmc.sampling.engine import Engine
 from pmcmc.sampling.segments import Keeper, Moves, Thinned
 from pmcmc.target import Target
 

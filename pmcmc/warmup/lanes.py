@@ -25,6 +25,7 @@ from pmcmc._xla.content import count_operations
 from pmcmc.interop.blackjax import dual_averaging
 from pmcmc.kernels import Kernel
 from pmcmc.random.streams import fold_in, key_pair, raw_keys_are_threefry
+from pmcmc.recurrence.abreast import map_lanes, scan_abreast
 from pmcmc.target import Target
 from pmcmc.warmup.base import LaneTiming, Tuned, WarmupError, Watch, check_metric, ignore, start_order, take_metric
 
@@ -151,25 +152,33 @@ def run_piece(
     keys = jax.vmap(lambda n: fold_in(key_pair(rng_key), n))(numbers)
     with raw_keys_are_threefry():
         noise = jax.vmap(lambda key: kernel.sample_noise(key, target))(keys)
-    noise = jax.tree.map(lambda x: x.reshape(PIECE, num_lanes, *x.shape[1:]), noise)
-    coordinates = jax.vmap(lambda state: kernel.coordinates(kernel.unknown(state)))
+    noise = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(PIECE, num_lanes, *x.shape[1:]), 1, -1), noise)
+    # The steps follow, with the lanes on the last axis of every value.
+    coordinates = lambda state: kernel.coordinates(kernel.unknown(state))
     step_size = lambda averaged: jnp.where(adapting, averaging.step_size(averaged), final_step)
+
+    def step(now, state, noise):
+        before = coordinates(state)
+        state, info = now.step(target, state, noise)
+        after = coordinates(state)
+        return state, (after, info.acceptance_rate, info.logdensity, jnp.any(after != before))
 
     def body(carry, noise):
         state, averaged = carry
-        now, before = _with_step(kernel, target, step_size(averaged)), coordinates(state)
-        now = now.at_most(longest)
-        state, info = jax.vmap(lambda s, n: now.step(target, s, n))(state, noise)
-        after = coordinates(state)
-        updated = averaging.update(averaged, jnp.sum(weights * info.acceptance_rate))
+        now = _with_step(kernel, target, step_size(averaged)).at_most(longest)
+        state, (after, acceptance_rate, logdensity, moved) = map_lanes(step, (None, -1, -1), num_lanes)(
+            now, state, noise
+        )
+        updated = averaging.update(averaged, jnp.sum(weights * acceptance_rate))
         averaged = jax.tree.map(lambda new, old: jnp.where(adapting, new, old), updated, averaged)
-        moved = jnp.any(after != before, axis=1)
-        return (state, averaged), (after, info.acceptance_rate, info.logdensity, moved)
+        return (state, averaged), (after, acceptance_rate, logdensity, moved)
 
     ready = _with_step(kernel, target, step_size(averaged))
-    state = jax.vmap(lambda unknown: ready.restore(target, unknown))(states)
-    (state, averaged), (path, acceptance, logdensity, moved) = jax.lax.scan(body, (state, averaged), noise)
-    return Piece(jax.vmap(kernel.unknown)(state), averaged, path, acceptance, logdensity, jnp.mean(moved, axis=0))
+    state = jax.vmap(lambda unknown: ready.restore(target, unknown), out_axes=-1)(states)
+    (state, averaged), records = scan_abreast(body, (state, averaged), noise, PIECE, num_lanes)
+    path, acceptance_rate, logdensity, moved = records
+    states = jax.vmap(kernel.unknown, in_axes=-1)(state)
+    return Piece(states, averaged, jnp.moveaxis(path, -1, 1), acceptance_rate, logdensity, jnp.mean(moved, axis=0))
 
 
 def held_lanes(moved: np.ndarray, acceptance_rate: np.ndarray, rate: float) -> np.ndarray:

@@ -16,7 +16,8 @@ from benchmarks._compilations import compilations
 from pmcmc.interop.numpyro import numpyro_target
 from pmcmc.interop.numpyro_sites import numpyro_starts
 from pmcmc.recurrence import Sequential
-from pmcmc.sampling.programs import Engine, Shape
+from pmcmc.sampling.engine import Engine
+from pmcmc.sampling.programs import Shape
 from pmcmc.target import check_starts
 from tests.helpers.selection import share
 from tests.helpers.targets import EFFECTS, ERRORS, FEATURES, LABELS, eight_schools_model, logistic_model
@@ -178,7 +179,7 @@ def test_same_shapes_compile_once() -> None:
             segment, _ = Engine(target, kernel, keys, x0, None).solve(
                 Sequential(), Shape(1, 10), x0, np.zeros(len(keys), int), 10
             )
-        return len(compiled), segment.solution.value
+        return len(compiled), segment.paths[0][0]
 
     first, path = solve(Y, GROUP)
     second, other = solve(Y + 1, GROUP[::-1].copy())

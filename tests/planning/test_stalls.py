@@ -16,8 +16,8 @@ from pmcmc.planning import Costs
 from pmcmc.planning.plan import Pace
 from pmcmc.recurrence import Sequential
 from pmcmc.sampling import automatic, pilot, session
+from pmcmc.sampling.engine import Clock, Engine
 from pmcmc.sampling.pilot import FIRST_STRETCH, NUM_TIMED, TIMING_SECONDS, Head
-from pmcmc.sampling.programs import Clock, Engine
 from pmcmc.sampling.segments import Run
 from pmcmc.sampling.settings import as_key
 from pmcmc.warmup import lanes, sites
@@ -111,7 +111,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Machine]:
         def counted(self, solver, shape, x0, first_step, block_length):
             segment, _ = solve(self, solver, shape, x0, first_step, block_length)
             if not isinstance(solver, Sequential):
-                steps = int(np.max(segment.solution.stats.num_sequential_steps))
+                steps = int(np.max(segment.stats.num_sequential_steps))
                 seconds = here.spend("blocks", steps * here.lanes)
             elif here.following:
                 seconds = here.spend("partner", block_length * here.step(0))

@@ -20,7 +20,7 @@ from pmcmc.interop.numpyro import numpyro_target
 from pmcmc.planning import Costs, plan
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.sampling import automatic
-from pmcmc.sampling.programs import Engine
+from pmcmc.sampling.engine import Engine
 from tests.helpers.pilots import CPU, merging
 from tests.helpers.selection import share
 from tests.helpers.targets import gaussian, start_like

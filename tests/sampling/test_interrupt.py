@@ -15,7 +15,7 @@ from pmcmc._xla import compile as _host
 from pmcmc.kernels.base import PositionKernel
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.sampling import programs, settings
-from pmcmc.sampling.programs import Engine
+from pmcmc.sampling.engine import Engine
 from tests.helpers.targets import gaussian, start_like
 
 KERNEL = pmcmc.HMC(step_size=0.9, num_integration_steps=2)

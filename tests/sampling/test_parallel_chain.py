@@ -17,7 +17,7 @@ import pmcmc
 from benchmarks._compilations import compilations
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, deer
 from pmcmc.sampling import api, programs
-from pmcmc.sampling.programs import Engine
+from pmcmc.sampling.engine import Engine
 from tests.helpers.statistics import z_bound
 from tests.helpers.targets import COVARIANCE, funnel, funnel_may_warn, gaussian, start_like
 

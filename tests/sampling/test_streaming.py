@@ -15,8 +15,8 @@ import pytest
 import pmcmc
 from pmcmc.chain.file_format import Writer
 from pmcmc.recurrence import MultipleShooting, Sequential
-from pmcmc.sampling import programs, store
-from pmcmc.sampling.programs import Engine
+from pmcmc.sampling import engine, store
+from pmcmc.sampling.engine import Engine
 from pmcmc.sampling.store import Store
 from tests.helpers.streams import NUM_MORE, SIZES, start
 from tests.helpers.targets import EFFECTS, ERRORS, eight_schools_model, gaussian
@@ -33,8 +33,8 @@ def whole() -> pmcmc.Chain:
 @pytest.fixture(autouse=True)
 def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make segments of about 190 steps, each with a checkpoint, in arrays of several chunks."""
-    monkeypatch.setattr(programs, "SEGMENT_BYTES", 2**16)
-    monkeypatch.setattr(programs, "SEQUENTIAL_BYTES", 2**16)
+    monkeypatch.setattr(engine, "SEGMENT_BYTES", 2**16)
+    monkeypatch.setattr(engine, "SEQUENTIAL_BYTES", 2**16)
     monkeypatch.setattr(store, "FLUSH_SECONDS", 0.0)
     monkeypatch.setattr(store, "FLUSH_BYTES", 2**12)
     monkeypatch.setattr("pmcmc.interop.arviz.CHUNK_BYTES", 2**11)
@@ -74,7 +74,7 @@ def test_a_streamed_chain_is_the_extended_one(solver, tmp_path: Path) -> None:
 def test_chains_keep_step_where_blocks_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The budget suffices for the blocks of one chain only: both chains go on sequentially from the other's end."""
     with monkeypatch.context() as patch:
-        patch.setattr(programs, "SEGMENT_BYTES", 2**17)
+        patch.setattr(engine, "SEGMENT_BYTES", 2**17)
         paths = start().extend(192, progress_bar=False).report.num_sequential_steps  # the first segment
     assert paths[0] != paths[1]
     solver = MultipleShooting(4, max_steps=int(np.sort(paths)[0]))
@@ -132,14 +132,14 @@ import pmcmc
 from pathlib import Path
 from pmcmc.chain.file_format import Writer
 from pmcmc.interop.arviz import DrawArrays
-from pmcmc.sampling import programs, store
+from pmcmc.sampling import engine, store
 from tests.helpers import streams
 from tests.helpers.targets import gaussian
 from tests.helpers.compilation import compile_quickly
 
 compile_quickly(sys.argv[4] == "True")
 path, moment = Path(sys.argv[1]), sys.argv[2]
-programs.SEGMENT_BYTES = programs.SEQUENTIAL_BYTES = 2**16
+engine.SEGMENT_BYTES = engine.SEQUENTIAL_BYTES = 2**16
 store.FLUSH_SECONDS, store.FLUSH_BYTES = 0.0, 2**12
 owner, name = {"written": (DrawArrays, "show"), "shown": (Writer, "write")}[moment]
 method, calls = getattr(owner, name), []

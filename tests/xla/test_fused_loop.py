@@ -52,8 +52,14 @@ def test_what_such_a_kernel_cannot_hold_is_left_to_xla(call):
     program(jnp.eye(3))
 
 
+@pytest.mark.parametrize(("largest", "marked"), [(30, False), (900, True), (None, True)])
+def test_large_operations_are_left_to_xla(largest, marked):
+    program = jax.jit(lambda *a: in_one_kernel(lambda *a: _loop(*a, 50), *a, largest=largest))
+    assert (MARK in program.lower(jnp.eye(30), jnp.arange(30.0)).as_text()) == marked
+
+
 UNUSED = """
-import jax, jax.numpy as jnp
+import jax, jax.numpy as jnp, numpy as np
 from pmcmc._xla.compile import compiler_options
 from pmcmc._xla.rewrites import in_one_kernel
 
@@ -68,6 +74,28 @@ program = jax.jit(lambda *a: in_one_kernel(loop, *a), compiler_options=compiler_
 assert "small_call" in program.lower(*arguments).as_text()
 found, expected = program(*arguments)[0], jax.jit(loop)(*arguments)[0]
 assert jnp.all(found == expected), (found, expected)
+
+# What the function closes over: values of the program around it, unused, and large constants, known now or by XLA.
+known, words = np.arange(4000), jnp.arange(4)
+
+def closing(k, x):
+    folded = jnp.asarray(known)[::-1] * 2
+    step = lambda x, a, b: jnp.tanh(x) + 0 * k[0] + (known + a + b + folded) / 1e4
+    inner = lambda x, a, b: jax.lax.fori_loop(0, 9, lambda i, x: step(x, a, b), x)
+    return inner, x, known, folded
+
+def marked(k, x):
+    inner, *args = closing(k, x)
+    return in_one_kernel(inner, *args)
+
+def plain(k, x):
+    inner, *args = closing(k, x)
+    return inner(*args)
+
+program = jax.jit(marked, compiler_options=compiler_options("cpu"))
+assert "small_call" in program.lower(words, jnp.ones(4000)).as_text()
+found, expected = program(words, jnp.ones(4000)), jax.jit(plain)(words, jnp.ones(4000))
+assert jnp.allclose(found, expected, rtol=1e-5), (found, expected)
 """
 
 

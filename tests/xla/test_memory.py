@@ -9,7 +9,8 @@ import pytest
 
 import pmcmc
 from pmcmc.recurrence import MultipleShooting, Sequential, deer, quasi_deer
-from pmcmc.sampling.programs import Engine, Shape, solve_noise
+from pmcmc.sampling.engine import Engine
+from pmcmc.sampling.programs import Shape, solve_noise
 from pmcmc.target import Target
 from tests.helpers.targets import gaussian, start_like
 
@@ -69,7 +70,7 @@ def test_what_newton_holds_is_counted(solver) -> None:
         shape = Shape(1, length)
         noise, _ = engine._buffer_shapes(shape)
         lowered = solve_noise.lower(
-            target, KERNEL, solver, noise, x0, numbers, number, engine.guesses, None, None, shape=shape
+            target, KERNEL, solver, noise, x0, numbers, numbers, number, engine.guesses, None, None, shape=shape
         )
         found = lowered.compile().memory_analysis()
         return found.temp_size_in_bytes + found.output_size_in_bytes + found.argument_size_in_bytes

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from pmcmc._pytree import Array, PyTree, Scalar, finite_rows, is_real, relative_distance, tree_where
+from pmcmc.recurrence.abreast import step_abreast
 from pmcmc.recurrence.sequential import Lanes, read_step, walk_apart, write_where
 from pmcmc.recurrence.shooting.reference import WATCHED_STEPS
 from pmcmc.recurrence.solution import default_tolerance, log_growth
@@ -149,7 +150,7 @@ def _run_pass(lanes: Lanes, tol: Array, budget: Array, sweep: Sweep) -> tuple[Py
     if staged is not None:
         visit = lambda now, carry, aux, arrived: _compare(lanes, tol, now, carry, aux, arrived)
         return walk_apart(staged, lanes.inputs, sweep.start, begin, going, visit)
-    step_lanes, everyone = jax.vmap(lanes.recurrence.step), jnp.array(True)
+    step_lanes, everyone = step_abreast(lanes.recurrence.step, num_lanes), jnp.array(True)
 
     def body(state):
         carry, now = state

@@ -42,8 +42,9 @@ from pmcmc._pytree import (
     real_dtype,
     register_dataclass,
 )
+from pmcmc.recurrence.abreast import walk_abreast
 from pmcmc.recurrence.problem import Staged
-from pmcmc.recurrence.sequential import Lanes, LaneSolver, Layout, read_step, record_for, walk, walk_apart, write_where
+from pmcmc.recurrence.sequential import Lanes, LaneSolver, Layout, read_step, record_for, walk_apart, write_where
 from pmcmc.recurrence.sharding import AllLanes, distinct, lane_sharding, over_devices, replicated
 from pmcmc.recurrence.shooting.repair import Recording, Sweep, repair_sweep, successor_starts
 from pmcmc.recurrence.solution import RESULTS, Solution, Stats, default_tolerance, separates, typical_scale
@@ -203,14 +204,15 @@ def _fill(lanes: Lanes) -> Sweep:
     carry, _ = jax.eval_shape(step, start, read_step(lanes.inputs, 0))
     start = jax.tree.map(lambda s, c: s.astype(c.dtype), start, carry)
 
-    def body(carry, u):
-        carry, aux = step(carry, u)
-        return carry, (unknown(carry), aux)
+    def one(carry, u):
+        carry, aux = recurrence.step(carry, u)
+        return carry, (recurrence.unknown(carry), aux)
 
     if recurrence.staged is None:
-        end, (path, aux) = walk(body, start, lanes, math.gcd(layout.capacity, CHUNK))
+        end, (path, aux) = walk_abreast(one, start, lanes, math.gcd(layout.capacity, CHUNK))
     else:
-        end, (path, aux) = _fill_apart(recurrence.staged, unknown, start, lanes, record_for(body, start, lanes))
+        record = record_for(jax.vmap(one), start, lanes)
+        end, (path, aux) = _fill_apart(recurrence.staged, unknown, start, lanes, record)
     zeros = jnp.zeros(held.num_lanes, real_dtype(lanes.x0))
     none = jnp.zeros(layout.num_chains, int)
     everyone = jnp.ones(held.num_lanes, bool)

@@ -1,0 +1,363 @@
+"""The engine of a run: compiles the two programs of a segment for one set of chains, runs them, reuses their buffers.
+
+Several chains in blocks are solved in groups, each by a thread of its own (docs/decisions/031). A `Segment` is what a
+run of both programs returns.
+"""
+
+import math
+import time
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from pmcmc._pytree import Array, PyTree
+from pmcmc._xla import default_platform
+from pmcmc._xla.compile import BackgroundCompiler, num_cores, programs_of
+from pmcmc.chain.state import ChainState
+from pmcmc.kernels import Kernel
+from pmcmc.random.streams import chain_keys, some_keys
+from pmcmc.recurrence import RecurrenceSolver, Solution, Stats
+from pmcmc.sampling.programs import Shape, draw_noise, new_buffers, one_step, solve_noise
+from pmcmc.target import Target
+
+# Bytes that one solve, and one stretch of sequential sampling, may take for all chains; see `Engine.bytes_per_step`.
+SEGMENT_BYTES = 512 * 2**20
+SEQUENTIAL_BYTES = 64 * 2**20
+
+
+class Segment(NamedTuple):
+    """Result of one solve: the states of a stretch of steps of every chain.
+
+    Attributes:
+        result: `RESULTS` code of each chain; shape (C,).
+        residual: Residual of each chain; shape (C,).
+        stats: `Stats` of each chain.
+        paths: For each group of chains unknowns, infos and near ties (accept decisions within rounding of a tie), with
+            leading axes (chains * num_blocks, capacity).
+        num_blocks: P, blocks per chain.
+        block_length: S, steps of each block; later entries of a lane are undefined.
+    """
+
+    result: np.ndarray
+    residual: np.ndarray
+    stats: Stats
+    paths: list[tuple[PyTree, PyTree, Array]]
+    num_blocks: int
+    block_length: int
+
+    @classmethod
+    def of(cls, solved: list[tuple[Solution, Array]], num_blocks: int, block_length: int) -> "Segment":
+        """Return the segment of several groups of chains, from solutions in lanes and near ties."""
+        join = lambda *xs: np.concatenate(list(map(_read, xs)))
+        solutions = [solution for solution, _ in solved]
+        result, residual, stats = jax.tree.map(join, *((s.result, s.residual, s.stats) for s in solutions))
+        paths = [(solution.value, solution.aux, ties) for solution, ties in solved]
+        return cls(result, residual, stats, paths, num_blocks, block_length)
+
+    def chains(self) -> tuple[PyTree, PyTree, np.ndarray]:
+        """Return unknowns, infos and near ties as numpy arrays (C, steps, ...)."""
+
+        def leaf(*groups: Any) -> np.ndarray:
+            lanes = [_read(x)[:, : self.block_length] for x in groups]
+            rows = [x.reshape(len(x) // self.num_blocks, -1, *x.shape[2:]) for x in lanes]
+            return rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+        return jax.tree.map(leaf, *self.paths)
+
+
+def _read(x: Any) -> np.ndarray:
+    """Copy an array to the host; the parts of other processes are gathered."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+class Clock(NamedTuple):
+    """Seconds that programs took.
+
+    Attributes:
+        compile_seconds: Seconds of compilation, as far as they were waited for.
+        run_seconds: Seconds in which programs ran.
+    """
+
+    compile_seconds: float
+    run_seconds: float
+
+
+class Engine:
+    """Compile and run both programs for one set of chains.
+
+    Buffers are reused: the next segment overwrites a segment. For ahead-of-time compilation the arrays may be shapes.
+
+    Args:
+        target: Target to sample.
+        kernel: The tuned kernel.
+        chain_keys: Keys of the chains; shape (C,).
+        guesses: A bank of unknowns from which initial guesses are taken, leading axis N.
+        scale: Spread of each coordinate of an unknown; None if it is not known.
+        background: Compiles programs that are not needed yet. None: a new one.
+        origin: Steps that the chains took before; step 0 of this engine draws the noise of the step with this number.
+
+    Attributes:
+        max_bytes: Bytes that one solve may hold; `SEGMENT_BYTES` at first.
+        clock: Seconds of all programs so far.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        kernel: Kernel,
+        chain_keys: Array,
+        guesses: PyTree,
+        scale: PyTree,
+        background: BackgroundCompiler | None = None,
+        origin: int = 0,
+    ):
+        self.target, self.kernel, self.chain_keys = target, kernel, chain_keys
+        self.guesses, self.scale, self.background = guesses, scale, background or BackgroundCompiler()
+        self.origin = origin
+        self.max_bytes = SEGMENT_BYTES
+        self.clock = Clock(0.0, 0.0)
+        self._buffers: dict[Shape, list[tuple[PyTree, PyTree]]] = {}
+
+    @classmethod
+    def of(cls, state: ChainState, background: BackgroundCompiler | None = None) -> "Engine":
+        """Return an engine for the steps that follow ``state``, which may hold shapes only."""
+        keys = chain_keys(state.rng_key, num_chains=len(state.own))
+        return cls(state.target, state.kernel, keys, state.ensemble, state.scale, background, state.num_steps)
+
+    @classmethod
+    def of_one_chain(cls, state: ChainState, number: int) -> tuple["Engine", PyTree]:
+        """Return an engine for one chain, from its first step on, and the unknown before that step; shape (1, ...)."""
+        some = slice(number, number + 1)
+        keys = chain_keys(state.rng_key, num_chains=len(state.own))[some]
+        x0 = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[state.own[some]]), state.ensemble)
+        return cls(state.target, state.kernel, keys, state.ensemble, state.scale), x0
+
+    def bind(self, state: ChainState) -> None:
+        """Replace the engine's shapes by the arrays of ``state``, which have these shapes."""
+        self.target, self.kernel, self.origin = state.target, state.kernel, state.num_steps
+        self.chain_keys = chain_keys(state.rng_key, num_chains=len(state.own))
+        self.guesses, self.scale = state.ensemble, state.scale
+
+    @property
+    def num_chains(self) -> int:
+        """C, the number of chains."""
+        return len(self.chain_keys)
+
+    @property
+    def _step_shapes(self) -> tuple[PyTree, PyTree]:
+        """Shapes of one step of one chain: noise, and (unknown, info)."""
+        return one_step.eval_shape(self.target, self.kernel, self.chain_keys, self.guesses)
+
+    @property
+    def record_shapes(self) -> tuple[PyTree, PyTree]:
+        """Shapes of the unknown and the info of one step of one chain."""
+        return self._step_shapes[1]
+
+    def bytes_per_step(self, solver: RecurrenceSolver) -> int:
+        """Return the bytes that a solve holds for each step of all chains.
+
+        They are those of noise, states and info, with states and info counted twice for their copies on the host, and
+        of what the solver stores besides (`RecurrenceSolver.numbers_per_step`).
+        """
+        noise, (x, info) = self._step_shapes
+        dim = sum(math.prod(s.shape) for s in jax.tree.leaves(x))
+        held = solver.numbers_per_step(dim) * max(s.dtype.itemsize for s in jax.tree.leaves(x))
+        leaves = jax.tree.leaves((noise, x, x, info, info))
+        return self.num_chains * (held + sum(math.prod(s.shape) * s.dtype.itemsize for s in leaves))
+
+    def shape_for(self, solver: RecurrenceSolver, num_steps: int) -> Shape:
+        """Return the shape for segments of ``num_steps`` steps, or of equal parts of them that fit into the budget.
+
+        The budget is `max_bytes`; one stretch of sequential sampling uses at most `SEQUENTIAL_BYTES`.
+        """
+        budget = self.max_bytes
+        if solver.is_sequential:
+            budget = min(budget, SEQUENTIAL_BYTES)
+        pieces = math.ceil(num_steps * self.bytes_per_step(solver) / budget)
+        length = math.ceil(num_steps / pieces)
+        if not solver.walks:
+            shares = max(1, len(solver.shared_by))
+            return Shape(1, shares * math.ceil(length / shares), solver.shared_by, by_steps=bool(solver.shared_by))
+        blocks = solver.blocks_for(length)
+        capacity = math.ceil(length / blocks)
+        unit = solver.unit if capacity >= 4 * solver.unit else 1
+        shape = Shape(blocks, math.ceil(capacity / unit) * unit, solver.shared_by)
+        return shape if solver.is_sequential or solver.shared_by else shape._replace(num_groups=self.num_groups)
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of chains that are solved in blocks at once: on a CPU as many as cores and equal groups allow."""
+        if default_platform() != "cpu":
+            return 1
+        return max(n for n in range(1, num_cores() + 1) if self.num_chains % n == 0)
+
+    def _buffer_shapes(self, shape: Shape) -> tuple[PyTree, PyTree]:
+        """Return the shapes of the buffers of a group: noise, and (value, aux)."""
+        leading = (self.num_chains // shape.num_groups * shape.num_blocks, shape.capacity)
+        widen = lambda s: jax.ShapeDtypeStruct((*leading, *s.shape), s.dtype, sharding=shape.sharding)
+        return jax.tree.map(widen, self._step_shapes)
+
+    def _take_buffers(self, shape: Shape) -> list[tuple[PyTree, PyTree]]:
+        """Take the buffers of the last segment if it had this shape, otherwise new ones, for each group."""
+        if shape in self._buffers:
+            return self._buffers.pop(shape)
+        self._buffers.clear()  # hold the buffers of one shape at a time
+        leaves, structure = jax.tree.flatten(self._buffer_shapes(shape))
+        # A program's results would get a layout that XLA chooses, for which the programs would be compiled once more.
+        if shape.devices:
+            return [jax.tree.unflatten(structure, [jnp.zeros(s.shape, s.dtype, device=s.sharding) for s in leaves])]
+        return [jax.tree.unflatten(structure, new_buffers(tuple(leaves))) for _ in range(shape.num_groups)]
+
+    def compile_ahead(self, solver: RecurrenceSolver, shape: Shape) -> None:
+        """Start to compile both programs of a solver in the background."""
+        self.background.begin(_name(solver, shape), lambda: self._trace(solver, shape))
+
+    def is_ready(self, solver: RecurrenceSolver, shape: Shape) -> bool:
+        """Whether the compilation begun by `compile_ahead` has ended; True if none was begun."""
+        return self.background.ready(_name(solver, shape))
+
+    def compile_seconds(self, solver: RecurrenceSolver, shape: Shape) -> float | None:
+        """Return the seconds that this process took to compile the programs; None if it has not compiled them."""
+        return self._notes.get(self._program(solver, shape))
+
+    def _program(self, solver: RecurrenceSolver, shape: Shape) -> Hashable:
+        """Return a key of the two programs of this solver, shape, target and kernel."""
+        leaves, structure = jax.tree.flatten((self.target, self.kernel))
+        # Data of other shapes needs another program.
+        shapes = tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+        return _name(solver, shape), structure, shapes, self.num_chains
+
+    def _note(self, solver: RecurrenceSolver, shape: Shape, seconds: float) -> None:
+        """Record the seconds of compilation. Only the first record counts, since later calls find the programs."""
+        self._notes.setdefault(self._program(solver, shape), seconds)
+
+    @property
+    def _notes(self) -> dict[Hashable, float]:
+        """Seconds that each program of this target took to compile, for plans; dropped together with the programs."""
+        return programs_of(self.target).setdefault("seconds", {})
+
+    def _trace(self, solver: RecurrenceSolver, shape: Shape) -> Callable[[], None]:
+        """Trace the programs, and return a function that compiles them without reading the model again."""
+        begin = time.perf_counter()
+        noise, record = buffers = self._buffer_shapes(shape)
+        record = record if solver.walks else None
+        number, some = jax.ShapeDtypeStruct((), jnp.result_type(int)), self.num_chains // shape.num_groups
+        numbers = jax.ShapeDtypeStruct((some,), jnp.result_type(int))
+        x0 = jax.tree.map(lambda g: jax.ShapeDtypeStruct((some, *g.shape[1:]), g.dtype), self.guesses)
+        keys = self._keys(shape, 0)
+        programs = [
+            new_buffers.lower(tuple(jax.tree.leaves(buffers))),
+            draw_noise.lower(self.target, self.kernel, keys, numbers, number, noise, shape=shape),
+            solve_noise.lower(
+                self.target,
+                self.kernel,
+                solver,
+                noise,
+                x0,
+                numbers,
+                numbers,
+                number,
+                self.guesses,
+                self.scale,
+                record,
+                shape=shape,
+            ),
+        ]
+
+        def compile_programs() -> None:
+            with ThreadPoolExecutor(len(programs)) as side_by_side:
+                list(side_by_side.map(lambda program: program.compile(), programs))
+            self._note(solver, shape, time.perf_counter() - begin)
+
+        return compile_programs
+
+    def solve(
+        self, solver: RecurrenceSolver, shape: Shape, x0: PyTree, first_step: np.ndarray, block_length: int
+    ) -> tuple[Segment, Clock]:
+        """Take ``num_blocks * block_length`` steps of all chains.
+
+        Args:
+            solver: Solver of the segment.
+            shape: Shape for which the programs are compiled.
+            x0: Unknowns before the first step, leading axis C.
+            first_step: Number of each chain's first step in this run; shape (C,).
+            block_length: Steps of each block.
+
+        Returns:
+            The segment, and the seconds that it took. The next segment of this shape overwrites its arrays.
+        """
+        # Wait for a compilation in the background. Programs that several threads will run are compiled before.
+        waited, begin = self.background.wait(_name(solver, shape)), time.perf_counter()
+        if shape.num_groups > 1 and self.compile_seconds(solver, shape) is None:
+            self._trace(solver, shape)()
+            waited += time.perf_counter() - begin
+        # Solve all groups of chains at once.
+        integer = jnp.result_type(int)
+        first, length = np.asarray(self.origin + first_step, integer), np.asarray(block_length, integer)
+        buffers = self._take_buffers(shape)
+        group = lambda number: self._solve_group(solver, shape, number, x0, first, length, buffers[number])
+        with ThreadPoolExecutor(shape.num_groups) as threads:
+            done = list((threads.map if shape.num_groups > 1 else map)(group, range(shape.num_groups)))
+        # Keep the results as buffers of the next segment, and account for the time.
+        if solver.walks:
+            self._buffers[shape] = [(noise, (solution.value, solution.aux)) for noise, (solution, _), _ in done]
+        clock = Clock(*(max(seconds) for seconds in zip(*(clock for *_, clock in done), strict=True)))
+        clock = clock._replace(compile_seconds=waited + clock.compile_seconds)
+        self._note(solver, shape, clock.compile_seconds)
+        self.clock = Clock(*(a + b for a, b in zip(self.clock, clock, strict=True)))
+        return Segment.of([solved for _, solved, _ in done], shape.num_blocks, block_length), clock
+
+    def _solve_group(
+        self,
+        solver: RecurrenceSolver,
+        shape: Shape,
+        number: int,
+        x0: PyTree,
+        first: np.ndarray,
+        length: np.ndarray,
+        buffers: tuple[PyTree, PyTree],
+    ) -> tuple[PyTree, tuple[Solution, Array], Clock]:
+        """Draw the noise of a group of chains, then solve; both programs overwrite the buffers.
+
+        Args:
+            solver: Solver of the segment.
+            shape: Shape for which the programs are compiled.
+            number: Number of the group.
+            x0: Unknowns of all chains before the first step, leading axis C.
+            first: Number of each chain's first step since its start; shape (C,).
+            length: Steps of each block.
+            buffers: Buffers of the group.
+
+        Returns:
+            The noise, the solution and its near ties, and the seconds.
+        """
+        (noise, record), own = buffers, self._own(shape, number)
+        start = x0 if shape.num_groups == 1 else jax.tree.map(lambda x: np.asarray(x)[own], x0)
+        noise, drawing = draw_noise.timed(
+            self.target, self.kernel, self._keys(shape, number), first[own], length, noise, shape=shape
+        )
+        numbers = np.arange(self.num_chains, dtype=first.dtype)[own]
+        arrays = (noise, start, numbers, first[own], length, self.guesses, self.scale, record if solver.walks else None)
+        solved, solving = solve_noise.timed(self.target, self.kernel, solver, *arrays, shape=shape)
+        return noise, solved, Clock(drawing[0] + solving[0], drawing[1] + solving[1])
+
+    def _own(self, shape: Shape, number: int) -> slice:
+        """Return which chains belong to a group."""
+        size = self.num_chains // shape.num_groups
+        return slice(number * size, (number + 1) * size)
+
+    def _keys(self, shape: Shape, number: int) -> Array:
+        """Return the keys of a group's chains."""
+        return self.chain_keys if shape.num_groups == 1 else some_keys(self.chain_keys, self._own(shape, number))
+
+
+def _name(solver: RecurrenceSolver, shape: Shape) -> tuple:
+    """Return the key of a solver's programs in this engine; it does not depend on the solver's numbers."""
+    return jax.tree.structure(solver), shape

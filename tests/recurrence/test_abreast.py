@@ -1,0 +1,99 @@
+"""Lanes side by side: the same numbers as by ``jax.vmap``, in the form that the step and the platform ask for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pmcmc._xla.rewrites import FEW_LANES
+from pmcmc.recurrence import abreast
+from pmcmc.recurrence.abreast import LARGEST, step_abreast, walk_abreast
+from pmcmc.recurrence.problem import Recurrence
+from pmcmc.recurrence.sequential import Lanes, Layout, walk
+from pmcmc.recurrence.sharding import AllLanes
+
+MARK = 'xla_cpu_small_call = "true"'
+CHUNK, MANY = 4, FEW_LANES + 3
+MATRIX = np.linspace(-0.2, 0.2, 9).reshape(3, 3)
+
+
+def step(carry, u):
+    """A step of an array, an integer and a flag; one number of the input is not read."""
+    x, count, flag = carry
+    x = jnp.tanh(jnp.sum(MATRIX * x[None], 1)) + jnp.where(flag, u["noise"], 0.5 * u["noise"])
+    return (x, count + u["number"], x[0] > 0), (x, dict(count=count, energy=jnp.sum(x**2)))
+
+
+def lanes_of(num_lanes, capacity=12, block_length=12, buffers=None):
+    inputs = dict(
+        noise=jnp.sin(jnp.arange(num_lanes * capacity * 3.0)).reshape(num_lanes, capacity, 3),
+        number=jnp.arange(num_lanes * capacity).reshape(num_lanes, capacity),
+        unread=jnp.ones((num_lanes, capacity, 2)),
+    )
+    layout = Layout(1, num_lanes, capacity, block_length, num_lanes * block_length)
+    lanes = Lanes(Recurrence(step), None, inputs, None, None, layout, buffers, held=AllLanes(layout))
+    carry = jnp.cos(jnp.arange(num_lanes * 3.0)).reshape(num_lanes, 3), jnp.arange(num_lanes), jnp.arange(num_lanes) > 2
+    return carry, lanes
+
+
+@pytest.mark.parametrize("block_length", [12, 8])
+@pytest.mark.parametrize("num_lanes", [1, FEW_LANES, MANY])
+def test_walks_agree(num_lanes, block_length):
+    carry, lanes = lanes_of(num_lanes, block_length=block_length)
+    found = jax.jit(lambda: walk_abreast(step, carry, lanes, CHUNK))()
+    expected = jax.jit(lambda: walk(jax.vmap(step), carry, lanes, CHUNK))()
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-13), found, expected)
+    assert jax.tree.map(lambda x: x.dtype, found) == jax.tree.map(lambda x: x.dtype, expected)
+
+
+def test_buffers_are_overwritten():
+    carry, lanes = lanes_of(MANY, block_length=8)
+    _, record = jax.eval_shape(lambda: walk_abreast(step, carry, lanes, CHUNK))
+    carry, lanes = lanes_of(MANY, block_length=8, buffers=jax.tree.map(lambda x: jnp.full(x.shape, 7, x.dtype), record))
+    _, record = jax.jit(lambda: walk_abreast(step, carry, lanes, CHUNK))()
+    assert all(np.all(np.asarray(x[:, 8:]) == 7) for x in jax.tree.leaves(record))
+
+
+def test_one_step_agrees():
+    carry, lanes = lanes_of(MANY)
+    u = jax.tree.map(lambda x: x[:, 0], lanes.inputs)
+    found, expected = step_abreast(step, MANY)(carry, u), jax.vmap(step)(carry, u)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-13), found, expected)
+
+
+def lowered(step, num_lanes):
+    """The program of a walk, whose arrays are its arguments."""
+    carry, lanes = lanes_of(num_lanes)
+    return (
+        jax.jit(lambda c, u: walk_abreast(step, c, lanes._replace(inputs=u), CHUNK))
+        .lower(carry, lanes.inputs)
+        .as_text()
+    )
+
+
+def with_product(carry, u):
+    matrix = jnp.ones((40, 40))
+    return (carry[0] + (matrix @ jnp.tile(u["noise"], 14)[:40])[:3], *carry[1:]), None
+
+
+def with_scatter(carry, u):
+    return (carry[0].at[carry[1] % 3].add(u["noise"][0]), *carry[1:]), None
+
+
+def with_large_operation(carry, u):
+    return (carry[0] + jnp.sum(jnp.sin(u["noise"][0] * jnp.arange(LARGEST // MANY + 1.0))), *carry[1:]), None
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other devices have no such kernels")
+def test_chunks_are_kernels_unless_the_step_is_better_off_without():
+    assert MARK in lowered(step, MANY)
+    assert MARK not in lowered(step, FEW_LANES)
+    for other in (with_product, with_scatter, with_large_operation):
+        assert MARK not in lowered(other, MANY)
+
+
+def test_other_platforms_keep_vmap(monkeypatch):
+    monkeypatch.setattr(abreast, "default_platform", lambda: "gpu")
+    monkeypatch.setattr(abreast, "vmap_last", None)
+    test_walks_agree(MANY, 12)
+    assert MARK not in lowered(step, MANY)

@@ -1,0 +1,76 @@
+"""Groups of chains that are solved at once, each by a thread: the chains are those of one group, to rounding."""
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pmcmc
+from pmcmc.recurrence import MultipleShooting, Sequential
+from pmcmc.sampling import engine as engines
+from pmcmc.sampling.engine import Engine
+from pmcmc.sampling.programs import draw_noise
+from tests.helpers.targets import gaussian
+
+NUM_CHAINS, NUM_BLOCKS, LENGTH = 4, 4, 64
+
+
+def new_engine() -> Engine:
+    target = pmcmc.Target.from_logdensity(gaussian, jnp.zeros(3))
+    bank = jnp.asarray(np.random.default_rng(0).standard_normal((8, 3)))
+    keys = jax.random.split(jax.random.key(0), NUM_CHAINS)
+    return Engine(target, pmcmc.HMC(step_size=0.5, num_integration_steps=3), keys, bank, jnp.ones(3))
+
+
+def solve(num_groups: int, num_segments: int = 2) -> list[tuple]:
+    """Return what segments of one engine hold."""
+    engine, solver = new_engine(), MultipleShooting(num_blocks=NUM_BLOCKS)
+    shape = engine.shape_for(solver, NUM_BLOCKS * LENGTH)._replace(num_groups=num_groups)
+    x, found = engine.guesses[:NUM_CHAINS], []
+    for number in range(num_segments):
+        first = np.full(NUM_CHAINS, number * NUM_BLOCKS * LENGTH)
+        segment, _ = engine.solve(solver, shape, x, first, LENGTH)
+        found.append(jax.tree.map(np.array, (segment.chains(), segment.result, segment.residual, segment.stats)))
+        x = found[-1][0][0][:, -1]
+    return found
+
+
+@pytest.mark.parametrize("num_groups", [2, 4])
+def test_chains_do_not_depend_on_the_number_of_groups(num_groups: int) -> None:
+    """Neither do their infos, certificates and counts, also where the buffers of an earlier segment are reused.
+
+    Programs of other numbers of lanes may round differently.
+    """
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), solve(num_groups), solve(1))
+
+
+def test_groups_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each group waits in its thread until the other has begun."""
+    both, timed = threading.Barrier(2, timeout=60), draw_noise.timed
+
+    def meet(*args, **kwargs):
+        both.wait()
+        return timed(*args, **kwargs)
+
+    monkeypatch.setattr(draw_noise, "timed", meet)
+    solve(2, num_segments=1)
+
+
+@pytest.mark.parametrize(("num_chains", "cores", "expected"), [(4, 2, 2), (4, 8, 4), (3, 2, 1), (1, 4, 1), (6, 4, 3)])
+def test_there_are_as_many_groups_as_cores_and_chains_allow(
+    num_chains: int, cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "num_cores", lambda: cores)
+    engine = new_engine()
+    engine.chain_keys = jax.random.split(jax.random.key(0), num_chains)
+    assert engine.shape_for(MultipleShooting(num_blocks=NUM_BLOCKS), 1000).num_groups == expected
+    assert engine.shape_for(Sequential(), 1000).num_groups == 1
+    assert engine.shape_for(pmcmc.recurrence.deer(), 1000).num_groups == 1
+
+
+def test_a_failure_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draw_noise, "timed", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        solve(2, num_segments=1)

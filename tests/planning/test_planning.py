@@ -12,7 +12,7 @@ import numpyro.distributions as dist
 import pytest
 
 import pmcmc
-from pmcmc.planning import Costs, plan, predict_iterations
+from pmcmc.planning import CostModel, Costs, plan, predict_iterations
 from pmcmc.planning.plan import next_segment, schedule
 from pmcmc.recurrence import RESULTS, Dense, MultipleShooting, Sequential, Windowed, deer, quasi_deer
 from pmcmc.sampling import automatic, pilot, segments
@@ -158,6 +158,29 @@ def test_devices_are_a_choice() -> None:
     before, after = ({c.name: c.seconds for c in blocks(each)} for each in (found, compiled))
     assert {name for name in after if after[name] != before[name]} == {one[0].name}
     assert after[one[0].name] == pytest.approx(before[one[0].name] - 1.0)
+
+
+@pytest.mark.parametrize("lanes", [(32, 5e-5), (32, 1.2e-5), None], ids=["lanes", "fast lanes", "no lanes"])
+def test_groups_of_chains_make_lanes_cheaper(lanes) -> None:
+    """On a CPU two threads take less than half of the time from a lane; what does not depend on lanes stays."""
+    seconds = dict(on_cpu=True, sequential=1e-5, num_chains=4, compile_seconds=1.0, num_cores=2, lanes=lanes)
+    alone, shared = (CostModel().costs(**seconds, num_groups=n) for n in (1, 2))
+    assert alone.lane / 2 < shared.lane < alone.lane
+    assert shared._replace(lane=alone.lane) == alone
+    on_gpu = seconds | dict(on_cpu=False)
+    assert CostModel().costs(**on_gpu, num_groups=2) == CostModel().costs(**on_gpu)
+
+
+def test_lanes_of_warmup_tell_the_cost_of_lanes() -> None:
+    """Their time less a fixed part, but at least a share of it."""
+    model = CostModel()
+    lane = lambda seconds: (
+        model.costs(
+            on_cpu=True, sequential=1e-5, num_chains=4, compile_seconds=1.0, num_cores=2, lanes=(32, seconds)
+        ).lane
+    )
+    assert lane(1e-3) == pytest.approx(model.cpu_lane_ratio * (1e-3 - model.cpu_warmup_overhead) / 32)
+    assert lane(1e-6) == pytest.approx(model.cpu_lane_ratio * model.least_lane_share * 1e-6 / 32)
 
 
 def test_which_devices_are_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:

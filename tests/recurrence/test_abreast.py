@@ -7,7 +7,7 @@ import pytest
 
 from pmcmc._xla.rewrites import FEW_LANES
 from pmcmc.recurrence import abreast
-from pmcmc.recurrence.abreast import LARGEST, step_abreast, walk_abreast
+from pmcmc.recurrence.abreast import LARGEST, map_lanes, scan_abreast, step_abreast, walk_abreast
 from pmcmc.recurrence.problem import Recurrence
 from pmcmc.recurrence.sequential import Lanes, Layout, walk
 from pmcmc.recurrence.sharding import AllLanes
@@ -97,3 +97,27 @@ def test_other_platforms_keep_vmap(monkeypatch):
     monkeypatch.setattr(abreast, "vmap_last", None)
     test_walks_agree(MANY, 12)
     assert MARK not in lowered(step, MANY)
+
+
+@pytest.mark.parametrize("num_lanes", [1, FEW_LANES, MANY])
+def test_scans_over_lanes_that_share_a_carry_agree(num_lanes):
+    """As in warm-up, where the step size is shared, and depends on all lanes."""
+    rng = np.random.default_rng(0)
+    states, noise = jnp.asarray(rng.normal(size=(3, num_lanes))), jnp.asarray(rng.normal(size=(5, 3, num_lanes)))
+    one = lambda size, x, u: (jnp.tanh(x + size * u), jnp.sum(x))
+
+    def body(batched, carry, u):
+        x, size = carry
+        x, total = batched(size, x, u)
+        return (x, size / (1 + jnp.mean(total) ** 2)), total
+
+    def found():
+        batched = map_lanes(one, (None, -1, -1), num_lanes)
+        return scan_abreast(lambda c, u: body(batched, c, u), (states, jnp.asarray(0.5)), noise, 5, num_lanes)
+
+    def expected():
+        batched = jax.vmap(one, (None, -1, -1), out_axes=-1)
+        return jax.lax.scan(lambda c, u: body(batched, c, u), (states, jnp.asarray(0.5)), noise)
+
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-13), jax.jit(found)(), jax.jit(expected)())
+    assert (MARK in jax.jit(found).lower().as_text()) == (num_lanes > FEW_LANES)

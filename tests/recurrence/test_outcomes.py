@@ -149,3 +149,17 @@ def test_raw_and_typed_keys_as_inputs():
 def test_default_arguments():
     for solver in (rec.Newton(), rec.LevenbergMarquardt(), rec.Windowed(rec.Newton()), rec.MultipleShooting()):
         assert int(solver.solve(lambda x, u: 0.5 * x + 1, 0.0, length=5).result) == RESULTS.successful
+
+
+@pytest.mark.parametrize("kind", [int, np.int64])
+def test_numbers_below_the_least_are_refused(kind) -> None:
+    """Python's integers and numpy's; arrays, whose values may be unknown, pass."""
+    zero, less = kind(0), kind(-1)
+    for make in (
+        lambda: rec.MultipleShooting(max_sweeps=zero),
+        lambda: rec.MultipleShooting(max_steps=zero),
+        lambda: rec.deer(max_iters=less),
+    ):
+        with pytest.raises(ValueError, match="must be at least"):
+            make()
+    assert rec.MultipleShooting(max_sweeps=jnp.asarray(0)).max_sweeps == 0

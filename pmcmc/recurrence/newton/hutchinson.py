@@ -8,6 +8,7 @@ satisfies the recurrence whatever the probes were, so they do not contribute to 
 """
 
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ class Hutchinson(Scanned):
     fixed_probes: bool = field(default=False, metadata=dict(static=True))
 
     def __post_init__(self):
-        if isinstance(self.num_probes, int) and self.num_probes < 1:
+        if isinstance(self.num_probes, Integral) and self.num_probes < 1:
             raise ValueError(f"num_probes must be at least 1, got {self.num_probes}. Use Zero() for no derivative.")
 
     def key(self, iteration: Array | int) -> PRNGKey:

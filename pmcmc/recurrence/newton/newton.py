@@ -31,6 +31,7 @@ growing. This can delay convergence, but never leads to a false success.
 import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -79,9 +80,9 @@ class NewtonType(VectorSolver):
     devices: Sequence[jax.Device] | None = field(default=None, metadata=dict(static=True))
 
     def __post_init__(self):
-        if isinstance(self.max_iters, int) and self.max_iters < 0:
+        if isinstance(self.max_iters, Integral) and self.max_iters < 0:
             raise ValueError(f"max_iters must be at least 0, got {self.max_iters}.")
-        if isinstance(self.num_iterates, int) and self.num_iterates < 0:
+        if isinstance(self.num_iterates, Integral) and self.num_iterates < 0:
             raise ValueError(f"num_iterates must be at least 0, got {self.num_iterates}.")
         if self.devices is not None:
             object.__setattr__(self, "devices", distinct(self.devices))

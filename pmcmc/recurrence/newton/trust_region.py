@@ -22,6 +22,7 @@ first evaluation, outside the loop, rounds differently).
 
 import abc
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -217,7 +218,7 @@ class AdaptiveRegularization(Regularization):
     history: int = field(default=10, metadata=dict(static=True))
 
     def __post_init__(self):
-        if isinstance(self.history, int) and self.history < 1:
+        if isinstance(self.history, Integral) and self.history < 1:
             raise ValueError(f"history must be at least 1, got {self.history}.")
 
     def begin(self, dtype):

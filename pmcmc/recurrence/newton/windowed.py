@@ -7,6 +7,7 @@ due to Shih et al. (2023); `Windowed` takes any Newton-type solver.
 """
 
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import NamedTuple
 
 import jax
@@ -76,7 +77,7 @@ class Windowed(VectorSolver):
     window: int = field(default=256, metadata=dict(static=True))
 
     def __post_init__(self):
-        if isinstance(self.window, int) and self.window < 1:
+        if isinstance(self.window, Integral) and self.window < 1:
             raise ValueError(f"window must be at least 1, got {self.window}.")
         if isinstance(self.solver, VectorSolver) and not isinstance(self.solver, NewtonType):
             raise TypeError("Windowed needs a Newton-type solver: Newton(...) or LevenbergMarquardt(...).")

@@ -26,6 +26,7 @@ Source: Heidelberger & Stone (1990), time-parallel simulation; Neal (1999), circ
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -88,9 +89,9 @@ class MultipleShooting(LaneSolver):
     def __post_init__(self):
         if self.num_blocks is not None and self.num_blocks < 1:
             raise ValueError(f"num_blocks must be at least 1, got {self.num_blocks}.")
-        if isinstance(self.max_sweeps, int) and self.max_sweeps < 1:
+        if isinstance(self.max_sweeps, Integral) and self.max_sweeps < 1:
             raise ValueError(f"max_sweeps must be at least 1, got {self.max_sweeps}. Use Sequential() for none.")
-        if isinstance(self.max_steps, int) and self.max_steps < 1:
+        if isinstance(self.max_steps, Integral) and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {self.max_steps}. Use None for no limit.")
         if self.devices is not None:
             object.__setattr__(self, "devices", distinct(self.devices))

@@ -33,7 +33,7 @@ class CountedRun(Run):
 
     def __init__(self, num_steps: int, step: float, stalled: int):
         self.num_steps, self.position, self.step, self.stalled, self.taken = num_steps, np.zeros(1), step, stalled, []
-        path = SimpleNamespace(solution=SimpleNamespace(value=None), chains=lambda value: {})
+        path = SimpleNamespace(chains=lambda: ({}, None, None))
         self.engine, self.segment = SimpleNamespace(shape_for=lambda *a: None), path
 
     def take(self, solver, shape, wanted):

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import pmcmc
+from pmcmc._xla.compile import adapted
+from pmcmc._xla.precision import asked_for
 from pmcmc._xla.rewrites import may_wait_for_ever
 from pmcmc.kernels import HMC
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
@@ -46,6 +48,9 @@ SLOW_SCATTER = ((0, 10, 2), (0, 11, 0))
 # A scatter-add this many times slower than a sum of the same numbers is such a loop. Issue reports name slowdowns of
 # 450 to 2,000 times; on a CPU it is about 3 times slower than the sum.
 SLOW_RATIO = 100
+# A product of float32 numbers is off by 1e-7 of the sum of its terms' sizes or less, and by 1e-4 or more with operands
+# of 10 bits.
+PRODUCT_ERROR = 1e-6
 # Numbers of lanes of the calibration; the last is timed on accelerators only.
 LANES = (1, 16, 64, 256, 1024, 8192)
 
@@ -145,6 +150,11 @@ def settings() -> Iterator[Finding]:
     )
     if jax.config.values["jax_disable_jit"]:
         yield Finding("jax_disable_jit is on: every step is taken in Python.", "Unset JAX_DISABLE_JIT.")
+    if asked := asked_for():
+        yield Finding(
+            f"jax_default_matmul_precision is {asked}: products round more coarsely than blocks merge.",
+            "Unset it, unless your models contain no matrix products.",
+        )
     if jax.config.values["jax_debug_nans"]:
         yield Finding(
             "jax_debug_nans is on: a proposal that is NaN, which a kernel rejects, ends the run instead.",
@@ -165,6 +175,7 @@ def settings() -> Iterator[Finding]:
 
 def faults() -> Iterator[Finding]:
     """Run small programs that show known faults, rather than compare versions."""
+    yield _product()
     yield _scatter()
     yield _maximum()
     yield _blocks()
@@ -179,6 +190,22 @@ def _seconds(fn: Callable, *args: object) -> float:
         jax.block_until_ready(fn(*args))
         times.append(time.perf_counter() - begin)
     return min(times)
+
+
+def _product(multiply: Callable = jnp.matmul) -> Finding:
+    """Compare products of float32 numbers, as pmcmc's programs and as jax compute them, with float64."""
+    left, right = np.random.default_rng(0).standard_normal((2, 256, 256)).astype(np.float32)
+    exact, size = left.astype(float) @ right.astype(float), np.abs(left).astype(float) @ np.abs(right).astype(float)
+    error = lambda fn: float(np.max(np.abs(np.asarray(jax.jit(fn)(left, right)) - exact) / size))
+    own, alone = error(adapted(multiply)), error(multiply)
+    seen = f"Products of float32 numbers are off by {own:.1e} in pmcmc's programs, and by {alone:.1e} in jax's own"
+    if own < PRODUCT_ERROR:
+        return Finding(f"{seen}.")
+    return Finding(
+        f"{seen}: operands are rounded to fewer digits than float32 has, and coupled chains do not merge.",
+        f"Unset jax_default_matmul_precision, which is {jax.config.values['jax_default_matmul_precision']}; if it is "
+        "None, please report this line.",
+    )
 
 
 def _scatter() -> Finding:
@@ -229,7 +256,7 @@ def _blocks(num_steps: int = 2048) -> Finding:
     keys = jax.random.split(jax.random.key(0), num_steps)
     noise = jax.vmap(lambda key: _KERNEL.sample_noise(key, target))(keys)
     x0, transition = _KERNEL.unknown(_KERNEL.init(target, jnp.zeros(10))), _KERNEL.transition(target)
-    solve = lambda solver: jax.jit(lambda: solver.solve(transition, x0, noise))()
+    solve = lambda solver: jax.jit(adapted(lambda: solver.solve(transition, x0, noise)))()
     blocks, order = solve(MultipleShooting(16)), solve(Sequential())
     apart = np.max(np.abs(np.asarray(blocks.value) - np.asarray(order.value)), axis=1)
     share, result = float(np.mean(apart < 1e-2)), RESULTS(int(blocks.result))

@@ -44,7 +44,7 @@ def test_doctor_sees_faults(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(doctor, "SLOW_RATIO", 0)
     monkeypatch.setattr(doctor, "_blocks", lambda: doctor.Finding("Blocks."))
-    assert "one_hot" in next(doctor.faults()).remedy
+    assert "one_hot" in doctor._scatter().remedy
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
     with jax.debug_nans(True):
         remedies = [f.remedy for f in doctor.settings() if f.remedy]
@@ -52,6 +52,13 @@ def test_doctor_sees_faults(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setattr(doctor, "calibration", lambda seconds: iter(()))
     assert main(["doctor"]) == 1
     assert "2 things to fix" in capsys.readouterr().out
+
+
+def test_doctor_sees_products_of_fewer_bits() -> None:
+    """TF32 keeps 10 bits of each operand."""
+    cut = lambda x: jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10)
+    assert not doctor._product().remedy
+    assert "Unset jax_default_matmul_precision" in doctor._product(lambda a, b: cut(a) @ cut(b)).remedy
 
 
 def test_doctor_asks_for_what_is_declared() -> None:

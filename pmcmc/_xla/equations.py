@@ -9,6 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import jax
+from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 from pmcmc._pytree import PyTree
@@ -97,7 +98,9 @@ class _Replacing:
         read = lambda v: v.val if isinstance(v, Literal) else values[v]
         for equation in program.jaxpr.eqns:
             operands = [read(v) for v in equation.invars]
-            with equation.ctx.manager:
+            source = equation.source_info  # so that profiles and dumps go on naming where an operation was written
+            names = source_info_util.current_name_stack() + source.name_stack
+            with source_info_util.user_context(source.traceback, name_stack=names), equation.ctx.manager:
                 out = self._call(equation, operands)
             values |= zip(equation.outvars, out if equation.primitive.multiple_results else [out], strict=True)
         return [read(v) for v in program.jaxpr.outvars]

@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks._harness import RESULTS
 
 AS_GRAPHS = " as graphs"
+COUNTED_LANES = 1024
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def rows_of(case: str, graphs: bool) -> dict[str, Any] | None:
     """Return the counted solve of a case; without a count as graphs, that of the default with the host left out."""
     path = RESULTS / "gpu_programs.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    found = {row["program"]: row for row in rows if row["case"] == case and row["lanes"] >= 1024}
+    found = {row["program"]: row for row in rows if row["case"] == case and row["lanes"] == COUNTED_LANES}
     if not graphs:
         return found.get("solve")
     if "solve" + AS_GRAPHS in found:

@@ -6,7 +6,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile --max-worker-restart 1
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow coverage test-legs lint notebooks notebook-outputs docs counts bench peers clean
+.PHONY: demo test test-slow coverage test-legs lint notebooks notebook-outputs docs counts gpu-counts bench peers clean
 
 demo: $(STAMP)
 	$(BIN)/python -m pmcmc demo
@@ -46,6 +46,21 @@ notebook-outputs: $(STAMP)
 # Fails if a critical path, a number of compilations or the memory of a program has grown.
 counts: $(STAMP)
 	$(BIN)/python -m benchmarks.counts
+
+# Compiles programs for an H100, in an environment of its own with the CUDA plugin and ptxas (225 MB to download), and fails
+# if a step asks more of the card or of the host than before. Several versions of jax stand beside each other:
+# make gpu-counts GPU_JAX=0.10.2. GPU_ARGS=--save writes the counts anew. jax 0.11 needs Python 3.12.
+GPU_JAX ?= 0.11.2
+GPU_PYTHON ?= python3.12
+GPU_VENV := build/gpu-$(GPU_JAX)
+gpu-counts: $(GPU_VENV)/.installed
+	JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=3 $(GPU_VENV)/bin/python -m benchmarks.gpu_programs $(GPU_ARGS)
+
+$(GPU_VENV)/.installed:
+	test -x $(GPU_VENV)/bin/python || $(GPU_PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install -qq --disable-pip-version-check jax==$(GPU_JAX) jaxlib==$(GPU_JAX) \
+		jax-cuda12-plugin==$(GPU_JAX) jax-cuda12-pjrt==$(GPU_JAX) nvidia-cuda-nvcc-cu12 numpyro blackjax jaxtyping
+	touch $@
 
 # Strict: any warning fails the build, including broken links and unknown names. Nothing is executed or fetched.
 docs: $(STAMP)

@@ -19,6 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import pmcmc
+from pmcmc._xla import graphs
+from pmcmc._xla.compile import adapted
+from pmcmc._xla.precision import asked_for
 from pmcmc._xla.rewrites import may_wait_for_ever
 from pmcmc.kernels import HMC
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
@@ -47,6 +50,9 @@ SLOW_SCATTER = ((0, 10, 2), (0, 11, 0))
 # A scatter-add this many times slower than a sum of the same numbers is such a loop. Issue reports name slowdowns of
 # 450 to 2,000 times; on a CPU it is about 3 times slower than the sum.
 SLOW_RATIO = 100
+# A product of float32 numbers is off by 1e-7 of the sum of its terms' sizes or less, and by 1e-4 or more with operands
+# of 10 bits.
+PRODUCT_ERROR = 1e-6
 # Numbers of lanes of the calibration; the last is timed on accelerators only.
 LANES = (1, 16, 64, 256, 1024, 8192)
 
@@ -146,6 +152,11 @@ def settings() -> Iterator[Finding]:
     )
     if jax.config.values["jax_disable_jit"]:
         yield Finding("jax_disable_jit is on: every step is taken in Python.", "Unset JAX_DISABLE_JIT.")
+    if asked := asked_for():
+        yield Finding(
+            f"jax_default_matmul_precision is {asked}: products round more coarsely than blocks merge.",
+            "Unset it, unless your models contain no matrix products.",
+        )
     if jax.config.values["jax_debug_nans"]:
         yield Finding(
             "jax_debug_nans is on: a proposal that is NaN, which a kernel rejects, ends the run instead.",
@@ -166,7 +177,10 @@ def settings() -> Iterator[Finding]:
 
 def faults() -> Iterator[Finding]:
     """Run small programs that show known faults, rather than compare versions."""
-    yield _scatter()
+    if jax.default_backend() == "gpu":
+        yield _graphs()
+    yield _product()
+    yield from _scatters()
     yield _maximum()
     yield _blocks()
 
@@ -182,21 +196,52 @@ def _seconds(fn: Callable, *args: object) -> float:
     return min(times)
 
 
-def _scatter() -> Finding:
-    """Time the gradient of alpha[index]: a sum of many numbers in few places."""
-    values = jnp.ones(2**18, jnp.float32)
-    index = jnp.arange(2**18) % 16
-    add = jax.jit(lambda i, x: jnp.zeros(16, x.dtype).at[i].add(x))
-    seconds, plain = _seconds(add, index, values), _seconds(jax.jit(jnp.sum), values)
-    seen = f"Adding 2^18 float32 numbers up in 16 places takes {seconds / plain:.0f} times as long as their sum"
-    if jax.default_backend() == "cpu" or seconds < SLOW_RATIO * plain:
-        return Finding(f"{seen}: the gradients of hierarchical models (alpha[index]) are sound.")
-    low, high = (".".join(map(str, v)) for v in SLOW_SCATTER)
+def _graphs() -> Finding:
+    """Say whether the card runs the loops of pmcmc's programs by itself."""
+    if fault := graphs.fault():
+        return Finding(f"The host drives each turn of a loop, which costs waits: loops as graphs fail ({fault}).")
+    return Finding("Loops run as graphs on the card: a small one ran three times with the right results.")
+
+
+def _product(multiply: Callable = jnp.matmul) -> Finding:
+    """Compare products of float32 numbers, as pmcmc's programs and as jax compute them, with float64."""
+    left, right = np.random.default_rng(0).standard_normal((2, 256, 256)).astype(np.float32)
+    exact, size = left.astype(float) @ right.astype(float), np.abs(left).astype(float) @ np.abs(right).astype(float)
+    error = lambda fn: float(np.max(np.abs(np.asarray(jax.jit(fn)(left, right)) - exact) / size))
+    own, alone = error(adapted(multiply)), error(multiply)
+    seen = f"Products of float32 numbers are off by {own:.1e} in pmcmc's programs, and by {alone:.1e} in jax's own"
+    if own < PRODUCT_ERROR:
+        return Finding(f"{seen}.")
     return Finding(
-        f"{seen}: gradients of hierarchical models (alpha[index]) are a slow loop on this GPU.",
-        f"jaxlib {low} to {high} compile this loop (jax issue 38806): install 0.11.1 or newer, or write the sum as a "
-        "product with one_hot(index).",
+        f"{seen}: operands are rounded to fewer digits than float32 has, and coupled chains do not merge.",
+        f"Unset jax_default_matmul_precision, which is {jax.config.values['jax_default_matmul_precision']}; if it is "
+        "None, please report this line.",
     )
+
+
+def _scatters() -> Iterator[Finding]:
+    """Time the gradients of alpha[index] and y - alpha[index], which add many numbers up in few places."""
+    values, index = jnp.ones(2**18, jnp.float32), jnp.arange(2**18) % 16
+    plain = _seconds(jax.jit(jnp.sum), values)
+    add = lambda y: jnp.zeros(16, y.dtype).at[index].add(y)
+    gradient = lambda y: jax.grad(lambda alpha: 0.5 * jnp.sum((y - alpha[index]) ** 2))(jnp.zeros(16, y.dtype))
+    low, high = (".".join(map(str, v)) for v in SLOW_SCATTER)
+    for form, fn in (("alpha[index]", add), ("y - alpha[index]", gradient)):
+        own, alone = (_seconds(jax.jit(one), values) / plain for one in (adapted(fn), fn))
+        seen = f"The gradient of {form}, 2^18 float32 numbers added up in 16 places, takes {own:.0f} times their sum"
+        if jax.default_backend() == "cpu" or max(own, alone) < SLOW_RATIO:
+            yield Finding(f"{seen}: the gradients of hierarchical models are sound.")
+        elif own < SLOW_RATIO:
+            yield Finding(
+                f"{seen} in pmcmc's programs, and {alone:.0f} times in others with this jaxlib, whose loop of "
+                "compare-and-swap jax.lax.optimization_barrier around what is added avoids."
+            )
+        else:
+            yield Finding(
+                f"{seen}: gradients of hierarchical models are a slow loop on this GPU.",
+                f"jaxlib {low} to {high} compile this loop in any case (jax issue 38806): install 0.11.1 or newer, or "
+                "write the gather as a product with one_hot(index).",
+            )
 
 
 def _maximum() -> Finding:
@@ -230,7 +275,7 @@ def _blocks(num_steps: int = 2048) -> Finding:
     keys = jax.random.split(jax.random.key(0), num_steps)
     noise = jax.vmap(lambda key: _KERNEL.sample_noise(key, target))(keys)
     x0, transition = _KERNEL.unknown(_KERNEL.init(target, jnp.zeros(10))), _KERNEL.transition(target)
-    solve = lambda solver: jax.jit(lambda: solver.solve(transition, x0, noise))()
+    solve = lambda solver: jax.jit(adapted(lambda: solver.solve(transition, x0, noise)))()
     blocks, order = solve(MultipleShooting(16)), solve(Sequential())
     apart = np.max(np.abs(np.asarray(blocks.value) - np.asarray(order.value)), axis=1)
     share, result = float(np.mean(apart < 1e-2)), RESULTS(int(blocks.result))

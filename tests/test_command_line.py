@@ -44,14 +44,33 @@ def test_doctor_sees_faults(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(doctor, "SLOW_RATIO", 0)
     monkeypatch.setattr(doctor, "_blocks", lambda: doctor.Finding("Blocks."))
-    assert "one_hot" in next(doctor.faults()).remedy
+    assert ["one_hot" in finding.remedy for finding in doctor._scatters()] == [True, True]
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
     with jax.debug_nans(True):
         remedies = [f.remedy for f in doctor.settings() if f.remedy]
     assert len(remedies) == 2
     monkeypatch.setattr(doctor, "calibration", lambda seconds: iter(()))
     assert main(["doctor"]) == 1
-    assert "2 things to fix" in capsys.readouterr().out
+    assert "3 things to fix" in capsys.readouterr().out
+
+
+def test_doctor_sees_which_programs_scatter_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each form: the sum once, then pmcmc's program and jax's own."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    seconds = iter([1.0, 3.0, 3.0, 5.0, 500.0])
+    monkeypatch.setattr(doctor, "_seconds", lambda fn, *args: next(seconds))
+    plain, gathered = doctor._scatters()
+    assert not plain.remedy
+    assert not gathered.remedy
+    assert "takes 3 times their sum: the gradients of hierarchical models are sound" in plain.text
+    assert "takes 5 times their sum in pmcmc's programs, and 500 times in others" in gathered.text
+
+
+def test_doctor_sees_products_of_fewer_bits() -> None:
+    """TF32 keeps 10 bits of each operand."""
+    cut = lambda x: jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10)
+    assert not doctor._product().remedy
+    assert "Unset jax_default_matmul_precision" in doctor._product(lambda a, b: cut(a) @ cut(b)).remedy
 
 
 def test_doctor_asks_for_what_is_declared() -> None:

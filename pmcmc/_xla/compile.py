@@ -26,7 +26,8 @@ import jax
 import jaxlib
 from jax.experimental.compilation_cache import compilation_cache
 
-from pmcmc._xla import default_platform
+from pmcmc._xla import default_platform, graphs, precision, scatters
+from pmcmc._xla.equations import replacing
 from pmcmc._xla.rewrites import few_at_a_time, may_wait_for_ever
 
 # Files with the limit and the use of a container's control group: version 2, then version 1.
@@ -153,8 +154,10 @@ def compiler_options(platform: str) -> dict[str, Any] | None:
 
     On CPU, jaxlib 0.10 hands small reductions to a library that takes 5 times as long as XLA's own loops once there
     are a few hundred lanes (mixture, MALA: 100 against 20 us a step of 1,024 lanes). A jaxlib that does not know the
-    option needs none.
+    option needs none. On GPUs see `pmcmc._xla.graphs`.
     """
+    if platform == "gpu":
+        return None if graphs.fault() else graphs.OPTIONS
     if platform != "cpu":
         return None
     options = {"xla_cpu_experimental_ynn_fusion_type": ""}
@@ -165,12 +168,20 @@ def compiler_options(platform: str) -> dict[str, Any] | None:
     return options
 
 
-def that_ends(fn: Callable) -> Callable:
-    """Return ``fn``, which is about to be traced, protected against the deadlock of some jaxlib versions on CPU.
+def adapted(fn: Callable) -> Callable:
+    """Return ``fn``, which is about to be traced, with its program adapted to the default platform.
 
-    See `pmcmc._xla.rewrites`. Elsewhere ``fn`` is returned unchanged.
+    On a CPU it is protected against the deadlock of some jaxlib versions, see `pmcmc._xla.rewrites`. Elsewhere products
+    and additions to few places are changed, see `pmcmc._xla.precision` and `pmcmc._xla.scatters`.
     """
-    return few_at_a_time(fn) if default_platform() == "cpu" and may_wait_for_ever() else fn
+    if default_platform() != "cpu":
+        return replacing({**precision.RULES, **scatters.RULES}, fn)
+    return few_at_a_time(fn) if may_wait_for_ever() else fn
+
+
+def precise(fn: Callable) -> Callable:
+    """Return ``fn`` with products of float32 numbers computed in float32, which they are on a CPU."""
+    return fn if default_platform() == "cpu" else replacing(precision.RULES, fn)
 
 
 # Number of targets whose programs are kept, the most recently used: fitting one new model after another must not fill
@@ -228,8 +239,8 @@ class TargetJit:
 
     Args:
         fn: Function ``(target, ...) -> result``.
-        tuned: Whether to use `compiler_options` (read on first use, not on import) and `that_ends`. False for
-            functions that are called within other programs.
+        tuned: Whether to use `compiler_options` (read on first use, not on import) and `adapted`. False for functions
+            that are called within other programs, which adapt them: only their products are changed.
         jit_options: Further arguments of ``jax.jit``.
     """
 
@@ -241,7 +252,7 @@ class TargetJit:
         """Return the jitted function of this target on the current platform."""
         platform, programs = default_platform(), programs_of(target)
         if (self, platform) not in programs:
-            fn = that_ends(self._fn) if self._tuned else self._fn
+            fn = adapted(self._fn) if self._tuned else precise(self._fn)
             options = compiler_options(platform) if self._tuned else None
             own = wraps(fn)(lambda *args, **kwargs: fn(*args, **kwargs))
             programs.setdefault((self, platform), jax.jit(own, compiler_options=options, **self._jit_options))

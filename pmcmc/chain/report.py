@@ -90,6 +90,8 @@ class SolveReport:
         spread: Largest ratio, either way, between the standard deviations of the draws and of the warm-up ensemble; NaN
             if unknown.
         num_lanes: Number of lanes of warm-up, whose last states are the ensemble; 0 if unknown.
+        precision: Precision of matrix products that the settings of JAX ask for, if it is below float32 and the device
+            may follow it; "" otherwise.
         find_mixing: Computes `mixing`.
         find_diagnosis: Computes `diagnosis`.
     """
@@ -124,6 +126,7 @@ class SolveReport:
     pair_distances: np.ndarray = field(default_factory=lambda: np.zeros(0))
     spread: float = float("nan")
     num_lanes: int = 0
+    precision: str = ""
     find_mixing: Callable[[], Mixing] | None = field(default=None, repr=False, compare=False)
     find_diagnosis: Callable[[], Diagnosis] | None = field(default=None, repr=False, compare=False)
 
@@ -199,6 +202,11 @@ class SolveReport:
             )
         if self.warmup_remark:
             lines.append(self.warmup_remark)
+        if self.precision:
+            lines.append(
+                f"Matrix products: {self.precision}, below float32, as jax_default_matmul_precision asks. Blocks merge "
+                "only as closely as this rounds."
+            )
         lines += self._contraction()
         rate = np.mean(self.acceptance_rate)
         accepted = "" if np.isnan(rate) else f"Acceptance rate {rate:.3f}; "

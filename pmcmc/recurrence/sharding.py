@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pmcmc._pytree import Array, PyTree, expand_mask, is_real, leading_true
-from pmcmc._xla.compile import that_ends
+from pmcmc._xla.compile import adapted
 from pmcmc.recurrence.sequential import Layout
 
 # Name of the one axis of the device mesh: along lanes, or along steps.
@@ -163,7 +163,7 @@ def over_devices(devices: Sequence[jax.Device], fn: Callable, lanes: PyTree, out
     spec = jax.tree.map(lambda per_lane: PartitionSpec(AXIS) if per_lane else PartitionSpec(), out)
     held = SomeLanes(layout, len(devices))
     return jax.shard_map(
-        that_ends(lambda lanes: fn(held, lanes)),
+        adapted(lambda lanes: fn(held, lanes)),
         mesh=lane_sharding(devices).mesh,
         in_specs=PartitionSpec(AXIS),
         out_specs=spec,
@@ -379,7 +379,7 @@ def over_steps(
 
     spec = lambda axis: PartitionSpec() if axis < 0 else PartitionSpec(*(None,) * axis, AXIS)
     shared_program = jax.shard_map(
-        that_ends(lambda whole, own: fn(steps, whole, own)),
+        adapted(lambda whole, own: fn(steps, whole, own)),
         mesh=step_sharding(devices).mesh,
         in_specs=(PartitionSpec(), PartitionSpec(None, AXIS)),
         out_specs=jax.tree.map(spec, out),

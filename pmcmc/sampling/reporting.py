@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from pmcmc._pytree import PyTree
+from pmcmc._xla.precision import asked_for
 from pmcmc.chain.draws import judge_mixing, stride_of
 from pmcmc.chain.report import MANY_DIVERGENCES, SolveReport, by_result, span
 from pmcmc.chain.state import ChainState
@@ -205,6 +206,7 @@ class Outcome:
             warmup_remark=self.state.warmup_remark,
             num_lost_lanes=self.state.num_lost_lanes,
             num_lanes=len(jax.tree.leaves(self.state.ensemble)[0]),
+            precision=asked_for(),
             num_draws=int(moves.num_draws[0]),
             pair_distances=np.zeros(0) if pilot is None else np.asarray(pilot.distances)[0],
             spread=_spread(self.state, run.draws.some[0]),

@@ -2,8 +2,8 @@
 
 `diagnose` looks at the unmerged pairs of a pilot towards its end, names the sites at which they are apart, and adds a
 suggestion for each cause that a measurement supports: scales that depend on other sites, discrete sites, separate
-regions, trajectories that are too short or resonate, steps that are too large, a missing basis. `Diagnosis` is its
-result.
+regions, trajectories that are too short or resonate, steps that are too large, a missing basis, coarse rounding.
+`Diagnosis` is its result.
 """
 
 from functools import partial
@@ -147,6 +147,7 @@ def diagnose(target: Target, kernel: Kernel, pilot: Coalescence, info: Info) -> 
     explained, found = _about_scales(target, gaps)
     found += _about_discrete(gaps) + _about_regions(gaps, pace, int(pilot.num_steps), explained)
     found += _about_length(kernel, gaps, pace) + _about_steps(target, kernel, info) + _about_basis(target, kernel, gaps)
+    found += _about_rounding(pilot, open_pairs, gaps)
     return Diagnosis(gaps.sites, tuple(found))
 
 
@@ -354,4 +355,21 @@ def _about_basis(target: Target, kernel: Kernel, gaps: _Gaps) -> list[str]:
     return [
         "The kernel works in the model's own coordinates, along which paths spread over lengths that differ by a "
         f"factor {spreads.max() / spreads.min():.2g}: run warm-up, which whitens them."
+    ]
+
+
+def _about_rounding(pilot: Coalescence, open_pairs: np.ndarray, gaps: _Gaps) -> list[str]:
+    """Report paths that have come close and then stay at the same small distance, where rounding keeps them."""
+    num_steps, tol = int(pilot.num_steps), float(pilot.tol)
+    distances = np.asarray(pilot.distances)[: num_steps + 1, open_pairs]
+    quarter = num_steps // 4
+    if gaps.sites or not quarter:
+        return []
+    before, last = (float(np.median(part)) for part in (distances[-2 * quarter : -quarter], distances[-quarter:]))
+    if last < STEADY * before or float(np.median(distances[0])) < APART:
+        return []
+    return [
+        f"Paths come within about {last:.1e} sd of each other and no closer, and count as merged within {tol:.1e}: the "
+        "model rounds more coarsely than that. Leave matrix products in float32 (jax_default_matmul_precision, "
+        "precision= in the model; TF32 keeps 10 bits), keep float16 and bfloat16 out of the model, or use float64."
     ]

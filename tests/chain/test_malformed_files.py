@@ -22,7 +22,16 @@ SIZES = dict(num_samples=61, num_chains=2, thinning=2, progress_bar=False)
 MODEL = dict(model_args=(ERRORS,), model_kwargs={"effects": EFFECTS})
 ODD = (None, True, -1, 0, 3.5, 10**6, "x", [], {}, [1, 2], {"array": "none"}, {"gap": "function"}, {"kind": "HMC"})
 # Entries of the report that older files do not have.
-LATER = ("warmup_remark", "digests", "num_lost_lanes", "num_draws", "pair_distances", "spread", "num_lanes")
+LATER = (
+    "warmup_remark",
+    "digests",
+    "num_lost_lanes",
+    "num_draws",
+    "pair_distances",
+    "spread",
+    "num_lanes",
+    "precision",
+)
 # Fields of kernels that older files do not have.
 ADDED = ("trajectory_length",)
 SENTENCE = r"is not a whole file of Chain\.(save|stream): cut short, damaged, or of another program \(.*\)\. "

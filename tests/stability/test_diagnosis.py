@@ -31,6 +31,7 @@ SENTENCES = {
     "crawl": r"Chains move \S+ sd a step only",
     "resonance": r"Chains move \S+ sd a step and stay as far apart .* may resonate: try step_size_jitter=0.2",
     "step": r"The step size is large for this posterior \(acceptance rate",
+    "rounding": r"Paths come within about \S+ sd of each other and no closer",
     "basis": r"The kernel works in the model's own coordinates, .* run warm-up",
 }
 NUM_STEPS, NUM_PAIRS = 512, 8

@@ -116,7 +116,7 @@ def solve_row(name: str, scale: float, as_graphs: bool) -> dict[str, Any]:
         "length": case.length,
         "num_blocks": blocks,
         "graphs": as_graphs,
-        "result": RESULTS(int(solution.result[0])).name,
+        "result": RESULTS(int(segment.result[0])).name,
         "block_length": length,
         "repair_steps": repair_steps,
         "measured_s": timing["median_s"],

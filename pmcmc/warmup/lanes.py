@@ -170,7 +170,8 @@ def run_piece(
             now, state, noise
         )
         updated = averaging.update(averaged, jnp.sum(weights * acceptance_rate))
-        averaged = jax.tree.map(lambda new, old: jnp.where(adapting, new, old), updated, averaged)
+        # A count of steps in 64 bit would make the sums of a float32 model wider.
+        averaged = jax.tree.map(lambda new, old: jnp.where(adapting, new, old).astype(old.dtype), updated, averaged)
         return (state, averaged), (after, acceptance_rate, logdensity, moved)
 
     ready = _with_step(kernel, target, step_size(averaged))

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pmcmc import HMC, MALA, Target
+import pmcmc
+from pmcmc import HMC, MALA, NUTS, Target
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, deer
 from pmcmc.sampling.engine import Engine
 from pmcmc.sampling.programs import Shape
@@ -95,3 +96,14 @@ def test_shift_and_scale(solver, kind: str) -> None:
     if kind != "both":
         assert solution.result == RESULTS.successful
         assert float(jnp.std(solution.value)) > 0.5 * size
+
+
+@pytest.mark.parametrize("kernel", [HMC(), MALA(), NUTS()], ids=["HMC", "MALA", "NUTS"])
+def test_float32_positions_in_64_bit_mode(kernel) -> None:
+    """Tests run in 64-bit mode: neither warm-up nor the chain makes such positions wider."""
+    start = jnp.zeros(3, jnp.float32)
+    chain = pmcmc.sample(
+        lambda x: -0.5 * jnp.sum(x**2), start, 0, kernel=kernel, num_warmup=100, num_samples=50, progress_bar=False
+    )
+    assert chain.get_samples().dtype == jnp.float32
+    assert chain.kernel.step_size.dtype == jnp.float32

@@ -28,7 +28,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from pmcmc._xla import default_platform, graphs, precision, scatters
 from pmcmc._xla.equations import replacing
-from pmcmc._xla.rewrites import few_at_a_time, may_wait_for_ever
+from pmcmc._xla.rewrites import few_at_a_time, may_wait_for_ever, own_program
 
 # Files with the limit and the use of a container's control group: version 2, then version 1.
 _GROUPS = (
@@ -231,6 +231,17 @@ def forget_programs() -> None:
     _programs.clear()
 
 
+def _as_own(fn: Callable) -> Callable:
+    """Return ``fn``, traced as an `own_program`."""
+
+    @wraps(fn)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with own_program():
+            return fn(*args, **kwargs)
+
+    return traced
+
+
 class TargetJit:
     """``jax.jit`` of a function whose first argument is a target.
 
@@ -254,7 +265,7 @@ class TargetJit:
         if (self, platform) not in programs:
             fn = adapted(self._fn) if self._tuned else precise(self._fn)
             options = compiler_options(platform) if self._tuned else None
-            own = wraps(fn)(lambda *args, **kwargs: fn(*args, **kwargs))
+            own = _as_own(fn) if self._tuned else wraps(fn)(lambda *args, **kwargs: fn(*args, **kwargs))
             programs.setdefault((self, platform), jax.jit(own, compiler_options=options, **self._jit_options))
         return programs[self, platform]
 

@@ -15,7 +15,9 @@ two batches at once.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -55,6 +57,28 @@ pjit remat2 scan while"""
 
 _RANDOM = "random_bits random_fold_in random_seed random_split random_unwrap random_wrap threefry2x32"
 _SIMPLE = frozenset(" ".join((ELEMENTWISE, _STRUCTURAL, REDUCTIONS, _CALLING, _RANDOM)).split())
+
+
+_OWN: ContextVar[bool] = ContextVar("own", default=False)
+
+
+@contextmanager
+def own_program() -> Iterator[None]:
+    """Declare that what is traced is compiled with `pmcmc._xla.compile.compiler_options`.
+
+    Without these options jaxlib 0.10 gives reductions to a library, which fails within a kernel ("Fusion kind not
+    implemented on CPU").
+    """
+    token = _OWN.set(True)
+    try:
+        yield
+    finally:
+        _OWN.reset(token)
+
+
+def in_own_program() -> bool:
+    """Whether an `own_program` is being traced in this thread."""
+    return _OWN.get()
 
 
 def in_one_kernel(fn: Callable[..., PyTree], *args: PyTree, largest: int | None = None) -> PyTree:

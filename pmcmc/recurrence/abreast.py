@@ -6,7 +6,8 @@ and transposes inputs and records a chunk of steps at a time. `step_abreast` tak
 
 A chunk is one kernel (`pmcmc._xla.rewrites.in_one_kernel`), unless the step contains what such kernels cannot, or
 are slow at: a product of matrices, a scatter, a factorisation, or an operation on more than `LARGEST` numbers. The
-choice is made on the traced step and never by timing.
+choice is made on the traced step and never by timing. In a program that the user compiles no chunk is a kernel, since
+XLA may make library calls of its operations (`pmcmc._xla.rewrites.own_program`).
 
 On other platforms, and for few lanes, steps are batched by ``jax.vmap``.
 """
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from pmcmc._pytree import PyTree
 from pmcmc._xla import default_platform
 from pmcmc._xla.lanes_last import vmap_last
-from pmcmc._xla.rewrites import FEW_LANES, in_one_kernel
+from pmcmc._xla.rewrites import FEW_LANES, in_one_kernel, in_own_program
 from pmcmc.recurrence.sequential import Lanes, record_for, walk
 
 # An operation on more numbers than this is left to XLA, which spreads it over cores.
@@ -45,7 +46,8 @@ def map_lanes(fn: Callable, in_axes: Sequence[int | None], num_lanes: int) -> Ca
 def scan_abreast(body: Callable, carry: PyTree, inputs: PyTree, length: int, num_lanes: int) -> tuple[PyTree, PyTree]:
     """Return ``jax.lax.scan(body, carry, inputs, length)`` over steps of all lanes, as one kernel where that pays."""
     run = lambda carry, inputs: jax.lax.scan(body, carry, inputs, length)
-    return in_one_kernel(run, carry, inputs, largest=LARGEST) if prefers_lanes_last(num_lanes) else run(carry, inputs)
+    is_kernel = prefers_lanes_last(num_lanes) and in_own_program()
+    return in_one_kernel(run, carry, inputs, largest=LARGEST) if is_kernel else run(carry, inputs)
 
 
 def step_abreast(step: Callable, num_lanes: int) -> Callable:

@@ -15,7 +15,7 @@ from pmcmc._xla.rewrites import in_one_kernel
 from pmcmc.chain import replay
 from pmcmc.random.streams import chain_keys, step_noise
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
-from pmcmc.sampling import programs
+from pmcmc.sampling import engine, programs
 from tests.helpers.targets import gaussian, mixture, start_like
 
 pytestmark = pytest.mark.optimized
@@ -103,6 +103,8 @@ def test_a_changed_noise_entry_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
     def spoilt(*args, **options):
         noise, clock = draw(*args, **options)
         return noise._replace(normal=noise.normal.at[4 + 2, 40, 0].add(1e-6)), clock
+
+    monkeypatch.setattr(engine, "num_cores", lambda: 1)  # all chains are one group
 
     monkeypatch.setattr(programs.draw_noise, "timed", spoilt)
     wrong = run(num_samples=320)

@@ -18,7 +18,7 @@ from pmcmc._pytree import Array, register_dataclass
 from pmcmc.kernels.base import PositionKernel
 from pmcmc.random.distributions import normals, uniforms
 from pmcmc.recurrence import MultipleShooting
-from pmcmc.sampling import programs
+from pmcmc.sampling import engine, programs
 from tests.helpers.statistics import TEST_FAILURE_RATE, z_bound
 
 pytestmark = pytest.mark.optimized
@@ -82,7 +82,7 @@ def series(chain: pmcmc.Chain) -> np.ndarray:
 
 
 def in_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(programs, "SEGMENT_BYTES", 1024 * STEP_BYTES)
+    monkeypatch.setattr(engine, "SEGMENT_BYTES", 1024 * STEP_BYTES)
 
 
 def extended() -> pmcmc.Chain:

@@ -1,12 +1,14 @@
 """Lanes side by side: the same numbers as by ``jax.vmap``, in the form that the step and the platform ask for."""
 
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pmcmc._xla.rewrites import FEW_LANES
-from pmcmc.recurrence import abreast
+from pmcmc._xla.rewrites import FEW_LANES, own_program
+from pmcmc.recurrence import MultipleShooting, Sequential, abreast
 from pmcmc.recurrence.abreast import LARGEST, map_lanes, scan_abreast, step_abreast, walk_abreast
 from pmcmc.recurrence.problem import Recurrence
 from pmcmc.recurrence.sequential import Lanes, Layout, walk
@@ -61,14 +63,12 @@ def test_one_step_agrees():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-13), found, expected)
 
 
-def lowered(step, num_lanes):
-    """The program of a walk, whose arrays are its arguments."""
+def lowered(step, num_lanes, own=own_program):
+    """The program of a walk, whose arrays are its arguments; by default one of the package's own."""
     carry, lanes = lanes_of(num_lanes)
-    return (
-        jax.jit(lambda c, u: walk_abreast(step, c, lanes._replace(inputs=u), CHUNK))
-        .lower(carry, lanes.inputs)
-        .as_text()
-    )
+    walk_all = jax.jit(lambda c, u: walk_abreast(step, c, lanes._replace(inputs=u), CHUNK))
+    with own():
+        return walk_all.lower(carry, lanes.inputs).as_text()
 
 
 def with_product(carry, u):
@@ -90,6 +90,18 @@ def test_chunks_are_kernels_unless_the_step_is_better_off_without():
     assert MARK not in lowered(step, FEW_LANES)
     for other in (with_product, with_scatter, with_large_operation):
         assert MARK not in lowered(other, MANY)
+    assert MARK not in lowered(step, MANY, own=nullcontext)
+
+
+@pytest.mark.optimized
+def test_programs_of_the_users_compile():
+    """XLA makes a library call of this reduction unless an option says otherwise, and fails within a kernel."""
+    matrix = np.linspace(-1, 1, 64 * 64).reshape(64, 64) / 40
+    mix = lambda x, u: jnp.tanh(jnp.sum(matrix * x[:, None], 0) + u)
+    inputs = jnp.asarray(np.random.default_rng(0).standard_normal((1024, 64)))
+    solve = jax.jit(lambda u: MultipleShooting(num_blocks=64).solve(mix, jnp.zeros(64), u))
+    exact = jax.jit(lambda u: Sequential().solve(mix, jnp.zeros(64), u))
+    np.testing.assert_allclose(solve(inputs).value, exact(inputs).value, atol=1e-10)
 
 
 def test_other_platforms_keep_vmap(monkeypatch):
@@ -120,4 +132,6 @@ def test_scans_over_lanes_that_share_a_carry_agree(num_lanes):
         return jax.lax.scan(lambda c, u: body(batched, c, u), (states, jnp.asarray(0.5)), noise)
 
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-13), jax.jit(found)(), jax.jit(expected)())
-    assert (MARK in jax.jit(found).lower().as_text()) == (num_lanes > FEW_LANES)
+    assert MARK not in jax.jit(found).lower().as_text()
+    with own_program():
+        assert (MARK in jax.jit(lambda: found()).lower().as_text()) == (num_lanes > FEW_LANES)

@@ -14,7 +14,7 @@ from pmcmc._pytree import Array, register_dataclass
 from pmcmc._xla import compile as _host
 from pmcmc.kernels.base import PositionKernel
 from pmcmc.recurrence import MultipleShooting, Sequential
-from pmcmc.sampling import programs, settings
+from pmcmc.sampling import engine, settings
 from pmcmc.sampling.engine import Engine
 from tests.helpers.targets import gaussian, start_like
 
@@ -34,8 +34,8 @@ def whole() -> pmcmc.Chain:
 @pytest.fixture
 def interrupted_after(monkeypatch: pytest.MonkeyPatch):
     """Run in segments of about 300 steps, with Ctrl-C in one of them."""
-    monkeypatch.setattr(programs, "SEGMENT_BYTES", 2**16)
-    monkeypatch.setattr(programs, "SEQUENTIAL_BYTES", 2**16)
+    monkeypatch.setattr(engine, "SEGMENT_BYTES", 2**16)
+    monkeypatch.setattr(engine, "SEQUENTIAL_BYTES", 2**16)
     solve, calls = Engine.solve, []
 
     def interrupt(number: int) -> None:

@@ -16,7 +16,7 @@ from scipy import stats
 import pmcmc
 from benchmarks._compilations import compilations
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, deer
-from pmcmc.sampling import api, programs
+from pmcmc.sampling import api, engine
 from pmcmc.sampling.engine import Engine
 from tests.helpers.statistics import z_bound
 from tests.helpers.targets import COVARIANCE, funnel, funnel_may_warn, gaussian, start_like
@@ -120,8 +120,8 @@ def test_segments_change_nothing(solver, monkeypatch: pytest.MonkeyPatch) -> Non
     """Memory for about 200 to 400 steps per segment, the last one short, thinned across their borders."""
     calls, solve = [], Engine.solve
     monkeypatch.setattr(Engine, "solve", lambda *args: calls.append(args) or solve(*args))
-    monkeypatch.setattr(programs, "SEGMENT_BYTES", 2**17)
-    monkeypatch.setattr(programs, "SEQUENTIAL_BYTES", 2**17)
+    monkeypatch.setattr(engine, "SEGMENT_BYTES", 2**17)
+    monkeypatch.setattr(engine, "SEQUENTIAL_BYTES", 2**17)
     chain = gaussian_chain(solver=solver, thinning=3)
     assert len(calls) in range(5, 12)
     assert len({args[2] for args in calls}) == 1  # one shape, so one program

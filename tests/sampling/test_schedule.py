@@ -14,7 +14,7 @@ import pytest
 
 import pmcmc
 from pmcmc.recurrence import MultipleShooting, Sequential, Windowed, deer
-from pmcmc.sampling import programs
+from pmcmc.sampling import engine
 from tests.helpers.selection import share
 from tests.helpers.targets import gaussian, mixture, start_like
 
@@ -54,8 +54,8 @@ def reference() -> pmcmc.Chain:
     ids=["sequential", "2 blocks", "37 blocks"],
 )
 def test_float64(solver, segment: int, num_chains: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(programs, "SEGMENT_BYTES", segment)
-    monkeypatch.setattr(programs, "SEQUENTIAL_BYTES", segment)
+    monkeypatch.setattr(engine, "SEGMENT_BYTES", segment)
+    monkeypatch.setattr(engine, "SEQUENTIAL_BYTES", segment)
     chain = run(solver, num_chains)
     np.testing.assert_allclose(chain.unknowns, reference().unknowns[:num_chains], rtol=0, atol=1e-10)
     np.testing.assert_array_equal(chain.info.margin > 0, reference().info.margin[:num_chains] > 0)

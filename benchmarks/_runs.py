@@ -100,7 +100,8 @@ def in_blocks(case: Case, bank: PyTree, num_blocks: int, num_chains: int = 1, **
 
 def without_repair(run: Run) -> LaneSolver:
     """Return a solver for sweep 0 alone, whose blocks cost as much as independent chains."""
-    return MultipleShooting(run.shape.num_blocks, max_sweeps=np.int32(0), devices=run.solver.shared_by or None)
+    none = np.zeros((), np.int32)  # as a number it would be refused
+    return MultipleShooting(run.shape.num_blocks, max_sweeps=none, devices=run.solver.shared_by or None)
 
 
 def noise_and_steps(run: Run) -> tuple[Callable[[], float], Callable[[], float]]:

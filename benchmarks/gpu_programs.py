@@ -171,7 +171,8 @@ def warmup_piece(case: Case, num_lanes: int) -> Any:
     positions = jax.ShapeDtypeStruct((num_lanes, target.dim), target.spec.dtype)
     states, averaged = lanes._start_lanes.eval_shape(target, kernel, positions, rate)
     number, weights = np.asarray(0), np.zeros(num_lanes, target.spec.dtype)
-    arguments = (number, states, averaged, rate, np.asarray(True), weights, np.asarray(1, np.int32))
+    limits = np.asarray(1, np.int32), np.asarray(0.1, target.spec.dtype)
+    arguments = (number, states, averaged, rate, np.asarray(True), weights, *limits)
     return lower(lanes.run_piece, target, kernel, jax.random.key(0), *arguments)
 
 

@@ -18,6 +18,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import cache, update_wrapper, wraps
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,29 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def settings_of_thread() -> Callable[[], ExitStack]:
+    """Return a context manager for other threads: the settings of JAX that hold in this thread only.
+
+    These are ``with jax.default_device(...)``, ``jax.enable_x64(...)`` and ``jax.default_matmul_precision(...)``.
+    """
+    enable_x64 = getattr(jax if hasattr(jax, "enable_x64") else jax.experimental, "enable_x64")  # noqa: B009  # mypy
+    named = dict(
+        jax_default_device=jax.default_device,
+        jax_enable_x64=enable_x64,
+        jax_default_matmul_precision=jax.default_matmul_precision,
+    )
+    own = {name: getattr(jax.config, name) for name in named}
+
+    def enter() -> ExitStack:
+        stack = ExitStack()
+        for name, value in own.items():
+            if getattr(jax.config, name) != value:  # else programs of the other thread would not be found
+                stack.enter_context(named[name](value))
+        return stack
+
+    return enter
+
+
 class BackgroundCompiler:
     """Run compilations one after the other in a background thread.
 
@@ -102,7 +126,7 @@ class BackgroundCompiler:
                 model is not read after ``compilation`` has returned.
         """
         if name not in self._jobs:
-            job = self._jobs[name] = _Job(compilation)
+            job = self._jobs[name] = _Job(compilation, settings_of_thread())
             job.future = self._pool.submit(job.run)
 
     def ready(self, name: Hashable) -> bool:
@@ -133,14 +157,15 @@ class BackgroundCompiler:
 class _Job:
     """A submitted compilation; ``traced`` is set once it no longer reads the user's model."""
 
-    def __init__(self, compilation: Callable[[], Callable[[], None] | None]):
-        self._compilation = compilation
+    def __init__(self, compilation: Callable[[], Callable[[], None] | None], settings: Callable[[], ExitStack]):
+        self._compilation, self._settings = compilation, settings
         self.traced = threading.Event()
         self.future: Future
 
     def run(self) -> None:
         try:
-            rest = self._compilation()
+            with self._settings():
+                rest = self._compilation()
             self.traced.set()
             if rest is not None:
                 rest()

@@ -13,6 +13,7 @@ from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 from pmcmc._pytree import PyTree
+from pmcmc._xla import evaluate
 from pmcmc._xla.content import inner_programs
 
 # A rule takes an equation and returns what to compute instead, as a function of its operands that returns what the
@@ -112,7 +113,7 @@ class _Replacing:
         params = equation.params
         if equation.primitive.name in _CALLS:
             params = {key: self._replace(value) for key, value in params.items()}
-        return equation.primitive.bind(*operands, **equation.primitive.get_bind_params(params))
+        return evaluate(equation, operands, params)
 
     def _replace(self, value: Any) -> Any:
         """Replace the programs within a parameter."""

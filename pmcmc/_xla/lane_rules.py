@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._pytree import Array
+from pmcmc._xla import evaluate
 from pmcmc._xla.rewrites import ELEMENTWISE, REDUCTIONS
 
 # Products of which a lane takes at most this many multiplications are sums of products, which XLA fuses with the rest.
@@ -57,8 +58,7 @@ def widen(x: Any, shape: tuple[int, ...], size: int) -> Wide:
 
 def bind(equation: Any, *operands: Any, **changed: Any) -> list[Any]:
     """Evaluate the primitive of an equation, with some parameters changed; returns a list of results."""
-    params = equation.primitive.get_bind_params({**equation.params, **changed})
-    out = equation.primitive.bind(*operands, **params)
+    out = evaluate(equation, operands, {**equation.params, **changed})
     return list(out) if equation.primitive.multiple_results else [out]
 
 
@@ -139,8 +139,9 @@ def _dynamic_slice(equation: Any, operands: list[Any], size: int) -> Any:
     x, *start = operands
     if any(map(is_wide, start)):
         return NotImplemented
-    start = [*start, _zero_like(start)]
-    return [Wide(jax.lax.dynamic_slice(x.value, start, (*equation.params["slice_sizes"], size)))]
+    # Indices are those of the primitive, which does not count negative ones from the end.
+    sizes = (*equation.params["slice_sizes"], size)
+    return [Wide(y) for y in bind(equation, x.value, *start, _zero_like(start), slice_sizes=sizes)]
 
 
 def _dynamic_update_slice(equation: Any, operands: list[Any], size: int) -> Any:
@@ -149,7 +150,7 @@ def _dynamic_update_slice(equation: Any, operands: list[Any], size: int) -> Any:
     if any(map(is_wide, start)):
         return NotImplemented
     x, update = (widen(v, lane_shape(var), size).value for v, var in zip((x, update), equation.invars, strict=False))
-    return [Wide(jax.lax.dynamic_update_slice(x, update, [*start, _zero_like(start)]))]
+    return [Wide(y) for y in bind(equation, x, update, *start, _zero_like(start))]
 
 
 def _zero_like(start: list[Any]) -> Any:

@@ -29,7 +29,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 from pmcmc._pytree import Array, PyTree
-from pmcmc._xla import default_platform
+from pmcmc._xla import default_platform, evaluate
 from pmcmc._xla.content import inner_programs
 
 # Up to this many lanes (chains, or copies of one), one single-threaded kernel is no slower than other programs.
@@ -297,7 +297,7 @@ class _Loops:
         params = equation.params
         if equation.primitive.name in _CALLS:
             params = {key: self._replace(value) for key, value in params.items()}
-        return equation.primitive.bind(*operands, **equation.primitive.get_bind_params(params))
+        return evaluate(equation, operands, params)
 
     def _replace(self, value: Any) -> Any:
         """Replace the programs within a parameter."""

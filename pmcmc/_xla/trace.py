@@ -26,6 +26,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from pmcmc._pytree import Array, PyTree, register_dataclass
+from pmcmc._xla import evaluate
 from pmcmc._xla.content import Content, Place, shape_of
 
 # Calls of functions that the user's code has jitted.
@@ -231,7 +232,7 @@ def _replay(program: ClosedJaxpr, args: Iterable[Any], read: dict[Place, Any] | 
             if equation.primitive.name in _JIT and _holds_arrays(equation.params["jaxpr"]):
                 out = _replay(equation.params["jaxpr"], operands)
             else:
-                out = equation.primitive.bind(*operands, **equation.primitive.get_bind_params(equation.params))
+                out = evaluate(equation, operands)
                 out = out if equation.primitive.multiple_results else [out]
         values |= zip(equation.outvars, out, strict=True)
     return list(map(get, program.jaxpr.outvars))

@@ -14,7 +14,8 @@ class Costs(NamedTuple):
     """Costs of steps in seconds, on the device that runs them.
 
     A step of n lanes takes ``overhead + n lane``; if d > 1 devices share the lanes, it takes
-    ``overhead + device_overhead + n lane / (1 + device_gain (d - 1))``.
+    ``overhead + device_overhead + n lane / (1 + device_gain (d - 1))``. On one device, blocks of groups of chains that
+    threads solve at once take ``overhead + n lane / group_gain``.
 
     Attributes:
         sequential: Seconds of a sequential step of all chains.
@@ -24,6 +25,7 @@ class Costs(NamedTuple):
         overlap: Share of the compilation time in which sequential steps are taken.
         device_overhead: Seconds that sharing lanes between devices adds to a step.
         device_gain: Throughput that each further device adds, relative to that of the first.
+        group_gain: Throughput of all groups of chains over that of one.
     """
 
     sequential: float
@@ -33,11 +35,18 @@ class Costs(NamedTuple):
     overlap: float = 0.0
     device_overhead: float = 0.0
     device_gain: float = 1.0
+    group_gain: float = 1.0
 
     def step(self, lanes: Scalar, num_devices: int = 1) -> float:
         """Return the seconds of one step of ``lanes`` lanes, shared by ``num_devices`` devices."""
         apart = self.device_overhead if num_devices > 1 else 0.0
         return self.overhead + apart + lanes * self.lane / (1 + self.device_gain * (num_devices - 1))
+
+    def blocks_step(self, lanes: Scalar, num_devices: int = 1) -> float:
+        """Return the seconds of one step of blocks, which groups of chains share on one device."""
+        if num_devices > 1:
+            return self.step(lanes, num_devices)
+        return self.overhead + lanes * self.lane / self.group_gain
 
 
 def segment_cost(step: Scalar, num_blocks: int, merge: Scalar, length: Scalar) -> Scalar:
@@ -124,6 +133,7 @@ class CostModel:
             overhead = self.cpu_overhead
             lanes_alone = max(seconds - self.cpu_warmup_overhead, self.least_lane_share * seconds)
             lane = self.cpu_lane_ratio * lanes_alone / number
-        lane /= 1 + self.cpu_group_gain * (num_groups - 1)
+        # Where lanes were not timed, as for NUTS, no gain is counted on.
+        gain = 1.0 if lanes is None else 1 + self.cpu_group_gain * (num_groups - 1)
         devices = self.cpu_device_overhead, self.cpu_device_gain
-        return Costs(sequential, overhead, lane, compilation, overlap, *devices)
+        return Costs(sequential, overhead, lane, compilation, overlap, *devices, gain)

@@ -298,7 +298,7 @@ def _block_candidates(
         # Sequential steps are taken while the program is compiled; the segments follow.
         compilation = 0.0 if solver in ready else costs.compile
         in_order = min(num_steps, int(costs.overlap * compilation / costs.sequential))
-        step = costs.step(num_blocks * num_chains, num_devices)
+        step = costs.blocks_step(num_blocks * num_chains, num_devices)
         segments = schedule(num_steps - in_order, num_blocks, merge, step / costs.sequential, most)
         plain = sum(MultipleShooting.unit * -(-s // (num_blocks * MultipleShooting.unit)) for s in segments)
         path, lower, upper = (plain + len(segments) * steps for steps in (merge, low, high))

@@ -1,6 +1,6 @@
 """The public functions: `parallel_chain` for NumPyro models, `sample` for plain log densities.
 
-Both check their arguments (`Settings.check`), find starting positions, and pass them to
+Both check their arguments (`Settings.check`), say how starting positions are found (`Starts`), and pass them to
 `pmcmc.sampling.session.sample_new`.
 """
 
@@ -165,9 +165,9 @@ def _warmup_record(settings: Settings, save_warmup: bool) -> WarmupRecord | None
 
 
 def model_starts(target: Target, rng_key: PRNGKey, init_params: PyTree, settings: Settings) -> Starts:
-    """Return the positions where warm-up starts, or where the chains start if there is no warm-up.
+    """Return where warm-up starts, or the chains if there is no warm-up.
 
-    They are drawn as NumPyro does, or made from those that the user passed.
+    Positions are drawn as NumPyro does, once they are asked for, or made from those that the user passed.
     """
     leaves, template = jax.tree.leaves(init_params), jax.tree.leaves(target.spec.template)
     per_chain = bool(leaves) and np.ndim(leaves[0]) > np.ndim(template[0])

@@ -37,6 +37,8 @@ PATIENCE = 4
 # While the program of blocks is being compiled, steps are sampled sequentially in stretches of this many seconds. The
 # sampling and the compiling thread wait for each other between stretches.
 STRETCH_SECONDS = 0.25
+# Blocks per chain for which the gain of groups of chains is planned; with a few blocks there may be fewer groups.
+PLANNED_BLOCKS = 64
 # The pace of sequential steps is checked this many times in a run. The run is planned anew if a step takes more than
 # this many times as long as it did when the last plan was made.
 NUM_LOOKS, SURPRISE = 16, 2.0
@@ -193,7 +195,7 @@ class Automatic:
             compile_seconds=engine.compile_seconds(Sequential(), head.shape) or 0.0,
             num_cores=num_cores(),
             lanes=self.timing,
-            num_groups=engine.num_groups,
+            num_groups=engine.num_groups(PLANNED_BLOCKS),
         )
 
     def block_shape(self, solver: MultipleShooting) -> Shape:
@@ -254,7 +256,7 @@ class Automatic:
         # ``rates`` holds the seconds of such a step in each segment, ``spent`` is the total in sequential steps.
         sequential = planned.costs.sequential * self.correction
         total, start = run.left, run.done
-        expected = planned.costs.step(blocks * run.engine.num_chains, max(1, len(solver.shared_by)))
+        expected = planned.costs.blocks_step(blocks * run.engine.num_chains, max(1, len(solver.shared_by)))
         path, rates, spent = 0, list[float](), 0.0
         while run.left:
             # Choose the length of the segment by the time saved so far, and limit its repair.

@@ -17,7 +17,8 @@ from jax.experimental import multihost_utils
 
 from pmcmc._pytree import Array, PyTree
 from pmcmc._xla import default_platform
-from pmcmc._xla.compile import BackgroundCompiler, num_cores, programs_of
+from pmcmc._xla.compile import BackgroundCompiler, num_cores, programs_of, settings_of_thread
+from pmcmc._xla.rewrites import FEW_LANES
 from pmcmc.chain.state import ChainState
 from pmcmc.kernels import Kernel
 from pmcmc.random.streams import chain_keys, some_keys
@@ -189,14 +190,19 @@ class Engine:
         capacity = math.ceil(length / blocks)
         unit = solver.unit if capacity >= 4 * solver.unit else 1
         shape = Shape(blocks, math.ceil(capacity / unit) * unit, solver.shared_by)
-        return shape if solver.is_sequential or solver.shared_by else shape._replace(num_groups=self.num_groups)
+        return shape if solver.is_sequential or solver.shared_by else shape._replace(num_groups=self.num_groups(blocks))
 
-    @property
-    def num_groups(self) -> int:
-        """Groups of chains that are solved in blocks at once: on a CPU as many as cores and equal groups allow."""
+    def num_groups(self, num_blocks: int) -> int:
+        """Return the number of groups of chains that are solved in blocks at once.
+
+        On a CPU they are as many as cores and equal groups allow, as long as each has more than `FEW_LANES` lanes:
+        fewer are not stepped with lanes last.
+        """
         if default_platform() != "cpu":
             return 1
-        return max(n for n in range(1, num_cores() + 1) if self.num_chains % n == 0)
+        lanes = self.num_chains * num_blocks
+        allowed = [n for n in range(2, num_cores() + 1) if self.num_chains % n == 0 and lanes // n > FEW_LANES]
+        return max(allowed, default=1)
 
     def _buffer_shapes(self, shape: Shape) -> tuple[PyTree, PyTree]:
         """Return the shapes of the buffers of a group: noise, and (value, aux)."""
@@ -302,7 +308,12 @@ class Engine:
         integer = jnp.result_type(int)
         first, length = np.asarray(self.origin + first_step, integer), np.asarray(block_length, integer)
         buffers = self._take_buffers(shape)
-        group = lambda number: self._solve_group(solver, shape, number, x0, first, length, buffers[number])
+        settings = settings_of_thread()
+
+        def group(number: int) -> tuple[PyTree, tuple[Solution, Array], Clock]:
+            with settings():
+                return self._solve_group(solver, shape, number, x0, first, length, buffers[number])
+
         with ThreadPoolExecutor(shape.num_groups) as threads:
             done = list((threads.map if shape.num_groups > 1 else map)(group, range(shape.num_groups)))
         # Keep the results as buffers of the next segment, and account for the time.

@@ -123,9 +123,9 @@ def resume(
     """Finish a `Chain.stream` that was killed or interrupted. If it had finished, return its chain.
 
     Draws after the last checkpoint, which is at most some seconds or one segment old, are taken again. The chain equals
-    that of a run that was never stopped. With a solver chosen by the user and on the same machine it is equal to the
-    last bit, since the segments are the same. Under "auto" it is equal up to the tolerance of merges, as with any other
-    blocks.
+    that of a run that was never stopped. With a solver chosen by the user, on the same machine and as many cores, it is
+    equal to the last bit, since the segments are the same. Under "auto" it is equal up to the tolerance of merges, as
+    with any other blocks.
 
     Args:
         path: The folder.

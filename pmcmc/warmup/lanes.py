@@ -218,8 +218,8 @@ def far_lanes(path: np.ndarray, logdensity: np.ndarray) -> np.ndarray:
         logdensity: Log densities; shape (steps, lanes).
     """
     num_lanes, dim = path.shape[1:]
-    better = np.argsort(-np.mean(logdensity, axis=0), kind="stable")[: num_lanes // 2]  # NaN comes last
-    variance = np.var(path, axis=0)
+    better = np.argsort(-np.mean(logdensity, axis=0), kind="stable")[: max(1, num_lanes // 2)]  # NaN comes last
+    variance = np.where(np.ptp(path, axis=0) > 0, np.var(path, axis=0), 0.0)  # rounding moves no lane
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.sqrt(variance / np.mean(variance[better], axis=0))
         bound = FAR + dim + np.sum(np.log1p(WIDER * ratio), axis=1)

@@ -1,6 +1,7 @@
 """Groups of chains that are solved at once, each by a thread: the chains are those of one group, to rounding."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +9,14 @@ import numpy as np
 import pytest
 
 import pmcmc
+from pmcmc._xla.compile import settings_of_thread
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.sampling import engine as engines
 from pmcmc.sampling.engine import Engine
 from pmcmc.sampling.programs import draw_noise
 from tests.helpers.targets import gaussian
 
-NUM_CHAINS, NUM_BLOCKS, LENGTH = 4, 4, 64
+NUM_CHAINS, NUM_BLOCKS, LENGTH = 4, 12, 32
 
 
 def new_engine() -> Engine:
@@ -66,6 +68,7 @@ def test_there_are_as_many_groups_as_cores_and_chains_allow(
     engine = new_engine()
     engine.chain_keys = jax.random.split(jax.random.key(0), num_chains)
     assert engine.shape_for(MultipleShooting(num_blocks=NUM_BLOCKS), 1000).num_groups == expected
+    assert engine.shape_for(MultipleShooting(num_blocks=2), 1000).num_groups == 1  # too few lanes for two groups
     assert engine.shape_for(Sequential(), 1000).num_groups == 1
     assert engine.shape_for(pmcmc.recurrence.deer(), 1000).num_groups == 1
 
@@ -74,3 +77,27 @@ def test_a_failure_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(draw_noise, "timed", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         solve(2, num_segments=1)
+
+
+def test_threads_keep_the_settings_of_their_caller() -> None:
+    """``jax.enable_x64`` and ``jax.default_device`` hold in one thread only."""
+    enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+    with enable_x64(False), jax.default_device(jax.devices()[0]):
+        target = pmcmc.Target.from_logdensity(gaussian, jnp.zeros(3))
+        bank, keys = (
+            jnp.asarray(np.random.default_rng(0).standard_normal((8, 3))),
+            jax.random.split(jax.random.key(0), 2),
+        )
+        engine = Engine(target, pmcmc.HMC(step_size=0.5, num_integration_steps=3), keys, bank, jnp.ones(3))
+        solver = MultipleShooting(num_blocks=NUM_BLOCKS)
+        shape = engine.shape_for(solver, NUM_BLOCKS * LENGTH)._replace(num_groups=2)
+        segment, _ = engine.solve(solver, shape, bank[:2], np.zeros(2, int), LENGTH)
+        assert segment.chains()[0].dtype == np.float32
+        seen = ThreadPoolExecutor(1).submit(enter_and_read, settings_of_thread()).result()
+    assert seen == (False, jax.devices()[0])
+    assert ThreadPoolExecutor(1).submit(enter_and_read, settings_of_thread()).result() == (True, None)
+
+
+def enter_and_read(enter) -> tuple:
+    with enter():
+        return jax.config.jax_enable_x64, jax.config.jax_default_device

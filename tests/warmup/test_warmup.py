@@ -194,6 +194,7 @@ def test_no_lane_is_far_out_where_nothing_can_be_told() -> None:
     path, logdensity = np.zeros((16, 4, 2)), np.full((16, 4), -5.0)
     logdensity[:, 2] = -1e6
     assert not far_lanes(path, logdensity).any()  # the others do not move
+    assert not far_lanes(path + np.random.default_rng(0).standard_normal((4, 2)), logdensity).any()  # whatever rounding
     path = np.random.default_rng(0).standard_normal(path.shape)
     assert far_lanes(path, logdensity).tolist() == [False, False, True, False]
     logdensity[:, 2] = np.nan

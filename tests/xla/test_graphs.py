@@ -26,7 +26,7 @@ def asked(monkeypatch: pytest.MonkeyPatch):
             raise seen.error
         return SimpleNamespace(returncode=seen.status, stderr="F0000 some check failed\ngraph_exec_ is nullptr\n")
 
-    monkeypatch.setattr(jax, "devices", lambda *args: [card])
+    monkeypatch.setattr(jax, "local_devices", lambda *args, **options: [card])
     monkeypatch.setattr(graphs.subprocess, "run", run)
     clear()
     yield seen
@@ -34,14 +34,14 @@ def asked(monkeypatch: pytest.MonkeyPatch):
 
 
 def clear() -> None:
-    graphs.fault.cache_clear()
+    graphs._fault_of.cache_clear()
     compiling.compiler_options.cache_clear()
 
 
 def test_options_follow_the_self_test(asked: SimpleNamespace) -> None:
     assert compiler_options("gpu") == graphs.OPTIONS
     assert compiler_options("gpu") is not None
-    assert asked.commands == [[sys.executable, graphs.__file__, "3"]]  # once per process
+    assert asked.commands == [[sys.executable, "-P", graphs.__file__, "3"]]  # once per process
 
 
 @pytest.mark.parametrize("status", [1, -6, 134])
@@ -59,7 +59,7 @@ def test_a_self_test_that_hangs_leaves_the_defaults(asked: SimpleNamespace) -> N
 
 def test_other_platforms_are_not_tested(asked: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     rocm = SimpleNamespace(client=SimpleNamespace(platform_version="rocm 70000"), local_hardware_id=0)
-    monkeypatch.setattr(jax, "devices", lambda *args: [rocm])
+    monkeypatch.setattr(jax, "local_devices", lambda *args, **options: [rocm])
     assert compiler_options("gpu") is None
     assert compiler_options("tpu") is None
     assert asked.commands == []
@@ -72,9 +72,10 @@ def test_the_self_test_sees_a_wrong_result() -> None:
 
 
 def test_the_process_of_the_self_test_needs_only_this_file() -> None:
-    """It runs the three times as a program; with these options only a GPU's compiler does."""
-    code = f"import runpy, sys; sys.argv[1:] = ['0']; runpy.run_path({graphs.__file__!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 or "xla_gpu" in done.stderr, done.stderr
+    """It refuses to test anything but a CUDA device."""
+    command = [sys.executable, "-P", graphs.__file__, "99"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "no CUDA device" in done.stderr
     said = graphs.run_apart([sys.executable, "-c", "import os; os.abort()"])
     assert said.startswith("the self-test ended with status -6")

@@ -321,3 +321,18 @@ def test_callbacks_are_called_for_every_lane():
 def test_arguments_that_cannot_be_mapped(arguments, axes):
     with pytest.raises(ValueError, match="last axis, the lanes"):
         vmap_last(lambda x, y: x + y, axes)(*arguments)
+
+
+@pytest.mark.parametrize("start", [-15, -3, 0, 7, 30])
+def test_indices_are_not_counted_from_the_end_twice(start: int) -> None:
+    """The primitive clamps negative indices; that numpy's are counted from the end is said before it."""
+    x = jnp.arange(30.0).reshape(10, 3)
+
+    def both(x, i):
+        options = dict(allow_negative_indices=False)
+        piece = jax.lax.dynamic_slice(x, [i], [4], **options)
+        return piece, jax.lax.dynamic_update_slice(x, -piece, [i], **options), jax.lax.dynamic_slice(x, [i], [4])
+
+    found = vmap_last(both, (-1, None))(x, jnp.asarray(start))
+    expected = jax.vmap(both, (-1, None), out_axes=-1)(x, jnp.asarray(start))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

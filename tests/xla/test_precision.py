@@ -15,7 +15,8 @@ from pmcmc._xla.compile import adapted, tuned_jit
 from pmcmc._xla.equations import replacing
 from pmcmc.recurrence import MultipleShooting
 from pmcmc.sampling import reporting
-from pmcmc.sampling.programs import Engine, solve_noise
+from pmcmc.sampling.engine import Engine
+from pmcmc.sampling.programs import solve_noise
 from pmcmc.target import Basis, Target
 
 PRODUCT = re.compile(r"stablehlo\.(?:dot_general|convolution)\(?[^\n]*")
@@ -103,7 +104,7 @@ def test_products_of_a_solve(on_gpu: None) -> None:
     shape = engine.shape_for(solver, 64 * 32)
     noise, record = engine._buffer_shapes(shape)
     number, numbers = jax.ShapeDtypeStruct((), int), jax.ShapeDtypeStruct((1,), int)
-    arguments = (target, engine.kernel, solver, noise, bank[:1], numbers, number, bank, engine.scale, record)
+    arguments = (target, engine.kernel, solver, noise, bank[:1], numbers, numbers, number, bank, engine.scale, record)
     jitted = solve_noise._jitted(target)
     text = jitted.trace(*arguments, shape=shape).lower(lowering_platforms=("cuda",)).as_text()
     engine.background.close()

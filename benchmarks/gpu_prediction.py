@@ -39,7 +39,7 @@ def rows_of(case: str, graphs: bool) -> dict[str, Any] | None:
     path = RESULTS / "gpu_programs.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     rows = [row for row in rows if row["case"] == case and row["lanes"] == COUNTED_LANES]
-    rows.sort(key=lambda row: row["jax"] == jax.__version__)  # counts of this version count, if there are any
+    rows.sort(key=lambda row: row.get("jax") == jax.__version__)  # counts of this version count, if there are any
     found = {row["program"]: row for row in rows}
     if not graphs:
         return found.get("solve")

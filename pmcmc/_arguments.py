@@ -1,7 +1,7 @@
 """Checks of numbers that users pass, the same for Python's and numpy's numbers. Booleans are no numbers here.
 
-Fields of kernels are leaves of pytrees: they may also hold arrays, whose values may be unknown while a program is
-traced. `check_int` and `known_number` let arrays pass.
+Fields of kernels and solvers are leaves of pytrees: they may also hold arrays, whose values may be unknown while a
+program is traced. `check_int` and `known_number` let arrays pass.
 """
 
 import operator
@@ -11,8 +11,14 @@ from typing import Any
 import numpy as np
 
 
-def as_int(name: str, value: Any, least: int) -> int:
+def as_int(name: str, value: Any, least: int, remedy: str = "") -> int:
     """Return an argument as an integer of at least ``least``.
+
+    Args:
+        name: Name of the argument.
+        value: Its value.
+        least: Least value that is allowed.
+        remedy: Sentence that follows where it is less.
 
     Raises:
         ValueError: It is less than ``least``.
@@ -25,14 +31,14 @@ def as_int(name: str, value: Any, least: int) -> int:
     if number is None or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}.")
     if number < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}.")
+        raise ValueError(f"{name} must be at least {least}, got {value}. {remedy}".rstrip())
     return number
 
 
-def check_int(name: str, value: Any, least: int) -> None:
+def check_int(name: str, value: Any, least: int, remedy: str = "") -> None:
     """Raise an error if an argument is a number but not an integer of at least ``least``; see `as_int`."""
     if isinstance(value, (Real, np.bool_)):
-        as_int(name, value, least)
+        as_int(name, value, least, remedy)
 
 
 def known_number(name: str, value: Any) -> Any:

@@ -21,8 +21,8 @@ import numpy as np
 import pmcmc
 from pmcmc._xla import graphs
 from pmcmc._xla.compile import adapted
+from pmcmc._xla.factorizations import may_wait_for_ever
 from pmcmc._xla.precision import asked_for
-from pmcmc._xla.rewrites import may_wait_for_ever
 from pmcmc.kernels import HMC
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
 from pmcmc.recurrence.solution import default_tolerance

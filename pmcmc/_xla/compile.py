@@ -27,9 +27,9 @@ import jax
 import jaxlib
 from jax.experimental.compilation_cache import compilation_cache
 
-from pmcmc._xla import default_platform, graphs, precision, scatters
+from pmcmc._xla import default_platform, factorizations, graphs, precision, scatters
 from pmcmc._xla.equations import replacing
-from pmcmc._xla.rewrites import few_at_a_time, may_wait_for_ever, own_program
+from pmcmc._xla.rewrites import own_program
 
 # Files with the limit and the use of a container's control group: version 2, then version 1.
 _GROUPS = (
@@ -84,7 +84,7 @@ def num_cores() -> int:
 
 
 def settings_of_thread() -> Callable[[], ExitStack]:
-    """Return a context manager for other threads: the settings of JAX that hold in this thread only.
+    """Return a function that enters, in another thread, the settings of JAX that hold in this thread only.
 
     These are ``with jax.default_device(...)``, ``jax.enable_x64(...)`` and ``jax.default_matmul_precision(...)``.
     """
@@ -196,12 +196,12 @@ def compiler_options(platform: str) -> dict[str, Any] | None:
 def adapted(fn: Callable) -> Callable:
     """Return ``fn``, which is about to be traced, with its program adapted to the default platform.
 
-    On a CPU it is protected against the deadlock of some jaxlib versions, see `pmcmc._xla.rewrites`. Elsewhere products
-    and additions to few places are changed, see `pmcmc._xla.precision` and `pmcmc._xla.scatters`.
+    On a CPU it is protected against the deadlock of some jaxlib versions, see `pmcmc._xla.factorizations`. Elsewhere
+    products and additions to few places are changed, see `pmcmc._xla.precision` and `pmcmc._xla.scatters`.
     """
     if default_platform() != "cpu":
         return replacing({**precision.RULES, **scatters.RULES}, fn)
-    return few_at_a_time(fn) if may_wait_for_ever() else fn
+    return replacing(factorizations.RULES, fn) if factorizations.may_wait_for_ever() else fn
 
 
 def precise(fn: Callable) -> Callable:

@@ -270,11 +270,12 @@ class Explorer:
         held = held_lanes(np.mean([piece.moved for piece in pieces], axis=0), acceptance_rate, self.lanes.rate)
         far = far_lanes(path, np.concatenate([piece.logdensity for piece in pieces]))
         self.num_waits = np.where(far, self.num_waits + 1, 0)
-        moving = np.flatnonzero(~held & ~far)
-        lost = (self.num_waits > PATIENCE) & (len(moving) > 0)
+        lost = self.num_waits > PATIENCE
         self.num_waits[lost] = 0
         self.num_lost += int(lost.sum())
-        self.positions = self.frame.to_positions(_with_places(path[-1], np.flatnonzero(lost), moving))
+        self.positions = self.frame.to_positions(
+            _with_places(path[-1], np.flatnonzero(lost), np.flatnonzero(~held & ~far))
+        )
         self.finite = bool(np.all(np.isfinite(path)))
         # Update the basis from the draws of the window.
         if self.finite:
@@ -372,7 +373,7 @@ def _with_places(last: np.ndarray, lost: np.ndarray, moving: np.ndarray) -> np.n
         moving: Numbers of the lanes that move.
     """
     last = last.copy()
-    if len(lost):  # then some are moving
+    if len(lost):  # a lane is lost only where better ones move
         last[lost] = last[moving[lost % len(moving)]]
     return last
 

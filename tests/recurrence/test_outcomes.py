@@ -163,3 +163,6 @@ def test_numbers_below_the_least_are_refused(kind) -> None:
         with pytest.raises(ValueError, match="must be at least"):
             make()
     assert rec.MultipleShooting(max_sweeps=jnp.asarray(0)).max_sweeps == 0
+    for make in (lambda: rec.MultipleShooting(max_sweeps=1.5), lambda: rec.deer(max_iters=True)):
+        with pytest.raises(TypeError, match="must be an integer"):
+            make()

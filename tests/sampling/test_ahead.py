@@ -19,7 +19,7 @@ from pmcmc._xla.compile import BackgroundCompiler, forget_programs
 from pmcmc.interop.numpyro import numpyro_target
 from pmcmc.planning import Costs, plan
 from pmcmc.recurrence import MultipleShooting, Sequential
-from pmcmc.sampling import automatic
+from pmcmc.sampling import api, automatic
 from pmcmc.sampling.engine import Engine
 from tests.helpers.pilots import CPU, merging
 from tests.helpers.selection import share
@@ -205,3 +205,22 @@ def test_shapes_are_those_of_warmup() -> None:
                 assert jax.tree.structure(shape) == jax.tree.structure(found)
                 same = lambda s, x: s.shape == jnp.shape(x) and s.dtype == jnp.result_type(x)
                 assert all(jax.tree.leaves(jax.tree.map(same, shape, found)))
+
+
+def test_compilation_begins_before_starts_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn starts are evaluated, which needs a program of its own; the programs of sampling do not wait for it."""
+    events: list[str] = []
+    drawn, ahead = api.numpyro_starts, Engine.compile_ahead
+
+    def draw(*arguments):
+        events.append("starts")
+        return drawn(*arguments)
+
+    def compile_ahead(self, *program):
+        events.append("compilation")
+        return ahead(self, *program)
+
+    monkeypatch.setattr(api, "numpyro_starts", draw)
+    monkeypatch.setattr(Engine, "compile_ahead", compile_ahead)
+    pmcmc.parallel_chain(lambda: numpyro.sample("x", dist.Normal(0, 1)), 0, num_samples=20, **SIZES)
+    assert events == ["compilation", "starts"]

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 from jax.scipy.linalg import solve_triangular
 
-from pmcmc._xla import rewrites
-from pmcmc._xla.rewrites import few_at_a_time, may_wait_for_ever
+from pmcmc._xla import factorizations
+from pmcmc._xla.equations import replacing
+from pmcmc._xla.factorizations import may_wait_for_ever
 from pmcmc.recurrence import MultipleShooting, deer
 
+few_at_a_time = partial(replacing, factorizations.RULES)
 spd = lambda x: x @ x.mT + jnp.broadcast_to(jnp.eye(x.shape[-1]), x.shape)
 
 
@@ -64,8 +67,7 @@ def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def small_is(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewrites, "_SMALL", number)
-    rewrites._KNOWN.clear()  # jax caches the programs of its own functions
+    monkeypatch.setattr(factorizations, "_SMALL", number)
 
 
 @pytest.fixture
@@ -112,7 +114,7 @@ def test_primitives_have_the_names_that_jax_gives_them() -> None:
     from jax.extend.core import primitives
 
     known = {p.name for p in vars(primitives).values() if isinstance(p, jax.extend.core.Primitive)}
-    missing = set(rewrites._LAPACK) - known
+    missing = set(factorizations._LAPACK) - known
     assert missing <= {"geqp3", "geqrf", "ormqr"}, missing  # not public
 
 

@@ -8,11 +8,11 @@ satisfies the recurrence whatever the probes were, so they do not contribute to 
 """
 
 from dataclasses import dataclass, field
-from numbers import Integral
 
 import jax
 import jax.numpy as jnp
 
+from pmcmc._arguments import check_int
 from pmcmc._pytree import Array, PRNGKey, register_dataclass
 from pmcmc.recurrence.newton.jacobian import Scanned, half_size, pushforward
 
@@ -26,8 +26,7 @@ class Hutchinson(Scanned):
     fixed_probes: bool = field(default=False, metadata=dict(static=True))
 
     def __post_init__(self):
-        if isinstance(self.num_probes, Integral) and self.num_probes < 1:
-            raise ValueError(f"num_probes must be at least 1, got {self.num_probes}. Use Zero() for no derivative.")
+        check_int("num_probes", self.num_probes, 1, "Use Zero() for no derivative.")
 
     def key(self, iteration: Array | int) -> PRNGKey:
         """Return the key of the probes of this iteration."""
@@ -50,6 +49,7 @@ class HutchinsonDiagonal(Hutchinson):
 
     Raises:
         ValueError: num_probes is below 1.
+        TypeError: It is a number but no integer.
 
     Source: Zoltowski et al. (2025), section 3, with one fixed probe.
 
@@ -89,6 +89,7 @@ class HutchinsonBlockDiagonal(Hutchinson):
 
     Raises:
         ValueError: num_probes is below 1; or, in a solve, D is odd.
+        TypeError: It is a number but no integer.
 
     Source: Zoltowski et al. (2025), for leapfrog steps.
 

@@ -31,12 +31,12 @@ growing. This can delay convergence, but never leads to a false success.
 import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pmcmc._arguments import check_int
 from pmcmc._pytree import Array, PyTree, Scalar, finite_rows, register_dataclass
 from pmcmc.recurrence.newton.equations import Course, Evaluation, System, blocked_at, conclude
 from pmcmc.recurrence.newton.implicit_diff import VectorSolver
@@ -80,10 +80,8 @@ class NewtonType(VectorSolver):
     devices: Sequence[jax.Device] | None = field(default=None, metadata=dict(static=True))
 
     def __post_init__(self):
-        if isinstance(self.max_iters, Integral) and self.max_iters < 0:
-            raise ValueError(f"max_iters must be at least 0, got {self.max_iters}.")
-        if isinstance(self.num_iterates, Integral) and self.num_iterates < 0:
-            raise ValueError(f"num_iterates must be at least 0, got {self.num_iterates}.")
+        check_int("max_iters", self.max_iters, 0)
+        check_int("num_iterates", self.num_iterates, 0)
         if self.devices is not None:
             object.__setattr__(self, "devices", distinct(self.devices))
         if isinstance(self.jacobian, Identity | Zero) and not (self.damping is None and self.clip is None):
@@ -239,7 +237,8 @@ class Newton(NewtonType):
     Raises:
         ValueError: max_iters or num_iterates is below 0; damping or clip is given although A has no entries; devices
             are empty or repeated.
-        TypeError: In a solve, if the state has integer or boolean leaves.
+        TypeError: max_iters or num_iterates is a number but no integer; or, in a solve, the state has integer or
+            boolean leaves.
 
     Sources: Lim et al. (2024) (DEER); Gonzalez et al. (2024) (quasi-DEER); Gonzalez et al. (2025) (one framework);
     Zoltowski et al. (2025) (MCMC: stochastic and block diagonals, damping, clipping, basis).

@@ -22,11 +22,11 @@ first evaluation, outside the loop, rounds differently).
 
 import abc
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from pmcmc._arguments import check_int
 from pmcmc._pytree import Array, PyTree, Scalar, finite_rows, register_dataclass
 from pmcmc.recurrence.newton import kalman
 from pmcmc.recurrence.newton.equations import exact_prefix
@@ -208,6 +208,7 @@ class AdaptiveRegularization(Regularization):
 
     Raises:
         ValueError: history is below 1.
+        TypeError: It is a number but no integer.
     """
 
     initial: Scalar = 1.0
@@ -218,8 +219,7 @@ class AdaptiveRegularization(Regularization):
     history: int = field(default=10, metadata=dict(static=True))
 
     def __post_init__(self):
-        if isinstance(self.history, Integral) and self.history < 1:
-            raise ValueError(f"history must be at least 1, got {self.history}.")
+        check_int("history", self.history, 1)
 
     def begin(self, dtype):
         return Adaptation(jnp.asarray(self.initial, dtype), jnp.zeros(self.history, dtype))

@@ -7,12 +7,12 @@ due to Shih et al. (2023); `Windowed` takes any Newton-type solver.
 """
 
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pmcmc._arguments import check_int
 from pmcmc._pytree import Array, leading_true, register_dataclass
 from pmcmc.recurrence.newton.equations import (
     Course,
@@ -63,7 +63,7 @@ class Windowed(VectorSolver):
 
     Raises:
         ValueError: window is below 1, or the solver has devices.
-        TypeError: The solver is not Newton-type.
+        TypeError: The solver is not Newton-type, or window is no integer.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -77,8 +77,7 @@ class Windowed(VectorSolver):
     window: int = field(default=256, metadata=dict(static=True))
 
     def __post_init__(self):
-        if isinstance(self.window, Integral) and self.window < 1:
-            raise ValueError(f"window must be at least 1, got {self.window}.")
+        check_int("window", self.window, 1)
         if isinstance(self.solver, VectorSolver) and not isinstance(self.solver, NewtonType):
             raise TypeError("Windowed needs a Newton-type solver: Newton(...) or LevenbergMarquardt(...).")
         if isinstance(self.solver, NewtonType) and self.solver.shared_by:

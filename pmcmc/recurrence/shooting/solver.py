@@ -26,12 +26,12 @@ Source: Heidelberger & Stone (1990), time-parallel simulation; Neal (1999), circ
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pmcmc._arguments import check_int
 from pmcmc._pytree import (
     Array,
     PyTree,
@@ -71,6 +71,7 @@ class MultipleShooting(LaneSolver):
 
     Raises:
         ValueError: ``num_blocks``, ``max_sweeps`` or ``max_steps`` is below 1, or ``devices`` is empty or repeats one.
+        TypeError: One of the first three is a number but no integer.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -87,12 +88,9 @@ class MultipleShooting(LaneSolver):
     devices: Sequence[jax.Device] | None = field(default=None, metadata=dict(static=True))
 
     def __post_init__(self):
-        if self.num_blocks is not None and self.num_blocks < 1:
-            raise ValueError(f"num_blocks must be at least 1, got {self.num_blocks}.")
-        if isinstance(self.max_sweeps, Integral) and self.max_sweeps < 1:
-            raise ValueError(f"max_sweeps must be at least 1, got {self.max_sweeps}. Use Sequential() for none.")
-        if isinstance(self.max_steps, Integral) and self.max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}. Use None for no limit.")
+        check_int("num_blocks", self.num_blocks, 1)
+        check_int("max_sweeps", self.max_sweeps, 1, "Use Sequential() for none.")
+        check_int("max_steps", self.max_steps, 1, "Use None for no limit.")
         if self.devices is not None:
             object.__setattr__(self, "devices", distinct(self.devices))
 

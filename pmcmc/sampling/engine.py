@@ -29,6 +29,8 @@ from pmcmc.target import Target
 # Bytes that one solve, and one stretch of sequential sampling, may take for all chains; see `Engine.bytes_per_step`.
 SEGMENT_BYTES = 512 * 2**20
 SEQUENTIAL_BYTES = 64 * 2**20
+# Sequential chains are split into groups of at least this many: two threads of two took as long as one kernel of four.
+FEWEST_TOGETHER = 4
 
 
 class Segment(NamedTuple):
@@ -189,20 +191,27 @@ class Engine:
         blocks = solver.blocks_for(length)
         capacity = math.ceil(length / blocks)
         unit = solver.unit if capacity >= 4 * solver.unit else 1
-        shape = Shape(blocks, math.ceil(capacity / unit) * unit, solver.shared_by)
-        return shape if solver.is_sequential or solver.shared_by else shape._replace(num_groups=self.num_groups(blocks))
+        groups = 1 if solver.shared_by else self.num_groups(blocks)
+        return Shape(blocks, math.ceil(capacity / unit) * unit, solver.shared_by, num_groups=groups)
 
     def num_groups(self, num_blocks: int) -> int:
-        """Return the number of groups of chains that are solved in blocks at once.
+        """Return the number of equal groups of chains that are solved apart, as many at once as there are cores.
 
-        On a CPU they are as many as cores and equal groups allow, as long as each has more than `FEW_LANES` lanes:
-        fewer are not stepped with lanes last.
+        On a CPU, groups of chains in blocks are at most as many as cores, and each has more than `FEW_LANES` lanes:
+        fewer are not stepped with lanes last. Groups of sequential chains have `FEWEST_TOGETHER` to `FEW_LANES` chains
+        if that is possible: more are not one kernel.
+
+        Args:
+            num_blocks: P, blocks per chain; 1 for sequential sampling.
         """
         if default_platform() != "cpu":
             return 1
-        lanes = self.num_chains * num_blocks
-        allowed = [n for n in range(2, num_cores() + 1) if self.num_chains % n == 0 and lanes // n > FEW_LANES]
-        return max(allowed, default=1)
+        cores = num_cores()
+        sizes = {n: self.num_chains // n for n in range(1, self.num_chains + 1) if self.num_chains % n == 0}
+        if num_blocks > 1:
+            return max((n for n in sizes if n <= cores and sizes[n] * num_blocks > FEW_LANES), default=1)
+        small = [n for n in sizes if FEWEST_TOGETHER <= sizes[n] <= FEW_LANES]
+        return min(small, key=lambda n: (math.ceil(n / cores) * sizes[n], n), default=1)
 
     def _buffer_shapes(self, shape: Shape) -> tuple[PyTree, PyTree]:
         """Return the shapes of the buffers of a group: noise, and (value, aux)."""
@@ -314,12 +323,14 @@ class Engine:
             with settings():
                 return self._solve_group(solver, shape, number, x0, first, length, buffers[number])
 
-        with ThreadPoolExecutor(shape.num_groups) as threads:
-            done = list((threads.map if shape.num_groups > 1 else map)(group, range(shape.num_groups)))
+        num_threads = min(shape.num_groups, num_cores())
+        with ThreadPoolExecutor(num_threads) as threads:
+            done = list((threads.map if num_threads > 1 else map)(group, range(shape.num_groups)))
         # Keep the results as buffers of the next segment, and account for the time.
         if solver.walks:
             self._buffers[shape] = [(noise, (solution.value, solution.aux)) for noise, (solution, _), _ in done]
-        clock = Clock(*(max(seconds) for seconds in zip(*(clock for *_, clock in done), strict=True)))
+        of_thread = lambda seconds: max(max(seconds), sum(seconds) / num_threads)
+        clock = Clock(*map(of_thread, zip(*(clock for *_, clock in done), strict=True)))
         clock = clock._replace(compile_seconds=waited + clock.compile_seconds)
         self._note(solver, shape, clock.compile_seconds)
         self.clock = Clock(*(a + b for a, b in zip(self.clock, clock, strict=True)))

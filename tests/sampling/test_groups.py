@@ -69,8 +69,33 @@ def test_there_are_as_many_groups_as_cores_and_chains_allow(
     engine.chain_keys = jax.random.split(jax.random.key(0), num_chains)
     assert engine.shape_for(MultipleShooting(num_blocks=NUM_BLOCKS), 1000).num_groups == expected
     assert engine.shape_for(MultipleShooting(num_blocks=2), 1000).num_groups == 1  # too few lanes for two groups
-    assert engine.shape_for(Sequential(), 1000).num_groups == 1
     assert engine.shape_for(pmcmc.recurrence.deer(), 1000).num_groups == 1
+
+
+SEQUENTIAL_GROUPS = [(1, 4, 1), (4, 2, 1), (8, 1, 1), (8, 2, 2), (10, 2, 2), (16, 2, 2), (24, 2, 4), (11, 2, 1)]
+
+
+@pytest.mark.parametrize(("num_chains", "cores", "expected"), SEQUENTIAL_GROUPS)
+def test_sequential_chains_are_split_into_groups_that_are_one_kernel(
+    num_chains: int, cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "num_cores", lambda: cores)
+    engine = new_engine()
+    engine.chain_keys = jax.random.split(jax.random.key(0), num_chains)
+    assert engine.shape_for(Sequential(), 1000).num_groups == expected
+
+
+def test_sequential_chains_do_not_depend_on_the_number_of_groups() -> None:
+    """Nor on whether there are more groups than threads."""
+    engine, length = new_engine(), 50
+    shape = engine.shape_for(Sequential(), length)
+    found = [
+        engine.solve(Sequential(), shape._replace(num_groups=n), engine.guesses[:4], np.zeros(4, int), length)[0]
+        for n in (1, 2, 4)
+    ]
+    whole, *others = (jax.tree.map(np.array, (x.chains(), x.result, x.residual, x.stats)) for x in found)
+    for other in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), other, whole)
 
 
 def test_a_failure_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,9 @@ from pmcmc._pytree import PyTree
 from pmcmc._xla.compile import num_cores
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.recurrence.sequential import LaneSolver
-from pmcmc.sampling.engine import Clock, Engine, Segment
+from pmcmc.sampling.engine import Engine, Segment
 from pmcmc.sampling.programs import Shape, draw_noise, solve_noise
+from pmcmc.sampling.threads import Clock
 
 NUM_STATES = 64
 # With fewer cores than this, a second compilation only slows the first.
@@ -120,7 +121,7 @@ def noise_and_steps(run: Run) -> tuple[Callable[[], float], Callable[[], float]]
 
     def noise() -> float:
         model = engine.target, engine.kernel, engine.chain_keys
-        buffers[0], clock = draw_noise.timed(*model, first, length, buffers[0], shape=shape)
+        buffers[0], clock = draw_noise.timed(*model, first, length, np.zeros_like(length), buffers[0], shape=shape)
         return clock[1]
 
     def steps() -> float:

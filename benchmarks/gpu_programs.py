@@ -153,7 +153,7 @@ def in_segments(program: str, case: Case, num_lanes: int) -> Any:
     number, numbers = (jax.ShapeDtypeStruct(axes, jnp.result_type(int)) for axes in ((), (1,)))
     target, kernel, guesses = engine.target, engine.kernel, engine.guesses
     if program == "noise":
-        return lower(draw_noise, target, kernel, engine.chain_keys, numbers, number, noise, shape=shape)
+        return lower(draw_noise, target, kernel, engine.chain_keys, numbers, number, number, noise, shape=shape)
     x0 = jax.tree.map(lambda g: jax.ShapeDtypeStruct((1, *g.shape[1:]), g.dtype), guesses)
     arguments = (kernel, run.solver, noise, x0, numbers, numbers, number, guesses, engine.scale, record)
     return lower(solve_noise, target, *arguments, shape=shape)

@@ -14,8 +14,8 @@ class Costs(NamedTuple):
     """Costs of steps in seconds, on the device that runs them.
 
     A step of n lanes takes ``overhead + n lane``; if d > 1 devices share the lanes, it takes
-    ``overhead + device_overhead + n lane / (1 + device_gain (d - 1))``. On one device, blocks of groups of chains that
-    threads solve at once take ``overhead + n lane / group_gain``.
+    ``overhead + device_overhead + n lane / (1 + device_gain (d - 1))``. On one device, blocks that threads solve at
+    once take ``overhead + n lane / thread_gain``.
 
     Attributes:
         sequential: Seconds of a sequential step of all chains.
@@ -25,7 +25,7 @@ class Costs(NamedTuple):
         overlap: Share of the compilation time in which sequential steps are taken.
         device_overhead: Seconds that sharing lanes between devices adds to a step.
         device_gain: Throughput that each further device adds, relative to that of the first.
-        group_gain: Throughput of all groups of chains over that of one.
+        thread_gain: Throughput of all threads over that of one.
     """
 
     sequential: float
@@ -35,7 +35,7 @@ class Costs(NamedTuple):
     overlap: float = 0.0
     device_overhead: float = 0.0
     device_gain: float = 1.0
-    group_gain: float = 1.0
+    thread_gain: float = 1.0
 
     def step(self, lanes: Scalar, num_devices: int = 1) -> float:
         """Return the seconds of one step of ``lanes`` lanes, shared by ``num_devices`` devices."""
@@ -43,10 +43,10 @@ class Costs(NamedTuple):
         return self.overhead + apart + lanes * self.lane / (1 + self.device_gain * (num_devices - 1))
 
     def blocks_step(self, lanes: Scalar, num_devices: int = 1) -> float:
-        """Return the seconds of one step of blocks, which groups of chains share on one device."""
+        """Return the seconds of one step of blocks, which threads share on one device."""
         if num_devices > 1:
             return self.step(lanes, num_devices)
-        return self.overhead + lanes * self.lane / self.group_gain
+        return self.overhead + lanes * self.lane / self.thread_gain
 
 
 def segment_cost(step: Scalar, num_blocks: int, merge: Scalar, length: Scalar) -> Scalar:
@@ -79,7 +79,7 @@ class CostModel:
         cpu_lane_ratio: Seconds of a lane in blocks over those of a lane in warm-up, which has a quarter of the lanes or
             less and adapts the step size in between.
         least_lane_share: Least share of the time of a step of warm-up that is attributed to its lanes.
-        cpu_group_gain: Throughput that each further thread with a group of chains adds, relative to that of the first.
+        cpu_thread_gain: Throughput that each further thread with a group of chains adds, relative to that of the first.
             Two threads were 1.3 to 2.2 times as fast as one (decision 031).
         free_lanes: Number of lanes that double the time of a step on devices other than CPUs.
         cpu_device_overhead: Seconds that sharing adds to a step on CPU devices, which are threads of the same cores.
@@ -95,7 +95,7 @@ class CostModel:
     cpu_warmup_overhead: float = 1.1e-5
     cpu_lane_ratio: float = 0.8
     least_lane_share: float = 0.15
-    cpu_group_gain: float = 0.4
+    cpu_thread_gain: float = 0.4
     free_lanes: int = 8192
     cpu_device_overhead: float = 1e-5
     cpu_device_gain: float = 0.2
@@ -109,7 +109,7 @@ class CostModel:
         compile_seconds: float,
         num_cores: int,
         lanes: tuple[int, float] | None,
-        num_groups: int = 1,
+        num_threads: int = 1,
     ) -> Costs:
         """Return the costs of the steps of a run.
 
@@ -120,7 +120,7 @@ class CostModel:
             compile_seconds: Seconds that the sequential program took to compile.
             num_cores: Cores that this process may use.
             lanes: Number of lanes of warm-up, and seconds of a step of all of them; None if that was not measured.
-            num_groups: Groups of chains that are solved at once, each by a thread.
+            num_threads: Threads that solve groups of chains or parts of the lanes at once.
         """
         compilation = self.compile_ratio * compile_seconds
         overlap = self.overlap if num_cores > 1 else 0.0
@@ -134,6 +134,6 @@ class CostModel:
             lanes_alone = max(seconds - self.cpu_warmup_overhead, self.least_lane_share * seconds)
             lane = self.cpu_lane_ratio * lanes_alone / number
         # Where lanes were not timed, as for NUTS, no gain is counted on.
-        gain = 1.0 if lanes is None else 1 + self.cpu_group_gain * (num_groups - 1)
+        gain = 1.0 if lanes is None else 1 + self.cpu_thread_gain * (num_threads - 1)
         devices = self.cpu_device_overhead, self.cpu_device_gain
         return Costs(sequential, overhead, lane, compilation, overlap, *devices, gain)

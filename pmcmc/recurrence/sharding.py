@@ -78,12 +78,61 @@ class AllLanes(NamedTuple):
         return jax.tree.map(self.layout.shift, ends)
 
     def most(self, *counts: Array) -> Array:
-        """Maximum over the lanes of each chain, for integers (own lanes,); shape (counts, C)."""
+        """Maximum over the lanes of each chain, for counts (own lanes,); shape (counts, C)."""
         return jnp.stack([jnp.max(self.layout.by_chain(c), axis=1) for c in counts])
 
     def every(self, stride: int, record: PyTree) -> PyTree:
         """Return every ``stride``-th step of the concatenated lanes, for real leaves (own lanes, capacity, ...)."""
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[::stride], record)
+
+
+class PartOfLanes(NamedTuple):
+    """Some of the lanes, on one device, where the caller passes states from part to part; see `AllLanes`.
+
+    Attributes:
+        layout: How chains are cut into lanes.
+        num_parts: Number of parts; divides the number of lanes.
+        number: Number of this part.
+        before: What the last lane before this part hands over, leading axis 1; the structure of `hand_over`.
+    """
+
+    layout: Layout
+    num_parts: int
+    number: Array
+    before: PyTree = None
+
+    @property
+    def num_lanes(self) -> int:
+        return self.layout.num_lanes // self.num_parts
+
+    def numbers(self) -> Array:
+        return self.number * self.num_lanes + jnp.arange(self.num_lanes)
+
+    def own(self, lanes: PyTree) -> PyTree:
+        first = self.number * self.num_lanes
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, self.num_lanes), lanes)
+
+    def valid_steps(self) -> Array:
+        return self.own(self.layout.valid_steps())
+
+    def first_of_chain(self) -> Array:
+        return self.numbers() % self.layout.num_blocks == 0
+
+    def hand_over(self, ends: PyTree) -> PyTree:
+        first = self.first_of_chain()
+
+        def leaf(x: Array, before: Array) -> Array:
+            return jnp.where(expand_mask(first, x), x, jnp.concatenate([before, x[:-1]]))
+
+        return jax.tree.map(leaf, ends, self.before)
+
+    def most(self, *counts: Array) -> Array:
+        chains = self.numbers() // self.layout.num_blocks
+        found = jax.ops.segment_max(jnp.stack(counts, axis=1), chains, self.layout.num_chains).T
+        return jnp.maximum(found, 0)  # chains without a lane in this part got the smallest integer
+
+    def every(self, stride: int, record: PyTree) -> PyTree:
+        return AllLanes.every(self, stride, record)  # type: ignore[arg-type]
 
 
 class SomeLanes(NamedTuple):
@@ -97,39 +146,34 @@ class SomeLanes(NamedTuple):
     layout: Layout
     num_devices: int
 
+    def _part(self, before: PyTree = None) -> PartOfLanes:
+        """Return the lanes as a part, given what the device before hands over."""
+        return PartOfLanes(self.layout, self.num_devices, jax.lax.axis_index(AXIS), before)
+
     @property
     def num_lanes(self) -> int:
         return self.layout.num_lanes // self.num_devices
 
     def numbers(self) -> Array:
-        return jax.lax.axis_index(AXIS) * self.num_lanes + jnp.arange(self.num_lanes)
+        return self._part().numbers()
 
     def own(self, lanes: PyTree) -> PyTree:
-        first = jax.lax.axis_index(AXIS) * self.num_lanes
-        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, self.num_lanes), lanes)
+        return self._part().own(lanes)
 
     def valid_steps(self) -> Array:
-        return self.own(self.layout.valid_steps())
+        return self._part().valid_steps()
 
     def first_of_chain(self) -> Array:
-        return self.numbers() % self.layout.num_blocks == 0
+        return self._part().first_of_chain()
 
     def hand_over(self, ends: PyTree) -> PyTree:
         last = jax.tree.map(lambda x: x[-1:], ends)
         onwards = [(device, device + 1) for device in range(self.num_devices - 1)]
         before = _from_bytes(jax.lax.ppermute(_to_bytes(last), AXIS, onwards), last)
-        first = self.first_of_chain()
-
-        def leaf(x: Array, before: Array) -> Array:
-            return jnp.where(expand_mask(first, x), x, jnp.concatenate([before, x[:-1]]))
-
-        return jax.tree.map(leaf, ends, before)
+        return self._part(before).hand_over(ends)
 
     def most(self, *counts: Array) -> Array:
-        # chains without a lane on this device get the smallest integer
-        chains = self.numbers() // self.layout.num_blocks
-        own = jax.ops.segment_max(jnp.stack(counts, axis=1), chains, self.layout.num_chains)
-        return jax.lax.pmax(own.T, AXIS)
+        return jax.lax.pmax(self._part().most(*counts), AXIS)
 
     def every(self, stride: int, record: PyTree) -> PyTree:
         capacity = self.layout.capacity

@@ -37,7 +37,7 @@ PATIENCE = 4
 # While the program of blocks is being compiled, steps are sampled sequentially in stretches of this many seconds. The
 # sampling and the compiling thread wait for each other between stretches.
 STRETCH_SECONDS = 0.25
-# Blocks per chain for which the gain of groups of chains is planned; with a few blocks there may be fewer groups.
+# Blocks per chain for which the gain of threads is planned; a few blocks may have fewer threads.
 PLANNED_BLOCKS = 64
 # The pace of sequential steps is checked this many times in a run. The run is planned anew if a step takes more than
 # this many times as long as it did when the last plan was made.
@@ -195,7 +195,7 @@ class Automatic:
             compile_seconds=engine.compile_seconds(Sequential(), head.shape) or 0.0,
             num_cores=num_cores(),
             lanes=self.timing,
-            num_groups=engine.num_groups(PLANNED_BLOCKS),
+            num_threads=max(engine.threads(PLANNED_BLOCKS)),
         )
 
     def block_shape(self, solver: MultipleShooting) -> Shape:

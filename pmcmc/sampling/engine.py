@@ -1,7 +1,7 @@
 """The engine of a run: compiles the two programs of a segment for one set of chains, runs them, reuses their buffers.
 
-Several chains in blocks are solved in groups, each by a thread of its own (docs/decisions/031). A `Segment` is what a
-run of both programs returns.
+Threads share the work of a CPU's cores: groups of chains, or parts of the lanes of all chains (docs/decisions/031). A
+`Segment` is what a run of the programs returns.
 """
 
 import math
@@ -17,13 +17,15 @@ from jax.experimental import multihost_utils
 
 from pmcmc._pytree import Array, PyTree
 from pmcmc._xla import default_platform
-from pmcmc._xla.compile import BackgroundCompiler, num_cores, programs_of, settings_of_thread
+from pmcmc._xla.compile import BackgroundCompiler, num_cores, programs_of
 from pmcmc._xla.rewrites import FEW_LANES
 from pmcmc.chain.state import ChainState
 from pmcmc.kernels import Kernel
 from pmcmc.random.streams import chain_keys, some_keys
 from pmcmc.recurrence import RecurrenceSolver, Solution, Stats
+from pmcmc.sampling.parts import InParts
 from pmcmc.sampling.programs import Shape, draw_noise, new_buffers, one_step, solve_noise
+from pmcmc.sampling.threads import AtOnce, Clock
 from pmcmc.target import Target
 
 # Bytes that one solve, and one stretch of sequential sampling, may take for all chains; see `Engine.bytes_per_step`.
@@ -40,8 +42,8 @@ class Segment(NamedTuple):
         result: `RESULTS` code of each chain; shape (C,).
         residual: Residual of each chain; shape (C,).
         stats: `Stats` of each chain.
-        paths: For each group of chains unknowns, infos and near ties (accept decisions within rounding of a tie), with
-            leading axes (chains * num_blocks, capacity).
+        paths: Unknowns, infos and near ties (accept decisions within rounding of a tie) of all lanes, in one or more
+            pieces with leading axes (lanes, capacity).
         num_blocks: P, blocks per chain.
         block_length: S, steps of each block; later entries of a lane are undefined.
     """
@@ -54,21 +56,21 @@ class Segment(NamedTuple):
     block_length: int
 
     @classmethod
-    def of(cls, solved: list[tuple[Solution, Array]], num_blocks: int, block_length: int) -> "Segment":
-        """Return the segment of several groups of chains, from solutions in lanes and near ties."""
+    def of(
+        cls, solutions: list[Solution], paths: list[tuple[PyTree, PyTree, Array]], num_blocks: int, block_length: int
+    ) -> "Segment":
+        """Return the segment of the solutions of several groups of chains."""
         join = lambda *xs: np.concatenate(list(map(_read, xs)))
-        solutions = [solution for solution, _ in solved]
         result, residual, stats = jax.tree.map(join, *((s.result, s.residual, s.stats) for s in solutions))
-        paths = [(solution.value, solution.aux, ties) for solution, ties in solved]
         return cls(result, residual, stats, paths, num_blocks, block_length)
 
     def chains(self) -> tuple[PyTree, PyTree, np.ndarray]:
         """Return unknowns, infos and near ties as numpy arrays (C, steps, ...)."""
 
-        def leaf(*groups: Any) -> np.ndarray:
-            lanes = [_read(x)[:, : self.block_length] for x in groups]
-            rows = [x.reshape(len(x) // self.num_blocks, -1, *x.shape[2:]) for x in lanes]
-            return rows[0] if len(rows) == 1 else np.concatenate(rows)
+        def leaf(*pieces: Any) -> np.ndarray:
+            lanes = [_read(x)[:, : self.block_length] for x in pieces]
+            every = lanes[0] if len(lanes) == 1 else np.concatenate(lanes)
+            return every.reshape(len(self.result), -1, *every.shape[2:])
 
         return jax.tree.map(leaf, *self.paths)
 
@@ -78,18 +80,6 @@ def _read(x: Any) -> np.ndarray:
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return multihost_utils.process_allgather(x, tiled=True)
-
-
-class Clock(NamedTuple):
-    """Seconds that programs took.
-
-    Attributes:
-        compile_seconds: Seconds of compilation, as far as they were waited for.
-        run_seconds: Seconds in which programs ran.
-    """
-
-    compile_seconds: float
-    run_seconds: float
 
 
 class Engine:
@@ -191,36 +181,39 @@ class Engine:
         blocks = solver.blocks_for(length)
         capacity = math.ceil(length / blocks)
         unit = solver.unit if capacity >= 4 * solver.unit else 1
-        groups = 1 if solver.shared_by else self.num_groups(blocks)
-        return Shape(blocks, math.ceil(capacity / unit) * unit, solver.shared_by, num_groups=groups)
+        groups, parts = (1, 1) if solver.shared_by else self.threads(blocks)
+        return Shape(blocks, math.ceil(capacity / unit) * unit, solver.shared_by, num_groups=groups, num_parts=parts)
 
-    def num_groups(self, num_blocks: int) -> int:
-        """Return the number of equal groups of chains that are solved apart, as many at once as there are cores.
+    def threads(self, num_blocks: int) -> tuple[int, int]:
+        """Return how threads share the work: the number of groups of chains, and that of parts of all lanes.
 
-        On a CPU, groups of chains in blocks are at most as many as cores, and each has more than `FEW_LANES` lanes:
-        fewer are not stepped with lanes last. Groups of sequential chains have `FEWEST_TOGETHER` to `FEW_LANES` chains
-        if that is possible: more are not one kernel.
+        Chains in blocks form as many equal groups as there are cores. If their number does not allow as many as there
+        could be equal parts of the lanes, there are parts. Either has more than `FEW_LANES` lanes: fewer are not
+        stepped with lanes last. Groups of sequential chains have `FEWEST_TOGETHER` to `FEW_LANES` chains if that is
+        possible: more are not one kernel. On other platforms than CPUs there are neither.
 
         Args:
             num_blocks: P, blocks per chain; 1 for sequential sampling.
         """
         if default_platform() != "cpu":
-            return 1
-        cores = num_cores()
-        sizes = {n: self.num_chains // n for n in range(1, self.num_chains + 1) if self.num_chains % n == 0}
+            return 1, 1
+        cores, chains = num_cores(), self.num_chains
         if num_blocks > 1:
-            return max((n for n in sizes if n <= cores and sizes[n] * num_blocks > FEW_LANES), default=1)
+            lanes = chains * num_blocks
+            parts = max((n for n in range(1, cores + 1) if lanes % n == 0 and lanes // n > FEW_LANES), default=1)
+            return (parts, 1) if chains % parts == 0 else (1, parts)
+        sizes = {n: chains // n for n in range(1, chains + 1) if chains % n == 0}
         small = [n for n in sizes if FEWEST_TOGETHER <= sizes[n] <= FEW_LANES]
-        return min(small, key=lambda n: (math.ceil(n / cores) * sizes[n], n), default=1)
+        return min(small, key=lambda n: (math.ceil(n / cores) * sizes[n], n), default=1), 1
 
     def _buffer_shapes(self, shape: Shape) -> tuple[PyTree, PyTree]:
-        """Return the shapes of the buffers of a group: noise, and (value, aux)."""
-        leading = (self.num_chains // shape.num_groups * shape.num_blocks, shape.capacity)
+        """Return the shapes of the buffers of a group or part: noise, and (value, aux)."""
+        leading = (self.num_chains * shape.num_blocks // shape.num_threads, shape.capacity)
         widen = lambda s: jax.ShapeDtypeStruct((*leading, *s.shape), s.dtype, sharding=shape.sharding)
         return jax.tree.map(widen, self._step_shapes)
 
     def _take_buffers(self, shape: Shape) -> list[tuple[PyTree, PyTree]]:
-        """Take the buffers of the last segment if it had this shape, otherwise new ones, for each group."""
+        """Take the buffers of the last segment if it had this shape, otherwise new ones, for each group or part."""
         if shape in self._buffers:
             return self._buffers.pop(shape)
         self._buffers.clear()  # hold the buffers of one shape at a time
@@ -228,7 +221,7 @@ class Engine:
         # A program's results would get a layout that XLA chooses, for which the programs would be compiled once more.
         if shape.devices:
             return [jax.tree.unflatten(structure, [jnp.zeros(s.shape, s.dtype, device=s.sharding) for s in leaves])]
-        return [jax.tree.unflatten(structure, new_buffers(tuple(leaves))) for _ in range(shape.num_groups)]
+        return [jax.tree.unflatten(structure, new_buffers(tuple(leaves))) for _ in range(shape.num_threads)]
 
     def compile_ahead(self, solver: RecurrenceSolver, shape: Shape) -> None:
         """Start to compile both programs of a solver in the background."""
@@ -269,22 +262,14 @@ class Engine:
         keys = self._keys(shape, 0)
         programs = [
             new_buffers.lower(tuple(jax.tree.leaves(buffers))),
-            draw_noise.lower(self.target, self.kernel, keys, numbers, number, noise, shape=shape),
-            solve_noise.lower(
-                self.target,
-                self.kernel,
-                solver,
-                noise,
-                x0,
-                numbers,
-                numbers,
-                number,
-                self.guesses,
-                self.scale,
-                record,
-                shape=shape,
-            ),
+            draw_noise.lower(self.target, self.kernel, keys, numbers, number, number, noise, shape=shape),
         ]
+        if shape.num_parts > 1:
+            segment = self._in_parts(solver, shape, x0, numbers, number)
+            programs += segment.lower(noise, record)
+        else:
+            arrays = (noise, x0, numbers, numbers, number, self.guesses, self.scale, record)
+            programs.append(solve_noise.lower(self.target, self.kernel, solver, *arrays, shape=shape))
 
         def compile_programs() -> None:
             with ThreadPoolExecutor(len(programs)) as side_by_side:
@@ -310,31 +295,36 @@ class Engine:
         """
         # Wait for a compilation in the background. Programs that several threads will run are compiled before.
         waited, begin = self.background.wait(_name(solver, shape)), time.perf_counter()
-        if shape.num_groups > 1 and self.compile_seconds(solver, shape) is None:
+        if shape.num_threads > 1 and self.compile_seconds(solver, shape) is None:
             self._trace(solver, shape)()
             waited += time.perf_counter() - begin
-        # Solve all groups of chains at once.
+        # Solve.
         integer = jnp.result_type(int)
         first, length = np.asarray(self.origin + first_step, integer), np.asarray(block_length, integer)
         buffers = self._take_buffers(shape)
-        settings = settings_of_thread()
-
-        def group(number: int) -> tuple[PyTree, tuple[Solution, Array], Clock]:
-            with settings():
-                return self._solve_group(solver, shape, number, x0, first, length, buffers[number])
-
-        num_threads = min(shape.num_groups, num_cores())
-        with ThreadPoolExecutor(num_threads) as threads:
-            done = list((threads.map if num_threads > 1 else map)(group, range(shape.num_groups)))
+        with AtOnce(shape.num_threads) as at_once:
+            if shape.num_parts > 1:
+                solution, buffers, ties = self._in_parts(solver, shape, x0, first, length).solve(buffers, at_once)
+                solutions = [solution]
+                paths = [(value, aux, near) for (_, (value, aux)), near in zip(buffers, ties, strict=True)]
+            else:
+                group = lambda number: self._solve_group(solver, shape, number, x0, first, length, buffers[number])
+                done = at_once(group, range(shape.num_groups))
+                solutions = [solution for _, (solution, _) in done]
+                paths = [(solution.value, solution.aux, near) for _, (solution, near) in done]
+                buffers = [(noise, (solution.value, solution.aux)) for noise, (solution, _) in done]
         # Keep the results as buffers of the next segment, and account for the time.
         if solver.walks:
-            self._buffers[shape] = [(noise, (solution.value, solution.aux)) for noise, (solution, _), _ in done]
-        of_thread = lambda seconds: max(max(seconds), sum(seconds) / num_threads)
-        clock = Clock(*map(of_thread, zip(*(clock for *_, clock in done), strict=True)))
-        clock = clock._replace(compile_seconds=waited + clock.compile_seconds)
+            self._buffers[shape] = buffers
+        clock = at_once.clock.plus(Clock(waited, 0.0))
         self._note(solver, shape, clock.compile_seconds)
-        self.clock = Clock(*(a + b for a, b in zip(self.clock, clock, strict=True)))
-        return Segment.of([solved for _, solved, _ in done], shape.num_blocks, block_length), clock
+        self.clock = self.clock.plus(clock)
+        return Segment.of(solutions, paths, shape.num_blocks, block_length), clock
+
+    def _in_parts(self, solver: Any, shape: Shape, x0: PyTree, first: Any, length: Any) -> InParts:
+        """Return the solve of a segment whose lanes are shared by threads."""
+        arrays = (self.chain_keys, self.guesses, self.scale, x0, first, length)
+        return InParts(self.target, self.kernel, solver, shape, *arrays)
 
     def _solve_group(
         self,
@@ -345,7 +335,7 @@ class Engine:
         first: np.ndarray,
         length: np.ndarray,
         buffers: tuple[PyTree, PyTree],
-    ) -> tuple[PyTree, tuple[Solution, Array], Clock]:
+    ) -> tuple[tuple[PyTree, tuple[Solution, Array]], Clock]:
         """Draw the noise of a group of chains, then solve; both programs overwrite the buffers.
 
         Args:
@@ -358,17 +348,24 @@ class Engine:
             buffers: Buffers of the group.
 
         Returns:
-            The noise, the solution and its near ties, and the seconds.
+            The noise, and the solution and its near ties; and the seconds.
         """
         (noise, record), own = buffers, self._own(shape, number)
         start = x0 if shape.num_groups == 1 else jax.tree.map(lambda x: np.asarray(x)[own], x0)
         noise, drawing = draw_noise.timed(
-            self.target, self.kernel, self._keys(shape, number), first[own], length, noise, shape=shape
+            self.target,
+            self.kernel,
+            self._keys(shape, number),
+            first[own],
+            length,
+            np.zeros_like(length),
+            noise,
+            shape=shape,
         )
         numbers = np.arange(self.num_chains, dtype=first.dtype)[own]
-        arrays = (noise, start, numbers, first[own], length, self.guesses, self.scale, record if solver.walks else None)
-        solved, solving = solve_noise.timed(self.target, self.kernel, solver, *arrays, shape=shape)
-        return noise, solved, Clock(drawing[0] + solving[0], drawing[1] + solving[1])
+        rest = (numbers, first[own], length, self.guesses, self.scale, record if solver.walks else None)
+        solved, solving = solve_noise.timed(self.target, self.kernel, solver, noise, start, *rest, shape=shape)
+        return (noise, solved), Clock(*drawing).plus(Clock(*solving))
 
     def _own(self, shape: Shape, number: int) -> slice:
         """Return which chains belong to a group."""

@@ -1,4 +1,6 @@
-"""The two compiled programs of a segment: `draw_noise` draws the noise of its steps, `solve_noise` finds its states.
+"""The compiled programs of a segment: `draw_noise` draws the noise of its steps, `solve_noise` finds its states.
+
+`solve_part` takes the place of `solve_noise` where threads solve parts of the lanes.
 
 A `Shape` is what they are compiled for. `pmcmc.sampling.engine.Engine` runs them.
 """
@@ -13,12 +15,13 @@ import jax.numpy as jnp
 from pmcmc._pytree import Array, PyTree
 from pmcmc._xla.compile import plain_jit, tuned_jit
 from pmcmc._xla.rewrites import FEW_LANES, in_one_kernel
-from pmcmc.kernels import Kernel
+from pmcmc.kernels import Info, Kernel
 from pmcmc.kernels.base import near_tie_bound
 from pmcmc.random.streams import key_pair, lane_noise
-from pmcmc.recurrence import RecurrenceSolver, Solution
+from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Solution
 from pmcmc.recurrence.sequential import Lanes, Layout
-from pmcmc.recurrence.sharding import AllLanes, Steps, lane_sharding, over_devices, over_steps, step_sharding
+from pmcmc.recurrence.sharding import PartOfLanes, Steps, lane_sharding, over_devices, over_steps, step_sharding
+from pmcmc.recurrence.shooting.parts import Call, Part, call_part
 from pmcmc.target import Target
 
 
@@ -35,6 +38,8 @@ class Shape(NamedTuple):
         by_steps: Whether each device has a part of the steps of every chain; otherwise it has some of the lanes.
         num_groups: Groups of chains, equally large, that are solved at once, each by a thread. The programs are those
             of one group.
+        num_parts: Parts of the lanes of all chains, equally large, that are solved at once, each by a thread, and hand
+            over to the next one. The programs are those of one part. 1 if there are several groups.
     """
 
     num_blocks: int
@@ -42,6 +47,12 @@ class Shape(NamedTuple):
     devices: Sequence[jax.Device] = ()
     by_steps: bool = False
     num_groups: int = 1
+    num_parts: int = 1
+
+    @property
+    def num_threads(self) -> int:
+        """Number of groups or parts."""
+        return self.num_groups * self.num_parts
 
     def layout(self, num_chains: int, block_length: int | Array) -> Layout:
         """Return the layout of ``num_chains`` chains whose blocks all have ``block_length`` steps."""
@@ -62,14 +73,15 @@ def draw_noise(
     chain_keys: Array,
     first_step: Array,
     block_length: Array,
+    part: Array,
     buffer: PyTree,
     *,
     shape: Shape,
 ) -> PyTree:
     """Draw the noise of ``num_blocks * block_length`` steps of all chains, laid out as lanes.
 
-    Each device draws the noise of its own lanes, or of its own steps. The program is separate from `solve_noise`,
-    because together they took 61 ms instead of 47 on 10^6 MALA steps (docs/decisions/006).
+    Each device draws the noise of its own lanes, or of its own steps; each part that of its own lanes. The program is
+    separate from `solve_noise`, because together they took 61 ms instead of 47 on 10^6 MALA steps (docs/decisions/006).
 
     Args:
         target: Target to sample.
@@ -77,11 +89,12 @@ def draw_noise(
         chain_keys: Keys of the chains; shape (C,).
         first_step: Number of each chain's first step; shape (C,).
         block_length: Steps of each block.
+        part: Number of the part.
         buffer: Earlier noise of this shape, which is overwritten.
         shape: Shape of the program.
 
     Returns:
-        Noise, leading axes (C * num_blocks, capacity).
+        Noise, leading axes (own lanes, capacity).
     """
     if shape.by_steps:
         axes = jax.tree.map(lambda _: 1, buffer)
@@ -96,7 +109,7 @@ def draw_noise(
         return lane_noise(target, kernel, chain_keys[chain], first, block_length, buffer, shape.capacity)
 
     if not shape.devices:
-        return draw(AllLanes(layout), buffer)
+        return draw(PartOfLanes(layout, shape.num_parts, part), buffer)
     return over_devices(shape.devices, draw, buffer, jax.tree.map(lambda _: True, buffer), layout)
 
 
@@ -144,24 +157,91 @@ def solve_noise(
     Returns:
         The solution in lanes, and which accept decisions are near ties; shape (C * num_blocks, capacity).
     """
-    num_guesses = jax.tree.leaves(guesses)[0].shape[0]
     arrays = (target, kernel, noise, x0, numbers, first_step, block_length, guesses, scale, buffers)
 
     # All arrays are arguments, because `in_one_kernel` must see every array that the kernel reads.
     def solve(target, kernel, noise, x0, numbers, first_step, block_length, guesses, scale, buffers):
-        def guess(index):
-            # Neighbouring steps get different guesses, and so do equal steps of different chains.
-            pick = (numbers[:, None] * 7919 + (first_step[:, None] + index[None]) * 31) % num_guesses
-            return jax.tree.map(lambda x: x[pick], guesses)
-
-        transition = kernel.transition(target)
+        guess = partial(_guess, guesses, numbers, first_step)
         layout = shape.layout(len(numbers), block_length)
-        solution = solver.solve_lanes(Lanes(transition, x0, noise, guess, scale, layout, buffers))
-        return solution, jnp.abs(solution.aux.margin) <= near_tie_bound(solution.aux)
+        solution = solver.solve_lanes(Lanes(kernel.transition(target), x0, noise, guess, scale, layout, buffers))
+        return solution, _near_ties(solution.aux)
 
     if solver.is_sequential and len(numbers) <= FEW_LANES:
         return in_one_kernel(solve, *arrays)
     return solve(*arrays)
+
+
+@tuned_jit(static_argnames="shape", donate_argnames="buffers")
+def solve_part(
+    target: Target,
+    kernel: Kernel,
+    solver: MultipleShooting,
+    noise: PyTree,
+    x0: PyTree,
+    first_step: Array,
+    block_length: Array,
+    guesses: PyTree,
+    scale: PyTree,
+    number: Array,
+    what: Call,
+    before: PyTree,
+    part: Part,
+    buffers: PyTree,
+    *,
+    shape: Shape,
+) -> tuple[PyTree, PyTree, Array, Part]:
+    """Advance one part of the lanes of all chains; see `pmcmc.recurrence.shooting.parts`.
+
+    Args:
+        target: Target to sample.
+        kernel: Kernel that takes the steps.
+        solver: Solver of the recurrence.
+        noise: Noise of the part's lanes from `draw_noise`.
+        x0: Unknowns before the first step of all chains, leading axis C.
+        first_step: Number of each chain's first step; shape (C,).
+        block_length: Steps of each block.
+        guesses: Bank of unknowns, leading axis N, from which initial guesses are taken; they cannot change the result.
+        scale: Spread of each coordinate of an unknown; None if it is not known.
+        number: Number of the part.
+        what: What to do.
+        before: What the part before hands over.
+        part: State of the part.
+        buffers: (value, aux) of the part's lanes, which are overwritten.
+        shape: Shape of the program.
+
+    Returns:
+        Value, aux and near ties of the part's lanes, and its state. Near ties are counted like finite states.
+    """
+    layout = shape.layout(len(first_step), block_length)
+    guess = partial(_guess, guesses, jnp.arange(len(first_step)), first_step)
+    lanes = Lanes(kernel.transition(target), x0, noise, guess, scale, layout, buffers)
+    value, aux, part = call_part(solver, lanes, number, shape.num_parts, what, before, part)
+    none = jnp.zeros(aux.margin.shape, bool)
+    ties = jax.lax.fori_loop(0, jnp.where(what.fill, 0, 1), lambda _, none: _near_ties(aux), none)
+    return value, aux, ties, part
+
+
+def _guess(guesses: PyTree, numbers: Array, first_step: Array, index: Array) -> PyTree:
+    """Return guesses of some steps of some chains, leading axes (C, steps).
+
+    Neighbouring steps get different guesses, and so do equal steps of different chains.
+    """
+    num_guesses = jax.tree.leaves(guesses)[0].shape[0]
+    pick = (numbers[:, None] * 7919 + (first_step[:, None] + index[None]) * 31) % num_guesses
+    return jax.tree.map(lambda x: x[pick], guesses)
+
+
+def _near_ties(aux: Info) -> Array:
+    """Return which accept decisions are near ties; the shape of the margins."""
+    return jnp.abs(aux.margin) <= near_tie_bound(aux)
+
+
+@plain_jit()
+def one_carry(target: Target, kernel: Kernel, chain_keys: Array, guesses: PyTree) -> PyTree:
+    """Return the carry after a step of one chain; used for its shape."""
+    recurrence = kernel.transition(target)
+    noise = kernel.sample_noise(key_pair(chain_keys[0]), target)
+    return recurrence.step(recurrence.restore(jax.tree.map(lambda x: x[0], guesses)), noise)[0]
 
 
 @plain_jit()

@@ -21,8 +21,9 @@ from pmcmc.chain.report import by_result, span
 from pmcmc.kernels import Info
 from pmcmc.planning.plan import Pace
 from pmcmc.recurrence import RESULTS, RecurrenceSolver, Sequential
-from pmcmc.sampling.engine import Clock, Engine, Segment
+from pmcmc.sampling.engine import Engine, Segment
 from pmcmc.sampling.programs import Shape
+from pmcmc.sampling.threads import Clock
 
 
 class Moves(NamedTuple):

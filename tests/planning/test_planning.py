@@ -164,7 +164,7 @@ def test_devices_are_a_choice() -> None:
 def test_groups_of_chains_make_lanes_cheaper(lanes) -> None:
     """On a CPU two threads take less than half of the time from a lane of blocks, and nothing from other lanes."""
     seconds = dict(on_cpu=True, sequential=1e-5, num_chains=4, compile_seconds=1.0, num_cores=2, lanes=lanes)
-    alone, shared = (CostModel().costs(**seconds, num_groups=n) for n in (1, 2))
+    alone, shared = (CostModel().costs(**seconds, num_threads=n) for n in (1, 2))
     assert alone.blocks_step(64) == alone.step(64) == shared.step(64)
     assert shared.blocks_step(64, 2) == alone.step(64, 2)  # devices that share the lanes have no groups
     if lanes is None:
@@ -172,7 +172,7 @@ def test_groups_of_chains_make_lanes_cheaper(lanes) -> None:
     else:
         assert alone.step(64) / 2 < shared.blocks_step(64) < alone.step(64)
     on_gpu = seconds | dict(on_cpu=False)
-    assert CostModel().costs(**on_gpu, num_groups=2) == CostModel().costs(**on_gpu)
+    assert CostModel().costs(**on_gpu, num_threads=2) == CostModel().costs(**on_gpu)
 
 
 def test_lanes_of_warmup_tell_the_cost_of_lanes() -> None:

@@ -16,10 +16,11 @@ from pmcmc.planning import Costs
 from pmcmc.planning.plan import Pace
 from pmcmc.recurrence import Sequential
 from pmcmc.sampling import automatic, pilot, session
-from pmcmc.sampling.engine import Clock, Engine
+from pmcmc.sampling.engine import Engine
 from pmcmc.sampling.pilot import FIRST_STRETCH, NUM_TIMED, TIMING_SECONDS, Head
 from pmcmc.sampling.segments import Run
 from pmcmc.sampling.settings import as_key
+from pmcmc.sampling.threads import Clock
 from pmcmc.warmup import lanes, sites
 from tests.helpers.targets import gaussian, start_like
 

@@ -60,16 +60,21 @@ def test_groups_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     solve(2, num_segments=1)
 
 
-@pytest.mark.parametrize(("num_chains", "cores", "expected"), [(4, 2, 2), (4, 8, 4), (3, 2, 1), (1, 4, 1), (6, 4, 3)])
-def test_there_are_as_many_groups_as_cores_and_chains_allow(
-    num_chains: int, cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
+# Groups of 12 blocks need more than 8 lanes each, and so do parts.
+BLOCK_THREADS = [(4, 2, (2, 1)), (4, 8, (4, 1)), (6, 4, (1, 4)), (3, 2, (1, 2)), (1, 4, (1, 1)), (2, 1, (1, 1))]
+
+
+@pytest.mark.parametrize(("num_chains", "cores", "expected"), BLOCK_THREADS)
+def test_there_are_as_many_groups_or_parts_as_cores_allow(
+    num_chains: int, cores: int, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engines, "num_cores", lambda: cores)
     engine = new_engine()
     engine.chain_keys = jax.random.split(jax.random.key(0), num_chains)
-    assert engine.shape_for(MultipleShooting(num_blocks=NUM_BLOCKS), 1000).num_groups == expected
-    assert engine.shape_for(MultipleShooting(num_blocks=2), 1000).num_groups == 1  # too few lanes for two groups
-    assert engine.shape_for(pmcmc.recurrence.deer(), 1000).num_groups == 1
+    shape = engine.shape_for(MultipleShooting(num_blocks=NUM_BLOCKS), 1000)
+    assert (shape.num_groups, shape.num_parts) == expected
+    assert engine.shape_for(MultipleShooting(num_blocks=2), 1000).num_threads == 1  # too few lanes
+    assert engine.shape_for(pmcmc.recurrence.deer(), 1000).num_threads == 1
 
 
 SEQUENTIAL_GROUPS = [(1, 4, 1), (4, 2, 1), (8, 1, 1), (8, 2, 2), (10, 2, 2), (16, 2, 2), (24, 2, 4), (11, 2, 1)]

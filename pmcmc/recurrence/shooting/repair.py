@@ -18,7 +18,7 @@ Each clause keeps the certificate true:
 sweep, `_compare` is clauses 2 to 4.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +64,7 @@ class Sweep(NamedTuple):
         critical_path: Sequential steps, (chains,).
         evaluations: Steps taken while active, (lanes,).
         depth: Sequential steps so far, the largest over chains and devices.
+        handed: Whether the last lane has handed on a new end.
     """
 
     number: Array
@@ -76,6 +77,25 @@ class Sweep(NamedTuple):
     critical_path: Array
     evaluations: Array
     depth: Array
+    handed: Array
+
+    @classmethod
+    def first(cls, held: Any, start: PyTree, active: Array, end: PyTree, recording: Recording, depth: Array) -> "Sweep":
+        """Return the state before the first repair sweep; ``held`` are the lanes of this device."""
+        none = jnp.zeros(held.layout.num_chains, int)
+        return cls(
+            number=jnp.zeros((), int),
+            start=start,
+            active=active,
+            pending=jnp.any(held.most(active.astype(int)) > 0),
+            end=end,
+            recording=recording,
+            num_sweeps=none,
+            critical_path=none,
+            evaluations=jnp.zeros(held.num_lanes, int),
+            depth=depth,
+            handed=jnp.zeros((), bool),
+        )
 
 
 class Pass(NamedTuple):
@@ -112,7 +132,8 @@ def repair_sweep(lanes: Lanes, tol: Array, max_steps: Scalar, sweep: Sweep) -> S
     """Run the active lanes once, then give the new ends to their successors."""
     carry, done = _run_pass(lanes, tol, max_steps - sweep.depth, sweep)
     end = tree_where(done.ran_out, carry, sweep.end)
-    start, active = successor_starts(lanes, end, done.ran_out & ~done.active)
+    ran_out = done.ran_out & ~done.active
+    start, active = successor_starts(lanes, end, ran_out)
     # a lane that the budget stopped is still active: its block is not certified
     active = active | done.active
     counts = lanes.held.most(done.taken, sweep.active.astype(int), active.astype(int))
@@ -129,6 +150,7 @@ def repair_sweep(lanes: Lanes, tol: Array, max_steps: Scalar, sweep: Sweep) -> S
         critical_path=sweep.critical_path + taken,
         evaluations=sweep.evaluations + done.taken,
         depth=sweep.depth + jnp.max(taken),
+        handed=sweep.handed | ran_out[-1],
     )
 
 

@@ -30,10 +30,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pmcmc._arguments import check_int
 from pmcmc._pytree import (
     Array,
+    ArrayLeaf,
     PyTree,
     Scalar,
     expand_mask,
@@ -111,11 +113,15 @@ class MultipleShooting(LaneSolver):
         blocks, shares = self.num_blocks or default_num_blocks(length), max(1, len(self.shared_by))
         return shares * -(-blocks // shares)
 
-    def solve_lanes(self, lanes):
-        dtype = real_dtype(lanes.x0)
+    def limits(self, x0: PyTree) -> tuple[Array, Scalar, Scalar]:
+        """Return the tolerance, the budget of sweeps and that of steps for chains of this state, (C, ...)."""
+        dtype = real_dtype(x0)
         tol = jnp.asarray(default_tolerance(dtype) if self.tol is None else self.tol, dtype)
-        max_sweeps = lanes.layout.num_blocks if self.max_sweeps is None else self.max_sweeps
-        max_steps = jnp.iinfo(jnp.int32).max if self.max_steps is None else self.max_steps
+        or_most = lambda limit: np.iinfo(np.int32).max if limit is None else limit  # P sweeps always suffice
+        return tol, or_most(self.max_sweeps), or_most(self.max_steps)
+
+    def solve_lanes(self, lanes):
+        tol, max_sweeps, max_steps = self.limits(lanes.x0)
 
         def run(held: Any, own: tuple[PyTree, PyTree]) -> Outcome:
             inputs, buffers = own
@@ -164,15 +170,25 @@ class Filled(NamedTuple):
 
 def _run(lanes: Lanes, tol: Array, max_sweeps: Scalar, max_steps: Scalar) -> Outcome:
     """Run the zeroth sweep and all repair sweeps, for the lanes of this device."""
-    sweep = _fill(lanes)
+    held, length = lanes.held, lanes.layout.block_length
+    end, path, aux = fill(lanes)
     if lanes.scale is None:
-        lanes = lanes._replace(scale=_scale(lanes, sweep), measured=True)
+        lanes = lanes._replace(scale=measure_scale(lanes, path), measured=True)
+    zero = jnp.zeros(held.num_lanes, real_dtype(lanes.x0))
+    start, active = successor_starts(lanes, end, jnp.ones(held.num_lanes, bool))
+    begin = Sweep.first(held, start, active, end, Recording(path, aux, zero, zero, zero, zero), jnp.asarray(length))
+    sweep = repair(lanes, tol, max_sweeps, max_steps, begin)
+    evaluations = held.valid_steps() + sweep.evaluations
+    return Outcome(sweep.recording, sweep.active, evaluations, sweep.num_sweeps, length + sweep.critical_path)
+
+
+def repair(lanes: Lanes, tol: Array, max_sweeps: Scalar, max_steps: Scalar, sweep: Sweep) -> Sweep:
+    """Run repair sweeps until no block is pending, or a budget is used up; see `MultipleShooting`."""
 
     def pending(sweep):
         return sweep.pending & (sweep.number < max_sweeps) & (sweep.depth < max_steps)
 
-    sweep = jax.lax.while_loop(pending, lambda sweep: repair_sweep(lanes, tol, max_steps, sweep), sweep)
-    return Outcome(sweep.recording, sweep.active, sweep.evaluations, sweep.num_sweeps, sweep.critical_path)
+    return jax.lax.while_loop(pending, lambda sweep: repair_sweep(lanes, tol, max_steps, sweep), sweep)
 
 
 def _guessed_starts(lanes: Lanes) -> PyTree:
@@ -187,17 +203,25 @@ def _guessed_starts(lanes: Lanes) -> PyTree:
     return jax.vmap(lanes.recurrence.restore)(lanes.held.own(starts))
 
 
-def _scale(lanes: Lanes, sweep: "Sweep") -> PyTree:
+def measure_scale(lanes: Lanes, path: PyTree) -> PyTree:
     """Measure the scale of each coordinate on the states of the zeroth sweep."""
     layout = lanes.layout
     known = jnp.arange(layout.capacity)[None] < lanes.held.valid_steps()[:, None]
     stride = max(1, layout.num_lanes * layout.capacity // SCALE_STATES)
-    return typical_scale(lanes.held.every(stride, _blank(known, sweep.recording.path)))
+    return typical_scale(lanes.held.every(stride, _blank(known, path)))
 
 
-def _fill(lanes: Lanes) -> Sweep:
-    """Run the zeroth sweep: S plain steps of every block."""
-    layout, held, recurrence = lanes.layout, lanes.held, lanes.recurrence
+def fill(lanes: Lanes, steps: Array | None = None) -> tuple[PyTree, PyTree, PyTree]:
+    """Run the zeroth sweep: plain steps of every block.
+
+    Args:
+        lanes: What is solved.
+        steps: Number of steps. None: S.
+
+    Returns:
+        The carries at the end, states, and aux.
+    """
+    layout, recurrence = lanes.layout, lanes.recurrence
     step, unknown = jax.vmap(recurrence.step), jax.vmap(recurrence.unknown)
     start = _guessed_starts(lanes)
     carry, _ = jax.eval_shape(step, start, read_step(lanes.inputs, 0))
@@ -207,27 +231,14 @@ def _fill(lanes: Lanes) -> Sweep:
         carry, aux = recurrence.step(carry, u)
         return carry, (recurrence.unknown(carry), aux)
 
+    if steps is not None:
+        lanes = lanes._replace(layout=layout._replace(block_length=steps))
     if recurrence.staged is None:
         end, (path, aux) = walk_abreast(one, start, lanes, math.gcd(layout.capacity, CHUNK))
     else:
         record = record_for(jax.vmap(one), start, lanes)
         end, (path, aux) = _fill_apart(recurrence.staged, unknown, start, lanes, record)
-    zeros = jnp.zeros(held.num_lanes, real_dtype(lanes.x0))
-    none = jnp.zeros(layout.num_chains, int)
-    everyone = jnp.ones(held.num_lanes, bool)
-    start, active = successor_starts(lanes, end, everyone)
-    return Sweep(
-        number=jnp.zeros((), int),
-        start=start,
-        active=active,
-        pending=jnp.any(held.most(active.astype(int)) > 0),
-        end=end,
-        recording=Recording(path, aux, zeros, zeros, zeros, zeros),
-        num_sweeps=none,
-        critical_path=none + layout.block_length,
-        evaluations=held.valid_steps(),
-        depth=jnp.asarray(layout.block_length),
-    )
+    return end, path, aux
 
 
 def _fill_apart(staged: Staged, unknown, start: PyTree, lanes: Lanes, record: PyTree) -> tuple[PyTree, PyTree]:
@@ -248,34 +259,78 @@ def _blank(known: Array, value: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.where(expand_mask(known, x), x, jnp.nan) if is_real(x) else x, value)
 
 
+class LaneResults(NamedTuple):
+    """What the certificate is made of, for all lanes, (lanes,): fields of the last `Sweep` and `Recording`.
+
+    Attributes:
+        leading: Steps before the first state that is not finite.
+    """
+
+    leading: ArrayLeaf
+    active: ArrayLeaf
+    splice: ArrayLeaf
+    residual: ArrayLeaf
+    growth: ArrayLeaf
+    growth_count: ArrayLeaf
+    evaluations: ArrayLeaf
+
+
+def leading_finite(lanes: Lanes, path: PyTree) -> Array:
+    """Count the steps of each lane before the first state that is not finite, (own lanes,)."""
+    valid = lanes.held.valid_steps()
+    steps = jnp.arange(lanes.layout.capacity)[None]
+    return jnp.minimum(leading_true(finite_rows(path, 2) | (steps >= valid[:, None])), valid)
+
+
 def _conclude(lanes: Lanes, tol: Array, sweep: Outcome) -> Solution:
-    """Decide how far the path is certified, and say why not further."""
-    recording, layout = sweep.recording, lanes.layout
-    valid = layout.valid_steps()
-    steps = jnp.arange(layout.capacity)[None]
-    # The finite prefix of each chain.
-    leading = jnp.minimum(leading_true(finite_rows(recording.path, 2) | (steps >= valid[:, None])), valid)
-    finite_prefix = jnp.where(
-        finite_rows(lanes.x0), _prefix(layout, layout.by_chain(leading == valid), layout.by_chain(leading)), 0
-    )
+    """Return the solution of all lanes."""
+    recording, layout, held = sweep.recording, lanes.layout, AllLanes(lanes.layout)
+    leading = leading_finite(lanes._replace(held=held), recording.path)
+    lasting = (recording.splice, recording.residual, recording.growth, recording.growth_count)
+    found = LaneResults(leading, sweep.active, *lasting, sweep.evaluations)
+    finite_prefix, solution = conclude(layout, tol, finite_rows(lanes.x0), found, sweep.num_sweeps, sweep.critical_path)
+    first = (jnp.arange(layout.num_blocks) * layout.block_length)[None]
+    known = jnp.arange(layout.capacity)[None] < jnp.reshape(finite_prefix[:, None] - first, (-1, 1))
+    # after the first non-finite state all values are unknown: a block there may still be the run of a guess
+    # (a loop of at most one iteration, which unlike a branch needs no second copy of the path)
+    rounds = jnp.where(jnp.all(finite_prefix == layout.length), 0, 1)
+    value = jax.lax.fori_loop(0, rounds, lambda _, x: _blank(known, x), recording.path)
+    return solution._replace(value=value, aux=recording.aux)
+
+
+def conclude(
+    layout: Layout, tol: Array, finite_x0: Array, found: LaneResults, num_sweeps: Array, critical_path: Array
+) -> tuple[Array, Solution]:
+    """Decide how far each chain is certified, and say why not further.
+
+    Args:
+        layout: How chains are cut into lanes.
+        tol: Largest accepted distance.
+        finite_x0: Whether the state before the first step is finite, (chains,).
+        found: What was found for all lanes.
+        num_sweeps: Repair sweeps in which the chain had work, (chains,).
+        critical_path: Sequential steps, (chains,).
+
+    Returns:
+        The finite prefix of each chain, and the solution without its states.
+    """
+    by_chain = layout.by_chain
+    whole, leading = by_chain(found.leading == layout.valid_steps()), by_chain(found.leading)
+    finite_prefix = jnp.where(finite_x0, _prefix(layout, whole, leading), 0)
     # Does the recurrence contract? Otherwise inexact merges do not count.
-    active, splice = layout.by_chain(sweep.active), layout.by_chain(recording.splice)
+    active, splice = by_chain(found.active), by_chain(found.splice)
     all_finite, complete = finite_prefix == layout.length, ~jnp.any(active, 1)
-    count = jnp.sum(layout.by_chain(recording.growth_count), axis=1)
-    growth = jnp.sum(layout.by_chain(recording.growth), axis=1)
+    count, growth = (jnp.sum(by_chain(x), axis=1) for x in (found.growth_count, found.growth))
     growth_rate = jnp.where(count > 0, growth / jnp.maximum(count, 1), jnp.nan)
     separating = separates(growth_rate, jnp.max(splice, axis=1), tol, layout.length)
     # The certified prefix ends at a pending block, or, if nearby paths separate, at one that merged inexactly.
     prefix = _prefix(layout, ~active & ((splice == 0) | ~separating[:, None]), jnp.zeros_like(active, int))
-    residual = jnp.max(layout.by_chain(recording.residual), axis=1)
+    residual = jnp.max(by_chain(found.residual), axis=1)
     first = (jnp.arange(layout.num_blocks) * layout.block_length)[None]
-    known = steps < jnp.reshape(finite_prefix[:, None] - first, (-1, 1))
     certified = jnp.minimum(prefix, finite_prefix)
-    return Solution(
-        # after the first non-finite state all values are unknown: a block there may still be the run of a guess
-        # (a loop of at most one iteration, which unlike a branch needs no second copy of the path)
-        value=jax.lax.fori_loop(0, jnp.where(jnp.all(all_finite), 0, 1), lambda _, x: _blank(known, x), recording.path),
-        aux=recording.aux,
+    return finite_prefix, Solution(
+        value=None,
+        aux=None,
         result=jnp.select(
             [~all_finite, ~complete, separating],
             [RESULTS.nonfinite, RESULTS.max_iters_reached, RESULTS.not_contracting],
@@ -283,10 +338,10 @@ def _conclude(lanes: Lanes, tol: Array, sweep: Outcome) -> Solution:
         ),
         residual=jnp.where(all_finite & complete, residual, jnp.inf),
         stats=Stats(
-            num_iters=jnp.zeros_like(sweep.num_sweeps),
-            num_sweeps=sweep.num_sweeps,
-            num_sequential_steps=sweep.critical_path,
-            num_fn_evals=jnp.sum(layout.by_chain(sweep.evaluations), axis=1),
+            num_iters=jnp.zeros_like(num_sweeps),
+            num_sweeps=num_sweeps,
+            num_sequential_steps=critical_path,
+            num_fn_evals=jnp.sum(by_chain(found.evaluations), axis=1),
             certified_steps=certified,
             growth_rate=growth_rate,
             certified_residual=jnp.max(jnp.where(first < certified[:, None], splice, 0.0), axis=1),

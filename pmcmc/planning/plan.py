@@ -3,10 +3,11 @@
 This is arithmetic on measurements; nothing is run. `plan` compares sequential sampling with blocks of every power of
 two, on one device and on all, and with DEER and quasi-DEER. The result is a `Plan` of `Candidate` entries.
 
-`next_segment` is the rule: a segment is planned to cost at most the time saved so far plus the share `LOSS` of a
-sequential run. A segment that fails may cost more, since its repair is given up after several predicted merges and one
-is counted (`PATIENCE` in `pmcmc.sampling.automatic`). For a plan, `schedule` applies it to a run in which merges occur
-as predicted; `pmcmc.sampling.automatic` applies it to the time that a run has really saved. `Pace` estimates the
+`allowance` is the rule: a parallel solve may take the time saved so far plus the share `LOSS` of a sequential run, and
+is given up when it has. `next_segment` chooses segments of blocks that should need no more than that. For a plan,
+`schedule` applies it to a run in which merges occur as predicted; `pmcmc.sampling.automatic` applies it to the time
+that a run has really saved. Newton's method solves a run at once, so it is considered only if a tenth of the run's
+sequential time should do. `Pace` estimates the
 seconds of a step from stretches, some of which may be delayed by a stalling machine.
 """
 
@@ -36,15 +37,24 @@ from pmcmc.stability.coalescence import Coalescence
 
 # The first segment is at most this share of a run.
 FIRST_SHARE = 1 / 8
-# Time that a failing segment may cost beyond the time saved so far, as a share of a sequential run.
+# Time that a failing solve may cost beyond the time saved so far, as a share of a sequential run.
 LOSS = 0.1
+
+
+def allowance(num_steps: int, saved: Scalar) -> Scalar:
+    """Return what a parallel solve may cost, in sequential steps; then it is given up.
+
+    Args:
+        num_steps: T, all steps planned for.
+        saved: Time saved so far, in sequential steps; it may be negative.
+    """
+    return LOSS * num_steps + max(saved, 0.0)
 
 
 def next_segment(num_steps: int, done: int, saved: Scalar, cost: Scalar, max_steps: Scalar) -> int:
     """Return the number of steps of the next segment.
 
-    Its planned cost, ``cost`` per step, is at most the time saved so far plus the share `LOSS` of a sequential run. The
-    first segment is at most T / 8.
+    Its planned cost, ``cost`` per step, is at most the `allowance`. The first segment is at most T / 8.
 
     Args:
         num_steps: T, all steps planned for.
@@ -53,7 +63,7 @@ def next_segment(num_steps: int, done: int, saved: Scalar, cost: Scalar, max_ste
         cost: Cost of a step in blocks, in sequential steps; see `segment_cost`.
         max_steps: Steps for which a solve has memory.
     """
-    allowed = (LOSS * num_steps + max(saved, 0.0)) / cost
+    allowed = allowance(num_steps, saved) / cost
     if not done:
         allowed = min(allowed, FIRST_SHARE * num_steps)
     return max(1, int(min(num_steps - done, allowed, max_steps)))
@@ -204,7 +214,8 @@ def plan(
     and ``(S + M) (a + C P b)`` seconds for each segment of S P steps, where M is the merge time of the slowest of
     C (P - 1) lanes (as in `predict_sweeps`) and b is the cost of a lane on the given number of devices (see `Costs`).
 
-    DEER and quasi-DEER take their predicted iterations (`predict_iterations`). Each of these is a step of C T (1 + D)
+    DEER and quasi-DEER take their predicted iterations (`predict_iterations`), and are considered if these cost at most
+    the `allowance`. Each of these is a step of C T (1 + D)
     lanes, for the map and its D tangents, and log2(T) overheads for the scan. If T states do not fit into memory, they
     are considered with windows that slide along the path (`Windowed`). Trust regions (ELK) are not considered: in 77
     measured cases in which paths merge, none was the cheapest (docs/decisions/018).
@@ -334,8 +345,10 @@ def _newton_candidates(
         windows = math.ceil(num_steps / window)
         count = Prediction(*(windows * k for k in predict_iterations(structure, coalescence, length=window)))
         iteration = costs.step(num_chains * window * (1 + dim)) + costs.overhead * math.log2(window)
-        # A solve that does not converge may cost its predicted iterations plus the share `LOSS` of a sequential run.
-        newton = make(max_iters=math.ceil(count.value + LOSS * num_steps * costs.sequential / iteration))
+        allowed = int(allowance(num_steps, 0.0) * costs.sequential / iteration)
+        if count.value > allowed:
+            continue
+        newton = make(max_iters=allowed)
         seconds = count.value * iteration + costs.compile
         if windows == 1:
             found.append(Candidate(name, newton, *count, seconds))

@@ -20,7 +20,7 @@ from pmcmc._xla import default_platform
 from pmcmc._xla.compile import num_cores
 from pmcmc.planning import Costs, Plan, plan
 from pmcmc.planning.costs import CostModel, segment_cost
-from pmcmc.planning.plan import FIRST_SHARE, block_solvers, next_segment
+from pmcmc.planning.plan import FIRST_SHARE, allowance, block_solvers, next_segment
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential
 from pmcmc.sampling.engine import Engine
 from pmcmc.sampling.pilot import Head, bias_after_warmup, couple
@@ -32,7 +32,8 @@ from pmcmc.warmup.base import LaneTiming
 
 # If the remaining steps should take at most this many seconds sequentially, there is no pilot and no plan.
 SHORT_SECONDS = 1.0
-# The repair of a segment may take this many times its predicted merge time; then the segment is given up.
+# The repair of a segment may take this many times its predicted merge time, if the segment may cost as much
+# (`pmcmc.planning.plan.allowance`); then the segment is given up.
 PATIENCE = 4
 # While the program of blocks is being compiled, steps are sampled sequentially in stretches of this many seconds. The
 # sampling and the compiling thread wait for each other between stretches.
@@ -266,8 +267,11 @@ class Automatic:
             length = next_segment(total, done, done - spent, cost, shape.capacity * blocks)
             if rates:
                 length = max(length, blocks * min(solver.unit, shape.capacity))  # a shorter segment takes as long
-            patience = math.ceil(PATIENCE * max(chosen.merge, solver.unit))
-            attempt = replace(solver, max_steps=math.ceil(length / blocks) + patience)
+            # It is given up after several predicted merges, or when it has taken what it may. One is always waited for.
+            plain, merge = math.ceil(length / blocks), math.ceil(max(chosen.merge, solver.unit))
+            rate = median_low(rates) if rates else expected
+            allowed = math.floor(allowance(total, done - spent) * sequential / rate)
+            attempt = replace(solver, max_steps=plain + min(max(allowed - plain, merge), PATIENCE * merge))
             # Solve it, and account for its time.
             segment, failed, clock = run.take(attempt, shape, length)
             steps, kept = int(np.max(segment.stats.num_sequential_steps)), run.done - start - done

@@ -325,3 +325,12 @@ def test_sees_a_planted_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     result, residual, error = check()
     assert result == RESULTS.successful
     assert min(residual, error) > 0.01
+
+
+@pytest.mark.parametrize(("platform", "most"), [("cpu", 128), ("gpu", 2048)])
+def test_default_number_of_blocks(platform: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """About sqrt(8 T), with at least 16 steps per block; on a CPU more lanes cost more in repair than they save."""
+    monkeypatch.setattr(solver, "default_platform", lambda: platform)
+    found = [MultipleShooting().blocks_for(length) for length in (1, 31, 32, 2000, 10**6)]
+    assert found == [1, 1, 2, 64, most]
+    assert MultipleShooting(num_blocks=1000).blocks_for(10**6) == 1000

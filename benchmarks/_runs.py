@@ -28,11 +28,12 @@ MANY_CORES = 8
 def solve_program(engine: Engine, solver: LaneSolver, shape: Shape) -> Any:
     """Compile the program that solves; noise, states and info are among its arguments."""
     noise, record = engine._buffer_shapes(shape)
+    source = engine._keys(shape, 0) if shape.draws else noise
     integer = jnp.result_type(int)
     number, numbers = np.asarray(0, integer), np.zeros(engine.num_chains // shape.num_groups, integer)
     x0 = jax.tree.map(lambda g: jax.ShapeDtypeStruct((len(numbers), *g.shape[1:]), g.dtype), engine.guesses)
     rest = (numbers, numbers, number, engine.guesses, engine.scale, record)
-    return solve_noise.lower(engine.target, engine.kernel, solver, noise, x0, *rest, shape=shape).compile()
+    return solve_noise.lower(engine.target, engine.kernel, solver, source, x0, *rest, shape=shape).compile()
 
 
 @dataclass
@@ -64,7 +65,8 @@ class Run:
         """The shape that `pmcmc.sample` would use."""
         blocks = self.solver.blocks_for(self.num_steps)
         unit = self.solver.unit if self.num_steps >= 4 * self.solver.unit * blocks else 1
-        return Shape(blocks, -(-self.num_steps // (blocks * unit)) * unit, self.solver.shared_by)
+        draws = self.engine.draws_noise(self.solver, self.num_chains * blocks)
+        return Shape(blocks, -(-self.num_steps // (blocks * unit)) * unit, self.solver.shared_by, draws=draws)
 
     def __call__(self, solver: LaneSolver | None = None, block_length: int | None = None) -> tuple[Segment, Clock]:
         """Solve once.
@@ -107,10 +109,10 @@ def without_repair(run: Run) -> LaneSolver:
 def noise_and_steps(run: Run) -> tuple[Callable[[], float], Callable[[], float]]:
     """Return functions that draw the noise alone, and that take the steps without repair under noise drawn before.
 
-    Both return the seconds that a program of the engine took. The noise must be drawn once before the first steps. For
-    runs of one group of chains.
+    Both return the seconds that a program of the engine took. The noise is stored between them, also where the engine
+    would draw it as it is needed, and must be drawn once before the first steps. For runs of one group of chains.
     """
-    engine, shape, solver = run.engine, run.shape, without_repair(run)
+    engine, shape, solver = run.engine, run.shape._replace(draws=False), without_repair(run)
     integer = jnp.result_type(int)
     first, numbers = np.zeros(run.num_chains, integer), np.arange(run.num_chains, dtype=integer)
     length = np.asarray(shape.capacity, integer)

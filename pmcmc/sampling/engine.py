@@ -23,12 +23,14 @@ from pmcmc.chain.state import ChainState
 from pmcmc.kernels import Kernel
 from pmcmc.random.streams import chain_keys, some_keys
 from pmcmc.recurrence import RecurrenceSolver, Solution, Stats
-from pmcmc.sampling.programs import Shape, draw_noise, new_buffers, one_step, solve_noise
+from pmcmc.sampling.programs import Shape, draw_noise, draws_noise, new_buffers, one_step, solve_noise
 from pmcmc.target import Target
 
 # Bytes that one solve, and one stretch of sequential sampling, may take for all chains; see `Engine.bytes_per_step`.
 SEGMENT_BYTES = 512 * 2**20
 SEQUENTIAL_BYTES = 64 * 2**20
+# Length of a path for which memory matters, by which blocks are counted where their number depends on the length.
+MANY_STEPS = 10**6
 
 
 class Segment(NamedTuple):
@@ -164,10 +166,12 @@ class Engine:
     def bytes_per_step(self, solver: RecurrenceSolver) -> int:
         """Return the bytes that a solve holds for each step of all chains.
 
-        They are those of noise, states and info, with states and info counted twice for their copies on the host, and
-        of what the solver stores besides (`RecurrenceSolver.numbers_per_step`).
+        They are those of noise, unless the solve draws it, of states and info, counted twice for their copies on the
+        host, and of what the solver stores besides (`RecurrenceSolver.numbers_per_step`).
         """
         noise, (x, info) = self._step_shapes
+        if self.draws_noise(solver, self.num_chains * solver.blocks_for(MANY_STEPS)):
+            noise = None
         dim = sum(math.prod(s.shape) for s in jax.tree.leaves(x))
         held = solver.numbers_per_step(dim) * max(s.dtype.itemsize for s in jax.tree.leaves(x))
         leaves = jax.tree.leaves((noise, x, x, info, info))
@@ -190,7 +194,17 @@ class Engine:
         capacity = math.ceil(length / blocks)
         unit = solver.unit if capacity >= 4 * solver.unit else 1
         shape = Shape(blocks, math.ceil(capacity / unit) * unit, solver.shared_by)
-        return shape if solver.is_sequential or solver.shared_by else shape._replace(num_groups=self.num_groups(blocks))
+        if solver.is_sequential or solver.shared_by:
+            return shape
+        groups = self.num_groups(blocks)
+        draws = self.draws_noise(solver, self.num_chains * blocks // groups)
+        return shape._replace(num_groups=groups, draws=draws)
+
+    def draws_noise(self, solver: RecurrenceSolver, num_lanes: int) -> bool:
+        """Whether a solve in this many lanes draws its noise as it needs it."""
+        if not solver.draws_inputs or solver.shared_by:
+            return False
+        return draws_noise(self.target, self.kernel, self.chain_keys, num_lanes)
 
     def num_groups(self, num_blocks: int) -> int:
         """Return the number of groups of chains that are solved in blocks at once.
@@ -205,10 +219,11 @@ class Engine:
         return max(allowed, default=1)
 
     def _buffer_shapes(self, shape: Shape) -> tuple[PyTree, PyTree]:
-        """Return the shapes of the buffers of a group: noise, and (value, aux)."""
+        """Return the shapes of the buffers of a group: noise, None if the solve draws it, and (value, aux)."""
         leading = (self.num_chains // shape.num_groups * shape.num_blocks, shape.capacity)
         widen = lambda s: jax.ShapeDtypeStruct((*leading, *s.shape), s.dtype, sharding=shape.sharding)
-        return jax.tree.map(widen, self._step_shapes)
+        noise, record = self._step_shapes
+        return jax.tree.map(widen, (None if shape.draws else noise, record))
 
     def _take_buffers(self, shape: Shape) -> list[tuple[PyTree, PyTree]]:
         """Take the buffers of the last segment if it had this shape, otherwise new ones, for each group."""
@@ -260,12 +275,11 @@ class Engine:
         keys = self._keys(shape, 0)
         programs = [
             new_buffers.lower(tuple(jax.tree.leaves(buffers))),
-            draw_noise.lower(self.target, self.kernel, keys, numbers, number, noise, shape=shape),
             solve_noise.lower(
                 self.target,
                 self.kernel,
                 solver,
-                noise,
+                keys if shape.draws else noise,
                 x0,
                 numbers,
                 numbers,
@@ -276,6 +290,8 @@ class Engine:
                 shape=shape,
             ),
         ]
+        if not shape.draws:
+            programs.append(draw_noise.lower(self.target, self.kernel, keys, numbers, number, noise, shape=shape))
 
         def compile_programs() -> None:
             with ThreadPoolExecutor(len(programs)) as side_by_side:
@@ -335,7 +351,7 @@ class Engine:
         length: np.ndarray,
         buffers: tuple[PyTree, PyTree],
     ) -> tuple[PyTree, tuple[Solution, Array], Clock]:
-        """Draw the noise of a group of chains, then solve; both programs overwrite the buffers.
+        """Draw the noise of a group of chains unless the solve does, then solve; the buffers are overwritten.
 
         Args:
             solver: Solver of the segment.
@@ -347,16 +363,17 @@ class Engine:
             buffers: Buffers of the group.
 
         Returns:
-            The noise, the solution and its near ties, and the seconds.
+            The noise if it was stored, the solution and its near ties, and the seconds.
         """
-        (noise, record), own = buffers, self._own(shape, number)
+        (noise, record), own, keys = buffers, self._own(shape, number), self._keys(shape, number)
         start = x0 if shape.num_groups == 1 else jax.tree.map(lambda x: np.asarray(x)[own], x0)
-        noise, drawing = draw_noise.timed(
-            self.target, self.kernel, self._keys(shape, number), first[own], length, noise, shape=shape
-        )
+        model, drawing = (self.target, self.kernel), (0.0, 0.0)
+        if not shape.draws:
+            noise, drawing = draw_noise.timed(*model, keys, first[own], length, noise, shape=shape)
+        source, record = keys if shape.draws else noise, record if solver.walks else None
         numbers = np.arange(self.num_chains, dtype=first.dtype)[own]
-        arrays = (noise, start, numbers, first[own], length, self.guesses, self.scale, record if solver.walks else None)
-        solved, solving = solve_noise.timed(self.target, self.kernel, solver, *arrays, shape=shape)
+        arrays = (source, start, numbers, first[own], length, self.guesses, self.scale, record)
+        solved, solving = solve_noise.timed(*model, solver, *arrays, shape=shape)
         return noise, solved, Clock(drawing[0] + solving[0], drawing[1] + solving[1])
 
     def _own(self, shape: Shape, number: int) -> slice:

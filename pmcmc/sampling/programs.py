@@ -1,6 +1,7 @@
-"""The two compiled programs of a segment: `draw_noise` draws the noise of its steps, `solve_noise` finds its states.
+"""The compiled programs of a segment: `draw_noise` draws the noise of its steps, `solve_noise` finds its states.
 
-A `Shape` is what they are compiled for. `pmcmc.sampling.engine.Engine` runs them.
+Blocks on a CPU need the second program only: they draw the noise of a step where they take it, see `draws_noise`. A
+`Shape` is what the programs are compiled for. `pmcmc.sampling.engine.Engine` runs them.
 """
 
 from collections.abc import Sequence
@@ -12,12 +13,14 @@ import jax.numpy as jnp
 
 from pmcmc._pytree import Array, PyTree
 from pmcmc._xla.compile import plain_jit, tuned_jit
-from pmcmc._xla.rewrites import FEW_LANES, in_one_kernel
+from pmcmc._xla.rewrites import FEW_LANES, in_one_kernel, is_straight
 from pmcmc.kernels import Kernel
 from pmcmc.kernels.base import near_tie_bound
-from pmcmc.random.streams import key_pair, lane_noise
+from pmcmc.random.streams import key_pair, lane_noise, numbered_noise
 from pmcmc.recurrence import RecurrenceSolver, Solution
-from pmcmc.recurrence.sequential import Lanes, Layout
+from pmcmc.recurrence.abreast import prefers_lanes_last
+from pmcmc.recurrence.drawn import Drawn
+from pmcmc.recurrence.sequential import Lanes, Layout, Stored
 from pmcmc.recurrence.sharding import AllLanes, Steps, lane_sharding, over_devices, over_steps, step_sharding
 from pmcmc.target import Target
 
@@ -35,6 +38,7 @@ class Shape(NamedTuple):
         by_steps: Whether each device has a part of the steps of every chain; otherwise it has some of the lanes.
         num_groups: Groups of chains, equally large, that are solved at once, each by a thread. The programs are those
             of one group.
+        draws: Whether the solve draws the noise as it needs it, instead of reading it from memory.
     """
 
     num_blocks: int
@@ -42,6 +46,7 @@ class Shape(NamedTuple):
     devices: Sequence[jax.Device] = ()
     by_steps: bool = False
     num_groups: int = 1
+    draws: bool = False
 
     def layout(self, num_chains: int, block_length: int | Array) -> Layout:
         """Return the layout of ``num_chains`` chains whose blocks all have ``block_length`` steps."""
@@ -91,13 +96,19 @@ def draw_noise(
     layout = shape.layout(chain_keys.shape[0], block_length)
 
     def draw(held: Any, buffer: PyTree) -> PyTree:
-        chain, block = jnp.divmod(held.numbers(), shape.num_blocks)
-        first = first_step[chain] + block * block_length
+        chain, first = _first_of_lanes(held, first_step)
         return lane_noise(target, kernel, chain_keys[chain], first, block_length, buffer, shape.capacity)
 
     if not shape.devices:
         return draw(AllLanes(layout), buffer)
     return over_devices(shape.devices, draw, buffer, jax.tree.map(lambda _: True, buffer), layout)
+
+
+def _first_of_lanes(held: Any, first_step: Array) -> tuple[Array, Array]:
+    """Return for each own lane its chain, and the number of its first step."""
+    layout = held.layout
+    chain, block = jnp.divmod(held.numbers(), layout.num_blocks)
+    return chain, first_step[chain] + block * layout.block_length
 
 
 def _draw_part(target: Target, kernel: Kernel, steps: Steps, whole: tuple[Array, Array], buffer: PyTree) -> PyTree:
@@ -130,7 +141,7 @@ def solve_noise(
         target: Target to sample.
         kernel: Kernel that takes the steps.
         solver: Solver of the recurrence.
-        noise: Noise from `draw_noise`.
+        noise: Noise from `draw_noise`; if the shape says that the solve draws it, the keys of the chains, (C,).
         x0: Unknowns before the first step, leading axis C.
         numbers: Numbers of the chains among all chains; shape (C,).
         first_step: Number of each chain's first step; shape (C,).
@@ -156,7 +167,8 @@ def solve_noise(
 
         transition = kernel.transition(target)
         layout = shape.layout(len(numbers), block_length)
-        solution = solver.solve_lanes(Lanes(transition, x0, noise, guess, scale, layout, buffers))
+        inputs = _drawn(target, kernel, noise, first_step, layout) if shape.draws else Stored(noise)
+        solution = solver.solve_lanes(Lanes(transition, x0, inputs, guess, scale, layout, buffers))
         return solution, jnp.abs(solution.aux.margin) <= near_tie_bound(solution.aux)
 
     if solver.is_sequential and len(numbers) <= FEW_LANES:
@@ -164,10 +176,34 @@ def solve_noise(
     return solve(*arrays)
 
 
+def _drawn(target: Target, kernel: Kernel, chain_keys: Array, first_step: Array, layout: Layout) -> Drawn:
+    """Return the noise of all lanes as inputs that are drawn where they are needed."""
+    chain, first = _first_of_lanes(AllLanes(layout), first_step)
+    draw = lambda lane, step: numbered_noise(kernel, target, lane[0], lane[1] + step)
+    return Drawn(draw, (jax.vmap(key_pair)(chain_keys)[chain].T, first))
+
+
+def draws_noise(target: Target, kernel: Kernel, chain_keys: Array, num_lanes: int) -> bool:
+    """Whether a solve in this many lanes draws its noise, for solvers that can (`RecurrenceSolver.draws_inputs`).
+
+    It does where lanes are stepped with lanes last, all are at the same step, and the noise has no loops: others take
+    longer in many small pieces than in one large one (docs/decisions/035).
+    """
+    if not prefers_lanes_last(num_lanes) or kernel.transition(target).staged is not None:
+        return False
+    return is_straight(one_noise.program(target, kernel, chain_keys))
+
+
+@plain_jit()
+def one_noise(target: Target, kernel: Kernel, chain_keys: Array) -> PyTree:
+    """Return the noise of a step of one chain; used for its shapes and its operations."""
+    return kernel.sample_noise(key_pair(chain_keys[0]), target)
+
+
 @plain_jit()
 def one_step(target: Target, kernel: Kernel, chain_keys: Array, guesses: PyTree) -> tuple[PyTree, PyTree]:
     """Return noise, and (unknown, info), of a step of one chain; used for their shapes."""
-    noise = kernel.sample_noise(key_pair(chain_keys[0]), target)
+    noise = one_noise(target, kernel, chain_keys)
     return noise, kernel.transition(target)(jax.tree.map(lambda x: x[0], guesses), noise)
 
 

@@ -45,7 +45,7 @@ from pmcmc._pytree import (
 )
 from pmcmc.recurrence.abreast import walk_abreast
 from pmcmc.recurrence.problem import Staged
-from pmcmc.recurrence.sequential import Lanes, LaneSolver, Layout, read_step, record_for, walk_apart, write_where
+from pmcmc.recurrence.sequential import Lanes, LaneSolver, Layout, record_for, walk_apart, write_where
 from pmcmc.recurrence.sharding import AllLanes, distinct, lane_sharding, over_devices, replicated
 from pmcmc.recurrence.shooting.repair import Recording, Sweep, repair_sweep, successor_starts
 from pmcmc.recurrence.solution import RESULTS, Solution, Stats, default_tolerance, separates, typical_scale
@@ -94,6 +94,7 @@ class MultipleShooting(LaneSolver):
         if self.devices is not None:
             object.__setattr__(self, "devices", distinct(self.devices))
 
+    draws_inputs: ClassVar[bool] = True
     unit: ClassVar[int] = CHUNK
 
     @property
@@ -117,7 +118,7 @@ class MultipleShooting(LaneSolver):
         max_sweeps = lanes.layout.num_blocks if self.max_sweeps is None else self.max_sweeps
         max_steps = jnp.iinfo(jnp.int32).max if self.max_steps is None else self.max_steps
 
-        def run(held: Any, own: tuple[PyTree, PyTree]) -> Outcome:
+        def run(held: Any, own: tuple[Any, PyTree]) -> Outcome:
             inputs, buffers = own
             return _run(lanes._replace(held=held, inputs=inputs, buffers=buffers), tol, max_sweeps, max_steps)
 
@@ -200,7 +201,7 @@ def _fill(lanes: Lanes) -> Sweep:
     layout, held, recurrence = lanes.layout, lanes.held, lanes.recurrence
     step, unknown = jax.vmap(recurrence.step), jax.vmap(recurrence.unknown)
     start = _guessed_starts(lanes)
-    carry, _ = jax.eval_shape(step, start, read_step(lanes.inputs, 0))
+    carry, _ = jax.eval_shape(step, start, lanes.inputs.of_step(0))
     start = jax.tree.map(lambda s, c: s.astype(c.dtype), start, carry)
 
     def one(carry, u):

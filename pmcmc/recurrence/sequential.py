@@ -225,7 +225,7 @@ def record_for(step: Callable, carry: PyTree, lanes: Lanes) -> PyTree:
     """Return the buffers that `walk` overwrites, or new ones."""
     if lanes.buffers is not None:
         return lanes.buffers
-    _, shapes = jax.eval_shape(step, carry, lanes.inputs.of_step(0))
+    _, shapes = jax.eval_shape(lambda carry: step(carry, lanes.inputs.of_step(0)), carry)
     return jax.tree.map(lambda x: jnp.zeros((x.shape[0], lanes.layout.capacity, *x.shape[1:]), x.dtype), shapes)
 
 

@@ -201,7 +201,7 @@ def _fill(lanes: Lanes) -> Sweep:
     layout, held, recurrence = lanes.layout, lanes.held, lanes.recurrence
     step, unknown = jax.vmap(recurrence.step), jax.vmap(recurrence.unknown)
     start = _guessed_starts(lanes)
-    carry, _ = jax.eval_shape(step, start, lanes.inputs.of_step(0))
+    carry, _ = jax.eval_shape(lambda start: step(start, lanes.inputs.of_step(0)), start)
     start = jax.tree.map(lambda s, c: s.astype(c.dtype), start, carry)
 
     def one(carry, u):

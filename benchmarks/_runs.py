@@ -27,13 +27,15 @@ MANY_CORES = 8
 
 
 def solve_program(engine: Engine, solver: LaneSolver, shape: Shape) -> Any:
-    """Compile the program that solves; noise, states and info are among its arguments."""
+    """Compile the program that solves, in one thread; noise, states and info are among its arguments."""
+    shape = shape._replace(num_groups=1, num_parts=1)
     noise, record = engine._buffer_shapes(shape)
+    source = engine._keys(shape, 0) if shape.draws else noise
     integer = jnp.result_type(int)
     number, numbers = np.asarray(0, integer), np.zeros(engine.num_chains // shape.num_groups, integer)
     x0 = jax.tree.map(lambda g: jax.ShapeDtypeStruct((len(numbers), *g.shape[1:]), g.dtype), engine.guesses)
     rest = (numbers, numbers, number, engine.guesses, engine.scale, record)
-    return solve_noise.lower(engine.target, engine.kernel, solver, noise, x0, *rest, shape=shape).compile()
+    return solve_noise.lower(engine.target, engine.kernel, solver, source, x0, *rest, shape=shape).compile()
 
 
 @dataclass
@@ -46,6 +48,7 @@ class Run:
         solver: The solver.
         num_steps: Steps of each chain, rounded up to whole blocks.
         num_chains: Number of chains.
+        in_threads: Whether threads share the work where the engine would let them.
     """
 
     case: Case
@@ -53,6 +56,7 @@ class Run:
     solver: LaneSolver
     num_steps: int
     num_chains: int = 1
+    in_threads: bool = True
 
     @cached_property
     def engine(self) -> Engine:
@@ -65,7 +69,14 @@ class Run:
         """The shape that `pmcmc.sample` would use."""
         blocks = self.solver.blocks_for(self.num_steps)
         unit = self.solver.unit if self.num_steps >= 4 * self.solver.unit * blocks else 1
-        return Shape(blocks, -(-self.num_steps // (blocks * unit)) * unit, self.solver.shared_by)
+        shape = Shape(blocks, -(-self.num_steps // (blocks * unit)) * unit, self.solver.shared_by)
+        if shape.devices:
+            return shape
+        if not self.in_threads:
+            return shape._replace(draws=self.engine.draws_noise(self.solver, self.num_chains * blocks))
+        groups, parts = self.engine.threads(blocks)
+        draws = self.engine.draws_noise(self.solver, self.num_chains * blocks // (groups * parts))
+        return shape._replace(num_groups=groups, num_parts=parts, draws=draws)
 
     def __call__(self, solver: LaneSolver | None = None, block_length: int | None = None) -> tuple[Segment, Clock]:
         """Solve once.
@@ -108,10 +119,11 @@ def without_repair(run: Run) -> LaneSolver:
 def noise_and_steps(run: Run) -> tuple[Callable[[], float], Callable[[], float]]:
     """Return functions that draw the noise alone, and that take the steps without repair under noise drawn before.
 
-    Both return the seconds that a program of the engine took. The noise must be drawn once before the first steps. For
-    runs of one group of chains.
+    Both return the seconds that a program of the engine took. The noise is stored between them, also where the engine
+    would draw it as it is needed, and must be drawn once before the first steps. Everything runs in one thread.
     """
-    engine, shape, solver = run.engine, run.shape, without_repair(run)
+    engine, solver = run.engine, without_repair(run)
+    shape = run.shape._replace(num_groups=1, num_parts=1, draws=False)
     integer = jnp.result_type(int)
     first, numbers = np.zeros(run.num_chains, integer), np.arange(run.num_chains, dtype=integer)
     length = np.asarray(shape.capacity, integer)

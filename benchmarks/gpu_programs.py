@@ -148,7 +148,7 @@ def counts(found: Program) -> dict[str, Any]:
 def in_segments(program: str, case: Case, num_lanes: int) -> Any:
     """Lower the program that draws noise, or the one that solves in blocks."""
     run = in_blocks(case, case.start(jax.random.key(1), 64), num_lanes)
-    engine, shape = run.engine, run.shape
+    engine, shape = run.engine, run.shape._replace(num_groups=1, num_parts=1, draws=False)  # as on a GPU
     noise, record = engine._buffer_shapes(shape)
     number, numbers = (jax.ShapeDtypeStruct(axes, jnp.result_type(int)) for axes in ((), (1,)))
     target, kernel, guesses = engine.target, engine.kernel, engine.guesses

@@ -3,8 +3,9 @@
 All figures are nanoseconds per lane and step, without compilation, medians of alternating runs of the same number of
 lane-steps in one process:
 
-    noise, steps     the engine's programs apart; the steps are those of blocks without repair
-    together         the call that does both, as in sampling
+    noise, steps     programs of the engine apart, on one core; the steps are those of blocks without repair
+    together         the program that does both, as in sampling, on one core
+    all cores        the same in as many threads as the engine uses
     C ...            the same in C, with lanes innermost (`lanes_reference.c`), on one core, and on all cores
     sequential       one chain, and four chains, by `Sequential`, noise included
 
@@ -113,7 +114,11 @@ def measure(name: str, lanes: Sequence[int], folder: Path | None, scale: float, 
     for n in lanes:
         figures = {what: scaled(timing[f"{m} {what}"]) for m, what in runs if m in (0, n)}
         row = {"suite": "lanes", "case": case.name, "lanes": n, "dim": case.dim, "lane_steps": lane_steps, **figures}
-        rows.append(row | {"over_c": _over(row, "C together"), "over_c_all_cores": _over(row, "C all cores")})
+        over = {
+            "over_c": _over(row, "together", "C together"),
+            "over_c_all_cores": _over(row, "all cores", "C all cores"),
+        }
+        rows.append(row | over)
     return rows
 
 
@@ -126,12 +131,14 @@ def by_hand(plan: Plan, case: Case, bank: PyTree, folder: Path) -> Callable[...,
 
 def _runs_of(case: Case, bank: PyTree, lanes: int, c_steps: Callable[..., Reference] | None) -> dict[str, Callable]:
     """Return what is timed for one number of lanes, by name; each returns its seconds."""
-    blocks = in_blocks(case, bank, lanes)
+    threads = in_blocks(case, bank, lanes)
+    blocks = replace(threads, in_threads=False)
     noise, steps = noise_and_steps(blocks)
     runs: dict[str, Callable[[], float]] = {
         "noise": noise,
         "steps": steps,
         "together": partial(blocks.seconds, without_repair(blocks)),
+        "all cores": partial(threads.seconds, without_repair(threads)),
     }
     if c_steps:
         arguments = _starts(bank, lanes), case.length // lanes, jax.random.key(0)
@@ -157,9 +164,9 @@ def _timed(run: Callable[[], None]) -> Callable[[], float]:
     return seconds
 
 
-def _over(row: dict[str, Any], what: str) -> float | None:
-    """Return the time of noise and steps together over that of C; None without C."""
-    return row["together"]["median"] / row[what]["median"] if what in row else None
+def _over(row: dict[str, Any], what: str, in_c: str) -> float | None:
+    """Return the time of noise and steps over that of C; None without C."""
+    return row[what]["median"] / row[in_c]["median"] if in_c in row else None
 
 
 def line(row: dict[str, Any]) -> str:
@@ -174,7 +181,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
     for case in dict.fromkeys(row["case"] for row in rows if "C together" in row):
         best = lambda what, case=case: min(row[what]["median"] for row in rows if row["case"] == case)
         part = f"{case} {best('together') / best('C together'):.2f}"
-        parts.append(f"{part} (on all cores {best('together') / best('C all cores'):.2f})")
+        parts.append(f"{part} (on all cores {best('all cores') / best('C all cores'):.2f})")
     return "pmcmc's lanes over C on one core: " + ("; ".join(parts) or "no C steps were run")
 
 

@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import jaxlib
 from jax.experimental.compilation_cache import compilation_cache
+from jax.extend.core import Jaxpr
 
 from pmcmc._xla import default_platform, factorizations, graphs, precision, scatters
 from pmcmc._xla.equations import replacing
@@ -305,6 +306,10 @@ class TargetJit:
     def eval_shape(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the shapes and dtypes of the result."""
         return self._jitted(target).eval_shape(target, *args, **kwargs)
+
+    def program(self, target: Any, *args: Any, **kwargs: Any) -> Jaxpr:
+        """Return the traced program."""
+        return self._jitted(target).trace(target, *args, **kwargs).jaxpr.jaxpr
 
     def timed(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[float, float]]:
         """Compile and run; return the finished result and ``(seconds of compilation, seconds of the run)``."""

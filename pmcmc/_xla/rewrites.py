@@ -7,7 +7,7 @@ cannot be set for a single program, but the attribute with which it marks such l
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -33,19 +33,22 @@ square stop_gradient sub tan tanh xor"""
 
 
 _STRUCTURAL = """broadcast_in_dim concatenate dynamic_slice dynamic_update_slice empty expand_dims gather iota
-optimization_barrier pad reshape rev slice split squeeze stack tile transpose unstack"""
+optimization_barrier pad random_unwrap random_wrap reshape rev slice split squeeze stack tile transpose unstack"""
 
 
 REDUCTIONS = """argmax argmin cumlogsumexp cummax cummin cumprod cumsum reduce_and reduce_max reduce_min reduce_or
 reduce_prod reduce_sum reduce_xor"""
 
 
-_CALLING = """checkpoint closed_call cond custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr custom_vmap_call jit
-pjit remat2 scan while"""
+_CALLS = "checkpoint closed_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr custom_vmap_call jit pjit remat2"
 
 
-_RANDOM = "random_bits random_fold_in random_seed random_split random_unwrap random_wrap threefry2x32"
-_SIMPLE = frozenset(" ".join((ELEMENTWISE, _STRUCTURAL, REDUCTIONS, _CALLING, _RANDOM)).split())
+_LOOPS = "cond scan while"
+
+
+_RANDOM = "random_bits random_fold_in random_seed random_split threefry2x32"
+_STRAIGHT = frozenset(" ".join((ELEMENTWISE, _STRUCTURAL, REDUCTIONS, _CALLS)).split())
+_SIMPLE = _STRAIGHT | frozenset(" ".join((_LOOPS, _RANDOM)).split())
 
 
 _OWN: ContextVar[bool] = ContextVar("own", default=False)
@@ -97,12 +100,24 @@ def in_one_kernel(fn: Callable[..., PyTree], *args: PyTree, largest: int | None 
 
     arguments = [x for x, is_arg in zip(values, is_argument, strict=True) if is_arg]
     is_small = largest is None or _largest_result(program.jaxpr) <= largest
-    if default_platform() == "cpu" and is_small and _is_simple(program.jaxpr):
+    if default_platform() == "cpu" and is_small and _consists_of(_SIMPLE, program.jaxpr):
         arguments = jax.lax.optimization_barrier(arguments)  # or XLA could find out that one is a constant
-        found = list(map(_mark, jax.jit(lambda *x: _read_all(x, run(*x)))(*arguments)))
+        found = _called_as_kernel(lambda *x: _read_all(x, run(*x)), arguments, len(program.jaxpr.outvars))
     else:
         found = jax.jit(run)(*arguments)
     return jax.tree.unflatten(jax.tree.structure(out), found)
+
+
+def _called_as_kernel(fn: Callable[..., list[Any]], arguments: Sequence[Any], num_results: int) -> list[Any]:
+    """Call ``fn`` as one kernel.
+
+    A kernel with one result gets another: XLA may cut an only result into parts for several cores, and then passes too
+    few arguments to the kernel ("Incorrect number of arguments passed to called function").
+    """
+    if num_results != 1:
+        return list(map(_mark, jax.jit(fn)(*arguments)))
+    result, second = map(_mark, jax.jit(lambda *x: [*fn(*x), jnp.zeros((), bool)])(*arguments))
+    return [jax.lax.select(second, result, result)]  # reads the second, which JAX would drop otherwise
 
 
 def _read_all(args: PyTree, out: PyTree) -> PyTree:
@@ -131,11 +146,21 @@ def _mark(result: Any) -> Any:
     return set_xla_metadata(result, xla_cpu_small_call="true", inlineable="false")
 
 
-def _is_simple(jaxpr: Any) -> bool:
-    """Whether a program consists of the listed primitives only."""
+def _consists_of(primitives: frozenset[str], program: Jaxpr) -> bool:
+    """Whether a program, with those that it calls, consists of the listed primitives only."""
     return all(
-        equation.primitive.name in _SIMPLE and all(map(_is_simple, inner_programs(equation))) for equation in jaxpr.eqns
+        equation.primitive.name in primitives
+        and all(_consists_of(primitives, inner) for inner in inner_programs(equation))
+        for equation in program.eqns
     )
+
+
+def is_straight(program: Jaxpr) -> bool:
+    """Whether a program is elementwise apart from reductions and shapes: no loops, branches, products or library calls.
+
+    Hashes of ``jax.random`` are not, since XLA makes loops of them.
+    """
+    return _consists_of(_STRAIGHT, program)
 
 
 def _largest_result(program: Jaxpr) -> int:

@@ -162,6 +162,17 @@ def step_noise(kernel: DrawsNoise, target: Any, chain_key: Array, steps: Array) 
         return jax.vmap(lambda key: kernel.sample_noise(key, target))(keys)
 
 
+def numbered_noise(kernel: DrawsNoise, target: Any, pair: Array, number: Array) -> PyTree:
+    """Draw the noise of one step, given the words of its chain's key and its number.
+
+    The same as `step_noise` of one step, for programs that draw the noise of many chains step by step.
+    """
+    # Without the barrier XLA would hash the step's key once for every number that is drawn from it.
+    key = jax.lax.optimization_barrier(fold_in(pair, number))
+    with raw_keys_are_threefry():
+        return kernel.sample_noise(key, target)
+
+
 def lane_noise(
     target: Any,
     kernel: DrawsNoise,

@@ -77,8 +77,8 @@ def walk_abreast(step: Callable, carry: PyTree, lanes: Lanes, chunk: int) -> tup
     def body(number, state):
         carry, record = state
         first = number * chunk
-        u = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, chunk, 1), lanes.inputs)
-        carry, new = scan_abreast(step_all, carry, _last(u), chunk, lanes.held.num_lanes)
+        u = lanes.inputs.of_chunk(first, chunk)
+        carry, new = scan_abreast(step_all, carry, u, chunk, lanes.held.num_lanes)
         write = lambda buffer, x: jax.lax.dynamic_update_slice_in_dim(buffer, x, first, 1)
         return carry, jax.tree.map(write, record, _first(new))
 

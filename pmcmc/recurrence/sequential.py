@@ -13,7 +13,7 @@ import abc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -96,13 +96,43 @@ class Layout(NamedTuple):
         return jnp.concatenate([blocks[:, :1], blocks[:, :-1]], axis=1).reshape(lanes.shape)
 
 
+@runtime_checkable
+class Inputs(Protocol):
+    """The inputs of all lanes."""
+
+    def of_step(self, step: Array | int) -> PyTree:
+        """Return the inputs of one step of every lane, (lanes, ...); ``step`` is one number, or one per lane."""
+        ...
+
+    def of_chunk(self, first: Array, length: int) -> PyTree:
+        """Return the inputs of ``length`` steps from ``first`` on, lanes last: (length, ..., lanes)."""
+        ...
+
+
+class Stored(NamedTuple):
+    """Inputs that are in memory; see `Inputs`.
+
+    Attributes:
+        buffer: The inputs, (lanes, capacity, ...).
+    """
+
+    buffer: PyTree
+
+    def of_step(self, step: Array | int) -> PyTree:
+        return read_step(self.buffer, step)
+
+    def of_chunk(self, first: Array, length: int) -> PyTree:
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, length, 1)
+        return jax.tree.map(lambda x: jnp.moveaxis(cut(x), 0, -1), self.buffer)
+
+
 class Lanes(NamedTuple):
     """A batch of recurrences laid out as lanes; compare `Problem`.
 
     Attributes:
         recurrence: The recurrence.
         x0: States before the first step, (C, ...).
-        inputs: Inputs, (lanes, capacity, ...).
+        inputs: Inputs of all lanes: `Stored`, or `pmcmc.recurrence.drawn.Drawn` for solvers that `draw_inputs`.
         guess_at: See `Problem.guess_at`; None without a guess.
         scale: Spread of each coordinate, structure of one state; None: measured.
         layout: How chains are cut into lanes.
@@ -113,7 +143,7 @@ class Lanes(NamedTuple):
 
     recurrence: Recurrence
     x0: PyTree
-    inputs: PyTree
+    inputs: Inputs
     guess_at: Callable | None
     scale: PyTree
     layout: Layout
@@ -145,7 +175,7 @@ class LaneSolver(RecurrenceSolver):
     def solve_problem(self, problem: Problem) -> Solution:
         layout = Layout.of(problem, self.blocks_for(problem.length), max(1, len(self.shared_by)))
         guess_at = None if problem.guess is None else problem.guess_at
-        inputs = layout.to_lanes(problem.inputs)
+        inputs = Stored(layout.to_lanes(problem.inputs))
         solution = self.solve_lanes(Lanes(problem.recurrence, problem.x0, inputs, guess_at, problem.scale, layout))
         return solution._replace(value=layout.to_chains(solution.value), aux=layout.to_chains(solution.aux))
 
@@ -185,9 +215,9 @@ def walk(step: Callable, carry: PyTree, lanes: Lanes, chunk: int) -> tuple[PyTre
     Returns:
         The last carry, and the record ``(lanes, capacity, ...)``, undefined where nothing was written.
     """
-    layout, inputs, record = lanes.layout, lanes.inputs, record_for(step, carry, lanes)
+    layout, record = lanes.layout, record_for(step, carry, lanes)
     run_chunk = _run_alone if layout.num_blocks == 1 else _run_abreast
-    body = lambda number, state: run_chunk(step, inputs, number * chunk, chunk, *state)
+    body = lambda number, state: run_chunk(step, lanes.inputs, number * chunk, chunk, *state)
     return jax.lax.fori_loop(0, -(-layout.block_length // chunk), body, (carry, record))
 
 
@@ -195,7 +225,7 @@ def record_for(step: Callable, carry: PyTree, lanes: Lanes) -> PyTree:
     """Return the buffers that `walk` overwrites, or new ones."""
     if lanes.buffers is not None:
         return lanes.buffers
-    _, shapes = jax.eval_shape(step, carry, read_step(lanes.inputs, 0))
+    _, shapes = jax.eval_shape(lambda carry: step(carry, lanes.inputs.of_step(0)), carry)
     return jax.tree.map(lambda x: jnp.zeros((x.shape[0], lanes.layout.capacity, *x.shape[1:]), x.dtype), shapes)
 
 
@@ -204,7 +234,7 @@ def _run_alone(step, inputs, first, chunk, carry, record):
 
     def body(number, state):
         carry, record = state
-        carry, new = step(carry, read_step(inputs, first + number))
+        carry, new = step(carry, inputs.of_step(first + number))
         return carry, write_step(record, new, first + number)
 
     return jax.lax.fori_loop(0, chunk, body, (carry, record))
@@ -215,11 +245,10 @@ def _run_abreast(step, inputs, first, chunk, carry, record):
 
     Writing each step into the large buffers would touch a page per lane and array.
     """
-    swap = lambda tree: jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tree)
-    u = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, chunk, 1), inputs)
-    carry, new = jax.lax.scan(step, carry, swap(u), length=chunk)
-    write = lambda buffer, x: jax.lax.dynamic_update_slice_in_dim(buffer, x, first, 1)
-    return carry, jax.tree.map(write, record, swap(new))
+    u = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 1), inputs.of_chunk(first, chunk))
+    carry, new = jax.lax.scan(step, carry, u, length=chunk)
+    write = lambda buffer, x: jax.lax.dynamic_update_slice_in_dim(buffer, jnp.swapaxes(x, 0, 1), first, 1)
+    return carry, jax.tree.map(write, record, new)
 
 
 # Lanes that have ended their step wait until this share of the active lanes has; then all of these begin a new step.
@@ -227,13 +256,13 @@ SHARE = 0.1
 
 
 def walk_apart(
-    staged: Staged, inputs: PyTree, start: PyTree, state: Any, going: Callable, visit: Callable
+    staged: Staged, inputs: Inputs, start: PyTree, state: Any, going: Callable, visit: Callable
 ) -> tuple[PyTree, Any]:
     """Take steps of varying length until no lane is going; lanes need not be at the same step.
 
     Args:
         staged: The step in stages.
-        inputs: Inputs, (lanes, capacity, ...).
+        inputs: Inputs of all lanes.
         start: Carries before the first step, leading axis lanes.
         state: The caller's state, with a field ``step``, (lanes,): the number of the step that each lane is in.
         going: ``state -> (lanes,)``, whether a lane has a step to take.
@@ -258,12 +287,12 @@ def walk_apart(
         carry, aux = staged.conclude(work)
         state = visit(state, carry, aux, arrived)
         # Begin the next step in the lanes that go on; all others keep their work.
-        begun = staged.begin(carry, read_step(inputs, state.step))
+        begun = staged.begin(carry, inputs.of_step(state.step))
         again = arrived & going(state)
         wide = lambda x: again.reshape((1,) * (x.ndim - 1) + again.shape)
         return state, jax.tree.map(lambda new, old: jnp.where(wide(new), new, old), begun, work)
 
-    work = staged.begin(start, read_step(inputs, state.step))
+    work = staged.begin(start, inputs.of_step(state.step))
     state, work = jax.lax.while_loop(lambda loop: jnp.any(going(loop[0])), body, (state, work))
     return staged.conclude(work)[0], state
 
@@ -317,7 +346,7 @@ class Sequential(LaneSolver):
 
     def solve_lanes(self, lanes: Lanes) -> Solution:
         """Solve like `solve_problem`, for a number of steps that may be traced; one lane per chain."""
-        recurrence, layout = lanes.recurrence, lanes.layout
+        recurrence, layout, u = lanes.recurrence, lanes.layout, lanes.inputs.of_step(0)
 
         def one(carry: Any, u: Any) -> Any:
             carry, aux = recurrence.step(carry, u)
@@ -331,10 +360,10 @@ class Sequential(LaneSolver):
                 return carry, add(record)
 
             start = recurrence.restore(first(lanes.x0))
-            shape, _ = jax.eval_shape(one, start, jax.tree.map(lambda x: x[0, 0], lanes.inputs))
+            shape, _ = jax.eval_shape(one, start, first(u))
         else:
             step, start = jax.vmap(one), jax.vmap(recurrence.restore)(lanes.x0)
-            shape, _ = jax.eval_shape(step, start, jax.tree.map(lambda x: x[:, 0], lanes.inputs))
+            shape, _ = jax.eval_shape(step, start, u)
         start = jax.tree.map(lambda s, c: jnp.asarray(s, c.dtype), start, shape)
         _, (value, aux) = walk(step, start, lanes, math.gcd(layout.capacity, self.unit))
         within = jnp.arange(layout.capacity)[None] < layout.length

@@ -132,6 +132,8 @@ class RecurrenceSolver(abc.ABC):
     is_sequential: ClassVar[bool] = False
     # Whether it walks along lanes: the number of steps is an argument of its program, and its buffers can be reused.
     walks: ClassVar[bool] = False
+    # Whether it also takes inputs that are drawn where they are needed, see `pmcmc.recurrence.drawn`.
+    draws_inputs: ClassVar[bool] = False
     # Block lengths are multiples of the greatest common divisor of this and the capacity.
     unit: ClassVar[int] = 1
 
@@ -145,7 +147,8 @@ class RecurrenceSolver(abc.ABC):
         The default solves each chain as a whole, so there is one lane per chain.
         """
         guess = lanes.guess_at
-        return self.solve_batch(lanes.recurrence, lanes.x0, lanes.inputs, initial_guess=guess, scale=lanes.scale)
+        inputs = lanes.inputs.buffer
+        return self.solve_batch(lanes.recurrence, lanes.x0, inputs, initial_guess=guess, scale=lanes.scale)
 
     def numbers_per_step(self, dim: int) -> int:
         """Numbers that a solve stores for each step of a state of ``dim`` numbers, besides inputs, states and aux.

@@ -24,7 +24,7 @@ from pmcmc.kernels import Kernel
 from pmcmc.random.streams import chain_keys, some_keys
 from pmcmc.recurrence import RecurrenceSolver, Solution, Stats
 from pmcmc.sampling.parts import InParts
-from pmcmc.sampling.programs import Shape, draw_noise, new_buffers, one_step, solve_noise
+from pmcmc.sampling.programs import Shape, draw_noise, draws_noise, new_buffers, one_step, solve_noise
 from pmcmc.sampling.threads import AtOnce, Clock
 from pmcmc.target import Target
 
@@ -33,6 +33,8 @@ SEGMENT_BYTES = 512 * 2**20
 SEQUENTIAL_BYTES = 64 * 2**20
 # Sequential chains are split into groups of at least this many: two threads of two took as long as one kernel of four.
 FEWEST_TOGETHER = 4
+# Length of a path for which memory matters, by which blocks are counted where their number depends on the length.
+MANY_STEPS = 10**6
 
 
 class Segment(NamedTuple):
@@ -156,10 +158,12 @@ class Engine:
     def bytes_per_step(self, solver: RecurrenceSolver) -> int:
         """Return the bytes that a solve holds for each step of all chains.
 
-        They are those of noise, states and info, with states and info counted twice for their copies on the host, and
-        of what the solver stores besides (`RecurrenceSolver.numbers_per_step`).
+        They are those of noise, unless the solve draws it, of states and info, counted twice for their copies on the
+        host, and of what the solver stores besides (`RecurrenceSolver.numbers_per_step`).
         """
         noise, (x, info) = self._step_shapes
+        if self.draws_noise(solver, self.num_chains * solver.blocks_for(MANY_STEPS)):
+            noise = None
         dim = sum(math.prod(s.shape) for s in jax.tree.leaves(x))
         held = solver.numbers_per_step(dim) * max(s.dtype.itemsize for s in jax.tree.leaves(x))
         leaves = jax.tree.leaves((noise, x, x, info, info))
@@ -181,8 +185,18 @@ class Engine:
         blocks = solver.blocks_for(length)
         capacity = math.ceil(length / blocks)
         unit = solver.unit if capacity >= 4 * solver.unit else 1
-        groups, parts = (1, 1) if solver.shared_by else self.threads(blocks)
-        return Shape(blocks, math.ceil(capacity / unit) * unit, solver.shared_by, num_groups=groups, num_parts=parts)
+        shape = Shape(blocks, math.ceil(capacity / unit) * unit, solver.shared_by)
+        if solver.shared_by:
+            return shape
+        groups, parts = self.threads(blocks)
+        shape = shape._replace(num_groups=groups, num_parts=parts)
+        return shape._replace(draws=self.draws_noise(solver, self.num_chains * blocks // shape.num_threads))
+
+    def draws_noise(self, solver: RecurrenceSolver, num_lanes: int) -> bool:
+        """Whether a solve in this many lanes draws its noise as it needs it."""
+        if not solver.draws_inputs or solver.shared_by:
+            return False
+        return draws_noise(self.target, self.kernel, self.chain_keys, num_lanes)
 
     def threads(self, num_blocks: int) -> tuple[int, int]:
         """Return how threads share the work: the number of groups of chains, and that of parts of all lanes.
@@ -207,10 +221,11 @@ class Engine:
         return min(small, key=lambda n: (math.ceil(n / cores) * sizes[n], n), default=1), 1
 
     def _buffer_shapes(self, shape: Shape) -> tuple[PyTree, PyTree]:
-        """Return the shapes of the buffers of a group or part: noise, and (value, aux)."""
+        """Return the shapes of the buffers of a group or part: noise, None if the solve draws it, and (value, aux)."""
         leading = (self.num_chains * shape.num_blocks // shape.num_threads, shape.capacity)
         widen = lambda s: jax.ShapeDtypeStruct((*leading, *s.shape), s.dtype, sharding=shape.sharding)
-        return jax.tree.map(widen, self._step_shapes)
+        noise, record = self._step_shapes
+        return jax.tree.map(widen, (None if shape.draws else noise, record))
 
     def _take_buffers(self, shape: Shape) -> list[tuple[PyTree, PyTree]]:
         """Take the buffers of the last segment if it had this shape, otherwise new ones, for each group or part."""
@@ -262,13 +277,15 @@ class Engine:
         keys = self._keys(shape, 0)
         programs = [
             new_buffers.lower(tuple(jax.tree.leaves(buffers))),
-            draw_noise.lower(self.target, self.kernel, keys, numbers, number, number, noise, shape=shape),
         ]
+        if not shape.draws:
+            stretch = (keys, numbers, number, number, noise)
+            programs.append(draw_noise.lower(self.target, self.kernel, *stretch, shape=shape))
+        source = keys if shape.draws else noise
         if shape.num_parts > 1:
-            segment = self._in_parts(solver, shape, x0, numbers, number)
-            programs += segment.lower(noise, record)
+            programs += self._in_parts(solver, shape, x0, numbers, number).lower(source, record)
         else:
-            arrays = (noise, x0, numbers, numbers, number, self.guesses, self.scale, record)
+            arrays = (source, x0, numbers, numbers, number, self.guesses, self.scale, record)
             programs.append(solve_noise.lower(self.target, self.kernel, solver, *arrays, shape=shape))
 
         def compile_programs() -> None:
@@ -336,7 +353,7 @@ class Engine:
         length: np.ndarray,
         buffers: tuple[PyTree, PyTree],
     ) -> tuple[tuple[PyTree, tuple[Solution, Array]], Clock]:
-        """Draw the noise of a group of chains, then solve; both programs overwrite the buffers.
+        """Draw the noise of a group of chains unless the solve does, then solve; the buffers are overwritten.
 
         Args:
             solver: Solver of the segment.
@@ -348,24 +365,20 @@ class Engine:
             buffers: Buffers of the group.
 
         Returns:
-            The noise, and the solution and its near ties; and the seconds.
+            The noise if it was stored, and the solution and its near ties; and the seconds.
         """
-        (noise, record), own = buffers, self._own(shape, number)
+        (noise, record), own, keys = buffers, self._own(shape, number), self._keys(shape, number)
         start = x0 if shape.num_groups == 1 else jax.tree.map(lambda x: np.asarray(x)[own], x0)
-        noise, drawing = draw_noise.timed(
-            self.target,
-            self.kernel,
-            self._keys(shape, number),
-            first[own],
-            length,
-            np.zeros_like(length),
-            noise,
-            shape=shape,
-        )
+        model, clock = (self.target, self.kernel), Clock(0.0, 0.0)
+        if not shape.draws:
+            stretch = (keys, first[own], length, np.zeros_like(length), noise)
+            noise, seconds = draw_noise.timed(*model, *stretch, shape=shape)
+            clock = clock.plus(Clock(*seconds))
+        source, record = keys if shape.draws else noise, record if solver.walks else None
         numbers = np.arange(self.num_chains, dtype=first.dtype)[own]
-        rest = (numbers, first[own], length, self.guesses, self.scale, record if solver.walks else None)
-        solved, solving = solve_noise.timed(self.target, self.kernel, solver, noise, start, *rest, shape=shape)
-        return (noise, solved), Clock(*drawing).plus(Clock(*solving))
+        arrays = (source, start, numbers, first[own], length, self.guesses, self.scale, record)
+        solved, seconds = solve_noise.timed(*model, solver, *arrays, shape=shape)
+        return (noise, solved), clock.plus(Clock(*seconds))
 
     def _own(self, shape: Shape, number: int) -> slice:
         """Return which chains belong to a group."""

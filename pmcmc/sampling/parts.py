@@ -67,7 +67,7 @@ class InParts:
         return dict(num_chains=self.num_chains, num_blocks=shape.num_blocks, capacity=shape.capacity)
 
     def lower(self, noise: PyTree, buffers: PyTree) -> list[Any]:
-        """Trace the programs."""
+        """Trace the programs; ``noise`` are the keys of the chains if the solve draws it."""
         part, number, integer = self._blank(), self._number(0), self.length.dtype
         what = Call(True, False, False, 0, 0).as_arrays(integer)
         rest = (number, what, part.message, part, buffers)
@@ -84,7 +84,7 @@ class InParts:
         """Make all calls.
 
         Args:
-            buffers: Noise, and (value, aux), of each part; all are overwritten.
+            buffers: Noise, None if the solve draws it, and (value, aux), of each part; all are overwritten.
             at_once: Runs the parts.
 
         Returns:
@@ -126,8 +126,9 @@ class InParts:
                 counts += np.max([np.asarray(getattr(part, name)) for _, (*_, part) in done.values()], axis=0)
             messages[1:] = [part.message for part in parts[:-1]]
 
-        for number, noise in zip(count, at_once(draw, count), strict=True):
-            kept[number] = (noise, kept[number][1])
+        if not self.shape.draws:
+            for number, noise in zip(count, at_once(draw, count), strict=True):
+                kept[number] = (noise, kept[number][1])
         advance(Call(True, False, False, 0, int(self.length)), count)
         advance(Call(False, True, True, 0, int(self.length)), count)
         # Hand over as long as an end has changed and a budget is left.

@@ -1,8 +1,8 @@
 """The compiled programs of a segment: `draw_noise` draws the noise of its steps, `solve_noise` finds its states.
-
 `solve_part` takes the place of `solve_noise` where threads solve parts of the lanes.
 
-A `Shape` is what they are compiled for. `pmcmc.sampling.engine.Engine` runs them.
+Blocks on a CPU need the second program only: they draw the noise of a step where they take it, see `draws_noise`. A
+`Shape` is what the programs are compiled for. `pmcmc.sampling.engine.Engine` runs them.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,23 @@ import jax.numpy as jnp
 
 from pmcmc._pytree import Array, PyTree
 from pmcmc._xla.compile import plain_jit, tuned_jit
-from pmcmc._xla.rewrites import FEW_LANES, in_one_kernel
+from pmcmc._xla.rewrites import FEW_LANES, in_one_kernel, is_straight
 from pmcmc.kernels import Info, Kernel
 from pmcmc.kernels.base import near_tie_bound
-from pmcmc.random.streams import key_pair, lane_noise
+from pmcmc.random.streams import key_pair, lane_noise, numbered_noise
 from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Solution
-from pmcmc.recurrence.sequential import Lanes, Layout
-from pmcmc.recurrence.sharding import PartOfLanes, Steps, lane_sharding, over_devices, over_steps, step_sharding
+from pmcmc.recurrence.abreast import prefers_lanes_last
+from pmcmc.recurrence.drawn import Drawn
+from pmcmc.recurrence.sequential import Inputs, Lanes, Layout, Stored
+from pmcmc.recurrence.sharding import (
+    AllLanes,
+    PartOfLanes,
+    Steps,
+    lane_sharding,
+    over_devices,
+    over_steps,
+    step_sharding,
+)
 from pmcmc.recurrence.shooting.parts import Call, Part, call_part
 from pmcmc.target import Target
 
@@ -40,6 +50,7 @@ class Shape(NamedTuple):
             of one group.
         num_parts: Parts of the lanes of all chains, equally large, that are solved at once, each by a thread, and hand
             over to the next one. The programs are those of one part. 1 if there are several groups.
+        draws: Whether the solve draws the noise as it needs it, instead of reading it from memory.
     """
 
     num_blocks: int
@@ -53,6 +64,8 @@ class Shape(NamedTuple):
     def num_threads(self) -> int:
         """Number of groups or parts."""
         return self.num_groups * self.num_parts
+
+    draws: bool = False
 
     def layout(self, num_chains: int, block_length: int | Array) -> Layout:
         """Return the layout of ``num_chains`` chains whose blocks all have ``block_length`` steps."""
@@ -104,13 +117,19 @@ def draw_noise(
     layout = shape.layout(chain_keys.shape[0], block_length)
 
     def draw(held: Any, buffer: PyTree) -> PyTree:
-        chain, block = jnp.divmod(held.numbers(), shape.num_blocks)
-        first = first_step[chain] + block * block_length
+        chain, first = _first_of_lanes(held, first_step)
         return lane_noise(target, kernel, chain_keys[chain], first, block_length, buffer, shape.capacity)
 
     if not shape.devices:
         return draw(PartOfLanes(layout, shape.num_parts, part), buffer)
     return over_devices(shape.devices, draw, buffer, jax.tree.map(lambda _: True, buffer), layout)
+
+
+def _first_of_lanes(held: Any, first_step: Array) -> tuple[Array, Array]:
+    """Return for each own lane its chain, and the number of its first step."""
+    layout = held.layout
+    chain, block = jnp.divmod(held.numbers(), layout.num_blocks)
+    return chain, first_step[chain] + block * layout.block_length
 
 
 def _draw_part(target: Target, kernel: Kernel, steps: Steps, whole: tuple[Array, Array], buffer: PyTree) -> PyTree:
@@ -143,7 +162,7 @@ def solve_noise(
         target: Target to sample.
         kernel: Kernel that takes the steps.
         solver: Solver of the recurrence.
-        noise: Noise from `draw_noise`.
+        noise: Noise from `draw_noise`; if the shape says that the solve draws it, the keys of the chains, (C,).
         x0: Unknowns before the first step, leading axis C.
         numbers: Numbers of the chains among all chains; shape (C,).
         first_step: Number of each chain's first step; shape (C,).
@@ -163,7 +182,8 @@ def solve_noise(
     def solve(target, kernel, noise, x0, numbers, first_step, block_length, guesses, scale, buffers):
         guess = partial(_guess, guesses, numbers, first_step)
         layout = shape.layout(len(numbers), block_length)
-        solution = solver.solve_lanes(Lanes(kernel.transition(target), x0, noise, guess, scale, layout, buffers))
+        inputs = _inputs(target, kernel, noise, first_step, AllLanes(layout), shape)
+        solution = solver.solve_lanes(Lanes(kernel.transition(target), x0, inputs, guess, scale, layout, buffers))
         return solution, _near_ties(solution.aux)
 
     if solver.is_sequential and len(numbers) <= FEW_LANES:
@@ -196,7 +216,8 @@ def solve_part(
         target: Target to sample.
         kernel: Kernel that takes the steps.
         solver: Solver of the recurrence.
-        noise: Noise of the part's lanes from `draw_noise`.
+        noise: Noise of the part's lanes from `draw_noise`; if the shape says that the solve draws it, the keys of the
+            chains, (C,).
         x0: Unknowns before the first step of all chains, leading axis C.
         first_step: Number of each chain's first step; shape (C,).
         block_length: Steps of each block.
@@ -214,7 +235,8 @@ def solve_part(
     """
     layout = shape.layout(len(first_step), block_length)
     guess = partial(_guess, guesses, jnp.arange(len(first_step)), first_step)
-    lanes = Lanes(kernel.transition(target), x0, noise, guess, scale, layout, buffers)
+    inputs = _inputs(target, kernel, noise, first_step, PartOfLanes(layout, shape.num_parts, number), shape)
+    lanes = Lanes(kernel.transition(target), x0, inputs, guess, scale, layout, buffers)
     value, aux, part = call_part(solver, lanes, number, shape.num_parts, what, before, part)
     none = jnp.zeros(aux.margin.shape, bool)
     ties = jax.lax.fori_loop(0, jnp.where(what.fill, 0, 1), lambda _, none: _near_ties(aux), none)
@@ -244,10 +266,36 @@ def one_carry(target: Target, kernel: Kernel, chain_keys: Array, guesses: PyTree
     return recurrence.step(recurrence.restore(jax.tree.map(lambda x: x[0], guesses)), noise)[0]
 
 
+def _inputs(target: Target, kernel: Kernel, noise: PyTree, first_step: Array, held: Any, shape: Shape) -> Inputs:
+    """Return the noise as inputs of the own lanes: stored, or drawn where it is needed."""
+    if not shape.draws:
+        return Stored(noise)
+    chain, first = _first_of_lanes(held, first_step)
+    draw = lambda lane, step: numbered_noise(kernel, target, lane[0], lane[1] + step)
+    return Drawn(draw, (jax.vmap(key_pair)(noise)[chain].T, first))
+
+
+def draws_noise(target: Target, kernel: Kernel, chain_keys: Array, num_lanes: int) -> bool:
+    """Whether a solve in this many lanes draws its noise, for solvers that can (`RecurrenceSolver.draws_inputs`).
+
+    It does where lanes are stepped with lanes last, all are at the same step, and the noise has no loops: others take
+    longer in many small pieces than in one large one (docs/decisions/035).
+    """
+    if not prefers_lanes_last(num_lanes) or kernel.transition(target).staged is not None:
+        return False
+    return is_straight(one_noise.program(target, kernel, chain_keys))
+
+
+@plain_jit()
+def one_noise(target: Target, kernel: Kernel, chain_keys: Array) -> PyTree:
+    """Return the noise of a step of one chain; used for its shapes and its operations."""
+    return kernel.sample_noise(key_pair(chain_keys[0]), target)
+
+
 @plain_jit()
 def one_step(target: Target, kernel: Kernel, chain_keys: Array, guesses: PyTree) -> tuple[PyTree, PyTree]:
     """Return noise, and (unknown, info), of a step of one chain; used for their shapes."""
-    noise = kernel.sample_noise(key_pair(chain_keys[0]), target)
+    noise = one_noise(target, kernel, chain_keys)
     return noise, kernel.transition(target)(jax.tree.map(lambda x: x[0], guesses), noise)
 
 

@@ -100,38 +100,34 @@ def test_innovations_are_independent(run, monkeypatch: pytest.MonkeyPatch) -> No
     assert stats.kstest(draws.ravel(), "norm").pvalue > TEST_FAILURE_RATE / NUM_TESTS
 
 
-def every_block_alike(keys, first_step, block_length):
+def every_block_alike(chain, first_step, block_length):
     """All blocks use the noise of the first."""
     block = jnp.arange(first_step.size) % NUM_BLOCKS
-    return keys, first_step - block * block_length
+    return chain, first_step - block * block_length
 
 
-def one_step_early(keys, first_step, block_length):
+def one_step_early(chain, first_step, block_length):
     """Blocks begin a step early, so that neighbours share the noise at their boundary."""
-    return keys, first_step - jnp.arange(first_step.size) % NUM_BLOCKS
+    return chain, first_step - jnp.arange(first_step.size) % NUM_BLOCKS
 
 
-def segments_alike(keys, first_step, block_length):
+def segments_alike(chain, first_step, block_length):
     """Every segment counts its steps from 0."""
-    return keys, first_step - first_step[0]
+    return chain, first_step - first_step[0]
 
 
-def chains_alike(keys, first_step, block_length):
+def chains_alike(chain, first_step, block_length):
     """All chains use one key."""
-    return jnp.broadcast_to(keys[:1], keys.shape), first_step
+    return jnp.zeros_like(chain), first_step
 
 
 @pytest.mark.filterwarnings("ignore:the draws have not mixed")
 @pytest.mark.parametrize("fault", [every_block_alike, one_step_early, segments_alike, chains_alike])
 def test_sees_a_planted_fault(fault, fresh_programs, monkeypatch: pytest.MonkeyPatch) -> None:
     in_segments(monkeypatch)
-    right = programs.lane_noise
-
-    def wrong(target, kernel, keys, first_step, block_length, buffer, capacity):
-        keys, first_step = fault(keys, first_step, block_length)
-        return right(target, kernel, keys, first_step, block_length, buffer, capacity)
-
-    monkeypatch.setattr(programs, "lane_noise", wrong)
+    right = programs._first_of_lanes
+    wrong = lambda held, first_step: fault(*right(held, first_step), held.layout.block_length)
+    monkeypatch.setattr(programs, "_first_of_lanes", wrong)
     z = lagged_scores(series(sample()))
     print(fault.__name__, np.max(np.abs(z)))
     assert np.max(np.abs(z)) > 1.2 * z_bound(NUM_TESTS * z.size)

@@ -11,7 +11,7 @@ from pmcmc._xla.rewrites import FEW_LANES, own_program
 from pmcmc.recurrence import MultipleShooting, Sequential, abreast
 from pmcmc.recurrence.abreast import LARGEST, map_lanes, scan_abreast, step_abreast, walk_abreast
 from pmcmc.recurrence.problem import Recurrence
-from pmcmc.recurrence.sequential import Lanes, Layout, walk
+from pmcmc.recurrence.sequential import Lanes, Layout, Stored, walk
 from pmcmc.recurrence.sharding import AllLanes
 
 MARK = 'xla_cpu_small_call = "true"'
@@ -33,7 +33,7 @@ def lanes_of(num_lanes, capacity=12, block_length=12, buffers=None):
         unread=jnp.ones((num_lanes, capacity, 2)),
     )
     layout = Layout(1, num_lanes, capacity, block_length, num_lanes * block_length)
-    lanes = Lanes(Recurrence(step), None, inputs, None, None, layout, buffers, held=AllLanes(layout))
+    lanes = Lanes(Recurrence(step), None, Stored(inputs), None, None, layout, buffers, held=AllLanes(layout))
     carry = jnp.cos(jnp.arange(num_lanes * 3.0)).reshape(num_lanes, 3), jnp.arange(num_lanes), jnp.arange(num_lanes) > 2
     return carry, lanes
 
@@ -58,7 +58,7 @@ def test_buffers_are_overwritten():
 
 def test_one_step_agrees():
     carry, lanes = lanes_of(MANY)
-    u = jax.tree.map(lambda x: x[:, 0], lanes.inputs)
+    u = lanes.inputs.of_step(0)
     found, expected = step_abreast(step, MANY)(carry, u), jax.vmap(step)(carry, u)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-13), found, expected)
 

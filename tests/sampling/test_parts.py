@@ -15,7 +15,7 @@ from pmcmc.sampling.engine import Engine
 from pmcmc.sampling.programs import Shape
 from tests.helpers.targets import gaussian, start_like
 
-NUM_BLOCKS, LENGTH = 24, 32
+NUM_BLOCKS, LENGTH = 48, 32
 
 
 def bank(dim: int = 3) -> jax.Array:
@@ -32,6 +32,7 @@ def solve(engine: Engine, num_parts: int, num_segments: int = 2, length: int = L
     """Return what segments of an engine hold, in numpy."""
     solver = MultipleShooting(num_blocks=NUM_BLOCKS, **options)
     shape = Shape(NUM_BLOCKS, length, num_parts=num_parts)
+    shape = shape._replace(draws=engine.draws_noise(solver, NUM_BLOCKS // num_parts))
     x, found = jax.tree.map(lambda x: x[: engine.num_chains], engine.guesses), []
     for number in range(num_segments):
         first = np.full(engine.num_chains, number * NUM_BLOCKS * length)

@@ -13,6 +13,7 @@ from pmcmc import HMC, MALA, NUTS, RandomWalk
 from pmcmc._xla import rewrites
 from pmcmc._xla.content import inner_programs
 from pmcmc._xla.rewrites import in_one_kernel
+from pmcmc.random.distributions import normals, uniforms
 from pmcmc.recurrence import Sequential
 from pmcmc.sampling import programs
 from tests.helpers.selection import share
@@ -103,6 +104,15 @@ def test_arguments_that_xla_simplifies_away():
     """XLA ends the process if such a kernel has an argument that is never read, hence the separate process."""
     done = subprocess.run([sys.executable, "-c", UNUSED], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_an_only_result_that_xla_would_share_among_cores():
+    """It has enough arithmetic for two cores, and XLA would then pass too few arguments to the kernel."""
+    keys = jnp.arange(1024, dtype=jnp.uint32).reshape(2, 512)
+    draw = lambda keys: normals(jax.vmap(lambda key: uniforms(key, 10, jnp.float32), -1, -1)(keys))
+    program = jax.jit(lambda keys: in_one_kernel(draw, keys))
+    assert MARK in program.lower(keys).as_text()
+    np.testing.assert_array_equal(program(keys), jax.jit(draw)(keys))
 
 
 def test_the_function_is_traced_once():

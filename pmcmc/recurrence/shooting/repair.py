@@ -176,7 +176,7 @@ def _run_pass(lanes: Lanes, tol: Array, budget: Array, sweep: Sweep) -> tuple[Py
 
     def body(state):
         carry, now = state
-        carry, aux = step_lanes(carry, read_step(lanes.inputs, now.step))
+        carry, aux = step_lanes(carry, lanes.inputs.of_step(now.step))
         return carry, _compare(lanes, tol, now, carry, aux, everyone)
 
     return jax.lax.while_loop(lambda state: jnp.any(going(state[1])), body, (sweep.start, begin))

@@ -48,7 +48,7 @@ from pmcmc._pytree import (
 from pmcmc._xla import default_platform
 from pmcmc.recurrence.abreast import walk_abreast
 from pmcmc.recurrence.problem import Staged
-from pmcmc.recurrence.sequential import Lanes, LaneSolver, Layout, read_step, record_for, walk_apart, write_where
+from pmcmc.recurrence.sequential import Lanes, LaneSolver, Layout, record_for, walk_apart, write_where
 from pmcmc.recurrence.sharding import AllLanes, distinct, lane_sharding, over_devices, replicated
 from pmcmc.recurrence.shooting.repair import Recording, Sweep, repair_sweep, successor_starts
 from pmcmc.recurrence.solution import RESULTS, Solution, Stats, default_tolerance, separates, typical_scale
@@ -98,6 +98,7 @@ class MultipleShooting(LaneSolver):
         if self.devices is not None:
             object.__setattr__(self, "devices", distinct(self.devices))
 
+    draws_inputs: ClassVar[bool] = True
     unit: ClassVar[int] = CHUNK
 
     @property
@@ -125,7 +126,7 @@ class MultipleShooting(LaneSolver):
     def solve_lanes(self, lanes):
         tol, max_sweeps, max_steps = self.limits(lanes.x0)
 
-        def run(held: Any, own: tuple[PyTree, PyTree]) -> Outcome:
+        def run(held: Any, own: tuple[Any, PyTree]) -> Outcome:
             inputs, buffers = own
             return _run(lanes._replace(held=held, inputs=inputs, buffers=buffers), tol, max_sweeps, max_steps)
 
@@ -227,7 +228,7 @@ def fill(lanes: Lanes, steps: Array | None = None) -> tuple[PyTree, PyTree, PyTr
     layout, recurrence = lanes.layout, lanes.recurrence
     step, unknown = jax.vmap(recurrence.step), jax.vmap(recurrence.unknown)
     start = _guessed_starts(lanes)
-    carry, _ = jax.eval_shape(step, start, read_step(lanes.inputs, 0))
+    carry, _ = jax.eval_shape(lambda start: step(start, lanes.inputs.of_step(0)), start)
     start = jax.tree.map(lambda s, c: s.astype(c.dtype), start, carry)
 
     def one(carry, u):

@@ -18,6 +18,7 @@ from pmcmc.kernels import DiscreteGibbs, UniformLength
 from pmcmc.random.streams import chain_keys, step_noise
 from pmcmc.recurrence import MultipleShooting, Sequential, deer
 from pmcmc.recurrence.abreast import prefers_lanes_last
+from pmcmc.recurrence.sharding import AllLanes
 from pmcmc.sampling import programs
 from pmcmc.sampling.engine import Engine
 from pmcmc.sampling.programs import Shape, draws_noise
@@ -84,7 +85,8 @@ def drawn(target: Target, kernel: pmcmc.Kernel) -> tuple[PyTree, PyTree]:
     """The noise of all lanes as the zeroth sweep draws it, and as repair does, (lanes, steps, ...)."""
 
     def draw(target: Target, kernel: pmcmc.Kernel, keys: jax.Array, first: jax.Array, length: jax.Array):
-        inputs = programs._drawn(target, kernel, keys, first, Shape(NUM_BLOCKS, LENGTH).layout(NUM_CHAINS, length))
+        shape = Shape(NUM_BLOCKS, LENGTH, draws=True)
+        inputs = programs._inputs(target, kernel, keys, first, AllLanes(shape.layout(NUM_CHAINS, length)), shape)
         chunks = jax.lax.map(lambda n: inputs.of_chunk(n * CHUNK, CHUNK), jnp.arange(LENGTH // CHUNK))
         chunks = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(LENGTH, *x.shape[2:]), -1, 0), chunks)
         steps = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), jax.lax.map(inputs.of_step, jnp.arange(LENGTH)))

@@ -17,7 +17,8 @@ import numpy as np
 
 from pmcmc._pytree import Array, PRNGKey, PyTree, RavelSpec
 from pmcmc._xla.trace import Trace, trace
-from pmcmc.interop.numpyro_sites import active_reparams, check_trace, non_centred_forms, scales
+from pmcmc.interop.numpyro_positions import fixed_values, prototype_position, random_trace
+from pmcmc.interop.numpyro_sites import active_reparams, non_centred_forms, scales
 from pmcmc.target import Model, Supports, Target
 
 # All threads share NumPyro's stack of handlers: two models that run at once would see each other's sites.
@@ -191,6 +192,11 @@ def array_arguments(model: Callable, args: tuple, kwargs: dict) -> dict[str, np.
     return {name: np.array(value) for name, value in arguments.items() if _is_array(value)}
 
 
+def _is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array of numbers or booleans."""
+    return isinstance(leaf, (np.ndarray, jax.Array)) and getattr(leaf.dtype, "kind", None) in set("fiub")
+
+
 def _is_observation(site: dict) -> bool:
     """Whether a site is data, and not a factor, whose value is empty."""
     return site["type"] == "sample" and site.get("is_observed", False) and jnp.size(site["value"]) > 0
@@ -238,11 +244,11 @@ def numpyro_target(model: Callable, model_args: tuple, model_kwargs: dict) -> Ta
     if not callable(model):
         raise TypeError(f"model must be a NumPyro model (a function with sample sites), got {type(model).__name__}.")
     args, kwargs = tuple(model_args), dict(model_kwargs)
-    prototype, supports, fixed = _prototype_position(model, args, kwargs)
+    prototype, supports, fixed = prototype_position(model, args, kwargs)
     if fixed:
         from numpyro.handlers import substitute
 
-        model = substitute(model, data=_fixed_values(model, args, kwargs, fixed))
+        model = substitute(model, data=fixed_values(model, args, kwargs, fixed))
     static: list[tuple[_Sites, tuple]] = []
 
     def run(position: PyTree) -> dict:
@@ -264,7 +270,7 @@ def _refusing_site(model: Callable, args: tuple, kwargs: dict) -> str:
     from numpyro.infer.initialization import init_to_uniform
 
     key = jax.random.key(0)
-    names = list(_random_trace(model, args, kwargs, key))
+    names = list(random_trace(model, args, kwargs, key))
     started = handlers.substitute(handlers.seed(model, key), substitute_fn=init_to_uniform)
     checked = handlers.trace(started)
     try:
@@ -273,122 +279,6 @@ def _refusing_site(model: Callable, args: tuple, kwargs: dict) -> str:
     except ValueError:
         return f"check the parameters of the distribution at site {names[len(checked.trace)]!r}: "
     return ""
-
-
-def _is_array(leaf: Any) -> bool:
-    """Whether a leaf is an array of numbers or booleans."""
-    return isinstance(leaf, (np.ndarray, jax.Array)) and getattr(leaf.dtype, "kind", None) in set("fiub")
-
-
-def _prototype_position(
-    model: Callable, args: tuple, kwargs: dict
-) -> tuple[dict[str, np.ndarray], Supports, list[str]]:
-    """Return zeros in the shapes of the latent sites, supports of discrete sites, and names of sites to be fixed.
-
-    The model runs on abstract values: with real ones every primitive of it would be compiled separately.
-    """
-    discrete: list[str] = []
-    fixed: list[str] = []
-    trace = lambda key: _traced_position(model, args, kwargs, key, discrete, fixed)
-    shapes = jax.eval_shape(lambda: trace(jax.random.key(0)))
-    position = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    return position, _supports(model, args, kwargs, discrete) if discrete else (), fixed
-
-
-def _fixed_values(model: Callable, args: tuple, kwargs: dict, names: list[str]) -> dict[str, Any]:
-    """Return the values at which the model starts its ``param`` and ``mutable`` sites: constants here, as in NumPyro.
-
-    They may be pytrees with leaves that are not arrays: placeholders of the weights that a random module samples.
-    """
-    others: list[Any] = []
-
-    def start(rng_key: PRNGKey) -> list:
-        sites = _random_trace(model, args, kwargs, rng_key)
-        leaves, treedef = jax.tree.flatten({name: sites[name]["value"] for name in names})
-        others.extend((treedef, [None if _is_number(leaf) else leaf for leaf in leaves]))
-        return [leaf for leaf in leaves if _is_number(leaf)]
-
-    arrays = iter(jax.jit(start)(jax.random.key(0)))
-    treedef, leaves = others
-    return jax.tree.unflatten(treedef, [next(arrays) if leaf is None else leaf for leaf in leaves])
-
-
-def _is_number(leaf: Any) -> bool:
-    """Whether a leaf can be returned from a compiled function."""
-    return isinstance(leaf, (bool, int, float, complex, np.ndarray, np.generic, jax.Array))
-
-
-def _traced_position(
-    model: Callable, args: tuple, kwargs: dict, rng_key: PRNGKey, discrete: list[str], fixed: list[str]
-) -> dict[str, Any]:
-    """Return the latent sites at a random point; append names of discrete and of fixed sites to the two lists."""
-    from numpyro.distributions.transforms import biject_to
-    from numpyro.infer.util import helpful_support_errors
-
-    trace = _random_trace(model, args, kwargs, rng_key)
-    check_trace(trace)
-    fixed.extend(name for name, site in trace.items() if site["type"] in ("param", "mutable"))
-    latent = {
-        name: site for name, site in trace.items() if site["type"] == "sample" and not site.get("is_observed", False)
-    }
-    if not latent:
-        raise ValueError(
-            "the model has no latent sample sites: there is nothing to sample. Check that not every site has obs=."
-        )
-    position = {}
-    for name, site in latent.items():
-        if site["fn"].support.is_discrete:
-            position[name] = jnp.asarray(site["value"], int)
-            discrete.append(name)
-            continue
-        with helpful_support_errors(site):
-            position[name] = jnp.asarray(biject_to(site["fn"].support).inv(site["value"]), float)
-    return position
-
-
-def _supports(model: Callable, args: tuple, kwargs: dict, names: list[str]) -> Supports:
-    """Return the values of each discrete site, which must be the same at two random points."""
-    first, second = (_random_trace(model, args, kwargs, jax.random.key(seed)) for seed in range(2))
-    supports = {name: _support(name, first[name]["fn"]) for name in names}
-    moving = [name for name, values in supports.items() if _support(name, second[name]["fn"]) != values]
-    if moving:
-        raise ValueError(
-            f"the support of {moving} depends on other latent sites, so it cannot be enumerated beforehand: "
-            "marginalise these sites out, or give them a fixed support and weights of zero."
-        )
-    return tuple(supports.items())
-
-
-def _random_trace(model: Callable, args: tuple, kwargs: dict, rng_key: PRNGKey) -> dict:
-    """Trace the model at a random point, without validating its distributions."""
-    from numpyro import handlers, validation_enabled
-    from numpyro.infer.initialization import init_to_uniform
-
-    with validation_enabled(False):  # invalid values show in the density, and the site is named before sampling starts
-        # Start as NumPyro starts its own samplers: an improper prior cannot be drawn from.
-        started = handlers.substitute(handlers.seed(model, rng_key), substitute_fn=init_to_uniform)
-        return handlers.trace(started).get_trace(*args, **kwargs)
-
-
-def _support(name: str, fn: Any) -> tuple[int, ...]:
-    """Return the values that each element of a discrete site can take."""
-    from numpyro.distributions import Independent, MaskedDistribution
-
-    while isinstance(fn, (Independent, MaskedDistribution)):
-        fn = fn.base_dist
-    found = None
-    if fn.has_enumerate_support and not fn.event_dim:
-        try:
-            found = np.unique(np.asarray(fn.enumerate_support(expand=False)))
-        except NotImplementedError:
-            found = None
-    if found is None:
-        raise ValueError(
-            f"latent site {name!r} is discrete without a finite support that all its elements share: marginalise it "
-            "out, truncate it to a Categorical site, or write its update and pass the model's log density to "
-            "pmcmc.sample with Compose([...])."
-        )
-    return tuple(found.tolist())
 
 
 @_alone

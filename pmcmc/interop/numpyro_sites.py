@@ -17,7 +17,8 @@ import numpy as np
 from pmcmc._pytree import Array, PRNGKey, PyTree
 from pmcmc._xla.compile import plain_jit
 from pmcmc.random.streams import key_pair, threefry_2x32
-from pmcmc.target import Target, evaluate_starts
+from pmcmc.starts import evaluate_starts
+from pmcmc.target import Target
 
 
 def check_trace(trace: dict[str, dict[str, Any]]) -> None:

@@ -33,7 +33,8 @@ from pmcmc.sampling.engine import Engine
 from pmcmc.sampling.reporting import Outcome
 from pmcmc.sampling.segments import Draws, Keeper, NonFiniteState, Run, draw_bytes
 from pmcmc.sampling.settings import Settings, Starts, fit_memory, settings_of
-from pmcmc.target import Target, check_starts
+from pmcmc.starts import check_starts
+from pmcmc.target import Target
 from pmcmc.warmup import Tuned
 from pmcmc.warmup.base import Watch
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,20 @@ class Basis:
     def covariance(self) -> Array:
         """The inverse mass matrix that this basis corresponds to: scale scale^T, or its diagonal."""
         return self.scale @ self.scale.T if self.scale.ndim == 2 else self.scale**2
+
+
+class Place(NamedTuple):
+    """Where a partially centred site is, in the shape of its unconstrained values.
+
+    Attributes:
+        value: Unconstrained values x.
+        loc: Locations mu.
+        log_scale: Logarithms of the scales s.
+    """
+
+    value: Array
+    loc: Array
+    log_scale: Array
 
 
 # Pairs (site, its values) of discrete sites.
@@ -128,6 +142,18 @@ class Model(abc.ABC):
     def non_centred_form(self, site: str) -> str:
         """Return how to write one of these sites in non-centred form, as the end of a sentence."""
         return "try a non-centred form"
+
+    def centredness(self, data: PyTree) -> dict[str, Array]:
+        """Return the centredness c of partially centred sites, see `AutoReparam`; empty if there are none."""
+        return {}
+
+    def with_centredness(self, data: PyTree, centredness: dict[str, Array]) -> PyTree:
+        """Return the data with another centredness of the sites that `centredness` names."""
+        return data
+
+    def places(self, data: PyTree, position: PyTree) -> dict[str, Place]:
+        """Return where partially centred sites are; empty if there are none."""
+        return {}
 
     def observed(self, data: PyTree, position: PyTree) -> dict[str, Array]:
         """Return the values of the observed sites; empty if the model has no sites."""
@@ -310,7 +336,7 @@ class Target:
         return _value_and_grad(self, y)
 
     def position(self, y: Float[Array, " dim"]) -> PyTree:
-        """The user's unconstrained pytree at coordinates ``y``."""
+        """The unconstrained pytree at coordinates ``y``, which holds w of partially centred sites."""
         return self.spec.unravel(y if self.basis is None else self.basis.to_position(y))
 
     def coordinates(self, position: PyTree) -> Float[Array, " dim"]:
@@ -321,6 +347,27 @@ class Target:
     def constrain(self, y: Float[Array, " dim"]) -> PyTree:
         """What the user sees of coordinates ``y``: constrained and deterministic sites of a NumPyro model."""
         return self.model.constrain(self.data, self.position(y))
+
+    @property
+    def centredness(self) -> dict[str, Array]:
+        """The centredness c of partially centred sites, see `AutoReparam`; empty if there are none."""
+        return self.model.centredness(self.data)
+
+    def with_centredness(self, centredness: dict[str, ArrayLeaf]) -> "Target":
+        """Return this target with another centredness of the sites that `centredness` names."""
+        dtype = lambda name: self.spec.template[name].dtype
+        data = {name: jax.device_put(np.asarray(c, dtype(name))) for name, c in centredness.items()}
+        return replace(self, data=self.model.with_centredness(self.data, data))
+
+    @property
+    def as_written(self) -> "Target":
+        """This target without basis, in the unconstrained coordinates of the model as the user wrote it."""
+        return self.with_centredness({name: np.ones(c.shape) for name, c in self.centredness.items()}).with_basis(None)
+
+    def unconstrained(self, position: PyTree) -> PyTree:
+        """Return the user's unconstrained values at a position: their own for partially centred sites."""
+        places = self.model.places(self.data, position)
+        return {**position, **{name: place.value for name, place in places.items()}} if places else position
 
     def given(self, names: tuple[str, ...], others: PyTree, basis: Basis | None = None) -> "Target":
         """Restrict the target to some sites of a dict position, given the others.

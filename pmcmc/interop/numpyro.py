@@ -19,6 +19,7 @@ from pmcmc._pytree import Array, PRNGKey, PyTree, RavelSpec
 from pmcmc._xla.trace import Trace, trace
 from pmcmc.interop.numpyro_positions import fixed_values, prototype_position, random_trace
 from pmcmc.interop.numpyro_sites import active_reparams, non_centred_forms, scales
+from pmcmc.interop.partial_centring import AutoReparam, PartialCentring, locations_and_scales
 from pmcmc.target import Model, Supports, Target
 
 # All threads share NumPyro's stack of handlers: two models that run at once would see each other's sites.
@@ -58,11 +59,21 @@ class NumpyroModel(Model):
         return self.trace.out_shapes["logdensity"]
 
     def content(self, data):
-        operations, numbers = self.trace.content(data)
+        operations, numbers = self.trace.content(data.constants)
         return (operations, self.about, self.supports), numbers
 
-    def _part(self, name: str, data: list, position: PyTree) -> PyTree:
-        return self.trace.part(name)(data, position)
+    def _part(self, name: str, data: "_Data", position: PyTree) -> PyTree:
+        given = (data.centredness,) if data.centredness else ()
+        return self.trace.part(name)(data.constants, position, *given)
+
+    def centredness(self, data):
+        return data.centredness
+
+    def with_centredness(self, data, centredness):
+        return data._replace(centredness=centredness)
+
+    def places(self, data, position):
+        return self._part("places", data, position) if data.centredness else {}
 
     def logdensity(self, data, position):
         return self._part("logdensity", data, position)
@@ -99,6 +110,18 @@ class NumpyroModel(Model):
         return {name: list(dims) for name, dims in self.about.dims}
 
 
+class _Data(NamedTuple):
+    """What a model reads.
+
+    Attributes:
+        constants: Arrays, arguments or not.
+        centredness: c of partially centred sites, in the shapes of their unconstrained values; empty if there are none.
+    """
+
+    constants: list[Array]
+    centredness: dict[str, Array]
+
+
 class _Sites(NamedTuple):
     """Properties of a model's sites that are the same at every position.
 
@@ -114,9 +137,11 @@ class _Sites(NamedTuple):
 
 
 def _run(
-    model: Callable, args: tuple, kwargs: dict, supports: Supports, position: PyTree
+    model: Callable, args: tuple, kwargs: dict, supports: Supports, position: PyTree, centredness: dict[str, Array]
 ) -> tuple[dict, _Sites, tuple[tuple[str, str], ...]]:
     """Run the model once at a position; return all that is asked of it there, its `_Sites` and the non-centred forms.
+
+    ``centredness`` names the partially centred sites, of which the position holds w.
 
     Each program takes one entry of the dict, and tracing drops what only the other entries need:
 
@@ -125,25 +150,13 @@ def _run(
         terms: Log probabilities by site, with NumPyro's scales, not summed.
         log_likelihood: Log probabilities of observed sites, without scales.
         finite: Whether all log probabilities of a site are finite.
-        scales: Scales of latent sites of location-scale families.
+        scales: Scales of latent sites of location-scale families, without partially centred ones.
         observed: The data.
+        places: The `Place` of each partially centred site, if there are any.
     """
-    from numpyro import handlers
-    from numpyro.infer.util import _unconstrain_reparam, compute_log_probs
-
-    discrete = {name: position[name] for name, _ in supports}
-    continuous = {name: value for name, value in position.items() if name not in discrete}
-    # A fixed key suffices, since nothing that the density depends on is drawn.
-    seeded = handlers.seed(handlers.substitute(model, data=discrete) if discrete else model, jax.random.key(0))
-    # Same computation as NumPyro's `potential_energy`, which keeps neither the terms of its sum nor the sites.
-    active: dict[str, list] = {}
-
-    def start(site: dict) -> Any:
-        active[site["name"]] = active_reparams()
-        return _unconstrain_reparam(continuous, site)
-
-    started = handlers.substitute(seeded, substitute_fn=start)
-    terms, sites = compute_log_probs(started, args, kwargs, {}, sum_log_prob=False)
+    partial = PartialCentring(position, centredness)
+    terms, sites, active = _trace_at(model, args, kwargs, supports, position, partial)
+    terms |= {name: partial.term(name, sites[name]["fn"]) for name in centredness}
     drawn = {name: site for name, site in sites.items() if site["type"] == "sample"}
     observed = {name: site for name, site in drawn.items() if _is_observation(site)}
     values = {
@@ -157,10 +170,52 @@ def _run(
         "terms": jax.tree.map(jnp.asarray, terms),
         "log_likelihood": {name: _log_likelihood(site, terms[name]) for name, site in observed.items()},
         "finite": {name: jnp.all(jnp.isfinite(term)) for name, term in terms.items()},
-        "scales": scales(drawn),
+        "scales": scales({name: site for name, site in drawn.items() if name not in centredness}),
         "observed": {name: jnp.asarray(site["value"]) for name, site in observed.items()},
     }
+    if centredness:
+        asked["places"] = {name: partial.place(name, sites[name]["fn"]) for name in centredness}
     return asked, _about(sites, {*values, *observed}), non_centred_forms(sites, active)
+
+
+def _trace_at(
+    model: Callable, args: tuple, kwargs: dict, supports: Supports, position: PyTree, partial: PartialCentring
+) -> tuple[dict[str, Array], dict[str, dict], dict[str, list]]:
+    """Run the model once at a position, as NumPyro's ``potential_energy`` does, which keeps neither terms nor sites.
+
+    Returns:
+        Log probabilities by site, not summed; the sites; and by site the ``reparam`` handlers that see it.
+    """
+    from numpyro import handlers
+    from numpyro.infer.util import _unconstrain_reparam, compute_log_probs
+
+    discrete = {name: position[name] for name, _ in supports}
+    continuous = {name: value for name, value in position.items() if name not in discrete}
+    # A fixed key suffices, since nothing that the density depends on is drawn.
+    seeded = handlers.seed(handlers.substitute(model, data=discrete) if discrete else model, jax.random.key(0))
+    active: dict[str, list] = {}
+
+    def start(site: dict) -> Any:
+        active[site["name"]] = active_reparams()
+        return partial.value(site) if site["name"] in partial.names else _unconstrain_reparam(continuous, site)
+
+    started = handlers.substitute(seeded, substitute_fn=start)
+    terms, sites = compute_log_probs(started, args, kwargs, {}, sum_log_prob=False)
+    return terms, sites, active
+
+
+def _non_centred(
+    model: Callable, args: tuple, kwargs: dict, supports: Supports, position: PyTree
+) -> dict[str, np.ndarray]:
+    """Return a centredness of 0 for each site that can be partially centred and depends on other latent sites."""
+
+    def find(position: PyTree) -> dict[str, tuple[Array, Array]]:
+        _, sites, _ = _trace_at(model, args, kwargs, supports, position, PartialCentring(position, {}))
+        return locations_and_scales({name: site for name, site in sites.items() if site["type"] == "sample"})
+
+    found = trace(find, position).trace
+    names = [name for name in found.out_shapes if found.part(name).reads_arguments]
+    return {name: np.zeros(position[name].shape, position[name].dtype) for name in names}
 
 
 def _log_likelihood(site: dict, term: Array) -> Array:
@@ -225,7 +280,9 @@ def _by_element(about: _Sites, terms: dict[str, Array], name: str, shape: tuple[
 
 
 @_alone
-def numpyro_target(model: Callable, model_args: tuple, model_kwargs: dict) -> Target:
+def numpyro_target(
+    model: Callable, model_args: tuple, model_kwargs: dict, reparam: AutoReparam | None = None
+) -> Target:
     """Return a `Target` over the unconstrained latent sites of a NumPyro model as it is now.
 
     The model runs on the user's own arguments, so numpy computes with them in their own precision, and values enter JAX
@@ -236,11 +293,15 @@ def numpyro_target(model: Callable, model_args: tuple, model_kwargs: dict) -> Ta
         model: A NumPyro model: a function with sample sites.
         model_args: Positional arguments of the model.
         model_kwargs: Keyword arguments of the model.
+        reparam: Which sites are partially centred, non-centred at first. None: none.
 
     Raises:
         TypeError: ``model`` is not callable.
+        TypeError: ``reparam`` is not an `AutoReparam`.
         ValueError: The model has no latent sites, or discrete ones that cannot be enumerated.
     """
+    if not (reparam is None or isinstance(reparam, AutoReparam)):
+        raise TypeError(f"reparam must be None or pmcmc.AutoReparam(), got {reparam!r}.")
     if not callable(model):
         raise TypeError(f"model must be a NumPyro model (a function with sample sites), got {type(model).__name__}.")
     args, kwargs = tuple(model_args), dict(model_kwargs)
@@ -251,15 +312,18 @@ def numpyro_target(model: Callable, model_args: tuple, model_kwargs: dict) -> Ta
         model = substitute(model, data=fixed_values(model, args, kwargs, fixed))
     static: list[tuple[_Sites, tuple]] = []
 
-    def run(position: PyTree) -> dict:
-        out, about, forms = _run(model, args, kwargs, supports, position)
+    def run(position: PyTree, centredness: dict[str, Array] | None = None) -> dict:
+        out, about, forms = _run(model, args, kwargs, supports, position, centredness or {})
         static.append((about, forms))
         return out
 
     try:
-        traced = trace(run, RavelSpec.of(prototype).template)
+        template = RavelSpec.of(prototype).template
+        centredness = {} if reparam is None else _non_centred(model, args, kwargs, supports, template)
+        traced = trace(run, template, *([centredness] if centredness else []))
         about, forms = static[-1]
-        return Target.build(NumpyroModel(traced.trace, about, supports, forms), prototype, traced.constants)
+        data = _Data(traced.constants, jax.device_put(centredness))
+        return Target.build(NumpyroModel(traced.trace, about, supports, forms), prototype, data)
     except ValueError as error:
         raise ValueError(f"{_refusing_site(model, args, kwargs)}{error}") from error
 

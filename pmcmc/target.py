@@ -140,7 +140,7 @@ class Model(abc.ABC):
         return {}
 
     def non_centred_form(self, site: str) -> str:
-        """Return how to write one of these sites in non-centred form, as the end of a sentence."""
+        """Return how to change the form of one of these sites, as the end of a sentence."""
         return "try a non-centred form"
 
     def centredness(self, data: PyTree) -> dict[str, Array]:

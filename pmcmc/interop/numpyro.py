@@ -46,7 +46,7 @@ class NumpyroModel(Model):
         about: Properties of the sites that are the same at every position.
         supports: Values of each discrete latent site. Positions hold discrete values as they are, and continuous ones
             unconstrained.
-        forms: For each site with a scale, a hint how to write a non-centred form. Not used in computations, so not
+        forms: For each site with a scale, a hint how to change its form. Not used in computations, so not
             compared.
     """
 
@@ -175,7 +175,7 @@ def _run(
     }
     if centredness:
         asked["places"] = {name: partial.place(name, sites[name]["fn"]) for name in centredness}
-    return asked, _about(sites, {*values, *observed}), non_centred_forms(sites, active)
+    return asked, _about(sites, {*values, *observed}), non_centred_forms(sites, active, bool(supports))
 
 
 def _trace_at(

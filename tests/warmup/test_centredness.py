@@ -101,6 +101,8 @@ def test_every_element_is_centred_as_far_as_its_data_reach() -> None:
     assert none <= 0.1
     assert few < many
     assert many >= 0.9
+    assert chain.report.centredness == {"x": (min(none, few, many), max(none, few, many))}
+    assert f"Centredness (0 non-centred, 1 centred): x {none:.2f} to {many:.2f}." in str(chain.report)
     draws = chain.get_samples()
     assert {name: x.shape for name, x in draws.items()} == dict(mu=(120,), tau=(120,), x=(120, 3), double=(120, 3))
     np.testing.assert_allclose(draws["double"], 2 * draws["x"])
@@ -133,6 +135,7 @@ def test_a_file_keeps_the_centredness(tmp_path: Path) -> None:
     ours, theirs = (c.extend(30, progress_bar=False).get_samples() for c in (back, chain))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     assert back.verify()
+    assert back.report.centredness == chain.report.centredness
     flat = lambda y: numpyro.sample("y", dist.Normal(model_of_constant_scales(), 1), obs=y)
     with pytest.raises(ValueError, match=r"has the partially centred sites .*'x'.*pass the model"):
         pmcmc.load(tmp_path / "chain.npz", flat, model_args=(Y[0],))

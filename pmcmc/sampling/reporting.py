@@ -207,7 +207,8 @@ class Outcome:
             num_lost_lanes=self.state.num_lost_lanes,
             num_lanes=len(jax.tree.leaves(self.state.ensemble)[0]),
             centredness={
-                name: (float(np.min(c)), float(np.max(c))) for name, c in self.state.target.centredness.items()
+                name: (round(float(np.min(c)), 2), round(float(np.max(c)), 2))
+                for name, c in self.state.target.centredness.items()
             },
             precision=asked_for(),
             num_draws=int(moves.num_draws[0]),

@@ -128,6 +128,8 @@ def test_sites_are_found_where_location_or_scale_depends_on_other_sites() -> Non
     target = numpyro_target(model, (jnp.ones(3),), {}, AutoReparam())
     assert set(target.centredness) == {"location", "scale"}
     assert all(np.all(np.asarray(c) == 0) for c in target.centredness.values())
+    scales = target.model.site_scales(target.data, target.spec.unravel(jnp.zeros(target.dim)))
+    assert set(scales) == {"mu", "constant", "freedom", "masked", "scaled", "by_hand_decentered"}  # to be blamed
 
 
 def test_a_model_without_such_sites_is_the_plain_model() -> None:

@@ -72,6 +72,29 @@ def along_time():
     scan(step, jnp.zeros(3), jnp.arange(5.0))
 
 
+def correlated():
+    """Intercepts and slopes with a latent correlation, their locations in a plate or shared by it."""
+    mu = numpyro.sample("mu", dist.Normal(0, 1).expand([3]).to_event(1))
+    tau = numpyro.sample("tau", dist.HalfNormal(1).expand([3]).to_event(1))
+    factor = tau[:, None] * numpyro.sample("corr", dist.LKJCholesky(3, 2.0))
+    with numpyro.plate("groups", 4):
+        x = numpyro.sample("x", dist.MultivariateNormal(mu, scale_tril=factor))
+        deep = numpyro.sample("deep", dist.MultivariateNormal(x, covariance_matrix=factor @ factor.T))
+        numpyro.sample("y", dist.Normal(deep, 1).to_event(1), obs=jnp.ones((4, 3)))
+
+
+def correlated_along_time():
+    tau = numpyro.sample("tau", dist.HalfNormal(1))
+
+    def step(before, y):
+        factor = tau * jnp.array([[1.0, 0.0], [0.5, 0.8]])
+        x = numpyro.sample("x", dist.MultivariateNormal(before, scale_tril=factor))
+        numpyro.sample("y", dist.Normal(jnp.sum(x), 1.0), obs=y)
+        return x, None
+
+    scan(step, jnp.zeros(2), jnp.arange(4.0))
+
+
 def anywhere(model) -> tuple[Target, jax.Array]:
     """Return a target whose elements are centred to random degrees, both ends included, and a position of it."""
     target, rng = numpyro_target(model, (), {}, AutoReparam()), np.random.default_rng(0)
@@ -80,6 +103,7 @@ def anywhere(model) -> tuple[Target, jax.Array]:
 
 
 MODELS = {**{name: hierarchy(family) for name, family in FAMILIES.items()}, "nested": nested, "scan": along_time}
+MODELS |= {"correlated": correlated, "correlated scan": correlated_along_time}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -101,7 +125,7 @@ def test_the_density_is_the_models_with_the_jacobian_of_the_map(name: str) -> No
     jax.tree.map(np.testing.assert_allclose, target.constrain(w), theirs)
 
 
-@pytest.mark.parametrize("name", ["StudentT", "nested", "scan"])
+@pytest.mark.parametrize("name", ["StudentT", "nested", "scan", "correlated"])
 def test_fully_centred_is_as_written(name: str) -> None:
     target, _ = anywhere(MODELS[name])
     plain, x = numpyro_target(MODELS[name], (), {}), jnp.linspace(-1, 1, target.dim)
@@ -117,6 +141,8 @@ def test_sites_are_found_where_location_or_scale_depends_on_other_sites() -> Non
         numpyro.sample("location", dist.Normal(mu, 1))
         numpyro.sample("scale", dist.Cauchy(0, jax.jit(lambda x: 2 * x)(tau)))
         numpyro.sample("freedom", dist.StudentT(2 + tau, 0, 1))
+        numpyro.sample("wide", dist.MultivariateNormal(mu * jnp.ones(9), jnp.eye(9)))
+        numpyro.sample("correlated", dist.MultivariateNormal(jnp.zeros(2), mu**2 * jnp.eye(2)))
         with numpyro.handlers.mask(mask=False):
             numpyro.sample("masked", dist.Normal(mu, tau))
         with numpyro.handlers.scale(scale=0.5):
@@ -126,7 +152,7 @@ def test_sites_are_found_where_location_or_scale_depends_on_other_sites() -> Non
         numpyro.sample("y", dist.Normal(mu, tau), obs=y)
 
     target = numpyro_target(model, (jnp.ones(3),), {}, AutoReparam())
-    assert set(target.centredness) == {"location", "scale"}
+    assert set(target.centredness) == {"location", "scale", "correlated"}
     assert all(np.all(np.asarray(c) == 0) for c in target.centredness.values())
     scales = target.model.site_scales(target.data, target.spec.unravel(jnp.zeros(target.dim)))
     assert set(scales) == {"mu", "constant", "freedom", "masked", "scaled", "by_hand_decentered"}  # to be blamed

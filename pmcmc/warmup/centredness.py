@@ -49,15 +49,16 @@ def choose(place: Place) -> np.ndarray:
     return GRID[np.argmin(np.where(np.isfinite(loss), loss, np.inf), axis=0)]
 
 
-def recentred(target: Target, path: np.ndarray) -> tuple[Target, np.ndarray]:
-    """Return the target with the centredness that suits draws, and the draws as its positions.
+def recentred(target: Target, path: np.ndarray, draws: np.ndarray) -> tuple[Target, np.ndarray]:
+    """Return the target with the centredness that suits draws, and a path as its positions.
 
     Args:
         target: Target with partially centred sites; its basis is ignored.
         path: Positions of lanes; shape (steps, lanes, D).
+        draws: The part of the path from which the centredness is chosen; the same axes.
     """
-    steps, lanes, dim = path.shape
-    some = path[:: max(1, steps * lanes // NUM_DRAWS)].reshape(-1, dim)[:NUM_DRAWS]
+    steps, lanes, dim = draws.shape
+    some = draws[:: max(1, steps * lanes // NUM_DRAWS)].reshape(-1, dim)[:NUM_DRAWS]
     centredness = {name: choose(place) for name, place in _places(target, some).items()}
     return target.with_centredness(centredness), moved(target, path, centredness)
 
@@ -65,17 +66,21 @@ def recentred(target: Target, path: np.ndarray) -> tuple[Target, np.ndarray]:
 def moved(target: Target, rows: np.ndarray, centredness: dict[str, ArrayLeaf]) -> np.ndarray:
     """Return positions of a target as positions of the same target with another centredness.
 
+    Elements whose centredness stays keep their coordinate, whatever their scale.
+
     Args:
         target: Target with partially centred sites; its basis is ignored.
         rows: Positions; shape (..., D).
         centredness: The other centredness, by site.
     """
-    flat = rows.reshape(-1, rows.shape[-1])
-    parts = []
+    flat, parts = rows.reshape(-1, rows.shape[-1]), []
+    stays = {name: np.asarray(centredness[name], c.dtype) == np.asarray(c) for name, c in target.centredness.items()}
     for start in range(0, len(flat), NUM_DRAWS):
         part = flat[start : start + NUM_DRAWS]
         position = target.spec.unravel(part)
-        position |= {name: coordinate(place, centredness[name]) for name, place in _places(target, part).items()}
+        for name, place in _places(target, part).items():
+            with np.errstate(all="ignore"):
+                position[name] = np.where(stays[name], position[name], coordinate(place, centredness[name]))
         parts.append(np.concatenate([np.reshape(x, (len(part), -1)) for x in jax.tree.leaves(position)], axis=1))
     return np.concatenate(parts).reshape(rows.shape).astype(rows.dtype)
 

@@ -297,7 +297,8 @@ class Explorer:
         """
         if not (self.finite and self.target.centredness):
             return
-        self.target, self.path = recentred(self.target, self.path)
+        draws = self.path[self.burn_in :, ~self.lost]
+        self.target, self.path = recentred(self.target, self.path, draws)
         self.finite = bool(np.all(np.isfinite(self.path)))
         if self.finite:
             self.positions = self.path[-1][self.sources]

@@ -82,6 +82,16 @@ def test_elements_that_do_not_vary_are_not_centred() -> None:
     assert choose(place(np.nan * ones, 0 * ones, ones)) == 0
 
 
+def test_an_element_that_stays_may_have_any_scale() -> None:
+    target = numpyro_target(model, (Y,), {}, pmcmc.AutoReparam())
+    rows = np.ones((3, target.dim))
+    rows[1, 1] = -1e4  # the logarithm of tau, which is 0
+    there = moved(target, rows, {"x": np.array([0.0, 0.0, 0.5])})
+    np.testing.assert_array_equal(there[:, :4], rows[:, :4])
+    assert not np.isfinite(there[1, 4])
+    assert np.isfinite(there[[0, 2], 4]).all()
+
+
 def test_draws_are_moved_at_the_same_values() -> None:
     target, rng = numpyro_target(model, (Y,), {}, pmcmc.AutoReparam()), np.random.default_rng(0)
     target = target.with_centredness({"x": np.array([0.2, 0.0, 0.7])})

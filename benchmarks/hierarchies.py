@@ -10,6 +10,7 @@ last states of warm-up's lanes; None for pairs that did not merge within ``--ste
 import argparse
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from numpyro.handlers import reparam
 from numpyro.infer.reparam import LocScaleReparam
 
 import pmcmc
-from benchmarks._harness import save
+from benchmarks._harness import save, with_others
 from benchmarks.coalescence import merges
 from benchmarks.posteriors import POSTERIORS
 from pmcmc.recurrence import Sequential
@@ -34,15 +35,17 @@ class Hierarchy(NamedTuple):
     Attributes:
         model: The model, without arguments.
         sites: The sites that its non-centred form changes.
+        by_hand: The non-centred form, where NumPyro's handler does not make it, as within ``scan``; else None.
     """
 
     model: Callable
     sites: tuple[str, ...]
+    by_hand: Callable | None = None
 
     def form(self, name: str) -> tuple[Callable, pmcmc.AutoReparam | None]:
         """Return the model of a form, and what is passed as ``reparam``."""
         if name == "non-centred":
-            return reparam(self.model, config={site: LocScaleReparam(0) for site in self.sites}), None
+            return self.by_hand or reparam(self.model, config={s: LocScaleReparam(0) for s in self.sites}), None
         return self.model, pmcmc.AutoReparam() if name == "chosen" else None
 
 
@@ -125,18 +128,21 @@ def volatility() -> Hierarchy:
         level[t] = 0.95 * level[t - 1] + 0.3 * rng.normal()
     returns = (np.exp(level / 2) * rng.normal(size=60)).astype(np.float32)
 
-    def model():
+    def model(centred=True):
         sigma, phi = numpyro.sample("sigma", dist.HalfNormal(0.5)), numpyro.sample("phi", dist.Beta(20, 1.5))
         mean = numpyro.sample("mean", dist.Normal(0, 1))
 
         def step(before, y):
-            h = numpyro.sample("h", dist.Normal(phi * before, sigma))
+            if centred:
+                h = numpyro.sample("h", dist.Normal(phi * before, sigma))
+            else:
+                h = phi * before + sigma * numpyro.sample("h_decentered", dist.Normal(0, 1))
             numpyro.sample("y", dist.Normal(0, jnp.exp((mean + h) / 2)), obs=y)
             return h, None
 
         scan(step, 0.0, returns)
 
-    return Hierarchy(model, ("h",))
+    return Hierarchy(model, ("h",), partial(model, centred=False))
 
 
 HIERARCHIES = {make.__name__: make for make in (eight_schools, funnel, uneven_groups, slopes, horseshoe, volatility)}
@@ -193,7 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
                 rows.append({"model": name, "form": form, "seed": seed, **found})
                 print(line(rows[-1]), flush=True)
                 if options.save:
-                    save(options.save, rows)
+                    save(options.save, with_others(options.save, rows, ("model", "form", "seed")))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from numpyro.infer.util import constrain_fn, potential_energy
 import pmcmc
 from benchmarks._compilations import compilations
 from pmcmc.interop.numpyro import numpyro_target
-from pmcmc.recurrence import Sequential
+from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.sampling.api import model_starts
 from pmcmc.sampling.settings import Settings
 from pmcmc.target import Place
@@ -118,6 +118,14 @@ def test_every_element_is_centred_as_far_as_its_data_reach() -> None:
     np.testing.assert_allclose(draws["double"], 2 * draws["x"])
     assert set(chain.to_arviz().posterior.data_vars) == set(draws)
     assert chain.verify()
+
+
+def test_blocks_find_the_same_chain() -> None:
+    solver = MultipleShooting(num_blocks=2)
+    blocks = pmcmc.parallel_chain(model, 0, model_args=(Y,), **SIZES, **{**OPTIONS, "solver": solver})
+    np.testing.assert_array_equal(blocks.target.centredness["x"], finished().target.centredness["x"])
+    assert np.all(blocks.report.certified_steps > 0)
+    np.testing.assert_allclose(blocks.unknowns, finished().unknowns, atol=1e-9)
 
 
 def test_other_data_compile_nothing() -> None:

@@ -76,7 +76,8 @@ class EnsembleAdaptation(Warmup):
        all lanes starts anew. Lanes that do not move count together for half of the acceptance rate that is tuned, so
        the step size falls until they move. A lane whose log density stays far below that of the others, by more than
        a wider region could make up for (`pmcmc.warmup.lanes.far_lanes`), is moved to another lane's position if this
-       is still so one window later.
+       is still so one window later. With `AutoReparam`, the centredness of its sites is chosen anew before each of
+       these longer windows, and the basis restarts from the same draws.
     2. Tuning: in that basis the lanes run the kernel for a quarter as many steps (at least 102), as in
        `WindowAdaptation`.
 

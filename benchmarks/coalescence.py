@@ -17,10 +17,10 @@ import numpy as np
 
 from benchmarks._harness import save
 from benchmarks.posteriors import POSTERIORS, Posterior
-from pmcmc import HMC, MALA, NUTS, Kernel, RandomWalk, from_blackjax
+from pmcmc import HMC, MALA, NUTS, Chain, Kernel, RandomWalk, from_blackjax
 from pmcmc.random.streams import step_noise
 from pmcmc.recurrence import Sequential
-from pmcmc.stability import coalescence_time
+from pmcmc.stability import Coalescence, coalescence_time
 
 
 def _elliptical(logdensity_fn: Callable, mean: Any, cov: Any) -> Any:
@@ -42,6 +42,15 @@ def kernels(dim: int) -> dict[str, Kernel]:
     }
 
 
+def merges(chain: Chain, key: Any, first: Any, second: Any, num_steps: int, tol: float | None) -> Coalescence:
+    """Couple pairs of paths of a tuned chain from unknowns with leading axis pairs; tol as in `coalescence_time`."""
+    target, tuned, num_pairs = chain.target, chain.kernel, len(jax.tree.leaves(first)[0])
+    noise = step_noise(tuned, target, key, jnp.arange(num_steps * num_pairs))
+    noise = jax.tree.map(lambda x: x.reshape(num_steps, num_pairs, *x.shape[1:]), noise)
+    scale = jax.tree.map(lambda x: np.ones(x.shape[1:]), first)
+    return coalescence_time(tuned.transition(target), first, second, noise, scale=scale, tol=tol)
+
+
 def measure(posterior: Posterior, kernel: Kernel, num_pairs: int, num_steps: int, spread: float) -> dict[str, Any]:
     """Return the merge steps of the pairs; None for pairs that did not merge."""
     chain = posterior.sampler()(0, kernel=kernel, num_samples=1, num_chains=1, solver=Sequential(), progress_bar=False)
@@ -49,10 +58,7 @@ def measure(posterior: Posterior, kernel: Kernel, num_pairs: int, num_steps: int
     key, first_key, second_key = jax.random.split(jax.random.key(1), 3)
     start = jax.vmap(lambda y: tuned.unknown(tuned.start(target, y)))
     first, second = (start(spread * jax.random.normal(k, (num_pairs, target.dim))) for k in (first_key, second_key))
-    noise = step_noise(tuned, target, key, jnp.arange(num_steps * num_pairs))
-    noise = jax.tree.map(lambda x: x.reshape(num_steps, num_pairs, *x.shape[1:]), noise)
-    scale = jax.tree.map(lambda x: np.ones(x.shape[1:]), first)
-    found = coalescence_time(tuned.transition(target), first, second, noise, scale=scale, tol=1e-6)
+    found = merges(chain, key, first, second, num_steps, 1e-6)
     steps = np.asarray(found.steps)
     return {
         "merged": int(np.sum(found.merged)),

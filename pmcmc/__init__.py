@@ -20,6 +20,7 @@ from pmcmc.chain.chain import Chain
 from pmcmc.chain.report import SolveReport
 from pmcmc.chain.stored import StoredChain
 from pmcmc.chain.verify import Verification
+from pmcmc.interop.partial_centring import AutoReparam
 from pmcmc.kernels import (
     HMC,
     MALA,
@@ -53,6 +54,7 @@ __all__ = [
     "MALA",
     "NUTS",
     "RESULTS",
+    "AutoReparam",
     "Chain",
     "Compose",
     "DiscreteGibbs",

@@ -21,6 +21,7 @@ from pmcmc.chain.chain import Chain
 from pmcmc.chain.draws import site_shapes
 from pmcmc.chain.state import ChainState, Source, last_logdensity, model_source
 from pmcmc.interop.numpyro import strategy_starts
+from pmcmc.interop.partial_centring import AutoReparam
 from pmcmc.kernels import Kernel
 from pmcmc.numpyro_samplers import STEP_SIZE, check_metric_sites, kernel_fields, translate
 from pmcmc.random.streams import fold_key
@@ -64,14 +65,15 @@ class ParallelState(NamedTuple):
 
     @property
     def adapt_state(self) -> AdaptState | None:
-        """Step size and metric; None for kernels without a step size, such as `Compose`.
+        """Step size and metric; None for kernels without a step size, such as `Compose`, and with `AutoReparam`, whose
+        coordinates are not those of z.
 
         All chains share what warm-up found. To use it in another sampler, take that of one chain:
         ``NUTS(model, step_size=..., inverse_mass_matrix=..., adapt_step_size=False, adapt_mass_matrix=False)``.
         """
         target = self.chains.target
         kernel: Any = self.chains.kernel
-        if "step_size" not in kernel.tunables:
+        if "step_size" not in kernel.tunables or target.centredness:
             return None
         # Without a warm-up, the metric of the kernel was not turned into a basis.
         metric = kernel.metric
@@ -107,7 +109,7 @@ class ParallelMCMC(MCMC):
         chain_method, progress_rate, jit_model_args: Accepted without effect. Chains always run side by side, and new
             data of the same shapes never compile again.
         kernel: A pmcmc kernel, `HMC()` by default, if ``sampler`` is a model.
-        solver, warmup: As in `pmcmc.parallel_chain`.
+        solver, warmup, reparam: As in `pmcmc.parallel_chain`.
 
     Raises:
         TypeError: The sampler has no counterpart; the message says what to write instead.
@@ -140,6 +142,7 @@ class ParallelMCMC(MCMC):
         kernel: Kernel | None = None,
         solver: RecurrenceSolver | str = "auto",
         warmup: Warmup | None = None,
+        reparam: AutoReparam | None = None,
     ):
         given = warmup
         if postprocess_fn is not None:
@@ -173,6 +176,7 @@ class ParallelMCMC(MCMC):
             progress_bar=progress_bar,
         )
         self._kernel, self._solver, self._warmup, self._warmup_given = kernel, solver, warmup, given
+        self._reparam = reparam
         self._chain: Chain | None = None
 
     @property
@@ -232,7 +236,7 @@ class ParallelMCMC(MCMC):
 
     def _prepare(self, rng_key: Any, extra_fields: Sequence[str]) -> tuple[Source, PRNGKey, Settings]:
         refuse_transformation("ParallelMCMC.run", rng_key, self._args, self._kwargs)
-        source = model_source(self.sampler.model, self._args, self._kwargs)
+        source = model_source(self.sampler.model, self._args, self._kwargs, self._reparam)
         target = source.target
         if self._stands_for and self._warmup_given is None and target.model.supports:
             raise ValueError(
@@ -289,6 +293,12 @@ class ParallelMCMC(MCMC):
                     "set post_warmup_state to None to warm up again."
                 )
         target = source.target
+        shapes = [{name: c.shape for name, c in t.centredness.items()} for t in (target, chains.target)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                "post_warmup_state was made with another reparam=: pass the same again, or set it to None to warm up "
+                "again."
+            )
         if len(chains.own) != self.num_chains or target.spec != chains.target.spec:
             raise ValueError(
                 "post_warmup_state has another number of chains, or latent sites of other names or shapes: set it to "
@@ -307,7 +317,7 @@ class ParallelMCMC(MCMC):
         if not np.array_equal(data(rng_key), data(chains.rng_key)):
             # Do not use the key itself: it may have drawn these steps before, and chains that share noise would merge.
             rng_key, num_unkept = fold_key(rng_key, chains.num_steps + 1), 0
-        target = target.with_basis(chains.target.basis)
+        target = target.with_centredness(chains.target.centredness).with_basis(chains.target.basis)
         return chains._replace(target=target, rng_key=rng_key, num_unkept=num_unkept, source=source)
 
 
@@ -341,8 +351,12 @@ def _name(kernel: Kernel, other: Kernel) -> str:
 
 
 def _standing(state: ChainState) -> ParallelState:
-    positions = jax.vmap(lambda x: state.kernel.position(state.target, x))(state.unknown)
+    target = state.target
+    positions = jax.vmap(lambda x: target.unconstrained(state.kernel.position(target, x)))(state.unknown)
     potential = jnp.asarray(-last_logdensity(state))
+    if target.centredness:  # chains move in other coordinates, with another density
+        written = target.as_written
+        potential = -jax.vmap(lambda z: written.model.logdensity(written.data, z))(positions)
     if len(state.own) == 1:
         positions, potential = jax.tree.map(lambda x: x[0], (positions, potential))
     return ParallelState(positions, potential, state.rng_key, state)
@@ -365,5 +379,5 @@ def _states(chain: Chain, extra_fields: Sequence[str]) -> dict[str, Any]:
 
 def _positions(chain: Chain) -> dict[str, Array]:
     """Return the unconstrained draws by site."""
-    one = lambda x: chain.kernel.position(chain.target, x)
+    one = lambda x: chain.target.unconstrained(chain.kernel.position(chain.target, x))
     return jax.jit(jax.vmap(jax.vmap(one)))(chain.unknowns)

@@ -14,14 +14,14 @@ import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._pytree import Array, ArrayLeaf, Float, PyTree, RavelSpec, is_real, register_dataclass
-from pmcmc._xla.compile import plain_jit, tuned_jit
+from pmcmc._xla.compile import plain_jit
 from pmcmc._xla.trace import Trace, trace
 
 
@@ -62,6 +62,20 @@ class Basis:
     def covariance(self) -> Array:
         """The inverse mass matrix that this basis corresponds to: scale scale^T, or its diagonal."""
         return self.scale @ self.scale.T if self.scale.ndim == 2 else self.scale**2
+
+
+class Place(NamedTuple):
+    """Where a partially centred site is, in the shape of its unconstrained values.
+
+    Attributes:
+        value: Unconstrained values x.
+        loc: Locations mu.
+        log_scale: Logarithms of the scales s.
+    """
+
+    value: Array
+    loc: Array
+    log_scale: Array
 
 
 # Pairs (site, its values) of discrete sites.
@@ -126,8 +140,20 @@ class Model(abc.ABC):
         return {}
 
     def non_centred_form(self, site: str) -> str:
-        """Return how to write one of these sites in non-centred form, as the end of a sentence."""
+        """Return how to change the form of one of these sites, as the end of a sentence."""
         return "try a non-centred form"
+
+    def centredness(self, data: PyTree) -> dict[str, Array]:
+        """Return the centredness c of partially centred sites, see `AutoReparam`; empty if there are none."""
+        return {}
+
+    def with_centredness(self, data: PyTree, centredness: dict[str, Array]) -> PyTree:
+        """Return the data with another centredness of the sites that `centredness` names."""
+        return data
+
+    def places(self, data: PyTree, position: PyTree) -> dict[str, Place]:
+        """Return where partially centred sites are; empty if there are none."""
+        return {}
 
     def observed(self, data: PyTree, position: PyTree) -> dict[str, Array]:
         """Return the values of the observed sites; empty if the model has no sites."""
@@ -310,7 +336,7 @@ class Target:
         return _value_and_grad(self, y)
 
     def position(self, y: Float[Array, " dim"]) -> PyTree:
-        """The user's unconstrained pytree at coordinates ``y``."""
+        """The unconstrained pytree at coordinates ``y``, which holds w of partially centred sites."""
         return self.spec.unravel(y if self.basis is None else self.basis.to_position(y))
 
     def coordinates(self, position: PyTree) -> Float[Array, " dim"]:
@@ -321,6 +347,27 @@ class Target:
     def constrain(self, y: Float[Array, " dim"]) -> PyTree:
         """What the user sees of coordinates ``y``: constrained and deterministic sites of a NumPyro model."""
         return self.model.constrain(self.data, self.position(y))
+
+    @property
+    def centredness(self) -> dict[str, Array]:
+        """The centredness c of partially centred sites, see `AutoReparam`; empty if there are none."""
+        return self.model.centredness(self.data)
+
+    def with_centredness(self, centredness: dict[str, ArrayLeaf]) -> "Target":
+        """Return this target with another centredness of the sites that `centredness` names."""
+        dtype = lambda name: self.spec.template[name].dtype
+        data = {name: jax.device_put(np.asarray(c, dtype(name))) for name, c in centredness.items()}
+        return replace(self, data=self.model.with_centredness(self.data, data))
+
+    @property
+    def as_written(self) -> "Target":
+        """This target without basis, in the unconstrained coordinates of the model as the user wrote it."""
+        return self.with_centredness({name: np.ones(c.shape) for name, c in self.centredness.items()}).with_basis(None)
+
+    def unconstrained(self, position: PyTree) -> PyTree:
+        """Return the user's unconstrained values at a position: their own for partially centred sites."""
+        places = self.model.places(self.data, position)
+        return {**position, **{name: place.value for name, place in places.items()}} if places else position
 
     def given(self, names: tuple[str, ...], others: PyTree, basis: Basis | None = None) -> "Target":
         """Restrict the target to some sites of a dict position, given the others.
@@ -357,93 +404,3 @@ def _logdensity(target: Target, y: Array) -> Array:
 def _value_and_grad(target: Target, y: Array) -> tuple[Array, Array]:
     """Return `_logdensity` and its gradient with respect to ``y``."""
     return jax.value_and_grad(partial(_logdensity, target))(y)
-
-
-def check_starts(target: Target, starts: PyTree) -> None:
-    """Raise if the density or its gradient is not finite at some start, and name the cause.
-
-    Args:
-        target: What is sampled. Without a density, starts need only be finite; gradients are those of real leaves.
-        starts: Positions, leading axis N.
-
-    Raises:
-        ValueError: Some or all starts are not usable.
-        TypeError: The density has no gradient, or cannot be mapped over positions.
-    """
-    try:
-        values, gradients, usable = evaluate_starts(target, starts)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise TypeError(f"the log density works at one position, but {_obstacle(target, starts)} ({error})") from error
-    if usable.all():
-        return
-    if not target.model.has_density:
-        raise ValueError("the initial position is not finite: start from other values.")
-    bad = int(np.argmin(usable))
-    position = jax.tree.map(lambda x: x[bad], starts)
-    where = "any start" if not usable.any() else f"{int(np.sum(~usable))} of {len(usable)} starts"
-    if not np.isfinite(values[bad]):
-        blame = f"The log density is {float(values[bad])} there. " + target.model.explain(target.data, position)
-    else:
-        names = [
-            jax.tree_util.keystr(path)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)
-            if not np.all(np.isfinite(leaf[bad]))
-        ]
-        blame = f"The gradient is not finite with respect to position{', position'.join(names)}."
-    raise ValueError(
-        f"the log density cannot be used at {where}. {blame.strip()} Check the model and its data for NaN, a prior "
-        "that does not cover the data, or pass starting values by init_params."
-    )
-
-
-def _obstacle(target: Target, starts: PyTree) -> str:
-    """Say why densities and gradients cannot be computed at many starts."""
-    try:
-        jax.eval_shape(_evaluate_start, target, jax.tree.map(lambda x: x[0], starts))
-    except (TypeError, ValueError, NotImplementedError):
-        return (
-            "JAX cannot differentiate it. Write it with JAX operations that have a derivative (scan instead of "
-            "while_loop), or define its derivative with jax.custom_jvp."
-        )
-    return (
-        "jax.vmap cannot map it over several, as chains and blocks require. Use JAX operations, or say how to map "
-        "them, for instance by vmap_method= of jax.pure_callback."
-    )
-
-
-def evaluate_starts(target: Target, starts: PyTree) -> tuple[np.ndarray, PyTree, np.ndarray]:
-    """Evaluate densities and gradients at starts.
-
-    Args:
-        target: What is sampled.
-        starts: Positions, leading axis N.
-
-    Returns:
-        Log densities (N,); gradients of real leaves (N, ...), None for others; and whether both are finite (N,).
-        Without a density, the first is NaN, the second None, and the last says whether the position itself is finite.
-    """
-    if target.model.has_density:
-        values, gradients = jax.tree.map(np.asarray, _evaluate_starts(target, starts))
-        judged = [values, *jax.tree.leaves(gradients)]
-    else:
-        values, gradients = np.full(len(jax.tree.leaves(starts)[0]), np.nan), None
-        judged = [np.asarray(x) for x in jax.tree.leaves(starts) if is_real(x)]
-    finite = [np.isfinite(x).reshape(len(x), -1).all(axis=1) for x in judged]
-    return values, gradients, np.all(finite, axis=0) if finite else np.ones(len(values), bool)
-
-
-def _evaluate_start(target: Target, position: PyTree) -> tuple[Array, PyTree]:
-    """Return the log density, and its gradient with respect to real leaves (None for others)."""
-    split = lambda keep: jax.tree.map(lambda x: x if is_real(x) == keep else None, position)
-    real, discrete = split(True), split(False)
-    merge = lambda a, b: b if a is None else a
-    logdensity = lambda x: target.model.logdensity(
-        target.data, jax.tree.map(merge, x, discrete, is_leaf=lambda leaf: leaf is None)
-    )
-    return jax.value_and_grad(logdensity)(real)
-
-
-@tuned_jit()
-def _evaluate_starts(target: Target, starts: PyTree) -> Any:
-    """Return `_evaluate_start` of all starts."""
-    return jax.vmap(lambda position: _evaluate_start(target, position))(starts)

@@ -16,7 +16,9 @@ from benchmarks._harness import alternate, save, with_others
 from benchmarks._reference import compiler_version
 from benchmarks._runs import Run
 from benchmarks.cases import CASES
+from benchmarks.hierarchies import HIERARCHIES
 from benchmarks.models import MODELS
+from pmcmc.interop.numpyro import numpyro_target
 from pmcmc.recurrence import Sequential
 from tests.helpers.selection import share
 from tests.helpers.sources import run_python
@@ -252,3 +254,15 @@ def test_whole_calls_become_rows_and_a_table(tmp_path: Path, monkeypatch: pytest
     assert body[0][header.index("blackjax, seconds")] == "1.50 (differs)"
     assert body[0][header.index("stan, seconds")] == "failed"
     assert all(len(part[0]) <= 8 for part in benchmark_tables.parts([header, *body]))
+
+
+@pytest.mark.parametrize("name", HIERARCHIES)
+def test_forms_of_hierarchies_differ_at_the_named_sites(name: str) -> None:
+    hierarchy = HIERARCHIES[name]()
+    with jax.numpy_rank_promotion("allow"):
+        model, reparam = hierarchy.form("chosen")
+        chosen = numpyro_target(model, (), {}, reparam)
+        by_hand = numpyro_target(hierarchy.form("non-centred")[0], (), {})
+    assert set(chosen.centredness) == set(hierarchy.sites)
+    changed = {f"{site}_decentered" for site in hierarchy.sites}
+    assert changed == set(by_hand.spec.template) - set(chosen.spec.template)

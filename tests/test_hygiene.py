@@ -23,6 +23,7 @@ LEVELS = [
     {"random"},
     {"recurrence"},
     {"target"},
+    {"starts"},
     {"interop"},
     {"kernels"},
     {"warmup", "stability"},

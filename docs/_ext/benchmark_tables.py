@@ -110,6 +110,19 @@ def merge_times(rows: Rows) -> Table:
     return pivot(rows, "posterior", cell, "kernel")
 
 
+def forms(rows: Rows) -> Table:
+    """Effective draws per 1,000 gradients (median over the seeds), and merges of all pairs, by model and form."""
+
+    def cell(group: Rows) -> str:
+        steps = [step for row in group for step in row["steps"]]
+        merged = [step for step in steps if step is not None]
+        longest = f" within {number(max(merged))}" if merged else ""
+        ess = number(round(median(row["ess_per_1000_gradients"] for row in group), 1))
+        return f"{ess}; {len(merged)} of {len(steps)}{longest}"
+
+    return pivot(rows, "form", cell, "model")
+
+
 # Of whole calls: heading of a group of columns, and the key of a run.
 CALL_GROUPS = {
     "ESS 400": "seconds_to_400",
@@ -139,6 +152,7 @@ def call_cell(run: dict[str, Any], key: str) -> str:
 
 
 TABLES: dict[str, Callable[[Rows], Table]] = {
+    "hierarchies": forms,
     "planner_cpu": columns(
         posterior="posterior",
         kernel=lambda row: row["pair"].split("/", 1)[1],

@@ -80,6 +80,13 @@ class Trace:
         avals = [var.aval for var in self.program.outvars]
         return jax.tree.unflatten(self.out_tree, [jax.ShapeDtypeStruct(*shape_of(aval)[:2]) for aval in avals])
 
+    @property
+    def reads_arguments(self) -> bool:
+        """Whether the result may depend on an argument: a jitted function or a loop is taken as a whole."""
+        program = _with_outputs(self.program, self.program.outvars)
+        operands = [*program.outvars, *(var for equation in program.eqns for var in equation.invars)]
+        return any(var in operands for var in program.invars)
+
     def part(self, name: str) -> "Trace":
         """Return the trace of one entry of the dict that the function returns.
 

@@ -307,7 +307,7 @@ class Chain:
         """
         if self.warmup_path is None:
             raise ValueError("warm-up was not kept: pass save_warmup=True to parallel_chain or sample.")
-        return constrain_warmup(self.target, self.warmup_path)
+        return constrain_warmup(self.target.as_written, self.warmup_path)
 
     def _warmup_groups(self, sites: Sequence[str] | None) -> dict[str, Any]:
         """Return the ArviZ groups of warm-up; empty if warm-up was not kept."""
@@ -315,7 +315,7 @@ class Chain:
             return {}
         draws = by_name(self.get_warmup_samples())
         wanted = draws if sites is None else sites
-        lp = warmup_logdensity(self.target, self.warmup_path)
+        lp = warmup_logdensity(self.target.as_written, self.warmup_path)
         return {"warmup_posterior": {name: draws[name] for name in wanted}, "warmup_sample_stats": {"lp": lp}}
 
     def get_extra_fields(self, group_by_chain: bool = False) -> dict[str, Any]:

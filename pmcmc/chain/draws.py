@@ -321,15 +321,15 @@ def by_name(samples: PyTree) -> dict[str, Any]:
 
 @tuned_jit()
 def _positions(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
-    """Compute the user's unconstrained positions for unknowns with one leading axis."""
-    return jax.vmap(lambda unknown: kernel.position(target, unknown))(unknowns)
+    """Compute the user's unconstrained values for unknowns with one leading axis."""
+    return jax.vmap(lambda unknown: target.unconstrained(kernel.position(target, unknown)))(unknowns)
 
 
 def judge_mixing(target: Target, kernel: Kernel, unknowns: PyTree, before: int = 1) -> Mixing:
     """Measure how well draws have mixed, in the unconstrained values of the latent sites.
 
     Long chains are thinned first, see `stride_of`. For kernels whose unknown is the vector of coordinates no program is
-    compiled.
+    compiled, unless some sites are partially centred.
 
     Args:
         target: The target.
@@ -340,7 +340,7 @@ def judge_mixing(target: Target, kernel: Kernel, unknowns: PyTree, before: int =
     num_chains, num_draws = jax.tree.leaves(unknowns)[0].shape[:2]
     stride = stride_of(num_chains, num_draws, target.dim)
     rows = jax.tree.map(lambda x: np.asarray(x)[:, stride - 1 :: stride], unknowns)
-    if isinstance(kernel, PositionKernel):
+    if isinstance(kernel, PositionKernel) and not target.centredness:
         found = target.spec.unravel(rows if target.basis is None else target.basis.to_positions(rows))
     else:
         found = in_batches(lambda x: _positions(target, kernel, x), rows, min(num_chains * num_draws, _POSITIONS))

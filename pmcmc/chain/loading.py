@@ -26,6 +26,7 @@ from pmcmc.chain.draws import judge_mixing
 from pmcmc.chain.file_format import Reader
 from pmcmc.chain.report import BY_PAIR, NOT_STORED, SolveReport
 from pmcmc.chain.state import ChainState, Source, density_source, describe_sites, last_logdensity, model_source
+from pmcmc.interop.partial_centring import AutoReparam
 from pmcmc.kernels import Kernel
 from pmcmc.random.streams import IMPL, threefry_key
 from pmcmc.recurrence import RecurrenceSolver
@@ -100,18 +101,20 @@ def rebuild(
     _check_described(reader)
     stored = {name: reader.field(name, dict, NoneType) for name in ("kernel", "solver")}
     position = reader.decode("initial_position", reader.field("position", dict), initial_position)
+    centredness = _centredness(reader)
     if reader.field("is_model", bool):
         if model is None:
             raise TypeError(f"{reader.path} is a chain of a NumPyro model: pass that model, got None.")
-        source = model_source(model, model_args, {} if model_kwargs is None else model_kwargs)
+        reparam = AutoReparam() if centredness else None
+        source = model_source(model, model_args, {} if model_kwargs is None else model_kwargs, reparam)
     else:
         source = density_source(model, position)
     _check_sites(reader, source.target)
+    source = _centred(reader, source, centredness)
     basis = _basis(reader, source.target)
     _check_class("kernel", stored["kernel"], kernel)
     _check_class("solver", stored["solver"], solver)
-    as_leaf = lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x
-    given = kernel
+    given, as_leaf = kernel, lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x
     kernel = jax.tree.map(as_leaf, reader.decode("kernel", stored["kernel"], kernel))
     solver = reader.decode("solver", stored["solver"], solver)
     try:
@@ -152,23 +155,41 @@ def _is_plain(stored: Any) -> bool:
     return all(_is_plain(item) for item in items.values())
 
 
+def _centredness(reader: Reader) -> dict[str, np.ndarray]:
+    """Read the centredness of partially centred sites; empty if there are none."""
+    if "centredness" not in reader.header:
+        return {}
+    found = reader.decode("centredness", reader.field("centredness", dict))
+    within = lambda c: isinstance(c, np.ndarray) and c.dtype.kind == "f" and bool(np.all((c >= 0) & (c <= 1)))
+    if not isinstance(found, dict) or not all(map(within, found.values())):
+        raise reader.malformed("its centredness is not within 0 and 1")
+    return found
+
+
+def _centred(reader: Reader, source: Source, centredness: dict[str, np.ndarray]) -> Source:
+    """Return the source with the centredness that the file has, if its sites are those of the model."""
+    sites = centredness, source.target.centredness
+    stored, found = ({name: c.shape for name, c in each.items()} for each in sites)
+    if stored != found:
+        raise ValueError(
+            f"{reader.path} has the partially centred sites {stored}, and the model {found}: pass the model as it was."
+        )
+    return replace(source, target=source.target.with_centredness(centredness))
+
+
 def _basis(reader: Reader, target: Target) -> Basis | None:
     """Read the basis found by warm-up; None if there was none."""
     found = reader.decode("basis", reader.field("basis", dict, NoneType))
     if found is None:
         return None
     dim, dtype = target.dim, target.spec.dtype
-    arrays = isinstance(found, dict) and set(found) == {"loc", "scale"} and all(map(_is_array, found.values()))
+    arrays = isinstance(found, dict) and all(isinstance(x, np.ndarray) for x in found.values())
+    arrays = arrays and set(found) == {"loc", "scale"}
     if not arrays or found["loc"].shape != (dim,) or found["scale"].shape not in ((dim,), (dim, dim)):
         raise reader.malformed("its basis is not that of its sites")
     if not found["loc"].dtype == found["scale"].dtype == dtype:
         raise reader.malformed(f"its basis is not {dtype}")
     return Basis(jnp.asarray(found["loc"]), jnp.asarray(found["scale"]))
-
-
-def _is_array(x: Any) -> bool:
-    """Return whether a value is a numpy array."""
-    return isinstance(x, np.ndarray)
 
 
 def _check_parts(target: Target, kernel: Any, solver: Any) -> PyTree:

@@ -90,6 +90,8 @@ class SolveReport:
         spread: Largest ratio, either way, between the standard deviations of the draws and of the warm-up ensemble; NaN
             if unknown.
         num_lanes: Number of lanes of warm-up, whose last states are the ensemble; 0 if unknown.
+        centredness: Smallest and largest centredness c that warm-up chose for the elements of each partially centred
+            site, see `AutoReparam`; empty without it, or if the model has no such sites.
         precision: Precision of matrix products that the settings of JAX ask for, if it is below float32 and the device
             may follow it; "" otherwise.
         find_mixing: Computes `mixing`.
@@ -126,6 +128,7 @@ class SolveReport:
     pair_distances: np.ndarray = field(default_factory=lambda: np.zeros(0))
     spread: float = float("nan")
     num_lanes: int = 0
+    centredness: dict[str, tuple[float, float]] = field(default_factory=dict)
     precision: str = ""
     find_mixing: Callable[[], Mixing] | None = field(default=None, repr=False, compare=False)
     find_diagnosis: Callable[[], Diagnosis] | None = field(default=None, repr=False, compare=False)
@@ -202,6 +205,9 @@ class SolveReport:
             )
         if self.warmup_remark:
             lines.append(self.warmup_remark)
+        if self.centredness:
+            ranges = [f"{name} {_range(*found)}" for name, found in self.centredness.items()]
+            lines.append(f"Centredness (0 non-centred, 1 centred): {', '.join(ranges)}.")
         if self.precision:
             lines.append(
                 f"Matrix products: {self.precision}, below float32, as jax_default_matmul_precision asks. Blocks merge "
@@ -314,6 +320,11 @@ def _corrected(seconds: float, first: float) -> str:
     """Return a figure of a plan as text, and the original one if the correction was large."""
     at_first = f" ({first:.2f} s at first)" if abs(seconds - first) > LARGE_CORRECTION * first else ""
     return f"{seconds:.2f} s{at_first}"
+
+
+def _range(least: float, most: float) -> str:
+    """Return a range of centredness as text, or its one value."""
+    return f"{least:.2f}" if least == most else f"{least:.2f} to {most:.2f}"
 
 
 # Up to this many chains are named by their numbers; more are counted.

@@ -21,6 +21,7 @@ from pmcmc._xla.trace import Trace, digest, traced_functions
 from pmcmc.chain.file_format import Writer
 from pmcmc.chain.report import NOT_STORED, SolveReport
 from pmcmc.interop.numpyro import array_arguments, numpyro_target
+from pmcmc.interop.partial_centring import AutoReparam
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.target import LogDensity, Target, WithoutDensity
@@ -205,7 +206,9 @@ def header(
     }.items():
         writer.leaves(name, tree)
     names = [f.name for f in fields(report) if f.name not in NOT_STORED]
+    centred = {"centredness": writer.encode("centredness", target.centredness)} if target.centredness else {}
     return {
+        **centred,
         "is_model": not isinstance(target.model, (LogDensity, WithoutDensity)),
         "sites": describe_sites(target),
         "position": writer.encode("position", jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), target.spec.template)),
@@ -246,9 +249,9 @@ def last_logdensity(state: ChainState) -> np.ndarray:
     return np.asarray(_logdensity(state.target, state.kernel, state.unknown))
 
 
-def model_source(model: Callable, model_args: tuple, model_kwargs: dict) -> Source:
+def model_source(model: Callable, model_args: tuple, model_kwargs: dict, reparam: AutoReparam | None = None) -> Source:
     """Return the source of a NumPyro model with its current arguments."""
-    make = lambda: numpyro_target(model, model_args, model_kwargs)
+    make = lambda: numpyro_target(model, model_args, model_kwargs, reparam)
     return Source(make, make(), array_arguments(model, model_args, model_kwargs))
 
 

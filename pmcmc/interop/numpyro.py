@@ -17,7 +17,9 @@ import numpy as np
 
 from pmcmc._pytree import Array, PRNGKey, PyTree, RavelSpec
 from pmcmc._xla.trace import Trace, trace
-from pmcmc.interop.numpyro_sites import active_reparams, check_trace, non_centred_forms, scales
+from pmcmc.interop.numpyro_positions import fixed_values, prototype_position, random_trace
+from pmcmc.interop.numpyro_sites import active_reparams, non_centred_forms, scales
+from pmcmc.interop.partial_centring import AutoReparam, PartialCentring, locations_and_scales
 from pmcmc.target import Model, Supports, Target
 
 # All threads share NumPyro's stack of handlers: two models that run at once would see each other's sites.
@@ -44,7 +46,7 @@ class NumpyroModel(Model):
         about: Properties of the sites that are the same at every position.
         supports: Values of each discrete latent site. Positions hold discrete values as they are, and continuous ones
             unconstrained.
-        forms: For each site with a scale, a hint how to write a non-centred form. Not used in computations, so not
+        forms: For each site with a scale, a hint how to change its form. Not used in computations, so not
             compared.
     """
 
@@ -57,11 +59,21 @@ class NumpyroModel(Model):
         return self.trace.out_shapes["logdensity"]
 
     def content(self, data):
-        operations, numbers = self.trace.content(data)
+        operations, numbers = self.trace.content(data.constants)
         return (operations, self.about, self.supports), numbers
 
-    def _part(self, name: str, data: list, position: PyTree) -> PyTree:
-        return self.trace.part(name)(data, position)
+    def _part(self, name: str, data: "_Data", position: PyTree) -> PyTree:
+        given = (data.centredness,) if data.centredness else ()
+        return self.trace.part(name)(data.constants, position, *given)
+
+    def centredness(self, data):
+        return data.centredness
+
+    def with_centredness(self, data, centredness):
+        return data._replace(centredness=centredness)
+
+    def places(self, data, position):
+        return self._part("places", data, position) if data.centredness else {}
 
     def logdensity(self, data, position):
         return self._part("logdensity", data, position)
@@ -98,6 +110,18 @@ class NumpyroModel(Model):
         return {name: list(dims) for name, dims in self.about.dims}
 
 
+class _Data(NamedTuple):
+    """What a model reads.
+
+    Attributes:
+        constants: Arrays, arguments or not.
+        centredness: c of partially centred sites, in the shapes of their unconstrained values; empty if there are none.
+    """
+
+    constants: list[Array]
+    centredness: dict[str, Array]
+
+
 class _Sites(NamedTuple):
     """Properties of a model's sites that are the same at every position.
 
@@ -113,9 +137,11 @@ class _Sites(NamedTuple):
 
 
 def _run(
-    model: Callable, args: tuple, kwargs: dict, supports: Supports, position: PyTree
+    model: Callable, args: tuple, kwargs: dict, supports: Supports, position: PyTree, centredness: dict[str, Array]
 ) -> tuple[dict, _Sites, tuple[tuple[str, str], ...]]:
     """Run the model once at a position; return all that is asked of it there, its `_Sites` and the non-centred forms.
+
+    ``centredness`` names the partially centred sites, of which the position holds w.
 
     Each program takes one entry of the dict, and tracing drops what only the other entries need:
 
@@ -124,25 +150,13 @@ def _run(
         terms: Log probabilities by site, with NumPyro's scales, not summed.
         log_likelihood: Log probabilities of observed sites, without scales.
         finite: Whether all log probabilities of a site are finite.
-        scales: Scales of latent sites of location-scale families.
+        scales: Scales of latent sites of location-scale families, without partially centred ones.
         observed: The data.
+        places: The `Place` of each partially centred site, if there are any.
     """
-    from numpyro import handlers
-    from numpyro.infer.util import _unconstrain_reparam, compute_log_probs
-
-    discrete = {name: position[name] for name, _ in supports}
-    continuous = {name: value for name, value in position.items() if name not in discrete}
-    # A fixed key suffices, since nothing that the density depends on is drawn.
-    seeded = handlers.seed(handlers.substitute(model, data=discrete) if discrete else model, jax.random.key(0))
-    # Same computation as NumPyro's `potential_energy`, which keeps neither the terms of its sum nor the sites.
-    active: dict[str, list] = {}
-
-    def start(site: dict) -> Any:
-        active[site["name"]] = active_reparams()
-        return _unconstrain_reparam(continuous, site)
-
-    started = handlers.substitute(seeded, substitute_fn=start)
-    terms, sites = compute_log_probs(started, args, kwargs, {}, sum_log_prob=False)
+    partial = PartialCentring(position, centredness)
+    terms, sites, active = _trace_at(model, args, kwargs, supports, position, partial)
+    terms |= {name: partial.term(name, sites[name]["fn"]) for name in centredness}
     drawn = {name: site for name, site in sites.items() if site["type"] == "sample"}
     observed = {name: site for name, site in drawn.items() if _is_observation(site)}
     values = {
@@ -156,10 +170,52 @@ def _run(
         "terms": jax.tree.map(jnp.asarray, terms),
         "log_likelihood": {name: _log_likelihood(site, terms[name]) for name, site in observed.items()},
         "finite": {name: jnp.all(jnp.isfinite(term)) for name, term in terms.items()},
-        "scales": scales(drawn),
+        "scales": scales({name: site for name, site in drawn.items() if name not in centredness}),
         "observed": {name: jnp.asarray(site["value"]) for name, site in observed.items()},
     }
-    return asked, _about(sites, {*values, *observed}), non_centred_forms(sites, active)
+    if centredness:
+        asked["places"] = {name: partial.place(name, sites[name]["fn"]) for name in centredness}
+    return asked, _about(sites, {*values, *observed}), non_centred_forms(sites, active, bool(supports))
+
+
+def _trace_at(
+    model: Callable, args: tuple, kwargs: dict, supports: Supports, position: PyTree, partial: PartialCentring
+) -> tuple[dict[str, Array], dict[str, dict], dict[str, list]]:
+    """Run the model once at a position, as NumPyro's ``potential_energy`` does, which keeps neither terms nor sites.
+
+    Returns:
+        Log probabilities by site, not summed; the sites; and by site the ``reparam`` handlers that see it.
+    """
+    from numpyro import handlers
+    from numpyro.infer.util import _unconstrain_reparam, compute_log_probs
+
+    discrete = {name: position[name] for name, _ in supports}
+    continuous = {name: value for name, value in position.items() if name not in discrete}
+    # A fixed key suffices, since nothing that the density depends on is drawn.
+    seeded = handlers.seed(handlers.substitute(model, data=discrete) if discrete else model, jax.random.key(0))
+    active: dict[str, list] = {}
+
+    def start(site: dict) -> Any:
+        active[site["name"]] = active_reparams()
+        return partial.value(site) if site["name"] in partial.names else _unconstrain_reparam(continuous, site)
+
+    started = handlers.substitute(seeded, substitute_fn=start)
+    terms, sites = compute_log_probs(started, args, kwargs, {}, sum_log_prob=False)
+    return terms, sites, active
+
+
+def _non_centred(
+    model: Callable, args: tuple, kwargs: dict, supports: Supports, position: PyTree
+) -> dict[str, np.ndarray]:
+    """Return a centredness of 0 for each site that can be partially centred and depends on other latent sites."""
+
+    def find(position: PyTree) -> dict[str, tuple[Array, Array]]:
+        _, sites, _ = _trace_at(model, args, kwargs, supports, position, PartialCentring(position, {}))
+        return locations_and_scales({name: site for name, site in sites.items() if site["type"] == "sample"})
+
+    found = trace(find, position).trace
+    names = [name for name in found.out_shapes if found.part(name).reads_arguments]
+    return {name: np.zeros(position[name].shape, position[name].dtype) for name in names}
 
 
 def _log_likelihood(site: dict, term: Array) -> Array:
@@ -191,6 +247,11 @@ def array_arguments(model: Callable, args: tuple, kwargs: dict) -> dict[str, np.
     return {name: np.array(value) for name, value in arguments.items() if _is_array(value)}
 
 
+def _is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array of numbers or booleans."""
+    return isinstance(leaf, (np.ndarray, jax.Array)) and getattr(leaf.dtype, "kind", None) in set("fiub")
+
+
 def _is_observation(site: dict) -> bool:
     """Whether a site is data, and not a factor, whose value is empty."""
     return site["type"] == "sample" and site.get("is_observed", False) and jnp.size(site["value"]) > 0
@@ -219,7 +280,9 @@ def _by_element(about: _Sites, terms: dict[str, Array], name: str, shape: tuple[
 
 
 @_alone
-def numpyro_target(model: Callable, model_args: tuple, model_kwargs: dict) -> Target:
+def numpyro_target(
+    model: Callable, model_args: tuple, model_kwargs: dict, reparam: AutoReparam | None = None
+) -> Target:
     """Return a `Target` over the unconstrained latent sites of a NumPyro model as it is now.
 
     The model runs on the user's own arguments, so numpy computes with them in their own precision, and values enter JAX
@@ -230,30 +293,37 @@ def numpyro_target(model: Callable, model_args: tuple, model_kwargs: dict) -> Ta
         model: A NumPyro model: a function with sample sites.
         model_args: Positional arguments of the model.
         model_kwargs: Keyword arguments of the model.
+        reparam: Which sites are partially centred, non-centred at first. None: none.
 
     Raises:
         TypeError: ``model`` is not callable.
+        TypeError: ``reparam`` is not an `AutoReparam`.
         ValueError: The model has no latent sites, or discrete ones that cannot be enumerated.
     """
+    if not (reparam is None or isinstance(reparam, AutoReparam)):
+        raise TypeError(f"reparam must be None or pmcmc.AutoReparam(), got {reparam!r}.")
     if not callable(model):
         raise TypeError(f"model must be a NumPyro model (a function with sample sites), got {type(model).__name__}.")
     args, kwargs = tuple(model_args), dict(model_kwargs)
-    prototype, supports, fixed = _prototype_position(model, args, kwargs)
+    prototype, supports, fixed = prototype_position(model, args, kwargs)
     if fixed:
         from numpyro.handlers import substitute
 
-        model = substitute(model, data=_fixed_values(model, args, kwargs, fixed))
+        model = substitute(model, data=fixed_values(model, args, kwargs, fixed))
     static: list[tuple[_Sites, tuple]] = []
 
-    def run(position: PyTree) -> dict:
-        out, about, forms = _run(model, args, kwargs, supports, position)
+    def run(position: PyTree, centredness: dict[str, Array] | None = None) -> dict:
+        out, about, forms = _run(model, args, kwargs, supports, position, centredness or {})
         static.append((about, forms))
         return out
 
     try:
-        traced = trace(run, RavelSpec.of(prototype).template)
+        template = RavelSpec.of(prototype).template
+        centredness = {} if reparam is None else _non_centred(model, args, kwargs, supports, template)
+        traced = trace(run, template, *([centredness] if centredness else []))
         about, forms = static[-1]
-        return Target.build(NumpyroModel(traced.trace, about, supports, forms), prototype, traced.constants)
+        data = _Data(traced.constants, jax.device_put(centredness))
+        return Target.build(NumpyroModel(traced.trace, about, supports, forms), prototype, data)
     except ValueError as error:
         raise ValueError(f"{_refusing_site(model, args, kwargs)}{error}") from error
 
@@ -264,7 +334,7 @@ def _refusing_site(model: Callable, args: tuple, kwargs: dict) -> str:
     from numpyro.infer.initialization import init_to_uniform
 
     key = jax.random.key(0)
-    names = list(_random_trace(model, args, kwargs, key))
+    names = list(random_trace(model, args, kwargs, key))
     started = handlers.substitute(handlers.seed(model, key), substitute_fn=init_to_uniform)
     checked = handlers.trace(started)
     try:
@@ -273,122 +343,6 @@ def _refusing_site(model: Callable, args: tuple, kwargs: dict) -> str:
     except ValueError:
         return f"check the parameters of the distribution at site {names[len(checked.trace)]!r}: "
     return ""
-
-
-def _is_array(leaf: Any) -> bool:
-    """Whether a leaf is an array of numbers or booleans."""
-    return isinstance(leaf, (np.ndarray, jax.Array)) and getattr(leaf.dtype, "kind", None) in set("fiub")
-
-
-def _prototype_position(
-    model: Callable, args: tuple, kwargs: dict
-) -> tuple[dict[str, np.ndarray], Supports, list[str]]:
-    """Return zeros in the shapes of the latent sites, supports of discrete sites, and names of sites to be fixed.
-
-    The model runs on abstract values: with real ones every primitive of it would be compiled separately.
-    """
-    discrete: list[str] = []
-    fixed: list[str] = []
-    trace = lambda key: _traced_position(model, args, kwargs, key, discrete, fixed)
-    shapes = jax.eval_shape(lambda: trace(jax.random.key(0)))
-    position = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    return position, _supports(model, args, kwargs, discrete) if discrete else (), fixed
-
-
-def _fixed_values(model: Callable, args: tuple, kwargs: dict, names: list[str]) -> dict[str, Any]:
-    """Return the values at which the model starts its ``param`` and ``mutable`` sites: constants here, as in NumPyro.
-
-    They may be pytrees with leaves that are not arrays: placeholders of the weights that a random module samples.
-    """
-    others: list[Any] = []
-
-    def start(rng_key: PRNGKey) -> list:
-        sites = _random_trace(model, args, kwargs, rng_key)
-        leaves, treedef = jax.tree.flatten({name: sites[name]["value"] for name in names})
-        others.extend((treedef, [None if _is_number(leaf) else leaf for leaf in leaves]))
-        return [leaf for leaf in leaves if _is_number(leaf)]
-
-    arrays = iter(jax.jit(start)(jax.random.key(0)))
-    treedef, leaves = others
-    return jax.tree.unflatten(treedef, [next(arrays) if leaf is None else leaf for leaf in leaves])
-
-
-def _is_number(leaf: Any) -> bool:
-    """Whether a leaf can be returned from a compiled function."""
-    return isinstance(leaf, (bool, int, float, complex, np.ndarray, np.generic, jax.Array))
-
-
-def _traced_position(
-    model: Callable, args: tuple, kwargs: dict, rng_key: PRNGKey, discrete: list[str], fixed: list[str]
-) -> dict[str, Any]:
-    """Return the latent sites at a random point; append names of discrete and of fixed sites to the two lists."""
-    from numpyro.distributions.transforms import biject_to
-    from numpyro.infer.util import helpful_support_errors
-
-    trace = _random_trace(model, args, kwargs, rng_key)
-    check_trace(trace)
-    fixed.extend(name for name, site in trace.items() if site["type"] in ("param", "mutable"))
-    latent = {
-        name: site for name, site in trace.items() if site["type"] == "sample" and not site.get("is_observed", False)
-    }
-    if not latent:
-        raise ValueError(
-            "the model has no latent sample sites: there is nothing to sample. Check that not every site has obs=."
-        )
-    position = {}
-    for name, site in latent.items():
-        if site["fn"].support.is_discrete:
-            position[name] = jnp.asarray(site["value"], int)
-            discrete.append(name)
-            continue
-        with helpful_support_errors(site):
-            position[name] = jnp.asarray(biject_to(site["fn"].support).inv(site["value"]), float)
-    return position
-
-
-def _supports(model: Callable, args: tuple, kwargs: dict, names: list[str]) -> Supports:
-    """Return the values of each discrete site, which must be the same at two random points."""
-    first, second = (_random_trace(model, args, kwargs, jax.random.key(seed)) for seed in range(2))
-    supports = {name: _support(name, first[name]["fn"]) for name in names}
-    moving = [name for name, values in supports.items() if _support(name, second[name]["fn"]) != values]
-    if moving:
-        raise ValueError(
-            f"the support of {moving} depends on other latent sites, so it cannot be enumerated beforehand: "
-            "marginalise these sites out, or give them a fixed support and weights of zero."
-        )
-    return tuple(supports.items())
-
-
-def _random_trace(model: Callable, args: tuple, kwargs: dict, rng_key: PRNGKey) -> dict:
-    """Trace the model at a random point, without validating its distributions."""
-    from numpyro import handlers, validation_enabled
-    from numpyro.infer.initialization import init_to_uniform
-
-    with validation_enabled(False):  # invalid values show in the density, and the site is named before sampling starts
-        # Start as NumPyro starts its own samplers: an improper prior cannot be drawn from.
-        started = handlers.substitute(handlers.seed(model, rng_key), substitute_fn=init_to_uniform)
-        return handlers.trace(started).get_trace(*args, **kwargs)
-
-
-def _support(name: str, fn: Any) -> tuple[int, ...]:
-    """Return the values that each element of a discrete site can take."""
-    from numpyro.distributions import Independent, MaskedDistribution
-
-    while isinstance(fn, (Independent, MaskedDistribution)):
-        fn = fn.base_dist
-    found = None
-    if fn.has_enumerate_support and not fn.event_dim:
-        try:
-            found = np.unique(np.asarray(fn.enumerate_support(expand=False)))
-        except NotImplementedError:
-            found = None
-    if found is None:
-        raise ValueError(
-            f"latent site {name!r} is discrete without a finite support that all its elements share: marginalise it "
-            "out, truncate it to a Categorical site, or write its update and pass the model's log density to "
-            "pmcmc.sample with Compose([...])."
-        )
-    return tuple(found.tolist())
 
 
 @_alone

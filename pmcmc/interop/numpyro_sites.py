@@ -16,8 +16,10 @@ import numpy as np
 
 from pmcmc._pytree import Array, PRNGKey, PyTree
 from pmcmc._xla.compile import plain_jit
+from pmcmc.interop.partial_centring import locations_and_scales
 from pmcmc.random.streams import key_pair, threefry_2x32
-from pmcmc.target import Target, evaluate_starts
+from pmcmc.starts import evaluate_starts
+from pmcmc.target import Target
 
 
 def check_trace(trace: dict[str, dict[str, Any]]) -> None:
@@ -110,15 +112,18 @@ def scales(sites: dict[str, dict]) -> dict[str, Array]:
     return {name: jnp.asarray(fn.scale) for name, fn in _families(sites).items()}
 
 
-def non_centred_forms(sites: dict[str, dict], active: dict[str, list]) -> tuple[tuple[str, str], ...]:
-    """Return how to write a non-centred form of each latent site of a location-scale family, as the end of a sentence.
+def non_centred_forms(sites: dict[str, dict], active: dict[str, list], discrete: bool) -> tuple[tuple[str, str], ...]:
+    """Return how to change the form of each latent site of a location-scale family, as the end of a sentence.
 
     Args:
         sites: All sites of a trace.
         active: By sample site, the configurations of the ``reparam`` handlers within which it was sampled.
+        discrete: Whether the model has discrete latent sites, beside which `AutoReparam` is not possible.
     """
     drawn = {name: site for name, site in sites.items() if site["type"] == "sample"}
-    return tuple((name, _form(name, fn, sites, active.get(name, []))) for name, fn in _families(drawn).items())
+    automatic = {} if discrete else locations_and_scales(drawn)
+    form = lambda name, fn: _form(name, fn, sites, active.get(name, []), name in automatic)
+    return tuple((name, form(name, fn)) for name, fn in _families(drawn).items())
 
 
 def active_reparams() -> list:
@@ -145,13 +150,17 @@ def _families(sites: dict[str, dict]) -> dict[str, Any]:
     return found
 
 
-def _form(name: str, fn: Any, sites: dict[str, dict], configs: list) -> str:
-    """Write the end of a sentence that suggests a non-centred form of one site."""
+def _form(name: str, fn: Any, sites: dict[str, dict], configs: list, automatic: bool) -> str:
+    """Write the end of a sentence that suggests another form of one site: by `AutoReparam` if it is ``automatic``."""
     from numpyro.distributions import constraints
 
+    root = _reparametrised(name, sites, configs)
+    if automatic:
+        instead = "" if root == name else f"leave out what reparametrises {root!r} now, and "
+        return f"{instead}pass reparam=pmcmc.AutoReparam(), which chooses how far {root!r} is centred"
     others = [parameter for parameter in fn.arg_constraints if parameter not in ("loc", "scale")]
     reparam = f"LocScaleReparam(0{f', shape_params={others}' if others else ''})"
-    if (root := _reparametrised(name, sites, configs)) != name:
+    if root != name:
         return f"put numpyro.infer.reparam.{reparam} in place of what reparametrises {root!r} now"
     if fn.support is not constraints.real:
         return f"write {name!r} as a function of a site whose distribution does not depend on them"

@@ -18,6 +18,7 @@ from pmcmc.chain.chain import Chain
 from pmcmc.chain.state import density_source, model_source
 from pmcmc.interop.numpyro import strategy_starts
 from pmcmc.interop.numpyro_sites import numpyro_starts
+from pmcmc.interop.partial_centring import AutoReparam
 from pmcmc.kernels import Kernel
 from pmcmc.random.streams import fold_key
 from pmcmc.recurrence import RecurrenceSolver
@@ -25,6 +26,7 @@ from pmcmc.sampling.session import WarmupRecord, sample_new
 from pmcmc.sampling.settings import Settings, Starts, as_key, spread_starts
 from pmcmc.target import Target
 from pmcmc.warmup import Warmup
+from pmcmc.warmup.centredness import own_positions
 
 
 def parallel_chain(
@@ -44,6 +46,7 @@ def parallel_chain(
     extra_fields: Sequence[str] = (),
     save_warmup: bool = False,
     warmup: Warmup | None = None,
+    reparam: AutoReparam | None = None,
     devices: Sequence[jax.Device] | None = None,
     max_memory: int | None = None,
     progress_bar: bool = True,
@@ -74,6 +77,8 @@ def parallel_chain(
             `Chain.to_arviz`.
         warmup: Default: `EnsembleAdaptation()`; for `Gibbs`, `DiscreteGibbs` and `Compose` `SiteAdaptation()`. Its
             time does not depend on num_chains.
+        reparam: `AutoReparam()` to choose during warm-up how far each element of a hierarchy is centred. None: sites
+            are sampled as they are written.
         devices: Devices that share the blocks, or the steps of Newton's method, such as ``jax.devices()``. None: "auto"
             uses all devices of this process if it expects a gain, and any other solver uses JAX's default device. The
             draws do not depend on the devices. To use the cores of a CPU as devices, call
@@ -115,7 +120,7 @@ def parallel_chain(
     model_kwargs = {} if model_kwargs is None else model_kwargs
     refuse_transformation("parallel_chain", rng_key, model_args, model_kwargs, init_params)
     key = as_key(rng_key)
-    source = model_source(model, model_args, model_kwargs)
+    source = model_source(model, model_args, model_kwargs, reparam)
     target = source.target
     settings = Settings.check(
         target, kernel, solver, num_warmup, num_samples, num_chains, thinning, extra_fields, warmup, devices, max_memory
@@ -175,7 +180,7 @@ def model_starts(target: Target, rng_key: PRNGKey, init_params: PyTree, settings
     if init_params is None:
         return Starts(partial(numpyro_starts, target, fold_key(rng_key, 0), num_starts), num_starts)
     positions = spread_starts(target, init_params, settings.num_chains, num_starts)
-    return Starts(lambda: positions, num_starts, settings.num_chains if per_chain else 1)
+    return Starts(lambda: own_positions(target, positions), num_starts, settings.num_chains if per_chain else 1)
 
 
 def _count_starts(target: Target, settings: Settings, per_chain: bool) -> int:

@@ -206,6 +206,10 @@ class Outcome:
             warmup_remark=self.state.warmup_remark,
             num_lost_lanes=self.state.num_lost_lanes,
             num_lanes=len(jax.tree.leaves(self.state.ensemble)[0]),
+            centredness={
+                name: (round(float(np.min(c)), 2), round(float(np.max(c)), 2))
+                for name, c in self.state.target.centredness.items()
+            },
             precision=asked_for(),
             num_draws=int(moves.num_draws[0]),
             pair_distances=np.zeros(0) if pilot is None else np.asarray(pilot.distances)[0],

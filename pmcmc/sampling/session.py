@@ -32,14 +32,16 @@ from pmcmc.sampling.automatic import Automatic, compile_first
 from pmcmc.sampling.engine import Engine
 from pmcmc.sampling.reporting import Outcome
 from pmcmc.sampling.segments import Draws, Keeper, NonFiniteState, Run, draw_bytes
-from pmcmc.sampling.settings import Settings, Starts, fit_memory, settings_of
-from pmcmc.target import Target, check_starts
+from pmcmc.sampling.settings import Settings, Starts, check_reparam, fit_memory, settings_of
+from pmcmc.starts import check_starts
+from pmcmc.target import Target
 from pmcmc.warmup import Tuned
 from pmcmc.warmup.base import Watch
+from pmcmc.warmup.centredness import moved
 
 
 class WarmupRecord:
-    """A `Watch` that keeps the draws of warm-up, converted from the target's coordinates to positions."""
+    """A `Watch` that keeps the draws of warm-up, converted to unconstrained values of the model as it is written."""
 
     def __init__(self) -> None:
         self._stretches: list[np.ndarray] = []
@@ -48,10 +50,12 @@ class WarmupRecord:
         rows, basis = np.asarray(path), target.basis
         if basis is not None:
             rows = basis.to_positions(rows).astype(rows.dtype)
+        if target.centredness:
+            rows = moved(target, rows, target.as_written.centredness)
         self._stretches.append(rows)
 
     def path(self) -> np.ndarray:
-        """Return the positions of all steps so far; shape (lanes, steps, D)."""
+        """Return the unconstrained values at all steps so far; shape (lanes, steps, D)."""
         return np.swapaxes(np.concatenate(self._stretches), 0, 1)
 
 
@@ -86,6 +90,7 @@ def tune_chains(
     """
     source, kernel = source.with_kernel(settings.kernel)
     target, settings = source.target, replace(settings, kernel=kernel)
+    check_reparam(target, settings)
     warmup_key, chain_key = split_key(rng_key, 2)
     # Compile for sampling in the meantime.
     if (expected := _expected(target, starts.number, settings)) is not None:

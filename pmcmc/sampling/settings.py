@@ -171,6 +171,32 @@ def _check_kernel(kernel: Kernel, extra_fields: Sequence[str], num_warmup: int) 
         )
 
 
+def check_reparam(target: Target, settings: Settings) -> None:
+    """Raise an error if a target has partially centred sites, and what was asked for does not fit them.
+
+    Raises:
+        ValueError: Nothing chooses their centredness, or a metric was given for coordinates that are not known yet.
+    """
+    if not target.centredness:
+        return
+    kernel, warmup = settings.kernel, settings.warmup
+    asked = "reparam=AutoReparam() chooses the coordinates of the sites during warm-up"
+    if isinstance(kernel, SiteKernel):
+        raise ValueError(
+            f"{asked}, which needs a kernel over all sites at once, such as HMC(), got {type(kernel).__name__}: leave "
+            "reparam out, or marginalise discrete sites out of the model."
+        )
+    if not settings.num_warmup:
+        raise ValueError(f"{asked}, and num_warmup=0 runs none: leave num_warmup at 1000, or leave reparam out.")
+    if not warmup.chooses_centredness:
+        raise ValueError(
+            f"{asked}, which {type(warmup).__name__} does not do: use EnsembleAdaptation(), the default, or leave "
+            "reparam out."
+        )
+    if kernel.metric is not None or getattr(warmup, "inverse_mass_matrix", None) is not None:
+        raise ValueError(f"{asked}, so no inverse_mass_matrix can be known before: leave it or reparam out.")
+
+
 def _devices(devices: Any, solver: RecurrenceSolver | None) -> tuple[jax.Device, ...]:
     """Return the devices that share the work; empty for the default one.
 

@@ -93,9 +93,11 @@ class Warmup(abc.ABC):
 
     Attributes:
         shows_path: Whether `run` passes all steps of all lanes to its watch, so that they can be kept as draws.
+        chooses_centredness: Whether `run` chooses the centredness of partially centred sites.
     """
 
     shows_path: ClassVar[bool] = False
+    chooses_centredness: ClassVar[bool] = False
 
     @abc.abstractmethod
     def count_starts(self, target: Target, num_given: int = 1) -> int:

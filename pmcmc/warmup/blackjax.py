@@ -12,6 +12,7 @@ Source: Hoffman & Gelman (2014); Hoffman, Radul & Sountsov (2021); Zhang, Carpen
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -173,6 +174,7 @@ class ChEESAdaptation(Warmup):
     """
 
     dense: bool | None = field(default=None, metadata=dict(static=True))
+    chooses_centredness: ClassVar[bool] = True
 
     def count_starts(self, target, num_given=1):
         return num_lanes(target, num_given)
@@ -198,11 +200,11 @@ class ChEESAdaptation(Warmup):
             )
         explore_key, chees_key, step_key = split_key(rng_key, 3)
         explored = explore_basis(target, kernel, explore_key, starts, num_steps, self.dense, watch, num_given=num_given)
-        whitened, num_tuning = target.with_basis(explored.basis), max(102, num_steps // 4)
+        num_tuning = max(102, num_steps // 4)
         lanes = jnp.asarray(explored.lanes, target.spec.dtype)
-        found = _find_length(whitened, chees_key, lanes, num_steps=num_tuning)
+        found = _find_length(explored.target, chees_key, lanes, num_steps=num_tuning)
         kernel = _take_length(target, explored.kernel, found)
-        tuned = tune(whitened, kernel, step_key, np.asarray(found.positions), None, num_tuning, watch)
+        tuned = tune(explored.target, kernel, step_key, np.asarray(found.positions), None, num_tuning, watch)
         return explored.told(tuned)
 
 

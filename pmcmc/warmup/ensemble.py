@@ -6,7 +6,8 @@ factor F of all draws, in the current coordinates, update the basis ``x = loc + 
     loc' = loc + scale m,    scale' = scale F
 
 (elementwise for a diagonal basis). `explore` does this, an `Explorer` carries its state, and `explore_basis` also
-applies the user's metric. In the basis found, `pmcmc.warmup.lanes.tune` tunes the kernel.
+applies the user's metric. In the basis found, `pmcmc.warmup.lanes.tune` tunes the kernel. Between windows the
+centredness of partially centred sites is chosen (`pmcmc.warmup.centredness`).
 
 Source: Stan's windows (Stan Development Team) with moments pooled over chains (Zhang et al. 2020); Hoffman & Gelman
 (2014) for dual averaging.
@@ -24,6 +25,7 @@ from pmcmc.kernels import HMC, Kernel
 from pmcmc.random.streams import split_key
 from pmcmc.target import Basis, Target
 from pmcmc.warmup.base import Tuned, Warmup, Watch, check_metric, ignore, path_moments, take_metric
+from pmcmc.warmup.centredness import recentred
 from pmcmc.warmup.lanes import (
     NO_LIMIT,
     NUM_LANES,
@@ -74,7 +76,8 @@ class EnsembleAdaptation(Warmup):
        all lanes starts anew. Lanes that do not move count together for half of the acceptance rate that is tuned, so
        the step size falls until they move. A lane whose log density stays far below that of the others, by more than
        a wider region could make up for (`pmcmc.warmup.lanes.far_lanes`), is moved to another lane's position if this
-       is still so one window later.
+       is still so one window later. With `AutoReparam`, the centredness of its sites is chosen anew before each of
+       these longer windows, and the basis restarts from the same draws.
     2. Tuning: in that basis the lanes run the kernel for a quarter as many steps (at least 102), as in
        `WindowAdaptation`.
 
@@ -106,6 +109,7 @@ class EnsembleAdaptation(Warmup):
     target_acceptance_rate: Scalar | None = None
     inverse_mass_matrix: ArrayLeaf | None = None
     shows_path: ClassVar[bool] = True
+    chooses_centredness: ClassVar[bool] = True
 
     def count_starts(self, target, num_given=1):
         return num_lanes(target, num_given)
@@ -127,8 +131,8 @@ class EnsembleAdaptation(Warmup):
         found = explore_basis(
             target, kernel, explore_key, starts, num_steps, self.dense, watch, self.inverse_mass_matrix, num_given
         )
-        num_tuning, whitened = max(102, num_steps // 4), target.with_basis(found.basis)
-        tuned = tune(whitened, found.kernel, step_key, found.lanes, self.target_acceptance_rate, num_tuning, watch)
+        num_tuning = max(102, num_steps // 4)
+        tuned = tune(found.target, found.kernel, step_key, found.lanes, self.target_acceptance_rate, num_tuning, watch)
         return found.told(tuned)
 
 
@@ -137,14 +141,14 @@ class Explored(NamedTuple):
 
     Attributes:
         kernel: The kernel without its metric, which is part of the basis.
-        basis: The basis found, or that of the user's metric.
-        lanes: Coordinates of the lanes in this basis; shape (lanes, D).
+        target: The target in the basis found, or in that of the user's metric.
+        lanes: Coordinates of the lanes of this target; shape (lanes, D).
         remark: What is doubtful about the exploration, as in `Tuned`.
         num_lost: Number of lanes moved to another lane's position, as in `Tuned`.
     """
 
     kernel: Any
-    basis: Basis
+    target: Target
     lanes: np.ndarray
     remark: str
     num_lost: int
@@ -180,7 +184,7 @@ def explore_basis(
         num_given: Number of different starts that the user gave, as in `Warmup.run`.
 
     Returns:
-        The kernel, the basis, and the lanes in it.
+        The kernel, the target in the basis, and the lanes.
 
     Raises:
         ValueError: There are too few steps, or a metric does not fit.
@@ -190,13 +194,13 @@ def explore_basis(
         raise ValueError(f"num_warmup must be 0 or at least 20 (for its windows), got {num_steps}.")
     check_metric(target, kernel, metric)
     num_pieces = max(2, math.ceil(num_steps / (4 * PIECE)))
-    found = explore(target, rng_key, _as_rows(starts, num_given), num_pieces, is_dense(target, dense), watch)
+    target, found = explore(target, rng_key, _as_rows(starts, num_given), num_pieces, is_dense(target, dense), watch)
     check_exploration(target, found)
     is_given = metric is not None or kernel.metric is not None
     kernel, basis = take_metric(target, kernel, found.mean, found.scale, metric)
     frame = Frame(np.asarray(basis.loc, float), np.asarray(basis.scale, float))
     remark = "" if found.settled or is_given else UNSETTLED.format(num_steps=num_steps)
-    return Explored(kernel, basis, frame.to_coordinates(found.last), remark, found.num_lost)
+    return Explored(kernel, target.with_basis(basis), frame.to_coordinates(found.last), remark, found.num_lost)
 
 
 class Frame:
@@ -245,6 +249,8 @@ class Explorer:
         self.lanes = LaneEnsemble(HMC(), rng_key, HMC().target_acceptance_rate(target.dim), watch)
         self.finite, self.settled, self.num_lost = True, False, 0
         self.num_waits = np.zeros(len(positions), int)
+        self.path, self.burn_in, self.lost = np.zeros((0, *positions.shape)), 0, np.zeros(len(positions), bool)
+        self.sources = np.arange(len(positions))
         self.movement, self.acceptance_rate = np.zeros(target.dim), 0.0
 
     def run_window(self, num_pieces: int, longest: int = NO_LIMIT, burn_in: int = 0) -> None:
@@ -263,7 +269,8 @@ class Explorer:
         self.lanes.longest = min(longest, NO_LIMIT)
         pieces = [self.lanes.run(adapting=True)[0] for _ in range(num_pieces)]
         path = np.concatenate([np.asarray(piece.path, float) for piece in pieces])
-        self.movement = np.ptp(self.frame.to_positions(path), axis=0).max(axis=0)
+        self.path, self.burn_in = self.frame.to_positions(path), burn_in
+        self.movement = np.ptp(self.path, axis=0).max(axis=0)
         acceptance_rate = np.concatenate([piece.acceptance_rate for piece in pieces])
         self.acceptance_rate = float(np.mean(acceptance_rate))
         # Move lanes that were far out for too long to the positions of lanes that move elsewhere.
@@ -272,10 +279,9 @@ class Explorer:
         self.num_waits = np.where(far, self.num_waits + 1, 0)
         lost = self.num_waits > PATIENCE
         self.num_waits[lost] = 0
-        self.num_lost += int(lost.sum())
-        self.positions = self.frame.to_positions(
-            _with_places(path[-1], np.flatnonzero(lost), np.flatnonzero(~held & ~far))
-        )
+        self.lost, self.num_lost = lost, self.num_lost + int(lost.sum())
+        self.sources = _sources(len(lost), np.flatnonzero(lost), np.flatnonzero(~held & ~far))
+        self.positions = self.frame.to_positions(path[-1][self.sources])
         self.finite = bool(np.all(np.isfinite(path)))
         # Update the basis from the draws of the window.
         if self.finite:
@@ -284,6 +290,20 @@ class Explorer:
             self.settled = _is_settled(draws, mean, factor)
             scale = self.frame.scale @ factor if self.dense else self.frame.scale * factor
             self.frame = Frame(self.frame.to_positions(mean[None])[0], scale)
+
+    def recentre(self) -> None:
+        """Choose the centredness of partially centred sites from the draws of the last window.
+
+        The lanes stay at the same values of the model's sites. The basis becomes the moments of the same draws.
+        """
+        if not (self.finite and self.target.centredness):
+            return
+        draws = self.path[self.burn_in :, ~self.lost]
+        self.target, self.path = recentred(self.target, self.path, draws)
+        self.finite = bool(np.all(np.isfinite(self.path)))
+        if self.finite:
+            self.positions = self.path[-1][self.sources]
+            self.frame = Frame(*path_moments(self.path[self.burn_in :, ~self.lost], self.dense))
 
     def found(self) -> Exploration:
         """Return what has been found so far."""
@@ -295,8 +315,8 @@ class Explorer:
 
 def explore(
     target: Target, rng_key: PRNGKey, positions: np.ndarray, num_pieces: int, dense: bool, watch: Watch = ignore
-) -> Exploration:
-    """Find the location and metric of the posterior.
+) -> tuple[Target, Exploration]:
+    """Find the location and metric of the posterior, and the centredness of partially centred sites.
 
     Args:
         target: Target to sample.
@@ -307,7 +327,7 @@ def explore(
         watch: Called with the steps of the lanes.
 
     Returns:
-        Moments and positions in the user's coordinates.
+        The target with the centredness found, and moments and positions in its coordinates.
     """
     explorer = Explorer(target, rng_key, positions, dense, watch)
     # Short windows, until the basis is settled. In a basis that is far too wide the step size is small and trajectories
@@ -324,11 +344,13 @@ def explore(
     # Windows of growing length; the last is repeated until it settles the basis.
     lengths = _window_lengths(num_pieces)
     for length in lengths:
+        explorer.recentre()
         explorer.run_window(length)
     for _ in range(MAX_REPEATS):
         if not explorer.settled:
+            explorer.recentre()
             explorer.run_window(lengths[-1])
-    return explorer.found()
+    return explorer.target, explorer.found()
 
 
 def _window_lengths(num_pieces: int) -> list[int]:
@@ -364,18 +386,18 @@ def _is_settled(path: np.ndarray, mean: np.ndarray, factor: np.ndarray) -> bool:
     return bool(right and share.min() > MIXED)
 
 
-def _with_places(last: np.ndarray, lost: np.ndarray, moving: np.ndarray) -> np.ndarray:
-    """Return the last coordinates of all lanes, lost lanes replaced by moving ones.
+def _sources(num_lanes: int, lost: np.ndarray, moving: np.ndarray) -> np.ndarray:
+    """Return for each lane the lane whose position it takes: its own, or that of a moving one if it is lost.
 
     Args:
-        last: Coordinates of all lanes; shape (lanes, D).
+        num_lanes: Number of lanes.
         lost: Numbers of the lost lanes.
         moving: Numbers of the lanes that move.
     """
-    last = last.copy()
+    sources = np.arange(num_lanes)
     if len(lost):  # a lane is lost only where better ones move
-        last[lost] = last[moving[lost % len(moving)]]
-    return last
+        sources[lost] = moving[lost % len(moving)]
+    return sources
 
 
 def _as_rows(positions: PyTree, num_given: int) -> np.ndarray:

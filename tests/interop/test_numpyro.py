@@ -18,7 +18,7 @@ from pmcmc.interop.numpyro_sites import numpyro_starts
 from pmcmc.recurrence import Sequential
 from pmcmc.sampling.engine import Engine
 from pmcmc.sampling.programs import Shape
-from pmcmc.target import check_starts
+from pmcmc.starts import check_starts
 from tests.helpers.selection import share
 from tests.helpers.targets import EFFECTS, ERRORS, FEATURES, LABELS, eight_schools_model, logistic_model
 

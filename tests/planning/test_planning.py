@@ -467,7 +467,7 @@ def test_the_report_says_what_keeps_chains_apart(free_lanes) -> None:
     assert set(report.diagnosis.sites) == {"mu", "tau", "theta"}
     ranks = [(-site.num_apart, -site.distance) for site in report.diagnosis.sites.values()]
     assert ranks == sorted(ranks)
-    (advice,) = [text for text in report.diagnosis.suggestions if "LocScaleReparam" in text]
+    (advice,) = [text for text in report.diagnosis.suggestions if "reparam=pmcmc.AutoReparam()" in text]
     assert "'theta'" in advice
     assert "'mu'" not in advice
     assert "Kept apart by" in str(report)

@@ -11,7 +11,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from numpyro.handlers import reparam
+from numpyro.handlers import reparam, scale
 from numpyro.infer.reparam import LocScaleReparam, TransformReparam
 
 import pmcmc
@@ -131,7 +131,7 @@ def test_a_centred_hierarchy() -> None:
     found = diagnose(target, HMC, pilot_of(target, FUNNEL), GOOD)
     assert set(found.sites) == {"tau", "theta"}
     assert said(found) == {"scale"}
-    assert "config={'theta': numpyro.infer.reparam.LocScaleReparam(0)}" in found.suggestions[0]
+    assert found.suggestions[0].endswith("pass reparam=pmcmc.AutoReparam(), which chooses how far 'theta' is centred.")
 
 
 def test_a_site_that_a_scale_depends_on_is_explained_by_it() -> None:
@@ -165,22 +165,32 @@ half, none = {"theta": LocScaleReparam(0.5)}, {"theta": LocScaleReparam(0)}
 again = lambda centred: {"theta_decentered": LocScaleReparam(centred)}
 in_place = "put numpyro.infer.reparam.LocScaleReparam(0) in place of what reparametrises 'theta' now"
 config = "config={%r: numpyro.infer.reparam.LocScaleReparam(%s)}"
+auto = "pass reparam=pmcmc.AutoReparam(), which chooses how far %r is centred"
+instead = f"leave out what reparametrises 'theta' now, and {auto}" % "theta"
+scaled = lambda model: scale(model, scale=2.0)  # sites that cannot be partially centred
 transformed = lambda loc, scale: dist.TransformedDistribution(dist.Normal(loc, scale), dist.transforms.ExpTransform())
 FORMS = {
-    "half": (reparam(hierarchy, config=half), "theta_decentered", in_place),
-    "learned": (reparam(hierarchy, config={"theta": LocScaleReparam()}), "theta_decentered", in_place),
-    "function": (reparam(hierarchy, config=lambda site: half.get(site["name"])), "theta_decentered", in_place),
-    "within": (within, "theta_decentered", in_place),
-    "twice": (reparam(reparam(hierarchy, config=half), config=again(0.5)), "theta_decentered_decentered", in_place),
-    "by hand": (by_hand, "theta_decentered", config % ("theta_decentered", 0)),
-    "name": (partial(hierarchy, name="x_decentered"), "x_decentered", config % ("x_decentered", 0)),
-    "unrelated": (reparam(by_hand, config={"tau": None}), "theta_decentered", config % ("theta_decentered", 0)),
-    "student": (partial(hierarchy, partial(dist.StudentT, 4.0)), "theta", config % ("theta", "0, shape_params=['df']")),
-    "positive": (partial(hierarchy, dist.LogNormal), "theta", "write 'theta' as a function of a site"),
+    "half": (reparam(hierarchy, config=half), "theta_decentered", instead),
+    "half, scaled": (scaled(reparam(hierarchy, config=half)), "theta_decentered", in_place),
+    "learned": (reparam(hierarchy, config={"theta": LocScaleReparam()}), "theta_decentered", instead),
+    "function": (reparam(hierarchy, config=lambda site: half.get(site["name"])), "theta_decentered", instead),
+    "within": (within, "theta_decentered", instead),
+    "twice": (reparam(reparam(hierarchy, config=half), config=again(0.5)), "theta_decentered_decentered", instead),
+    "by hand": (by_hand, "theta_decentered", auto % "theta_decentered"),
+    "name": (partial(hierarchy, name="x_decentered"), "x_decentered", auto % "x_decentered"),
+    "unrelated": (reparam(by_hand, config={"tau": None}), "theta_decentered", auto % "theta_decentered"),
+    "student": (partial(hierarchy, partial(dist.StudentT, 4.0)), "theta", auto % "theta"),
+    "student, scaled": (
+        scaled(partial(hierarchy, partial(dist.StudentT, 4.0))),
+        "theta",
+        config % ("theta", "0, shape_params=['df']"),
+    ),
+    "positive": (partial(hierarchy, dist.LogNormal), "theta", auto % "theta"),
+    "positive, scaled": (scaled(partial(hierarchy, dist.LogNormal)), "theta", "write 'theta' as a function of a site"),
     "base": (
         reparam(partial(hierarchy, transformed), config={"theta": TransformReparam()}),
         "theta_base",
-        config % ("theta_base", 0),
+        auto % "theta_base",
     ),
     "none": (reparam(hierarchy, config=none), "theta_decentered", ""),
     "twice none": (reparam(reparam(hierarchy, config=half), config=again(0)), "theta_decentered_decentered", ""),

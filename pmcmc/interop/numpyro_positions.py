@@ -1,0 +1,125 @@
+"""What positions of a NumPyro model look like: its latent sites, their shapes, and the supports of discrete ones.
+
+`prototype_position` finds them in a run of the model on abstract values, and `fixed_values` the constants that the
+model itself starts with.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pmcmc._pytree import PRNGKey
+from pmcmc.interop.numpyro_sites import check_trace
+from pmcmc.target import Supports
+
+
+def prototype_position(model: Callable, args: tuple, kwargs: dict) -> tuple[dict[str, np.ndarray], Supports, list[str]]:
+    """Return zeros in the shapes of the latent sites, supports of discrete sites, and names of sites to be fixed.
+
+    The model runs on abstract values: with real ones every primitive of it would be compiled separately.
+    """
+    discrete: list[str] = []
+    fixed: list[str] = []
+    trace = lambda key: _traced_position(model, args, kwargs, key, discrete, fixed)
+    shapes = jax.eval_shape(lambda: trace(jax.random.key(0)))
+    position = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    return position, _supports(model, args, kwargs, discrete) if discrete else (), fixed
+
+
+def fixed_values(model: Callable, args: tuple, kwargs: dict, names: list[str]) -> dict[str, Any]:
+    """Return the values at which the model starts its ``param`` and ``mutable`` sites: constants here, as in NumPyro.
+
+    They may be pytrees with leaves that are not arrays: placeholders of the weights that a random module samples.
+    """
+    others: list[Any] = []
+
+    def start(rng_key: PRNGKey) -> list:
+        sites = random_trace(model, args, kwargs, rng_key)
+        leaves, treedef = jax.tree.flatten({name: sites[name]["value"] for name in names})
+        others.extend((treedef, [None if _is_number(leaf) else leaf for leaf in leaves]))
+        return [leaf for leaf in leaves if _is_number(leaf)]
+
+    arrays = iter(jax.jit(start)(jax.random.key(0)))
+    treedef, leaves = others
+    return jax.tree.unflatten(treedef, [next(arrays) if leaf is None else leaf for leaf in leaves])
+
+
+def _is_number(leaf: Any) -> bool:
+    """Whether a leaf can be returned from a compiled function."""
+    return isinstance(leaf, (bool, int, float, complex, np.ndarray, np.generic, jax.Array))
+
+
+def _traced_position(
+    model: Callable, args: tuple, kwargs: dict, rng_key: PRNGKey, discrete: list[str], fixed: list[str]
+) -> dict[str, Any]:
+    """Return the latent sites at a random point; append names of discrete and of fixed sites to the two lists."""
+    from numpyro.distributions.transforms import biject_to
+    from numpyro.infer.util import helpful_support_errors
+
+    trace = random_trace(model, args, kwargs, rng_key)
+    check_trace(trace)
+    fixed.extend(name for name, site in trace.items() if site["type"] in ("param", "mutable"))
+    latent = {
+        name: site for name, site in trace.items() if site["type"] == "sample" and not site.get("is_observed", False)
+    }
+    if not latent:
+        raise ValueError(
+            "the model has no latent sample sites: there is nothing to sample. Check that not every site has obs=."
+        )
+    position = {}
+    for name, site in latent.items():
+        if site["fn"].support.is_discrete:
+            position[name] = jnp.asarray(site["value"], int)
+            discrete.append(name)
+            continue
+        with helpful_support_errors(site):
+            position[name] = jnp.asarray(biject_to(site["fn"].support).inv(site["value"]), float)
+    return position
+
+
+def _supports(model: Callable, args: tuple, kwargs: dict, names: list[str]) -> Supports:
+    """Return the values of each discrete site, which must be the same at two random points."""
+    first, second = (random_trace(model, args, kwargs, jax.random.key(seed)) for seed in range(2))
+    supports = {name: _support(name, first[name]["fn"]) for name in names}
+    moving = [name for name, values in supports.items() if _support(name, second[name]["fn"]) != values]
+    if moving:
+        raise ValueError(
+            f"the support of {moving} depends on other latent sites, so it cannot be enumerated beforehand: "
+            "marginalise these sites out, or give them a fixed support and weights of zero."
+        )
+    return tuple(supports.items())
+
+
+def random_trace(model: Callable, args: tuple, kwargs: dict, rng_key: PRNGKey) -> dict:
+    """Trace the model at a random point, without validating its distributions."""
+    from numpyro import handlers, validation_enabled
+    from numpyro.infer.initialization import init_to_uniform
+
+    with validation_enabled(False):  # invalid values show in the density, and the site is named before sampling starts
+        # Start as NumPyro starts its own samplers: an improper prior cannot be drawn from.
+        started = handlers.substitute(handlers.seed(model, rng_key), substitute_fn=init_to_uniform)
+        return handlers.trace(started).get_trace(*args, **kwargs)
+
+
+def _support(name: str, fn: Any) -> tuple[int, ...]:
+    """Return the values that each element of a discrete site can take."""
+    from numpyro.distributions import Independent, MaskedDistribution
+
+    while isinstance(fn, (Independent, MaskedDistribution)):
+        fn = fn.base_dist
+    found = None
+    if fn.has_enumerate_support and not fn.event_dim:
+        try:
+            found = np.unique(np.asarray(fn.enumerate_support(expand=False)))
+        except NotImplementedError:
+            found = None
+    if found is None:
+        raise ValueError(
+            f"latent site {name!r} is discrete without a finite support that all its elements share: marginalise it "
+            "out, truncate it to a Categorical site, or write its update and pass the model's log density to "
+            "pmcmc.sample with Compose([...])."
+        )
+    return tuple(found.tolist())

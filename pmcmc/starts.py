@@ -1,0 +1,100 @@
+"""Positions where chains or warm-up start: whether a target's density and gradient can be used there."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from pmcmc._pytree import Array, PyTree, is_real
+from pmcmc._xla.compile import tuned_jit
+from pmcmc.target import Target
+
+
+def check_starts(target: Target, starts: PyTree) -> None:
+    """Raise if the density or its gradient is not finite at some start, and name the cause.
+
+    Args:
+        target: What is sampled. Without a density, starts need only be finite; gradients are those of real leaves.
+        starts: Positions, leading axis N.
+
+    Raises:
+        ValueError: Some or all starts are not usable.
+        TypeError: The density has no gradient, or cannot be mapped over positions.
+    """
+    try:
+        values, gradients, usable = evaluate_starts(target, starts)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise TypeError(f"the log density works at one position, but {_obstacle(target, starts)} ({error})") from error
+    if usable.all():
+        return
+    if not target.model.has_density:
+        raise ValueError("the initial position is not finite: start from other values.")
+    bad = int(np.argmin(usable))
+    position = jax.tree.map(lambda x: x[bad], starts)
+    where = "any start" if not usable.any() else f"{int(np.sum(~usable))} of {len(usable)} starts"
+    if not np.isfinite(values[bad]):
+        blame = f"The log density is {float(values[bad])} there. " + target.model.explain(target.data, position)
+    else:
+        names = [
+            jax.tree_util.keystr(path)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)
+            if not np.all(np.isfinite(leaf[bad]))
+        ]
+        blame = f"The gradient is not finite with respect to position{', position'.join(names)}."
+    raise ValueError(
+        f"the log density cannot be used at {where}. {blame.strip()} Check the model and its data for NaN, a prior "
+        "that does not cover the data, or pass starting values by init_params."
+    )
+
+
+def _obstacle(target: Target, starts: PyTree) -> str:
+    """Say why densities and gradients cannot be computed at many starts."""
+    try:
+        jax.eval_shape(_evaluate_start, target, jax.tree.map(lambda x: x[0], starts))
+    except (TypeError, ValueError, NotImplementedError):
+        return (
+            "JAX cannot differentiate it. Write it with JAX operations that have a derivative (scan instead of "
+            "while_loop), or define its derivative with jax.custom_jvp."
+        )
+    return (
+        "jax.vmap cannot map it over several, as chains and blocks require. Use JAX operations, or say how to map "
+        "them, for instance by vmap_method= of jax.pure_callback."
+    )
+
+
+def evaluate_starts(target: Target, starts: PyTree) -> tuple[np.ndarray, PyTree, np.ndarray]:
+    """Evaluate densities and gradients at starts.
+
+    Args:
+        target: What is sampled.
+        starts: Positions, leading axis N.
+
+    Returns:
+        Log densities (N,); gradients of real leaves (N, ...), None for others; and whether both are finite (N,).
+        Without a density, the first is NaN, the second None, and the last says whether the position itself is finite.
+    """
+    if target.model.has_density:
+        values, gradients = jax.tree.map(np.asarray, _evaluate_starts(target, starts))
+        judged = [values, *jax.tree.leaves(gradients)]
+    else:
+        values, gradients = np.full(len(jax.tree.leaves(starts)[0]), np.nan), None
+        judged = [np.asarray(x) for x in jax.tree.leaves(starts) if is_real(x)]
+    finite = [np.isfinite(x).reshape(len(x), -1).all(axis=1) for x in judged]
+    return values, gradients, np.all(finite, axis=0) if finite else np.ones(len(values), bool)
+
+
+def _evaluate_start(target: Target, position: PyTree) -> tuple[Array, PyTree]:
+    """Return the log density, and its gradient with respect to real leaves (None for others)."""
+    split = lambda keep: jax.tree.map(lambda x: x if is_real(x) == keep else None, position)
+    real, discrete = split(True), split(False)
+    merge = lambda a, b: b if a is None else a
+    logdensity = lambda x: target.model.logdensity(
+        target.data, jax.tree.map(merge, x, discrete, is_leaf=lambda leaf: leaf is None)
+    )
+    return jax.value_and_grad(logdensity)(real)
+
+
+@tuned_jit()
+def _evaluate_starts(target: Target, starts: PyTree) -> Any:
+    """Return `_evaluate_start` of all starts."""
+    return jax.vmap(lambda position: _evaluate_start(target, position))(starts)

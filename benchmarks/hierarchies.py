@@ -1,8 +1,8 @@
 """Compare the forms of hierarchies: as people write them (centred), non-centred, and chosen by `AutoReparam`.
 
-Each model is sampled by HMC in each form. A row has the smallest effective sample size (bulk) of the latent sites per
-1,000 gradients, the share of divergent draws, and the steps until pairs of chains merged under the same noise, from the
-last states of warm-up's lanes; None for pairs that did not merge within ``--steps``.
+Each model is sampled by HMC in each form. A row has the smallest effective sample size (bulk) per 1,000 gradients, over
+the same latent sites in each form, the share of divergent draws, and the steps until pairs of chains merged under the
+same noise, from the last states of warm-up's lanes; None for pairs that did not merge within ``--steps``.
 
     python -m benchmarks.hierarchies [--models funnel ...] [--seeds 0 1] [--save hierarchies]
 """
@@ -26,6 +26,7 @@ import pmcmc
 from benchmarks._harness import save, with_others
 from benchmarks.coalescence import merges
 from benchmarks.posteriors import POSTERIORS
+from pmcmc.chain.draws import judge
 from pmcmc.recurrence import Sequential
 
 
@@ -136,7 +137,8 @@ def volatility() -> Hierarchy:
             if centred:
                 h = numpyro.sample("h", dist.Normal(phi * before, sigma))
             else:
-                h = phi * before + sigma * numpyro.sample("h_decentered", dist.Normal(0, 1))
+                z = numpyro.sample("h_decentered", dist.Normal(0, 1))
+                h = numpyro.deterministic("h", phi * before + sigma * z)
             numpyro.sample("y", dist.Normal(0, jnp.exp((mean + h) / 2)), obs=y)
             return h, None
 
@@ -155,9 +157,10 @@ def measure(hierarchy: Hierarchy, form: str, seed: int, num_samples: int, num_st
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # forms that do not mix are what is measured
         chain = pmcmc.parallel_chain(model, seed, reparam=chosen, num_samples=num_samples, **options)
-    mixing: Any = chain.report.mixing
+    draws = chain.get_samples(group_by_chain=True)
+    mixing = judge({name: np.asarray(x) for name, x in draws.items() if not name.endswith("_decentered")})
     gradients = float(np.sum(chain.get_extra_fields()["num_steps"]))
-    ess = min(value for value, _ in mixing.bulk_ess.values()) * mixing.stride
+    ess = min(value for value, _ in mixing.bulk_ess.values())
     lanes: Any = chain.state.ensemble
     first, second = lanes[: len(lanes) // 2], lanes[len(lanes) // 2 :]
     found = merges(chain, jax.random.key(seed + 1), first, second, num_steps, None)

@@ -122,7 +122,7 @@ def _finite(value: jax.Array) -> float | None:
 def against_all(case: Case, bank: PyTree, num_blocks: int, effort: Effort, num_chains: int = 1) -> dict[str, Any]:
     """Time shooting with one P against both programs of the limit and sequential sampling."""
     run, ordered = in_blocks(case, bank, num_blocks, num_chains), in_order(case, bank, num_chains)
-    chains = in_order(case, bank, num_blocks * num_chains, run.shape.capacity)
+    chains = replace(in_order(case, bank, num_blocks * num_chains, run.shape.capacity), in_threads=False)
     compile_s = dict(zip(("sequential", "vmapped_chains"), compile_all([ordered, chains]), strict=True))
     ordered = _affordable(ordered, effort.seconds / 4)
     steps = ordered.shape.capacity

@@ -27,7 +27,6 @@ from pmcmc.kernels import HMC
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
 from pmcmc.recurrence.solution import default_tolerance
 from pmcmc.sampling.engine import Engine
-from pmcmc.sampling.programs import Shape
 from pmcmc.target import Target
 
 # The same as in pyproject.toml, which a test checks: if the source folder is on the path, there is no metadata to read.
@@ -300,14 +299,18 @@ class Timing(NamedTuple):
 
 
 def time_lanes(num_lanes: int, seconds: float) -> Timing:
-    """Time a step of the calibration's chain on this many lanes, with its noise, in the program that `sample` runs."""
-    target = Target.from_logdensity(_eight_schools, jnp.zeros(10))
-    x0 = jnp.zeros((num_lanes, 10))
-    shape = Shape(1, max(64, 2**17 // num_lanes))
-    engine = Engine(target, _KERNEL, jax.random.split(jax.random.key(0), num_lanes), x0, None)
+    """Time a step of the calibration's chain in this many blocks, with its noise, in the programs that `sample` runs.
+
+    Blocks are not repaired. One block is sequential sampling.
+    """
+    target, x0 = Target.from_logdensity(_eight_schools, jnp.zeros(10)), jnp.zeros((1, 10))
+    engine = Engine(target, _KERNEL, jax.random.split(jax.random.key(0), 1), x0, jnp.ones(10))
+    no_sweeps = np.zeros((), np.int32)  # as a number it would be refused
+    solver = Sequential() if num_lanes == 1 else MultipleShooting(num_lanes, max_sweeps=no_sweeps)
+    shape = engine.shape_for(solver, max(64, 2**17 // num_lanes) * num_lanes)
     took: list[float] = []
     while sum(took) < seconds or len(took) < 2:
-        _, clock = engine.solve(Sequential(), shape, x0, np.zeros(num_lanes, int), shape.capacity)
+        _, clock = engine.solve(solver, shape, x0, np.zeros(1, int), shape.capacity)
         took.append(clock.run_seconds)
     engine.background.close()
     return Timing(num_lanes, min(took) / shape.capacity)

@@ -217,7 +217,7 @@ def _recordings(chain: Chain, length: int, num_blocks: int, number: int) -> list
         # all sweeps run the same program.
         most = jnp.asarray(length if sweep == 0 else num_blocks * (num_blocks + 1) * length)
         solver = MultipleShooting(num_blocks, max_sweeps=jnp.asarray(max(sweep, 1)), max_steps=most)
-        shape = engine.shape_for(solver, num_blocks * length)
+        shape = engine.shape_for(solver, num_blocks * length)._replace(num_parts=1)  # sweeps of all blocks at once
         segment, _ = engine.solve(solver, shape, x0, np.zeros(1, int), length)
         blocks = lambda x: x.reshape(num_blocks, length, *x.shape[2:]).copy()
         recordings.append(jax.tree.map(blocks, segment.chains()[0]))

@@ -39,6 +39,8 @@ from pmcmc.stability.coalescence import Coalescence
 FIRST_SHARE = 1 / 8
 # Time that a failing solve may cost beyond the time saved so far, as a share of a sequential run.
 LOSS = 0.1
+# Predicted merges for which a segment can wait within its allowance: some are twice as long.
+RESERVE = 2
 
 
 def allowance(num_steps: int, saved: Scalar) -> Scalar:
@@ -51,22 +53,26 @@ def allowance(num_steps: int, saved: Scalar) -> Scalar:
     return LOSS * num_steps + max(saved, 0.0)
 
 
-def next_segment(num_steps: int, done: int, saved: Scalar, cost: Scalar, max_steps: Scalar) -> int:
+def next_segment(
+    num_steps: int, done: int, saved: Scalar, step: Scalar, num_blocks: int, merge: Scalar, max_steps: Scalar
+) -> int:
     """Return the number of steps of the next segment.
 
-    Its planned cost, ``cost`` per step, is at most the `allowance`. The first segment is at most T / 8.
+    Its zeroth sweep and `RESERVE` merges as predicted cost at most the `allowance`. The first segment is at most T / 8.
 
     Args:
         num_steps: T, all steps planned for.
         done: Steps solved so far.
         saved: Time saved so far, in sequential steps; it may be negative.
-        cost: Cost of a step in blocks, in sequential steps; see `segment_cost`.
+        step: Cost of a step of all lanes, in sequential steps.
+        num_blocks: P, blocks per chain.
+        merge: Steps until the slowest lane of a segment has merged, as predicted.
         max_steps: Steps for which a solve has memory.
     """
-    allowed = allowance(num_steps, saved) / cost
+    length = num_blocks * (allowance(num_steps, saved) / step - RESERVE * merge)
     if not done:
-        allowed = min(allowed, FIRST_SHARE * num_steps)
-    return max(1, int(min(num_steps - done, allowed, max_steps)))
+        length = min(length, FIRST_SHARE * num_steps)
+    return max(1, int(min(num_steps - done, length, max_steps)))
 
 
 def schedule(num_steps: int, num_blocks: int, merge: Scalar, step: Scalar, max_steps: Scalar) -> list[int]:
@@ -82,9 +88,7 @@ def schedule(num_steps: int, num_blocks: int, merge: Scalar, step: Scalar, max_s
     segments: list[int] = []
     done, saved = 0, 0.0
     while done < num_steps:
-        # The cost of a step depends on the length of the segment, which is guessed: that of the last one, or T / 8.
-        guess = segments[-1] if segments else FIRST_SHARE * num_steps
-        length = next_segment(num_steps, done, saved, segment_cost(step, num_blocks, merge, guess), max_steps)
+        length = next_segment(num_steps, done, saved, step, num_blocks, merge, max_steps)
         segments.append(length)
         done += length
         saved += length * (1 - segment_cost(step, num_blocks, merge, length))

@@ -134,6 +134,8 @@ class RecurrenceSolver(abc.ABC):
     walks: ClassVar[bool] = False
     # Whether it also takes inputs that are drawn where they are needed, see `pmcmc.recurrence.drawn`.
     draws_inputs: ClassVar[bool] = False
+    # Whether threads may solve parts of its lanes, see `pmcmc.recurrence.shooting.parts`.
+    in_parts: ClassVar[bool] = False
     # Block lengths are multiples of the greatest common divisor of this and the capacity.
     unit: ClassVar[int] = 1
 

@@ -19,7 +19,7 @@ from pmcmc._pytree import is_real
 from pmcmc._xla import default_platform
 from pmcmc._xla.compile import num_cores
 from pmcmc.planning import Costs, Plan, plan
-from pmcmc.planning.costs import CostModel, segment_cost
+from pmcmc.planning.costs import CostModel
 from pmcmc.planning.plan import FIRST_SHARE, allowance, block_solvers, next_segment
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential
 from pmcmc.sampling.engine import Engine
@@ -260,18 +260,17 @@ class Automatic:
         expected = planned.costs.blocks_step(blocks * run.engine.num_chains, max(1, len(solver.shared_by)))
         path, rates, spent = 0, list[float](), 0.0
         while run.left:
-            # Choose the length of the segment by the time saved so far, and limit its repair.
-            done = run.done - start
-            at_first = segment_cost(expected / sequential, blocks, chosen.merge, FIRST_SHARE * total)
-            cost = spent / done if done else at_first
-            length = next_segment(total, done, done - spent, cost, shape.capacity * blocks)
-            if rates:
-                length = max(length, blocks * min(solver.unit, shape.capacity))  # a shorter segment takes as long
+            # Choose the length of the segment by the time saved so far; less than whole chunks would take as long.
+            done, rate = run.done - start, median_low(rates) if rates else expected
+            saved, merge = done - spent, max(chosen.merge, solver.unit)
+            unit = math.gcd(solver.unit, shape.capacity)
+            length = next_segment(total, done, saved, rate / sequential, blocks, merge, shape.capacity * blocks)
+            length = max(length, min(blocks * unit, run.left))
             # It is given up after several predicted merges, or when it has taken what it may. One is always waited for.
-            plain, merge = math.ceil(length / blocks), math.ceil(max(chosen.merge, solver.unit))
-            rate = median_low(rates) if rates else expected
-            allowed = math.floor(allowance(total, done - spent) * sequential / rate)
-            attempt = replace(solver, max_steps=plain + min(max(allowed - plain, merge), PATIENCE * merge))
+            plain = unit * math.ceil(math.ceil(length / blocks) / unit)
+            allowed = math.floor(allowance(total, saved) * sequential / rate)
+            patience = min(max(allowed - plain, math.ceil(merge)), math.ceil(PATIENCE * merge))
+            attempt = replace(solver, max_steps=plain + patience)
             # Solve it, and account for its time.
             segment, failed, clock = run.take(attempt, shape, length)
             steps, kept = int(np.max(segment.stats.num_sequential_steps)), run.done - start - done

@@ -33,6 +33,8 @@ SEGMENT_BYTES = 512 * 2**20
 SEQUENTIAL_BYTES = 64 * 2**20
 # Sequential chains are split into groups of at least this many: two threads of two took as long as one kernel of four.
 FEWEST_TOGETHER = 4
+# A thread solves at most this many groups of sequential chains one after the other: a call takes some milliseconds.
+MOST_CALLS = 4
 # Length of a path for which memory matters, by which blocks are counted where their number depends on the length.
 MANY_STEPS = 10**6
 
@@ -188,7 +190,7 @@ class Engine:
         shape = Shape(blocks, math.ceil(capacity / unit) * unit, solver.shared_by)
         if solver.shared_by:
             return shape
-        groups, parts = self.threads(blocks)
+        groups, parts = self.threads(blocks, solver.in_parts)
         shape = shape._replace(num_groups=groups, num_parts=parts)
         return shape._replace(draws=self.draws_noise(solver, self.num_chains * blocks // shape.num_threads))
 
@@ -198,26 +200,29 @@ class Engine:
             return False
         return draws_noise(self.target, self.kernel, self.chain_keys, num_lanes)
 
-    def threads(self, num_blocks: int) -> tuple[int, int]:
+    def threads(self, num_blocks: int, in_parts: bool = True) -> tuple[int, int]:
         """Return how threads share the work: the number of groups of chains, and that of parts of all lanes.
 
         Chains in blocks form as many equal groups as there are cores. If their number does not allow as many as there
         could be equal parts of the lanes, there are parts. Either has more than `FEW_LANES` lanes: fewer are not
         stepped with lanes last. Groups of sequential chains have `FEWEST_TOGETHER` to `FEW_LANES` chains if that is
-        possible: more are not one kernel. On other platforms than CPUs there are neither.
+        possible: more are not one kernel. Of many groups the calls would take longer. On other platforms than CPUs
+        there are neither.
 
         Args:
             num_blocks: P, blocks per chain; 1 for sequential sampling.
+            in_parts: Whether the solver can be called for parts.
         """
         if default_platform() != "cpu":
             return 1, 1
         cores, chains = num_cores(), self.num_chains
         if num_blocks > 1:
             lanes = chains * num_blocks
-            parts = max((n for n in range(1, cores + 1) if lanes % n == 0 and lanes // n > FEW_LANES), default=1)
+            equal = [n for n in range(1, cores + 1) if lanes % n == 0 and lanes // n > FEW_LANES]
+            parts = max((n for n in equal if in_parts or chains % n == 0), default=1)
             return (parts, 1) if chains % parts == 0 else (1, parts)
         sizes = {n: chains // n for n in range(1, chains + 1) if chains % n == 0}
-        small = [n for n in sizes if FEWEST_TOGETHER <= sizes[n] <= FEW_LANES]
+        small = [n for n in sizes if FEWEST_TOGETHER <= sizes[n] <= FEW_LANES and n <= MOST_CALLS * cores]
         return min(small, key=lambda n: (math.ceil(n / cores) * sizes[n], n), default=1), 1
 
     def _buffer_shapes(self, shape: Shape) -> tuple[PyTree, PyTree]:
@@ -321,7 +326,9 @@ class Engine:
         buffers = self._take_buffers(shape)
         with AtOnce(shape.num_threads) as at_once:
             if shape.num_parts > 1:
+                begin = time.perf_counter()
                 solution, buffers, ties = self._in_parts(solver, shape, x0, first, length).solve(buffers, at_once)
+                at_once.count_all(time.perf_counter() - begin)  # hand-overs are part of the run
                 solutions = [solution]
                 paths = [(value, aux, near) for (_, (value, aux)), near in zip(buffers, ties, strict=True)]
             else:

@@ -63,8 +63,7 @@ class InParts:
 
     def _conclusion(self) -> dict[str, int]:
         """Return the static arguments of `conclude_parts`."""
-        shape = self.shape
-        return dict(num_chains=self.num_chains, num_blocks=shape.num_blocks, capacity=shape.capacity)
+        return dict(num_chains=self.num_chains, num_blocks=self.shape.num_blocks)
 
     def lower(self, noise: PyTree, buffers: PyTree) -> list[Any]:
         """Trace the programs; ``noise`` are the keys of the chains if the solve draws it."""
@@ -107,6 +106,7 @@ class InParts:
             def one(number: int) -> tuple[Any, Clock]:
                 mine = what._replace(before_moved=what.before_moved and number > 0)
                 noise, record = kept[number]
+                source = self.chain_keys if self.shape.draws else noise
                 rest = (
                     self._number(number),
                     mine.as_arrays(self.length.dtype),
@@ -114,7 +114,7 @@ class InParts:
                     parts[number],
                     record,
                 )
-                found, seconds = solve_part.timed(*self._arguments(noise, *rest), shape=self.shape)
+                found, seconds = solve_part.timed(*self._arguments(source, *rest), shape=self.shape)
                 return (noise, found), Clock(*seconds)
 
             done = dict(zip(numbers, at_once(one, numbers), strict=True))
@@ -133,7 +133,9 @@ class InParts:
         advance(Call(False, True, True, 0, int(self.length)), count)
         # Hand over as long as an end has changed and a budget is left.
         _, max_sweeps, max_steps = self.solver.limits(self.x0)
-        while pending := [number for number in count[1:] if parts[number - 1].moved]:
+        lanes = self.num_chains * self.shape.num_blocks // self.shape.num_parts
+        joined_on = [number for number in count if number * lanes % self.shape.num_blocks]  # within a chain
+        while pending := [number for number in joined_on if parts[number - 1].moved]:
             if num_sweeps.max() >= max_sweeps or path.max() >= max_steps:
                 for number in pending:
                     active = np.array(parts[number].active)

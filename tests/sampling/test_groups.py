@@ -60,6 +60,7 @@ def test_groups_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return timed(*args, **kwargs)
 
     monkeypatch.setattr(solve_noise, "timed", meet)
+    monkeypatch.setattr("pmcmc.sampling.threads.num_cores", lambda: 2)
     solve(2, num_segments=1)
 
 
@@ -81,6 +82,7 @@ def test_there_are_as_many_groups_or_parts_as_cores_allow(
 
 
 SEQUENTIAL_GROUPS = [(1, 4, 1), (4, 2, 1), (8, 1, 1), (8, 2, 2), (10, 2, 2), (16, 2, 2), (24, 2, 4), (11, 2, 1)]
+SEQUENTIAL_GROUPS += [(64, 2, 8), (128, 2, 1)]
 
 
 @pytest.mark.parametrize(("num_chains", "cores", "expected"), SEQUENTIAL_GROUPS)

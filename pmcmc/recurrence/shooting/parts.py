@@ -1,7 +1,7 @@
 """Multiple shooting in parts: each part is some of the blocks, and the caller passes states from part to part.
 
-Threads that solve one part each keep several cores busy with a single chain. `call` is the program of a part. It is
-called several times for a segment:
+Threads that solve one part each keep several cores busy with a single chain. `call_part` is the program of a part. It
+is called several times for a segment:
 
 1. It runs the zeroth sweep of its blocks (`Call.fill`).
 2. Given the last state of the part before, it repairs its blocks until none is pending.
@@ -32,7 +32,7 @@ from pmcmc.recurrence.shooting.solver import (
     measure_scale,
     repair,
 )
-from pmcmc.recurrence.solution import Solution
+from pmcmc.recurrence.solution import Solution, typical_scale
 
 
 class Call(NamedTuple):
@@ -100,6 +100,8 @@ class Part(NamedTuple):
         """
         integer, real = jnp.result_type(int), real_dtype(x)
         lanes = lambda dtype: np.zeros(num_lanes, dtype)
+        rows = jax.tree.map(lambda s: jax.ShapeDtypeStruct((1, *s.shape), s.dtype), x)
+        scale = jax.eval_shape(typical_scale, rows)
         chains = lambda: np.zeros(num_chains, integer)
         return cls(
             end=jax.tree.map(lambda s: np.zeros((num_lanes, *s.shape), s.dtype), end),
@@ -110,7 +112,7 @@ class Part(NamedTuple):
             active=lanes(bool),
             evaluations=lanes(integer),
             leading=lanes(integer),
-            scale=None if with_scale else jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), x),
+            scale=None if with_scale else jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), scale),
             num_sweeps=chains(),
             taken=chains(),
             moved=np.zeros((), bool),
@@ -150,12 +152,15 @@ def call_part(
     end, path, aux = fill(lanes, jnp.where(what.fill, layout.block_length, 0))
     end = if_new(end, part.end)
     if measured:
-        lanes = lanes._replace(scale=if_new(measure_scale(lanes, path), part.scale), measured=True)
+        anew = lambda _, scale: measure_scale(lanes, path)
+        scale = jax.lax.fori_loop(0, jnp.where(what.fill, 1, 0), anew, part.scale)
+        lanes = lanes._replace(scale=scale, measured=True)
     # Repair. After the first hand-over the part before has nothing new.
     start, active = successor_starts(lanes, end, jnp.full(held.num_lanes, what.all_blocks))
     lanes = lanes._replace(held=held._replace(before=(before, jnp.zeros_like(moved))))
     recording = Recording(path, aux, part.splice, part.residual, part.growth, part.growth_count)
-    begin = Sweep.first(held, start, active | part.active, end, recording, what.depth)
+    # A lane that a budget has stopped is not run again: from its start it would meet its own steps.
+    begin = Sweep.first(held, start, active, end, recording, what.depth)
     sweep = repair(lanes, tol, max_sweeps - what.num_sweeps, max_steps, begin)
     # A loop of at most one iteration: after the zeroth sweep the finite states are not counted.
     recording = sweep.recording
@@ -169,7 +174,7 @@ def call_part(
             residual=recording.residual,
             growth=recording.growth,
             growth_count=recording.growth_count,
-            active=sweep.active,
+            active=sweep.active | part.active,
             evaluations=part.evaluations + sweep.evaluations,
             leading=jax.lax.fori_loop(0, jnp.where(what.fill, 0, 1), count, part.leading),
             scale=lanes.scale if measured else None,
@@ -185,7 +190,7 @@ def joined(parts: Sequence[Part]) -> LaneResults:
     return LaneResults(*(np.concatenate([np.asarray(getattr(p, name)) for p in parts]) for name in LaneResults._fields))
 
 
-@partial(jax.jit, static_argnames=("num_chains", "num_blocks", "capacity"))
+@partial(jax.jit, static_argnames=("num_chains", "num_blocks"))
 def conclude_parts(
     solver: MultipleShooting,
     x0: PyTree,
@@ -196,9 +201,8 @@ def conclude_parts(
     *,
     num_chains: int,
     num_blocks: int,
-    capacity: int,
 ) -> Solution:
     """Return the solution of all parts without its states; see `conclude`."""
-    layout = Layout(num_chains, num_blocks, capacity, block_length, num_blocks * block_length)
+    layout = Layout(num_chains, num_blocks, 0, block_length, num_blocks * block_length)  # buffers play no part
     found = found._replace(evaluations=layout.valid_steps() + found.evaluations)
     return conclude(layout, solver.limits(x0)[0], finite_rows(x0), found, num_sweeps, critical_path)[1]

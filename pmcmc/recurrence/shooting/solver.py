@@ -68,8 +68,9 @@ class MultipleShooting(LaneSolver):
         num_blocks: P, blocks per chain. None: about sqrt(8 T), with at least 16 steps per block, and on a CPU at most
             128.
         tol: Largest accepted ``|recorded - repaired| / scale``. None: 32 eps in float32, 512 eps in float64.
-        max_sweeps: Budget of repair sweeps. None: P, with which the solve always completes.
-        max_steps: Budget of the critical path, including the S steps of the zeroth sweep. None: no limit.
+        max_sweeps: Budget of repair sweeps. None: no limit; P always suffice.
+        max_steps: Budget of the critical path, including the S steps of the zeroth sweep. None: no limit. Where threads
+            solve parts of the blocks, both budgets count the slowest part between two hand-overs.
         devices: Devices that share the blocks evenly; P is rounded up to a multiple of their number. The solution is
             the same. None: the default device of JAX.
 
@@ -99,6 +100,7 @@ class MultipleShooting(LaneSolver):
             object.__setattr__(self, "devices", distinct(self.devices))
 
     draws_inputs: ClassVar[bool] = True
+    in_parts: ClassVar[bool] = True
     unit: ClassVar[int] = CHUNK
 
     @property

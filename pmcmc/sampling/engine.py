@@ -1,4 +1,4 @@
-"""The engine of a run: compiles the two programs of a segment for one set of chains, runs them, reuses their buffers.
+"""The engine of a run: compiles the programs of a segment for one set of chains, runs them, reuses their buffers.
 
 Threads share the work of a CPU's cores: groups of chains, or parts of the lanes of all chains (docs/decisions/031). A
 `Segment` is what a run of the programs returns.
@@ -87,7 +87,7 @@ def _read(x: Any) -> np.ndarray:
 
 
 class Engine:
-    """Compile and run both programs for one set of chains.
+    """Compile and run the programs of segments for one set of chains.
 
     Buffers are reused: the next segment overwrites a segment. For ahead-of-time compilation the arrays may be shapes.
 
@@ -244,7 +244,7 @@ class Engine:
         return [jax.tree.unflatten(structure, new_buffers(tuple(leaves))) for _ in range(shape.num_threads)]
 
     def compile_ahead(self, solver: RecurrenceSolver, shape: Shape) -> None:
-        """Start to compile both programs of a solver in the background."""
+        """Start to compile the programs of a solver in the background."""
         self.background.begin(_name(solver, shape), lambda: self._trace(solver, shape))
 
     def is_ready(self, solver: RecurrenceSolver, shape: Shape) -> bool:
@@ -256,7 +256,7 @@ class Engine:
         return self._notes.get(self._program(solver, shape))
 
     def _program(self, solver: RecurrenceSolver, shape: Shape) -> Hashable:
-        """Return a key of the two programs of this solver, shape, target and kernel."""
+        """Return a key of the programs of this solver, shape, target and kernel."""
         leaves, structure = jax.tree.flatten((self.target, self.kernel))
         # Data of other shapes needs another program.
         shapes = tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)

@@ -19,7 +19,7 @@ from pmcmc._xla.compile import BackgroundCompiler, forget_programs
 from pmcmc.interop.numpyro import numpyro_target
 from pmcmc.planning import Costs, plan
 from pmcmc.recurrence import MultipleShooting, Sequential
-from pmcmc.sampling import api, automatic
+from pmcmc.sampling import api, automatic, engine
 from pmcmc.sampling.engine import Engine
 from tests.helpers.pilots import CPU, merging
 from tests.helpers.selection import share
@@ -106,7 +106,18 @@ KERNELS = {
 def two_cores(free_lanes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lanes are cheap, but not as cheap as Newton's method needs, and programs are compiled in a second thread."""
     monkeypatch.setattr(automatic, "num_cores", lambda: 2)
+    monkeypatch.setattr(engine, "num_cores", lambda: 2)
     monkeypatch.setattr(automatic.Automatic, "costs", lambda self, head: Costs(1e-3, 1e-3, 1e-5, 0.0))
+
+
+def test_one_chain_in_parts_waits_for_no_program(two_cores) -> None:
+    """The program of a part is called several times, and compiled once, ahead of time."""
+    jax.clear_caches()
+    with compilations() as seen:
+        options = dict(num_warmup=200, num_chains=1, num_samples=4000, progress_bar=False)
+        pmcmc.sample(gaussian, start_like(gaussian), 3, kernel=pmcmc.HMC(), solver=MultipleShooting(32), **options)
+    of_parts = [(name, waited) for name, waited in seen if name in ("jit(solve_part)", "jit(conclude_parts)")]
+    assert sorted(of_parts) == [("jit(conclude_parts)", False), ("jit(solve_part)", False)]
 
 
 @pytest.mark.parametrize("kernel", share(KERNELS, "HMC"))

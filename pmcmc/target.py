@@ -69,11 +69,13 @@ class Place(NamedTuple):
 
     Attributes:
         value: Unconstrained values x.
+        standard: Standardised values z, which x - mu does not give where rounding takes all its digits.
         loc: Locations mu.
         log_scale: Logarithms of the scales s.
     """
 
     value: Array
+    standard: Array
     loc: Array
     log_scale: Array
 

@@ -154,7 +154,7 @@ def _form(name: str, fn: Any, sites: dict[str, dict], configs: list, automatic: 
     """Write the end of a sentence that suggests another form of one site: by `AutoReparam` if it is ``automatic``."""
     from numpyro.distributions import constraints
 
-    root = _reparametrised(name, sites, configs)
+    root = reparametrised(name, sites, configs)
     if automatic:
         instead = "" if root == name else f"leave out what reparametrises {root!r} now, and "
         return f"{instead}pass reparam=pmcmc.AutoReparam(), which chooses how far {root!r} is centred"
@@ -170,7 +170,7 @@ def _form(name: str, fn: Any, sites: dict[str, dict], configs: list, automatic: 
     )
 
 
-def _reparametrised(name: str, sites: dict[str, dict], configs: list) -> str:
+def reparametrised(name: str, sites: dict[str, dict], configs: list) -> str:
     """Return the site of the model that ``name`` replaces: itself, unless `LocScaleReparam` made it.
 
     In that case the original site is recorded as deterministic, and one of the handlers names it. A configuration that

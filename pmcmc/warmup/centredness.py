@@ -1,15 +1,16 @@
 """The centredness of partially centred sites, chosen from the draws of an ensemble.
 
-For an element with value x, location mu and scale s (see `AutoReparam`), the coordinate w under centredness c is
+For an element with standardised value z, location mu and scale s (see `AutoReparam`), the coordinate w under
+centredness c is
 
-    w = c mu + s^(c-1) (x - mu)
+    w = c mu + s^c z
 
 The divergence of a normal law of the same mean and variance from that of w is, up to a constant,
 
     log Var(w) / 2 - (c - 1) E[log s]
 
-because ``dw/dx = s^(c-1)``. `choose` minimises it over `GRID`, by means over the draws: no gradient is needed. `moved`
-maps draws from one centredness to another, at the same x.
+because ``dw/dx = s^(c-1)`` with ``x = mu + s z``. `choose` minimises it over `GRID`, by means over the draws, without
+gradients. `moved` maps draws from one centredness to another, at the same x.
 
 Source: Gorinova, Moore & Hoffman (2020), who minimise the divergence by stochastic gradients.
 """
@@ -28,14 +29,14 @@ NUM_DRAWS = 512
 
 
 def coordinate(place: Place, c: ArrayLeaf) -> np.ndarray:
-    """Return ``w = c mu + s^(c-1) (x - mu)``, computed in float64.
+    """Return ``w = c mu + s^c z``, computed in float64.
 
     Args:
         place: Where a site is; arrays with any leading axes.
         c: Its centredness.
     """
-    x, mu, log_scale, c = (np.asarray(values, float) for values in (*place, c))
-    return c * mu + np.exp((c - 1) * log_scale) * (x - mu)
+    z, mu, log_scale, c = (np.asarray(values, float) for values in (place.standard, place.loc, place.log_scale, c))
+    return c * mu + np.exp(c * log_scale) * z
 
 
 def choose(place: Place) -> np.ndarray:

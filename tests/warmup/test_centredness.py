@@ -14,6 +14,8 @@ from numpyro.infer.util import constrain_fn, potential_energy
 
 import pmcmc
 from benchmarks._compilations import compilations
+from pmcmc._xla.trace import Trace
+from pmcmc.drop_in import _standing
 from pmcmc.interop.numpyro import numpyro_target
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.sampling.api import model_starts
@@ -49,7 +51,7 @@ def finished() -> pmcmc.Chain:
 
 
 def place(x: np.ndarray, mu: np.ndarray, s: np.ndarray) -> Place:
-    return Place(x[:, None], mu[:, None], np.log(s)[:, None])
+    return Place(x[:, None], ((x - mu) / s)[:, None], mu[:, None], np.log(s)[:, None])
 
 
 def test_prior_draws_are_not_centred_and_determined_elements_are() -> None:
@@ -85,11 +87,25 @@ def test_elements_that_do_not_vary_are_not_centred() -> None:
 def test_an_element_that_stays_may_have_any_scale() -> None:
     target = numpyro_target(model, (Y,), {}, pmcmc.AutoReparam())
     rows = np.ones((3, target.dim))
-    rows[1, 1] = -1e4  # the logarithm of tau, which is 0
+    rows[1, 1] = 1e4  # the logarithm of tau, which is infinite
     there = moved(target, rows, {"x": np.array([0.0, 0.0, 0.5])})
     np.testing.assert_array_equal(there[:, :4], rows[:, :4])
     assert not np.isfinite(there[1, 4])
     assert np.isfinite(there[[0, 2], 4]).all()
+
+
+def test_float32_keeps_draws_in_the_neck_of_a_funnel() -> None:
+    """Where x differs from mu by less than float32 resolves."""
+
+    def funnel():
+        mu, tau = numpyro.sample("mu", dist.Normal(0, 1)), numpyro.sample("tau", dist.LogNormal(0, 1))
+        numpyro.sample("x", dist.Normal(mu, tau))
+
+    with jax.enable_x64(False):
+        target, z = numpyro_target(funnel, (), {}, pmcmc.AutoReparam()), np.linspace(-2, 2, 9)
+        rows = np.stack([np.full(9, 100.0), np.full(9, np.log(1e-7)), z], axis=1)
+        there = moved(target, rows, {"x": np.array(0.25)})
+    np.testing.assert_allclose(there[:, 2], 25 + 1e-7**0.25 * z, rtol=1e-6)
 
 
 def test_draws_are_moved_at_the_same_values() -> None:
@@ -217,7 +233,7 @@ def test_starts_are_the_users_values() -> None:
     jax.tree.map(np.testing.assert_allclose, found, given)
 
 
-def test_numpyros_interface_returns_the_users_values() -> None:
+def test_numpyros_interface_returns_the_users_values(monkeypatch: pytest.MonkeyPatch) -> None:
     make = lambda **more: pmcmc.ParallelMCMC(
         NUTS(model, init_strategy=init_to_value(values={"mu": 0.5})),
         num_samples=40,
@@ -230,9 +246,14 @@ def test_numpyros_interface_returns_the_users_values() -> None:
     mcmc.run(jax.random.key(0), Y, extra_fields=("z.x", "potential_energy"))
     z, draws = mcmc.get_extra_fields()["z.x"], mcmc.get_samples()
     np.testing.assert_array_equal(z, draws["x"])
-    np.testing.assert_array_equal(mcmc.last_state.z["x"], draws["x"][-1])
+    np.testing.assert_allclose(mcmc.last_state.z["x"], draws["x"][-1], rtol=1e-12)  # from another program
     np.testing.assert_allclose(mcmc.last_state.potential_energy, potential_energy(model, (Y,), {}, mcmc.last_state.z))
     assert mcmc.last_state.adapt_state is None
+    outside = lambda *_: pytest.fail("the model was evaluated outside a compiled program")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trace, "__call__", outside)
+        again = _standing(mcmc.chain.state)
+    np.testing.assert_array_equal(again.potential_energy, mcmc.last_state.potential_energy)
     parts.warmup(jax.random.key(0), Y)
     parts.run(parts.post_warmup_state.rng_key, Y)
     np.testing.assert_array_equal(parts.get_samples()["x"], draws["x"])

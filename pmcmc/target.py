@@ -72,12 +72,14 @@ class Place(NamedTuple):
         standard: Standardised values z, which x - mu does not give where rounding takes all its digits.
         loc: Locations mu.
         log_scale: Logarithms of the scales s.
+        is_heavy: Whether the variance of the family may be infinite, a scalar.
     """
 
     value: Array
     standard: Array
     loc: Array
     log_scale: Array
+    is_heavy: Array
 
 
 # Pairs (site, its values) of discrete sites.

@@ -78,12 +78,14 @@ class _Form(NamedTuple):
         scale: Scale s; the diagonal of the factor of a multivariate normal distribution.
         standard: The same family at location 0 and scale 1, by element.
         factor: Cholesky factor L of the covariance of a multivariate normal distribution; None for other families.
+        is_heavy: Whether the variance of the family may be infinite.
     """
 
     loc: Array
     scale: Array
     standard: Any
     factor: Array | None = None
+    is_heavy: bool = False
 
     def standardise(self, w: Array, c: Array) -> tuple[Array, Array]:
         """Return ``z = (w - c mu) s^-c``, and mu; of a multivariate normal distribution those of the conditionals.
@@ -124,7 +126,8 @@ def _form(fn: Any) -> Any:
         standard = family(0.0, 1.0)
     else:
         return None
-    return _Form(jnp.asarray(fn.loc), jnp.asarray(fn.scale), standard)
+    is_heavy = family in (dist.StudentT, dist.Cauchy)
+    return _Form(jnp.asarray(fn.loc), jnp.asarray(fn.scale), standard, is_heavy=is_heavy)
 
 
 def locations_and_scales(sites: dict[str, dict]) -> dict[str, tuple[Array, Array]]:
@@ -181,4 +184,5 @@ class PartialCentring:
         form, shape = _form(fn), self._w[name].shape
         z, loc = form.standardise(self._w[name], self._c[name])
         log_scale = jnp.broadcast_to(jnp.log(form.scale), shape)
-        return Place(loc + form.scale * z, z, jnp.broadcast_to(loc, shape), log_scale)
+        heavy = jnp.asarray(form.is_heavy)
+        return Place(loc + form.scale * z, z, jnp.broadcast_to(loc, shape), log_scale, heavy)

@@ -76,8 +76,8 @@ class EnsembleAdaptation(Warmup):
        all lanes starts anew. Lanes that do not move count together for half of the acceptance rate that is tuned, so
        the step size falls until they move. A lane whose log density stays far below that of the others, by more than
        a wider region could make up for (`pmcmc.warmup.lanes.far_lanes`), is moved to another lane's position if this
-       is still so one window later. With `AutoReparam`, the centredness of its sites is chosen anew before each of
-       these longer windows, and the basis restarts from the same draws.
+       is still so one window later. With `AutoReparam`, there are at least two of these longer windows. Before each
+       the centredness of its sites is chosen anew, and the basis restarts from the same draws.
     2. Tuning: in that basis the lanes run the kernel for a quarter as many steps (at least 102), as in
        `WindowAdaptation`.
 
@@ -227,6 +227,11 @@ class Frame:
         centred = x - self.loc
         return np.linalg.solve(self.scale, centred.T).T if self.scale.ndim == 2 else centred / self.scale
 
+    def followed_by(self, loc: np.ndarray, scale: np.ndarray) -> "Frame":
+        """Return the frame of another one's coordinates, whose location and scale are in coordinates of this one."""
+        loc = self.to_positions(loc[None])[0]
+        return Frame(loc, self.scale @ scale if self.scale.ndim == 2 else self.scale * scale)
+
 
 class Explorer:
     """An ensemble of HMC lanes that explores the posterior.
@@ -249,7 +254,9 @@ class Explorer:
         self.lanes = LaneEnsemble(HMC(), rng_key, HMC().target_acceptance_rate(target.dim), watch)
         self.finite, self.settled, self.num_lost = True, False, 0
         self.num_waits = np.zeros(len(positions), int)
-        self.path, self.burn_in, self.lost = np.zeros((0, *positions.shape)), 0, np.zeros(len(positions), bool)
+        # Of the last window, where the centredness is to be chosen from it: its path, and the lanes that count.
+        self.path, self.burn_in = np.zeros((0, *positions.shape)), 0
+        self.lost, self.usual = np.zeros(len(positions), bool), np.ones(len(positions), bool)
         self.sources = np.arange(len(positions))
         self.movement, self.acceptance_rate = np.zeros(target.dim), 0.0
 
@@ -269,8 +276,10 @@ class Explorer:
         self.lanes.longest = min(longest, NO_LIMIT)
         pieces = [self.lanes.run(adapting=True)[0] for _ in range(num_pieces)]
         path = np.concatenate([np.asarray(piece.path, float) for piece in pieces])
-        self.path, self.burn_in = self.frame.to_positions(path), burn_in
-        self.movement = np.ptp(self.path, axis=0).max(axis=0)
+        positions = self.frame.to_positions(path)
+        if self.target.centredness:
+            self.path, self.burn_in = positions, burn_in
+        self.movement = np.ptp(positions, axis=0).max(axis=0)
         acceptance_rate = np.concatenate([piece.acceptance_rate for piece in pieces])
         self.acceptance_rate = float(np.mean(acceptance_rate))
         # Move lanes that were far out for too long to the positions of lanes that move elsewhere.
@@ -280,7 +289,8 @@ class Explorer:
         lost = self.num_waits > PATIENCE
         self.num_waits[lost] = 0
         self.lost, self.num_lost = lost, self.num_lost + int(lost.sum())
-        self.sources = _sources(len(lost), np.flatnonzero(lost), np.flatnonzero(~held & ~far))
+        self.usual = ~held & ~far
+        self.sources = _sources(len(lost), np.flatnonzero(lost), np.flatnonzero(self.usual))
         self.positions = self.frame.to_positions(path[-1][self.sources])
         self.finite = bool(np.all(np.isfinite(path)))
         # Update the basis from the draws of the window.
@@ -288,22 +298,24 @@ class Explorer:
             draws = path[burn_in:, ~lost]
             mean, factor = path_moments(draws, self.dense)
             self.settled = _is_settled(draws, mean, factor)
-            scale = self.frame.scale @ factor if self.dense else self.frame.scale * factor
-            self.frame = Frame(self.frame.to_positions(mean[None])[0], scale)
+            self.frame = self.frame.followed_by(mean, factor)
 
     def recentre(self) -> None:
         """Choose the centredness of partially centred sites from the draws of the last window.
 
-        The lanes stay at the same values of the model's sites. The basis becomes the moments of the same draws.
+        The lanes stay at the same values of the model's sites. The basis becomes the moments of the same draws. If
+        they cannot all be represented in the new coordinates, everything stays as it is.
         """
         if not (self.finite and self.target.centredness):
             return
-        draws = self.path[self.burn_in :, ~self.lost]
-        self.target, self.path = recentred(self.target, self.path, draws)
-        self.finite = bool(np.all(np.isfinite(self.path)))
-        if self.finite:
-            self.positions = self.path[-1][self.sources]
-            self.frame = Frame(*path_moments(self.path[self.burn_in :, ~self.lost], self.dense))
+        lanes = self.usual if self.usual.any() else ~self.lost
+        target, path = recentred(self.target, self.path, self.path[self.burn_in :, lanes])
+        if target is self.target or not np.all(np.isfinite(path)):
+            return
+        self.target, self.path, self.positions = target, path, path[-1][self.sources]
+        draws = path[self.burn_in :, ~self.lost]
+        coordinates = self.frame.to_coordinates(draws.reshape(-1, target.dim)).reshape(draws.shape)
+        self.frame = self.frame.followed_by(*path_moments(coordinates, self.dense))
 
     def found(self) -> Exploration:
         """Return what has been found so far."""
@@ -343,6 +355,8 @@ def explore(
             break
     # Windows of growing length; the last is repeated until it settles the basis.
     lengths = _window_lengths(num_pieces)
+    if target.centredness and len(lengths) == 1:  # the first window chooses it anew for the second
+        lengths = [num_pieces // 2, num_pieces - num_pieces // 2]
     for length in lengths:
         explorer.recentre()
         explorer.run_window(length)

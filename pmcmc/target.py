@@ -147,6 +147,11 @@ class Model(abc.ABC):
         """Return how to change the form of one of these sites, as the end of a sentence."""
         return "try a non-centred form"
 
+    @property
+    def could_be_centred(self) -> bool:
+        """Whether `AutoReparam` would act on a site whose scale depends on other latent sites."""
+        return False
+
     def centredness(self, data: PyTree) -> dict[str, Array]:
         """Return the centredness c of partially centred sites, see `AutoReparam`; empty if there are none."""
         return {}

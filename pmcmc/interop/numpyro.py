@@ -18,7 +18,7 @@ import numpy as np
 from pmcmc._pytree import Array, PRNGKey, PyTree, RavelSpec
 from pmcmc._xla.trace import Trace, trace
 from pmcmc.interop.numpyro_positions import fixed_values, prototype_position, random_trace
-from pmcmc.interop.numpyro_sites import active_reparams, non_centred_forms, reparametrised, scales
+from pmcmc.interop.numpyro_sites import NonCentred, active_reparams, non_centred_forms, reparametrised, scales
 from pmcmc.interop.partial_centring import AutoReparam, PartialCentring, locations_and_scales
 from pmcmc.target import Model, Supports, Target
 
@@ -53,7 +53,7 @@ class NumpyroModel(Model):
     trace: Trace
     about: "_Sites"
     supports: Supports = ()
-    forms: tuple[tuple[str, str], ...] = field(default=(), compare=False)
+    forms: tuple[NonCentred, ...] = field(default=(), compare=False)
 
     def density_shape(self, data, position):
         return self.trace.out_shapes["logdensity"]
@@ -98,7 +98,13 @@ class NumpyroModel(Model):
         return self._part("scales", data, position)
 
     def non_centred_form(self, site):
-        return dict(self.forms)[site]
+        return next(form.hint for form in self.forms if form.site == site)
+
+    @property
+    def could_be_centred(self):
+        scales = self.trace.part("scales")
+        sites = [form.site for form in self.forms if form.is_automatic and form.site in scales.out_shapes]
+        return any(scales.part(site).reads_arguments for site in sites)
 
     def explain(self, data, position) -> str:
         finite = self._part("finite", data, position)
@@ -138,7 +144,7 @@ class _Sites(NamedTuple):
 
 def _run(
     model: Callable, args: tuple, kwargs: dict, supports: Supports, position: PyTree, centredness: dict[str, Array]
-) -> tuple[dict, _Sites, tuple[tuple[str, str], ...]]:
+) -> tuple[dict, _Sites, tuple[NonCentred, ...]]:
     """Run the model once at a position; return all that is asked of it there, its `_Sites` and the non-centred forms.
 
     ``centredness`` names the partially centred sites, of which the position holds w.

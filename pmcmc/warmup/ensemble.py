@@ -53,9 +53,14 @@ SHORTEST = 8
 MAX_REPEATS = 8
 UNSETTLED = (
     "Warm-up did not settle: the last window still changed its estimates of the posterior's location and scales, so "
-    "chains may start far off, and move and merge slowly. Raise num_warmup (it was {num_steps}), or try "
-    "warmup=pmcmc.WindowAdaptation(). If neither helps, the posterior may have separate modes or a funnel, which no "
-    "single scale fits: reparametrise."
+    "chains may start far off, and move and merge slowly. Raise num_warmup (it was {num_steps}){remedy}"
+)
+FUNNEL = "the posterior may have separate modes or a funnel, which no single scale fits: reparametrise"
+REMEDY = f", or try warmup=pmcmc.WindowAdaptation(). If neither helps, {FUNNEL}."
+REMEDY_OF_HIERARCHIES = f". If that does not help, {FUNNEL}, for instance by reparam=pmcmc.AutoReparam()."
+REMEDY_WITH_CENTREDNESS = (
+    ". If that does not help, the posterior may have separate modes, or a funnel beyond its partially centred sites: "
+    "reparametrise others by hand."
 )
 
 
@@ -199,8 +204,14 @@ def explore_basis(
     is_given = metric is not None or kernel.metric is not None
     kernel, basis = take_metric(target, kernel, found.mean, found.scale, metric)
     frame = Frame(np.asarray(basis.loc, float), np.asarray(basis.scale, float))
-    remark = "" if found.settled or is_given else UNSETTLED.format(num_steps=num_steps)
+    remark = "" if found.settled or is_given else _unsettled(target, num_steps)
     return Explored(kernel, target.with_basis(basis), frame.to_coordinates(found.last), remark, found.num_lost)
+
+
+def _unsettled(target: Target, num_steps: int) -> str:
+    """Return `UNSETTLED` with the remedy that suits the target."""
+    remedy = REMEDY_OF_HIERARCHIES if target.model.could_be_centred else REMEDY
+    return UNSETTLED.format(num_steps=num_steps, remedy=REMEDY_WITH_CENTREDNESS if target.centredness else remedy)
 
 
 class Frame:

@@ -23,7 +23,7 @@ from pmcmc.sampling.settings import Settings
 from pmcmc.target import Place
 from pmcmc.warmup import centredness
 from pmcmc.warmup.centredness import GRID, choose, moved
-from pmcmc.warmup.ensemble import Explorer, Frame, explore
+from pmcmc.warmup.ensemble import Explorer, Frame, _unsettled, explore
 
 OPTIONS = dict(reparam=pmcmc.AutoReparam(), solver=Sequential(), num_chains=2, progress_bar=False)
 SIZES = dict(num_warmup=200, num_samples=60)
@@ -249,6 +249,20 @@ def test_a_short_warm_up_chooses_the_centredness_twice(monkeypatch: pytest.Monke
         done.clear()
         explore(numpyro_target(model, (Y,), {}, reparam), jax.random.key(0), np.zeros((32, 5)), 5, dense=True)
         assert done == [1, *(step for length in lengths for step in ("choice", length))]
+
+
+def test_a_warm_up_that_did_not_settle_suggests_what_is_possible() -> None:
+    said = lambda model, reparam=None, args=(): _unsettled(numpyro_target(model, args, {}, reparam), 100)
+    plain, hierarchy = said(model_of_constant_scales), said(model, args=(Y,))
+    chosen = said(model, pmcmc.AutoReparam(), (Y,))
+    assert all(
+        text.startswith("Warm-up did not settle") and "(it was 100)" in text for text in (plain, hierarchy, chosen)
+    )
+    assert "WindowAdaptation" in plain
+    assert "AutoReparam" not in plain
+    assert "by reparam=pmcmc.AutoReparam()." in hierarchy
+    assert "WindowAdaptation" not in chosen
+    assert "AutoReparam" not in chosen
 
 
 def test_every_element_is_centred_as_far_as_its_data_reach() -> None:

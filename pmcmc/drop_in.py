@@ -18,8 +18,9 @@ from numpyro.infer.mcmc import MCMCKernel
 from pmcmc._pytree import Array, PRNGKey, PyTree
 from pmcmc._xla.trace import refuse_transformation
 from pmcmc.chain.chain import Chain
-from pmcmc.chain.draws import site_shapes
+from pmcmc.chain.draws import site_shapes, unconstrained
 from pmcmc.chain.state import ChainState, Source, last_logdensity, model_source
+from pmcmc.chain.stored import warmup_logdensity
 from pmcmc.interop.numpyro import strategy_starts
 from pmcmc.interop.partial_centring import AutoReparam
 from pmcmc.kernels import Kernel
@@ -352,11 +353,13 @@ def _name(kernel: Kernel, other: Kernel) -> str:
 
 def _standing(state: ChainState) -> ParallelState:
     target = state.target
-    positions = jax.vmap(lambda x: target.unconstrained(state.kernel.position(target, x)))(state.unknown)
-    potential = jnp.asarray(-last_logdensity(state))
     if target.centredness:  # chains move in other coordinates, with another density
-        written = target.as_written
-        potential = -jax.vmap(lambda z: written.model.logdensity(written.data, z))(positions)
+        positions = unconstrained(target, state.kernel, state.unknown)
+        rows = np.asarray(jax.vmap(target.spec.ravel)(positions))
+        potential = jnp.asarray(-warmup_logdensity(target.as_written, rows[:, None])[:, 0])
+    else:
+        positions = jax.vmap(lambda x: state.kernel.position(target, x))(state.unknown)
+        potential = jnp.asarray(-last_logdensity(state))
     if len(state.own) == 1:
         positions, potential = jax.tree.map(lambda x: x[0], (positions, potential))
     return ParallelState(positions, potential, state.rng_key, state)

@@ -69,13 +69,17 @@ class Place(NamedTuple):
 
     Attributes:
         value: Unconstrained values x.
+        standard: Standardised values z, which x - mu does not give where rounding takes all its digits.
         loc: Locations mu.
         log_scale: Logarithms of the scales s.
+        is_heavy: Whether the variance of the family may be infinite, a scalar.
     """
 
     value: Array
+    standard: Array
     loc: Array
     log_scale: Array
+    is_heavy: Array
 
 
 # Pairs (site, its values) of discrete sites.
@@ -142,6 +146,11 @@ class Model(abc.ABC):
     def non_centred_form(self, site: str) -> str:
         """Return how to change the form of one of these sites, as the end of a sentence."""
         return "try a non-centred form"
+
+    @property
+    def could_be_centred(self) -> bool:
+        """Whether `AutoReparam` would act on a site whose scale depends on other latent sites."""
+        return False
 
     def centredness(self, data: PyTree) -> dict[str, Array]:
         """Return the centredness c of partially centred sites, see `AutoReparam`; empty if there are none."""

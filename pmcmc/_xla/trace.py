@@ -28,6 +28,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from pmcmc._pytree import Array, PyTree, register_dataclass
 from pmcmc._xla import evaluate
 from pmcmc._xla.content import Content, Place, shape_of
+from pmcmc._xla.dependence import dependent
 
 # Calls of functions that the user's code has jitted.
 _JIT = ("jit", "pjit")
@@ -82,10 +83,8 @@ class Trace:
 
     @property
     def reads_arguments(self) -> bool:
-        """Whether the result may depend on an argument: a jitted function or a loop is taken as a whole."""
-        program = _with_outputs(self.program, self.program.outvars)
-        operands = [*program.outvars, *(var for equation in program.eqns for var in equation.invars)]
-        return any(var in operands for var in program.invars)
+        """Whether the result may depend on an argument, see `dependent`."""
+        return any(dependent(self.program, [True] * len(self.program.invars)))
 
     def part(self, name: str) -> "Trace":
         """Return the trace of one entry of the dict that the function returns.

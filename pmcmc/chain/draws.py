@@ -320,7 +320,7 @@ def by_name(samples: PyTree) -> dict[str, Any]:
 
 
 @tuned_jit()
-def _positions(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
+def unconstrained(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
     """Compute the user's unconstrained values for unknowns with one leading axis."""
     return jax.vmap(lambda unknown: target.unconstrained(kernel.position(target, unknown)))(unknowns)
 
@@ -343,7 +343,7 @@ def judge_mixing(target: Target, kernel: Kernel, unknowns: PyTree, before: int =
     if isinstance(kernel, PositionKernel) and not target.centredness:
         found = target.spec.unravel(rows if target.basis is None else target.basis.to_positions(rows))
     else:
-        found = in_batches(lambda x: _positions(target, kernel, x), rows, min(num_chains * num_draws, _POSITIONS))
+        found = in_batches(lambda x: unconstrained(target, kernel, x), rows, min(num_chains * num_draws, _POSITIONS))
     return judge(by_name(found), before * stride)
 
 

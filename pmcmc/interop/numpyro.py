@@ -18,7 +18,7 @@ import numpy as np
 from pmcmc._pytree import Array, PRNGKey, PyTree, RavelSpec
 from pmcmc._xla.trace import Trace, trace
 from pmcmc.interop.numpyro_positions import fixed_values, prototype_position, random_trace
-from pmcmc.interop.numpyro_sites import active_reparams, non_centred_forms, scales
+from pmcmc.interop.numpyro_sites import NonCentred, active_reparams, non_centred_forms, reparametrised, scales
 from pmcmc.interop.partial_centring import AutoReparam, PartialCentring, locations_and_scales
 from pmcmc.target import Model, Supports, Target
 
@@ -53,7 +53,7 @@ class NumpyroModel(Model):
     trace: Trace
     about: "_Sites"
     supports: Supports = ()
-    forms: tuple[tuple[str, str], ...] = field(default=(), compare=False)
+    forms: tuple[NonCentred, ...] = field(default=(), compare=False)
 
     def density_shape(self, data, position):
         return self.trace.out_shapes["logdensity"]
@@ -70,7 +70,7 @@ class NumpyroModel(Model):
         return data.centredness
 
     def with_centredness(self, data, centredness):
-        return data._replace(centredness=centredness)
+        return data._replace(centredness={**data.centredness, **centredness})
 
     def places(self, data, position):
         return self._part("places", data, position) if data.centredness else {}
@@ -98,7 +98,13 @@ class NumpyroModel(Model):
         return self._part("scales", data, position)
 
     def non_centred_form(self, site):
-        return dict(self.forms)[site]
+        return next(form.hint for form in self.forms if form.site == site)
+
+    @property
+    def could_be_centred(self):
+        scales = self.trace.part("scales")
+        sites = [form.site for form in self.forms if form.is_automatic and form.site in scales.out_shapes]
+        return any(scales.part(site).reads_arguments for site in sites)
 
     def explain(self, data, position) -> str:
         finite = self._part("finite", data, position)
@@ -138,7 +144,7 @@ class _Sites(NamedTuple):
 
 def _run(
     model: Callable, args: tuple, kwargs: dict, supports: Supports, position: PyTree, centredness: dict[str, Array]
-) -> tuple[dict, _Sites, tuple[tuple[str, str], ...]]:
+) -> tuple[dict, _Sites, tuple[NonCentred, ...]]:
     """Run the model once at a position; return all that is asked of it there, its `_Sites` and the non-centred forms.
 
     ``centredness`` names the partially centred sites, of which the position holds w.
@@ -207,14 +213,19 @@ def _trace_at(
 def _non_centred(
     model: Callable, args: tuple, kwargs: dict, supports: Supports, position: PyTree
 ) -> dict[str, np.ndarray]:
-    """Return a centredness of 0 for each site that can be partially centred and depends on other latent sites."""
+    """Return a centredness of 0 for each site that can be partially centred and depends on other latent sites.
+
+    Sites that `LocScaleReparam` made are left alone, whatever they depend on, and so are sites without elements.
+    """
 
     def find(position: PyTree) -> dict[str, tuple[Array, Array]]:
-        _, sites, _ = _trace_at(model, args, kwargs, supports, position, PartialCentring(position, {}))
-        return locations_and_scales({name: site for name, site in sites.items() if site["type"] == "sample"})
+        _, sites, active = _trace_at(model, args, kwargs, supports, position, PartialCentring(position, {}))
+        drawn = {name: site for name, site in sites.items() if site["type"] == "sample"}
+        places = locations_and_scales(drawn)
+        return {name: place for name, place in places.items() if reparametrised(name, sites, active[name]) == name}
 
     found = trace(find, position).trace
-    names = [name for name in found.out_shapes if found.part(name).reads_arguments]
+    names = [name for name in found.out_shapes if position[name].size and found.part(name).reads_arguments]
     return {name: np.zeros(position[name].shape, position[name].dtype) for name in names}
 
 

@@ -8,7 +8,7 @@ of location-scale families, for which `pmcmc.stability.diagnose` suggests non-ce
 
 import math
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,8 +112,22 @@ def scales(sites: dict[str, dict]) -> dict[str, Array]:
     return {name: jnp.asarray(fn.scale) for name, fn in _families(sites).items()}
 
 
-def non_centred_forms(sites: dict[str, dict], active: dict[str, list], discrete: bool) -> tuple[tuple[str, str], ...]:
-    """Return how to change the form of each latent site of a location-scale family, as the end of a sentence.
+class NonCentred(NamedTuple):
+    """How to change the form of a latent site of a location-scale family.
+
+    Attributes:
+        site: Its name.
+        hint: The end of a sentence that says how.
+        is_automatic: Whether `AutoReparam` does it to the model as it is, if location or scale depend on other sites.
+    """
+
+    site: str
+    hint: str
+    is_automatic: bool
+
+
+def non_centred_forms(sites: dict[str, dict], active: dict[str, list], discrete: bool) -> tuple[NonCentred, ...]:
+    """Return how to change the form of each latent site of a location-scale family.
 
     Args:
         sites: All sites of a trace.
@@ -122,8 +136,12 @@ def non_centred_forms(sites: dict[str, dict], active: dict[str, list], discrete:
     """
     drawn = {name: site for name, site in sites.items() if site["type"] == "sample"}
     automatic = {} if discrete else locations_and_scales(drawn)
-    form = lambda name, fn: _form(name, fn, sites, active.get(name, []), name in automatic)
-    return tuple((name, form(name, fn)) for name, fn in _families(drawn).items())
+    found = []
+    for name, fn in _families(drawn).items():
+        root = reparametrised(name, sites, active.get(name, []))
+        hint = _form(name, root, fn, name in automatic)
+        found.append(NonCentred(name, hint, name in automatic and root == name))
+    return tuple(found)
 
 
 def active_reparams() -> list:
@@ -150,14 +168,16 @@ def _families(sites: dict[str, dict]) -> dict[str, Any]:
     return found
 
 
-def _form(name: str, fn: Any, sites: dict[str, dict], configs: list, automatic: bool) -> str:
-    """Write the end of a sentence that suggests another form of one site: by `AutoReparam` if it is ``automatic``."""
+def _form(name: str, root: str, fn: Any, automatic: bool) -> str:
+    """Write the end of a sentence that suggests another form of a site, which is made from ``root``."""
     from numpyro.distributions import constraints
 
-    root = _reparametrised(name, sites, configs)
     if automatic:
         instead = "" if root == name else f"leave out what reparametrises {root!r} now, and "
-        return f"{instead}pass reparam=pmcmc.AutoReparam(), which chooses how far {root!r} is centred"
+        return (
+            f"{instead}pass reparam=pmcmc.AutoReparam(), with the default warm-up, one kernel over all sites and no "
+            f"inverse_mass_matrix: it chooses how far {root!r} is centred"
+        )
     others = [parameter for parameter in fn.arg_constraints if parameter not in ("loc", "scale")]
     reparam = f"LocScaleReparam(0{f', shape_params={others}' if others else ''})"
     if root != name:
@@ -170,7 +190,7 @@ def _form(name: str, fn: Any, sites: dict[str, dict], configs: list, automatic: 
     )
 
 
-def _reparametrised(name: str, sites: dict[str, dict], configs: list) -> str:
+def reparametrised(name: str, sites: dict[str, dict], configs: list) -> str:
     """Return the site of the model that ``name`` replaces: itself, unless `LocScaleReparam` made it.
 
     In that case the original site is recorded as deterministic, and one of the handlers names it. A configuration that

@@ -78,12 +78,14 @@ class _Form(NamedTuple):
         scale: Scale s; the diagonal of the factor of a multivariate normal distribution.
         standard: The same family at location 0 and scale 1, by element.
         factor: Cholesky factor L of the covariance of a multivariate normal distribution; None for other families.
+        is_heavy: Whether the variance of the family may be infinite.
     """
 
     loc: Array
     scale: Array
     standard: Any
     factor: Array | None = None
+    is_heavy: bool = False
 
     def standardise(self, w: Array, c: Array) -> tuple[Array, Array]:
         """Return ``z = (w - c mu) s^-c``, and mu; of a multivariate normal distribution those of the conditionals.
@@ -114,7 +116,8 @@ def _form(fn: Any) -> Any:
     family = type(fn)
     if family is dist.MultivariateNormal and fn.event_shape[0] <= MOST_DIMENSIONS:
         factor = jnp.asarray(fn.scale_tril)
-        return _Form(jnp.asarray(fn.loc), jnp.diagonal(factor, 0, -2, -1), dist.Normal(0.0, 1.0), factor)
+        loc = jnp.broadcast_to(fn.loc, (*jnp.shape(fn.loc)[:-1], *fn.event_shape))
+        return _Form(loc, jnp.diagonal(factor, 0, -2, -1), dist.Normal(0.0, 1.0), factor)
     if family in (dist.Normal, dist.LogNormal):
         standard = dist.Normal(0.0, 1.0)
     elif family is dist.StudentT:
@@ -123,7 +126,8 @@ def _form(fn: Any) -> Any:
         standard = family(0.0, 1.0)
     else:
         return None
-    return _Form(jnp.asarray(fn.loc), jnp.asarray(fn.scale), standard)
+    is_heavy = family in (dist.StudentT, dist.Cauchy)
+    return _Form(jnp.asarray(fn.loc), jnp.asarray(fn.scale), standard, is_heavy=is_heavy)
 
 
 def locations_and_scales(sites: dict[str, dict]) -> dict[str, tuple[Array, Array]]:
@@ -153,35 +157,32 @@ class PartialCentring:
 
     def __init__(self, position: dict[str, Array], centredness: dict[str, Array]):
         self._w, self._c, self.names = position, centredness, frozenset(centredness)
-        self._standardised: dict[str, tuple[Array, Array]] = {}
 
     def value(self, site: dict[str, Any]) -> Array:
-        """Return the value of a site that is being sampled, within ``scan`` that of the current step."""
+        """Return the value of a site that is being sampled, within ``scan`` that of the current step.
+
+        Nothing is kept for `term` and `place`: within ``scan`` and ``cond`` the values are tracers of an inner program.
+        """
         from numpyro.distributions.transforms import biject_to
 
         name, fn, form = site["name"], site["fn"], _form(site["fn"])
         step, w, c = site["infer"].get("_scan_current_index"), self._w[name], self._c[name]
         if step is not None and w.ndim > len(fn.shape()):
-            z, loc = form.standardise(w[step], c[step])
-        else:
-            z, loc = self._standardised[name] = form.standardise(w, c)
+            w, c = w[step], c[step]
+        z, loc = form.standardise(w, c)
         return biject_to(fn.support)(loc + form.scale * z)
 
     def term(self, name: str, fn: Any) -> Array:
         """Return ``log base(z) - c log s`` of a site after the run, in the shape of its log probability."""
         form = _form(fn)
-        z, _ = self._find(name, form)
+        z, _ = form.standardise(self._w[name], self._c[name])
         density = form.standard.log_prob(z) - self._c[name] * jnp.log(form.scale)
         return jnp.sum(density, axis=tuple(range(-fn.event_dim, 0)))
 
     def place(self, name: str, fn: Any) -> Place:
         """Return the `Place` of a site after the run."""
         form, shape = _form(fn), self._w[name].shape
-        z, loc = self._find(name, form)
-        return Place(loc + form.scale * z, jnp.broadcast_to(loc, shape), jnp.broadcast_to(jnp.log(form.scale), shape))
-
-    def _find(self, name: str, form: _Form) -> tuple[Array, Array]:
-        """Return standardised values and locations of a site; those of a ``scan``, which it leaves as arrays, anew."""
-        if name not in self._standardised:
-            self._standardised[name] = form.standardise(self._w[name], self._c[name])
-        return self._standardised[name]
+        z, loc = form.standardise(self._w[name], self._c[name])
+        log_scale = jnp.broadcast_to(jnp.log(form.scale), shape)
+        heavy = jnp.asarray(form.is_heavy)
+        return Place(loc + form.scale * z, z, jnp.broadcast_to(loc, shape), log_scale, heavy)

@@ -53,9 +53,14 @@ SHORTEST = 8
 MAX_REPEATS = 8
 UNSETTLED = (
     "Warm-up did not settle: the last window still changed its estimates of the posterior's location and scales, so "
-    "chains may start far off, and move and merge slowly. Raise num_warmup (it was {num_steps}), or try "
-    "warmup=pmcmc.WindowAdaptation(). If neither helps, the posterior may have separate modes or a funnel, which no "
-    "single scale fits: reparametrise."
+    "chains may start far off, and move and merge slowly. Raise num_warmup (it was {num_steps}){remedy}"
+)
+FUNNEL = "the posterior may have separate modes or a funnel, which no single scale fits: reparametrise"
+REMEDY = f", or try warmup=pmcmc.WindowAdaptation(). If neither helps, {FUNNEL}."
+REMEDY_OF_HIERARCHIES = f". If that does not help, {FUNNEL}, for instance by reparam=pmcmc.AutoReparam()."
+REMEDY_WITH_CENTREDNESS = (
+    ". If that does not help, the posterior may have separate modes, or a funnel beyond its partially centred sites: "
+    "reparametrise others by hand."
 )
 
 
@@ -76,8 +81,8 @@ class EnsembleAdaptation(Warmup):
        all lanes starts anew. Lanes that do not move count together for half of the acceptance rate that is tuned, so
        the step size falls until they move. A lane whose log density stays far below that of the others, by more than
        a wider region could make up for (`pmcmc.warmup.lanes.far_lanes`), is moved to another lane's position if this
-       is still so one window later. With `AutoReparam`, the centredness of its sites is chosen anew before each of
-       these longer windows, and the basis restarts from the same draws.
+       is still so one window later. With `AutoReparam`, there are at least two of these longer windows. Before each
+       the centredness of its sites is chosen anew, and the basis restarts from the same draws.
     2. Tuning: in that basis the lanes run the kernel for a quarter as many steps (at least 102), as in
        `WindowAdaptation`.
 
@@ -199,8 +204,14 @@ def explore_basis(
     is_given = metric is not None or kernel.metric is not None
     kernel, basis = take_metric(target, kernel, found.mean, found.scale, metric)
     frame = Frame(np.asarray(basis.loc, float), np.asarray(basis.scale, float))
-    remark = "" if found.settled or is_given else UNSETTLED.format(num_steps=num_steps)
+    remark = "" if found.settled or is_given else _unsettled(target, num_steps)
     return Explored(kernel, target.with_basis(basis), frame.to_coordinates(found.last), remark, found.num_lost)
+
+
+def _unsettled(target: Target, num_steps: int) -> str:
+    """Return `UNSETTLED` with the remedy that suits the target."""
+    remedy = REMEDY_OF_HIERARCHIES if target.model.could_be_centred else REMEDY
+    return UNSETTLED.format(num_steps=num_steps, remedy=REMEDY_WITH_CENTREDNESS if target.centredness else remedy)
 
 
 class Frame:
@@ -227,6 +238,11 @@ class Frame:
         centred = x - self.loc
         return np.linalg.solve(self.scale, centred.T).T if self.scale.ndim == 2 else centred / self.scale
 
+    def followed_by(self, loc: np.ndarray, scale: np.ndarray) -> "Frame":
+        """Return the frame of another one's coordinates, whose location and scale are in coordinates of this one."""
+        loc = self.to_positions(loc[None])[0]
+        return Frame(loc, self.scale @ scale if self.scale.ndim == 2 else self.scale * scale)
+
 
 class Explorer:
     """An ensemble of HMC lanes that explores the posterior.
@@ -249,7 +265,9 @@ class Explorer:
         self.lanes = LaneEnsemble(HMC(), rng_key, HMC().target_acceptance_rate(target.dim), watch)
         self.finite, self.settled, self.num_lost = True, False, 0
         self.num_waits = np.zeros(len(positions), int)
-        self.path, self.burn_in, self.lost = np.zeros((0, *positions.shape)), 0, np.zeros(len(positions), bool)
+        # Of the last window, where the centredness is to be chosen from it: its path, and the lanes that count.
+        self.path, self.burn_in = np.zeros((0, *positions.shape)), 0
+        self.lost, self.usual = np.zeros(len(positions), bool), np.ones(len(positions), bool)
         self.sources = np.arange(len(positions))
         self.movement, self.acceptance_rate = np.zeros(target.dim), 0.0
 
@@ -269,8 +287,10 @@ class Explorer:
         self.lanes.longest = min(longest, NO_LIMIT)
         pieces = [self.lanes.run(adapting=True)[0] for _ in range(num_pieces)]
         path = np.concatenate([np.asarray(piece.path, float) for piece in pieces])
-        self.path, self.burn_in = self.frame.to_positions(path), burn_in
-        self.movement = np.ptp(self.path, axis=0).max(axis=0)
+        positions = self.frame.to_positions(path)
+        if self.target.centredness:
+            self.path, self.burn_in = positions, burn_in
+        self.movement = np.ptp(positions, axis=0).max(axis=0)
         acceptance_rate = np.concatenate([piece.acceptance_rate for piece in pieces])
         self.acceptance_rate = float(np.mean(acceptance_rate))
         # Move lanes that were far out for too long to the positions of lanes that move elsewhere.
@@ -280,7 +300,8 @@ class Explorer:
         lost = self.num_waits > PATIENCE
         self.num_waits[lost] = 0
         self.lost, self.num_lost = lost, self.num_lost + int(lost.sum())
-        self.sources = _sources(len(lost), np.flatnonzero(lost), np.flatnonzero(~held & ~far))
+        self.usual = ~held & ~far
+        self.sources = _sources(len(lost), np.flatnonzero(lost), np.flatnonzero(self.usual))
         self.positions = self.frame.to_positions(path[-1][self.sources])
         self.finite = bool(np.all(np.isfinite(path)))
         # Update the basis from the draws of the window.
@@ -288,22 +309,24 @@ class Explorer:
             draws = path[burn_in:, ~lost]
             mean, factor = path_moments(draws, self.dense)
             self.settled = _is_settled(draws, mean, factor)
-            scale = self.frame.scale @ factor if self.dense else self.frame.scale * factor
-            self.frame = Frame(self.frame.to_positions(mean[None])[0], scale)
+            self.frame = self.frame.followed_by(mean, factor)
 
     def recentre(self) -> None:
         """Choose the centredness of partially centred sites from the draws of the last window.
 
-        The lanes stay at the same values of the model's sites. The basis becomes the moments of the same draws.
+        The lanes stay at the same values of the model's sites. The basis becomes the moments of the same draws. If
+        they cannot all be represented in the new coordinates, everything stays as it is.
         """
         if not (self.finite and self.target.centredness):
             return
-        draws = self.path[self.burn_in :, ~self.lost]
-        self.target, self.path = recentred(self.target, self.path, draws)
-        self.finite = bool(np.all(np.isfinite(self.path)))
-        if self.finite:
-            self.positions = self.path[-1][self.sources]
-            self.frame = Frame(*path_moments(self.path[self.burn_in :, ~self.lost], self.dense))
+        lanes = self.usual if self.usual.any() else ~self.lost
+        target, path = recentred(self.target, self.path, self.path[self.burn_in :, lanes])
+        if target is self.target or not np.all(np.isfinite(path)):
+            return
+        self.target, self.path, self.positions = target, path, path[-1][self.sources]
+        draws = path[self.burn_in :, ~self.lost]
+        coordinates = self.frame.to_coordinates(draws.reshape(-1, target.dim)).reshape(draws.shape)
+        self.frame = self.frame.followed_by(*path_moments(coordinates, self.dense))
 
     def found(self) -> Exploration:
         """Return what has been found so far."""
@@ -343,6 +366,8 @@ def explore(
             break
     # Windows of growing length; the last is repeated until it settles the basis.
     lengths = _window_lengths(num_pieces)
+    if target.centredness and len(lengths) == 1:  # the first window chooses it anew for the second
+        lengths = [num_pieces // 2, num_pieces - num_pieces // 2]
     for length in lengths:
         explorer.recentre()
         explorer.run_window(length)

@@ -7,12 +7,13 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from jax.test_util import check_grads
-from numpyro.contrib.control_flow import scan
+from numpyro.contrib.control_flow import cond, scan
 from numpyro.infer.reparam import LocScaleReparam
 from numpyro.infer.util import constrain_fn, potential_energy
 
 from benchmarks._compilations import compilations
 from pmcmc import AutoReparam, Target
+from pmcmc._xla.trace import trace
 from pmcmc.interop.numpyro import numpyro_target
 
 FAMILIES = {
@@ -95,6 +96,21 @@ def correlated_along_time():
     scan(step, jnp.zeros(2), jnp.arange(4.0))
 
 
+def in_branches():
+    """The same site in both branches of a condition that depends on another site."""
+    cluster = numpyro.sample("cluster", dist.Normal())
+    at = lambda loc: lambda scale: numpyro.sample("x", dist.Normal(loc, scale).expand([2]).to_event(1))
+    x = cond(cluster > 0, at(20.0), at(0.0), jnp.exp(cluster))
+    numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=jnp.ones(2))
+
+
+def correlated_about_one_number():
+    tau = numpyro.sample("tau", dist.HalfNormal(1))
+    covariance = tau**2 * jnp.array([[1.0, 0.5], [0.5, 1.0]])
+    x = numpyro.sample("x", dist.MultivariateNormal(0.3, covariance_matrix=covariance))
+    numpyro.sample("y", dist.Normal(x, 1).to_event(1), obs=jnp.ones(2))
+
+
 def anywhere(model) -> tuple[Target, jax.Array]:
     """Return a target whose elements are centred to random degrees, both ends included, and a position of it."""
     target, rng = numpyro_target(model, (), {}, AutoReparam()), np.random.default_rng(0)
@@ -104,6 +120,7 @@ def anywhere(model) -> tuple[Target, jax.Array]:
 
 MODELS = {**{name: hierarchy(family) for name, family in FAMILIES.items()}, "nested": nested, "scan": along_time}
 MODELS |= {"correlated": correlated, "correlated scan": correlated_along_time}
+MODELS |= {"cond": in_branches, "scalar location": correlated_about_one_number}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -156,6 +173,61 @@ def test_sites_are_found_where_location_or_scale_depends_on_other_sites() -> Non
     assert all(np.all(np.asarray(c) == 0) for c in target.centredness.values())
     scales = target.model.site_scales(target.data, target.spec.unravel(jnp.zeros(target.dim)))
     assert set(scales) == {"mu", "constant", "freedom", "masked", "scaled", "by_hand_decentered"}  # to be blamed
+
+
+def test_forms_written_by_hand_stay_as_they_are() -> None:
+    """Also within a scan, whose other results depend on latent sites, and where a location reads one of them."""
+
+    def model(half, h):
+        mu, tau = numpyro.sample("mu", dist.Normal(0, 1)), numpyro.sample("tau", dist.HalfNormal(1))
+        with numpyro.handlers.reparam(config={"half": LocScaleReparam(half)}):
+            numpyro.sample("half", dist.Normal(mu, tau))
+
+        def step(before, _):
+            with numpyro.handlers.reparam(config={"h": LocScaleReparam(h)}):
+                value = numpyro.sample("h", dist.Normal(0.9 * before, tau))
+            noise = numpyro.sample("noise", dist.Normal(0.0, 1.0))
+            return value + tau * noise, None
+
+        scan(step, mu, None, length=4)
+
+    centred = lambda *degrees: set(numpyro_target(model, degrees, {}, AutoReparam()).centredness)
+    assert centred(0.5, 0) == set()
+    assert centred(1, 1) == {"half", "h"}
+
+
+@pytest.mark.parametrize(("transition", "grows"), [(lambda x, w: x, False), (lambda x, w: x + w, True)])
+def test_dependence_is_followed_through_programs_within(transition, grows: bool) -> None:
+    """Through jitted functions, both branches of a condition, and the later steps of a scan."""
+
+    def fn(w):
+        def step(carry, w):
+            first, second = carry
+            return (jax.jit(transition)(first, w), first), (second, 2.0 * w)
+
+        (_, second), (seconds, doubled) = jax.lax.scan(step, (1.0, 2.0), w)
+        same = jax.lax.cond(seconds[0] > 0, lambda x, w: (x, w[0]), lambda x, w: (-x, 0.0), 1.0, w)
+        softened = jax.nn.relu(second)
+        return {"seconds": seconds, "doubled": doubled, "same": same[0], "other": same[1], "softened": softened}
+
+    traced = trace(fn, jnp.ones(3)).trace
+    expected = dict(seconds=grows, doubled=True, same=grows, other=True, softened=grows)
+    assert {name: traced.part(name).reads_arguments for name in traced.out_shapes} == expected
+
+
+def test_a_site_without_elements_is_not_partially_centred() -> None:
+    def model():
+        mu = numpyro.sample("mu", dist.Normal(0, 1))
+        numpyro.sample("x", dist.Normal(mu, 1).expand([0]).to_event(1))
+
+    assert not numpyro_target(model, (), {}, AutoReparam()).centredness
+
+
+def test_a_centredness_of_some_sites_keeps_that_of_the_others() -> None:
+    target, _ = anywhere(nested)
+    changed = target.with_centredness({"region": np.ones(3)})
+    np.testing.assert_array_equal(changed.centredness["group"], target.centredness["group"])
+    np.testing.assert_array_equal(changed.centredness["region"], np.ones(3))
 
 
 def test_a_model_without_such_sites_is_the_plain_model() -> None:

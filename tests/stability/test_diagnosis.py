@@ -131,7 +131,7 @@ def test_a_centred_hierarchy() -> None:
     found = diagnose(target, HMC, pilot_of(target, FUNNEL), GOOD)
     assert set(found.sites) == {"tau", "theta"}
     assert said(found) == {"scale"}
-    assert found.suggestions[0].endswith("pass reparam=pmcmc.AutoReparam(), which chooses how far 'theta' is centred.")
+    assert found.suggestions[0].endswith(auto % "theta" + ".")
 
 
 def test_a_site_that_a_scale_depends_on_is_explained_by_it() -> None:
@@ -165,7 +165,10 @@ half, none = {"theta": LocScaleReparam(0.5)}, {"theta": LocScaleReparam(0)}
 again = lambda centred: {"theta_decentered": LocScaleReparam(centred)}
 in_place = "put numpyro.infer.reparam.LocScaleReparam(0) in place of what reparametrises 'theta' now"
 config = "config={%r: numpyro.infer.reparam.LocScaleReparam(%s)}"
-auto = "pass reparam=pmcmc.AutoReparam(), which chooses how far %r is centred"
+auto = (  # true whatever the run was, so it says what AutoReparam needs
+    "pass reparam=pmcmc.AutoReparam(), with the default warm-up, one kernel over all sites and no inverse_mass_matrix: "
+    "it chooses how far %r is centred"
+)
 instead = f"leave out what reparametrises 'theta' now, and {auto}" % "theta"
 scaled = lambda model: scale(model, scale=2.0)  # sites that cannot be partially centred
 transformed = lambda loc, scale: dist.TransformedDistribution(dist.Normal(loc, scale), dist.transforms.ExpTransform())

@@ -14,12 +14,16 @@ from numpyro.infer.util import constrain_fn, potential_energy
 
 import pmcmc
 from benchmarks._compilations import compilations
+from pmcmc._xla.trace import Trace
+from pmcmc.drop_in import _standing
 from pmcmc.interop.numpyro import numpyro_target
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.sampling.api import model_starts
 from pmcmc.sampling.settings import Settings
 from pmcmc.target import Place
+from pmcmc.warmup import centredness
 from pmcmc.warmup.centredness import GRID, choose, moved
+from pmcmc.warmup.ensemble import Explorer, Frame, _unsettled, explore
 
 OPTIONS = dict(reparam=pmcmc.AutoReparam(), solver=Sequential(), num_chains=2, progress_bar=False)
 SIZES = dict(num_warmup=200, num_samples=60)
@@ -48,8 +52,8 @@ def finished() -> pmcmc.Chain:
     return pmcmc.parallel_chain(model, 0, model_args=(Y,), **SIZES, **OPTIONS)
 
 
-def place(x: np.ndarray, mu: np.ndarray, s: np.ndarray) -> Place:
-    return Place(x[:, None], mu[:, None], np.log(s)[:, None])
+def place(x: np.ndarray, mu: np.ndarray, s: np.ndarray, is_heavy: bool = False) -> Place:
+    return Place(x[:, None], ((x - mu) / s)[:, None], mu[:, None], np.log(s)[:, None], np.full(len(x), is_heavy))
 
 
 def test_prior_draws_are_not_centred_and_determined_elements_are() -> None:
@@ -76,6 +80,33 @@ def test_between_them_the_divergence_of_a_normal_law_is_least() -> None:
     assert choose(place(x, mu, s)) == best
 
 
+def test_noise_does_not_centre_elements() -> None:
+    """Of 512 draws, each of which a lane of warm-up repeats five times; the best form is either end."""
+    found = []
+    for seed in range(50):
+        mu, log_s, z = np.repeat(np.random.default_rng(seed).normal(size=(3, 103)), 5, axis=1)[:, :512]
+        s = np.exp(0.5 * log_s)
+        found.append((choose(place(mu + s * z, mu, s)) == 0, choose(place(0.2 * z, 0.5 * mu, s)) == 1))
+    assert np.all(np.mean(found, axis=0) >= 0.9)  # 0.7 of them by the least divergence
+
+
+def test_families_without_a_variance_are_centred_by_their_quartiles() -> None:
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        mu, s, z = rng.normal(size=512), np.exp(rng.normal(size=512)), rng.standard_cauchy(512)
+        assert choose(place(mu + s * z, mu, s, is_heavy=True)) == 0
+        assert choose(place(1 + 0.01 * rng.normal(size=512), mu, s, is_heavy=True)) == 1
+
+
+@pytest.mark.parametrize(("family", "is_heavy"), [(dist.Cauchy, True), (dist.Normal, False)])
+def test_families_without_a_variance_are_known(family, is_heavy: bool) -> None:
+    def model():
+        numpyro.sample("x", family(numpyro.sample("mu", dist.Normal(0, 1)), 1.0))
+
+    target = numpyro_target(model, (), {}, pmcmc.AutoReparam())
+    assert bool(target.model.places(target.data, target.spec.unravel(jnp.ones(2)))["x"].is_heavy) == is_heavy
+
+
 def test_elements_that_do_not_vary_are_not_centred() -> None:
     ones = np.ones(10)
     assert choose(place(ones, 0 * ones, ones)) == 0
@@ -85,11 +116,25 @@ def test_elements_that_do_not_vary_are_not_centred() -> None:
 def test_an_element_that_stays_may_have_any_scale() -> None:
     target = numpyro_target(model, (Y,), {}, pmcmc.AutoReparam())
     rows = np.ones((3, target.dim))
-    rows[1, 1] = -1e4  # the logarithm of tau, which is 0
+    rows[1, 1] = 1e4  # the logarithm of tau, which is infinite
     there = moved(target, rows, {"x": np.array([0.0, 0.0, 0.5])})
     np.testing.assert_array_equal(there[:, :4], rows[:, :4])
     assert not np.isfinite(there[1, 4])
     assert np.isfinite(there[[0, 2], 4]).all()
+
+
+def test_float32_keeps_draws_in_the_neck_of_a_funnel() -> None:
+    """Where x differs from mu by less than float32 resolves."""
+
+    def funnel():
+        mu, tau = numpyro.sample("mu", dist.Normal(0, 1)), numpyro.sample("tau", dist.LogNormal(0, 1))
+        numpyro.sample("x", dist.Normal(mu, tau))
+
+    with jax.enable_x64(False):
+        target, z = numpyro_target(funnel, (), {}, pmcmc.AutoReparam()), np.linspace(-2, 2, 9)
+        rows = np.stack([np.full(9, 100.0), np.full(9, np.log(1e-7)), z], axis=1)
+        there = moved(target, rows, {"x": np.array(0.25)})
+    np.testing.assert_allclose(there[:, 2], 25 + 1e-7**0.25 * z, rtol=1e-6)
 
 
 def test_draws_are_moved_at_the_same_values() -> None:
@@ -103,6 +148,121 @@ def test_draws_are_moved_at_the_same_values() -> None:
     assert np.all(np.any(other != rows, axis=(0, 1)) == [False, False, True, True, True])  # sites by name: mu, tau, x
     back = moved(target.with_centredness(there), other, target.centredness)
     np.testing.assert_allclose(back, rows, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_places_are_computed_within_a_budget(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, path = numpyro_target(model, (Y,), {}, pmcmc.AutoReparam()), np.random.default_rng(0).normal(size=(7, 1, 5))
+    there = {"x": np.array([1.0, 0.5, 0.0])}
+    expected = moved(target, path, there)
+    monkeypatch.setattr(centredness, "PLACES_BYTES", rows * 8 * (5 + 4 * 3))
+    seen, compute = [], centredness._places_of_rows
+    watched = lambda target, rows: seen.append(len(rows)) or compute(target, rows)
+    monkeypatch.setattr(centredness, "_places_of_rows", watched)
+    np.testing.assert_allclose(moved(target, path, there), expected, rtol=1e-12)
+    assert set(seen) == {rows}
+
+
+def explorer_after(path: np.ndarray, burn_in: int = 0) -> Explorer:
+    """Return the ensemble as it is after a window with this path, in the coordinates of its draws."""
+    target = numpyro_target(model, (Y,), {}, pmcmc.AutoReparam())
+    explorer = Explorer(target, jax.random.key(0), path[-1], dense=True)
+    explorer.path, explorer.burn_in, explorer.positions = path, burn_in, path[-1]
+    factor = np.linalg.cholesky(np.cov(path[burn_in:].reshape(-1, 5).T))
+    explorer.frame = Frame(path[burn_in:].mean(axis=(0, 1)), factor)
+    return explorer
+
+
+def window(num_steps: int, num_lanes: int) -> np.ndarray:
+    """Return a path of mu, log tau and z, where the last element of x = mu + tau z is determined."""
+    path = np.random.default_rng(0).normal(size=(num_steps, num_lanes, 5))
+    path[..., 1] = 0.3 * path[..., 1] + 0.999 * path[..., 0]
+    path[..., 4] = (1.0 + 0.001 * path[..., 4] - path[..., 0]) / np.exp(path[..., 1])
+    return path
+
+
+def test_few_lanes_keep_the_correlations_that_they_know() -> None:
+    """Although so few draws would show less of them in the coordinates of the sites."""
+    path = window(10, 4)
+    path[..., 1] = path[..., 0] + 0.01 * path[..., 1]
+    path[..., 4] = (1.0 - path[..., 0]) / np.exp(path[..., 1]) + 0.1 * path[..., 4]
+    explorer = explorer_after(path)
+    explorer.recentre()
+    assert explorer.target.centredness["x"][2] == 1
+    covariance = explorer.frame.scale @ explorer.frame.scale.T
+    assert covariance[0, 1] ** 2 / (covariance[0, 0] * covariance[1, 1]) > 0.999
+
+
+def test_the_basis_stays_where_the_centredness_does() -> None:
+    explorer = explorer_after(window(20, 32))
+    explorer.recentre()
+    first, target = explorer.frame, explorer.target
+    np.testing.assert_array_equal(target.centredness["x"], [0, 0, 1])
+    explorer.recentre()
+    assert explorer.frame is first
+    assert explorer.target is target
+
+
+def test_positions_that_overflow_in_other_coordinates_keep_the_coordinates() -> None:
+    path = window(20, 32)
+    path[0, 0, 1] = 1e4  # within the steps that do not count, so the choice does not see it
+    explorer = explorer_after(path, burn_in=1)
+    explorer.recentre()
+    assert np.all(explorer.target.centredness["x"] == 0)
+    np.testing.assert_array_equal(explorer.positions, path[-1])
+    path[0, 0, 1] = 0.0
+    explorer = explorer_after(path, burn_in=1)
+    explorer.recentre()
+    np.testing.assert_array_equal(explorer.target.centredness["x"], [0, 0, 1])
+
+
+def test_the_centredness_is_chosen_from_all_of_a_window_without_odd_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    path, seen, compute = window(33, 32), [], centredness._places
+    path[:, 7] = 50.0
+    explorer = explorer_after(path)
+    explorer.usual[7] = False
+    watched = lambda target, rows: seen.append(rows) or compute(target, rows)
+    monkeypatch.setattr(centredness, "_places", watched)
+    explorer.recentre()
+    np.testing.assert_array_equal(seen[0], np.delete(path[::2], 7, axis=1).reshape(-1, 5))
+    np.testing.assert_array_equal(explorer.target.centredness["x"], [0, 0, 1])
+
+
+def test_the_path_is_kept_only_for_partially_centred_sites() -> None:
+    target = numpyro_target(model_of_constant_scales, (), {})
+    explorer = Explorer(target, jax.random.key(0), np.random.default_rng(0).normal(size=(4, 5)), dense=True)
+    explorer.run_window(1)
+    assert explorer.finite
+    assert explorer.path.size == 0
+
+
+def test_a_short_warm_up_chooses_the_centredness_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list = []
+
+    def run_window(self: Explorer, num_pieces: int) -> None:
+        done.append(num_pieces)
+        self.settled = True
+
+    monkeypatch.setattr(Explorer, "run_window", run_window)
+    monkeypatch.setattr(Explorer, "recentre", lambda self: done.append("choice"))
+    for reparam, lengths in ((pmcmc.AutoReparam(), [2, 3]), (None, [5])):
+        done.clear()
+        explore(numpyro_target(model, (Y,), {}, reparam), jax.random.key(0), np.zeros((32, 5)), 5, dense=True)
+        assert done == [1, *(step for length in lengths for step in ("choice", length))]
+
+
+def test_a_warm_up_that_did_not_settle_suggests_what_is_possible() -> None:
+    said = lambda model, reparam=None, args=(): _unsettled(numpyro_target(model, args, {}, reparam), 100)
+    plain, hierarchy = said(model_of_constant_scales), said(model, args=(Y,))
+    chosen = said(model, pmcmc.AutoReparam(), (Y,))
+    assert all(
+        text.startswith("Warm-up did not settle") and "(it was 100)" in text for text in (plain, hierarchy, chosen)
+    )
+    assert "WindowAdaptation" in plain
+    assert "AutoReparam" not in plain
+    assert "by reparam=pmcmc.AutoReparam()." in hierarchy
+    assert "WindowAdaptation" not in chosen
+    assert "AutoReparam" not in chosen
 
 
 def test_every_element_is_centred_as_far_as_its_data_reach() -> None:
@@ -217,7 +377,7 @@ def test_starts_are_the_users_values() -> None:
     jax.tree.map(np.testing.assert_allclose, found, given)
 
 
-def test_numpyros_interface_returns_the_users_values() -> None:
+def test_numpyros_interface_returns_the_users_values(monkeypatch: pytest.MonkeyPatch) -> None:
     make = lambda **more: pmcmc.ParallelMCMC(
         NUTS(model, init_strategy=init_to_value(values={"mu": 0.5})),
         num_samples=40,
@@ -230,9 +390,14 @@ def test_numpyros_interface_returns_the_users_values() -> None:
     mcmc.run(jax.random.key(0), Y, extra_fields=("z.x", "potential_energy"))
     z, draws = mcmc.get_extra_fields()["z.x"], mcmc.get_samples()
     np.testing.assert_array_equal(z, draws["x"])
-    np.testing.assert_array_equal(mcmc.last_state.z["x"], draws["x"][-1])
+    np.testing.assert_allclose(mcmc.last_state.z["x"], draws["x"][-1], rtol=1e-12)  # from another program
     np.testing.assert_allclose(mcmc.last_state.potential_energy, potential_energy(model, (Y,), {}, mcmc.last_state.z))
     assert mcmc.last_state.adapt_state is None
+    outside = lambda *_: pytest.fail("the model was evaluated outside a compiled program")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trace, "__call__", outside)
+        again = _standing(mcmc.chain.state)
+    np.testing.assert_array_equal(again.potential_energy, mcmc.last_state.potential_energy)
     parts.warmup(jax.random.key(0), Y)
     parts.run(parts.post_warmup_state.rng_key, Y)
     np.testing.assert_array_equal(parts.get_samples()["x"], draws["x"])

@@ -392,6 +392,10 @@ def test_numpyros_interface_returns_the_users_values(monkeypatch: pytest.MonkeyP
     np.testing.assert_array_equal(z, draws["x"])
     np.testing.assert_allclose(mcmc.last_state.z["x"], draws["x"][-1], rtol=1e-12)  # from another program
     np.testing.assert_allclose(mcmc.last_state.potential_energy, potential_energy(model, (Y,), {}, mcmc.last_state.z))
+    state = mcmc.chain.state  # fields of the transitions are of the coordinates in which chains move
+    logdensity = state.target.logdensity_fn(jnp.asarray(state.unknown[0]))
+    np.testing.assert_allclose(mcmc.get_extra_fields()["potential_energy"][-1], -logdensity, rtol=1e-9)
+    assert abs(mcmc.last_state.potential_energy + logdensity) > 0.01
     assert mcmc.last_state.adapt_state is None
     outside = lambda *_: pytest.fail("the model was evaluated outside a compiled program")
     with monkeypatch.context() as patch:

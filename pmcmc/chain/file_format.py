@@ -319,6 +319,10 @@ def _fits(value: Any, hint: Any) -> bool:
         return is_number and np.ndim(value) == 0 and np.asarray(value).dtype.kind in kinds
     if origin is tuple and len(parts) == 2 and parts[1] is ...:
         return isinstance(value, tuple) and (parts[0] is Any or all(_fits(item, parts[0]) for item in value))
+    if origin is tuple and parts:
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+    if origin is dict:
+        return isinstance(value, dict) and all(all(map(_fits, item, parts)) for item in value.items())
     kind = hint if origin is None else origin
     return not isinstance(kind, type) or kind is PyTree or isinstance(value, kind)
 

@@ -155,11 +155,12 @@ def test_starts_are_numpyros_and_usable() -> None:
 
 def test_what_is_data_and_what_is_constant() -> None:
     """Arrays are data, wherever they come from; numbers, strings and shapes belong to the model."""
-    data = lambda name: [x.shape for x in numpyro_target(*MODELS[name]).data if x.dtype != bool and x.size != 1]
+    leaves = lambda name: jax.tree.leaves(numpyro_target(*MODELS[name]).data)
+    data = lambda name: [x.shape for x in leaves(name) if x.dtype != bool and x.size != 1]
     assert sorted(data("plates")) == [(6,), (6, 3)]
     assert sorted(data("constants")) == [(6,), (6, 3)]  # the integers are needed as values and are read, too
     assert data("options") == data("jax arrays") == [(6, 3)]
-    assert () in [x.shape for x in numpyro_target(*MODELS["jax arrays"]).data]
+    assert () in [x.shape for x in leaves("jax arrays")]
 
 
 def test_same_shapes_compile_once() -> None:

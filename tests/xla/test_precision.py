@@ -101,7 +101,7 @@ def test_products_of_a_solve(on_gpu: None) -> None:
     bank = jnp.zeros((4, dim), jnp.float32)
     engine = Engine(target, pmcmc.HMC(0.1, 2), jax.random.split(jax.random.key(0), 1), bank, jnp.ones(dim, jnp.float32))
     solver = MultipleShooting(64)
-    shape = engine.shape_for(solver, 64 * 32)._replace(draws=False)  # a GPU reads its noise
+    shape = engine.shape_for(solver, 64 * 32)._replace(draws=False, num_parts=1)  # a GPU reads its noise
     noise, record = engine._buffer_shapes(shape)
     number, numbers = jax.ShapeDtypeStruct((), int), jax.ShapeDtypeStruct((1,), int)
     arguments = (target, engine.kernel, solver, noise, bank[:1], numbers, numbers, number, bank, engine.scale, record)

@@ -34,13 +34,18 @@ def chain() -> pmcmc.Chain:
 
 
 @pytest.mark.slow
-def test_fronts_are_the_solvers_own_counts() -> None:
-    """The critical path, and the total number of steps, of the solve that is drawn."""
-    num_blocks, length = 16, 12
+@pytest.mark.parametrize(("num_blocks", "length"), [(16, 12), (32, 6)])
+def test_fronts_are_the_solvers_own_counts(num_blocks: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The critical path, and the total number of steps, of the solve that is drawn: all blocks in one thread.
+
+    Threads would share 32 blocks, and their sweeps follow another order.
+    """
+    monkeypatch.setattr("pmcmc.sampling.engine.num_cores", lambda: 2)
     fronts, depth = _fronts(_recordings(chain(), length, num_blocks, 1), length)
     engine, x0 = Engine.of_one_chain(chain().state, 1)
     solver = MultipleShooting(num_blocks)
-    segment, _ = engine.solve(solver, engine.shape_for(solver, 192), x0, np.zeros(1, int), length)
+    shape = engine.shape_for(solver, 192)._replace(num_parts=1)
+    segment, _ = engine.solve(solver, shape, x0, np.zeros(1, int), length)
     stats = segment.stats
     assert depth == stats.num_sequential_steps[0]
     assert sum(front.num_steps for front in fronts) == stats.num_fn_evals[0]

@@ -95,11 +95,6 @@ class InParts:
         num_sweeps = np.zeros(self.num_chains, int)
         path = np.full(self.num_chains, int(self.length))
 
-        def draw(number: int) -> tuple[PyTree, Clock]:
-            arrays = (self.chain_keys, self.first, self.length, self._number(number), kept[number][0])
-            noise, seconds = draw_noise.timed(self.target, self.kernel, *arrays, shape=self.shape)
-            return noise, Clock(*seconds)
-
         def advance(what: Call, numbers: Iterable[int]) -> None:
             """Call some parts; the others do nothing."""
 
@@ -127,8 +122,8 @@ class InParts:
             messages[1:] = [part.message for part in parts[:-1]]
 
         if not self.shape.draws:
-            for number, noise in zip(count, at_once(draw, count), strict=True):
-                kept[number] = (noise, kept[number][1])
+            noises = at_once(lambda number: self._draw(number, kept[number][0]), count)
+            kept = [(noise, record) for noise, (_, record) in zip(noises, kept, strict=True)]
         advance(Call(True, False, False, 0, int(self.length)), count)
         advance(Call(False, True, True, 0, int(self.length)), count)
         # Hand over as long as an end has changed and a budget is left.
@@ -137,15 +132,18 @@ class InParts:
         joined_on = [number for number in count if number * lanes % self.shape.num_blocks]  # within a chain
         while pending := [number for number in joined_on if parts[number - 1].moved]:
             if num_sweeps.max() >= max_sweeps or path.max() >= max_steps:
-                for number in pending:
-                    active = np.array(parts[number].active)
-                    active[0] = True
-                    parts[number] = parts[number]._replace(active=active)
+                parts = [part.stopped() if number in pending else part for number, part in enumerate(parts)]
                 break
             advance(Call(False, False, True, int(num_sweeps.max()), int(path.max())), pending)
         numbers = (num_sweeps, path, self.length)
         solution = conclude_parts(self.solver, self.x0, joined(parts), *numbers, **self._conclusion())
         return solution, kept, ties
+
+    def _draw(self, number: int, buffer: PyTree) -> tuple[PyTree, Clock]:
+        """Draw the noise of a part."""
+        arrays = (self.chain_keys, self.first, self.length, self._number(number), buffer)
+        noise, seconds = draw_noise.timed(self.target, self.kernel, *arrays, shape=self.shape)
+        return noise, Clock(*seconds)
 
     def _number(self, number: int) -> np.ndarray:
         """Return an argument of the programs."""

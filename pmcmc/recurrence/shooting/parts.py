@@ -123,6 +123,12 @@ class Part(NamedTuple):
         """What the next part needs: the carry at the end of the last block, leading axis 1."""
         return jax.tree.map(lambda x: np.asarray(x)[-1:].copy(), self.end)
 
+    def stopped(self) -> "Part":
+        """Return the state if no budget is left for its first block, whose start has changed."""
+        active = np.array(self.active)
+        active[0] = True
+        return self._replace(active=active)
+
 
 def call_part(
     solver: MultipleShooting, lanes: Lanes, number: Array, num_parts: int, what: Call, before: PyTree, part: Part

@@ -83,7 +83,12 @@ class AllLanes(NamedTuple):
 
     def every(self, stride: int, record: PyTree) -> PyTree:
         """Return every ``stride``-th step of the concatenated lanes, for real leaves (own lanes, capacity, ...)."""
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[::stride], record)
+        return _every(stride, record)
+
+
+def _every(stride: int, record: PyTree) -> PyTree:
+    """Return every ``stride``-th step of the concatenated lanes, for leaves (lanes, capacity, ...) of one device."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[::stride], record)
 
 
 class PartOfLanes(NamedTuple):
@@ -132,7 +137,7 @@ class PartOfLanes(NamedTuple):
         return jnp.maximum(found, 0)  # chains without a lane in this part got the smallest integer
 
     def every(self, stride: int, record: PyTree) -> PyTree:
-        return AllLanes.every(self, stride, record)  # type: ignore[arg-type]
+        return _every(stride, record)
 
 
 class SomeLanes(NamedTuple):

@@ -115,8 +115,8 @@ print(chain.report)
 # ## Results in ArviZ
 #
 # Dimensions are named after the plates, and the solver's statistics are in `sample_stats` and the attributes.
-# `log_likelihood=True` adds what `az.loo` and `az.compare` need. (With one observation per school, leaving one out changes
-# the posterior of its effect a lot; the Pareto diagnostic of `az.loo` reflects that, not the sampler.)
+# `log_likelihood=True` adds what `az.loo` and `az.compare` need. If the Pareto diagnostic of `az.loo` is bad, one school has
+# much influence on its own posterior: that is a property of the model, not of the sampler.
 
 # %%
 idata = chain.to_arviz(log_likelihood=True)

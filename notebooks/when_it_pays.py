@@ -263,9 +263,10 @@ for name, chain in short.items():
     )
 
 # %% [markdown]
-# ("nan": no pair came close enough to have small distances.) A positive exponent, as in the funnel, rules out merging. A
-# negative exponent does not guarantee it: with two modes tangents shrink within each mode, but do not reflect the other. *A
-# negative exponent is necessary; the criterion is that pairs from dispersed starts merge.*
+# ("nan": no pair came close enough to have small distances.) With a positive exponent nearby paths separate on average. Some
+# pairs may still merge, as in the centred form, but blocks cannot rely on it. A negative exponent is no guarantee either:
+# with two modes tangents shrink within each mode, but do not reflect the other. *What counts is that pairs from dispersed
+# starts merge.*
 
 # %% [markdown]
 # ## How "auto" uses these measurements

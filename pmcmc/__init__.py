@@ -1,8 +1,9 @@
 """Sample one exact Markov chain in parallel across its length.
 
 With its randomness drawn first, a Markov chain is a recurrence ``x[t] = f(x[t-1], noise[t])``, t = 1..T. pmcmc solves
-all T equations at once and certifies the solution on the equations themselves. Where coupled chains contract, the
-result is the chain that sequential sampling with the same key would give, with fewer steps one after the other.
+all T equations at once where chains that start apart soon merge under the same noise, and certifies the solution on
+the equations themselves. Elsewhere it samples sequentially. Either way the result is the chain that sequential sampling
+with the same key gives, up to rounding.
 
 Start with `parallel_chain` for a NumPyro model, `sample` for a log density, or `ParallelMCMC` in the place of
 ``numpyro.infer.MCMC``. All three take a `Kernel` (`HMC` by default), a `Warmup` and a solver; the first two return a

@@ -125,7 +125,7 @@ def devices() -> Iterator[Finding]:
         yield Finding(f"Device {device.id}: {device.device_kind} ({device.platform}{limit}).")
     backend, number = jax.default_backend(), jax.device_count()
     if backend == "cpu":
-        yield Finding(f"{cores} CPU core(s): XLA decides how the lanes of one program are distributed over them.")
+        yield Finding(f"{cores} CPU core(s): threads share chains or blocks, and XLA may split large operations.")
     if number > 1:
         yield Finding(f'{number} {backend} devices: "auto" distributes blocks over them where it predicts a gain.')
     if backend == "cpu" and may_wait_for_ever():
@@ -144,7 +144,7 @@ def devices() -> Iterator[Finding]:
 def settings() -> Iterator[Finding]:
     """Report the settings of jax that matter here."""
     dtype = jnp.zeros(()).dtype
-    how = "float32: JAX_ENABLE_X64=1 takes twice the digits" if dtype == jnp.float32 else "64-bit mode is on"
+    how = "float32; JAX_ENABLE_X64=1 gives twice the digits" if dtype == jnp.float32 else "64-bit mode is on"
     yield Finding(
         f"Chains are computed in {dtype}, and blocks merge within {default_tolerance(dtype):.1e} of the posterior's "
         f"scale ({how})."

@@ -286,7 +286,7 @@ def _timing(reader: Reader) -> LaneTiming | None:
     if timing is None:
         return None
     platform, *numbers = timing or [None]
-    if not isinstance(platform, str) or len(numbers) != len(LaneTiming._fields) or not _are_numbers(numbers):
+    if not isinstance(platform, str) or len(numbers) not in (2, 3) or not _are_numbers(numbers):
         raise reader.malformed(f"timing is {timing!r:.40}")
     return LaneTiming(*numbers) if platform == default_platform() else None
 

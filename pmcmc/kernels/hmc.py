@@ -346,8 +346,12 @@ class HMC(GradientKernel):
 
     def default_length(self) -> Array:
         """Return ``clip(ceil(trajectory_length / step_size), 1, 64)``, or the number that the integrator fixes."""
-        ratio = (1 - TIME_TOLERANCE) * jnp.asarray(self.trajectory_length) / jnp.asarray(self.step_size)
-        return self.leapfrog.length(jnp.clip(jnp.ceil(ratio), 1, 64).astype(int))
+        length = _default_length(jnp, jnp.asarray(self.trajectory_length), jnp.asarray(self.step_size))
+        return self.leapfrog.length(length.astype(int))
+
+    def num_leapfrogs(self, step_size: Scalar) -> float:
+        """Return the number of leapfrog steps that the default takes with this step size, computed in numpy."""
+        return float(_default_length(np, np.asarray(self.trajectory_length), np.asarray(step_size)))
 
     def _length(self, noise: HMCNoise) -> Array:
         """Return the number of leapfrog steps of one transition."""
@@ -362,3 +366,8 @@ class HMC(GradientKernel):
     def _kinetic(self, momentum: Array) -> Array:
         """Return the kinetic energy p^T M^{-1} p / 2."""
         return 0.5 * jnp.sum(momentum * self._velocity(momentum))
+
+
+def _default_length(xp: Any, time: Any, step_size: Any) -> Any:
+    """Return ``clip(ceil(time / step_size), 1, 64)``, computed by numpy or JAX."""
+    return xp.clip(xp.ceil((1 - TIME_TOLERANCE) * time / step_size), 1, 64)

@@ -23,6 +23,7 @@ from pmcmc.kernels.hmc import HMC
 from pmcmc.kernels.metropolis import GradientKernel, GradientState
 from pmcmc.random.distributions import jax_normals
 from pmcmc.random.streams import fold_in, key_pair
+from pmcmc.recurrence.abreast import map_lanes
 from pmcmc.recurrence.problem import Staged
 from pmcmc.target import Target
 
@@ -105,7 +106,7 @@ class NUTS(GradientKernel):
 
     def stages(self, target: Target) -> Staged:
         """Return `step` in stages for a batch of lanes, so that lanes need not wait for each other's trees."""
-        value_and_grad = jax.vmap(target.value_and_grad, in_axes=-1, out_axes=-1)
+        value_and_grad = lambda x: map_lanes(target.value_and_grad, (-1,), x.shape[-1])(x)
         return Staged(
             begin=lambda state, noise: self._begin(*_lanes_last((state, noise))),
             advance=lambda tree: self._advance(value_and_grad, tree),

@@ -78,9 +78,11 @@ class CostModel:
             larger than ``cpu_overhead``, because a run of warm-up's program has 16 steps only.
         cpu_lane_ratio: Seconds of a lane in blocks over those of a lane in warm-up, which has a quarter of the lanes or
             less and adapts the step size in between.
+        cpu_step_lane: Seconds of a lane of HMC for each step, besides its gradients: noise, acceptance and records.
+        cpu_tree_lane: Seconds of a lane of NUTS for each leapfrog step, besides the gradient: what builds the tree.
         least_lane_share: Least share of the time of a step of warm-up that is attributed to its lanes.
         cpu_thread_gain: Throughput that each further thread with a group of chains adds, relative to that of the first.
-            Two threads were 1.3 to 2.2 times as fast as one (decision 031).
+            Two threads were 1.3 to 1.9 times as fast as one (decision 031).
         free_lanes: Number of lanes that double the time of a step on devices other than CPUs.
         cpu_device_overhead: Seconds that sharing adds to a step on CPU devices, which are threads of the same cores.
         cpu_device_gain: Throughput that each further CPU device adds, relative to that of the first. Two devices were
@@ -94,6 +96,8 @@ class CostModel:
     cpu_overhead: float = 1e-6
     cpu_warmup_overhead: float = 1.1e-5
     cpu_lane_ratio: float = 0.8
+    cpu_step_lane: float = 1.5e-7
+    cpu_tree_lane: float = 1e-7
     least_lane_share: float = 0.15
     cpu_thread_gain: float = 0.4
     free_lanes: int = 8192
@@ -109,6 +113,7 @@ class CostModel:
         compile_seconds: float,
         num_cores: int,
         lanes: tuple[int, float] | None,
+        leapfrogs: tuple[float, float] | None = None,
         num_threads: int = 1,
     ) -> Costs:
         """Return the costs of the steps of a run.
@@ -120,12 +125,15 @@ class CostModel:
             compile_seconds: Seconds that the sequential program took to compile.
             num_cores: Cores that this process may use.
             lanes: Number of lanes of warm-up, and seconds of a step of all of them; None if that was not measured.
+            leapfrogs: Leapfrog steps of a step of NUTS, and of the HMC that warm-up's lanes ran in its place. None:
+                they ran the kernel itself.
             num_threads: Threads that solve groups of chains or parts of the lanes at once.
         """
         compilation = self.compile_ratio * compile_seconds
         overlap = self.overlap if num_cores > 1 else 0.0
+        taken, timed = leapfrogs or (1.0, 1.0)
         if not on_cpu:
-            overhead = sequential if lanes is None else lanes[1]
+            overhead = sequential if lanes is None else lanes[1] * taken / timed
             return Costs(sequential, overhead, overhead / self.free_lanes, compilation, overlap)
         overhead, lane = 0.0, sequential / num_chains
         if lanes is not None:
@@ -133,7 +141,10 @@ class CostModel:
             overhead = self.cpu_overhead
             lanes_alone = max(seconds - self.cpu_warmup_overhead, self.least_lane_share * seconds)
             lane = self.cpu_lane_ratio * lanes_alone / number
-        # Where lanes were not timed, as for NUTS, no gain is counted on.
+            if leapfrogs:
+                gradients = max(lane - self.cpu_step_lane, self.least_lane_share * lane)
+                lane = taken * (gradients / timed + self.cpu_tree_lane)
+        # Where lanes were not timed no gain is counted on.
         gain = 1.0 if lanes is None else 1 + self.cpu_thread_gain * (num_threads - 1)
         devices = self.cpu_device_overhead, self.cpu_device_gain
         return Costs(sequential, overhead, lane, compilation, overlap, *devices, gain)

@@ -262,7 +262,7 @@ def plan(
         return conclude(
             alone,
             f"Only {merged.sum()} of {merged.size} coupled pairs of chains merged within {coalescence.max_steps:,} "
-            "steps, so blocks of this chain would not join.",
+            "steps, so blocks of this chain would not merge.",
         )
     merging = (
         f"All {merged.size} coupled pairs of chains merged within {int(steps.max()):,} steps (median "

@@ -3,6 +3,7 @@
 Solvers and their buffers have lanes on the first axis. Steps are fast with lanes on the last one (see
 `pmcmc._xla.lanes_last`), so here is where both forms meet. `walk_abreast` keeps carries lanes last for the whole walk,
 and transposes inputs and records a chunk of steps at a time. `step_abreast` takes one step, with carries lanes first.
+`walk_apart` lets each lane be at a step of its own, if the step comes in stages.
 
 A chunk is one kernel (`pmcmc._xla.rewrites.in_one_kernel`), unless the step contains what such kernels cannot, or
 are slow at: a product of matrices, a scatter, a factorisation, or an operation on more than `LARGEST` numbers. The
@@ -13,15 +14,17 @@ On other platforms, and for few lanes, steps are batched by ``jax.vmap``.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pmcmc._pytree import PyTree
+from pmcmc._pytree import Array, PyTree
 from pmcmc._xla import default_platform
 from pmcmc._xla.lanes_last import vmap_last
 from pmcmc._xla.rewrites import FEW_LANES, in_one_kernel, in_own_program
-from pmcmc.recurrence.sequential import Lanes, record_for, walk
+from pmcmc.recurrence.problem import Staged
+from pmcmc.recurrence.sequential import Inputs, Lanes, record_for, walk
 
 # An operation on more numbers than this is left to XLA, which spreads it over cores.
 LARGEST = 2**16
@@ -48,6 +51,13 @@ def scan_abreast(body: Callable, carry: PyTree, inputs: PyTree, length: int, num
     run = lambda carry, inputs: jax.lax.scan(body, carry, inputs, length)
     is_kernel = prefers_lanes_last(num_lanes) and in_own_program()
     return in_one_kernel(run, carry, inputs, largest=LARGEST) if is_kernel else run(carry, inputs)
+
+
+def while_abreast(test: Callable, body: Callable, carry: PyTree, num_lanes: int) -> PyTree:
+    """Return ``jax.lax.while_loop(test, body, carry)`` over values of all lanes, as one kernel where that pays."""
+    run = lambda carry: jax.lax.while_loop(test, body, carry)
+    is_kernel = prefers_lanes_last(num_lanes) and in_own_program()
+    return in_one_kernel(run, carry, largest=LARGEST) if is_kernel else run(carry)
 
 
 def step_abreast(step: Callable, num_lanes: int) -> Callable:
@@ -84,6 +94,52 @@ def walk_abreast(step: Callable, carry: PyTree, lanes: Lanes, chunk: int) -> tup
 
     end, record = jax.lax.fori_loop(0, -(-layout.block_length // chunk), body, (_last(carry), record))
     return _first(end), record
+
+
+# Lanes that have ended their step wait until this share of the active lanes has; then all of these begin a new step.
+SHARE = 0.1
+
+
+def walk_apart(
+    staged: Staged, inputs: Inputs, start: PyTree, state: Any, going: Callable, visit: Callable
+) -> tuple[PyTree, Any]:
+    """Take steps of varying length until no lane is going; lanes need not be at the same step.
+
+    Args:
+        staged: The step in stages.
+        inputs: Inputs of all lanes.
+        start: Carries before the first step, leading axis lanes.
+        state: The caller's state, with a field ``step``, (lanes,): the number of the step that each lane is in.
+        going: ``state -> (lanes,)``, whether a lane has a step to take.
+        visit: ``(state, carry, aux, arrived) -> state``, called when lanes have ended a step. Only lanes where
+            ``arrived`` is True may change their step number.
+
+    Returns:
+        The carries where each lane stopped, and the last state.
+    """
+
+    def body(loop: Any) -> Any:
+        state, work = loop
+        under_way = going(state)
+        enough = jnp.ceil(SHARE * jnp.sum(under_way))
+
+        def few_wait(work: PyTree) -> Array:
+            return jnp.sum(under_way & staged.finished(work)) < enough
+
+        # Advance until enough lanes have ended their step, then report these.
+        work = while_abreast(few_wait, staged.advance, work, under_way.size)
+        arrived = under_way & staged.finished(work)
+        carry, aux = staged.conclude(work)
+        state = visit(state, carry, aux, arrived)
+        # Begin the next step in the lanes that go on; all others keep their work.
+        begun = staged.begin(carry, inputs.of_step(state.step))
+        again = arrived & going(state)
+        wide = lambda x: again.reshape((1,) * (x.ndim - 1) + again.shape)
+        return state, jax.tree.map(lambda new, old: jnp.where(wide(new), new, old), begun, work)
+
+    work = staged.begin(start, inputs.of_step(state.step))
+    state, work = jax.lax.while_loop(lambda loop: jnp.any(going(loop[0])), body, (state, work))
+    return staged.conclude(work)[0], state
 
 
 def _last(tree: PyTree) -> PyTree:

@@ -6,7 +6,7 @@ capacity, ...) with S <= capacity. The capacity is part of a program's shapes, S
 solves any path of up to P * capacity steps, in time proportional to S.
 
 `Layout` converts between chains and lanes, `Lanes` is a batch of recurrences in this layout, and `LaneSolver` is the
-base class of the solvers. `walk` steps all lanes together; `walk_apart` lets each lane be at its own step.
+base class of the solvers. `walk` steps all lanes together.
 """
 
 import abc
@@ -28,7 +28,7 @@ from pmcmc._pytree import (
     tree_index,
     tree_where,
 )
-from pmcmc.recurrence.problem import Problem, Recurrence, Staged
+from pmcmc.recurrence.problem import Problem, Recurrence
 from pmcmc.recurrence.solution import RESULTS, RecurrenceSolver, Solution, Stats
 
 
@@ -249,52 +249,6 @@ def _run_abreast(step, inputs, first, chunk, carry, record):
     carry, new = jax.lax.scan(step, carry, u, length=chunk)
     write = lambda buffer, x: jax.lax.dynamic_update_slice_in_dim(buffer, jnp.swapaxes(x, 0, 1), first, 1)
     return carry, jax.tree.map(write, record, new)
-
-
-# Lanes that have ended their step wait until this share of the active lanes has; then all of these begin a new step.
-SHARE = 0.1
-
-
-def walk_apart(
-    staged: Staged, inputs: Inputs, start: PyTree, state: Any, going: Callable, visit: Callable
-) -> tuple[PyTree, Any]:
-    """Take steps of varying length until no lane is going; lanes need not be at the same step.
-
-    Args:
-        staged: The step in stages.
-        inputs: Inputs of all lanes.
-        start: Carries before the first step, leading axis lanes.
-        state: The caller's state, with a field ``step``, (lanes,): the number of the step that each lane is in.
-        going: ``state -> (lanes,)``, whether a lane has a step to take.
-        visit: ``(state, carry, aux, arrived) -> state``, called when lanes have ended a step. Only lanes where
-            ``arrived`` is True may change their step number.
-
-    Returns:
-        The carries where each lane stopped, and the last state.
-    """
-
-    def body(loop: Any) -> Any:
-        state, work = loop
-        under_way = going(state)
-        enough = jnp.ceil(SHARE * jnp.sum(under_way))
-
-        def few_wait(work: PyTree) -> Array:
-            return jnp.sum(under_way & staged.finished(work)) < enough
-
-        # Advance until enough lanes have ended their step, then report these.
-        work = jax.lax.while_loop(few_wait, staged.advance, work)
-        arrived = under_way & staged.finished(work)
-        carry, aux = staged.conclude(work)
-        state = visit(state, carry, aux, arrived)
-        # Begin the next step in the lanes that go on; all others keep their work.
-        begun = staged.begin(carry, inputs.of_step(state.step))
-        again = arrived & going(state)
-        wide = lambda x: again.reshape((1,) * (x.ndim - 1) + again.shape)
-        return state, jax.tree.map(lambda new, old: jnp.where(wide(new), new, old), begun, work)
-
-    work = staged.begin(start, inputs.of_step(state.step))
-    state, work = jax.lax.while_loop(lambda loop: jnp.any(going(loop[0])), body, (state, work))
-    return staged.conclude(work)[0], state
 
 
 # Steps per chunk, where the number of steps is traced.

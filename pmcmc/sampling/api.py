@@ -81,8 +81,8 @@ def parallel_chain(
             are sampled as they are written.
         devices: Devices that share the blocks, or the steps of Newton's method, such as ``jax.devices()``. None: "auto"
             uses all devices of this process if it expects a gain, and any other solver uses JAX's default device. The
-            draws do not depend on the devices. To use the cores of a CPU as devices, call
-            ``numpyro.set_host_device_count`` first (docs/devices.md).
+            draws do not depend on the devices. The cores of a CPU are used without it: threads share chains and blocks
+            (docs/devices.md).
         max_memory: Bytes for the draws and for what one solve holds (noise, states, info) together; the run is cut into
             segments that fit. None: 512 MiB for a solve, and the available memory for draws. Compiled programs and the
             model's intermediate arrays come on top. `Chain.stream` writes draws to disk instead.

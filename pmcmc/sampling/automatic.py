@@ -188,14 +188,20 @@ class Automatic:
 
     def costs(self, head: Head) -> Costs:
         """Return the costs of steps, from the times of the chains' first steps and of the lanes of warm-up."""
-        engine = self.run.engine
+        engine, timing = self.run.engine, self.timing
+        leapfrogs = None
+        if timing is not None and timing.num_leapfrogs:
+            taken = self.run.draws.info.num_integration_steps
+            leapfrogs = None if taken is None or not taken.size else (float(np.mean(taken)), timing.num_leapfrogs)
+            timing = timing if leapfrogs else None
         return CostModel().costs(
             on_cpu=default_platform() == "cpu",
             sequential=head.seconds_per_step,
             num_chains=engine.num_chains,
             compile_seconds=engine.compile_seconds(Sequential(), head.shape) or 0.0,
             num_cores=num_cores(),
-            lanes=self.timing,
+            lanes=None if timing is None else timing[:2],
+            leapfrogs=leapfrogs,
             num_threads=max(engine.threads(PLANNED_BLOCKS)),
         )
 

@@ -114,7 +114,7 @@ class Outcome:
         if isinstance(self.state.kernel, SiteKernel):
             cause = (
                 "A divergence is a conditional whose probabilities are not finite, where the old value was kept, or a "
-                "divergent transition of a block: check the updates for NaN and overflow, and reparametrise."
+                "divergent transition of a site group: check the updates for NaN and overflow, and reparametrise."
             )
         else:
             cause = (

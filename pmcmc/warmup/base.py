@@ -38,15 +38,18 @@ class WarmupError(RuntimeError):
 
 
 class LaneTiming(NamedTuple):
-    """Measured time of a step of the tuned kernel on many lanes at once.
+    """Measured time of a step of the tuned kernel, or of the one that was tuned in its place, on many lanes at once.
 
     Attributes:
         num_lanes: Number of lanes.
         seconds_per_step: Seconds of one step of all lanes.
+        num_leapfrogs: Leapfrog steps of a step of the kernel that was timed in place of the tuned one (see
+            `Kernel.tuned_by`); 0 if the tuned kernel itself was timed.
     """
 
     num_lanes: int
     seconds_per_step: float
+    num_leapfrogs: float = 0.0
 
 
 # Observes warm-up: called with the target in its current coordinates, and the lanes' coordinates after each step,

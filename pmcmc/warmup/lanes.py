@@ -23,7 +23,7 @@ from pmcmc._pytree import Array, ArrayLeaf, PRNGKey, PyTree, Scalar, is_real
 from pmcmc._xla.compile import tuned_jit
 from pmcmc._xla.content import count_operations
 from pmcmc.interop.blackjax import dual_averaging
-from pmcmc.kernels import Kernel
+from pmcmc.kernels import HMC, Kernel
 from pmcmc.random.streams import fold_in, key_pair, raw_keys_are_threefry
 from pmcmc.recurrence.abreast import map_lanes, scan_abreast
 from pmcmc.target import Target
@@ -338,6 +338,9 @@ def tune(
     moved = np.mean([piece.moved for piece in last], axis=0)
     check_tuned(tuned, lanes.states, np.mean(acceptance_rate), np.mean(moved))
     timing = LaneTiming(len(positions), median_low(timed) / PIECE) if stand_in is kernel else None
+    if stand_in is not kernel and isinstance(stand_in, HMC):
+        num_leapfrogs = stand_in.num_leapfrogs(lanes.final_step)
+        timing = LaneTiming(len(positions), median_low(timed) / PIECE, num_leapfrogs)
     order = start_order(*(np.concatenate(parts) for parts in ([p.path for p in last], [p.logdensity for p in last])))
     num_held = int(held_lanes(moved, acceptance_rate, lanes.rate).sum())
     some = 0 < num_held < len(moved)  # if all are held, `check_tuned` has raised

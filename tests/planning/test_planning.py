@@ -187,6 +187,18 @@ def test_lanes_of_warmup_tell_the_cost_of_lanes() -> None:
     assert lane(1e-6) == pytest.approx(model.cpu_lane_ratio * model.least_lane_share * 1e-6 / 32)
 
 
+def test_lanes_of_nuts_cost_what_its_trees_cost() -> None:
+    """Gradients cost what they cost in warm-up's HMC; the tree and the number of leapfrog steps are those of NUTS."""
+    model, seconds = CostModel(), 32 * 1e-5 + CostModel().cpu_warmup_overhead
+    known = dict(sequential=1e-5, num_chains=4, compile_seconds=1.0, num_cores=2, lanes=(32, seconds))
+    lane = lambda taken: model.costs(on_cpu=True, **known, leapfrogs=(taken, 3.0)).lane
+    gradient = (model.cpu_lane_ratio * 1e-5 - model.cpu_step_lane) / 3
+    assert lane(7.0) == pytest.approx(7 * (gradient + model.cpu_tree_lane))
+    assert lane(14.0) == pytest.approx(2 * lane(7.0))
+    on_gpu = lambda leapfrogs: model.costs(on_cpu=False, **known, leapfrogs=leapfrogs).overhead
+    assert on_gpu((6.0, 3.0)) == pytest.approx(2 * on_gpu(None))
+
+
 def test_which_devices_are_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU devices up to the number of cores, all of other kinds; only those the user named; one for each process."""
     devices = lambda platform: [Mock(jax.Device, platform=platform) for _ in range(8)]

@@ -9,7 +9,7 @@ import pytest
 
 from pmcmc._xla.rewrites import FEW_LANES, own_program
 from pmcmc.recurrence import MultipleShooting, Sequential, abreast
-from pmcmc.recurrence.abreast import LARGEST, map_lanes, scan_abreast, step_abreast, walk_abreast
+from pmcmc.recurrence.abreast import LARGEST, map_lanes, scan_abreast, step_abreast, walk_abreast, while_abreast
 from pmcmc.recurrence.problem import Recurrence
 from pmcmc.recurrence.sequential import Lanes, Layout, Stored, walk
 from pmcmc.recurrence.sharding import AllLanes
@@ -135,3 +135,22 @@ def test_scans_over_lanes_that_share_a_carry_agree(num_lanes):
     assert MARK not in jax.jit(found).lower().as_text()
     with own_program():
         assert (MARK in jax.jit(lambda: found()).lower().as_text()) == (num_lanes > FEW_LANES)
+
+
+@pytest.mark.parametrize("num_lanes", [FEW_LANES, MANY])
+def test_a_loop_of_many_lanes_is_one_kernel(num_lanes):
+    """In pmcmc's own programs only; and the numbers are those of the loop, also where it closes over others."""
+    start = jnp.cos(jnp.arange(3.0 * num_lanes)).reshape(3, num_lanes)
+
+    def run(x, factor):
+        body = lambda x: jnp.where(jnp.abs(x) > 0.1, factor * x, x)
+        return while_abreast(lambda x: jnp.any(jnp.abs(x) > 0.1), body, x, num_lanes)
+
+    with own_program():
+        own = jax.jit(run).lower(start, 0.5)
+    assert (MARK in own.as_text()) == (num_lanes == MANY and jax.default_backend() == "cpu")
+    assert MARK not in jax.jit(lambda x, factor: run(x, factor)).lower(start, 0.5).as_text()
+    expected = np.asarray(start)
+    while np.any(np.abs(expected) > 0.1):
+        expected = np.where(np.abs(expected) > 0.1, 0.5 * expected, expected)
+    np.testing.assert_array_equal(own.compile()(start, 0.5), expected)

@@ -433,7 +433,7 @@ def test_nuts_is_tuned_on_hmc() -> None:
             progress_bar=False,
         )  # fmt: skip
     assert [program.name for program in seen].count("jit(run_piece)") == 1
-    assert chain.state.timing is None
+    assert chain.state.timing.num_leapfrogs >= 1  # those of HMC, whose lanes were timed
     assert 0.76 < np.mean(chain.report.acceptance_rate) < 0.9
 
 

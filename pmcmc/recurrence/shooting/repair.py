@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 
 from pmcmc._pytree import Array, PyTree, Scalar, finite_rows, is_real, relative_distance, tree_where
-from pmcmc.recurrence.abreast import step_abreast
-from pmcmc.recurrence.sequential import Lanes, read_step, walk_apart, write_where
+from pmcmc.recurrence.abreast import step_abreast, walk_apart
+from pmcmc.recurrence.sequential import Lanes, read_step, write_where
 from pmcmc.recurrence.shooting.reference import WATCHED_STEPS
 from pmcmc.recurrence.solution import default_tolerance, log_growth
 

@@ -46,9 +46,9 @@ from pmcmc._pytree import (
     register_dataclass,
 )
 from pmcmc._xla import default_platform
-from pmcmc.recurrence.abreast import walk_abreast
+from pmcmc.recurrence.abreast import walk_abreast, walk_apart
 from pmcmc.recurrence.problem import Staged
-from pmcmc.recurrence.sequential import Lanes, LaneSolver, Layout, record_for, walk_apart, write_where
+from pmcmc.recurrence.sequential import Lanes, LaneSolver, Layout, record_for, write_where
 from pmcmc.recurrence.sharding import AllLanes, distinct, lane_sharding, over_devices, replicated
 from pmcmc.recurrence.shooting.repair import Recording, Sweep, repair_sweep, successor_starts
 from pmcmc.recurrence.solution import RESULTS, Solution, Stats, default_tolerance, separates, typical_scale

@@ -340,6 +340,9 @@ def _could_be_tuned_to(asked: Any, tuned: Any) -> bool:
         return set(asked) == set(tuned) and all(_could_be_tuned_to(asked[name], tuned[name]) for name in asked)
     if isinstance(asked, (tuple, list)):
         return len(asked) == len(tuned) and all(map(_could_be_tuned_to, asked, tuned))
+    if isinstance(asked, jax.Array) and jnp.issubdtype(asked.dtype, jax.dtypes.prng_key):
+        words = jax.random.key_data
+        return getattr(tuned, "dtype", None) == asked.dtype and np.array_equal(words(asked), words(tuned))
     if isinstance(asked, (int, float, np.ndarray, np.generic, jax.Array)) and tuned is not None:
         tuned = np.asarray(tuned)  # compare in the precision of the chain, which may be lower
         return np.array_equal(np.asarray(asked, tuned.dtype), tuned)

@@ -132,7 +132,7 @@ def resume(
         model: The NumPyro model or log density, as for `load`; no code is stored.
         model_args: Positional arguments of a NumPyro model, data included.
         model_kwargs: Keyword arguments of a NumPyro model, data included.
-        initial_position: Position of a log density over pytrees of user-defined classes, as for `load`.
+        initial_position: Position of a log density over pytrees of other classes, as for `load`.
         kernel: The kernel, if it holds what is not stored, as for `load`.
         solver: The solver, if it holds what is not stored, as for `load`.
         max_memory: Memory limit in bytes; None for that of the run.

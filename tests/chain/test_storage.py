@@ -163,7 +163,7 @@ def test_other_dicts_than_plain_ones_are_asked_for(kind, tmp_path: Path) -> None
     density = lambda x: -jnp.sum(x["a"] ** 2) - 2 * jnp.sum((x["b"] - 1) ** 2)
     chain = pmcmc.sample(density, start, 0, kernel=pmcmc.MALA(step_size=0.3), solver=Sequential(), **sizes)
     chain.save(tmp_path / "chain.npz")
-    with pytest.raises(ValueError, match="[dD]ict, which is not stored in the file: pass initial_position="):
+    with pytest.raises(ValueError, match=r"[dD]ict, which is not stored in the file: pass initial_position="):
         pmcmc.load(tmp_path / "chain.npz", density)
     back = pmcmc.load(tmp_path / "chain.npz", density, initial_position=start)
     assert type(back.get_samples()) is type(start)

@@ -205,6 +205,15 @@ def test_an_interrupted_run_goes_on(owner, tmp_path: Path, monkeypatch: pytest.M
     assert len(set(shapes)) == 1  # same segments as before the stop
 
 
+def test_positions_keyed_by_numbers_have_names(tmp_path: Path) -> None:
+    position = {0: np.zeros(2), 1: np.zeros(())}
+    chain = pmcmc.sample(lambda x: -sum((y**2).sum() for y in x.values()), position, 0, **SIZES)
+    assert set(chain.summary()) == {"x[0]", "x[1]"}
+    assert "x[0][1]" in str(chain.summary())
+    stored = chain.stream(tmp_path / "run", 30, sites=["x[0]"], progress_bar=False)
+    np.testing.assert_array_equal(stored.get_samples(True)["x[0]"][:, :100], chain.get_samples(True)[0])
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("finished") / "run"

@@ -213,7 +213,8 @@ class StoredChain:
             A new `StoredChain` with all draws. Its ``report`` covers the new steps only.
 
         Raises:
-            ValueError: ``num_samples`` is less than ``thinning``, or the folder was already extended beyond this chain.
+            ValueError: ``num_samples`` is less than ``thinning``, a chain would have more than 2^32 steps, the model
+                has changed since the chain was sampled, or the folder was already extended beyond this chain.
             TypeError: ``num_samples`` is not an integer.
             RuntimeError: Another process is writing to the folder.
             MemoryError: The shortest segment does not fit into memory; raised before any sampling.

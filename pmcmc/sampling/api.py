@@ -99,6 +99,7 @@ def parallel_chain(
         Interrupted: Ctrl-C; its ``chain`` holds the draws so far.
         NonFiniteState: A chain reached a state that is not finite; its ``chain`` holds the draws before it, or is None
             if there are none.
+        Warning: A filter of Python's ``warnings`` raises one of the warnings on the draws; its ``chain`` holds them.
 
     Warns:
         UserWarning: Warm-up did not settle, or some of its lanes did not move.

@@ -102,6 +102,18 @@ def test_no_draws_are_not_judged() -> None:
     assert not judge_mixing(target, kernel, {"x": np.zeros((2, 0))}).is_judged
 
 
+def test_an_extension_is_judged_with_the_draws_before() -> None:
+    """By themselves its 2,400 draws have an effective sample size of about 60."""
+    kernel = pmcmc.HMC(step_size=0.3, num_integration_steps=1)
+    options = dict(kernel=kernel, solver=Sequential(), num_warmup=0, num_samples=20_000, progress_bar=False)
+    chain = pmcmc.sample(lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(1), 0, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        longer = chain.extend(600, progress_bar=False)
+    assert judge({"x": longer.unknowns[:, 20_000:]}).doubt
+    assert longer.report.mixing.num_draws == 82_400
+
+
 def test_columns_are_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     sites = {"x": autoregressive(0.7, (4, 200, 7))}
     whole = judge(sites)

@@ -172,7 +172,7 @@ class Outcome:
         """
         run, automatic, settings = self.run, self.automatic, self.settings
         counts, moves, chains, clock = run.counts, run.draws.moves, settings.num_chains, run.engine.clock
-        per_chain = lambda value, dtype=int: np.broadcast_to(np.asarray(value, dtype), (chains,))
+        per_chain = lambda value, dtype=int: np.full(chains, value, dtype)  # a copy: the counts go on
         plan = None if automatic is None else automatic.plan
         solver, reason = settings.solver or Sequential(), "Chosen by the caller."
         if automatic is not None:
@@ -191,7 +191,7 @@ class Outcome:
             num_iters=per_chain(counts.num_iters),
             num_sweeps=per_chain(counts.num_sweeps),
             num_blocks=counts.num_blocks,
-            certified_steps=per_chain(np.minimum(counts.certified_steps, num_steps)),
+            certified_steps=per_chain(np.clip(num_steps - counts.solved_from, 0, counts.certified_steps)),
             near_ties=per_chain(counts.near_ties) if moves.has_margin else per_chain(np.nan, float),
             lyapunov_exponent=_growth_rate(counts),
             coalescence_steps=np.zeros(0, int) if pilot is None else np.asarray(pilot.steps),

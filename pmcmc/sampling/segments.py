@@ -199,6 +199,8 @@ class Counts:
         num_iters: Largest number of Newton-type iterations of a segment.
         num_sweeps: Largest number of repair sweeps of a segment.
         certified_steps: Steps solved in parallel and kept; all others were sampled sequentially.
+        solved_from: Number of the first of them. They are one stretch: a run that leaves a parallel solver does not
+            come back to one.
         residual: Largest residual of the certified steps; NaN if a solver did not report that of a prefix.
         result: `RESULTS` code of the last parallel solve.
         growth: Sum of the growth rates of the segments that measured one.
@@ -212,6 +214,7 @@ class Counts:
     num_iters: np.ndarray
     num_sweeps: np.ndarray
     certified_steps: np.ndarray
+    solved_from: np.ndarray
     residual: np.ndarray
     result: np.ndarray
     growth: np.ndarray
@@ -229,6 +232,7 @@ class Counts:
             num_iters=count(),
             num_sweeps=count(),
             certified_steps=count(),
+            solved_from=count(),
             residual=total(),
             result=np.full(num_chains, RESULTS.successful),
             growth=total(),
@@ -421,6 +425,7 @@ class Run:
         counts.num_blocks = segment.num_blocks
         counts.num_iters = np.maximum(counts.num_iters, stats.num_iters)
         counts.num_sweeps = np.maximum(counts.num_sweeps, stats.num_sweeps)
+        counts.solved_from = np.where(counts.certified_steps > 0, counts.solved_from, self.position - keep)
         counts.certified_steps += keep
         growth = stats.growth_rate
         counts.growth += np.where(np.isfinite(growth), growth, 0.0)

@@ -18,6 +18,8 @@ from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.sampling import engine, settings
 from pmcmc.sampling.engine import Engine
 from pmcmc.sampling.reporting import Outcome
+from pmcmc.sampling.segments import Draws
+from pmcmc.sampling.session import Session
 from tests.helpers.targets import gaussian, start_like
 
 KERNEL = pmcmc.HMC(step_size=0.9, num_integration_steps=2)
@@ -115,6 +117,18 @@ def test_finished_draws_survive_a_warning_that_is_an_error(monkeypatch: pytest.M
             run(2000, solver=Sequential())
     np.testing.assert_array_equal(raised.value.chain.unknowns, whole().unknowns)
     assert "attribute `chain`" in raised.value.__notes__[0]
+
+
+def test_steps_that_are_cut_off_do_not_count_as_certified() -> None:
+    """100 steps in order, then 200 in blocks, cut to the first 150."""
+    chain, blocks = run(30, solver=Sequential()), MultipleShooting(4)
+    with Session(settings.settings_of(chain, 300, None), False, chain.state.num_steps) as session:
+        engine = session.engine_for(chain.state, lambda _: 0)
+        outcome = session.start(chain.state, engine, Draws(engine, 100))
+        outcome.run.take(Sequential(), engine.shape_for(Sequential(), 300), 100)
+        outcome.run.take(blocks, engine.shape_for(blocks, 300), 200)
+        assert outcome.report(150).certified_steps.tolist() == [50, 50]
+        assert outcome.report(300).certified_steps.tolist() == [200, 200]
 
 
 def test_before_the_first_draw_there_is_nothing_to_keep(interrupted_after, monkeypatch: pytest.MonkeyPatch) -> None:

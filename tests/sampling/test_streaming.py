@@ -205,6 +205,21 @@ def test_an_interrupted_run_goes_on(owner, tmp_path: Path, monkeypatch: pytest.M
     assert len(set(shapes)) == 1  # same segments as before the stop
 
 
+def test_the_report_of_a_checkpoint_does_not_change_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    certify, kept = Store.certify, []
+
+    def certify_and_tell(self):
+        certify(self)
+        paths = self.last.report.num_sequential_steps
+        kept.append((paths, paths.copy()))
+
+    monkeypatch.setattr(Store, "certify", certify_and_tell)
+    start().stream(tmp_path / "run", 600, progress_bar=False)
+    assert len(kept) > 2
+    for now, then in kept:
+        np.testing.assert_array_equal(now, then)
+
+
 def test_positions_keyed_by_numbers_have_names(tmp_path: Path) -> None:
     position = {0: np.zeros(2), 1: np.zeros(())}
     chain = pmcmc.sample(lambda x: -sum((y**2).sum() for y in x.values()), position, 0, **SIZES)

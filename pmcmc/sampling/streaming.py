@@ -95,11 +95,13 @@ def _to_store(
             return replace(chain, num_samples=num_samples, state=after, report=report)
 
         before = None if first is None else (first.unknowns, first.info)
-        store.begin(chain, there, engine, run.num_steps, run.num_planned, before)
         try:
+            store.begin(chain, there, engine, run.num_steps, run.num_planned, before)
             execute(outcome)
             outcome.warn(store.last.report, int(run.draws.moves.num_draws[0]))
         except KeyboardInterrupt as stopped:
+            if store.last is None:
+                raise
             store.cut()
             raise Interrupted(store.last, settings.num_samples) from stopped
         except (NonFiniteState, Warning) as failed:  # a filter of Python's `warnings` may raise a warning

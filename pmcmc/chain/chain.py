@@ -355,6 +355,10 @@ class Chain:
 
         Returns:
             NumPyro's statistics, ``{site: {statistic: array}}``, which print as a table.
+
+        Raises:
+            ValueError: There are fewer than four draws per chain, or the model does not have some of the sites.
+            TypeError: ``sites`` is not a sequence of names.
         """
         samples = self._grouped(None if sites is None else check_sites(self.target, sites))
         return Summary(samples, prob, self.info.is_divergent)
@@ -365,6 +369,9 @@ class Chain:
         Args:
             prob: As in `summary`.
             sites: As in `summary`.
+
+        Raises:
+            ValueError, TypeError: As in `summary`.
         """
         print(self.summary(prob, sites=sites))
 

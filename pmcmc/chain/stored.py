@@ -186,7 +186,7 @@ class StoredChain:
             sites: Names of the sites to read; None for all that were kept.
 
         Raises:
-            ValueError: One of the sites was not kept.
+            ValueError: One of the sites was not kept, or there are fewer than four draws per chain.
             MemoryError: The draws do not fit into memory; raised before anything is read.
         """
         divergent = read_arrays(self.path / DRAWS, "sample_stats", ["diverging"])["diverging"]

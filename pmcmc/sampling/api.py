@@ -86,7 +86,7 @@ def parallel_chain(
         max_memory: Bytes for the draws and for what one solve holds (noise, states, info) together; the run is cut into
             segments that fit. None: 512 MiB for a solve, and the available memory for draws. Compiled programs and the
             model's intermediate arrays come on top. `Chain.stream` writes draws to disk instead.
-        progress_bar: Whether to show finished draws, sweeps and the remaining time, in terminals and notebooks only.
+        progress_bar: Whether to show finished steps, sweeps and the remaining time, in terminals and notebooks only.
 
     Returns:
         A `Chain`. Its ``report`` says what was decided and certified.

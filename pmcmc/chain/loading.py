@@ -264,13 +264,8 @@ def _key(reader: Reader) -> PRNGKey:
     Warns:
         UserWarning: The key was converted.
     """
-    words, impl = reader.array("key/0", 1), reader.field("key_impl", str)
-    if words.dtype != np.uint32:
-        raise reader.malformed(f"key/0 is {words.dtype}")
-    try:
-        key = jax.random.wrap_key_data(jnp.asarray(words), impl=impl)
-    except (TypeError, ValueError) as error:
-        raise reader.malformed(error) from error
+    impl = reader.field("key_impl", str)
+    key = reader.key("key/0", impl)
     if impl != IMPL:
         warnings.warn(
             f"{reader.path} was made with a key of {impl}, from which an earlier pmcmc drew noise that depended on how "
@@ -395,8 +390,8 @@ def load(
             The model must have the same sites, and the same density at the last states of the chains.
         model_args: Positional arguments of a NumPyro model, data included.
         model_kwargs: Keyword arguments of a NumPyro model, data included.
-        initial_position: Position of a log density over pytrees of user-defined classes. Dicts, lists and tuples are
-            stored, so they need not be passed.
+        initial_position: Position of a log density over pytrees of other classes, such as your own or ``OrderedDict``.
+            Dicts, lists and tuples are stored, so they need not be passed.
         kernel: The kernel that the chain was made with, if it holds functions or objects of user-defined classes, as
             kernels of `from_blackjax` do. Tuned values are in the file.
         solver: The solver that the chain was made with, under the same condition.

@@ -29,6 +29,8 @@ MANY_DIVERGENCES = 0.01
 # Fields that files do not hold, and arrays that do not have one entry per chain.
 NOT_STORED = ("plan", "find_diagnosis", "find_mixing")
 BY_PAIR = ("bias_bound", "coalescence_steps", "pair_distances")
+# A summary needs this many draws per chain.
+FEWEST_SUMMARISED = 4
 # The critical path is called shorter than the chain from this ratio on.
 SHORTER = 1.05
 # If a figure was corrected by more than this share, the original one is printed too.
@@ -383,6 +385,11 @@ class Summary(dict):
     num_divergences: int
 
     def __init__(self, samples: PyTree, prob: float, is_divergent: ArrayLeaf):
+        if (num_draws := np.shape(is_divergent)[1]) < FEWEST_SUMMARISED:
+            raise ValueError(
+                f"a summary needs at least {FEWEST_SUMMARISED} draws per chain, since R-hat compares halves of chains: "
+                f"got {num_draws}. Take more with extend()."
+            )
         super().__init__(summary_of(by_name(samples), prob))
         self.num_divergences = int(np.sum(is_divergent))
 

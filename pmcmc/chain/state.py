@@ -11,7 +11,6 @@ from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._pytree import Array, PRNGKey, PyTree
@@ -34,12 +33,12 @@ class Described(NamedTuple):
     Attributes:
         dims: Names of the leading axes of a site's values, by site.
         observed: Observed data, by site.
-        constant: Other arrays among the model's arguments, by argument.
+        constant: Other arrays among the model's arguments, by argument, as they were passed.
     """
 
     dims: dict[str, list[str]]
     observed: dict[str, Array]
-    constant: dict[str, Array]
+    constant: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -107,10 +106,10 @@ class Source:
             position: An unconstrained position, at which the model is run.
         """
         observed = target.model.observed(target.data, position)
-        same = lambda a, b: jnp.shape(a) == jnp.shape(b) and bool(jnp.all(jnp.asarray(a) == b))
-        constant = {
-            name: jnp.asarray(x) for name, x in self.constant.items() if not any(same(x, y) for y in observed.values())
-        }
+        # The model may have observed them in JAX's precision; they are described in their own.
+        in_jax = lambda x: x.astype(jax.dtypes.canonicalize_dtype(x.dtype))
+        same = lambda a, b: a.shape == np.shape(b) and bool(np.all(in_jax(a) == np.asarray(b)))
+        constant = {name: x for name, x in self.constant.items() if not any(same(x, y) for y in observed.values())}
         return Described(target.model.dims, observed, constant)
 
     def digests(self) -> dict[str, Any]:

@@ -232,6 +232,14 @@ class Kernel(abc.ABC):
         return True
 
     @property
+    def decides_once(self) -> bool:
+        """Whether a step makes at most one decision, so that near a tie of it rounding has two outcomes.
+
+        If not, `Info.margin` is that of the decision nearest to a tie, and each decision may fall by itself.
+        """
+        return True
+
+    @property
     def is_tuned(self) -> bool:
         """Whether the kernel can step without warm-up."""
         return self.tunables.get("step_size", 0.0) is not None
@@ -322,6 +330,10 @@ class SiteKernel(Kernel):
     @abstractmethod
     def site_names(self, target: Target) -> tuple[str, ...]:
         """Return the names of the sites that this kernel updates."""
+
+    @property
+    def decides_once(self):
+        return False
 
     def check(self, target):
         check_names(type(self).__name__, self.site_names(target), site_templates(target))

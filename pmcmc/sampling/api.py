@@ -86,7 +86,7 @@ def parallel_chain(
         max_memory: Bytes for the draws and for what one solve holds (noise, states, info) together; the run is cut into
             segments that fit. None: 512 MiB for a solve, and the available memory for draws. Compiled programs and the
             model's intermediate arrays come on top. `Chain.stream` writes draws to disk instead.
-        progress_bar: Whether to show finished draws, sweeps and the remaining time, in terminals and notebooks only.
+        progress_bar: Whether to show finished steps, sweeps and the remaining time, in terminals and notebooks only.
 
     Returns:
         A `Chain`. Its ``report`` says what was decided and certified.
@@ -99,6 +99,7 @@ def parallel_chain(
         Interrupted: Ctrl-C; its ``chain`` holds the draws so far.
         NonFiniteState: A chain reached a state that is not finite; its ``chain`` holds the draws before it, or is None
             if there are none.
+        Warning: A filter of Python's ``warnings`` raises one of the warnings on the draws; its ``chain`` holds them.
 
     Warns:
         UserWarning: Warm-up did not settle, or some of its lanes did not move.

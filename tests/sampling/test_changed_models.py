@@ -398,11 +398,23 @@ def test_extend_and_verify_say_that_the_model_has_changed(change: str, tmp_path)
     chain.save(tmp_path / "chain.npz")
     pmcmc.load(tmp_path / "chain.npz", dose.model)
     CHANGES[change](dose)
-    for ask in (chain.verify, lambda: chain.extend(10, progress_bar=False)):
+    more = dict(num_samples=10, progress_bar=False)
+    for ask in (chain.verify, lambda: chain.extend(**more), lambda: chain.stream(tmp_path / "run", **more)):
         with pytest.raises(ValueError, match="the model has changed since this chain was sampled"):
             ask()
     with pytest.raises(ValueError, match=r"model|data"):
         pmcmc.load(tmp_path / "chain.npz", dose.model)
+
+
+def test_stored_chains_say_that_the_model_has_changed(tmp_path) -> None:
+    pytest.importorskip("zarr")
+    dose = Dose()
+    dose.y = ONES.copy()
+    stored = chain_of(dose).stream(tmp_path / "run", 10, progress_bar=False)
+    stored = stored.extend(10, progress_bar=False)
+    dose.y = NINES
+    with pytest.raises(ValueError, match="the model has changed since this chain was sampled"):
+        stored.extend(10, progress_bar=False)
 
 
 def test_extend_and_verify_say_that_the_kernel_has_changed() -> None:

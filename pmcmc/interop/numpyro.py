@@ -94,6 +94,17 @@ class NumpyroModel(Model):
 
         return jnp.moveaxis(jax.vmap(at)(values), 0, -1)
 
+    def changes_own_terms(self, data, position, site, values, index):
+        def at(value: Array) -> dict[str, Array]:
+            changed = jnp.ravel(position[site]).at[index].set(value).reshape(position[site].shape)
+            return self._part("terms", data, {**position, site: changed})
+
+        # One value after the other, by the same operations: terms that do not depend on it are equal bit for bit.
+        changed = jax.tree.map(_changes, jax.lax.map(at, values))
+        by_element = jnp.ravel(_by_element(self.about, changed, site, position[site].shape))
+        own, number = by_element[index], sum(jnp.sum(x) for x in changed.values())
+        return (own == number) & (own == jnp.sum(by_element))
+
     def site_scales(self, data, position):
         return self._part("scales", data, position)
 
@@ -266,6 +277,12 @@ def _is_array(leaf: Any) -> bool:
 def _is_observation(site: dict) -> bool:
     """Whether a site is data, and not a factor, whose value is empty."""
     return site["type"] == "sample" and site.get("is_observed", False) and jnp.size(site["value"]) > 0
+
+
+def _changes(terms: Array) -> Array:
+    """Return 1 for each term that differs along the leading axis, 0 for the others."""
+    same = (terms == terms[:1]) | (jnp.isnan(terms) & jnp.isnan(terms[:1]))
+    return jnp.any(~same, axis=0).astype(float)
 
 
 def _by_element(about: _Sites, terms: dict[str, Array], name: str, shape: tuple[int, ...]) -> Array:

@@ -240,6 +240,26 @@ def _non_centred(
     return {name: np.zeros(position[name].shape, position[name].dtype) for name in names}
 
 
+def _check_supports(model: Callable, args: tuple, kwargs: dict, supports: Supports, position: PyTree) -> None:
+    """Raise an error if the support of a discrete site depends on other latent sites.
+
+    Raises:
+        ValueError: It does, even if it is the same at most positions.
+    """
+
+    def find(position: PyTree) -> dict[str, list]:
+        _, sites, _ = _trace_at(model, args, kwargs, supports, position, PartialCentring(position, {}))
+        return {name: jax.tree.leaves(sites[name]["fn"].support) for name, _ in supports}  # bounds, as far as given
+
+    found = trace(find, position).trace
+    moving = [name for name, _ in supports if found.part(name).reads_arguments]
+    if moving:
+        raise ValueError(
+            f"the support of {moving} depends on other latent sites, so it cannot be enumerated beforehand: "
+            "marginalise these sites out, or give them a fixed support and weights of zero."
+        )
+
+
 def _log_likelihood(site: dict, term: Array) -> Array:
     """Return the log probabilities of an observed site without NumPyro's scale; ``term`` includes it."""
     return jnp.asarray(term if site["scale"] is None else site["fn"].log_prob(site["value"]))
@@ -347,6 +367,8 @@ def numpyro_target(
 
     try:
         template = RavelSpec.of(prototype).template
+        if supports:
+            _check_supports(model, args, kwargs, supports, template)
         centredness = {} if reparam is None else _non_centred(model, args, kwargs, supports, template)
         traced = trace(run, template, *([centredness] if centredness else []))
         about, forms = static[-1]

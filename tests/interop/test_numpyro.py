@@ -209,6 +209,17 @@ def with_moving_support(y):
     numpyro.sample("k", dist.DiscreteUniform(0, 2 + (x > 0)))
 
 
+def with_rarely_moving_support(y):
+    """The support is that of the random points that a check could look at, and another for one x in 160."""
+    x = numpyro.sample("x", dist.Normal(0, 1))
+    numpyro.sample("k", dist.DiscreteUniform(0, jnp.where(x > 2.5, 3, 1)).expand([2]).to_event(1))
+
+
+def with_support_of_a_discrete_site(y):
+    n = numpyro.sample("n", dist.Binomial(3, 1e-9))
+    numpyro.sample("k", dist.Binomial(1 + n, 0.5))
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [
@@ -216,6 +227,8 @@ def with_moving_support(y):
         (with_counts, "latent site 'count' is discrete without a finite support.*marginalise"),
         (with_uneven_counts, "latent site 'count' is discrete without a finite support that all its elements share"),
         (with_moving_support, r"support of \['k'\] depends on other latent sites"),
+        (with_rarely_moving_support, r"support of \['k'\] depends on other latent sites"),
+        (with_support_of_a_discrete_site, r"support of \['k'\] depends on other latent sites"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -210,22 +210,22 @@ def reparametrised(name: str, sites: dict[str, dict], configs: list) -> str:
 _MAX_TRIES = 100
 
 
-def numpyro_starts(target: Target, rng_key: PRNGKey, num_starts: int) -> PyTree:
+def numpyro_starts(target: Target, rng_key: PRNGKey, num_starts: int, uses_gradient: bool = True) -> PyTree:
     """Draw valid unconstrained starts as NumPyro does (`init_to_uniform`), leading axis ``num_starts``.
 
     Starts are uniform on (-2, 2), and on the values of a discrete site; they are drawn again up to 100 times where the
-    density or its gradient is not finite. NumPyro's own function compiles at every call, which took two thirds of a
-    short run.
+    density or, where it is used, its gradient is not finite. NumPyro's own function compiles at every call, which took
+    two thirds of a short run.
 
     Raises:
-        ValueError: No start with finite density and gradient was found; the message names the site that is not finite.
+        ValueError: No usable start was found; the message names the site that is not finite.
     """
     starts, usable = None, np.zeros(num_starts, bool)
     for tries in range(_MAX_TRIES):
         drawn = jax.tree.map(np.asarray, _draw_starts(target, rng_key, np.uint32(tries), num_starts=num_starts))
         keep = lambda old, new: np.where(usable.reshape(-1, *(1,) * (new.ndim - 1)), old, new)  # noqa: B023
         starts = drawn if starts is None else jax.tree.map(keep, starts, drawn)
-        *_, usable = evaluate_starts(target, starts)
+        *_, usable = evaluate_starts(target, starts, uses_gradient)
         if usable.all():
             return starts
     centre = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), target.spec.template)

@@ -232,6 +232,11 @@ class Kernel(abc.ABC):
         return True
 
     @property
+    def uses_gradient(self) -> bool:
+        """Whether a step evaluates the gradient of the log density, which must then be finite where chains start."""
+        return True
+
+    @property
     def is_tuned(self) -> bool:
         """Whether the kernel can step without warm-up."""
         return self.tunables.get("step_size", 0.0) is not None
@@ -318,6 +323,10 @@ class SiteKernel(Kernel):
     """
 
     extra_fields: ClassVar[tuple[str, ...]] = ("diverging", "potential_energy")
+
+    @property
+    def uses_gradient(self):
+        return False
 
     @abstractmethod
     def site_names(self, target: Target) -> tuple[str, ...]:

@@ -247,6 +247,10 @@ class Compose(SiteKernel):
     def divergences_matter(self):
         return any(block.kernel.divergences_matter for block in self.blocks)
 
+    @property
+    def uses_gradient(self):
+        return any(block.kernel.uses_gradient for block in self.blocks)
+
     def site_names(self, target):
         return tuple(name for block in self.blocks for name in block.names(target))
 

@@ -178,7 +178,8 @@ def model_starts(target: Target, rng_key: PRNGKey, init_params: PyTree, settings
     per_chain = bool(leaves) and np.ndim(leaves[0]) > np.ndim(template[0])
     num_starts = _count_starts(target, settings, per_chain)
     if init_params is None:
-        return Starts(partial(numpyro_starts, target, fold_key(rng_key, 0), num_starts), num_starts)
+        find = partial(numpyro_starts, target, fold_key(rng_key, 0), num_starts, settings.uses_gradient)
+        return Starts(find, num_starts)
     positions = spread_starts(target, init_params, settings.num_chains, num_starts)
     return Starts(lambda: own_positions(target, positions), num_starts, settings.num_chains if per_chain else 1)
 

@@ -97,7 +97,7 @@ def tune_chains(
         prepare(_begin(expected, _chain_starts(expected, starts.number, False, settings), chain_key, source))
     # Check the starts before warm-up.
     positions = starts.find()
-    check_starts(target, positions)
+    check_starts(target, positions, settings.uses_gradient)
     kernel.check_start(target, jax.tree.map(lambda x: np.asarray(x)[0], positions))
     # Warm up, and start the chains from lanes of the ensemble.
     tuned = _tune(target, warmup_key, positions, starts.num_given, settings, watch)

@@ -61,6 +61,11 @@ class Settings:
     devices: Sequence[jax.Device] = ()
     max_memory: int | None = None
 
+    @property
+    def uses_gradient(self) -> bool:
+        """Whether warm-up or a step evaluates the gradient of the log density."""
+        return self.kernel.uses_gradient or bool(self.num_warmup and self.warmup.uses_gradient)
+
     @classmethod
     def check(
         cls,

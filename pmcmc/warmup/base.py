@@ -94,10 +94,12 @@ class Warmup(abc.ABC):
     Attributes:
         shows_path: Whether `run` passes all steps of all lanes to its watch, so that they can be kept as draws.
         chooses_centredness: Whether `run` chooses the centredness of partially centred sites.
+        uses_gradient: Whether `run` evaluates gradients of the log density, also for a kernel that does not.
     """
 
     shows_path: ClassVar[bool] = False
     chooses_centredness: ClassVar[bool] = False
+    uses_gradient: ClassVar[bool] = True
 
     @abc.abstractmethod
     def count_starts(self, target: Target, num_given: int = 1) -> int:

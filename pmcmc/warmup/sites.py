@@ -10,7 +10,7 @@ Source: Hoffman & Gelman (2014) for dual averaging; windows as in Stan.
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median_low
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,7 @@ class SiteAdaptation(Warmup):
     dense: bool | None = field(default=None, metadata=dict(static=True))
     target_acceptance_rate: Scalar | None = None
     num_starts: int = field(default=32, metadata=dict(static=True))
+    uses_gradient: ClassVar[bool] = False
 
     def count_starts(self, target, num_given=1):
         return self.num_starts

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from pmcmc._arguments import known_number
 from pmcmc._pytree import Array, ArrayLeaf, PRNGKey, PyTree, RavelSpec, Scalar
 from pmcmc._xla.trace import trace
+from pmcmc.random.streams import IMPL
 from pmcmc.recurrence import Recurrence
 from pmcmc.target import Target
 
@@ -285,7 +286,7 @@ def step_content(kernel: Kernel, target: Target) -> Hashable:
         noise, state = kernel.sample_noise(rng_key, target), kernel.init(target, position)
         return kernel.step(target, kernel.restore(target, kernel.unknown(state)), noise)
 
-    return trace(whole, target, target.spec.template, jax.random.key(0)).content
+    return trace(whole, target, target.spec.template, jax.random.key(0, impl=IMPL)).content
 
 
 def check_step_size(step_size: Any) -> None:

@@ -25,7 +25,7 @@ from pmcmc._pytree import PyTree, is_real, register_dataclass
 from pmcmc._xla.trace import traced_functions
 from pmcmc.kernels.base import Info, Kernel, SiteKernel, site_templates
 from pmcmc.kernels.updates import Site, Update
-from pmcmc.random.streams import fold_in, key_pair
+from pmcmc.random.streams import fold_in, key_pair, raw_keys_are_threefry
 from pmcmc.target import Basis, Target
 
 
@@ -103,10 +103,11 @@ class Gibbs(SiteKernel):
 
     def sample_noise(self, rng_key, target):
         pair = key_pair(rng_key)
-        return tuple(
-            update.draw_noise(fold_in(pair, jnp.asarray(number, jnp.uint32)), _site(target, name))
-            for number, (name, update) in enumerate(zip(self.sites, self.updates, strict=True))
-        )
+        with raw_keys_are_threefry():
+            return tuple(
+                update.draw_noise(fold_in(pair, jnp.asarray(number, jnp.uint32)), _site(target, name))
+                for number, (name, update) in enumerate(zip(self.sites, self.updates, strict=True))
+            )
 
     def nudge(self, noise, amount):
         return tuple(update.nudge(u, amount) for update, u in zip(self.updates, noise, strict=True))
@@ -298,10 +299,11 @@ class Compose(SiteKernel):
 
     def sample_noise(self, rng_key, target):
         pair = key_pair(rng_key)
-        return tuple(
-            block.kernel.sample_noise(fold_in(pair, jnp.asarray(number, jnp.uint32)), block.given(target))
-            for number, block in enumerate(self.blocks)
-        )
+        with raw_keys_are_threefry():
+            return tuple(
+                block.kernel.sample_noise(fold_in(pair, jnp.asarray(number, jnp.uint32)), block.given(target))
+                for number, block in enumerate(self.blocks)
+            )
 
     def nudge(self, noise, amount):
         return tuple(block.kernel.nudge(u, amount) for block, u in zip(self.blocks, noise, strict=True))

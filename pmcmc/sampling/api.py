@@ -194,11 +194,19 @@ def _count_starts(target: Target, settings: Settings, per_chain: bool) -> int:
 
     Raises:
         TypeError, ValueError: The kernel does not fit the target.
+        ValueError: The warm-up would leave out some of the given starts.
     """
     settings.kernel.check(target)
     if not settings.num_warmup:
         return settings.num_chains
-    return settings.warmup.count_starts(target, settings.num_chains if per_chain else 1)
+    num_given = settings.num_chains if per_chain else 1
+    number = settings.warmup.count_starts(target, num_given)
+    if number < num_given:
+        raise ValueError(
+            f"{type(settings.warmup).__name__} runs from {number} starts, but one is given for each of {num_given} "
+            "chains: pass one start for all chains, another warmup=, or num_warmup=0."
+        )
+    return number
 
 
 def sample(

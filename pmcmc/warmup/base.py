@@ -107,8 +107,8 @@ class Warmup(abc.ABC):
 
         Args:
             target: Target to sample.
-            num_given: Number of different starts that the user gave, one for each chain. A warm-up whose number of
-                starts is fixed may leave some of them out.
+            num_given: Number of different starts that the user gave, one for each chain. The result must not be
+                smaller, so that each chain can start from its own.
         """
 
     def tuned_shapes(self, target: Target, kernel: Kernel, num_starts: int) -> Tuned | None:

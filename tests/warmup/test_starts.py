@@ -60,6 +60,41 @@ def test_given_starts_stay_with_their_chains(num_chains: int) -> None:
     assert np.all(np.abs(lanes[chain.state.own] - partners) > 500)
 
 
+UNIT = pmcmc.HMC(step_size=0.5, num_integration_steps=3, inverse_mass_matrix=np.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "warmup", "num_chains"),
+    [
+        (UNIT, pmcmc.EnsembleAdaptation(), 35),
+        (UNIT, pmcmc.WindowAdaptation(num_starts=2), 5),
+        (pmcmc.Compose([(UNIT, ["x"])]), pmcmc.SiteAdaptation(num_starts=2), 5),
+    ],
+    ids=["ensemble", "window", "site"],
+)
+def test_more_given_starts_than_a_warm_up_would_have(kernel, warmup, num_chains: int) -> None:
+    """Modes so far apart that no lane leaves its own."""
+    modes = 1e3 * jnp.arange(num_chains)
+    fn = lambda x: jax.nn.logsumexp(-0.5 * (x["x"] - modes) ** 2)
+    options = dict(kernel=kernel, warmup=warmup, num_warmup=40, num_samples=10, num_chains=num_chains)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        chain = pmcmc.sample(
+            fn, {"x": modes}, 0, init_per_chain=True, solver=Sequential(), progress_bar=False, **options
+        )
+    draws = np.asarray(chain.get_samples(group_by_chain=True)["x"])
+    np.testing.assert_allclose(draws, np.broadcast_to(modes[:, None], draws.shape), atol=10)
+
+
+def test_a_warm_up_that_leaves_out_given_starts() -> None:
+    class Few(pmcmc.EnsembleAdaptation):
+        def count_starts(self, target, num_given=1):
+            return 4
+
+    with pytest.raises(ValueError, match=r"Few runs from 4 starts, but one is given for each of 5 chains: pass"):
+        run(5, warmup=Few(), init_params={"x": np.zeros((5, 2))})
+
+
 @pytest.mark.parametrize("num_chains", [1, 2, 4, 7, 40])
 @pytest.mark.parametrize("num_states", [1, 2, 3, 4, 8, 16, 30, 32])
 def test_all_partners_that_there_are(num_states: int, num_chains: int) -> None:

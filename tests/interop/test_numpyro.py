@@ -153,6 +153,20 @@ def test_starts_are_numpyros_and_usable() -> None:
         jax.tree.map(np.testing.assert_array_equal, back, starts)
 
 
+def test_starts_that_are_not_found_are_those_of_others() -> None:
+    """At one random position in 130 the density can be used."""
+
+    def narrow():
+        x = numpyro.sample("x", dist.Normal(0, 1))
+        numpyro.factor("narrow", jnp.where(x > 1.97, 0.0, -jnp.inf))
+
+    target = numpyro_target(narrow, (), {})
+    with pytest.warns(UserWarning, match=r"For \d of 8 random starts .* not finite at site 'narrow'"):
+        starts = numpyro_starts(target, jax.random.key(0), 8)
+    assert np.all(starts["x"] > 1.97)
+    assert 1 < len(np.unique(starts["x"])) < 8
+
+
 def test_what_is_data_and_what_is_constant() -> None:
     """Arrays are data, wherever they come from; numbers, strings and shapes belong to the model."""
     leaves = lambda name: jax.tree.leaves(numpyro_target(*MODELS[name]).data)

@@ -219,7 +219,7 @@ class Kernel(abc.ABC):
         return self
 
     def finalize(self) -> "Kernel":
-        """Return the kernel with all that follows from its tuned step size fixed; called at the end of warm-up."""
+        """Return the kernel with all that follows from its step size fixed; called before sampling."""
         return self
 
     @property

@@ -126,13 +126,13 @@ def _begin(tuned: Tuned, own: np.ndarray, chain_key: PRNGKey, source: Source) ->
 def _tune(
     target: Target, rng_key: PRNGKey, positions: PyTree, num_given: int, settings: Settings, watch: Watch
 ) -> Tuned:
-    """Run the warm-up; without warm-up, return the kernel as it is with the states at ``positions``."""
+    """Run the warm-up; without warm-up, return the kernel with the states at ``positions``."""
     if settings.num_warmup:
         tuned = settings.warmup.run(target, settings.kernel, rng_key, positions, settings.num_warmup, watch, num_given)
         if tuned.remark:
             warnings.warn(tuned.remark, stacklevel=5)  # the caller of `parallel_chain` and `sample`
         return jax.block_until_ready(tuned)
-    kernel = settings.kernel
+    kernel = settings.kernel.finalize()
     states = jax.vmap(lambda position: kernel.unknown(kernel.init(target, position)))(positions)
     return Tuned(target, kernel, states, jnp.array(jnp.nan))
 

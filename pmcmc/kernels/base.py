@@ -15,7 +15,7 @@ Source: Zoltowski et al. (2025).
 import abc
 from abc import abstractmethod
 from collections.abc import Callable, Hashable
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -162,11 +162,11 @@ class Kernel(abc.ABC):
     def context(self, target: Target) -> Hashable:
         """Return what compiled programs of this kernel depend on besides its fields.
 
-        A program is reused as long as this value is equal. For a kernel defined outside pmcmc this is the trace of a
-        whole step, with the content of every array that it reads. None for the kernels of pmcmc, whose steps depend on
-        their fields, the target, the state and the noise alone.
+        A program is reused as long as this value is equal. For a kernel defined outside pmcmc, or with such a part,
+        this is the trace of a whole step, with the content of every array that it reads. None for the kernels of pmcmc,
+        whose steps depend on their fields, the target, the state and the noise alone.
         """
-        return None if type(self).__module__.split(".")[0] == __name__.split(".")[0] else step_content(self, target)
+        return None if is_of_pmcmc(self) else step_content(self, target)
 
     def position(self, target: Target, unknown: PyTree) -> PyTree:
         """Return the user's unconstrained position within an unknown."""
@@ -275,6 +275,16 @@ class Kernel(abc.ABC):
         """Return the recurrence ``x[t] = f(x[t-1], noise[t])`` of this kernel on a target."""
         step: Callable = lambda state, noise: self.step(target, state, noise)
         return Recurrence(step, self.unknown, lambda unknown: self.restore(target, unknown))
+
+
+def is_of_pmcmc(part: Any) -> bool:
+    """Whether a kernel or a part of it, and all parts of these, have classes of pmcmc or are no dataclasses."""
+    if isinstance(part, (tuple, list)):
+        return all(map(is_of_pmcmc, part))
+    if not is_dataclass(part):
+        return True
+    own = type(part).__module__.split(".")[0] == __name__.split(".")[0]
+    return own and all(is_of_pmcmc(getattr(part, f.name)) for f in fields(part))
 
 
 def step_content(kernel: Kernel, target: Target) -> Hashable:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from pmcmc._pytree import PyTree, is_real, register_dataclass
 from pmcmc._xla.trace import traced_functions
-from pmcmc.kernels.base import Info, Kernel, SiteKernel, site_templates
+from pmcmc.kernels.base import Info, Kernel, SiteKernel, is_of_pmcmc, site_templates, step_content
 from pmcmc.kernels.updates import Site, Update
 from pmcmc.random.streams import fold_in, key_pair, raw_keys_are_threefry
 from pmcmc.target import Basis, Target
@@ -99,7 +99,8 @@ class Gibbs(SiteKernel):
         return kernel
 
     def context(self, target):
-        return tuple(fn.trace for fn in traced_functions(self))
+        functions = tuple(fn.trace for fn in traced_functions(self))
+        return functions if is_of_pmcmc(self) else (functions, step_content(self, target))
 
     def sample_noise(self, rng_key, target):
         pair = key_pair(rng_key)

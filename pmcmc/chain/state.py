@@ -20,7 +20,8 @@ from pmcmc._xla.compile import plain_jit
 from pmcmc._xla.trace import Trace, digest, traced_functions
 from pmcmc.chain.file_format import Writer
 from pmcmc.chain.report import NOT_STORED, SolveReport
-from pmcmc.interop.numpyro import array_arguments, numpyro_target
+from pmcmc.interop.numpyro import numpyro_target
+from pmcmc.interop.numpyro_arguments import array_arguments
 from pmcmc.interop.partial_centring import AutoReparam
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver

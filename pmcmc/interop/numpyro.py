@@ -4,7 +4,6 @@
 deterministic sites and log likelihoods without running Python again.
 """
 
-import inspect
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import numpy as np
 
 from pmcmc._pytree import Array, PRNGKey, PyTree, RavelSpec
 from pmcmc._xla.trace import Trace, trace
+from pmcmc.interop.numpyro_arguments import refuse_iterators
 from pmcmc.interop.numpyro_positions import fixed_values, prototype_position, random_trace
 from pmcmc.interop.numpyro_sites import NonCentred, active_reparams, non_centred_forms, reparametrised, scales
 from pmcmc.interop.partial_centring import AutoReparam, PartialCentring, locations_and_scales
@@ -280,20 +280,6 @@ def _about(sites: dict[str, dict], labelled: set[str]) -> _Sites:
     return _Sites(tuple(sites), tuple(dims), tuple(plates))
 
 
-def array_arguments(model: Callable, args: tuple, kwargs: dict) -> dict[str, np.ndarray]:
-    """Return copies of the arrays among a model's arguments, by the names of its parameters."""
-    try:
-        arguments = inspect.signature(model).bind(*args, **kwargs).arguments
-    except (TypeError, ValueError):  # a callable without a signature
-        return {}
-    return {name: np.array(value) for name, value in arguments.items() if _is_array(value)}
-
-
-def _is_array(leaf: Any) -> bool:
-    """Whether a leaf is an array of numbers or booleans."""
-    return isinstance(leaf, (np.ndarray, jax.Array)) and getattr(leaf.dtype, "kind", None) in set("fiub")
-
-
 def _is_observation(site: dict) -> bool:
     """Whether a site is data, and not a factor, whose value is empty."""
     return site["type"] == "sample" and site.get("is_observed", False) and jnp.size(site["value"]) > 0
@@ -345,13 +331,14 @@ def numpyro_target(
 
     Raises:
         TypeError: ``model`` is not callable.
-        TypeError: ``reparam`` is not an `AutoReparam`.
+        TypeError: ``reparam`` is not an `AutoReparam`, or an argument of the model is an iterator.
         ValueError: The model has no latent sites, or discrete ones that cannot be enumerated.
     """
     if not (reparam is None or isinstance(reparam, AutoReparam)):
         raise TypeError(f"reparam must be None or pmcmc.AutoReparam(), got {reparam!r}.")
     if not callable(model):
         raise TypeError(f"model must be a NumPyro model (a function with sample sites), got {type(model).__name__}.")
+    refuse_iterators(model_args, model_kwargs)
     args, kwargs = tuple(model_args), dict(model_kwargs)
     prototype, supports, fixed = prototype_position(model, args, kwargs)
     if fixed:

@@ -154,6 +154,7 @@ class ChainState(NamedTuple):
         source: The user's model, for checking whether it has changed.
         warmup_remark: What is doubtful about warm-up, for all later reports; see `SolveReport`.
         num_lost_lanes: Number of replaced lanes of warm-up, for all later reports; see `SolveReport`.
+        num_lanes: Number of lanes of warm-up, for all later reports; see `SolveReport`.
     """
 
     target: Target
@@ -168,6 +169,7 @@ class ChainState(NamedTuple):
     source: Source
     warmup_remark: str = ""
     num_lost_lanes: int = 0
+    num_lanes: int = 0
 
     @property
     def scale(self) -> PyTree:

@@ -104,7 +104,8 @@ def tune_chains(
     differ = any(np.any(np.asarray(x) != np.asarray(x)[:1]) for x in jax.tree.leaves(positions))
     own = _chain_starts(tuned, starts.number, starts.num_given > 1 and differ, settings)
     unknown = jax.tree.map(lambda x: jax.device_put(np.asarray(x)[own]), tuned.states)
-    return _begin(tuned, own, chain_key, source)._replace(unknown=unknown)
+    num_lanes = len(jax.tree.leaves(tuned.states)[0]) if settings.num_warmup else 0
+    return _begin(tuned, own, chain_key, source)._replace(unknown=unknown, num_lanes=num_lanes)
 
 
 def _expected(target: Target, num_starts: int, settings: Settings) -> Tuned | None:
@@ -226,7 +227,8 @@ class Session:
             compile_first(engine, self.settings.solver, self.settings.num_samples)
 
         state = tune_chains(source, rng_key, starts, self.settings, watch, prepare)
-        self.warmup_seconds = time.perf_counter() - self.began
+        if self.settings.num_warmup:
+            self.warmup_seconds = time.perf_counter() - self.began
         return state
 
     def bytes_in_memory(self, num_unkept: int) -> Callable[[Engine], int]:

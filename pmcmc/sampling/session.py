@@ -131,7 +131,7 @@ def _tune(
     if settings.num_warmup:
         tuned = settings.warmup.run(target, settings.kernel, rng_key, positions, settings.num_warmup, watch, num_given)
         if tuned.remark:
-            warnings.warn(tuned.remark, stacklevel=5)  # the caller of `parallel_chain` and `sample`
+            warnings.warn(tuned.remark, stacklevel=6)  # the caller of `parallel_chain` and `sample`
         return jax.block_until_ready(tuned)
     kernel = settings.kernel.finalize()
     states = jax.vmap(lambda position: kernel.unknown(kernel.init(target, position)))(positions)

@@ -18,6 +18,7 @@ from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.sampling.pilot import partner_shifts
 from pmcmc.warmup import lanes
 from pmcmc.warmup.base import start_order
+from tests.helpers.sources import run_python
 
 PROGRAMS = ("jit(draw_noise)", "jit(solve_noise)")
 
@@ -93,6 +94,31 @@ def test_a_warm_up_that_leaves_out_given_starts() -> None:
 
     with pytest.raises(ValueError, match=r"Few runs from 4 starts, but one is given for each of 5 chains: pass"):
         run(5, warmup=Few(), init_params={"x": np.zeros((5, 2))})
+
+
+DOUBTS = """
+import warnings
+import jax.numpy as jnp, numpyro, numpyro.distributions as dist, pmcmc
+
+class Doubtful(pmcmc.EnsembleAdaptation):
+    def run(self, *args, **options):
+        return super().run(*args, **options)._replace(remark="doubtful")
+
+def narrow():
+    x = numpyro.sample("x", dist.Normal(0, 1))
+    numpyro.factor("narrow", jnp.where(x > 1.97, 0.0, -jnp.inf))
+
+with warnings.catch_warnings(record=True) as seen:
+    options = dict(num_samples=5, num_chains=8, progress_bar=False)
+    pmcmc.parallel_chain(narrow, 0, kernel=pmcmc.HMC(0.1), num_warmup=0, **options)
+    pmcmc.sample(lambda x: -jnp.sum(x**2), jnp.zeros(2), 0, warmup=Doubtful(), num_warmup=20, **options)
+print([warning.filename for warning in seen])
+"""
+
+
+def test_doubts_point_at_the_call() -> None:
+    """Not at a line of pmcmc's own, whether they arise before warm-up or in it."""
+    assert run_python(DOUBTS).strip() == "['<string>', '<string>']"
 
 
 @pytest.mark.parametrize("num_chains", [1, 2, 4, 7, 40])

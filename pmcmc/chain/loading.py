@@ -54,7 +54,8 @@ def read_report(reader: Reader, state: ChainState) -> tuple[ChainState, SolveRep
         if x.ndim != 1 or (len(x) != len(state.own) and name not in BY_PAIR):
             raise reader.malformed(f"report and {name}")
     report = SolveReport(**found, plan=None)
-    return state._replace(warmup_remark=report.warmup_remark, num_lost_lanes=report.num_lost_lanes), report
+    remarks = {name: getattr(report, name) for name in ("warmup_remark", "num_lost_lanes", "num_lanes")}
+    return state._replace(**remarks), report
 
 
 def read_thinning(reader: Reader, state: ChainState) -> int:

@@ -91,7 +91,7 @@ class SolveReport:
             shape (pairs,). Empty without a pilot, or if it proves nothing.
         spread: Largest ratio, either way, between the standard deviations of the draws and of the warm-up ensemble; NaN
             if unknown.
-        num_lanes: Number of lanes of warm-up, whose last states are the ensemble; 0 if unknown.
+        num_lanes: Number of lanes of warm-up, whose last states are the ensemble; 0 without warm-up, or if unknown.
         centredness: Smallest and largest centredness c that warm-up chose for the elements of each partially centred
             site, see `AutoReparam`; empty without it, or if the model has no such sites.
         precision: Precision of matrix products that the settings of JAX ask for, if it is below float32 and the device
@@ -295,13 +295,16 @@ class SolveReport:
     def _bias(self) -> str:
         """Return the line on the bias of the start."""
         small = np.flatnonzero(self.bias_bound <= SMALL_BIAS)
+        what, region = "Bias left by warm-up", "that the lanes of warm-up found"
+        if not self.num_lanes:
+            what, region = "Bias of the starts", "where chains and their partners started"
         if not small.size:
-            return f"Bias left by warm-up: not below {SMALL_BIAS} sd within {self.bias_bound.size - 1} steps."
+            return f"{what}: not below {SMALL_BIAS} sd within {self.bias_bound.size - 1} steps."
         if self.bias_doubt:
-            return f"Bias left by warm-up: not judged, since {self.bias_doubt}."
+            return f"{what}: not judged, since {self.bias_doubt}."
         return (
-            f"Bias left by warm-up: below {SMALL_BIAS} sd from step {small[0]} on, relative to the region that the "
-            "lanes of warm-up found; of other regions this says nothing."
+            f"{what}: below {SMALL_BIAS} sd from step {small[0]} on, relative to the region {region}; of other regions "
+            "this says nothing."
         )
 
     def _near_ties(self) -> str:

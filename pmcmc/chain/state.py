@@ -19,7 +19,8 @@ from pmcmc._xla.compile import plain_jit
 from pmcmc._xla.trace import Trace, digest, traced_functions
 from pmcmc.chain.file_format import Writer
 from pmcmc.chain.report import NOT_STORED, SolveReport
-from pmcmc.interop.numpyro import array_arguments, numpyro_target
+from pmcmc.interop.numpyro import numpyro_target
+from pmcmc.interop.numpyro_arguments import array_arguments
 from pmcmc.interop.partial_centring import AutoReparam
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver
@@ -152,6 +153,7 @@ class ChainState(NamedTuple):
         source: The user's model, for checking whether it has changed.
         warmup_remark: What is doubtful about warm-up, for all later reports; see `SolveReport`.
         num_lost_lanes: Number of replaced lanes of warm-up, for all later reports; see `SolveReport`.
+        num_lanes: Number of lanes of warm-up, for all later reports; see `SolveReport`.
     """
 
     target: Target
@@ -166,6 +168,7 @@ class ChainState(NamedTuple):
     source: Source
     warmup_remark: str = ""
     num_lost_lanes: int = 0
+    num_lanes: int = 0
 
     @property
     def scale(self) -> PyTree:

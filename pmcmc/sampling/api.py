@@ -179,7 +179,8 @@ def model_starts(target: Target, rng_key: PRNGKey, init_params: PyTree, settings
     per_chain = bool(leaves) and np.ndim(leaves[0]) > np.ndim(template[0])
     num_starts = _count_starts(target, settings, per_chain)
     if init_params is None:
-        return Starts(partial(numpyro_starts, target, fold_key(rng_key, 0), num_starts), num_starts)
+        find = partial(numpyro_starts, target, fold_key(rng_key, 0), num_starts, settings.uses_gradient)
+        return Starts(find, num_starts)
     positions = spread_starts(target, init_params, settings.num_chains, num_starts)
     return Starts(lambda: own_positions(target, positions), num_starts, settings.num_chains if per_chain else 1)
 
@@ -194,11 +195,19 @@ def _count_starts(target: Target, settings: Settings, per_chain: bool) -> int:
 
     Raises:
         TypeError, ValueError: The kernel does not fit the target.
+        ValueError: The warm-up would leave out some of the given starts.
     """
     settings.kernel.check(target)
     if not settings.num_warmup:
         return settings.num_chains
-    return settings.warmup.count_starts(target, settings.num_chains if per_chain else 1)
+    num_given = settings.num_chains if per_chain else 1
+    number = settings.warmup.count_starts(target, num_given)
+    if number < num_given:
+        raise ValueError(
+            f"{type(settings.warmup).__name__} runs from {number} starts, but one is given for each of {num_given} "
+            "chains: pass one start for all chains, another warmup=, or num_warmup=0."
+        )
+    return number
 
 
 def sample(

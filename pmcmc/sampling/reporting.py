@@ -205,7 +205,7 @@ class Outcome:
             planned_seconds=0.0 if automatic is None else automatic.seconds,
             warmup_remark=self.state.warmup_remark,
             num_lost_lanes=self.state.num_lost_lanes,
-            num_lanes=len(jax.tree.leaves(self.state.ensemble)[0]),
+            num_lanes=self.state.num_lanes,
             centredness={
                 name: (round(float(np.min(c)), 2), round(float(np.max(c)), 2))
                 for name, c in self.state.target.centredness.items()

@@ -95,14 +95,15 @@ def tune_chains(
         prepare(_begin(expected, _chain_starts(expected, starts.number, False, settings), chain_key, source))
     # Check the starts before warm-up.
     positions = starts.find()
-    check_starts(target, positions)
+    check_starts(target, positions, settings.uses_gradient)
     kernel.check_start(target, jax.tree.map(lambda x: np.asarray(x)[0], positions))
     # Warm up, and start the chains from lanes of the ensemble.
     tuned = _tune(target, warmup_key, positions, starts.num_given, settings, watch)
     differ = any(np.any(np.asarray(x) != np.asarray(x)[:1]) for x in jax.tree.leaves(positions))
     own = _chain_starts(tuned, starts.number, starts.num_given > 1 and differ, settings)
     unknown = jax.tree.map(lambda x: jax.device_put(np.asarray(x)[own]), tuned.states)
-    return _begin(tuned, own, chain_key, source)._replace(unknown=unknown)
+    num_lanes = len(jax.tree.leaves(tuned.states)[0]) if settings.num_warmup else 0
+    return _begin(tuned, own, chain_key, source)._replace(unknown=unknown, num_lanes=num_lanes)
 
 
 def _expected(target: Target, num_starts: int, settings: Settings) -> Tuned | None:
@@ -124,13 +125,13 @@ def _begin(tuned: Tuned, own: np.ndarray, chain_key: PRNGKey, source: Source) ->
 def _tune(
     target: Target, rng_key: PRNGKey, positions: PyTree, num_given: int, settings: Settings, watch: Watch
 ) -> Tuned:
-    """Run the warm-up; without warm-up, return the kernel as it is with the states at ``positions``."""
+    """Run the warm-up; without warm-up, return the kernel with the states at ``positions``."""
     if settings.num_warmup:
         tuned = settings.warmup.run(target, settings.kernel, rng_key, positions, settings.num_warmup, watch, num_given)
         if tuned.remark:
-            warnings.warn(tuned.remark, stacklevel=5)  # the caller of `parallel_chain` and `sample`
+            warnings.warn(tuned.remark, stacklevel=6)  # the caller of `parallel_chain` and `sample`
         return jax.block_until_ready(tuned)
-    kernel = settings.kernel
+    kernel = settings.kernel.finalize()
     states = jax.vmap(lambda position: kernel.unknown(kernel.init(target, position)))(positions)
     return Tuned(target, kernel, states, jnp.array(jnp.nan))
 
@@ -241,7 +242,8 @@ class Session:
             compile_first(engine, self.settings.solver, self.settings.num_samples)
 
         state = tune_chains(source, rng_key, starts, self.settings, watch, prepare)
-        self.warmup_seconds = time.perf_counter() - self.began
+        if self.settings.num_warmup:
+            self.warmup_seconds = time.perf_counter() - self.began
         return state
 
     def bytes_in_memory(self, num_unkept: int, num_before: int = 0) -> Callable[[Engine], int]:

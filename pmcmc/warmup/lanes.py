@@ -66,13 +66,14 @@ def num_lanes(target: Target, num_given: int = 1) -> int:
     Args:
         target: Target to sample.
         num_given: Number of different starts. There are at least twice as many lanes, up to 32, so that each of the
-            first lanes has its own.
+            first lanes has its own; and never fewer lanes than starts.
     """
     y = jax.ShapeDtypeStruct((target.dim,), target.spec.dtype)
     density = jax.make_jaxpr(lambda target, y: target.logdensity_fn(y))(target, y)
     most = LANE_OPERATIONS // max(1, count_operations(density.jaxpr))
     wanted = 2 ** (num_given - 1).bit_length() * 2 if num_given > 1 else 1
-    return min(NUM_LANES, max(LEAST_LANES, wanted, 2 ** (max(1, most).bit_length() - 1)))
+    usual = min(NUM_LANES, max(LEAST_LANES, wanted, 2 ** (max(1, most).bit_length() - 1)))
+    return max(usual, num_given + num_given % 2)  # an even number: a pilot pairs lanes of the two halves
 
 
 class Piece(NamedTuple):

@@ -74,6 +74,18 @@ def test_a_log_density_and_its_key_come_back(tmp_path: Path) -> None:
     assert_equal(back.extend(60, progress_bar=False), plain_chain().extend(60, progress_bar=False))
 
 
+def test_a_number_of_steps_that_no_warm_up_fixed(tmp_path: Path) -> None:
+    """The default of `HMC` follows from its step size: steps are those with that number, which is known afterwards."""
+    options = dict(solver=Sequential(), extra_fields=("num_steps",), **{**SIZES, "num_warmup": 0, "num_samples": 20})
+    run = lambda length: pmcmc.sample(gaussian, start_like(gaussian), 0, kernel=pmcmc.HMC(0.5, length), **options)
+    chain, expected = run(None), run(4)
+    np.testing.assert_array_equal(chain.unknowns, expected.unknowns)
+    assert np.all(chain.get_extra_fields()["num_steps"] == 4)
+    chain.save(tmp_path / "chain.npz")
+    back = pmcmc.load(tmp_path / "chain.npz", gaussian)
+    assert_equal(back.extend(20, progress_bar=False), chain.extend(20, progress_bar=False))
+
+
 ELSEWHERE = """
 import sys, jax
 jax.config.update("jax_enable_x64", True)

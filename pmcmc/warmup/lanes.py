@@ -304,9 +304,8 @@ def tune(
     """Tune the kernel's step size on lanes, then run them on to decorrelate them.
 
     Two thirds of the steps adapt the step size; the last third decorrelates the lanes, at the step size of the tuned
-    kernel, also where another kernel is run in its place (`Kernel.tuned_by`). Each third is rounded up to
-    whole pieces of `PIECE` steps. The time of a step is the lower median over the pieces of the last third, extended by
-    earlier pieces to `NUM_TIMED`.
+    kernel, also where another one is run in its place (`Kernel.tuned_by`). Each third is rounded up to whole pieces of
+    `PIECE` steps. The time of a step is the lower median over the last third, extended by earlier pieces to `NUM_TIMED`.
 
     Args:
         target: Target in the basis of the exploration.
@@ -332,16 +331,16 @@ def tune(
     before = [lanes.run(adapting=True)[1] for _ in range(2 * third)]
     tuned = lanes.tuned(kernel)
     lanes.final_step = tuned.tunables.get("step_size", np.nan)
-    last, seconds = zip(*(lanes.run(adapting=False) for _ in range(third)), strict=True)
-    timed = [*before, *seconds][-max(third, NUM_TIMED) :]
+    last, times = zip(*(lanes.run(adapting=False) for _ in range(third)), strict=True)
+    timed = [*before, *times][-max(third, NUM_TIMED) :]
     # Judge the tuned kernel by the last third.
     acceptance_rate = np.concatenate([piece.acceptance_rate for piece in last])
     moved = np.mean([piece.moved for piece in last], axis=0)
     check_tuned(tuned, lanes.states, np.mean(acceptance_rate), np.mean(moved))
-    timing = LaneTiming(len(positions), median_low(timed) / PIECE) if stand_in is kernel else None
+    seconds = median_low(timed) / PIECE
+    timing = LaneTiming(len(positions), seconds) if stand_in is kernel else None
     if stand_in is not kernel and isinstance(stand_in, HMC):
-        num_leapfrogs = stand_in.num_leapfrogs(lanes.final_step)
-        timing = LaneTiming(len(positions), median_low(timed) / PIECE, num_leapfrogs)
+        timing = LaneTiming(len(positions), seconds, stand_in.num_leapfrogs(lanes.final_step))
     order = start_order(*(np.concatenate(parts) for parts in ([p.path for p in last], [p.logdensity for p in last])))
     num_held = int(held_lanes(moved, acceptance_rate, lanes.rate).sum())
     some = 0 < num_held < len(moved)  # if all are held, `check_tuned` has raised

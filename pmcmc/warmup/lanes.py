@@ -304,8 +304,8 @@ def tune(
     """Tune the kernel's step size on lanes, then run them on to decorrelate them.
 
     Two thirds of the steps adapt the step size; the last third decorrelates the lanes, at the step size of the tuned
-    kernel, also where another one is run in its place (`Kernel.tuned_by`). Each third is rounded up to whole pieces of
-    `PIECE` steps. The time of a step is the lower median over the last third, extended by earlier pieces to `NUM_TIMED`.
+    kernel, also where another one runs in its place (`Kernel.tuned_by`). Each third is rounded up to whole pieces of
+    `PIECE` steps. The time of a step is the lower median of the last third, extended by earlier pieces to `NUM_TIMED`.
 
     Args:
         target: Target in the basis of the exploration.

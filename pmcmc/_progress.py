@@ -8,7 +8,7 @@ from typing import Any
 class Progress:
     """One progress bar through warm-up, compilation and sampling.
 
-    It counts the draws of each chain that are final and shows the number of sweeps and the remaining time. It is
+    It counts the steps of each chain that are final and shows the number of sweeps and the remaining time. It is
     visible in terminals and notebooks only, so that logs and pipes stay clean.
 
     Args:
@@ -21,7 +21,7 @@ class Progress:
 
         in_notebook = auto.tqdm is not asyncio.tqdm  # in notebooks auto.tqdm is a subclass that draws a widget
         shown = show and (in_notebook or sys.stderr.isatty())
-        self._bar: Any = auto.tqdm(total=num_samples, unit="draw", unit_scale=True, disable=not shown)
+        self._bar: Any = auto.tqdm(total=num_samples, unit="step", unit_scale=True, disable=not shown)
         self._warmed, self._compiled = 0, set[Hashable]()
         self._stage = ""
         self._enter("warm-up")
@@ -52,10 +52,10 @@ class Progress:
         self._stage = stage
 
     def update(self, num_steps: int, num_sweeps: int) -> None:
-        """Add ``num_steps`` draws per chain that are final.
+        """Add ``num_steps`` steps per chain that are final.
 
         Args:
-            num_steps: Further final draws of each chain.
+            num_steps: Further final steps of each chain.
             num_sweeps: Repair sweeps that the segment took; 0 if it was sampled sequentially.
         """
         self._bar.set_postfix_str(f"sweeps: {num_sweeps}" if num_sweeps else "", refresh=False)

@@ -30,6 +30,7 @@ from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.sampling.api import model_starts
 from pmcmc.sampling.session import sample_from, sample_new, warm_up
 from pmcmc.sampling.settings import Settings, as_key
+from pmcmc.starts import check_starts
 from pmcmc.target import Target
 from pmcmc.warmup import Warmup
 
@@ -96,10 +97,12 @@ class ParallelMCMC(MCMC):
     ``arviz.from_numpyro``. The attribute ``chain`` is the underlying `Chain`, with its report.
 
     These options of NUTS and HMC are kept: ``model``, ``target_accept_prob``, ``dense_mass`` (True or False),
-    ``max_tree_depth``, ``num_steps``, ``trajectory_length``, ``init_strategy``, and ``step_size`` and
-    ``inverse_mass_matrix`` if they are not adapted. If they are, NumPyro only starts from them, and pmcmc starts
-    elsewhere. Steps of HMC are jittered, and its trajectories are 0.29 of a period long where ``trajectory_length`` is
-    left out, instead of 2 pi. Options that cannot be kept are refused.
+    ``max_tree_depth``, ``num_steps``, ``trajectory_length``, ``init_strategy``, ``adapt_step_size``,
+    ``adapt_mass_matrix``, and ``step_size`` and ``inverse_mass_matrix`` if they are not adapted. If they are, NumPyro
+    only starts from them, and pmcmc starts elsewhere. Steps of HMC are jittered, and its trajectories are 0.29 of a
+    period long where ``trajectory_length`` is left out, instead of 2 pi. ``regularize_mass_matrix`` and
+    ``find_heuristic_step_size`` have no effect: they say how NumPyro adapts, and pmcmc has warm-ups of its own. Options
+    that cannot be kept are refused.
 
     Args:
         sampler: ``numpyro.infer.NUTS(model, ...)`` or ``HMC(model, ...)``, translated as described above; or the model
@@ -319,7 +322,27 @@ class ParallelMCMC(MCMC):
             # Do not use the key itself: it may have drawn these steps before, and chains that share noise would merge.
             rng_key, num_unkept = fold_key(rng_key, chains.num_steps + 1), 0
         target = target.with_centredness(chains.target.centredness).with_basis(chains.target.basis)
-        return chains._replace(target=target, rng_key=rng_key, num_unkept=num_unkept, source=source)
+        chains = chains._replace(target=target, rng_key=rng_key, num_unkept=num_unkept, source=source)
+        _check_standing(chains)
+        return chains
+
+
+def _check_standing(chains: ChainState) -> None:
+    """Raise an error if the log density is not finite where chains stand, as with other data than before.
+
+    Raises:
+        ValueError: It is not finite there; the message says why.
+    """
+    if np.isfinite(last_logdensity(chains)).all():  # by a program that the run before has compiled
+        return
+    target = chains.target
+    try:
+        check_starts(target, jax.vmap(lambda x: chains.kernel.position(target, x))(chains.unknown))
+    except ValueError as error:
+        raise ValueError(
+            "post_warmup_state was made with other data, and the chains cannot go on from where they stand: "
+            f"{error} To warm up with the new data, set post_warmup_state to None."
+        ) from error
 
 
 def _could_be_tuned_to(asked: Any, tuned: Any) -> bool:
@@ -340,6 +363,9 @@ def _could_be_tuned_to(asked: Any, tuned: Any) -> bool:
         return set(asked) == set(tuned) and all(_could_be_tuned_to(asked[name], tuned[name]) for name in asked)
     if isinstance(asked, (tuple, list)):
         return len(asked) == len(tuned) and all(map(_could_be_tuned_to, asked, tuned))
+    if isinstance(asked, jax.Array) and jnp.issubdtype(asked.dtype, jax.dtypes.prng_key):
+        words = jax.random.key_data
+        return getattr(tuned, "dtype", None) == asked.dtype and np.array_equal(words(asked), words(tuned))
     if isinstance(asked, (int, float, np.ndarray, np.generic, jax.Array)) and tuned is not None:
         tuned = np.asarray(tuned)  # compare in the precision of the chain, which may be lower
         return np.array_equal(np.asarray(asked, tuned.dtype), tuned)

@@ -1,5 +1,6 @@
 """Positions where chains or warm-up start: whether a target's density and gradient can be used there."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,21 +11,23 @@ from pmcmc._xla.compile import tuned_jit
 from pmcmc.target import Target
 
 
-def check_starts(target: Target, starts: PyTree) -> None:
+def check_starts(target: Target, starts: PyTree, uses_gradient: bool = True) -> None:
     """Raise if the density or its gradient is not finite at some start, and name the cause.
 
     Args:
         target: What is sampled. Without a density, starts need only be finite; gradients are those of real leaves.
         starts: Positions, leading axis N.
+        uses_gradient: Whether the gradient is needed.
 
     Raises:
         ValueError: Some or all starts are not usable.
         TypeError: The density has no gradient, or cannot be mapped over positions.
     """
     try:
-        values, gradients, usable = evaluate_starts(target, starts)
+        values, gradients, usable = evaluate_starts(target, starts, uses_gradient)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise TypeError(f"the log density works at one position, but {_obstacle(target, starts)} ({error})") from error
+        obstacle = _obstacle(target, starts, uses_gradient)
+        raise TypeError(f"the log density works at one position, but {obstacle} ({error})") from error
     if usable.all():
         return
     if not target.model.has_density:
@@ -47,14 +50,16 @@ def check_starts(target: Target, starts: PyTree) -> None:
     )
 
 
-def _obstacle(target: Target, starts: PyTree) -> str:
+def _obstacle(target: Target, starts: PyTree, uses_gradient: bool) -> str:
     """Say why densities and gradients cannot be computed at many starts."""
     try:
-        jax.eval_shape(_evaluate_start, target, jax.tree.map(lambda x: x[0], starts))
+        evaluate = partial(_evaluate_start, uses_gradient=uses_gradient)
+        jax.eval_shape(evaluate, target, jax.tree.map(lambda x: x[0], starts))
     except (TypeError, ValueError, NotImplementedError):
         return (
             "JAX cannot differentiate it. Write it with JAX operations that have a derivative (scan instead of "
-            "while_loop), or define its derivative with jax.custom_jvp."
+            "while_loop), or define its derivative with jax.custom_jvp. Or use a kernel without gradients and no "
+            "warm-up by HMC: RandomWalk(step_size=...) with num_warmup=0, or Compose([(RandomWalk(), sites)])."
         )
     return (
         "jax.vmap cannot map it over several, as chains and blocks require. Use JAX operations, or say how to map "
@@ -62,19 +67,24 @@ def _obstacle(target: Target, starts: PyTree) -> str:
     )
 
 
-def evaluate_starts(target: Target, starts: PyTree) -> tuple[np.ndarray, PyTree, np.ndarray]:
+def evaluate_starts(
+    target: Target, starts: PyTree, uses_gradient: bool = True
+) -> tuple[np.ndarray, PyTree, np.ndarray]:
     """Evaluate densities and gradients at starts.
 
     Args:
         target: What is sampled.
         starts: Positions, leading axis N.
+        uses_gradient: Whether the gradient is needed.
 
     Returns:
-        Log densities (N,); gradients of real leaves (N, ...), None for others; and whether both are finite (N,).
-        Without a density, the first is NaN, the second None, and the last says whether the position itself is finite.
+        Log densities (N,); gradients of real leaves (N, ...), None for others and if they are not needed; and whether
+        all are finite (N,). Without a density, the first is NaN, the second None, and the last says whether the
+        position itself is finite.
     """
     if target.model.has_density:
-        values, gradients = jax.tree.map(np.asarray, _evaluate_starts(target, starts))
+        evaluated = _evaluate_starts(target, starts, uses_gradient=uses_gradient)
+        values, gradients = jax.tree.map(np.asarray, evaluated)
         judged = [values, *jax.tree.leaves(gradients)]
     else:
         values, gradients = np.full(len(jax.tree.leaves(starts)[0]), np.nan), None
@@ -83,8 +93,10 @@ def evaluate_starts(target: Target, starts: PyTree) -> tuple[np.ndarray, PyTree,
     return values, gradients, np.all(finite, axis=0) if finite else np.ones(len(values), bool)
 
 
-def _evaluate_start(target: Target, position: PyTree) -> tuple[Array, PyTree]:
-    """Return the log density, and its gradient with respect to real leaves (None for others)."""
+def _evaluate_start(target: Target, position: PyTree, uses_gradient: bool) -> tuple[Array, PyTree]:
+    """Return the log density, and its gradient with respect to real leaves (None for others, or if it is not used)."""
+    if not uses_gradient:
+        return target.model.logdensity(target.data, position), None
     split = lambda keep: jax.tree.map(lambda x: x if is_real(x) == keep else None, position)
     real, discrete = split(True), split(False)
     merge = lambda a, b: b if a is None else a
@@ -94,7 +106,7 @@ def _evaluate_start(target: Target, position: PyTree) -> tuple[Array, PyTree]:
     return jax.value_and_grad(logdensity)(real)
 
 
-@tuned_jit()
-def _evaluate_starts(target: Target, starts: PyTree) -> Any:
+@tuned_jit(static_argnames="uses_gradient")
+def _evaluate_starts(target: Target, starts: PyTree, *, uses_gradient: bool) -> Any:
     """Return `_evaluate_start` of all starts."""
-    return jax.vmap(lambda position: _evaluate_start(target, position))(starts)
+    return jax.vmap(lambda position: _evaluate_start(target, position, uses_gradient))(starts)

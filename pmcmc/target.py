@@ -82,6 +82,14 @@ class Place(NamedTuple):
     is_heavy: Array
 
 
+def _without_plates(site: str) -> ValueError:
+    """Return the error of a model that does not know which of its terms belong to which element of a site."""
+    return ValueError(
+        f"independent=[{site!r}] needs a NumPyro model with {site!r} in a plate. Write CategoricalUpdate for a "
+        "log density of your own, or leave the option out: then elements are drawn one after the other."
+    )
+
+
 # Pairs (site, its values) of discrete sites.
 Supports = tuple[tuple[str, tuple[int | float, ...]], ...]
 
@@ -134,10 +142,28 @@ class Model(abc.ABC):
         Raises:
             ValueError: The model does not know which of its terms belong to which element.
         """
-        raise ValueError(
-            f"independent=[{site!r}] needs a NumPyro model with {site!r} in a plate. Write CategoricalUpdate for a "
-            "log density of your own, or leave the option out: then elements are drawn one after the other."
-        )
+        raise _without_plates(site)
+
+    def changes_own_terms(self, data: PyTree, position: PyTree, site: str, values: Array, index: Array) -> Array:
+        """Return whether the value of one element of a discrete site changes no terms but its own.
+
+        They are the terms that `element_logdensities` counts as the element's. A term that is NaN or infinite at all
+        values has not changed.
+
+        Args:
+            data: The model's data.
+            position: Values of the sites.
+            site: Name of the discrete site.
+            values: Its K values.
+            index: Flat index of the element.
+
+        Returns:
+            A boolean, shape ().
+
+        Raises:
+            ValueError: The model does not know which of its terms belong to which element.
+        """
+        raise _without_plates(site)
 
     def site_scales(self, data: PyTree, position: PyTree) -> dict[str, Array]:
         """Return the scales of latent sites from location-scale families; empty if the model has no sites."""
@@ -244,6 +270,9 @@ class Conditional(Model):
 
     def element_logdensities(self, data, position, site, values):
         return self.model.element_logdensities(data[0], {**data[1], **position}, site, values)
+
+    def changes_own_terms(self, data, position, site, values, index):
+        return self.model.changes_own_terms(data[0], {**data[1], **position}, site, values, index)
 
 
 @register_dataclass

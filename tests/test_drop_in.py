@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -13,9 +14,11 @@ import pytest
 from numpyro.infer import HMC, MCMC, NUTS, BarkerMH, Predictive, init_to_value, log_likelihood
 
 import pmcmc
+from pmcmc import numpyro_samplers
 from pmcmc.drop_in import ParallelMCMC
+from pmcmc.kernels import ParallelLeapfrog
 from pmcmc.numpyro_samplers import translate
-from pmcmc.recurrence import MultipleShooting, Sequential
+from pmcmc.recurrence import HutchinsonDiagonal, MultipleShooting, Newton, Sequential
 
 
 @pytest.fixture(autouse=True)
@@ -207,6 +210,27 @@ def test_states_that_do_not_fit() -> None:
         _ = make().chain
 
 
+def test_data_that_a_state_cannot_go_on_with() -> None:
+    mcmc = make(num_warmup=0, num_samples=10, kernel=pmcmc.HMC(step_size=0.3, num_integration_steps=2))
+    mcmc.run(jax.random.key(0), Y)
+    mcmc.post_warmup_state = mcmc.last_state
+    with pytest.raises(ValueError, match=r"with other data, and .* cannot be used at any start.*state to None\.$"):
+        mcmc.run(jax.random.key(1), np.full_like(Y, 1e200))  # its density is zero
+
+
+def test_a_state_of_a_kernel_with_a_typed_key() -> None:
+    solver = Newton(HutchinsonDiagonal(jax.random.key(0)))
+    kernel = pmcmc.HMC(step_size=0.3, num_integration_steps=2, leapfrog=ParallelLeapfrog(2, solver))
+    mcmc = make(num_warmup=0, num_samples=10, kernel=kernel)
+    mcmc.run(jax.random.key(0), Y)
+    mcmc.post_warmup_state = mcmc.last_state
+    mcmc.run(jax.random.key(1), Y)
+    other = make(kernel=replace(kernel, leapfrog=ParallelLeapfrog(2, Newton(HutchinsonDiagonal(jax.random.key(1))))))
+    other.post_warmup_state = mcmc.last_state
+    with pytest.raises(ValueError, match="make it with the same sampler"):
+        other.run(jax.random.key(1), Y)
+
+
 @pytest.mark.filterwarnings("ignore:.*were divergent")
 @pytest.mark.parametrize(
     ("kernel", "words"),
@@ -319,6 +343,12 @@ def test_samplers_without_a_counterpart(make_sampler, error, words) -> None:
         return
     with pytest.raises(error, match=words):
         ParallelMCMC(make_sampler(), **options)
+
+
+def test_every_option_of_numpyros_kernels_is_kept_named_or_refused() -> None:
+    said = f"{ParallelMCMC.__doc__}{inspect.getsource(numpyro_samplers)}"
+    options = [*inspect.signature(HMC.__init__).parameters, *inspect.signature(NUTS.__init__).parameters]
+    assert [name for name in options if name != "self" and name not in said] == []
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ by JAX once per function object, here as in NumPyro.
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -361,7 +361,8 @@ def refuse_transformation(who: str, *arguments: PyTree) -> None:
     Raises:
         TypeError: The call is within a transformation. The message says what to do instead.
     """
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)) or not _is_clean():
+    leaves = jax.tree.leaves(arguments, is_leaf=lambda x: isinstance(x, Iterator))  # without it JAX warns of iterators
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves) or not _is_clean():
         raise TypeError(
             f"{who} cannot be called within jax.jit, jax.vmap or jax.grad, since it compiles programs itself and makes "
             "decisions from their results: call it outside; for several data sets or keys in a Python loop, where "

@@ -108,11 +108,13 @@ class Chain:
             A new `Chain` with these draws and the new ones. Its ``report`` covers the extension only.
 
         Raises:
-            ValueError: ``num_samples`` is less than ``thinning``, or the model has changed since the chain was sampled.
+            ValueError: ``num_samples`` is less than ``thinning``, a chain would have more than 2^32 steps, or the model
+                has changed since the chain was sampled.
             TypeError: ``num_samples`` is not an integer.
-            MemoryError: The draws and the shortest segment do not fit into memory; raised before any sampling.
+            MemoryError: All draws and the shortest segment do not fit into memory; raised before any sampling.
             Interrupted: Ctrl-C; its ``chain`` holds all draws so far.
             NonFiniteState: A chain reached a state that is not finite; its ``chain`` holds the draws before it.
+            Warning: A filter of Python's ``warnings`` raises a warning; its ``chain`` holds all draws so far.
 
         Example:
             >>> import jax.numpy as jnp, pmcmc
@@ -152,7 +154,8 @@ class Chain:
             A `StoredChain`. Its ``report`` covers the new steps only.
 
         Raises:
-            ValueError: ``num_samples`` is less than ``thinning``, or the model does not have some of the sites.
+            ValueError: ``num_samples`` is less than ``thinning``, a chain would have more than 2^32 steps, the model
+                has changed since the chain was sampled, or it does not have some of the sites.
             TypeError: ``num_samples`` is not an integer, or ``sites`` is not a sequence of names.
             FileExistsError: The folder is not empty.
             ImportError: Zarr is not installed.
@@ -352,6 +355,10 @@ class Chain:
 
         Returns:
             NumPyro's statistics, ``{site: {statistic: array}}``, which print as a table.
+
+        Raises:
+            ValueError: There are fewer than four draws per chain, or the model does not have some of the sites.
+            TypeError: ``sites`` is not a sequence of names.
         """
         samples = self._grouped(None if sites is None else check_sites(self.target, sites))
         return Summary(samples, prob, self.info.is_divergent)
@@ -362,6 +369,9 @@ class Chain:
         Args:
             prob: As in `summary`.
             sites: As in `summary`.
+
+        Raises:
+            ValueError, TypeError: As in `summary`.
         """
         print(self.summary(prob, sites=sites))
 

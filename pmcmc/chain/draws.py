@@ -139,11 +139,12 @@ def judge(sites: dict[str, np.ndarray], stride: int = 1) -> Mixing:
         # Measure some coordinates at a time: several arrays as large as their draws are in memory.
         parts = np.array_split(varies, -(-len(varies) // MAX_COLUMNS))
         rhat, bulk, tail, noise = map(np.concatenate, zip(*(measure(rows[..., some]) for some in parts), strict=True))
-        # The noise is NaN if draws do not vary within chains; fmax then takes MAX_RHAT.
-        num_apart += int(np.sum(rhat > np.fmax(MAX_RHAT, noise)))
-        for into, values, pick in zip(found, (rhat, bulk, tail), (np.argmax, np.argmin, np.argmin), strict=True):
-            place = int(pick(values))
-            into[name] = (float(values[place]), tuple(map(int, np.unravel_index(varies[place], shape))))
+        num_apart += int(np.sum(rhat > np.maximum(MAX_RHAT, noise)))
+        picks = (np.nanargmax, np.nanargmin, np.nanargmin)
+        for into, values, pick in zip(found, (rhat, bulk, tail), picks, strict=True):
+            if not np.isnan(values).all():
+                place = int(pick(values))
+                into[name] = (float(values[place]), tuple(map(int, np.unravel_index(varies[place], shape))))
     return Mixing(*found, num_apart, num_draws, stride)
 
 
@@ -167,8 +168,8 @@ class Measures(NamedTuple):
 def measure(draws: np.ndarray) -> Measures:
     """Compute rank-normalised split R-hat (the larger of bulk and folded) and effective sample sizes of bulk and tails.
 
-    The effective sample size of the tails is the smaller one of the 5 % and 95 % quantiles. Numbers are NaN where a
-    coordinate does not vary.
+    The effective sample size of the tails is the smaller one of the 5 % and 95 % quantiles. Where a coordinate does not
+    vary, R-hat is NaN.
 
     Noise: let each of m chains have n effective draws. If all sample the same law, the variance of their means is
     distributed as
@@ -196,7 +197,7 @@ def measure(draws: np.ndarray) -> Measures:
     noise = [np.sqrt(1 + unlikely * num_chains / _ess(x)) for x in centred]
     # Take the larger R-hat of the two, with its own noise. Folded draws of two values may not vary; they have NaN.
     rhat, noise = np.fmax(*rhats), np.where(rhats[1] > rhats[0], noise[1], noise[0])
-    return Measures(rhat, _ess(scores), np.fmin(*tails), noise)
+    return Measures(rhat, _ess(scores), np.minimum(*tails), noise)
 
 
 def _split(x: np.ndarray) -> np.ndarray:
@@ -238,7 +239,8 @@ def _ess(x: np.ndarray) -> np.ndarray:
         x: Draws; shape (D, num_chains, num_draws).
 
     Returns:
-        Effective sample sizes (D,); NaN where nothing varies.
+        Effective sample sizes (D,); as in ArviZ the number of draws where nothing varies, such as whether a draw is
+        below a quantile that is the largest value of all.
     """
     _, num_chains, num_draws = x.shape
     total, means = num_chains * num_draws, x.mean(axis=2, keepdims=True)
@@ -259,7 +261,7 @@ def _ess(x: np.ndarray) -> np.ndarray:
     after = 2 * positive.sum(axis=1)  # lag of the first correlation after these pairs
     after = np.take_along_axis(correlation, np.minimum(after, num_draws - 1)[:, None], axis=1)[:, 0]
     time = -1 + 2 * monotone.sum(axis=1) + np.maximum(after, 0.0)
-    return np.where(variance > 0, total / np.maximum(time, 1 / np.log10(total)), np.nan)
+    return np.where(variance > 0, total / np.maximum(time, 1 / np.log10(total)), total)
 
 
 # Number of draws whose positions are computed at a time.
@@ -308,10 +310,10 @@ def check_sites(target: Target, sites: Any) -> tuple[str, ...]:
 def by_name(samples: PyTree) -> dict[str, Any]:
     """Return draws, or their shapes, as a flat dict.
 
-    A flat dict is returned as it is. A single array is named ``x``, and a leaf of any other pytree by ``x`` and its
-    path.
+    A flat dict with names is returned as it is. A single array is named ``x``, and a leaf of any other pytree by ``x``
+    and its path.
     """
-    if isinstance(samples, dict) and all(hasattr(x, "shape") for x in samples.values()):
+    if isinstance(samples, dict) and all(isinstance(k, str) and hasattr(x, "shape") for k, x in samples.items()):
         return samples
     leaves = jax.tree_util.tree_leaves_with_path(samples)
     if len(leaves) == 1 and not leaves[0][0]:
@@ -338,6 +340,8 @@ def judge_mixing(target: Target, kernel: Kernel, unknowns: PyTree, before: int =
         before: Thinning that was already applied: the unknowns are every ``before``-th draw.
     """
     num_chains, num_draws = jax.tree.leaves(unknowns)[0].shape[:2]
+    if not num_draws:
+        return judge({})
     stride = stride_of(num_chains, num_draws, target.dim)
     rows = jax.tree.map(lambda x: np.asarray(x)[:, stride - 1 :: stride], unknowns)
     if isinstance(kernel, PositionKernel) and not target.centredness:

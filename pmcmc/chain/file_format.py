@@ -15,10 +15,11 @@ from types import UnionType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pmcmc import kernels, recurrence
-from pmcmc._pytree import PyTree
+from pmcmc._pytree import PRNGKey, PyTree
 from pmcmc._xla.trace import Traced, Untraced
 from pmcmc.kernels.gibbs import Block
 from pmcmc.target import Basis
@@ -88,18 +89,21 @@ class Writer:
 
         Args:
             name: Name of the value's array, or prefix of the names of its arrays.
-            value: Any nesting of numbers, strings, arrays, containers and dataclasses. Anything else becomes a gap,
-                which `Reader.decode` fills.
+            value: Any nesting of numbers, strings, arrays, keys, dicts, lists, tuples and dataclasses. Anything else,
+                also a subclass of dict, becomes a gap, which `Reader.decode` fills.
         """
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
+        if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            self.arrays[name] = np.asarray(jax.random.key_data(value))
+            return {"key": name, "impl": str(jax.random.key_impl(value))}
         if isinstance(value, (np.ndarray, np.generic, jax.Array)):
             self.arrays[name] = np.asarray(value)
             return {"array": name}
         if isinstance(value, (Traced, Untraced)):
             return {"gap": "function"}
         items: Iterable[tuple[Any, Any]]
-        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        if type(value) is dict and all(isinstance(key, str) for key in value):
             kind, items = "dict", value.items()
         elif type(value) in (tuple, list):
             kind, items = type(value).__name__, enumerate(value)
@@ -232,6 +236,21 @@ class Reader:
         self._read.add(name)
         return x
 
+    def key(self, name: str, impl: str) -> PRNGKey:
+        """Return a stored key.
+
+        Args:
+            name: Name of the array of its words.
+            impl: Name of its implementation.
+        """
+        words = self.array(name, 1)
+        if words.dtype != np.uint32:
+            raise self.malformed(f"{name} is {words.dtype}")
+        try:
+            return jax.random.wrap_key_data(jnp.asarray(words), impl=impl)
+        except (TypeError, ValueError) as error:
+            raise self.malformed(error) from error
+
     def check_types(self, values: dict[str, Any], cls: type) -> None:
         """Check the values of a dataclass's fields against its annotations."""
         for name, hint in get_type_hints(cls, include_extras=True).items():
@@ -262,6 +281,8 @@ class Reader:
             raise self.malformed(f"{what} holds {stored!r:.40}")
         if isinstance(name := stored.get("array"), str):
             return self.array(name)
+        if isinstance(name := stored.get("key"), str) and isinstance(impl := stored.get("impl"), str):
+            return self.key(name, impl)
         if isinstance(stored.get("gap"), str):
             if given is None:
                 raise ValueError(

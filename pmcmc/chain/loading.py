@@ -54,7 +54,8 @@ def read_report(reader: Reader, state: ChainState) -> tuple[ChainState, SolveRep
         if x.ndim != 1 or (len(x) != len(state.own) and name not in BY_PAIR):
             raise reader.malformed(f"report and {name}")
     report = SolveReport(**found, plan=None)
-    return state._replace(warmup_remark=report.warmup_remark, num_lost_lanes=report.num_lost_lanes), report
+    remarks = {name: getattr(report, name) for name in ("warmup_remark", "num_lost_lanes", "num_lanes")}
+    return state._replace(**remarks), report
 
 
 def read_thinning(reader: Reader, state: ChainState) -> int:
@@ -264,13 +265,8 @@ def _key(reader: Reader) -> PRNGKey:
     Warns:
         UserWarning: The key was converted.
     """
-    words, impl = reader.array("key/0", 1), reader.field("key_impl", str)
-    if words.dtype != np.uint32:
-        raise reader.malformed(f"key/0 is {words.dtype}")
-    try:
-        key = jax.random.wrap_key_data(jnp.asarray(words), impl=impl)
-    except (TypeError, ValueError) as error:
-        raise reader.malformed(error) from error
+    impl = reader.field("key_impl", str)
+    key = reader.key("key/0", impl)
     if impl != IMPL:
         warnings.warn(
             f"{reader.path} was made with a key of {impl}, from which an earlier pmcmc drew noise that depended on how "
@@ -395,8 +391,8 @@ def load(
             The model must have the same sites, and the same density at the last states of the chains.
         model_args: Positional arguments of a NumPyro model, data included.
         model_kwargs: Keyword arguments of a NumPyro model, data included.
-        initial_position: Position of a log density over pytrees of user-defined classes. Dicts, lists and tuples are
-            stored, so they need not be passed.
+        initial_position: Position of a log density over pytrees of other classes, such as your own or ``OrderedDict``.
+            Dicts, lists and tuples are stored, so they need not be passed.
         kernel: The kernel that the chain was made with, if it holds functions or objects of user-defined classes, as
             kernels of `from_blackjax` do. Tuned values are in the file.
         solver: The solver that the chain was made with, under the same condition.

@@ -278,8 +278,8 @@ def _follow(
         num_steps: Number of steps.
         rounding: 0 changes nothing; 1 and -1 resolve near ties upwards and downwards; larger numbers are seeds of
             random roundings, see ``moves_states``.
-        moves_states: Whether each near tie is resolved at random, and each state is changed by up to two roundings
-            before its step, as another program might.
+        moves_states: Whether each near tie is resolved at random by itself, and each state is changed by up to two
+            roundings before its step, as another program might.
 
     Returns:
         The unknown after the last step, and its info.
@@ -294,15 +294,17 @@ def _follow(
         def one(chain: Array, first: Array, x: PyTree) -> tuple[PyTree, Info]:
             def take(state: PyTree, number: Array) -> tuple[PyTree, Info]:
                 noise = jax.tree.map(lambda u: u[0], step_noise(kernel, target, keys[chain], (first + number)[None]))
-                # Choose how a near tie is resolved, and move the state as another rounding would.
-                sign = rounding.astype(none.dtype)
+                # Choose how near ties are resolved, and move the state as another rounding would.
+                sign = jnp.ones_like(none) if moves_states else rounding.astype(none.dtype)
+                words = jnp.stack([rounding, chain]).astype(jnp.uint32), (first + number).astype(jnp.uint32)
                 if moves_states:
-                    words = jnp.stack([rounding, chain]).astype(jnp.uint32), (first + number).astype(jnp.uint32)
-                    sign = jnp.where(threefry_2x32(*words, jnp.uint32(0))[0] >> 31, 1, -1).astype(none.dtype)
                     state = transition.restore(_moved(transition.unknown(state), *words))
 
                 def attempt(_: Array, tried: tuple) -> tuple:
-                    new, info = transition.step(state, kernel.nudge(noise, tried[2]))
+                    nudged = kernel.nudge(noise, tried[2])
+                    if moves_states:
+                        nudged = _either(nudged, kernel.nudge(noise, -tried[2]), *words)
+                    new, info = transition.step(state, nudged)
                     new = jax.tree.map(lambda a, b: jnp.asarray(a, jnp.result_type(b)), new, state)
                     return new, info, sign * near_tie_bound(info)
 
@@ -329,12 +331,29 @@ def _moved(unknown: PyTree, words: Array, number: Array) -> PyTree:
     def leaf(place: int, x: Array) -> Array:
         if not is_real(x):
             return x
-        counter = jnp.arange(1, 1 + x.size, dtype=jnp.uint32).reshape(x.shape)
-        bits, _ = threefry_2x32(words + jnp.uint32(place), jnp.full_like(counter, number), counter)
+        bits = _bits(x.shape, words + jnp.uint32(place), number, 1)
         return x * (1 + ((bits >> 8) % 5 - 2.0).astype(x.dtype) * jnp.finfo(x.dtype).eps)
 
     leaves, structure = jax.tree.flatten(unknown)
     return jax.tree.unflatten(structure, [leaf(place, x) for place, x in enumerate(leaves)])
+
+
+def _either(one: PyTree, other: PyTree, words: Array, number: Array) -> PyTree:
+    """Return a pytree whose entries are taken from either of two at random."""
+
+    def leaf(place: int, a: Array, b: Array) -> Array:
+        bits = _bits(a.shape, words + jnp.uint32(place), number, 2**31)  # not those that move states
+        return jnp.where(bits >> 31 == 0, a, b)
+
+    leaves, structure = jax.tree.flatten(one)
+    pairs = zip(leaves, jax.tree.leaves(other), strict=True)
+    return jax.tree.unflatten(structure, [leaf(place, *pair) for place, pair in enumerate(pairs)])
+
+
+def _bits(shape: tuple[int, ...], words: Array, number: Array, first: int) -> Array:
+    """Return random words of 32 bits: hashes of (number, counter), where the counter begins with ``first``."""
+    counter = jnp.uint32(first) + jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
+    return threefry_2x32(words, jnp.full_like(counter, number), counter)[0]
 
 
 def _spread(x: np.ndarray) -> np.ndarray:

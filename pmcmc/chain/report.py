@@ -29,6 +29,8 @@ MANY_DIVERGENCES = 0.01
 # Fields that files do not hold, and arrays that do not have one entry per chain.
 NOT_STORED = ("plan", "find_diagnosis", "find_mixing")
 BY_PAIR = ("bias_bound", "coalescence_steps", "pair_distances")
+# A summary needs this many draws per chain.
+FEWEST_SUMMARISED = 4
 # The critical path is called shorter than the chain from this ratio on.
 SHORTER = 1.05
 # If a figure was corrected by more than this share, the original one is printed too.
@@ -89,7 +91,7 @@ class SolveReport:
             shape (pairs,). Empty without a pilot, or if it proves nothing.
         spread: Largest ratio, either way, between the standard deviations of the draws and of the warm-up ensemble; NaN
             if unknown.
-        num_lanes: Number of lanes of warm-up, whose last states are the ensemble; 0 if unknown.
+        num_lanes: Number of lanes of warm-up, whose last states are the ensemble; 0 without warm-up, or if unknown.
         centredness: Smallest and largest centredness c that warm-up chose for the elements of each partially centred
             site, see `AutoReparam`; empty without it, or if the model has no such sites.
         precision: Precision of matrix products that the settings of JAX ask for, if it is below float32 and the device
@@ -293,13 +295,16 @@ class SolveReport:
     def _bias(self) -> str:
         """Return the line on the bias of the start."""
         small = np.flatnonzero(self.bias_bound <= SMALL_BIAS)
+        what, region = "Bias left by warm-up", "that the lanes of warm-up found"
+        if not self.num_lanes:
+            what, region = "Bias of the starts", "where chains and their partners started"
         if not small.size:
-            return f"Bias left by warm-up: not below {SMALL_BIAS} sd within {self.bias_bound.size - 1} steps."
+            return f"{what}: not below {SMALL_BIAS} sd within {self.bias_bound.size - 1} steps."
         if self.bias_doubt:
-            return f"Bias left by warm-up: not judged, since {self.bias_doubt}."
+            return f"{what}: not judged, since {self.bias_doubt}."
         return (
-            f"Bias left by warm-up: below {SMALL_BIAS} sd from step {small[0]} on, relative to the region that the "
-            "lanes of warm-up found; of other regions this says nothing."
+            f"{what}: below {SMALL_BIAS} sd from step {small[0]} on, relative to the region {region}; of other regions "
+            "this says nothing."
         )
 
     def _near_ties(self) -> str:
@@ -383,6 +388,11 @@ class Summary(dict):
     num_divergences: int
 
     def __init__(self, samples: PyTree, prob: float, is_divergent: ArrayLeaf):
+        if (num_draws := np.shape(is_divergent)[1]) < FEWEST_SUMMARISED:
+            raise ValueError(
+                f"a summary needs at least {FEWEST_SUMMARISED} draws per chain, since R-hat compares halves of chains: "
+                f"got {num_draws}. Take more with extend()."
+            )
         super().__init__(summary_of(by_name(samples), prob))
         self.num_divergences = int(np.sum(is_divergent))
 

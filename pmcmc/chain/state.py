@@ -11,7 +11,6 @@ from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._pytree import Array, PRNGKey, PyTree
@@ -20,7 +19,8 @@ from pmcmc._xla.compile import plain_jit
 from pmcmc._xla.trace import Trace, digest, traced_functions
 from pmcmc.chain.file_format import Writer
 from pmcmc.chain.report import NOT_STORED, SolveReport
-from pmcmc.interop.numpyro import array_arguments, numpyro_target
+from pmcmc.interop.numpyro import numpyro_target
+from pmcmc.interop.numpyro_arguments import array_arguments
 from pmcmc.interop.partial_centring import AutoReparam
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver
@@ -34,12 +34,12 @@ class Described(NamedTuple):
     Attributes:
         dims: Names of the leading axes of a site's values, by site.
         observed: Observed data, by site.
-        constant: Other arrays among the model's arguments, by argument.
+        constant: Other arrays among the model's arguments, by argument, as they were passed.
     """
 
     dims: dict[str, list[str]]
     observed: dict[str, Array]
-    constant: dict[str, Array]
+    constant: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,10 @@ class Source:
             position: An unconstrained position, at which the model is run.
         """
         observed = target.model.observed(target.data, position)
-        same = lambda a, b: jnp.shape(a) == jnp.shape(b) and bool(jnp.all(jnp.asarray(a) == b))
-        constant = {
-            name: jnp.asarray(x) for name, x in self.constant.items() if not any(same(x, y) for y in observed.values())
-        }
+        # The model may have observed them in JAX's precision; they are described in their own.
+        in_jax = lambda x: x.astype(jax.dtypes.canonicalize_dtype(x.dtype))
+        same = lambda a, b: a.shape == np.shape(b) and bool(np.all(in_jax(a) == np.asarray(b)))
+        constant = {name: x for name, x in self.constant.items() if not any(same(x, y) for y in observed.values())}
         return Described(target.model.dims, observed, constant)
 
     def digests(self) -> dict[str, Any]:
@@ -153,6 +153,7 @@ class ChainState(NamedTuple):
         source: The user's model, for checking whether it has changed.
         warmup_remark: What is doubtful about warm-up, for all later reports; see `SolveReport`.
         num_lost_lanes: Number of replaced lanes of warm-up, for all later reports; see `SolveReport`.
+        num_lanes: Number of lanes of warm-up, for all later reports; see `SolveReport`.
     """
 
     target: Target
@@ -167,6 +168,7 @@ class ChainState(NamedTuple):
     source: Source
     warmup_remark: str = ""
     num_lost_lanes: int = 0
+    num_lanes: int = 0
 
     @property
     def scale(self) -> PyTree:

@@ -186,7 +186,7 @@ class StoredChain:
             sites: Names of the sites to read; None for all that were kept.
 
         Raises:
-            ValueError: One of the sites was not kept.
+            ValueError: One of the sites was not kept, or there are fewer than four draws per chain.
             MemoryError: The draws do not fit into memory; raised before anything is read.
         """
         divergent = read_arrays(self.path / DRAWS, "sample_stats", ["diverging"])["diverging"]
@@ -213,7 +213,8 @@ class StoredChain:
             A new `StoredChain` with all draws. Its ``report`` covers the new steps only.
 
         Raises:
-            ValueError: ``num_samples`` is less than ``thinning``, or the folder was already extended beyond this chain.
+            ValueError: ``num_samples`` is less than ``thinning``, a chain would have more than 2^32 steps, the model
+                has changed since the chain was sampled, or the folder was already extended beyond this chain.
             TypeError: ``num_samples`` is not an integer.
             RuntimeError: Another process is writing to the folder.
             MemoryError: The shortest segment does not fit into memory; raised before any sampling.

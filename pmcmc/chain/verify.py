@@ -8,10 +8,10 @@ arise.
 
 Another program rounds differently, and may decide a step within rounding of a tie differently. If a draw does not
 agree, its steps are computed again under other roundings: both outcomes (`Kernel.nudge`) for a single step with a
-margin, otherwise several times with ties resolved at random and with states changed by rounding. The draw must agree
-with one of them to within the tolerance, or to within `GROWTH` times the distance of these paths from each other. If
-that is more than `MOST`, rounding alone determines where the steps end. A draw that none of them reaches to within the
-tolerance is then undecided. `pmcmc.chain.replay` computes the steps.
+margin, and unless that step makes one decision only, several times with each tie resolved at random and with states
+changed by rounding. The draw must agree with one of them to within the tolerance, or to within `GROWTH` times the
+distance of these paths from each other. If that is more than `MOST`, rounding alone determines where the steps end. A
+draw that none of them reaches to within the tolerance is then undecided. `pmcmc.chain.replay` computes the steps.
 """
 
 import math
@@ -167,11 +167,11 @@ def verify(
     places = np.concatenate([places, np.stack([np.arange(num_chains), np.full(num_chains, num_draws)], -1)])
     look = Look(checker, places, checker.hold(places, lanes, 0))
     steps = checker.num_steps(places)
-    # Second look, at draws that do not agree. For a single step with a margin, the two outcomes of its tie are all that
-    # rounding can change. Steps of a kernel without margin are computed in other batch shapes.
-    settled = (steps == 1) & has_margin
+    # Second look, at draws that do not agree. For a single step with one decision, the two outcomes of its tie are all
+    # that rounding can change. Steps of a kernel without margin are computed in other batch shapes.
+    settled = (steps == 1) & has_margin & kernel.decides_once
     if has_margin:
-        ties = look.again(settled, lanes, -1) | look.again(settled, lanes, 1)
+        ties = look.again(steps == 1, lanes, -1) | look.again(steps == 1, lanes, 1)
     else:
         ties = np.zeros(len(places), bool)
         for other in (num_chains, ABREAST) if eps > 1e-8 else ():

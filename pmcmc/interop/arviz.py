@@ -184,6 +184,18 @@ class DrawArrays:
         zarr.consolidate_metadata(str(self.path), zarr_format=2)
 
 
+def is_without_draws(path: Path) -> bool:
+    """Return whether a folder is a `DrawArrays` of pmcmc that shows no draws yet."""
+    import zarr
+
+    try:
+        root = zarr.open_group(str(path), mode="r", use_consolidated=False)
+    except (OSError, ValueError):  # something else has this name
+        return False
+    lengths = [x.shape[1] for _, group in root.groups() for _, x in group.arrays() if _grows(x)]
+    return root.attrs.get("inference_library") == "pmcmc" and not any(lengths)
+
+
 def _some(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Replace zeros in a shape by ones: Zarr needs chunks of at least one element."""
     return tuple(max(1, n) for n in shape)

@@ -4,7 +4,6 @@
 deterministic sites and log likelihoods without running Python again.
 """
 
-import inspect
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import numpy as np
 
 from pmcmc._pytree import Array, PRNGKey, PyTree, RavelSpec
 from pmcmc._xla.trace import Trace, trace
+from pmcmc.interop.numpyro_arguments import refuse_iterators
 from pmcmc.interop.numpyro_positions import fixed_values, prototype_position, random_trace
 from pmcmc.interop.numpyro_sites import NonCentred, active_reparams, non_centred_forms, reparametrised, scales
 from pmcmc.interop.partial_centring import AutoReparam, PartialCentring, locations_and_scales
@@ -93,6 +93,17 @@ class NumpyroModel(Model):
             return _by_element(self.about, self._part("terms", data, everywhere), site, position[site].shape)
 
         return jnp.moveaxis(jax.vmap(at)(values), 0, -1)
+
+    def changes_own_terms(self, data, position, site, values, index):
+        def at(value: Array) -> dict[str, Array]:
+            changed = jnp.ravel(position[site]).at[index].set(value).reshape(position[site].shape)
+            return self._part("terms", data, {**position, site: changed})
+
+        # One value after the other, by the same operations: terms that do not depend on it are equal bit for bit.
+        changed = jax.tree.map(_changes, jax.lax.map(at, values))
+        by_element = jnp.ravel(_by_element(self.about, changed, site, position[site].shape))
+        own, number = by_element[index], sum(jnp.sum(x) for x in changed.values())
+        return (own == number) & (own == jnp.sum(by_element))
 
     def site_scales(self, data, position):
         return self._part("scales", data, position)
@@ -229,6 +240,26 @@ def _non_centred(
     return {name: np.zeros(position[name].shape, position[name].dtype) for name in names}
 
 
+def _check_supports(model: Callable, args: tuple, kwargs: dict, supports: Supports, position: PyTree) -> None:
+    """Raise an error if the support of a discrete site depends on other latent sites.
+
+    Raises:
+        ValueError: It does, even if it is the same at most positions.
+    """
+
+    def find(position: PyTree) -> dict[str, list]:
+        _, sites, _ = _trace_at(model, args, kwargs, supports, position, PartialCentring(position, {}))
+        return {name: jax.tree.leaves(sites[name]["fn"].support) for name, _ in supports}  # bounds, as far as given
+
+    found = trace(find, position).trace
+    moving = [name for name, _ in supports if found.part(name).reads_arguments]
+    if moving:
+        raise ValueError(
+            f"the support of {moving} depends on other latent sites, so it cannot be enumerated beforehand: "
+            "marginalise these sites out, or give them a fixed support and weights of zero."
+        )
+
+
 def _log_likelihood(site: dict, term: Array) -> Array:
     """Return the log probabilities of an observed site without NumPyro's scale; ``term`` includes it."""
     return jnp.asarray(term if site["scale"] is None else site["fn"].log_prob(site["value"]))
@@ -249,23 +280,15 @@ def _about(sites: dict[str, dict], labelled: set[str]) -> _Sites:
     return _Sites(tuple(sites), tuple(dims), tuple(plates))
 
 
-def array_arguments(model: Callable, args: tuple, kwargs: dict) -> dict[str, np.ndarray]:
-    """Return copies of the arrays among a model's arguments, by the names of its parameters."""
-    try:
-        arguments = inspect.signature(model).bind(*args, **kwargs).arguments
-    except (TypeError, ValueError):  # a callable without a signature
-        return {}
-    return {name: np.array(value) for name, value in arguments.items() if _is_array(value)}
-
-
-def _is_array(leaf: Any) -> bool:
-    """Whether a leaf is an array of numbers or booleans."""
-    return isinstance(leaf, (np.ndarray, jax.Array)) and getattr(leaf.dtype, "kind", None) in set("fiub")
-
-
 def _is_observation(site: dict) -> bool:
     """Whether a site is data, and not a factor, whose value is empty."""
     return site["type"] == "sample" and site.get("is_observed", False) and jnp.size(site["value"]) > 0
+
+
+def _changes(terms: Array) -> Array:
+    """Return 1 for each term that differs along the leading axis, 0 for the others."""
+    same = (terms == terms[:1]) | (jnp.isnan(terms) & jnp.isnan(terms[:1]))
+    return jnp.any(~same, axis=0).astype(float)
 
 
 def _by_element(about: _Sites, terms: dict[str, Array], name: str, shape: tuple[int, ...]) -> Array:
@@ -308,13 +331,14 @@ def numpyro_target(
 
     Raises:
         TypeError: ``model`` is not callable.
-        TypeError: ``reparam`` is not an `AutoReparam`.
+        TypeError: ``reparam`` is not an `AutoReparam`, or an argument of the model is an iterator.
         ValueError: The model has no latent sites, or discrete ones that cannot be enumerated.
     """
     if not (reparam is None or isinstance(reparam, AutoReparam)):
         raise TypeError(f"reparam must be None or pmcmc.AutoReparam(), got {reparam!r}.")
     if not callable(model):
         raise TypeError(f"model must be a NumPyro model (a function with sample sites), got {type(model).__name__}.")
+    refuse_iterators(model_args, model_kwargs)
     args, kwargs = tuple(model_args), dict(model_kwargs)
     prototype, supports, fixed = prototype_position(model, args, kwargs)
     if fixed:
@@ -330,6 +354,8 @@ def numpyro_target(
 
     try:
         template = RavelSpec.of(prototype).template
+        if supports:
+            _check_supports(model, args, kwargs, supports, template)
         centredness = {} if reparam is None else _non_centred(model, args, kwargs, supports, template)
         traced = trace(run, template, *([centredness] if centredness else []))
         about, forms = static[-1]

@@ -81,16 +81,9 @@ def _traced_position(
 
 
 def _supports(model: Callable, args: tuple, kwargs: dict, names: list[str]) -> Supports:
-    """Return the values of each discrete site, which must be the same at two random points."""
-    first, second = (random_trace(model, args, kwargs, jax.random.key(seed)) for seed in range(2))
-    supports = {name: _support(name, first[name]["fn"]) for name in names}
-    moving = [name for name, values in supports.items() if _support(name, second[name]["fn"]) != values]
-    if moving:
-        raise ValueError(
-            f"the support of {moving} depends on other latent sites, so it cannot be enumerated beforehand: "
-            "marginalise these sites out, or give them a fixed support and weights of zero."
-        )
-    return tuple(supports.items())
+    """Return the values of each discrete site at a random point."""
+    sites = random_trace(model, args, kwargs, jax.random.key(0))
+    return tuple((name, _support(name, sites[name]["fn"])) for name in names)
 
 
 def random_trace(model: Callable, args: tuple, kwargs: dict, rng_key: PRNGKey) -> dict:

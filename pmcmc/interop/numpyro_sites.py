@@ -210,24 +210,29 @@ def reparametrised(name: str, sites: dict[str, dict], configs: list) -> str:
 _MAX_TRIES = 100
 
 
-def numpyro_starts(target: Target, rng_key: PRNGKey, num_starts: int) -> PyTree:
+def numpyro_starts(target: Target, rng_key: PRNGKey, num_starts: int, uses_gradient: bool = True) -> PyTree:
     """Draw valid unconstrained starts as NumPyro does (`init_to_uniform`), leading axis ``num_starts``.
 
     Starts are uniform on (-2, 2), and on the values of a discrete site; they are drawn again up to 100 times where the
-    density or its gradient is not finite. NumPyro's own function compiles at every call, which took two thirds of a
-    short run.
+    density or, where it is used, its gradient is not finite. NumPyro's own function compiles at every call, which took
+    two thirds of a short run. If no usable start is found for some of them, they start where others do.
 
     Raises:
-        ValueError: No start with finite density and gradient was found; the message names the site that is not finite.
+        ValueError: No usable start was found at all; the message names the site that is not finite.
+
+    Warns:
+        UserWarning: Some start where others do.
     """
     starts, usable = None, np.zeros(num_starts, bool)
     for tries in range(_MAX_TRIES):
         drawn = jax.tree.map(np.asarray, _draw_starts(target, rng_key, np.uint32(tries), num_starts=num_starts))
         keep = lambda old, new: np.where(usable.reshape(-1, *(1,) * (new.ndim - 1)), old, new)  # noqa: B023
         starts = drawn if starts is None else jax.tree.map(keep, starts, drawn)
-        *_, usable = evaluate_starts(target, starts)
+        *_, usable = evaluate_starts(target, starts, uses_gradient)
         if usable.all():
             return starts
+    if usable.any():
+        return _shared(target, starts, usable)
     centre = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), target.spec.template)
     centre.update({name: jnp.full_like(centre[name], values[0]) for name, values in target.model.supports})
     raise ValueError(
@@ -235,6 +240,21 @@ def numpyro_starts(target: Target, rng_key: PRNGKey, num_starts: int) -> PyTree:
         f"{target.model.explain(target.data, centre)} Check the model and its data for NaN and values outside a "
         "support, or pass starting values by init_params."
     )
+
+
+def _shared(target: Target, starts: PyTree, usable: np.ndarray) -> PyTree:
+    """Return the starts with usable ones in place of the others, in turn, and warn."""
+    found, missing = np.flatnonzero(usable), np.flatnonzero(~usable)
+    blame = target.model.explain(target.data, jax.tree.map(lambda x: x[missing[0]], starts))
+    warnings.warn(
+        f"For {len(missing)} of {len(usable)} random starts the log density could not be used at any of {_MAX_TRIES} "
+        f"positions, so they start where others do. {blame} Check the model and its data for values outside a "
+        "support, or pass starting values by init_params.",
+        stacklevel=7,  # the caller of `parallel_chain`
+    )
+    sources = np.arange(len(usable))
+    sources[missing] = np.resize(found, len(missing))
+    return jax.tree.map(lambda x: x[sources], starts)
 
 
 @plain_jit(static_argnames="num_starts")

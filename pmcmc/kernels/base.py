@@ -15,7 +15,7 @@ Source: Zoltowski et al. (2025).
 import abc
 from abc import abstractmethod
 from collections.abc import Callable, Hashable
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from pmcmc._arguments import known_number
 from pmcmc._pytree import Array, ArrayLeaf, PRNGKey, PyTree, RavelSpec, Scalar
 from pmcmc._xla.trace import trace
+from pmcmc.random.streams import IMPL
 from pmcmc.recurrence import Recurrence
 from pmcmc.target import Target
 
@@ -161,11 +162,11 @@ class Kernel(abc.ABC):
     def context(self, target: Target) -> Hashable:
         """Return what compiled programs of this kernel depend on besides its fields.
 
-        A program is reused as long as this value is equal. For a kernel defined outside pmcmc this is the trace of a
-        whole step, with the content of every array that it reads. None for the kernels of pmcmc, whose steps depend on
-        their fields, the target, the state and the noise alone.
+        A program is reused as long as this value is equal. For a kernel defined outside pmcmc, or with such a part,
+        this is the trace of a whole step, with the content of every array that it reads. None for the kernels of pmcmc,
+        whose steps depend on their fields, the target, the state and the noise alone.
         """
-        return None if type(self).__module__.split(".")[0] == __name__.split(".")[0] else step_content(self, target)
+        return None if is_of_pmcmc(self) else step_content(self, target)
 
     def position(self, target: Target, unknown: PyTree) -> PyTree:
         """Return the user's unconstrained position within an unknown."""
@@ -218,7 +219,7 @@ class Kernel(abc.ABC):
         return self
 
     def finalize(self) -> "Kernel":
-        """Return the kernel with all that follows from its tuned step size fixed; called at the end of warm-up."""
+        """Return the kernel with all that follows from its step size fixed; called before sampling."""
         return self
 
     @property
@@ -229,6 +230,19 @@ class Kernel(abc.ABC):
     @property
     def divergences_matter(self) -> bool:
         """Whether a divergence is a fault. It is none if proposals may be far off by design, as in a random walk."""
+        return True
+
+    @property
+    def decides_once(self) -> bool:
+        """Whether a step makes at most one decision, so that near a tie of it rounding has two outcomes.
+
+        If not, `Info.margin` is that of the decision nearest to a tie, and each decision may fall by itself.
+        """
+        return True
+
+    @property
+    def uses_gradient(self) -> bool:
+        """Whether a step evaluates the gradient of the log density, which must then be finite where chains start."""
         return True
 
     @property
@@ -271,6 +285,16 @@ class Kernel(abc.ABC):
         return Recurrence(step, self.unknown, lambda unknown: self.restore(target, unknown))
 
 
+def is_of_pmcmc(part: Any) -> bool:
+    """Whether a kernel or a part of it, and all parts of these, have classes of pmcmc or are no dataclasses."""
+    if isinstance(part, (tuple, list)):
+        return all(map(is_of_pmcmc, part))
+    if not is_dataclass(part):
+        return True
+    own = type(part).__module__.split(".")[0] == __name__.split(".")[0]
+    return own and all(is_of_pmcmc(getattr(part, f.name)) for f in fields(part))
+
+
 def step_content(kernel: Kernel, target: Target) -> Hashable:
     """Return what the noise and step of a kernel compute: their operations, and the arrays that they read."""
     if not kernel.is_tuned:
@@ -280,7 +304,7 @@ def step_content(kernel: Kernel, target: Target) -> Hashable:
         noise, state = kernel.sample_noise(rng_key, target), kernel.init(target, position)
         return kernel.step(target, kernel.restore(target, kernel.unknown(state)), noise)
 
-    return trace(whole, target, target.spec.template, jax.random.key(0)).content
+    return trace(whole, target, target.spec.template, jax.random.key(0, impl=IMPL)).content
 
 
 def check_step_size(step_size: Any) -> None:
@@ -319,9 +343,17 @@ class SiteKernel(Kernel):
 
     extra_fields: ClassVar[tuple[str, ...]] = ("diverging", "potential_energy")
 
+    @property
+    def uses_gradient(self):
+        return False
+
     @abstractmethod
     def site_names(self, target: Target) -> tuple[str, ...]:
         """Return the names of the sites that this kernel updates."""
+
+    @property
+    def decides_once(self):
+        return False
 
     def check(self, target):
         check_names(type(self).__name__, self.site_names(target), site_templates(target))

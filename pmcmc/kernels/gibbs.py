@@ -23,9 +23,9 @@ import jax.numpy as jnp
 
 from pmcmc._pytree import PyTree, is_real, register_dataclass
 from pmcmc._xla.trace import traced_functions
-from pmcmc.kernels.base import Info, Kernel, SiteKernel, site_templates
+from pmcmc.kernels.base import Info, Kernel, SiteKernel, is_of_pmcmc, site_templates, step_content
 from pmcmc.kernels.updates import Site, Update
-from pmcmc.random.streams import fold_in, key_pair
+from pmcmc.random.streams import fold_in, key_pair, raw_keys_are_threefry
 from pmcmc.target import Basis, Target
 
 
@@ -99,14 +99,16 @@ class Gibbs(SiteKernel):
         return kernel
 
     def context(self, target):
-        return tuple(fn.trace for fn in traced_functions(self))
+        functions = tuple(fn.trace for fn in traced_functions(self))
+        return functions if is_of_pmcmc(self) else (functions, step_content(self, target))
 
     def sample_noise(self, rng_key, target):
         pair = key_pair(rng_key)
-        return tuple(
-            update.draw_noise(fold_in(pair, jnp.asarray(number, jnp.uint32)), _site(target, name))
-            for number, (name, update) in enumerate(zip(self.sites, self.updates, strict=True))
-        )
+        with raw_keys_are_threefry():
+            return tuple(
+                update.draw_noise(fold_in(pair, jnp.asarray(number, jnp.uint32)), _site(target, name))
+                for number, (name, update) in enumerate(zip(self.sites, self.updates, strict=True))
+            )
 
     def nudge(self, noise, amount):
         return tuple(update.nudge(u, amount) for update, u in zip(self.updates, noise, strict=True))
@@ -247,6 +249,10 @@ class Compose(SiteKernel):
     def divergences_matter(self):
         return any(block.kernel.divergences_matter for block in self.blocks)
 
+    @property
+    def uses_gradient(self):
+        return any(block.kernel.uses_gradient for block in self.blocks)
+
     def site_names(self, target):
         return tuple(name for block in self.blocks for name in block.names(target))
 
@@ -294,10 +300,11 @@ class Compose(SiteKernel):
 
     def sample_noise(self, rng_key, target):
         pair = key_pair(rng_key)
-        return tuple(
-            block.kernel.sample_noise(fold_in(pair, jnp.asarray(number, jnp.uint32)), block.given(target))
-            for number, block in enumerate(self.blocks)
-        )
+        with raw_keys_are_threefry():
+            return tuple(
+                block.kernel.sample_noise(fold_in(pair, jnp.asarray(number, jnp.uint32)), block.given(target))
+                for number, block in enumerate(self.blocks)
+            )
 
     def nudge(self, noise, amount):
         return tuple(block.kernel.nudge(u, amount) for block, u in zip(self.blocks, noise, strict=True))

@@ -263,7 +263,8 @@ class RandomWalk(PositionKernel):
     - Independent: ``y ~ N(0, I)``, with the ratio ``exp((|y|^2 - |x|^2) / 2)`` of its densities in the acceptance.
 
     Origin and unit are those of the coordinates found by warm-up, fixed before the chain: the posterior's mean and
-    spread.
+    spread. Warm-up explores by HMC, though. For a density without a gradient pass ``num_warmup=0`` and a step size, or
+    ``Compose([(RandomWalk(), sites)])``, which is warmed up by its own steps.
 
     Args:
         step_size: h, a standard deviation. None: tuned by warm-up to an acceptance rate of 0.234 + 0.206 / D.
@@ -316,6 +317,10 @@ class RandomWalk(PositionKernel):
 
     @property
     def divergences_matter(self):
+        return False
+
+    @property
+    def uses_gradient(self):
         return False
 
     def sample_noise(self, rng_key, target):

@@ -20,6 +20,8 @@ import numpy as np
 from pmcmc._pytree import Array, PRNGKey, PyTree
 
 IMPL = "threefry2x32"
+# Steps that a chain can take: their numbers are words of 32 bits, and would repeat after them.
+MOST_STEPS = 2**32
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
 

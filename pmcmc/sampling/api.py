@@ -86,7 +86,7 @@ def parallel_chain(
         max_memory: Bytes for the draws and for what one solve holds (noise, states, info) together; the run is cut into
             segments that fit. None: 512 MiB for a solve, and the available memory for draws. Compiled programs and the
             model's intermediate arrays come on top. `Chain.stream` writes draws to disk instead.
-        progress_bar: Whether to show finished draws, sweeps and the remaining time, in terminals and notebooks only.
+        progress_bar: Whether to show finished steps, sweeps and the remaining time, in terminals and notebooks only.
 
     Returns:
         A `Chain`. Its ``report`` says what was decided and certified.
@@ -99,6 +99,7 @@ def parallel_chain(
         Interrupted: Ctrl-C; its ``chain`` holds the draws so far.
         NonFiniteState: A chain reached a state that is not finite; its ``chain`` holds the draws before it, or is None
             if there are none.
+        Warning: A filter of Python's ``warnings`` raises one of the warnings on the draws; its ``chain`` holds them.
 
     Warns:
         UserWarning: Warm-up did not settle, or some of its lanes did not move.
@@ -178,7 +179,8 @@ def model_starts(target: Target, rng_key: PRNGKey, init_params: PyTree, settings
     per_chain = bool(leaves) and np.ndim(leaves[0]) > np.ndim(template[0])
     num_starts = _count_starts(target, settings, per_chain)
     if init_params is None:
-        return Starts(partial(numpyro_starts, target, fold_key(rng_key, 0), num_starts), num_starts)
+        find = partial(numpyro_starts, target, fold_key(rng_key, 0), num_starts, settings.uses_gradient)
+        return Starts(find, num_starts)
     positions = spread_starts(target, init_params, settings.num_chains, num_starts)
     return Starts(lambda: own_positions(target, positions), num_starts, settings.num_chains if per_chain else 1)
 
@@ -193,11 +195,19 @@ def _count_starts(target: Target, settings: Settings, per_chain: bool) -> int:
 
     Raises:
         TypeError, ValueError: The kernel does not fit the target.
+        ValueError: The warm-up would leave out some of the given starts.
     """
     settings.kernel.check(target)
     if not settings.num_warmup:
         return settings.num_chains
-    return settings.warmup.count_starts(target, settings.num_chains if per_chain else 1)
+    num_given = settings.num_chains if per_chain else 1
+    number = settings.warmup.count_starts(target, num_given)
+    if number < num_given:
+        raise ValueError(
+            f"{type(settings.warmup).__name__} runs from {number} starts, but one is given for each of {num_given} "
+            "chains: pass one start for all chains, another warmup=, or num_warmup=0."
+        )
+    return number
 
 
 def sample(

@@ -17,7 +17,7 @@ from pmcmc._xla.compile import plain_jit, tuned_jit
 from pmcmc._xla.rewrites import FEW_LANES, in_one_kernel, is_straight
 from pmcmc.kernels import Info, Kernel
 from pmcmc.kernels.base import near_tie_bound
-from pmcmc.random.streams import key_pair, lane_noise, numbered_noise
+from pmcmc.random.streams import key_pair, lane_noise, numbered_noise, raw_keys_are_threefry
 from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Solution
 from pmcmc.recurrence.abreast import prefers_lanes_last
 from pmcmc.recurrence.drawn import Drawn
@@ -262,7 +262,7 @@ def _near_ties(aux: Info) -> Array:
 def one_carry(target: Target, kernel: Kernel, chain_keys: Array, guesses: PyTree) -> PyTree:
     """Return the carry after a step of one chain; used for its shape."""
     recurrence = kernel.transition(target)
-    noise = kernel.sample_noise(key_pair(chain_keys[0]), target)
+    noise = _noise(target, kernel, chain_keys)
     return recurrence.step(recurrence.restore(jax.tree.map(lambda x: x[0], guesses)), noise)[0]
 
 
@@ -289,7 +289,13 @@ def draws_noise(target: Target, kernel: Kernel, chain_keys: Array, num_lanes: in
 @plain_jit()
 def one_noise(target: Target, kernel: Kernel, chain_keys: Array) -> PyTree:
     """Return the noise of a step of one chain; used for its shapes and its operations."""
-    return kernel.sample_noise(key_pair(chain_keys[0]), target)
+    return _noise(target, kernel, chain_keys)
+
+
+def _noise(target: Target, kernel: Kernel, chain_keys: Array) -> PyTree:
+    """Return noise of one chain, of no step in particular."""
+    with raw_keys_are_threefry():
+        return kernel.sample_noise(key_pair(chain_keys[0]), target)
 
 
 @plain_jit()

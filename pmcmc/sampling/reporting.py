@@ -63,13 +63,14 @@ class Outcome:
         total = self.state.num_steps + num_steps
         return self.state._replace(unknown=x, num_steps=total, num_unkept=num_unkept), self.report(num_steps)
 
-    def warn(self, report: SolveReport) -> None:
+    def warn(self, report: SolveReport, num_draws: int) -> None:
         """Warn about doubtful draws, once all are taken.
 
         The warnings point at the line that called `parallel_chain` or `sample`.
 
         Args:
             report: Report of these draws.
+            num_draws: Draws per chain whose mixing the report judges: also those before this run if they are in memory.
 
         Warns:
             UserWarning: The chosen solver failed early, a chain is stuck, a coordinate never moved, many draws were
@@ -79,12 +80,11 @@ class Outcome:
         if not self._warn_of_stuck_chains():
             self._warn_of_still_coordinates()
             self._warn_of_divergences()
-            self._warn_of_mixing(report)
+            self._warn_of_mixing(report, num_draws)
 
-    def _warn_of_mixing(self, report: SolveReport) -> None:
+    def _warn_of_mixing(self, report: SolveReport, num_draws: int) -> None:
         """Warn if the draws have not mixed, unless that takes too long to find out; see `MOST_JUDGED`."""
         chains, dim = self.settings.num_chains, self.state.target.dim
-        num_draws = int(self.run.draws.moves.num_draws[0])
         looked_at = chains * dim * (num_draws // stride_of(chains, num_draws, dim))
         if looked_at <= MOST_JUDGED and report.mixing is not None and report.mixing.doubt:
             warnings.warn(report.mixing.doubt, stacklevel=6)
@@ -172,7 +172,7 @@ class Outcome:
         """
         run, automatic, settings = self.run, self.automatic, self.settings
         counts, moves, chains, clock = run.counts, run.draws.moves, settings.num_chains, run.engine.clock
-        per_chain = lambda value, dtype=int: np.broadcast_to(np.asarray(value, dtype), (chains,))
+        per_chain = lambda value, dtype=int: np.full(chains, value, dtype)  # a copy: the counts go on
         plan = None if automatic is None else automatic.plan
         solver, reason = settings.solver or Sequential(), "Chosen by the caller."
         if automatic is not None:
@@ -191,7 +191,7 @@ class Outcome:
             num_iters=per_chain(counts.num_iters),
             num_sweeps=per_chain(counts.num_sweeps),
             num_blocks=counts.num_blocks,
-            certified_steps=per_chain(np.minimum(counts.certified_steps, num_steps)),
+            certified_steps=per_chain(np.clip(num_steps - counts.solved_from, 0, counts.certified_steps)),
             near_ties=per_chain(counts.near_ties) if moves.has_margin else per_chain(np.nan, float),
             lyapunov_exponent=_growth_rate(counts),
             coalescence_steps=np.zeros(0, int) if pilot is None else np.asarray(pilot.steps),
@@ -205,7 +205,7 @@ class Outcome:
             planned_seconds=0.0 if automatic is None else automatic.seconds,
             warmup_remark=self.state.warmup_remark,
             num_lost_lanes=self.state.num_lost_lanes,
-            num_lanes=len(jax.tree.leaves(self.state.ensemble)[0]),
+            num_lanes=self.state.num_lanes,
             centredness={
                 name: (round(float(np.min(c)), 2), round(float(np.max(c)), 2))
                 for name, c in self.state.target.centredness.items()

@@ -73,17 +73,17 @@ class Keeper(abc.ABC):
     @property
     @abc.abstractmethod
     def info(self) -> Info:
-        """Info of the newest draws, arrays (C, n)."""
+        """Info of the newest draws of the run, arrays (C, n)."""
 
     @property
     @abc.abstractmethod
     def moves(self) -> Moves:
-        """Summary of all draws."""
+        """Summary of all draws of the run."""
 
     @property
     @abc.abstractmethod
     def some(self) -> tuple[PyTree, int]:
-        """Unknowns of every k-th draw of all chains, (C, n, ...), and k."""
+        """Unknowns of every k-th draw of all chains, (C, n, ...), and k; in memory also of the draws before the run."""
 
 
 class Thinned:
@@ -121,22 +121,26 @@ def draw_bytes(engine: Engine) -> int:
 
 
 class Draws(Keeper):
-    """Draws in memory.
+    """Draws in memory, after those of the chain that the run extends.
 
     Args:
         engine: Engine of the run; gives the shapes of a draw.
-        most: Draws per chain for which memory is allocated.
+        most: Draws per chain of this run for which memory is allocated.
+        first: Unknowns and info of the draws before this run, which are copied; None if there are none.
 
     Attributes:
-        num_kept: Number of draws of each chain so far; shape (C,).
+        num_kept: Number of draws of each chain so far, those before this run included; shape (C,).
     """
 
     in_step = False
 
-    def __init__(self, engine: Engine, most: int):
-        room = lambda s: np.empty((engine.num_chains, most, *s.shape), s.dtype)
+    def __init__(self, engine: Engine, most: int, first: tuple[PyTree, Info] | None = None):
+        self._num_before = 0 if first is None else first[1].margin.shape[1]
+        room = lambda s: np.empty((engine.num_chains, self._num_before + most, *s.shape), s.dtype)
         self._rooms = jax.tree.map(room, engine.record_shapes)
-        self.num_kept = np.zeros(engine.num_chains, int)
+        self.num_kept = np.full(engine.num_chains, self._num_before)
+        if first is not None:
+            jax.tree.map(lambda room, x: room.__setitem__(np.s_[:, : self._num_before], x), self._rooms, first)
 
     def add(self, unknowns, info, rows):
         for chain, some in enumerate(rows):
@@ -157,13 +161,18 @@ class Draws(Keeper):
         self.num_kept[:] = self.num_kept.min()
 
     @property
+    def num_new(self) -> int:
+        """Number of draws of this run that every chain has."""
+        return int(self.num_kept.min()) - self._num_before
+
+    @property
     def kept(self) -> tuple[PyTree, Info]:
         """Unknowns and info of the draws that every chain has, (C, n, ...)."""
         return jax.tree.map(lambda x: x[:, : self.num_kept.min()], self._rooms)
 
     @property
     def info(self):
-        return self.kept[1]
+        return jax.tree.map(lambda x: x[:, self._num_before :], self.kept[1])
 
     @property
     def some(self):
@@ -190,6 +199,8 @@ class Counts:
         num_iters: Largest number of Newton-type iterations of a segment.
         num_sweeps: Largest number of repair sweeps of a segment.
         certified_steps: Steps solved in parallel and kept; all others were sampled sequentially.
+        solved_from: Number of the first of them. They are one stretch: a run that leaves a parallel solver does not
+            come back to one.
         residual: Largest residual of the certified steps; NaN if a solver did not report that of a prefix.
         result: `RESULTS` code of the last parallel solve.
         growth: Sum of the growth rates of the segments that measured one.
@@ -203,6 +214,7 @@ class Counts:
     num_iters: np.ndarray
     num_sweeps: np.ndarray
     certified_steps: np.ndarray
+    solved_from: np.ndarray
     residual: np.ndarray
     result: np.ndarray
     growth: np.ndarray
@@ -220,6 +232,7 @@ class Counts:
             num_iters=count(),
             num_sweeps=count(),
             certified_steps=count(),
+            solved_from=count(),
             residual=total(),
             result=np.full(num_chains, RESULTS.successful),
             growth=total(),
@@ -412,6 +425,7 @@ class Run:
         counts.num_blocks = segment.num_blocks
         counts.num_iters = np.maximum(counts.num_iters, stats.num_iters)
         counts.num_sweeps = np.maximum(counts.num_sweeps, stats.num_sweeps)
+        counts.solved_from = np.where(counts.certified_steps > 0, counts.solved_from, self.position - keep)
         counts.certified_steps += keep
         growth = stats.growth_rate
         counts.growth += np.where(np.isfinite(growth), growth, 0.0)

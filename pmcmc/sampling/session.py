@@ -11,7 +11,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -24,10 +23,9 @@ from pmcmc._pytree import Array, PRNGKey, PyTree
 from pmcmc._xla.compile import BackgroundCompiler
 from pmcmc._xla.trace import refuse_transformation
 from pmcmc.chain.chain import Chain
-from pmcmc.chain.draws import judge_mixing
 from pmcmc.chain.state import ChainState, Source
 from pmcmc.chain.stored import StoredChain
-from pmcmc.random.streams import split_key
+from pmcmc.random.streams import MOST_STEPS, split_key
 from pmcmc.sampling.automatic import Automatic, compile_first
 from pmcmc.sampling.engine import Engine
 from pmcmc.sampling.reporting import Outcome
@@ -97,14 +95,15 @@ def tune_chains(
         prepare(_begin(expected, _chain_starts(expected, starts.number, False, settings), chain_key, source))
     # Check the starts before warm-up.
     positions = starts.find()
-    check_starts(target, positions)
+    check_starts(target, positions, settings.uses_gradient)
     kernel.check_start(target, jax.tree.map(lambda x: np.asarray(x)[0], positions))
     # Warm up, and start the chains from lanes of the ensemble.
     tuned = _tune(target, warmup_key, positions, starts.num_given, settings, watch)
     differ = any(np.any(np.asarray(x) != np.asarray(x)[:1]) for x in jax.tree.leaves(positions))
     own = _chain_starts(tuned, starts.number, starts.num_given > 1 and differ, settings)
     unknown = jax.tree.map(lambda x: jax.device_put(np.asarray(x)[own]), tuned.states)
-    return _begin(tuned, own, chain_key, source)._replace(unknown=unknown)
+    num_lanes = len(jax.tree.leaves(tuned.states)[0]) if settings.num_warmup else 0
+    return _begin(tuned, own, chain_key, source)._replace(unknown=unknown, num_lanes=num_lanes)
 
 
 def _expected(target: Target, num_starts: int, settings: Settings) -> Tuned | None:
@@ -126,13 +125,13 @@ def _begin(tuned: Tuned, own: np.ndarray, chain_key: PRNGKey, source: Source) ->
 def _tune(
     target: Target, rng_key: PRNGKey, positions: PyTree, num_given: int, settings: Settings, watch: Watch
 ) -> Tuned:
-    """Run the warm-up; without warm-up, return the kernel as it is with the states at ``positions``."""
+    """Run the warm-up; without warm-up, return the kernel with the states at ``positions``."""
     if settings.num_warmup:
         tuned = settings.warmup.run(target, settings.kernel, rng_key, positions, settings.num_warmup, watch, num_given)
         if tuned.remark:
-            warnings.warn(tuned.remark, stacklevel=5)  # the caller of `parallel_chain` and `sample`
+            warnings.warn(tuned.remark, stacklevel=6)  # the caller of `parallel_chain` and `sample`
         return jax.block_until_ready(tuned)
-    kernel = settings.kernel
+    kernel = settings.kernel.finalize()
     states = jax.vmap(lambda position: kernel.unknown(kernel.init(target, position)))(positions)
     return Tuned(target, kernel, states, jnp.array(jnp.nan))
 
@@ -153,7 +152,7 @@ def _chain_starts(tuned: Tuned, num_starts: int, own_starts: bool, settings: Set
 
 
 class Interrupted(KeyboardInterrupt):
-    """The user pressed Ctrl-C during sampling; the draws so far are in ``chain``.
+    """The user pressed Ctrl-C while draws were taken or judged; those so far are in ``chain``.
 
     A running program is not stopped: the exception is raised when the current segment has ended. If no draw has been
     kept yet, for instance during warm-up, a plain KeyboardInterrupt is raised instead.
@@ -180,6 +179,13 @@ class Interrupted(KeyboardInterrupt):
         )
 
 
+def hand_over(error: Any, chain: Chain | StoredChain | None) -> None:
+    """Make the draws so far the attribute ``chain`` of an exception that ends a run; a warning says so in a note."""
+    error.chain = chain
+    if isinstance(error, Warning) and chain is not None:
+        error.add_note("The draws so far are the attribute `chain` of this exception.")
+
+
 class Session:
     """One run with its engine and its progress bar. Use it as a context manager.
 
@@ -189,9 +195,19 @@ class Session:
     Args:
         settings: What the user asked for.
         progress_bar: Whether to show a progress bar.
+        num_before: Steps that the chains took before this run.
+
+    Raises:
+        ValueError: The chains would take more than `MOST_STEPS` steps in all.
     """
 
-    def __init__(self, settings: Settings, progress_bar: bool):
+    def __init__(self, settings: Settings, progress_bar: bool, num_before: int):
+        if num_before + settings.num_samples > MOST_STEPS:
+            raise ValueError(
+                f"a chain has at most {MOST_STEPS:,} steps, since the numbers of steps that its noise is drawn from "
+                f"have 32 bits: expected at most {max(MOST_STEPS - num_before, 0):,} more, got "
+                f"{settings.num_samples:,}. Take fewer, or sample further chains with another key."
+            )
         self.settings, self.began, self.warmup_seconds = settings, time.perf_counter(), 0.0
         self.progress = Progress(settings.num_samples, progress_bar)
         self._background = BackgroundCompiler()
@@ -226,16 +242,18 @@ class Session:
             compile_first(engine, self.settings.solver, self.settings.num_samples)
 
         state = tune_chains(source, rng_key, starts, self.settings, watch, prepare)
-        self.warmup_seconds = time.perf_counter() - self.began
+        if self.settings.num_warmup:
+            self.warmup_seconds = time.perf_counter() - self.began
         return state
 
-    def bytes_in_memory(self, num_unkept: int) -> Callable[[Engine], int]:
+    def bytes_in_memory(self, num_unkept: int, num_before: int = 0) -> Callable[[Engine], int]:
         """Return a function of the engine: the bytes of all draws that are kept in memory.
 
         Args:
             num_unkept: Steps since the last kept draw, taken before this run.
+            num_before: Draws per chain of the chain that is extended.
         """
-        num_kept = (num_unkept + self.settings.num_samples) // self.settings.thinning
+        num_kept = num_before + (num_unkept + self.settings.num_samples) // self.settings.thinning
         return lambda engine: draw_bytes(engine) * num_kept
 
     def engine_for(self, state: ChainState, held: Callable[[Engine], int]) -> Engine:
@@ -306,20 +324,21 @@ def sample_new(
     Raises:
         Interrupted: The user pressed Ctrl-C after the first draw was kept.
         NonFiniteState: A chain reached a state that is not finite.
+        Warning: A filter of Python's `warnings` raises a warning; its ``chain`` is that of the draws so far.
     """
-    with Session(settings, progress_bar) as session:
+    with Session(settings, progress_bar, 0) as session:
         return _sample(session, session.tune(source, rng_key, starts, record), record)
 
 
 def warm_up(source: Source, rng_key: PRNGKey, starts: Starts, settings: Settings, progress_bar: bool) -> ChainState:
     """Return the state from which `sample_new` with the same arguments would sample."""
-    with Session(settings, progress_bar) as session:
+    with Session(settings, progress_bar, 0) as session:
         return session.tune(source, rng_key, starts)
 
 
 def sample_from(state: ChainState, settings: Settings, progress_bar: bool) -> Chain:
     """Return a chain of the draws that follow a state; earlier draws are not included."""
-    with Session(settings, progress_bar) as session:
+    with Session(settings, progress_bar, state.num_steps) as session:
         return _sample(session, state)
 
 
@@ -328,25 +347,31 @@ def extend(chain: Chain, num_samples: int, progress_bar: bool) -> Chain:
     refuse_transformation("Chain.extend")
     chain.state.source.check()
     settings = settings_of(chain, num_samples, chain.max_memory)
-    try:
-        return _join(chain, sample_from(chain.state, settings, progress_bar))
-    except Interrupted as stopped:
-        raise Interrupted(_join(chain, stopped.chain), num_samples) from stopped
-    except NonFiniteState as failed:
-        failed.chain = chain if failed.chain is None else _join(chain, failed.chain)
-        raise
+    with Session(settings, progress_bar, chain.state.num_steps) as session:
+        return _sample(session, chain.state, before=chain)
 
 
-def _sample(session: Session, state: ChainState, record: WarmupRecord | None = None) -> Chain:
-    """Sample from ``state`` on, into memory. If the run ends early, its exception carries the draws so far."""
-    settings = session.settings
+def _sample(
+    session: Session, state: ChainState, record: WarmupRecord | None = None, before: Chain | None = None
+) -> Chain:
+    """Sample from ``state`` on, into memory. If the run ends early, its exception carries the draws so far.
+
+    Args:
+        session: The session.
+        state: Where the chains are.
+        record: Draws of warm-up, for the chain; None if they are not wanted.
+        before: The chain that is extended, whose draws come first; None if there is none.
+    """
+    settings, num_before = session.settings, 0 if before is None else before.num_samples
     # Prepare the engine, room for the draws, and the run.
-    engine = session.engine_for(state, session.bytes_in_memory(state.num_unkept))
-    draws = Draws(engine, (state.num_unkept + settings.num_samples) // settings.thinning)
+    engine = session.engine_for(state, session.bytes_in_memory(state.num_unkept, num_before))
+    first = None if before is None else (before.unknowns, before.info)
+    draws = Draws(engine, (state.num_unkept + settings.num_samples) // settings.thinning, first)
     outcome = session.start(state, engine, draws)
 
     def chain(x: PyTree, num_steps: int) -> Chain:
         after, report = outcome.after(x, num_steps)
+        warmed = None if record is None else record.path()
         return Chain(
             after,
             *draws.kept,
@@ -354,36 +379,28 @@ def _sample(session: Session, state: ChainState, record: WarmupRecord | None = N
             settings.thinning,
             settings.solver,
             settings.extra_fields,
-            warmup_path=None if record is None else record.path(),
+            warmup_path=warmed if before is None else before.warmup_path,
             devices=settings.devices or None,
             max_memory=settings.max_memory,
         )
 
     def so_far() -> Chain | None:
         draws.cut()
-        if not (kept := draws.info.margin.shape[1]):
+        if not draws.num_new:
             return None
         x = jax.tree.map(lambda rows: jnp.asarray(rows[:, -1]), draws.kept[0])
-        return chain(x, kept * settings.thinning - state.num_unkept)
+        return chain(x, draws.num_new * settings.thinning - state.num_unkept)
 
-    # Take the steps; if that fails, hand over the draws that all chains have.
+    # Take the steps and judge the draws; if that fails, hand over the draws that all chains have.
     try:
         execute(outcome)
+        whole = chain(outcome.run.x, settings.num_samples)
+        outcome.warn(whole.report, whole.num_samples)
     except KeyboardInterrupt as stopped:
         if (there := so_far()) is None:
             raise
         raise Interrupted(there, settings.num_samples) from stopped
-    except NonFiniteState as failed:
-        failed.chain = so_far()
+    except (NonFiniteState, Warning) as failed:  # a filter of Python's `warnings` may raise a warning
+        hand_over(failed, so_far() or before)
         raise
-    whole = chain(outcome.run.x, settings.num_samples)
-    outcome.warn(whole.report)
     return whole
-
-
-def _join(chain: Chain, more: Chain) -> Chain:
-    """Concatenate the draws of two chains; the warm-up path is that of the first, everything else of the second."""
-    join = lambda old, new: np.concatenate([old, new], axis=1)
-    both = jax.tree.map(join, (chain.unknowns, chain.info), (more.unknowns, more.info))
-    report = replace(more.report, find_mixing=partial(judge_mixing, more.target, more.kernel, both[0]))
-    return replace(more, unknowns=both[0], info=both[1], report=report, warmup_path=chain.warmup_path)

@@ -61,6 +61,11 @@ class Settings:
     devices: Sequence[jax.Device] = ()
     max_memory: int | None = None
 
+    @property
+    def uses_gradient(self) -> bool:
+        """Whether warm-up or a step evaluates the gradient of the log density."""
+        return self.kernel.uses_gradient or bool(self.num_warmup and self.warmup.uses_gradient)
+
     @classmethod
     def check(
         cls,
@@ -101,8 +106,8 @@ class Settings:
         max_memory = None if max_memory is None else as_int("max_memory", max_memory, 1)
         if thinning > num_samples:
             raise ValueError(f"thinning={thinning} keeps none of num_samples={num_samples} steps: make it smaller.")
-        _check_kernel(kernel, extra_fields, num_warmup)
         kernel = _with_discrete_sites(kernel, target)
+        _check_kernel(kernel, extra_fields, num_warmup)
         warmup = _fitting_warmup(warmup, kernel)
         if not num_warmup and isinstance(kernel, GradientKernel):  # else warm-up checks it
             check_metric(target, kernel)
@@ -160,9 +165,10 @@ def _check_kernel(kernel: Kernel, extra_fields: Sequence[str], num_warmup: int) 
             f"{list(kernel.extra_fields)}."
         )
     if num_warmup == 0 and not kernel.is_tuned:
+        parts = [block.kernel for block in kernel.blocks] if isinstance(kernel, Compose) else [kernel]
+        who = next(type(part).__name__ for part in parts if not part.is_tuned)
         raise ValueError(
-            f"num_warmup=0 tunes nothing, but {type(kernel).__name__}() has no step size: pass step_size=, or "
-            "leave num_warmup at 1000."
+            f"num_warmup=0 tunes nothing, but {who}() has no step size: pass step_size=, or leave num_warmup at 1000."
         )
     if num_warmup and not kernel.takes_basis:
         raise ValueError(

@@ -7,8 +7,10 @@ when the run continues.
 """
 
 import math
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from pmcmc.chain.draws import by_name, check_sites, constrain, in_batches, sampl
 from pmcmc.chain.file_format import STORE, Reader, Writer
 from pmcmc.chain.state import ChainState, header
 from pmcmc.chain.stored import CHECKPOINT, DRAWS, StoredChain
-from pmcmc.interop.arviz import DrawArrays, check_zarr
+from pmcmc.interop.arviz import DrawArrays, check_zarr, is_without_draws
 from pmcmc.kernels import Info
 from pmcmc.sampling.engine import Engine
 from pmcmc.sampling.segments import Keeper, Moves, Thinned
@@ -47,7 +49,7 @@ class Store(Keeper):
         path: The folder; it must exist.
 
     Attributes:
-        last: The chain at the last checkpoint.
+        last: The `StoredChain` of the last checkpoint; None before the first one.
     """
 
     in_step = True
@@ -55,11 +57,11 @@ class Store(Keeper):
     def __init__(self, path: Path):
         check_zarr()
         self.path, self._lock = path, _lock(path)
-        self.last: StoredChain
+        self.last: Any = None
 
     @classmethod
     def new(cls, path: Path) -> "Store":
-        """Make a store in a folder that is empty or does not exist yet.
+        """Make a store in a folder that is new, empty, or holds a store that was stopped before it had draws.
 
         Raises:
             FileExistsError: The folder is not empty.
@@ -71,12 +73,17 @@ class Store(Keeper):
         if jax.process_count() > 1:
             raise ValueError("chains of several processes cannot be streamed: extend them, and save one process's.")
         path.mkdir(parents=True, exist_ok=True)
-        if any(file.name != LOCK for file in path.iterdir()):
+        found = {file.name for file in path.iterdir()} - {LOCK}
+        is_unused = found == {DRAWS} and is_without_draws(path / DRAWS)
+        if found and not is_unused:
             raise FileExistsError(
                 f"{path} is not empty: pmcmc.resume(...) continues a run that was stopped; otherwise choose another "
                 "folder, or delete this one."
             )
-        return cls(path)
+        store = cls(path)
+        if is_unused:
+            shutil.rmtree(path / DRAWS)
+        return store
 
     def close(self) -> None:
         """Release the folder for other processes."""
@@ -99,15 +106,16 @@ class Store(Keeper):
             engine: The engine of the run.
             num_steps: Number of steps that the run takes.
             num_planned: See `Run`.
-            first: Draws that come before those of the run; None if there are none.
+            first: Draws that come before those of the run; None if the store has them already. While they are written
+                there are checkpoints too, from which `resume` would take those that are missing again.
 
         Raises:
             ValueError: The folder was already extended beyond the chain.
         """
         state = chain.state
-        self._target, self._kernel, self._sites, self._there = state.target, state.kernel, chain.sites, there
+        self._target, self._kernel, self._sites = state.target, state.kernel, chain.sites
         self._num_wanted, self._num_planned = state.num_steps + num_steps, num_planned
-        self._flush_bytes = flush_bytes(chain.max_memory)
+        self._flush_bytes, self._certified = flush_bytes(chain.max_memory), -math.inf
         self._batch = self._batch_size(engine)
         found = self._steps_on_disk()
         if found not in (None, state.num_steps):
@@ -121,10 +129,25 @@ class Store(Keeper):
         self._waiting: list[dict] = []
         self._num_bytes, self._num_written = 0, chain.num_samples
         self._room = now.num_samples + (now.state.num_unkept + num_steps) // now.thinning
-        if first is not None:
-            self.add(*first, [slice(0, now.num_samples, 1)])
+        if first is None:
+            self.last = now
+        else:
+            self._begin_with(now, *first)
             self._forget(engine)
+        self._there = there
         self.certify()
+
+    def _begin_with(self, chain: StoredChain, unknowns: PyTree, info: Info) -> None:
+        """Write all draws of a chain, given by unknowns and info, with checkpoints at some of them."""
+        num_draws, state, begin = chain.num_samples, chain.state, 0
+        while begin < num_draws:
+            end = min(num_draws, begin + self._batch)
+            self.add(unknowns, info, [slice(begin, end, 1)])
+            num_steps = state.num_steps - state.num_unkept - (num_draws - end) * chain.thinning
+            x = jax.tree.map(lambda rows, end=end: jnp.asarray(rows[:, end - 1]), unknowns)
+            there = replace(chain, num_samples=end, state=state._replace(unknown=x, num_steps=num_steps, num_unkept=0))
+            self._there, begin = lambda there=there: there, end
+            self.settle(False)
 
     def _steps_on_disk(self) -> int | None:
         """Return the number of steps recorded in the checkpoint; None without a checkpoint."""
@@ -139,7 +162,10 @@ class Store(Keeper):
         self._arrays = DrawArrays(self.path / DRAWS, described.dims)
         if new:
             attrs = {"inference_library": "pmcmc", "kernel": type(state.kernel).__name__}
-            constants = {"observed_data": described.observed, "constant_data": described.constant}
+            constants: dict[str, dict[str, Any]] = {
+                "observed_data": described.observed,
+                "constant_data": described.constant,
+            }
             self._arrays.describe(attrs, len(state.own), constants)
 
     def _forget(self, engine: Engine) -> None:
@@ -209,10 +235,10 @@ class Store(Keeper):
         chain = self._there()
         # Write the draws, show them to readers, and replace the checkpoint, in this order: if the process is killed in
         # between, the old checkpoint still describes draws that exist.
-        self._write()
-        self._arrays.show(chain.num_samples)
         writer = Writer()
         told = header(writer, chain.state, chain.report, chain.thinning, chain.solver, ())
+        self._write()
+        self._arrays.show(chain.num_samples)
         wanted = {
             "num_wanted": self._num_wanted,
             "num_planned": self._num_planned,
@@ -224,8 +250,9 @@ class Store(Keeper):
         self.last, self._certified = chain, time.perf_counter()
 
     def cut(self) -> None:
-        """Hide draws after the last checkpoint."""
-        self._arrays.show(self.last.num_samples)
+        """Hide draws after the last checkpoint, if there is one."""
+        if self.last is not None:
+            self._arrays.show(self.last.num_samples)
 
     @property
     def info(self):
@@ -233,7 +260,8 @@ class Store(Keeper):
 
     @property
     def moves(self):
-        return self._moves
+        seen = self._moves.num_draws > 0
+        return self._moves._replace(acceptance_rate=np.where(seen, self._moves.acceptance_rate, np.nan))
 
     @property
     def some(self):

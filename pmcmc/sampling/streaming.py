@@ -23,7 +23,7 @@ from pmcmc.interop.arviz import read_arrays
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.sampling.segments import NonFiniteState
-from pmcmc.sampling.session import Interrupted, Session, execute
+from pmcmc.sampling.session import Interrupted, Session, execute, hand_over
 from pmcmc.sampling.settings import Settings, settings_of
 from pmcmc.sampling.store import Store, check_kept, held_bytes
 
@@ -38,6 +38,7 @@ def stream(
 ) -> StoredChain:
     """Implement `Chain.stream`."""
     refuse_transformation("Chain.stream")
+    chain.state.source.check()
     settings = settings_of(chain, num_samples, chain.max_memory if max_memory is None else max_memory)
     kept = check_kept(chain.target, sites)
     with closing(Store.new(Path(path))) as store:
@@ -58,6 +59,7 @@ def stream(
 def extend_stored(chain: StoredChain, num_samples: int, progress_bar: bool) -> StoredChain:
     """Implement `StoredChain.extend`."""
     refuse_transformation("StoredChain.extend")
+    chain.state.source.check()
     settings = settings_of(chain, num_samples, chain.max_memory)
     with closing(Store(chain.path)) as store:
         return _to_store(store, chain, settings, progress_bar)
@@ -82,7 +84,7 @@ def _to_store(
         num_planned: See `Run`.
     """
     state = chain.state
-    with Session(settings, progress_bar) as session:
+    with Session(settings, progress_bar, state.num_steps) as session:
         engine = session.engine_for(state, lambda _: held_bytes(settings.max_memory))
         outcome = session.start(state, engine, store, num_planned)
         num_before, run = chain.num_samples if first is None else first.num_samples, outcome.run
@@ -93,17 +95,19 @@ def _to_store(
             return replace(chain, num_samples=num_samples, state=after, report=report)
 
         before = None if first is None else (first.unknowns, first.info)
-        store.begin(chain, there, engine, run.num_steps, run.num_planned, before)
         try:
+            store.begin(chain, there, engine, run.num_steps, run.num_planned, before)
             execute(outcome)
+            outcome.warn(store.last.report, int(run.draws.moves.num_draws[0]))
         except KeyboardInterrupt as stopped:
+            if store.last is None:
+                raise
             store.cut()
             raise Interrupted(store.last, settings.num_samples) from stopped
-        except NonFiniteState as failed:
+        except (NonFiniteState, Warning) as failed:  # a filter of Python's `warnings` may raise a warning
             store.cut()
-            failed.chain = store.last
+            hand_over(failed, store.last)
             raise
-        outcome.warn(store.last.report)
         return store.last
 
 
@@ -124,15 +128,15 @@ def resume(
 
     Draws after the last checkpoint, which is at most some seconds or one segment old, are taken again. The chain equals
     that of a run that was never stopped. With a solver chosen by the user, on the same machine and as many cores, it is
-    equal to the last bit, since the segments are the same. Under "auto" it is equal up to the tolerance of merges, as
-    with any other blocks.
+    equal to the last bit, since the segments are the same, unless the solver had failed before the run was stopped: it
+    is tried again. Then, and under "auto", the chain is equal up to the tolerance of merges, as with any other blocks.
 
     Args:
         path: The folder.
         model: The NumPyro model or log density, as for `load`; no code is stored.
         model_args: Positional arguments of a NumPyro model, data included.
         model_kwargs: Keyword arguments of a NumPyro model, data included.
-        initial_position: Position of a log density over pytrees of user-defined classes, as for `load`.
+        initial_position: Position of a log density over pytrees of other classes, as for `load`.
         kernel: The kernel, if it holds what is not stored, as for `load`.
         solver: The solver, if it holds what is not stored, as for `load`.
         max_memory: Memory limit in bytes; None for that of the run.

@@ -97,10 +97,12 @@ class Warmup(abc.ABC):
     Attributes:
         shows_path: Whether `run` passes all steps of all lanes to its watch, so that they can be kept as draws.
         chooses_centredness: Whether `run` chooses the centredness of partially centred sites.
+        uses_gradient: Whether `run` evaluates gradients of the log density, also for a kernel that does not.
     """
 
     shows_path: ClassVar[bool] = False
     chooses_centredness: ClassVar[bool] = False
+    uses_gradient: ClassVar[bool] = True
 
     @abc.abstractmethod
     def count_starts(self, target: Target, num_given: int = 1) -> int:
@@ -108,8 +110,8 @@ class Warmup(abc.ABC):
 
         Args:
             target: Target to sample.
-            num_given: Number of different starts that the user gave, one for each chain. A warm-up whose number of
-                starts is fixed may leave some of them out.
+            num_given: Number of different starts that the user gave, one for each chain. The result must not be
+                smaller, so that each chain can start from its own.
         """
 
     def tuned_shapes(self, target: Target, kernel: Kernel, num_starts: int) -> Tuned | None:

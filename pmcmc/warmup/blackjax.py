@@ -45,7 +45,7 @@ class WindowAdaptation(Warmup):
         dense: Full covariance (True) or its diagonal (False). None: full up to 50 dimensions.
         target_acceptance_rate: Acceptance rate to tune to. None: the kernel's own, such as 0.574 for MALA and 0.8 for
             HMC.
-        num_starts: Number of starts, from 1 to 32.
+        num_starts: Number of starts, from 1 to 32. There are more if a start is given for each of more chains.
 
     Raises:
         ValueError: ``num_starts`` is not in 1..32.
@@ -64,7 +64,7 @@ class WindowAdaptation(Warmup):
             raise ValueError(f"num_starts must lie in 1..{NUM_LANES}, got {self.num_starts}.")
 
     def count_starts(self, target, num_given=1):
-        return min(self.num_starts, num_lanes(target))
+        return max(num_given, min(self.num_starts, num_lanes(target)))
 
     def tuned_shapes(self, target: Target, kernel: Kernel, num_starts: int) -> Tuned:
         return tuned_shapes(
@@ -96,8 +96,8 @@ class WindowAdaptation(Warmup):
 
 
 def _lanes_per_start(target: Target, num_starts: int) -> int:
-    """Return the number of lanes for each start of `WindowAdaptation`: together as many as usual, or a few less."""
-    return num_lanes(target) // num_starts
+    """Return the number of lanes for each start of `WindowAdaptation`: together about as many as usual, or one each."""
+    return max(1, num_lanes(target) // num_starts)
 
 
 @tuned_jit(static_argnames=("num_steps", "dense"))

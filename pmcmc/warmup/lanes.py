@@ -66,13 +66,14 @@ def num_lanes(target: Target, num_given: int = 1) -> int:
     Args:
         target: Target to sample.
         num_given: Number of different starts. There are at least twice as many lanes, up to 32, so that each of the
-            first lanes has its own.
+            first lanes has its own; and never fewer lanes than starts.
     """
     y = jax.ShapeDtypeStruct((target.dim,), target.spec.dtype)
     density = jax.make_jaxpr(lambda target, y: target.logdensity_fn(y))(target, y)
     most = LANE_OPERATIONS // max(1, count_operations(density.jaxpr))
     wanted = 2 ** (num_given - 1).bit_length() * 2 if num_given > 1 else 1
-    return min(NUM_LANES, max(LEAST_LANES, wanted, 2 ** (max(1, most).bit_length() - 1)))
+    usual = min(NUM_LANES, max(LEAST_LANES, wanted, 2 ** (max(1, most).bit_length() - 1)))
+    return max(usual, num_given + num_given % 2)  # an even number: a pilot pairs lanes of the two halves
 
 
 class Piece(NamedTuple):
@@ -303,9 +304,8 @@ def tune(
     """Tune the kernel's step size on lanes, then run them on to decorrelate them.
 
     Two thirds of the steps adapt the step size; the last third decorrelates the lanes, at the step size of the tuned
-    kernel, also where another kernel is run in its place (`Kernel.tuned_by`). Each third is rounded up to
-    whole pieces of `PIECE` steps. The time of a step is the lower median over the pieces of the last third, extended by
-    earlier pieces to `NUM_TIMED`.
+    kernel, also where another one runs in its place (`Kernel.tuned_by`). Each third is rounded up to whole pieces of
+    `PIECE` steps. The time of a step is the lower median of the last third, extended by earlier pieces to `NUM_TIMED`.
 
     Args:
         target: Target in the basis of the exploration.
@@ -331,16 +331,16 @@ def tune(
     before = [lanes.run(adapting=True)[1] for _ in range(2 * third)]
     tuned = lanes.tuned(kernel)
     lanes.final_step = tuned.tunables.get("step_size", np.nan)
-    last, seconds = zip(*(lanes.run(adapting=False) for _ in range(third)), strict=True)
-    timed = [*before, *seconds][-max(third, NUM_TIMED) :]
+    last, times = zip(*(lanes.run(adapting=False) for _ in range(third)), strict=True)
+    timed = [*before, *times][-max(third, NUM_TIMED) :]
     # Judge the tuned kernel by the last third.
     acceptance_rate = np.concatenate([piece.acceptance_rate for piece in last])
     moved = np.mean([piece.moved for piece in last], axis=0)
     check_tuned(tuned, lanes.states, np.mean(acceptance_rate), np.mean(moved))
-    timing = LaneTiming(len(positions), median_low(timed) / PIECE) if stand_in is kernel else None
+    seconds = median_low(timed) / PIECE
+    timing = LaneTiming(len(positions), seconds) if stand_in is kernel else None
     if stand_in is not kernel and isinstance(stand_in, HMC):
-        num_leapfrogs = stand_in.num_leapfrogs(lanes.final_step)
-        timing = LaneTiming(len(positions), median_low(timed) / PIECE, num_leapfrogs)
+        timing = LaneTiming(len(positions), seconds, stand_in.num_leapfrogs(lanes.final_step))
     order = start_order(*(np.concatenate(parts) for parts in ([p.path for p in last], [p.logdensity for p in last])))
     num_held = int(held_lanes(moved, acceptance_rate, lanes.rate).sum())
     some = 0 < num_held < len(moved)  # if all are held, `check_tuned` has raised

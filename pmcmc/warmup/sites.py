@@ -10,7 +10,7 @@ Source: Hoffman & Gelman (2014) for dual averaging; windows as in Stan.
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median_low
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,8 @@ class SiteAdaptation(Warmup):
         dense: Full covariances (True) or their diagonals (False). None: full up to 50 dimensions.
         target_acceptance_rate: Acceptance rate to tune to. None: each kernel's own, such as 0.574 for MALA and 0.8 for
             HMC.
-        num_starts: Number of lanes, at least 2. Their last states are starts of chains and blocks.
+        num_starts: Number of lanes, at least 2. Their last states are starts of chains and blocks. There are more if
+            a start is given for each of more chains.
 
     Raises:
         ValueError: ``num_starts`` is below 2.
@@ -58,9 +59,10 @@ class SiteAdaptation(Warmup):
     dense: bool | None = field(default=None, metadata=dict(static=True))
     target_acceptance_rate: Scalar | None = None
     num_starts: int = field(default=32, metadata=dict(static=True))
+    uses_gradient: ClassVar[bool] = False
 
     def count_starts(self, target, num_given=1):
-        return self.num_starts
+        return max(self.num_starts, num_given)
 
     def __post_init__(self):
         object.__setattr__(self, "num_starts", as_int("num_starts", self.num_starts, 2))
@@ -82,13 +84,14 @@ class SiteAdaptation(Warmup):
         _check_metrics(target, kernel)
         # Start the lanes, with identity bases and dual averaging at its beginning.
         length, last = num_steps // NUM_WINDOWS, NUM_WINDOWS - 1
+        num_lanes = len(jax.tree.leaves(starts)[0])
         kernel = self._first_bases(target, kernel)
         rates = tuple(self._rate(target, block) for block in _blocks(kernel))
         averaged = _begin(target, kernel, rates)
         unknowns = _start_lanes(target, _with_steps(target, kernel, averaged, rates, jnp.array(True)), starts)
         seconds: list[float] = []
         for number, key in enumerate(jax.random.split(rng_key, NUM_WINDOWS)):
-            noise = _draw_noise(target, kernel, key, num_lanes=self.num_starts, num_steps=length)
+            noise = _draw_noise(target, kernel, key, num_lanes=num_lanes, num_steps=length)
             adapting = jnp.array(number != last)
             window, (_, took) = _run_window.timed(target, kernel, noise, unknowns, averaged, rates, adapting)
             seconds.append(took)
@@ -106,7 +109,7 @@ class SiteAdaptation(Warmup):
         tuned = _with_steps(target, kernel, averaged, rates, jnp.array(False)).finalize()
         _check_moved(tuned, window)
         # All windows run one program, so if the machine stalls in one of the last three, the others give its time.
-        timing = LaneTiming(self.num_starts, median_low(seconds[1:]) / length)
+        timing = LaneTiming(num_lanes, median_low(seconds[1:]) / length)
         return Tuned(target, tuned, unknowns, jnp.nanmean(window.acceptance_rates), timing)
 
     def _rate(self, target: Target, block: Block) -> Scalar:

@@ -81,3 +81,17 @@ def test_kernels_with_more_than_a_position() -> None:
 def test_wrong_lengths(num_samples, error, words) -> None:
     with pytest.raises(error, match=words):
         run(30, thinning=3, solver=Sequential()).extend(num_samples)
+
+
+def test_no_chain_takes_so_many_steps_that_its_noise_repeats(tmp_path) -> None:
+    """Numbers of steps are words of 32 bits."""
+    chain = run(30, solver=Sequential())
+    late = replace(chain, state=chain.state._replace(num_steps=2**32 - 5))
+    with pytest.raises(ValueError, match=r"at most 5 more, got 6\. Take fewer, or .* another key"):
+        late.extend(6, progress_bar=False)
+    assert late.extend(5, progress_bar=False).state.num_steps == 2**32
+    with pytest.raises(ValueError, match="at most 4,294,967,296 steps"):
+        run(2**32 + 1, thinning=2**20)
+    pytest.importorskip("zarr")
+    with pytest.raises(ValueError, match="at most 5 more"):
+        late.stream(tmp_path / "run", 6, progress_bar=False)

@@ -32,6 +32,7 @@ SERIES = {
     **{f"rho={rho}, {n} draws": autoregressive(rho, (4, n, 3)) for rho in (-0.8, 0, 0.5, 0.99) for n in (10, 100, 997)},
     "ties": np.round(autoregressive(0.7, (4, 500, 2)), 1),
     "two values": (autoregressive(0.9, (4, 500, 2)) > 1).astype(float),
+    "a rare value": (autoregressive(0.5, (4, 500, 2)) < 2.2).astype(float),
     "chains apart": autoregressive(0.5, (4, 300, 2)) + np.arange(4.0)[:, None, None],
 }
 
@@ -86,6 +87,31 @@ def test_values_that_do_not_vary_in_every_respect() -> None:
     assert still.max_rhat > 1e6
     assert still.num_apart == 1
     assert "R-hat above 100 (x)" in still.doubt
+
+
+def test_an_element_without_tails_does_not_hide_the_worst() -> None:
+    """Of a value that 99 in 100 draws have, both quantiles are the largest draw."""
+    slow, rare = autoregressive(0.9, (4, 500, 1)), autoregressive(0.0, (4, 500, 1)) < 2.3
+    found = judge({"x": np.concatenate([rare, slow], axis=2)})
+    assert found.tail_ess["x"] == (pytest.approx(measure(slow).tail_ess[0]), (1,))
+
+
+def test_no_draws_are_not_judged() -> None:
+    target = pmcmc.Target.from_logdensity(None, {"x": 0.0})
+    kernel = pmcmc.Gibbs({"x": pmcmc.kernels.NormalUpdate(lambda x: (0.0, 1.0))})
+    assert not judge_mixing(target, kernel, {"x": np.zeros((2, 0))}).is_judged
+
+
+def test_an_extension_is_judged_with_the_draws_before() -> None:
+    """By themselves its 2,400 draws have an effective sample size of about 60."""
+    kernel = pmcmc.HMC(step_size=0.3, num_integration_steps=1)
+    options = dict(kernel=kernel, solver=Sequential(), num_warmup=0, num_samples=20_000, progress_bar=False)
+    chain = pmcmc.sample(lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(1), 0, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        longer = chain.extend(600, progress_bar=False)
+    assert judge({"x": longer.unknowns[:, 20_000:]}).doubt
+    assert longer.report.mixing.num_draws == 82_400
 
 
 def test_columns_are_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

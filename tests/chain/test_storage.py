@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,8 @@ import numpyro.distributions as dist
 import pytest
 
 import pmcmc
-from pmcmc.recurrence import MultipleShooting, Sequential
+from pmcmc.kernels import ParallelLeapfrog
+from pmcmc.recurrence import HutchinsonDiagonal, MultipleShooting, Newton, Sequential
 from tests.helpers.targets import EFFECTS, ERRORS, eight_schools_model, gaussian, start_like
 
 MODEL = dict(model_args=(ERRORS,), model_kwargs={"effects": EFFECTS})
@@ -70,6 +72,18 @@ def test_a_log_density_and_its_key_come_back(tmp_path: Path) -> None:
     back = pmcmc.load(str(tmp_path / "chain"), gaussian)
     assert_equal(back, plain_chain())
     assert_equal(back.extend(60, progress_bar=False), plain_chain().extend(60, progress_bar=False))
+
+
+def test_a_number_of_steps_that_no_warm_up_fixed(tmp_path: Path) -> None:
+    """The default of `HMC` follows from its step size: steps are those with that number, which is known afterwards."""
+    options = dict(solver=Sequential(), extra_fields=("num_steps",), **{**SIZES, "num_warmup": 0, "num_samples": 20})
+    run = lambda length: pmcmc.sample(gaussian, start_like(gaussian), 0, kernel=pmcmc.HMC(0.5, length), **options)
+    chain, expected = run(None), run(4)
+    np.testing.assert_array_equal(chain.unknowns, expected.unknowns)
+    assert np.all(chain.get_extra_fields()["num_steps"] == 4)
+    chain.save(tmp_path / "chain.npz")
+    back = pmcmc.load(tmp_path / "chain.npz", gaussian)
+    assert_equal(back.extend(20, progress_bar=False), chain.extend(20, progress_bar=False))
 
 
 ELSEWHERE = """
@@ -139,6 +153,34 @@ def test_what_is_not_stored_is_asked_for(tmp_path: Path) -> None:
         pmcmc.load(tmp_path / "chain.npz", gaussian, kernel=pmcmc.HMC())
     back = pmcmc.load(tmp_path / "chain.npz", gaussian, kernel=kernel)
     assert_equal(back.extend(20, progress_bar=False), chain.extend(20, progress_bar=False))
+
+
+def test_typed_keys_in_solver_and_kernel_come_back(tmp_path: Path) -> None:
+    """A key is an array that numpy cannot read."""
+    probes = lambda seed: Newton(HutchinsonDiagonal(jax.random.key(seed, impl="rbg")))
+    kernel = pmcmc.HMC(step_size=0.5, num_integration_steps=2, leapfrog=ParallelLeapfrog(2, probes(1)))
+    sizes = {**SIZES, "num_warmup": 0, "num_samples": 10}
+    chain = pmcmc.sample(gaussian, start_like(gaussian), 0, kernel=kernel, solver=Sequential(), **sizes)
+    chain = replace(chain, solver=probes(2))
+    chain.save(tmp_path / "chain.npz")
+    back = pmcmc.load(tmp_path / "chain.npz", gaussian)
+    assert back.solver.jacobian.rng_key == chain.solver.jacobian.rng_key
+    assert back.kernel.leapfrog.solver.jacobian.rng_key == kernel.leapfrog.solver.jacobian.rng_key
+
+
+@pytest.mark.parametrize("kind", [OrderedDict, lambda x: defaultdict(float, x)], ids=["OrderedDict", "defaultdict"])
+def test_other_dicts_than_plain_ones_are_asked_for(kind, tmp_path: Path) -> None:
+    """Read as a plain dict, an OrderedDict would have its leaves in another order."""
+    start, sizes = kind({"b": jnp.zeros(2), "a": jnp.zeros(1)}), {**SIZES, "num_warmup": 0, "num_samples": 10}
+    density = lambda x: -jnp.sum(x["a"] ** 2) - 2 * jnp.sum((x["b"] - 1) ** 2)
+    chain = pmcmc.sample(density, start, 0, kernel=pmcmc.MALA(step_size=0.3), solver=Sequential(), **sizes)
+    chain.save(tmp_path / "chain.npz")
+    with pytest.raises(ValueError, match=r"[dD]ict, which is not stored in the file: pass initial_position="):
+        pmcmc.load(tmp_path / "chain.npz", density)
+    back = pmcmc.load(tmp_path / "chain.npz", density, initial_position=start)
+    assert type(back.get_samples()) is type(start)
+    jax.tree.map(np.testing.assert_array_equal, back.get_samples(), chain.get_samples())
+    assert back.verify()
 
 
 @pmcmc.register_dataclass

@@ -227,3 +227,33 @@ def test_kernels_that_do_not_tell_ties_say_so(monkeypatch: pytest.MonkeyPatch) -
     assert with_draws(chain, {"a": draws}).verify().first_mismatch == (0, 100)  # a hundredth of a standard deviation
     assert lanes == [8, 2, 8]  # as in blocks, as in sequence, and with other rounding
     assert "does not report near ties; steps were taken in the batch shape of the run (8 side by side)" in str(found)
+
+
+def spins(shift: float) -> pmcmc.Gibbs:
+    """Two hundred binary values a step in float32, from conditionals that are shifted as another program may round."""
+    rng = np.random.default_rng(0)
+    field = rng.normal(size=200) + shift * rng.uniform(-1, 1, 200)
+    logits = jnp.stack([jnp.zeros(200), field], axis=-1)
+    updates = {
+        "z": pmcmc.kernels.CategoricalUpdate(lambda x: logits),
+        "a": pmcmc.kernels.NormalUpdate(lambda x: (0.0, 1.0)),
+    }
+    return pmcmc.Gibbs(updates)
+
+
+def test_each_decision_of_a_step_may_fall_by_itself() -> None:
+    """In every second step some decision is a near tie, of which another program decides one in ten otherwise."""
+    density = lambda x: jnp.float32(-3000.0) + 0 * x["a"]
+    start = {"z": jnp.zeros(200, int), "a": jnp.zeros((), jnp.float32)}
+    chain = run(density, start, kernel=spins(0.0), solver=Sequential(), num_samples=1000)
+    assert chain.verify()
+    rounded = replace(chain, state=chain.state._replace(kernel=spins(1e-3)))
+    found = rounded.verify()
+    assert found.num_mismatched == 0, str(found)
+    assert found.num_near_ties > 20
+    assert found.num_undecided < 10
+    clear = int(np.argmax(chain.info.margin[0] > 0.01))
+    draws = {name: x.copy() for name, x in chain.unknowns.items()}
+    draws["z"][0, clear, 3] ^= 1
+    found = with_draws(rounded, draws).verify()
+    assert (found.num_mismatched, found.first_mismatch) == (1, (0, clear))

@@ -12,6 +12,7 @@ import pytest
 from numpyro.infer import Predictive
 
 import pmcmc
+from pmcmc.chain.state import model_source
 from pmcmc.recurrence import Sequential
 from tests.helpers.targets import gaussian, start_like
 
@@ -138,3 +139,13 @@ def test_a_plain_log_density_has_no_observations() -> None:
     assert groups(plain.to_arviz()) == {"posterior", "sample_stats"}
     with pytest.raises(ValueError, match="needs a NumPyro model with observed sites"):
         plain.to_arviz(log_likelihood=True)
+
+
+def test_constants_are_described_as_they_were_passed() -> None:
+    """Without 64 bits JAX rounds data; ArviZ gets the user's own."""
+    dates = X + 2_450_000.123
+    with (jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64)(False):
+        source = model_source(model, (dates, SEEN), {"y": Y + 0.1})
+        found = source.describe(source.target, {"slopes": jnp.zeros(3), "level": jnp.zeros(2)})
+    assert set(found.constant) == {"x", "seen"}  # y is observed
+    np.testing.assert_array_equal(found.constant["x"], dates)

@@ -153,6 +153,20 @@ def test_starts_are_numpyros_and_usable() -> None:
         jax.tree.map(np.testing.assert_array_equal, back, starts)
 
 
+def test_starts_that_are_not_found_are_those_of_others() -> None:
+    """At one random position in 130 the density can be used."""
+
+    def narrow():
+        x = numpyro.sample("x", dist.Normal(0, 1))
+        numpyro.factor("narrow", jnp.where(x > 1.97, 0.0, -jnp.inf))
+
+    target = numpyro_target(narrow, (), {})
+    with pytest.warns(UserWarning, match=r"For \d of 8 random starts .* not finite at site 'narrow'"):
+        starts = numpyro_starts(target, jax.random.key(0), 8)
+    assert np.all(starts["x"] > 1.97)
+    assert 1 < len(np.unique(starts["x"])) < 8
+
+
 def test_what_is_data_and_what_is_constant() -> None:
     """Arrays are data, wherever they come from; numbers, strings and shapes belong to the model."""
     leaves = lambda name: jax.tree.leaves(numpyro_target(*MODELS[name]).data)
@@ -209,6 +223,17 @@ def with_moving_support(y):
     numpyro.sample("k", dist.DiscreteUniform(0, 2 + (x > 0)))
 
 
+def with_rarely_moving_support(y):
+    """The support is that of the random points that a check could look at, and another for one x in 160."""
+    x = numpyro.sample("x", dist.Normal(0, 1))
+    numpyro.sample("k", dist.DiscreteUniform(0, jnp.where(x > 2.5, 3, 1)).expand([2]).to_event(1))
+
+
+def with_support_of_a_discrete_site(y):
+    n = numpyro.sample("n", dist.Binomial(3, 1e-9))
+    numpyro.sample("k", dist.Binomial(1 + n, 0.5))
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [
@@ -216,6 +241,8 @@ def with_moving_support(y):
         (with_counts, "latent site 'count' is discrete without a finite support.*marginalise"),
         (with_uneven_counts, "latent site 'count' is discrete without a finite support that all its elements share"),
         (with_moving_support, r"support of \['k'\] depends on other latent sites"),
+        (with_rarely_moving_support, r"support of \['k'\] depends on other latent sites"),
+        (with_support_of_a_discrete_site, r"support of \['k'\] depends on other latent sites"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

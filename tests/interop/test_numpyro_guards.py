@@ -284,6 +284,20 @@ def model(y=None):
     numpyro.sample("y", dist.Normal(mu, 1).expand([6]).to_event(1), obs=y)
 
 
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (dict(model_args=(map(float, "123"),)), "model_args"),
+        (dict(model_kwargs={"y": {"rows": [1.0, iter([2.0])]}}), "model_kwargs"),
+    ],
+    ids=["map", "within"],
+)
+def test_iterators_among_the_arguments(given: dict[str, Any], name: str) -> None:
+    """NumPyro runs such a model on no data."""
+    with pytest.raises(TypeError, match=rf"{name} holds an iterator.*pass list\(\.\.\.\) of it, or an array"):
+        pmcmc.parallel_chain(lambda y: model(jnp.asarray(list(y))), 0, **given, **SIZES)
+
+
 START = {"mu": jnp.zeros(3)}  # for three chains
 REFUSED_OPTIONS: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str, str]] = [
     (dict(num_warmup=-1), {}, ValueError, "nonnegative", "nonnegative"),

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 from scipy import stats
 
@@ -219,3 +221,37 @@ def test_needs_no_gradient() -> None:
     values = str(jax.make_jaxpr(lambda s, u: kernel.step(target, s, u))(state, noise))
     once = str(jax.make_jaxpr(target.logdensity_fn)(state.position))
     assert values.count("dot_general") == once.count("dot_general")
+
+
+def looped(x):
+    """A standard normal with a loop that JAX does not differentiate backwards."""
+    body = lambda carry: (carry[0] + 1, carry[1] - 0.5 * x["x"][carry[0]] ** 2)
+    return jax.lax.while_loop(lambda carry: carry[0] < 2, body, (0, jnp.zeros(())))[1]
+
+
+GIBBS = pmcmc.Gibbs({"x": pmcmc.kernels.NormalUpdate(lambda x: (jnp.zeros(2), 1.0))})
+
+
+@pytest.mark.parametrize(
+    ("kernel", "num_warmup"),
+    [(RandomWalk(1.5), 0), (pmcmc.Compose([(RandomWalk(), ["x"])]), 100), (GIBBS, 100)],
+    ids=["RandomWalk", "Compose", "Gibbs"],
+)
+def test_densities_without_a_gradient(kernel, num_warmup: int) -> None:
+    options = dict(kernel=kernel, num_warmup=num_warmup, num_samples=1000, solver=Sequential(), progress_bar=False)
+    x = pmcmc.sample(looped, {"x": jnp.zeros(2)}, 0, **options).get_samples()["x"]
+    np.testing.assert_allclose(x.std(0), 1.0, atol=0.2)
+
+
+def test_warm_up_by_hmc_says_what_needs_no_gradient() -> None:
+    with pytest.raises(TypeError, match=r"cannot differentiate it.*RandomWalk\(step_size=\.\.\.\) with num_warmup=0"):
+        pmcmc.sample(looped, {"x": jnp.zeros(2)}, 0, kernel=RandomWalk(), progress_bar=False)
+
+
+def test_starts_of_a_model_without_a_gradient() -> None:
+    def model():
+        x = numpyro.sample("x", dist.Normal(0, 1).expand([2]).to_event(1))
+        numpyro.factor("looped", looped({"x": x}))
+
+    options = dict(kernel=RandomWalk(1.0), num_warmup=0, num_samples=20, solver=Sequential(), progress_bar=False)
+    assert np.ptp(pmcmc.parallel_chain(model, 0, **options).get_samples()["x"]) > 0

@@ -179,6 +179,30 @@ def test_updates_of_the_users_own(impl: str) -> None:
         np.testing.assert_array_equal(found.unknowns[name], x)
 
 
+def crank_nicolson(**settings) -> pmcmc.Kernel:
+    """Return the kernel of docs/extending.md, whose noise comes from ``jax.random``."""
+    page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("def logdensity")[0]
+    room: dict[str, Any] = {"__name__": __name__}
+    exec(code, room)
+    return room["CrankNicolson"](**settings)
+
+
+@pytest.mark.parametrize("impl", OTHERS)
+@pytest.mark.parametrize("within", [False, True], ids=["alone", "in a group"])
+def test_kernels_of_the_users_own(within: bool, impl: str) -> None:
+    """Drawn in a program of its own, step by step, to find shapes, and in both warm-ups."""
+    density, start = lambda x: gaussian(x["x"]), {"x": jnp.zeros(3)}
+    for step_size, num_warmup, solver in ((0.4, 0, BLOCKS), (None, 24, Sequential())):
+        kernel = crank_nicolson(step_size=step_size)
+        kernel = pmcmc.Compose([(kernel, ["x"])]) if within else kernel
+        options = dict(kernel=kernel, num_warmup=num_warmup, **{**SIZES, "num_samples": 30})
+        expected = pmcmc.sample(density, start, 0, solver=Sequential(), **options).get_samples()["x"]
+        with jax.default_prng_impl(impl):
+            found = pmcmc.sample(density, start, 0, solver=solver, **options).get_samples()["x"]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("impl", OTHERS)
 def test_files(impl: str, tmp_path: Path) -> None:
     with jax.default_prng_impl(impl):

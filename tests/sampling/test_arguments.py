@@ -9,6 +9,7 @@ import pytest
 from numpyro.infer import init_to_median
 
 import pmcmc
+from pmcmc.interop.numpyro import numpyro_target
 from pmcmc.recurrence import RecurrenceSolver, Sequential
 from pmcmc.sampling.api import check_strategy
 from pmcmc.sampling.settings import Settings
@@ -72,6 +73,23 @@ def test_settings_are_checked(change: dict, error: type, words: str) -> None:
 def sample(**options) -> pmcmc.Chain:
     given = dict(logdensity_fn=gaussian, initial_position=start_like(gaussian), rng_key=0, progress_bar=False)
     return pmcmc.sample(**{**given, **options})
+
+
+def test_settings_of_models_with_discrete_sites() -> None:
+    """What is asked for must fit the kernel that samples, with its updates of discrete sites."""
+
+    def model(continuous):
+        z = numpyro.sample("z", dist.Bernoulli(0.3))
+        if continuous:
+            numpyro.sample("x", dist.Normal(z, 1.0))
+
+    both, discrete = (numpyro_target(model, (continuous,), {}) for continuous in (True, False))
+    with pytest.raises(ValueError, match=r"Compose has no extra_fields \['energy'\]: .*accept_prob"):
+        Settings.check(**{**GOOD, "target": both, "extra_fields": ("energy",)})
+    with pytest.raises(ValueError, match=r"num_warmup=0 tunes nothing, but HMC\(\) has no step size"):
+        Settings.check(**{**GOOD, "target": both, "num_warmup": 0})
+    settings = Settings.check(**{**GOOD, "target": discrete, "num_warmup": 0})
+    assert isinstance(settings.kernel, pmcmc.DiscreteGibbs)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ and its Monte Carlo error is below 0.02.
 
 import gc
 import weakref
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import blackjax
@@ -22,6 +23,9 @@ import pmcmc
 from benchmarks._compilations import compilations
 from pmcmc import Target
 from pmcmc._xla import compile
+from pmcmc.kernels.hmc import Leapfrog
+from pmcmc.kernels.metropolis import GradientState
+from pmcmc.kernels.updates import Drawn
 from pmcmc.recurrence import MultipleShooting, Sequential, deer
 from pmcmc.stability import coalescence_time, lyapunov_exponent
 
@@ -267,6 +271,52 @@ def by_update_within_compose():
     return run
 
 
+def by_update_of_the_users_own():
+    data = SimpleNamespace()
+
+    @pmcmc.register_dataclass
+    @dataclass(frozen=True)
+    class Around(pmcmc.kernels.Update):
+        def draw_noise(self, rng_key, site):
+            return jax.random.normal(rng_key, site.shape, site.dtype)
+
+        def draw(self, state, noise, site):
+            return Drawn(jnp.mean(jnp.asarray(data.y)) + 20**-0.5 * noise)
+
+    def run(y):
+        data.y = y
+        return gibbs(Around(), y)
+
+    return run
+
+
+def by_integrator_of_the_users_own():
+    data = SimpleNamespace()
+
+    @pmcmc.register_dataclass
+    @dataclass(frozen=True)
+    class Jump(Leapfrog):
+        """Keeps the energy of a flat density."""
+
+        def check(self, num_integration_steps):
+            pass
+
+        def length(self, asked):
+            return asked
+
+        def integrate(self, target, state, momentum, step_size, length, velocity):
+            position = jnp.mean(jnp.asarray(data.y)) + 20**-0.5 * momentum
+            return GradientState(position, *target.value_and_grad(position)), momentum
+
+    kernel = pmcmc.HMC(step_size=0.5, num_integration_steps=1, leapfrog=Jump())
+
+    def run(y):
+        data.y = y
+        return blackjax_run(kernel, lambda x: 0.0 * jnp.sum(x))
+
+    return run
+
+
 def blackjax_run(kernel, logdensity) -> float:
     options = dict(num_warmup=0, num_samples=3000, progress_bar=False, solver=Sequential())
     chain = pmcmc.sample(logdensity, jnp.full(1, 5.0), 0, kernel=kernel, **options)
@@ -304,8 +354,8 @@ WAYS = {
     for name, make in dict(globals()).items()
     if name.startswith("by_") and callable(make)
 }
-# A BlackJAX step is identified by what it computes, arrays included; a mean that is a Python number counts as a number.
-COMPILE_ANEW = ("built_algorithm", "constructor")
+# Such a step is identified by what it computes, arrays included; a mean that is a Python number counts as a number.
+COMPILE_ANEW = ("built_algorithm", "constructor", "update_of_the_users_own", "integrator_of_the_users_own")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -398,11 +448,23 @@ def test_extend_and_verify_say_that_the_model_has_changed(change: str, tmp_path)
     chain.save(tmp_path / "chain.npz")
     pmcmc.load(tmp_path / "chain.npz", dose.model)
     CHANGES[change](dose)
-    for ask in (chain.verify, lambda: chain.extend(10, progress_bar=False)):
+    more = dict(num_samples=10, progress_bar=False)
+    for ask in (chain.verify, lambda: chain.extend(**more), lambda: chain.stream(tmp_path / "run", **more)):
         with pytest.raises(ValueError, match="the model has changed since this chain was sampled"):
             ask()
     with pytest.raises(ValueError, match=r"model|data"):
         pmcmc.load(tmp_path / "chain.npz", dose.model)
+
+
+def test_stored_chains_say_that_the_model_has_changed(tmp_path) -> None:
+    pytest.importorskip("zarr")
+    dose = Dose()
+    dose.y = ONES.copy()
+    stored = chain_of(dose).stream(tmp_path / "run", 10, progress_bar=False)
+    stored = stored.extend(10, progress_bar=False)
+    dose.y = NINES
+    with pytest.raises(ValueError, match="the model has changed since this chain was sampled"):
+        stored.extend(10, progress_bar=False)
 
 
 def test_extend_and_verify_say_that_the_kernel_has_changed() -> None:

@@ -1,5 +1,6 @@
 """Ctrl-C loses nothing that was certified, and a request that is too large is refused before anything is sampled."""
 
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -16,6 +17,9 @@ from pmcmc.kernels.base import PositionKernel
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.sampling import engine, settings
 from pmcmc.sampling.engine import Engine
+from pmcmc.sampling.reporting import Outcome
+from pmcmc.sampling.segments import Draws
+from pmcmc.sampling.session import Session
 from tests.helpers.targets import gaussian, start_like
 
 KERNEL = pmcmc.HMC(step_size=0.9, num_integration_steps=2)
@@ -88,6 +92,45 @@ def test_chains_that_stand_at_different_steps_go_back_to_the_last_common_draw(in
     assert chain.verify()
 
 
+def test_finished_draws_survive_a_stop_while_they_are_judged(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    first, close = run(500, solver=Sequential()), lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Outcome, "warn", interrupt)
+    with pytest.raises(pmcmc.Interrupted) as stopped:
+        first.extend(1500, progress_bar=False)
+    close(stopped.value.chain.unknowns, whole().unknowns)
+    pytest.importorskip("zarr")
+    with pytest.raises(pmcmc.Interrupted) as stopped:
+        first.stream(tmp_path / "run", 1500, progress_bar=False)
+    assert stopped.value.chain.num_samples == whole().num_samples
+
+
+def test_finished_draws_survive_a_warning_that_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole()
+    monkeypatch.setattr(Outcome, "warn", lambda *args: warnings.warn("doubtful", stacklevel=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="doubtful") as raised:
+            run(2000, solver=Sequential())
+    np.testing.assert_array_equal(raised.value.chain.unknowns, whole().unknowns)
+    assert "attribute `chain`" in raised.value.__notes__[0]
+
+
+def test_steps_that_are_cut_off_do_not_count_as_certified() -> None:
+    """100 steps in order, then 200 in blocks, cut to the first 150."""
+    chain, blocks = run(30, solver=Sequential()), MultipleShooting(4)
+    with Session(settings.settings_of(chain, 300, None), False, chain.state.num_steps) as session:
+        engine = session.engine_for(chain.state, lambda _: 0)
+        outcome = session.start(chain.state, engine, Draws(engine, 100))
+        outcome.run.take(Sequential(), engine.shape_for(Sequential(), 300), 100)
+        outcome.run.take(blocks, engine.shape_for(blocks, 300), 200)
+        assert outcome.report(150).certified_steps.tolist() == [50, 50]
+        assert outcome.report(300).certified_steps.tolist() == [200, 200]
+
+
 def test_before_the_first_draw_there_is_nothing_to_keep(interrupted_after, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted_after(1)
     with pytest.raises(KeyboardInterrupt) as stopped:
@@ -107,11 +150,19 @@ def test_before_the_first_draw_there_is_nothing_to_keep(interrupted_after, monke
 def test_more_than_memory_holds(num_warmup: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused before warm-up; a draw takes 24 + 41 bytes of position and info."""
     monkeypatch.setattr(pmcmc.EnsembleAdaptation, "run", lambda *args: pytest.fail("warm-up has begun"))
+    monkeypatch.setattr(settings, "available_bytes", lambda: 2.0**36)
     with pytest.raises(MemoryError, match=r"steps of 2 chain\(s\) need about .* GiB .*are available.*thinning="):
-        run(10**14, num_warmup=num_warmup)
+        run(2**32, num_warmup=num_warmup)
     monkeypatch.setattr(settings, "available_bytes", lambda: 1000.0)
     with pytest.raises(MemoryError, match="draws"):
         run(100, solver=Sequential())
+
+
+def test_an_extension_counts_the_draws_before_it() -> None:
+    """A draw of both chains takes 130 bytes."""
+    chain = run(3000, solver=Sequential(), thinning=1, max_memory=600_000)
+    with pytest.raises(MemoryError, match=r"max_memory is .* for draws"):
+        chain.extend(3000, progress_bar=False)
 
 
 def test_available_memory_is_the_least_of_system_and_group(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

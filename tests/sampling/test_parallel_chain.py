@@ -218,6 +218,13 @@ def test_summary_is_numpyros(chain, capsys: pytest.CaptureFixture) -> None:
         assert list(chain.summary(sites=["sigma"])) == ["sigma"]
 
 
+def test_a_summary_of_three_draws_is_refused() -> None:
+    chain = gaussian_chain(kernel=pmcmc.MALA(step_size=0.5), num_warmup=0, num_samples=3)
+    with pytest.raises(ValueError, match=r"at least 4 draws per chain.*got 3\. Take more with extend"):
+        chain.print_summary()
+    assert chain.extend(1, progress_bar=False).summary()["x"]["mean"].shape == (3,)
+
+
 @pytest.mark.filterwarnings("ignore")  # ArviZ's own dependencies
 def test_arviz() -> None:
     data = model_chain().to_arviz()

@@ -56,6 +56,7 @@ def test_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert places == sorted(places)
     last = shown[-1]
     assert "800/800" in last
+    assert "step/s" in last  # with thinning they are not draws
     assert f"sweeps: {chain.report.num_sweeps.max()}" in last
     assert any("steps]" in line for line in shown[: places[1]])
 

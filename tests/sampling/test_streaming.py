@@ -14,6 +14,7 @@ import pytest
 
 import pmcmc
 from pmcmc.chain.file_format import Writer
+from pmcmc.interop.arviz import DrawArrays
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.sampling import engine, store
 from pmcmc.sampling.engine import Engine
@@ -189,7 +190,7 @@ def test_an_interrupted_run_goes_on(owner, tmp_path: Path, monkeypatch: pytest.M
 
     def interrupt(*args):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == (4 if owner is Engine else 6):  # the first draws have two checkpoints, and the start a third
             raise KeyboardInterrupt
         return method(*args)
 
@@ -203,6 +204,67 @@ def test_an_interrupted_run_goes_on(owner, tmp_path: Path, monkeypatch: pytest.M
     np.testing.assert_allclose(chain.get_samples(group_by_chain=True)["x"], expected, rtol=0, atol=1e-9)
     assert_whole(pmcmc.resume(tmp_path / "run", gaussian, progress_bar=False))
     assert len(set(shapes)) == 1  # same segments as before the stop
+
+
+def test_a_stop_while_the_first_draws_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 33 draws some are in the checkpoint; the others are taken again."""
+    first, write, calls = start(), Writer.write, []
+
+    def interrupt(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return write(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "write", interrupt)
+        with pytest.raises(pmcmc.Interrupted, match="after 0 of 1,901 steps") as stopped:
+            first.stream(tmp_path / "run", NUM_MORE, progress_bar=False)
+    chain = stopped.value.chain
+    assert 0 < chain.num_samples < first.num_samples
+    assert np.isnan(chain.report.acceptance_rate).all()  # of no draws
+    assert "too few draws to judge" in str(chain.report)
+    assert_whole(pmcmc.resume(tmp_path / "run", gaussian, progress_bar=False))
+
+
+@pytest.mark.parametrize("moment", ["write", "show"])
+def test_a_stop_before_the_first_checkpoint(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has been kept: the same call begins again."""
+    first = start(Sequential())
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DrawArrays, moment, interrupt)
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            first.stream(tmp_path / "run", 30, progress_bar=False)
+    assert type(stopped.value) is KeyboardInterrupt
+    assert first.stream(tmp_path / "run", 30, progress_bar=False).num_samples == 130 // 3
+
+
+def test_the_report_of_a_checkpoint_does_not_change_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    certify, kept = Store.certify, []
+
+    def certify_and_tell(self):
+        certify(self)
+        paths = self.last.report.num_sequential_steps
+        kept.append((paths, paths.copy()))
+
+    monkeypatch.setattr(Store, "certify", certify_and_tell)
+    start().stream(tmp_path / "run", 600, progress_bar=False)
+    assert len(kept) > 2
+    for now, then in kept:
+        np.testing.assert_array_equal(now, then)
+
+
+def test_positions_keyed_by_numbers_have_names(tmp_path: Path) -> None:
+    position = {0: np.zeros(2), 1: np.zeros(())}
+    chain = pmcmc.sample(lambda x: -sum((y**2).sum() for y in x.values()), position, 0, **SIZES)
+    assert set(chain.summary()) == {"x[0]", "x[1]"}
+    assert "x[0][1]" in str(chain.summary())
+    stored = chain.stream(tmp_path / "run", 30, sites=["x[0]"], progress_bar=False)
+    np.testing.assert_array_equal(stored.get_samples(True)["x[0]"][:, :100], chain.get_samples(True)[0])
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,18 @@ def test_is_said_where_nothing_speaks_against_it(report: SolveReport) -> None:
     assert "not judged" not in str(report)
 
 
+def test_without_warm_up_none_is_spoken_of(free_lanes) -> None:
+    options = dict(kernel=pmcmc.HMC(step_size=0.9, num_integration_steps=2), num_warmup=0, progress_bar=False)
+    starts = np.random.default_rng(0).standard_normal((4, 3))
+    chain = pmcmc.sample(gaussian, starts, 0, init_per_chain=True, num_samples=10_000, **options)
+    text = str(chain.report)
+    assert "Bias of the starts: below 0.01 sd from step" in text
+    assert "relative to the region where chains and their partners started" in text
+    assert "Seconds: warm-up 0.00, pilot" in text
+    assert "lanes" not in text
+    assert "lanes" not in str(chain.extend(10_000, progress_bar=False).report)
+
+
 def test_says_where_it_is_not_small(report: SolveReport) -> None:
     slow = replace(report, bias_bound=np.full(9, 0.5))
     assert "Bias left by warm-up: not below 0.01 sd within 8 steps." in str(slow)

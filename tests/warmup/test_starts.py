@@ -18,6 +18,7 @@ from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.sampling.pilot import partner_shifts
 from pmcmc.warmup import lanes
 from pmcmc.warmup.base import start_order
+from tests.helpers.sources import run_python
 
 PROGRAMS = ("jit(draw_noise)", "jit(solve_noise)")
 
@@ -58,6 +59,66 @@ def test_given_starts_stay_with_their_chains(num_chains: int) -> None:
     lanes = np.asarray(jax.vmap(chain.target.position)(chain.state.ensemble))[:, 0]
     partners = lanes[(chain.state.own + 16) % 32]
     assert np.all(np.abs(lanes[chain.state.own] - partners) > 500)
+
+
+UNIT = pmcmc.HMC(step_size=0.5, num_integration_steps=3, inverse_mass_matrix=np.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "warmup", "num_chains"),
+    [
+        (UNIT, pmcmc.EnsembleAdaptation(), 35),
+        (UNIT, pmcmc.WindowAdaptation(num_starts=2), 5),
+        (pmcmc.Compose([(UNIT, ["x"])]), pmcmc.SiteAdaptation(num_starts=2), 5),
+    ],
+    ids=["ensemble", "window", "site"],
+)
+def test_more_given_starts_than_a_warm_up_would_have(kernel, warmup, num_chains: int) -> None:
+    """Modes so far apart that no lane leaves its own."""
+    modes = 1e3 * jnp.arange(num_chains)
+    fn = lambda x: jax.nn.logsumexp(-0.5 * (x["x"] - modes) ** 2)
+    options = dict(kernel=kernel, warmup=warmup, num_warmup=40, num_samples=10, num_chains=num_chains)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        chain = pmcmc.sample(
+            fn, {"x": modes}, 0, init_per_chain=True, solver=Sequential(), progress_bar=False, **options
+        )
+    draws = np.asarray(chain.get_samples(group_by_chain=True)["x"])
+    np.testing.assert_allclose(draws, np.broadcast_to(modes[:, None], draws.shape), atol=10)
+
+
+def test_a_warm_up_that_leaves_out_given_starts() -> None:
+    class Few(pmcmc.EnsembleAdaptation):
+        def count_starts(self, target, num_given=1):
+            return 4
+
+    with pytest.raises(ValueError, match=r"Few runs from 4 starts, but one is given for each of 5 chains: pass"):
+        run(5, warmup=Few(), init_params={"x": np.zeros((5, 2))})
+
+
+DOUBTS = """
+import warnings
+import jax.numpy as jnp, numpyro, numpyro.distributions as dist, pmcmc
+
+class Doubtful(pmcmc.EnsembleAdaptation):
+    def run(self, *args, **options):
+        return super().run(*args, **options)._replace(remark="doubtful")
+
+def narrow():
+    x = numpyro.sample("x", dist.Normal(0, 1))
+    numpyro.factor("narrow", jnp.where(x > 1.97, 0.0, -jnp.inf))
+
+with warnings.catch_warnings(record=True) as seen:
+    options = dict(num_samples=5, num_chains=8, progress_bar=False)
+    pmcmc.parallel_chain(narrow, 0, kernel=pmcmc.HMC(0.1), num_warmup=0, **options)
+    pmcmc.sample(lambda x: -jnp.sum(x**2), jnp.zeros(2), 0, warmup=Doubtful(), num_warmup=20, **options)
+print([warning.filename for warning in seen])
+"""
+
+
+def test_doubts_point_at_the_call() -> None:
+    """Not at a line of pmcmc's own, whether they arise before warm-up or in it."""
+    assert run_python(DOUBTS).strip() == "['<string>', '<string>']"
 
 
 @pytest.mark.parametrize("num_chains", [1, 2, 4, 7, 40])

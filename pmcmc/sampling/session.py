@@ -25,6 +25,7 @@ from pmcmc._xla.trace import refuse_transformation
 from pmcmc.chain.chain import Chain
 from pmcmc.chain.state import ChainState, Source
 from pmcmc.chain.stored import StoredChain
+from pmcmc.kernels.base import is_of_pmcmc
 from pmcmc.random.streams import MOST_STEPS, split_key
 from pmcmc.sampling.automatic import Automatic, compile_first
 from pmcmc.sampling.engine import Engine
@@ -212,6 +213,9 @@ class Session:
         self.progress = Progress(settings.num_samples, progress_bar)
         self._background = BackgroundCompiler()
         self._engine: Engine | None = None
+        # What a solver of the user's own computes may change between calls, so no other run shares its programs.
+        solver = settings.solver
+        self._context = () if solver is None or is_of_pmcmc(solver) else (object(),)
 
     def __enter__(self) -> "Session":
         return self
@@ -266,6 +270,9 @@ class Session:
         Raises:
             MemoryError: The draws and the shortest segment do not fit into memory.
         """
+        if self._context:
+            target = replace(state.target, context=(state.target.context, *self._context))
+            state = state._replace(target=target)
         if self._engine is None:
             self._engine = Engine.of(state, background=self._background)
             fit_memory(self._engine, self.settings, held(self._engine))

@@ -573,3 +573,27 @@ def test_programs_of_old_models_are_dropped() -> None:
     assert len(compile._programs) == compile.MAX_TARGETS
     assert [jitted() for jitted in first] == [None] * len(first)
     assert targets[0].logdensity_fn(jnp.ones(2)) == expected
+
+
+SWEEPS = 3
+
+
+@pmcmc.register_dataclass
+@dataclass(frozen=True)
+class Reads(pmcmc.recurrence.RecurrenceSolver):
+    """A solver of the user's own that reads a global."""
+
+    def solve_problem(self, problem):
+        found = Sequential().solve_problem(problem)
+        return found._replace(stats=found.stats._replace(num_sweeps=found.stats.num_sweeps + SWEEPS))
+
+
+def test_a_solver_of_the_users_own_computes_what_it_does_at_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = dict(kernel=pmcmc.MALA(step_size=0.5), num_warmup=0, num_chains=2, num_samples=40, progress_bar=False)
+    run = lambda: pmcmc.sample(lambda x: -0.5 * x**2, jnp.zeros(()), 0, solver=Reads(), **settings)
+    assert run().report.num_sweeps.tolist() == [3, 3]
+    monkeypatch.setitem(globals(), "SWEEPS", 5)
+    chain = run()
+    assert chain.report.num_sweeps.tolist() == [5, 5]
+    monkeypatch.setitem(globals(), "SWEEPS", 7)
+    assert chain.extend(40).report.num_sweeps.tolist() == [7, 7]

@@ -131,7 +131,7 @@ plt.show()
 #
 # Every solver here judges itself by the residual $r_t = x_t - f(x_{t-1}, u_t)$. Where paths converge, a small residual
 # means a small error. Where they separate, it does not: by chance two chaotic paths come close, and merging them there
-# gives a *pseudo-orbit*. An example is the logistic map $x_t = r\, x_{t-1}(1 - x_{t-1})$ at $r = 4$, with a loose tolerance:
+# gives a *pseudo-orbit*. An example is the logistic map $x_t = r\, x_{t-1}(1 - x_{t-1})$ at $r = 4$, with a very loose tolerance:
 
 # %%
 steps = 16_384
@@ -140,19 +140,20 @@ for rate in (2.8, 4.0):
     x0 = jnp.array(0.3)
     guess = jnp.asarray(np.random.default_rng(1).uniform(size=steps))
     blocks = recurrence.solve(
-        logistic, x0, length=steps, initial_guess=guess, solver=recurrence.MultipleShooting(256, tol=1e-4)
+        logistic, x0, length=steps, initial_guess=guess, solver=recurrence.MultipleShooting(256, tol=1e-2)
     )
     truth = recurrence.solve(logistic, x0, length=steps, solver=recurrence.Sequential())
-    wrong = np.mean(np.abs(blocks.value - truth.value) > 1e-2)
+    wrong = np.mean(np.abs(blocks.value - truth.value) > 0.1)
     print(
-        f"r = {rate}: residual {float(blocks.residual):.0e}, {wrong:.0%} of the states off by more than 0.01, "
+        f"r = {rate}: residual {float(blocks.residual):.0e}, {wrong:.0%} of the states off by more than 0.1, "
         f"growth rate {float(blocks.stats.growth_rate):+.2f} -> {recurrence.RESULTS(int(blocks.result)).name}"
     )
 
 # %% [markdown]
 # The two residuals are of similar size, but the errors are very different. The solver therefore also measures, on the
 # blocks that merge, whether small distances shrink or grow, and does not certify the second case. (By default blocks merge
-# at rounding, $10^{-13}$ in float64; the loose tolerance is for illustration.)
+# at rounding, $10^{-13}$ in float64, and only after they have stayed close for some steps. At $r = 4$ they then hardly ever
+# merge, and the solution is exact but takes as long as the sequential one.)
 #
 # ## Posteriors: coupled chains
 #

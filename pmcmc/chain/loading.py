@@ -124,6 +124,8 @@ def rebuild(
         _check_given(reader, source.target.with_basis(basis), given)
         raise reader.malformed(error) from error
     source, kernel = source.with_kernel(kernel)
+    if given is not None:  # what a part of the user's own computes was recorded of the kernel before it was tuned
+        source, _ = source.with_kernel(given)
     state = _state(reader, source, kernel, basis, template)
     _check_digests(reader, source)
     _check_density(reader, state)

@@ -193,7 +193,8 @@ def is_without_draws(path: Path) -> bool:
     except (OSError, ValueError):  # something else has this name
         return False
     lengths = [x.shape[1] for _, group in root.groups() for _, x in group.arrays() if _grows(x)]
-    return root.attrs.get("inference_library") == "pmcmc" and not any(lengths)
+    is_ours = root.metadata.zarr_format == 2 and root.attrs.get("inference_library") == "pmcmc"
+    return is_ours and not any(lengths)
 
 
 def _some(shape: tuple[int, ...]) -> tuple[int, ...]:

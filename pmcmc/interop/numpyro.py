@@ -249,7 +249,7 @@ def _check_supports(model: Callable, args: tuple, kwargs: dict, supports: Suppor
 
     def find(position: PyTree) -> dict[str, list]:
         _, sites, _ = _trace_at(model, args, kwargs, supports, position, PartialCentring(position, {}))
-        return {name: jax.tree.leaves(sites[name]["fn"].support) for name, _ in supports}  # bounds, as far as given
+        return {name: _bounds(sites[name]["fn"]) for name, _ in supports}
 
     found = trace(find, position).trace
     moving = [name for name, _ in supports if found.part(name).reads_arguments]
@@ -258,6 +258,14 @@ def _check_supports(model: Callable, args: tuple, kwargs: dict, supports: Suppor
             f"the support of {moving} depends on other latent sites, so it cannot be enumerated beforehand: "
             "marginalise these sites out, or give them a fixed support and weights of zero."
         )
+
+
+def _bounds(distribution: Any) -> list:
+    """Return the numbers that a discrete support depends on."""
+    try:
+        return jax.tree.leaves(distribution.support)
+    except NotImplementedError:  # a constraint of the user's own that is no pytree
+        return [distribution.enumerate_support(expand=False)]
 
 
 def _log_likelihood(site: dict, term: Array) -> Array:

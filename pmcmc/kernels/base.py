@@ -286,25 +286,29 @@ class Kernel(abc.ABC):
 
 
 def is_of_pmcmc(part: Any) -> bool:
-    """Whether a kernel or a part of it, and all parts of these, have classes of pmcmc or are no dataclasses."""
+    """Whether a kernel or solver has no part of the user's own: a dataclass, or of a class derived from pmcmc's."""
     if isinstance(part, (tuple, list)):
         return all(map(is_of_pmcmc, part))
+    package = __name__.split(".")[0]
+    own = type(part).__module__.split(".")[0] == package
     if not is_dataclass(part):
-        return True
-    own = type(part).__module__.split(".")[0] == __name__.split(".")[0]
+        return own or not any(base.__module__.split(".")[0] == package for base in type(part).__mro__)
     return own and all(is_of_pmcmc(getattr(part, f.name)) for f in fields(part))
 
 
 def step_content(kernel: Kernel, target: Target) -> Hashable:
-    """Return what the noise and step of a kernel compute: their operations, and the arrays that they read."""
+    """Return what the noise and step of a kernel compute: their operations, and the arrays that they read.
+
+    The kernel's own numbers do not count: they are arguments of every program.
+    """
     if not kernel.is_tuned:
         kernel = kernel.with_step_size(1.0)
 
-    def whole(target: Target, position: PyTree, rng_key: PRNGKey) -> PyTree:
+    def whole(kernel: Kernel, target: Target, position: PyTree, rng_key: PRNGKey) -> PyTree:
         noise, state = kernel.sample_noise(rng_key, target), kernel.init(target, position)
         return kernel.step(target, kernel.restore(target, kernel.unknown(state)), noise)
 
-    return trace(whole, target, target.spec.template, jax.random.key(0, impl=IMPL)).content
+    return trace(whole, kernel, target, target.spec.template, jax.random.key(0, impl=IMPL)).content
 
 
 def check_step_size(step_size: Any) -> None:

@@ -80,6 +80,8 @@ class CostModel:
             less and adapts the step size in between.
         cpu_step_lane: Seconds of a lane of HMC for each step, besides its gradients: noise, acceptance and records.
         cpu_tree_lane: Seconds of a lane of NUTS for each leapfrog step, besides the gradient: what builds the tree.
+        least_tree_share: Least time of a lane of NUTS on a CPU, relative to a step of a sequential chain: the tree costs
+            more in many dimensions.
         least_lane_share: Least share of the time of a step of warm-up that is attributed to its lanes.
         cpu_thread_gain: Throughput that each further thread with a group of chains adds, relative to that of the first.
             Two threads were 1.3 to 1.9 times as fast as one (decision 031).
@@ -98,6 +100,7 @@ class CostModel:
     cpu_lane_ratio: float = 0.8
     cpu_step_lane: float = 1.5e-7
     cpu_tree_lane: float = 1e-7
+    least_tree_share: float = 0.4
     least_lane_share: float = 0.15
     cpu_thread_gain: float = 0.4
     free_lanes: int = 8192
@@ -131,9 +134,8 @@ class CostModel:
         """
         compilation = self.compile_ratio * compile_seconds
         overlap = self.overlap if num_cores > 1 else 0.0
-        taken, timed = leapfrogs or (1.0, 1.0)
-        if not on_cpu:
-            overhead = sequential if lanes is None else lanes[1] * taken / timed
+        if not on_cpu:  # a step of NUTS asks more of the card for each leapfrog than one of HMC
+            overhead = sequential if lanes is None or leapfrogs else lanes[1]
             return Costs(sequential, overhead, overhead / self.free_lanes, compilation, overlap)
         overhead, lane = 0.0, sequential / num_chains
         if lanes is not None:
@@ -142,8 +144,10 @@ class CostModel:
             lanes_alone = max(seconds - self.cpu_warmup_overhead, self.least_lane_share * seconds)
             lane = self.cpu_lane_ratio * lanes_alone / number
             if leapfrogs:
+                taken, timed = leapfrogs
                 gradients = max(lane - self.cpu_step_lane, self.least_lane_share * lane)
                 lane = taken * (gradients / timed + self.cpu_tree_lane)
+                lane = max(lane, self.least_tree_share * sequential / num_chains)
         # Where lanes were not timed no gain is counted on.
         gain = 1.0 if lanes is None else 1 + self.cpu_thread_gain * (num_threads - 1)
         devices = self.cpu_device_overhead, self.cpu_device_gain

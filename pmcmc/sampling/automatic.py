@@ -191,8 +191,8 @@ class Automatic:
         engine, timing = self.run.engine, self.timing
         leapfrogs = None
         if timing is not None and timing.num_leapfrogs:
-            taken = self.run.draws.info.num_integration_steps
-            leapfrogs = None if taken is None or not taken.size else (float(np.mean(taken)), timing.num_leapfrogs)
+            taken = self.run.counts.num_leapfrogs / self.run.position
+            leapfrogs = (float(taken.mean()), timing.num_leapfrogs) if np.isfinite(taken).all() else None
             timing = timing if leapfrogs else None
         return CostModel().costs(
             on_cpu=default_platform() == "cpu",

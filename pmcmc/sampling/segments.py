@@ -195,6 +195,7 @@ class Counts:
 
     Attributes:
         near_ties: Accept decisions within rounding of a tie.
+        num_leapfrogs: Leapfrog steps; NaN if the kernel does not count them.
         critical_path: Steps taken one after the other.
         num_iters: Largest number of Newton-type iterations of a segment.
         num_sweeps: Largest number of repair sweeps of a segment.
@@ -210,6 +211,7 @@ class Counts:
     """
 
     near_ties: np.ndarray
+    num_leapfrogs: np.ndarray
     critical_path: np.ndarray
     num_iters: np.ndarray
     num_sweeps: np.ndarray
@@ -228,6 +230,7 @@ class Counts:
         count, total = lambda: np.zeros(num_chains, int), lambda: np.zeros(num_chains)
         return cls(
             near_ties=count(),
+            num_leapfrogs=total(),
             critical_path=count(),
             num_iters=count(),
             num_sweeps=count(),
@@ -409,7 +412,9 @@ class Run:
         before = self.done
         first = -(self.num_unkept + self.position + 1) % self.thinning
         self.draws.add(path, info, [slice(f, n, self.thinning) for f, n in zip(first, keep, strict=True)])
-        counts.near_ties += [ties[:steps].sum() for ties, steps in zip(near_ties, keep, strict=True)]
+        total = lambda x: np.array([row[:steps].sum() for row, steps in zip(x, keep, strict=True)])
+        counts.near_ties += total(near_ties)
+        counts.num_leapfrogs += np.nan if info.num_integration_steps is None else total(info.num_integration_steps)
         # Move to the last kept state, and note which coordinates moved.
         last = lambda old, x: np.stack([x[c, n - 1] if n else old[c] for c, n in enumerate(keep)])
         self.x = jax.tree.map(np.asarray, self.x)  # in numpy: every JAX operation is a program to compile

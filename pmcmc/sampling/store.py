@@ -73,7 +73,7 @@ class Store(Keeper):
         if jax.process_count() > 1:
             raise ValueError("chains of several processes cannot be streamed: extend them, and save one process's.")
         path.mkdir(parents=True, exist_ok=True)
-        found = {file.name for file in path.iterdir()} - {LOCK}
+        found = {file.name for file in path.iterdir() if file.suffix != ".part"} - {LOCK}
         is_unused = found == {DRAWS} and is_without_draws(path / DRAWS)
         if found and not is_unused:
             raise FileExistsError(
@@ -250,9 +250,8 @@ class Store(Keeper):
         self.last, self._certified = chain, time.perf_counter()
 
     def cut(self) -> None:
-        """Hide draws after the last checkpoint, if there is one."""
-        if self.last is not None:
-            self._arrays.show(self.last.num_samples)
+        """Hide draws after the last checkpoint; without one all of them."""
+        self._arrays.show(0 if self.last is None else self.last.num_samples)
 
     @property
     def info(self):

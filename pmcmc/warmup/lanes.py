@@ -339,7 +339,7 @@ def tune(
     check_tuned(tuned, lanes.states, np.mean(acceptance_rate), np.mean(moved))
     seconds = median_low(timed) / PIECE
     timing = LaneTiming(len(positions), seconds) if stand_in is kernel else None
-    if stand_in is not kernel and isinstance(stand_in, HMC):
+    if stand_in is not kernel and isinstance(stand_in, HMC) and stand_in.num_integration_steps is None:
         timing = LaneTiming(len(positions), seconds, stand_in.num_leapfrogs(lanes.final_step))
     order = start_order(*(np.concatenate(parts) for parts in ([p.path for p in last], [p.logdensity for p in last])))
     num_held = int(held_lanes(moved, acceptance_rate, lanes.rate).sum())

@@ -155,6 +155,26 @@ def test_what_is_not_stored_is_asked_for(tmp_path: Path) -> None:
     assert_equal(back.extend(20, progress_bar=False), chain.extend(20, progress_bar=False))
 
 
+@pmcmc.register_dataclass
+@dataclass(frozen=True)
+class Plain(pmcmc.kernels.hmc.SequentialLeapfrog):
+    """An integrator of the user's own."""
+
+
+def test_tuned_kernels_with_a_part_of_the_users_own_come_back(tmp_path: Path) -> None:
+    """Their part is recognised although warm-up has changed the numbers beside it; and after a second save."""
+    kernel = pmcmc.HMC(leapfrog=Plain())
+    options = dict(solver=Sequential(), num_warmup=100, num_samples=20, num_chains=2, progress_bar=False)
+    chain = pmcmc.sample(gaussian, start_like(gaussian), 0, kernel=kernel, **options)
+    chain.save(tmp_path / "chain.npz")
+    back = pmcmc.load(tmp_path / "chain.npz", gaussian, kernel=kernel)
+    expected = chain.extend(20, progress_bar=False)
+    assert_equal(back.extend(20, progress_bar=False), expected)
+    back.save(tmp_path / "again.npz")
+    again = pmcmc.load(tmp_path / "again.npz", gaussian, kernel=kernel)
+    assert_equal(again.extend(20, progress_bar=False), expected)
+
+
 def test_typed_keys_in_solver_and_kernel_come_back(tmp_path: Path) -> None:
     """A key is an array that numpy cannot read."""
     probes = lambda seed: Newton(HutchinsonDiagonal(jax.random.key(seed, impl="rbg")))

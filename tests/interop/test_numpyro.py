@@ -251,6 +251,36 @@ def test_models_that_cannot_be_sampled(model, words: str) -> None:
         pmcmc.parallel_chain(model, 0, model_args=(Y,))
 
 
+class Spins(dist.constraints.Constraint):
+    is_discrete = True
+
+    def __call__(self, x):
+        return jnp.abs(x) == 1
+
+
+class Spin(dist.Distribution):
+    """A distribution of the user's own, whose constraint has no bounds to read."""
+
+    support = Spins()
+    has_enumerate_support = True
+
+    def sample(self, key, sample_shape=()):
+        return 2 * jax.random.bernoulli(key, 0.5, sample_shape).astype(int) - 1
+
+    def log_prob(self, value):
+        return jnp.log(jnp.where(value > 0, 0.8, 0.2))
+
+    def enumerate_support(self, expand=True):
+        return jnp.array([-1, 1])
+
+
+def test_a_support_of_the_users_own() -> None:
+    chain = pmcmc.parallel_chain(lambda: numpyro.sample("s", Spin()), 0, num_samples=4000, progress_bar=False)
+    draws = chain.get_samples()["s"]
+    assert set(np.unique(draws)) == {-1, 1}
+    assert np.mean(draws > 0) == pytest.approx(0.8, abs=0.05)
+
+
 def test_no_model() -> None:
     for wrong in (3.0, {"not": "a model"}):
         with pytest.raises(TypeError):  # by the annotation here, by pmcmc's own message in production

@@ -195,8 +195,10 @@ def test_lanes_of_nuts_cost_what_its_trees_cost() -> None:
     gradient = (model.cpu_lane_ratio * 1e-5 - model.cpu_step_lane) / 3
     assert lane(7.0) == pytest.approx(7 * (gradient + model.cpu_tree_lane))
     assert lane(14.0) == pytest.approx(2 * lane(7.0))
+    assert lane(0.1) == pytest.approx(model.least_tree_share * 1e-5 / 4)  # the tree is never for nothing
     on_gpu = lambda leapfrogs: model.costs(on_cpu=False, **known, leapfrogs=leapfrogs).overhead
-    assert on_gpu((6.0, 3.0)) == pytest.approx(2 * on_gpu(None))
+    assert on_gpu((6.0, 3.0)) == known["sequential"]  # where only a sequential step of NUTS was measured
+    assert on_gpu(None) == seconds
 
 
 def test_which_devices_are_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+import zarr
 
 import pmcmc
 from pmcmc.chain.file_format import Writer
@@ -280,6 +281,12 @@ def test_what_is_there_is_not_overwritten(finished: Path, tmp_path: Path) -> Non
     (tmp_path / "another's").touch()
     with pytest.raises(FileExistsError, match="is not empty"):
         start(Sequential()).stream(tmp_path, 300, progress_bar=False)
+    own = tmp_path / "own"  # draws that xarray wrote, in a format without the names that pmcmc's arrays have
+    root = zarr.open_group(own / "draws.zarr", mode="w", attributes={"inference_library": "pmcmc"})
+    root.create_array("posterior/x", data=np.zeros((2, 5)))
+    with pytest.raises(FileExistsError, match="is not empty"):
+        start(Sequential()).stream(own, 300, progress_bar=False)
+    assert np.asarray(zarr.open_group(own / "draws.zarr")["posterior/x"]).shape == (2, 5)
 
 
 def test_no_store(tmp_path: Path, finished: Path) -> None:

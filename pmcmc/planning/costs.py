@@ -80,8 +80,8 @@ class CostModel:
             less and adapts the step size in between.
         cpu_step_lane: Seconds of a lane of HMC for each step, besides its gradients: noise, acceptance and records.
         cpu_tree_lane: Seconds of a lane of NUTS for each leapfrog step, besides the gradient: what builds the tree.
-        least_tree_share: Least time of a lane of NUTS on a CPU over that of a step of a sequential chain: the tree costs
-            more in many dimensions.
+        least_tree_share: Least time of a lane of NUTS on a CPU over that of a step of a sequential chain. In many
+            dimensions the tree costs more.
         least_lane_share: Least share of the time of a step of warm-up that is attributed to its lanes.
         cpu_thread_gain: Throughput that each further thread with a group of chains adds, relative to that of the first.
             Two threads were 1.3 to 1.9 times as fast as one (decision 031).

@@ -197,6 +197,11 @@ def relative_distance(a: PyTree, b: PyTree, scale: PyTree, num_axes: int = 1) ->
     return out
 
 
+def at_least_single(x: Array) -> Array:
+    """Return a floating array in float32 if its dtype is narrower; LAPACK has no half precision."""
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
+
+
 def within_rounding(a: Array, b: Array, ulps: float = 2.0) -> Array:
     """Whether rows of two arrays ``(T, D)`` agree to ``ulps`` units of rounding at the size of each entry; ``(T,)``."""
     gap = ulps * jnp.finfo(a.dtype).eps * jnp.maximum(jnp.abs(a), jnp.abs(b))

@@ -22,7 +22,7 @@ first evaluation, outside the loop, rounds differently).
 
 import abc
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 
@@ -304,8 +304,8 @@ class LevenbergMarquardt(NewtonType):
     def propose(self, system, it):
         a, r = self.linearize(system, it)
         num_exact = self.regularization.num_exact(exact_prefix(system, it.now))
-        wide = at_least_single(a), at_least_single(r)
-        step = self.step_rule.step(*wide, self.regularization.strength(it.memory), num_exact, system.steps)
+        strength, wide = self.regularization.strength(it.memory), at_least_single(cast(Array, a))
+        step = self.step_rule.step(wide, at_least_single(r), strength, num_exact, system.steps)
         beyond_images, model = (x.astype(r.dtype) for x in step)
         return it.now.images + drop_overflow(self.decode(beyond_images)), model
 

@@ -73,5 +73,6 @@ def _refuse(arguments: PyTree, solution: PyTree) -> PyTree:
 def _refuse_jvp(primals, tangents):
     raise TypeError(
         "MultipleShooting() differentiates solutions of real states, got integer or boolean leaves. Use Sequential(), "
-        "which is differentiated as a scan."
+        "which is differentiated as a scan; or, if the solution is to be a constant, jax.lax.stop_gradient on x0, the "
+        "inputs and what fn closes over."
     )

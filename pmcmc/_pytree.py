@@ -140,10 +140,10 @@ def tree_where(mask: Array, on_true: PyTree, on_false: PyTree) -> PyTree:
 
 
 def finite_rows(tree: PyTree, num_axes: int = 1) -> Array:
-    """For each index of the leading ``num_axes`` axes, whether all real entries are finite."""
-    leaves = [x for x in jax.tree.leaves(tree)]
-    shape = leaves[0].shape[:num_axes]
-    flags = [jnp.all(jnp.isfinite(x), axis=tuple(range(num_axes, x.ndim))) for x in leaves if is_real(x)]
+    """For each index of the leading ``num_axes`` axes, whether all real and complex entries are finite."""
+    leaves = jax.tree.leaves(tree)
+    shape, inexact = leaves[0].shape[:num_axes], [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+    flags = [jnp.all(jnp.isfinite(x), axis=tuple(range(num_axes, x.ndim))) for x in inexact]
     out = jnp.ones(shape, bool)
     for flag in flags:
         out = out & flag
@@ -156,7 +156,7 @@ def leading_true(mask: Array) -> Array:
 
 
 def all_finite(tree: PyTree) -> Array:
-    """Whether every real entry of the pytree is finite; a scalar."""
+    """Whether every real and complex entry of the pytree is finite; a scalar."""
     return jnp.all(finite_rows(tree, 0))
 
 
@@ -195,6 +195,11 @@ def relative_distance(a: PyTree, b: PyTree, scale: PyTree, num_axes: int = 1) ->
     for distance in distances[1:]:
         out = jnp.maximum(out, distance)
     return out
+
+
+def at_least_single(x: Array) -> Array:
+    """Return a floating array in float32 if its dtype is narrower; LAPACK has no half precision."""
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
 
 
 def within_rounding(a: Array, b: Array, ulps: float = 2.0) -> Array:

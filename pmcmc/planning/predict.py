@@ -8,6 +8,7 @@ Source: Pickands (1975) for the tail.
 """
 
 import math
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist
@@ -255,7 +256,7 @@ def predict_iterations(
     jacobi = Prediction(*map(capped, merges))
     if isinstance(jacobian, Zero):
         return jacobi
-    tol, rate = float(pilot.tol), float(pilot.growth_rate)
+    tol, rate = max(float(pilot.tol), sys.float_info.min), float(pilot.growth_rate)
     quadratic = capped(math.ceil(math.log2(max(math.log(tol) / math.log(LINEAR_REGIME), 1.0))) + 2.0)
     if isinstance(jacobian, Identity) or rate >= 0:
         return whole._replace(lower=1.0)

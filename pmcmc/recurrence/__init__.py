@@ -92,7 +92,7 @@ def solve(
 
     Args:
         fn: ``(x, u) -> x``, or ``(x, u) -> (x, aux)`` with has_aux=True; or a `Recurrence`, whose step carries caches.
-        x0: State before the first step, any pytree of arrays.
+        x0: State before the first step, any pytree of real, integer or boolean arrays.
         inputs: Pytree with leading axis T, or None with length=T.
         solver: Any `RecurrenceSolver`. None: ``MultipleShooting()``.
         length: T, required if there are no inputs.
@@ -106,8 +106,9 @@ def solve(
         A `Solution`.
 
     Raises:
-        ValueError: Shapes of fn's result, inputs or guess do not fit.
-        TypeError: fn is not callable, or a Newton-type solver gets integer or boolean states.
+        ValueError: Shapes of x0, fn's result, inputs or guess do not fit.
+        TypeError: fn is not callable; the state has complex numbers or typed keys, or fn would truncate x0; or a
+            Newton-type solver gets integer or boolean states.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc

@@ -4,12 +4,14 @@ Users write a `Recurrence` (or a plain function); `make_problem` checks shapes a
 get.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pmcmc._pytree import Array, PyTree, is_real, real_dtype
 
@@ -114,14 +116,12 @@ def make_problem(fn, x0, inputs, length, guess, has_aux, scale) -> Problem:
         The problem; x0 has the dtypes of the function's result.
 
     Raises:
-        ValueError: Shapes do not fit, or the length is missing or below 1.
-        TypeError: ``fn`` is not callable.
+        ValueError: Shapes do not fit, x0 holds no number, or the length is missing or below 1.
+        TypeError: ``fn`` is not callable, or a state has complex numbers or typed keys.
     """
     x0 = jax.tree.map(jnp.asarray, x0)
     inputs = jax.tree.map(jnp.asarray, inputs)
-    if not jax.tree.leaves(x0):
-        raise ValueError("x0 has no leaves: expected a pytree of arrays, the state before the first step.")
-    num_chains = jax.tree.leaves(x0)[0].shape[0]
+    num_chains = _num_chains(x0, inputs)
     length = _length(inputs, length)
     recurrence = as_recurrence(fn, has_aux)
     one = lambda tree, axes: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[axes:], x.dtype), tree)
@@ -134,6 +134,7 @@ def make_problem(fn, x0, inputs, length, guess, has_aux, scale) -> Problem:
             f"fn must return a state like x0. Expected {jax.tree.map(lambda s: s.shape, x_shape)}, got "
             f"{jax.tree.map(lambda s: s.shape, out)}. If fn returns (state, aux), pass has_aux=True."
         )
+    check_dtypes(x0, out)
     x0 = jax.tree.map(lambda x, s: x.astype(s.dtype), x0, out)
     guess = _check_guess(guess, out, num_chains, length)
     if scale is not None:
@@ -151,6 +152,46 @@ def as_recurrence(fn: Callable | Recurrence, has_aux: bool = False) -> Recurrenc
     if not callable(fn):
         raise TypeError(f"fn must be callable as fn(x, u), got {type(fn).__name__}.")
     return Recurrence(fn if has_aux else lambda x, u: (fn(x, u), None))
+
+
+def check_dtypes(x0: PyTree, out: PyTree) -> None:
+    """Refuse states that solvers cannot compare, and those that would be truncated to the dtypes of fn's result.
+
+    Args:
+        x0: The state before the first step.
+        out: Shapes of the state after it, with the structure of x0.
+
+    Raises:
+        TypeError: A leaf has complex numbers or typed keys, or a wider kind of number before the step than after it.
+    """
+    kinds = (np.bool_, jnp.integer, jnp.floating)
+    for (path, before), after in zip(jax.tree_util.tree_leaves_with_path(x0), jax.tree.leaves(out), strict=True):
+        kind = [next((i for i, k in enumerate(kinds) if jnp.issubdtype(x.dtype, k)), None) for x in (before, after)]
+        where = f"x{jax.tree_util.keystr(path)}"
+        if None in kind:
+            raise TypeError(
+                f"the state {where} has dtype {after.dtype if kind[1] is None else before.dtype}: expected real "
+                "numbers, integers or booleans. Hold a complex number as two leaves, its real and imaginary parts, "
+                "and a typed key as jax.random.key_data(key): within fn, jax.random.wrap_key_data makes it a key again."
+            )
+        if kind[0] > kind[1]:
+            raise TypeError(
+                f"the state {where} has dtype {before.dtype} in x0, and fn returns {after.dtype}, to which x0 would be "
+                f"truncated. Pass x0 as {after.dtype}, or let fn return {before.dtype}."
+            )
+
+
+def _num_chains(x0: PyTree, inputs: PyTree) -> int:
+    """Return C, the leading axis that all leaves of x0 and inputs must have."""
+    if not any(x.ndim and math.prod(x.shape[1:]) for x in jax.tree.leaves(x0)):
+        raise ValueError("x0 holds no number: expected a pytree of arrays, the state before the first step.")
+    sizes = {x.shape[:1] for x in jax.tree.leaves((x0, inputs))}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"all leaves of x0 and inputs need the same leading axis of chains, got {sorted(sizes)}. Repeat what the "
+            "chains share, or use solve for a single one."
+        )
+    return sizes.pop()[0]
 
 
 def _length(inputs: PyTree, length: int | None) -> int:

@@ -78,7 +78,7 @@ class Layout(NamedTuple):
 
     def to_chains(self, tree: PyTree) -> PyTree:
         """Inverse of `to_lanes`; drops the padding."""
-        leaf = lambda x: x.reshape(self.num_chains, -1, *x.shape[2:])[:, : self.length]
+        leaf = lambda x: x.reshape(self.num_chains, self.num_blocks * x.shape[1], *x.shape[2:])[:, : self.length]
         return jax.tree.map(leaf, tree)
 
     def by_chain(self, lanes: Array) -> Array:

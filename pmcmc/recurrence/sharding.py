@@ -88,7 +88,7 @@ class AllLanes(NamedTuple):
 
 def _every(stride: int, record: PyTree) -> PyTree:
     """Return every ``stride``-th step of the concatenated lanes, for leaves (lanes, capacity, ...) of one device."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[::stride], record)
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])[::stride], record)
 
 
 class PartOfLanes(NamedTuple):
@@ -189,7 +189,7 @@ class SomeLanes(NamedTuple):
         def leaf(x: Array) -> Array:
             if not is_real(x):
                 return jnp.zeros((len(steps), *x.shape[2:]), x.dtype)
-            own = x.reshape(-1, *x.shape[2:]).at[here].get(mode="clip")
+            own = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]).at[here].get(mode="clip")
             # exact, since at most one device contributes a number other than zero
             return jax.lax.psum(jnp.where(expand_mask(mine, own), own, 0), AXIS)
 

@@ -218,7 +218,7 @@ class RecurrenceSolver(abc.ABC):
     ) -> Solution:
         """Solve many recurrences of one shape at once: x0 ``(C, ...)``, inputs ``(C, T, ...)``.
 
-        Other arguments as in `pmcmc.recurrence.solve`, with the chain axis first.
+        Other arguments and errors as in `pmcmc.recurrence.solve`, with the chain axis first.
         """
         return self.solve_problem(make_problem(fn, x0, inputs, length, initial_guess, has_aux, scale))
 

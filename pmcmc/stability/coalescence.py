@@ -15,7 +15,7 @@ import numpy as np
 
 from pmcmc._pytree import Array, ArrayLeaf, PyTree, Scalar, finite_rows, is_real, real_dtype, tree_index
 from pmcmc.recurrence import Recurrence
-from pmcmc.recurrence.problem import as_recurrence
+from pmcmc.recurrence.problem import as_recurrence, check_dtypes
 from pmcmc.recurrence.solution import default_tolerance, log_growth
 from pmcmc.stability.distance import coordinate_distances, judged_movement
 
@@ -193,6 +193,7 @@ def coalescence_time(
 
     Raises:
         ValueError: inputs has no steps; first, second and inputs do not fit each other.
+        TypeError: The states have complex numbers or typed keys, or fn would truncate them.
 
     Source: Neal (1999): circular coupling by common random numbers. Optional stopping: Wald's identity.
 
@@ -205,17 +206,20 @@ def coalescence_time(
         10
     """
     recurrence = as_recurrence(fn, has_aux)
+    first, second, inputs = jax.tree.map(jnp.asarray, (first, second, inputs))
     max_steps, num_pairs = _check(first, second, inputs)
-    dtype = real_dtype(first)
-    tol = jnp.asarray(default_tolerance(dtype) if tol is None else tol, dtype)
     # All paths are lanes of one program: the first paths of all pairs, then the second ones.
     both = lambda x: jnp.concatenate([x, x])
-    start = jax.tree.map(lambda a, b: jnp.concatenate([a, jnp.asarray(b, a.dtype)]), first, second)
+    start = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)  # in a dtype that holds both
     step, unknown = jax.vmap(recurrence.step), jax.vmap(recurrence.unknown)
     carry = jax.vmap(recurrence.restore)(start)
     # The loop needs a carry of the dtypes that a step returns.
     out, _ = jax.eval_shape(step, carry, jax.tree.map(both, tree_index(inputs, 0)))
+    state = jax.eval_shape(unknown, out)
+    check_dtypes(start, state)
     carry = jax.tree.map(lambda c, o: c.astype(o.dtype), carry, out)
+    dtype = real_dtype(state)
+    tol = jnp.asarray(default_tolerance(dtype) if tol is None else tol, dtype)
     grid = checkpoint_steps(max_steps, num_checkpoints)
 
     def body(run: _Run) -> _Run:

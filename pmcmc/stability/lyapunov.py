@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._pytree import Array, PyTree, RavelSpec, all_finite, is_real
+from pmcmc._pytree import Array, PyTree, RavelSpec, all_finite, at_least_single, is_real
 from pmcmc.recurrence import Recurrence
 from pmcmc.recurrence.problem import make_problem
 
@@ -162,7 +162,7 @@ def tangent_path(fn, x0, inputs, length, has_aux, transient) -> TangentPath:
 def orthonormalize(tangents: Array) -> tuple[Array, Array]:
     """Return Q (D, k) and ``log |diag R|`` (k,) of the QR factorisation; one column needs no factorisation."""
     if tangents.shape[1] > 1:
-        q, r = jnp.linalg.qr(tangents)
+        q, r = (x.astype(tangents.dtype) for x in jnp.linalg.qr(at_least_single(tangents)))
         return q, jnp.log(jnp.abs(jnp.diagonal(r)))
     largest = jnp.max(jnp.abs(tangents))  # divide by it before squaring: squares of small tangents underflow
     safe = jnp.where(largest == 0, 1, largest)
@@ -256,7 +256,7 @@ def contraction_bound(
     def one_window(x, inputs):
         begin = (x, identity, jnp.zeros((), x.dtype))
         (x, product, log_size), _ = jax.lax.scan(push, begin, inputs, length=window)
-        return x, (log_size + jnp.log(jnp.linalg.norm(product, 2))) / window
+        return x, (log_size + jnp.log(jnp.linalg.norm(at_least_single(product), 2).astype(x.dtype))) / window
 
     # Settle first, then take whole windows up to the end of the path.
     first = path.length - num_windows * window

@@ -133,6 +133,16 @@ def test_structures_are_ordered() -> None:
     assert short == (20, 20, 20)  # never more than T
 
 
+def test_a_pilot_without_tolerance() -> None:
+    """Pairs that had to become equal: the logarithm of the tolerance does not exist."""
+    fn = lambda x, u: jnp.round(jnp.tanh(x) + u, 6)
+    inputs = jax.random.normal(jax.random.key(0), (400, 16))
+    found = coalescence_time(fn, jnp.zeros(16), jnp.ones(16), inputs, scale=1.0, tol=0.0)
+    for jacobian in (Dense(), Diagonal()):
+        prediction = predict_iterations(jacobian, found, length=1000)
+        assert 1 <= prediction.lower <= prediction.value <= prediction.upper <= 1000
+
+
 def test_longer_runs_take_longer() -> None:
     tries = [predict_iterations(Zero(), pilot("network", 1), length=10**k).value for k in (3, 4, 5, 6)]
     steps = np.diff(tries)

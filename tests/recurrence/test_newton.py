@@ -1,11 +1,14 @@
 """Newton's options, how its iterations converge, and which result codes it gives where they cannot."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pmcmc import recurrence as rec
+from pmcmc._pytree import register_dataclass
 from pmcmc.recurrence import RESULTS, Newton
 from tests.helpers.recurrence_problems import coupled, gru, gru_step, henon, lorenz
 
@@ -14,6 +17,18 @@ SEQUENTIAL = rec.Sequential()
 
 def solve(solver, fn, x0, inputs=None, **options):
     return jax.jit(lambda solver, x0, inputs: solver.solve(fn, x0, inputs, **options))(solver, x0, inputs)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Wide(rec.JacobianStructure):
+    """0.1 times the identity, in float64 whatever the state."""
+
+    def linearize(self, fn, x, inputs, iteration):
+        return jnp.full(x.shape, 0.1, float)
+
+    def recur(self, a, r, steps):
+        return rec.Diagonal().recur(a, r, steps).astype(float)
 
 
 # --- rates
@@ -140,6 +155,19 @@ def test_blocks_solve_a_leapfrog_that_a_diagonal_cannot(rng_key):
         assert int(found.stats.certified_steps) == 64 or int(found.result) == RESULTS.not_contracting
     assert iters["Dense"] == iters["BlockDiagonal"] <= 12
     assert iters["Diagonal"] > 3 * iters["Dense"]
+
+
+@pytest.mark.parametrize("make", [rec.deer, rec.quasi_deer, rec.elk, rec.picard])
+def test_a_basis_of_another_dtype(make):
+    """The state keeps its own, as do a Jacobian and its recursion of a wider dtype."""
+    basis = rec.LinearBasis.from_matrix(jnp.array([[2.0, 0.0], [0.5, 1.0]]))
+    fn = lambda x, u: 0.5 * jnp.tanh(x[::-1]) + u
+    inputs = jnp.ones((30, 2), jnp.float32)
+    for solver in (make(basis=basis), rec.Newton(Wide())):
+        found = solve(solver, fn, jnp.zeros(2, jnp.float32), inputs)
+        assert int(found.result) == RESULTS.successful
+        assert found.value.dtype == jnp.float32
+    assert rec.LinearBasis.from_covariance(jnp.eye(2, dtype=jnp.float16)).matrix.dtype == jnp.float32
 
 
 def test_basis_makes_a_diagonal_exact(rng_key):

@@ -73,6 +73,16 @@ def test_published_form_converges_where_newton_explodes():
     assert int(found.stats.num_iters) < 120
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("rule", [Filter(), Smoother()], ids=["filter", "smoother"])
+def test_half_precision(rule, dtype):
+    """LAPACK has none: covariances are computed in float32."""
+    fn = lambda x, u: (0.5 * jnp.tanh(x[::-1]) + u).astype(dtype)
+    found = solve(rec.elk(step_rule=rule), fn, jnp.zeros(2, dtype), jnp.ones((64, 2), dtype))
+    assert int(found.result) == RESULTS.successful
+    assert found.value.dtype == dtype
+
+
 @pytest.mark.slow
 def test_float32_steps_agree_with_float64(rng_key):
     run = jax.jit(lambda solver, w, x0, inputs: solver.solve(lambda x, u: jnp.tanh(w @ x + u), x0, inputs).iterates[1])

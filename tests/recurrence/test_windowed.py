@@ -1,5 +1,7 @@
 """A sliding window gives the same path for less work per iteration, and counts that work."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +48,13 @@ def test_budget_keeps_the_prefix(rng_key):
     assert np.isinf(found.residual_profile[-1])
     assert found.iterates.shape == (7, 53, 4)
     np.testing.assert_array_equal(found.iterates[-1], found.value)
+
+
+def test_solvers_that_are_not_newton_type_are_refused():
+    """By the class itself: outside the tests no argument is checked by its annotation."""
+    for solver in (rec.MultipleShooting(), rec.Sequential(), rec.Windowed(rec.deer())):
+        with pytest.raises(TypeError, match="Windowed needs a Newton-type solver"):
+            rec.Windowed.__post_init__(SimpleNamespace(solver=solver, window=16))
 
 
 def test_exploding_iterates_do_not_certify_what_is_wrong():

@@ -226,6 +226,19 @@ def test_float32() -> None:
         assert getattr(found, field).dtype == jnp.float32
 
 
+def test_states_of_two_dtypes() -> None:
+    """The second states were truncated to the integers of the first ones, and the pairs merged at once."""
+    second, inputs = jnp.array([0.9, -0.7]), jnp.zeros((100, 2))
+    found = couple(halve, jnp.array([0, 0]), second, inputs, scale=1.0)
+    np.testing.assert_array_equal(found.steps, couple(halve, jnp.zeros(2), second, inputs, scale=1.0).steps)
+    assert jnp.all(found.steps > 30)
+
+
+def test_numpy_arguments_outside_jit() -> None:
+    found = coalescence_time(halve, np.zeros(2), np.ones(2), np.zeros((100, 2)), scale=1.0, tol=1e-3)
+    assert found.steps.tolist() == [10, 10]
+
+
 def test_sites_are_unmixed() -> None:
     """Coordinates of a full basis mix the sites; distances of sites do not, in units of the posterior's deviations."""
     target = make_target(eight_schools)

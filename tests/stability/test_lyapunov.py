@@ -172,6 +172,16 @@ def test_float32() -> None:
     np.testing.assert_allclose(tiny.exponents, np.log([1e-30]), rtol=1e-5)
 
 
+def test_half_precision() -> None:
+    """LAPACK has none: frames and norms are computed in float32."""
+    fn = lambda x, u: x * jnp.array([0.5, 0.25], jnp.float16)
+    found = lyapunov_exponent(fn, jnp.ones(2, jnp.float16), length=100, num_exponents=2)
+    np.testing.assert_allclose(found.exponents, np.log([0.5, 0.25]), rtol=0.02)
+    np.testing.assert_allclose(
+        contraction_bound(fn, jnp.ones(2, jnp.float16), length=100).bound, np.log(0.5), rtol=0.02
+    )
+
+
 def test_arguments() -> None:
     walk = Recurrence(lambda x, u: ({"n": x["n"] + 1, "r": x["r"]}, None))
     with pytest.raises(TypeError, match=r"x0\['n'\] has dtype int.*coalescence_time"):

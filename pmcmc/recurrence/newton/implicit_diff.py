@@ -13,7 +13,8 @@ derivative with respect to them is zero too.
 
 The derivative is that of the equation at the states found. It is meaningless if `result` is not successful.
 
-`solve_differentiably` is the entry point.
+`solve_differentiably` is the entry point of Newton-type solvers. Multiple shooting gives its solutions the same
+derivative, `tangents_of_equation`, in `pmcmc.recurrence.shooting.derivative`.
 
 Sources: implicit function theorem; Lim et al. (2024), section 3.1 (one scan forward, its dual backward).
 """
@@ -88,6 +89,28 @@ class Arguments(NamedTuple):
     inputs: PyTree
 
 
+def _abstract(tree: PyTree, axes: int) -> PyTree:
+    """Return the shapes without this number of leading axes."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[axes:], x.dtype), tree)
+
+
+def state_spec(problem: Problem) -> RavelSpec:
+    """Return how a state of one chain maps to a vector."""
+    return RavelSpec.of(_abstract(problem.x0, 1))
+
+
+def trace_on_vectors(spec: RavelSpec, problem: Problem) -> tuple[Traced, list]:
+    """Return fn on vectors as a program, and the values that it closes over."""
+
+    def fn(x, u):
+        x, aux = problem.recurrence(spec.unravel(x), u)
+        return spec.ravel(x), aux
+
+    start = jax.ShapeDtypeStruct((spec.size,), spec.dtype)
+    closed, out = jax.make_jaxpr(fn, return_shape=True)(start, _abstract(problem.inputs, 2))
+    return Traced(closed.jaxpr, jax.tree.structure(out)), list(closed.consts)
+
+
 class VectorSolver(RecurrenceSolver):
     """A solver for real states, one chain at a time, whose solution can be differentiated."""
 
@@ -121,17 +144,9 @@ def solve_differentiably(solver: VectorSolver, problem: Problem) -> Solution:
         solver: The solver. If it has devices, they share the steps.
         problem: The batch.
     """
-    abstract = lambda tree, axes: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[axes:], x.dtype), tree)
-    spec = RavelSpec.of(abstract(problem.x0, 1))
-
-    def fn(x, u):
-        x, aux = problem.recurrence(spec.unravel(x), u)
-        return spec.ravel(x), aux
-
-    # fn on vectors, with the values that it closes over as arguments
+    spec = state_spec(problem)
+    traced, consts = trace_on_vectors(spec, problem)
     start = jax.vmap(spec.ravel)(problem.x0)
-    closed, out = jax.make_jaxpr(fn, return_shape=True)(abstract(start, 1), abstract(problem.inputs, 2))
-    traced = Traced(closed.jaxpr, jax.tree.structure(out))
     scale = None if problem.scale is None else _ravel_scale(spec, problem.scale)
 
     def solve(steps: Steps, whole: PyTree, own: PyTree) -> Solution:
@@ -145,7 +160,7 @@ def solve_differentiably(solver: VectorSolver, problem: Problem) -> Solution:
             return jax.tree.map(lambda x: x[None], single)
         return jax.vmap(one_chain)(start, *own)
 
-    whole = (list(closed.consts), scale, start)
+    whole = (consts, scale, start)
     shared = (problem.inputs, problem.guess_at(jnp.arange(problem.length)))
     if not solver.shared_by:
         return solve(AllSteps(problem.length), whole, shared)
@@ -193,19 +208,34 @@ def _solve_jvp(setup: Setup, primals, tangents):
     """Derivative of `_solve`: v from one JVP of all equations, then the affine scan."""
     arguments, dots = primals[1], tangents[1]
     outcome = _solve(setup, *primals)
-    path, steps = outcome.path, setup.steps
+    path_dot, aux_dot = tangents_of_equation(setup.traced, setup.steps, outcome.path, arguments, dots)
+    zeros = jax.tree.map(zero_from_primal, outcome)
+    return outcome, zeros._replace(path=path_dot, aux=aux_dot)
+
+
+def tangents_of_equation(
+    traced: Traced, steps: Steps, path: Array, arguments: Arguments, dots: Any
+) -> tuple[Array, PyTree]:
+    """Return the tangents of a path that satisfies its equations, (T, D), and those of aux.
+
+    Args:
+        traced: fn on vectors.
+        steps: Operations across steps, on one device or several.
+        path: x[1..T], (T, D).
+        arguments: What the path depends on.
+        dots: Tangents of the arguments.
+    """
 
     def images(arguments, path):
-        fn = setup.traced.bind(arguments.consts)
+        fn = traced.bind(arguments.consts)
         return jax.vmap(fn)(steps.delayed(path, arguments.start), arguments.inputs)
 
     def jacobians():
-        fn = setup.traced.bind(arguments.consts)
+        fn = traced.bind(arguments.consts)
         previous = steps.delayed(path, arguments.start)
         return jax.vmap(jax.jacfwd(lambda x, u: fn(x, u)[0]))(previous, arguments.inputs)
 
     _, (v, _) = jax.jvp(images, (arguments, path), (dots, jnp.zeros_like(path)))
     path_dot = affine_scan(steps, jacobians(), v)
     _, (_, aux_dot) = jax.jvp(images, (arguments, path), (dots, path_dot))
-    zeros = jax.tree.map(zero_from_primal, outcome)
-    return outcome, zeros._replace(path=path_dot, aux=aux_dot)
+    return path_dot, aux_dot

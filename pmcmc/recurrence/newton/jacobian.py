@@ -2,7 +2,7 @@
 
 A `JacobianStructure` says what A[t] is at a linearisation point (`linearize`), and how to solve the recursion ``e[t] =
 A[t] e[t-1] + r[t]`` (`recur`). `Dense`, `Diagonal` and `BlockDiagonal` are exact entries of the Jacobian, `Identity`
-and `Zero` need no derivative. States are vectors here, ``(T, D)`` over time.
+and `Zero` are constants. States are vectors here, ``(T, D)`` over time.
 
 A `JacobianBasis` gives the coordinates in which A is approximated. A diagonal is a good approximation in some
 coordinates and a poor one in others. With ``x = L z`` the Jacobian of the recurrence in z is ``L^-1 J L``. Whitening or
@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pmcmc._pytree import Array, PyTree, register_dataclass
+from pmcmc._pytree import Array, PyTree, at_least_single, is_real, register_dataclass
 from pmcmc.recurrence.scan import affine_scan, apply_affine
 from pmcmc.recurrence.sharding import Steps
 
@@ -89,7 +89,7 @@ class LinearBasis(JacobianBasis):
         Raises:
             ValueError: The matrix is not square.
         """
-        matrix = jnp.asarray(matrix)
+        matrix = _floating(matrix)
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"a basis needs a square matrix, got shape {matrix.shape}.")
         return cls(matrix, jnp.linalg.inv(matrix))
@@ -97,14 +97,14 @@ class LinearBasis(JacobianBasis):
     @classmethod
     def from_scale_tril(cls, scale_tril: Array) -> "LinearBasis":
         """Whiten: L is a lower-triangular Cholesky factor of the covariance, shape ``(D, D)``."""
-        scale_tril = jnp.asarray(scale_tril)
+        scale_tril = _floating(scale_tril)
         eye = jnp.eye(scale_tril.shape[-1], dtype=scale_tril.dtype)
         return cls(scale_tril, jax.scipy.linalg.solve_triangular(scale_tril, eye, lower=True))
 
     @classmethod
     def from_covariance(cls, covariance: Array) -> "LinearBasis":
         """Rotate to principal axes: L contains the eigenvectors of the covariance, shape ``(D, D)``."""
-        vectors = jnp.linalg.eigh(jnp.asarray(covariance))[1]
+        vectors = jnp.linalg.eigh(_floating(covariance))[1]
         return cls(vectors, vectors.T)
 
     def encode(self, dx):
@@ -112,6 +112,12 @@ class LinearBasis(JacobianBasis):
 
     def decode(self, dz):
         return self.matrix @ dz
+
+
+def _floating(matrix: Array) -> Array:
+    """Return a matrix in a floating dtype that linear algebra accepts."""
+    matrix = jnp.asarray(matrix)
+    return at_least_single(matrix if is_real(matrix) else matrix.astype(float))
 
 
 class JacobianStructure(abc.ABC):
@@ -247,7 +253,9 @@ class BlockDiagonal(Scanned):
 class Identity(JacobianStructure):
     """A = I: Picard iteration, a cumulative sum.
 
-    No derivative is taken. It suits recurrences whose steps change the state little.
+    An iteration takes no derivative. The certificate does: it measures by JVPs how small distances grow. If fn has no
+    forward derivative, as with `jax.pure_callback` or `jax.custom_vjp`, use `MultipleShooting`. It suits
+    recurrences whose steps change the state little.
 
     Source: Shih et al. (2023).
     """
@@ -267,7 +275,9 @@ class Identity(JacobianStructure):
 class Zero(JacobianStructure):
     """A = 0: Jacobi iteration, one evaluation of every step per round.
 
-    No derivative is taken. It suits recurrences that forget their state at once.
+    An iteration takes no derivative. The certificate does: it measures by JVPs how small distances grow. If fn has no
+    forward derivative, as with `jax.pure_callback` or `jax.custom_vjp`, use `MultipleShooting`. It suits
+    recurrences that forget their state at once.
     """
 
     def num_entries(self, dim):

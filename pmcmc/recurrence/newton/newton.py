@@ -135,6 +135,7 @@ class NewtonType(VectorSolver):
     def advance(self, system: System, it: Iterate) -> Iterate:
         """Do one iteration: propose, evaluate, judge."""
         path, plan = self.propose(system, it)
+        path = path.astype(system.start.dtype)
         path = jnp.where(jnp.isfinite(path), path, jnp.broadcast_to(system.start, path.shape))
         # Every step of the candidate is evaluated: the residual, not the increment, decides whether it is a solution.
         candidate = system.evaluate(path)
@@ -158,12 +159,12 @@ class NewtonType(VectorSolver):
         return conclude(system, last.now, course, finish(last.iterates, last.now.path, last.num_iters))
 
     def encode(self, dx: Array) -> Array:
-        """Map increments ``(T, D)`` to the basis."""
-        return dx if self.basis is None else jax.vmap(self.basis.encode)(dx)
+        """Map increments ``(..., D)`` to the basis, in the dtype of the state whatever that of the basis."""
+        return dx if self.basis is None else jnp.vectorize(self.basis.encode, signature="(d)->(d)")(dx).astype(dx.dtype)
 
     def decode(self, dz: Array) -> Array:
-        """Map increments ``(T, D)`` back."""
-        return dz if self.basis is None else jax.vmap(self.basis.decode)(dz)
+        """Map increments ``(..., D)`` back, in the dtype of the state."""
+        return dz if self.basis is None else jnp.vectorize(self.basis.decode, signature="(d)->(d)")(dz).astype(dz.dtype)
 
     def linearize(self, system: System, it: Iterate) -> tuple[Array | None, Array]:
         """Return A and r in the basis: damped, clipped, and restarted where they are not finite.
@@ -173,15 +174,15 @@ class NewtonType(VectorSolver):
         """
         x, inputs = system.previous(it.now.path), system.inputs
         fn: Callable = system.image
-        if (basis := self.basis) is not None:
+        if self.basis is not None:
             # linearise in the increment, at 0, so that the point of linearisation is x to the last bit
-            fn = lambda dz, xu: basis.encode(system.image(xu[0] + basis.decode(dz), xu[1]))
+            fn = lambda dz, xu: self.encode(system.image(xu[0] + self.decode(dz), xu[1]))
             x, inputs = jnp.zeros_like(x), (x, inputs)
         a = self.jacobian.linearize(fn, x, inputs, it.num_iters)
         if a is not None:
             a = a if self.damping is None else (self.damping * a).astype(a.dtype)
             a = a if self.clip is None else jnp.clip(a, -self.clip, self.clip).astype(a.dtype)
-            a = _restart(a)
+            a = _restart(a.astype(x.dtype))
         return a, _restart(self.encode(it.now.images - it.now.path))
 
 

@@ -22,12 +22,12 @@ first evaluation, outside the loop, rounds differently).
 
 import abc
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 
 from pmcmc._arguments import check_int
-from pmcmc._pytree import Array, PyTree, Scalar, finite_rows, register_dataclass
+from pmcmc._pytree import Array, PyTree, Scalar, at_least_single, finite_rows, register_dataclass
 from pmcmc.recurrence.newton import kalman
 from pmcmc.recurrence.newton.equations import exact_prefix
 from pmcmc.recurrence.newton.jacobian import JacobianStructure, Scanned
@@ -304,8 +304,10 @@ class LevenbergMarquardt(NewtonType):
     def propose(self, system, it):
         a, r = self.linearize(system, it)
         num_exact = self.regularization.num_exact(exact_prefix(system, it.now))
-        step = self.step_rule.step(a, r, self.regularization.strength(it.memory), num_exact, system.steps)
-        return it.now.images + drop_overflow(self.decode(step.beyond_images)), step.model
+        strength, wide = self.regularization.strength(it.memory), at_least_single(cast(Array, a))
+        step = self.step_rule.step(wide, at_least_single(r), strength, num_exact, system.steps)
+        beyond_images, model = (x.astype(r.dtype) for x in step)
+        return it.now.images + drop_overflow(self.decode(beyond_images)), model
 
     def judge(self, system, it, candidate, plan):
         residual = lambda now: self.encode(now.images - now.path)

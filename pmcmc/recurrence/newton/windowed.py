@@ -25,6 +25,7 @@ from pmcmc.recurrence.newton.equations import (
     own_residual,
 )
 from pmcmc.recurrence.newton.newton import Iterate, NewtonType, VectorSolver, finish, record
+from pmcmc.recurrence.solution import RecurrenceSolver
 
 
 class Slide(NamedTuple):
@@ -78,7 +79,7 @@ class Windowed(VectorSolver):
 
     def __post_init__(self):
         check_int("window", self.window, 1)
-        if isinstance(self.solver, VectorSolver) and not isinstance(self.solver, NewtonType):
+        if isinstance(self.solver, RecurrenceSolver) and not isinstance(self.solver, NewtonType):
             raise TypeError("Windowed needs a Newton-type solver: Newton(...) or LevenbergMarquardt(...).")
         if isinstance(self.solver, NewtonType) and self.solver.shared_by:
             raise ValueError(

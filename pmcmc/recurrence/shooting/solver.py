@@ -50,6 +50,7 @@ from pmcmc.recurrence.abreast import walk_abreast, walk_apart
 from pmcmc.recurrence.problem import Staged
 from pmcmc.recurrence.sequential import Lanes, LaneSolver, Layout, record_for, write_where
 from pmcmc.recurrence.sharding import AllLanes, distinct, lane_sharding, over_devices, replicated
+from pmcmc.recurrence.shooting.derivative import differentiable
 from pmcmc.recurrence.shooting.repair import Recording, Sweep, repair_sweep, successor_starts
 from pmcmc.recurrence.solution import RESULTS, Solution, Stats, default_tolerance, separates, typical_scale
 
@@ -64,6 +65,8 @@ SCALE_STATES = 4096
 class MultipleShooting(LaneSolver):
     """Run blocks of the path at once and repair them until they merge.
 
+    The solution can be differentiated as that of `Newton`, if all leaves of the state are real.
+
     Args:
         num_blocks: P, blocks per chain. None: about sqrt(8 T), with at least 16 steps per block, and on a CPU at most
             128.
@@ -76,7 +79,8 @@ class MultipleShooting(LaneSolver):
 
     Raises:
         ValueError: ``num_blocks``, ``max_sweeps`` or ``max_steps`` is below 1, or ``devices`` is empty or repeats one.
-        TypeError: One of the first three is a number but no integer.
+        TypeError: One of the first three is a number but no integer; or a solution whose state has integer or boolean
+            leaves is differentiated.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -124,6 +128,9 @@ class MultipleShooting(LaneSolver):
         tol = jnp.asarray(default_tolerance(dtype) if self.tol is None else self.tol, dtype)
         or_most = lambda limit: np.iinfo(np.int32).max if limit is None else limit  # P sweeps always suffice
         return tol, or_most(self.max_sweeps), or_most(self.max_steps)
+
+    def solve_problem(self, problem):
+        return differentiable(super().solve_problem, problem)
 
     def solve_lanes(self, lanes):
         tol, max_sweeps, max_steps = self.limits(lanes.x0)

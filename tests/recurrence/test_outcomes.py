@@ -113,6 +113,35 @@ def test_pseudo_orbit_is_not_called_solved():
     np.testing.assert_array_equal(exact.value, orbit)
 
 
+@pytest.mark.parametrize("name", ["deer", "jacobi", "windowed", "shooting"])
+def test_a_path_that_stands_still_is_not_called_solved(name):
+    """Equal images have no spread, and relative to 300 a step of 1e-3 looks like none."""
+    solver = (SOLVERS | SHOOTING | {"jacobi": rec.jacobi()})[name]
+    fn, x0 = lambda x, u: x - 1e-3 * (x - 299.0), jnp.float32(300)
+    exact, found = (solve(each, fn, x0, length=500) for each in (SEQUENTIAL, solver))
+    assert found.value.dtype == jnp.float32
+    certified = int(found.stats.certified_steps)
+    np.testing.assert_allclose(found.value[:certified], exact.value[:certified], atol=5e-3)
+    expected = RESULTS.max_iters_reached if name == "jacobi" else RESULTS.successful  # 200 iterations reach 200 steps
+    assert int(found.result) == expected
+
+
+@pytest.mark.parametrize("solver", [rec.deer(), rec.quasi_elk()], ids=["deer", "quasi-elk"])
+def test_a_coordinate_that_is_mostly_zero(solver):
+    """Its quartiles are zero, and so was its scale: it had to be equal to the last bit."""
+
+    def fn(x, u):
+        a = 0.5 * jnp.tanh(x[0]) + u
+        return jnp.stack([a, jnp.where(u > 2, 0.7 * a, 0.0)])
+
+    inputs = jax.random.normal(jax.random.key(0), (300,), jnp.float32)
+    found = solve(solver, fn, jnp.zeros(2, jnp.float32), inputs)
+    alone = solve(solver, lambda x, u: 0.5 * jnp.tanh(x) + u, jnp.float32(0), inputs)
+    assert int(found.result) == RESULTS.successful
+    assert int(found.stats.num_iters) <= int(alone.stats.num_iters)
+    np.testing.assert_allclose(found.value[:, 0], alone.value, atol=1e-5)
+
+
 @with_shooting
 @pytest.mark.parametrize(("shift", "size"), [(1e5, 1.0), (0.0, 1e-6)], ids=["shifted", "scaled"])
 def test_shift_and_scale_do_not_matter(solver, shift, size, rng_key):

@@ -100,7 +100,7 @@ class System:
         tol = default_tolerance(path.dtype) if self.tol is None else self.tol
         # No state can satisfy the equation better than its rounding (consider a posterior shifted by 1e5).
         holds = (residual <= jnp.asarray(tol, path.dtype)) | within_rounding(path, images)
-        return Evaluation(path, images, aux, residual, holds & jnp.isfinite(residual), scale)
+        return Evaluation(path, images, aux, residual, holds & finite_rows((path, images)), scale)
 
     def part(self, start: Array, first: Array, length: int) -> "System":
         """Return the equations of steps ``first + 1 .. first + length``, given the state ``start`` before them."""
@@ -131,8 +131,22 @@ class Outcome(NamedTuple):
 
 
 def measured_scale(system: System, images: Array) -> Array:
-    """Spread of each coordinate over the images, ``(D,)``, used if no scale is given."""
-    return typical_scale(system.steps.every(max(1, system.length // SCALE_STATES), images))
+    """Spread of each coordinate over the images, ``(D,)``, used if no scale is given.
+
+    It is at most the range of x[0] and the images. Images of a guess that stands still are equal, so they have no
+    spread, and relative to their size a small step looks like none. Below rounding no scale has a meaning.
+    """
+    sample = system.steps.every(max(1, system.length // SCALE_STATES), images)
+    start = jnp.broadcast_to(system.start, sample.shape)
+    known = jnp.concatenate([start, jnp.where(jnp.isfinite(sample), sample, start)])
+    return at_most(typical_scale(sample), jnp.min(known, axis=0), jnp.max(known, axis=0))
+
+
+def at_most(scale: Array, low: Array, high: Array) -> Array:
+    """Limit a measured scale to the range of states between ``low`` and ``high``, but not below their rounding."""
+    info = jnp.finfo(low.dtype)
+    rounding = info.eps * jnp.maximum(jnp.abs(high), jnp.abs(low))
+    return jnp.maximum(jnp.minimum(scale, high - low), jnp.maximum(rounding, info.tiny))
 
 
 def exact_prefix(system: System, now: Evaluation) -> Array:
@@ -184,8 +198,7 @@ def own_residual(system: System, now: Evaluation) -> Array:
     both = running(system.steps, jnp.maximum, jnp.concatenate([images, -images], axis=1), -jnp.inf)
     high, low = jnp.split(both, 2, axis=1)
     high, low = jnp.maximum(high, start), jnp.minimum(-low, start)
-    rounding = jnp.finfo(start.dtype).eps * jnp.maximum(jnp.abs(high), jnp.abs(low))
-    scale = jnp.maximum(jnp.minimum(cast(Array, now.scale)[None], high - low), rounding)
+    scale = at_most(cast(Array, now.scale)[None], low, high)
     residual = relative_distance(now.path, now.images, scale)
     return jnp.where(jnp.isfinite(now.residual), residual, jnp.inf)
 
@@ -228,11 +241,12 @@ def _standing(system: System, now: Evaluation, known: Array) -> Standing:
     growth = tangent_growth(system.image, system.previous(now.path), system.inputs, unit, inexact, steps)
     # Rounding is relative to the state, not to the scale.
     rounded = jnp.minimum(residual, 2 * jnp.finfo(dtype).eps)
-    error = amplified(jnp.where(within_rounding(now.path, now.images), rounded, residual), growth, steps)
+    made = jnp.where(within_rounding(now.path, now.images), rounded, residual)
+    error = amplified(made, growth, steps)
     growth_rate = jnp.where(all_hold & inexact, mean_growth(growth, steps), jnp.nan)
     # Above the square root of the tolerance errors are no longer small, and the linear recursion is not valid for them.
     blown_up = steps.max(error) > jnp.maximum(tol, jnp.sqrt(tol))
-    separating = separates(growth_rate, steps.max(now.residual), tol, system.length) | blown_up
+    separating = separates(growth_rate, steps.max(made), tol, system.length) | blown_up
     exact = steps.leading(known & (residual == 0))
     within = steps.leading(holds & (error <= jnp.maximum(tol, default_tolerance(dtype))))
     prefix = jnp.where(all_hold, jnp.where(separating, exact, steps.leading(known)), jnp.maximum(exact, within))

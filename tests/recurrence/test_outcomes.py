@@ -113,6 +113,24 @@ def test_pseudo_orbit_is_not_called_solved():
     np.testing.assert_array_equal(exact.value, orbit)
 
 
+@some_solvers
+def test_pseudo_orbit_of_a_difference(solver):
+    """The Jacobian of a map of x[0] - x[1] maps (1, 1) to zero, the direction from which growth was once measured."""
+
+    def fn(x, u):
+        d = x[0] - x[1]
+        return jnp.stack([4 * d * (1 - d), 0 * d])
+
+    x0 = jnp.array([0.3, 0], jnp.float32)
+    near = solve(SEQUENTIAL, fn, x0 + jnp.array([3e-7, 0], jnp.float32), length=64).value
+    exact = solve(SEQUENTIAL, fn, x0, length=64).value
+    assert np.max(np.abs(near - exact)) > 0.5
+    found = solve(solver, fn, x0, length=64, initial_guess=near, scale=jnp.ones(2, jnp.float32))
+    assert int(found.result) == RESULTS.not_contracting
+    certified = int(found.stats.certified_steps)
+    np.testing.assert_allclose(found.value[:certified], exact[:certified], atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["deer", "jacobi", "windowed", "shooting"])
 def test_a_path_that_stands_still_is_not_called_solved(name):
     """Equal images have no spread, and relative to 300 a step of 1e-3 looks like none."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pmcmc._pytree import Array, PyTree, expand_mask, finite_rows, relative_distance, within_rounding
 from pmcmc.recurrence.scan import running
@@ -292,8 +293,9 @@ def tangent_growth(
 ) -> Array:
     """``log |J v| / |v|`` of each step along a path, ``(own steps,)``; 0 where not ``wanted`` or not defined.
 
-    Blocks of ``num_steps`` steps run as lanes, each from the same direction (one unit in every coordinate). So an entry
-    depends on the states before it alone, and a prefix of the path has the growth that it would have by itself.
+    Blocks of ``num_steps`` steps run as lanes, each from the same direction. So an entry depends on the states before
+    it alone, and a prefix of the path has the growth that it would have by itself. The direction is drawn at random:
+    maps of differences of coordinates turn one with equal coordinates to zero.
 
     previous: states x[t-1], shape ``(own steps, D)``. inputs: leading axis of the same. unit: of the norm, ``(D,)``.
     """
@@ -310,7 +312,8 @@ def tangent_growth(
     def push(x, u, v):
         return jax.jvp(lambda x: fn(x, u), (x,), (v * unit,))[1] / unit
 
-    ones = jnp.full((lanes, dim), dim**-0.5, previous.dtype)
+    direction = np.random.default_rng(0).standard_normal(dim)
+    first = jnp.broadcast_to(jnp.asarray(direction / np.linalg.norm(direction), previous.dtype), (lanes, dim))
 
     def body(v, xu):
         x, u = xu
@@ -321,11 +324,11 @@ def tangent_growth(
         norm = jnp.sqrt(jnp.sum(v * v, axis=1))
         log = jnp.clip(jnp.log(size) + jnp.log(norm), -largest, largest)
         defined = jnp.isfinite(norm) & (norm > 0)
-        v = jnp.where(defined[:, None], v / jnp.where(defined, norm, 1)[:, None], ones)
+        v = jnp.where(defined[:, None], v / jnp.where(defined, norm, 1)[:, None], first)
         return v, jnp.where(jnp.isnan(log), 0, log)
 
     def measure():
-        _, logs = jax.lax.scan(body, ones, (cut(previous), jax.tree.map(cut, inputs)))
+        _, logs = jax.lax.scan(body, first, (cut(previous), jax.tree.map(cut, inputs)))
         return logs.T.reshape(-1)[:length].astype(previous.dtype)
 
     return jax.lax.cond(wanted, measure, lambda: jnp.zeros(length, previous.dtype))

@@ -1,5 +1,7 @@
 """Every RESULTS code is reached, and bad input is never reported as solved."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from pmcmc import recurrence as rec
 from pmcmc.recurrence import RESULTS
+from pmcmc.recurrence.newton.equations import times
 from tests.helpers.recurrence_problems import Variant, solve_variant, transient
 
 SEQUENTIAL = rec.Sequential()
@@ -111,6 +114,25 @@ def test_pseudo_orbit_is_not_called_solved():
     assert int(exact.result) == RESULTS.successful  # exact: residual 0 everywhere
     assert float(exact.residual) == 0
     np.testing.assert_array_equal(exact.value, orbit)
+
+
+@with_shooting
+@pytest.mark.parametrize("tol", [0.0, 1e-14])
+def test_a_tolerance_below_rounding(solver, tol):
+    """What agrees to rounding is satisfied, and its errors shrink."""
+    inputs = jax.random.normal(jax.random.key(0), (300,), jnp.float32)
+    fn, x0 = lambda x, u: 0.5 * x + u, jnp.float32(0)
+    windowed = isinstance(solver, rec.Windowed)
+    solver = replace(solver, solver=rec.quasi_deer(tol=tol)) if windowed else replace(solver, tol=tol)
+    found = solve(solver, fn, x0, inputs)
+    assert int(found.result) == RESULTS.successful
+    np.testing.assert_allclose(found.value, solve(SEQUENTIAL, fn, x0, inputs).value, atol=1e-5)
+
+
+def test_count_of_evaluations_does_not_overflow():
+    """50,000 iterations on as many steps are more than 32 bits hold."""
+    assert int(times(jnp.int32(3), 100)) == 300
+    assert 2**31 - 50_000 <= int(times(jnp.int32(50_001), 50_000)) < 2**31
 
 
 @some_solvers

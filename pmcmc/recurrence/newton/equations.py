@@ -245,11 +245,13 @@ def _standing(system: System, now: Evaluation, known: Array) -> Standing:
     made = jnp.where(within_rounding(now.path, now.images), rounded, residual)
     error = amplified(made, growth, steps)
     growth_rate = jnp.where(all_hold & inexact, mean_growth(growth, steps), jnp.nan)
+    # Errors of rounding are accepted whatever the tolerance, so growth is judged by one that they can meet.
+    least = jnp.maximum(tol, default_tolerance(dtype))
     # Above the square root of the tolerance errors are no longer small, and the linear recursion is not valid for them.
-    blown_up = steps.max(error) > jnp.maximum(tol, jnp.sqrt(tol))
-    separating = separates(growth_rate, steps.max(made), tol, system.length) | blown_up
+    blown_up = steps.max(error) > jnp.maximum(least, jnp.sqrt(least))
+    separating = separates(growth_rate, steps.max(made), least, system.length) | blown_up
     exact = steps.leading(known & (residual == 0))
-    within = steps.leading(holds & (error <= jnp.maximum(tol, default_tolerance(dtype))))
+    within = steps.leading(holds & (error <= least))
     prefix = jnp.where(all_hold, jnp.where(separating, exact, steps.leading(known)), jnp.maximum(exact, within))
     return Standing(growth_rate.astype(dtype), separating, residual, prefix)
 
@@ -280,12 +282,17 @@ def conclude(system: System, now: Evaluation, course: Course, iterates: Array | 
         num_iters=course.num_iters,
         num_sweeps=jnp.zeros_like(course.num_iters),
         num_sequential_steps=course.rounds,
-        num_fn_evals=course.rounds * course.width,
+        num_fn_evals=times(course.rounds, course.width),
         certified_steps=standing.prefix,
         growth_rate=standing.growth_rate,
         certified_residual=steps.max(jnp.where(steps.numbers() < standing.prefix, residual, 0.0)),
     )
     return Outcome(path, now.aux, result, worst, stats, iterates, residual)
+
+
+def times(count: Array, width: int) -> Array:
+    """Return ``count * width``, or the largest multiple of ``width`` that the dtype can hold."""
+    return jnp.minimum(count, jnp.iinfo(count.dtype).max // width) * width
 
 
 def tangent_growth(

@@ -238,7 +238,8 @@ def typical_scale(path: PyTree) -> PyTree:
 
     A tolerance relative to ``|x|`` would call anything converged on a shifted target. The spread of the path is
     invariant to shifts, and quartiles ignore the transients of a poor guess. At most about 4,096 evenly spaced states
-    are read. Where the spread is below the resolution of the dtype, as on a constant path, the scale is ``|x|``.
+    are read. Where the spread is below the resolution of the dtype, as on a constant path, the scale is ``|x|`` or, if
+    most states are zero, the range. Solvers limit it further, by the range of states that they know.
     """
 
     def leaf(x):
@@ -249,6 +250,7 @@ def typical_scale(path: PyTree) -> PyTree:
         low, high, size = jnp.nanquantile(sample, jnp.array([0.25, 0.75, 0.5], x.dtype), axis=0)
         spread = (high - low) / 1.349
         spread = jnp.where(spread > jnp.finfo(x.dtype).eps * jnp.abs(size), spread, jnp.abs(size))
+        spread = jnp.where(spread > 0, spread, jnp.nanmax(sample, axis=0) - jnp.nanmin(sample, axis=0))
         return jnp.where(jnp.isfinite(spread), spread, 1.0).astype(x.dtype)
 
     return jax.tree.map(leaf, path)

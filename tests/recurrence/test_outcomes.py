@@ -1,5 +1,7 @@
 """Every RESULTS code is reached, and bad input is never reported as solved."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from pmcmc import recurrence as rec
 from pmcmc.recurrence import RESULTS
+from pmcmc.recurrence.newton.equations import times
 from tests.helpers.recurrence_problems import Variant, solve_variant, transient
 
 SEQUENTIAL = rec.Sequential()
@@ -111,6 +114,72 @@ def test_pseudo_orbit_is_not_called_solved():
     assert int(exact.result) == RESULTS.successful  # exact: residual 0 everywhere
     assert float(exact.residual) == 0
     np.testing.assert_array_equal(exact.value, orbit)
+
+
+@with_shooting
+@pytest.mark.parametrize("tol", [0.0, 1e-14])
+def test_a_tolerance_below_rounding(solver, tol):
+    """What agrees to rounding is satisfied, and its errors shrink."""
+    inputs = jax.random.normal(jax.random.key(0), (300,), jnp.float32)
+    fn, x0 = lambda x, u: 0.5 * x + u, jnp.float32(0)
+    windowed = isinstance(solver, rec.Windowed)
+    solver = replace(solver, solver=rec.quasi_deer(tol=tol)) if windowed else replace(solver, tol=tol)
+    found = solve(solver, fn, x0, inputs)
+    assert int(found.result) == RESULTS.successful
+    np.testing.assert_allclose(found.value, solve(SEQUENTIAL, fn, x0, inputs).value, atol=1e-5)
+
+
+def test_count_of_evaluations_does_not_overflow():
+    """50,000 iterations on as many steps are more than 32 bits hold."""
+    assert int(times(jnp.int32(3), 100)) == 300
+    assert 2**31 - 50_000 <= int(times(jnp.int32(50_001), 50_000)) < 2**31
+
+
+@some_solvers
+def test_pseudo_orbit_of_a_difference(solver):
+    """The Jacobian of a map of x[0] - x[1] maps (1, 1) to zero, the direction from which growth was once measured."""
+
+    def fn(x, u):
+        d = x[0] - x[1]
+        return jnp.stack([4 * d * (1 - d), 0 * d])
+
+    x0 = jnp.array([0.3, 0], jnp.float32)
+    near = solve(SEQUENTIAL, fn, x0 + jnp.array([3e-7, 0], jnp.float32), length=64).value
+    exact = solve(SEQUENTIAL, fn, x0, length=64).value
+    assert np.max(np.abs(near - exact)) > 0.5
+    found = solve(solver, fn, x0, length=64, initial_guess=near, scale=jnp.ones(2, jnp.float32))
+    assert int(found.result) == RESULTS.not_contracting
+    certified = int(found.stats.certified_steps)
+    np.testing.assert_allclose(found.value[:certified], exact[:certified], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["deer", "jacobi", "windowed", "shooting"])
+def test_a_path_that_stands_still_is_not_called_solved(name):
+    """Equal images have no spread, and relative to 300 a step of 1e-3 looks like none."""
+    solver = (SOLVERS | SHOOTING | {"jacobi": rec.jacobi()})[name]
+    fn, x0 = lambda x, u: x - 1e-3 * (x - 299.0), jnp.float32(300)
+    exact, found = (solve(each, fn, x0, length=500) for each in (SEQUENTIAL, solver))
+    assert found.value.dtype == jnp.float32
+    certified = int(found.stats.certified_steps)
+    np.testing.assert_allclose(found.value[:certified], exact.value[:certified], atol=5e-3)
+    expected = RESULTS.max_iters_reached if name == "jacobi" else RESULTS.successful  # 200 iterations reach 200 steps
+    assert int(found.result) == expected
+
+
+@pytest.mark.parametrize("solver", [rec.deer(), rec.quasi_elk()], ids=["deer", "quasi-elk"])
+def test_a_coordinate_that_is_mostly_zero(solver):
+    """Its quartiles are zero, and so was its scale: it had to be equal to the last bit."""
+
+    def fn(x, u):
+        a = 0.5 * jnp.tanh(x[0]) + u
+        return jnp.stack([a, jnp.where(u > 2, 0.7 * a, 0.0)])
+
+    inputs = jax.random.normal(jax.random.key(0), (300,), jnp.float32)
+    found = solve(solver, fn, jnp.zeros(2, jnp.float32), inputs)
+    alone = solve(solver, lambda x, u: 0.5 * jnp.tanh(x) + u, jnp.float32(0), inputs)
+    assert int(found.result) == RESULTS.successful
+    assert int(found.stats.num_iters) <= int(alone.stats.num_iters)
+    np.testing.assert_allclose(found.value[:, 0], alone.value, atol=1e-5)
 
 
 @with_shooting

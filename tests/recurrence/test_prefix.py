@@ -86,6 +86,31 @@ def test_shooting_from_next_to_a_chaotic_path(error: float) -> None:
     assert_prefixes(found, exact, atol=1e-9)
 
 
+@pytest.mark.parametrize("scale", [1.0, None])
+@pytest.mark.parametrize("num_blocks", [64, 32, 22])
+def test_short_blocks_next_to_a_chaotic_path(num_blocks: int, scale: float | None) -> None:
+    """Blocks of one to three steps: all of them merge before one of them alone has shown that distances grow."""
+    fn = lambda x, u: 4 * x * (1 - x)
+    x0 = jnp.float32(0.3)
+    exact, near = sequential(fn, x0, 64), sequential(fn, x0 + 3e-7, 64)
+    assert np.max(np.abs(near - exact)) > 0.5
+    found = solve_many(rec.MultipleShooting(num_blocks=num_blocks), fn, x0, near[None], scale=scale)
+    assert_prefixes(found, exact, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_blocks", [200, 70])
+def test_short_blocks_of_a_map_that_contracts(num_blocks: int) -> None:
+    inputs = jax.random.normal(jax.random.key(1), (200,), "float32")
+    fn = lambda x, u: 0.5 * jnp.tanh(x) + u
+    found = solve_many(
+        rec.MultipleShooting(num_blocks=num_blocks), fn, jnp.float32(0), jnp.zeros((1, 200), "float32"), inputs
+    )
+    assert np.all(found.result == RESULTS.successful)
+    assert np.all(found.stats.growth_rate < 0)
+    assert np.all(found.stats.num_sequential_steps < 40)
+    assert_prefixes(found, sequential(fn, jnp.float32(0), 200, inputs), atol=2e-5)
+
+
 @pytest.mark.parametrize("name", ["deer", "quasi-elk"])
 def test_windows_leave_nothing_wrong_behind(name: str) -> None:
     """An iterate that explodes within a window inflates the scale of the window."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pmcmc._pytree import Array, PyTree, expand_mask, finite_rows, relative_distance, within_rounding
 from pmcmc.recurrence.scan import running
@@ -100,7 +101,7 @@ class System:
         tol = default_tolerance(path.dtype) if self.tol is None else self.tol
         # No state can satisfy the equation better than its rounding (consider a posterior shifted by 1e5).
         holds = (residual <= jnp.asarray(tol, path.dtype)) | within_rounding(path, images)
-        return Evaluation(path, images, aux, residual, holds & jnp.isfinite(residual), scale)
+        return Evaluation(path, images, aux, residual, holds & finite_rows((path, images)), scale)
 
     def part(self, start: Array, first: Array, length: int) -> "System":
         """Return the equations of steps ``first + 1 .. first + length``, given the state ``start`` before them."""
@@ -131,8 +132,22 @@ class Outcome(NamedTuple):
 
 
 def measured_scale(system: System, images: Array) -> Array:
-    """Spread of each coordinate over the images, ``(D,)``, used if no scale is given."""
-    return typical_scale(system.steps.every(max(1, system.length // SCALE_STATES), images))
+    """Spread of each coordinate over the images, ``(D,)``, used if no scale is given.
+
+    It is at most the range of x[0] and the images. Images of a guess that stands still are equal, so they have no
+    spread, and relative to their size a small step looks like none. Below rounding no scale has a meaning.
+    """
+    sample = system.steps.every(max(1, system.length // SCALE_STATES), images)
+    start = jnp.broadcast_to(system.start, sample.shape)
+    known = jnp.concatenate([start, jnp.where(jnp.isfinite(sample), sample, start)])
+    return at_most(typical_scale(sample), jnp.min(known, axis=0), jnp.max(known, axis=0))
+
+
+def at_most(scale: Array, low: Array, high: Array) -> Array:
+    """Limit a measured scale to the range of states between ``low`` and ``high``, but not below their rounding."""
+    info = jnp.finfo(low.dtype)
+    rounding = info.eps * jnp.maximum(jnp.abs(high), jnp.abs(low))
+    return jnp.maximum(jnp.minimum(scale, high - low), jnp.maximum(rounding, info.tiny))
 
 
 def exact_prefix(system: System, now: Evaluation) -> Array:
@@ -184,8 +199,7 @@ def own_residual(system: System, now: Evaluation) -> Array:
     both = running(system.steps, jnp.maximum, jnp.concatenate([images, -images], axis=1), -jnp.inf)
     high, low = jnp.split(both, 2, axis=1)
     high, low = jnp.maximum(high, start), jnp.minimum(-low, start)
-    rounding = jnp.finfo(start.dtype).eps * jnp.maximum(jnp.abs(high), jnp.abs(low))
-    scale = jnp.maximum(jnp.minimum(cast(Array, now.scale)[None], high - low), rounding)
+    scale = at_most(cast(Array, now.scale)[None], low, high)
     residual = relative_distance(now.path, now.images, scale)
     return jnp.where(jnp.isfinite(now.residual), residual, jnp.inf)
 
@@ -228,13 +242,16 @@ def _standing(system: System, now: Evaluation, known: Array) -> Standing:
     growth = tangent_growth(system.image, system.previous(now.path), system.inputs, unit, inexact, steps)
     # Rounding is relative to the state, not to the scale.
     rounded = jnp.minimum(residual, 2 * jnp.finfo(dtype).eps)
-    error = amplified(jnp.where(within_rounding(now.path, now.images), rounded, residual), growth, steps)
+    made = jnp.where(within_rounding(now.path, now.images), rounded, residual)
+    error = amplified(made, growth, steps)
     growth_rate = jnp.where(all_hold & inexact, mean_growth(growth, steps), jnp.nan)
+    # Errors of rounding are accepted whatever the tolerance, so growth is judged by one that they can meet.
+    least = jnp.maximum(tol, default_tolerance(dtype))
     # Above the square root of the tolerance errors are no longer small, and the linear recursion is not valid for them.
-    blown_up = steps.max(error) > jnp.maximum(tol, jnp.sqrt(tol))
-    separating = separates(growth_rate, steps.max(now.residual), tol, system.length) | blown_up
+    blown_up = steps.max(error) > jnp.maximum(least, jnp.sqrt(least))
+    separating = separates(growth_rate, steps.max(made), least, system.length) | blown_up
     exact = steps.leading(known & (residual == 0))
-    within = steps.leading(holds & (error <= jnp.maximum(tol, default_tolerance(dtype))))
+    within = steps.leading(holds & (error <= least))
     prefix = jnp.where(all_hold, jnp.where(separating, exact, steps.leading(known)), jnp.maximum(exact, within))
     return Standing(growth_rate.astype(dtype), separating, residual, prefix)
 
@@ -265,7 +282,7 @@ def conclude(system: System, now: Evaluation, course: Course, iterates: Array | 
         num_iters=course.num_iters,
         num_sweeps=jnp.zeros_like(course.num_iters),
         num_sequential_steps=course.rounds,
-        num_fn_evals=course.rounds * course.width,
+        num_fn_evals=times(course.rounds, course.width),
         certified_steps=standing.prefix,
         growth_rate=standing.growth_rate,
         certified_residual=steps.max(jnp.where(steps.numbers() < standing.prefix, residual, 0.0)),
@@ -273,13 +290,19 @@ def conclude(system: System, now: Evaluation, course: Course, iterates: Array | 
     return Outcome(path, now.aux, result, worst, stats, iterates, residual)
 
 
+def times(count: Array, width: int) -> Array:
+    """Return ``count * width``, or the largest multiple of ``width`` that the dtype can hold."""
+    return jnp.minimum(count, jnp.iinfo(count.dtype).max // width) * width
+
+
 def tangent_growth(
     fn, previous: Array, inputs: PyTree, unit: Array, wanted: Array, steps: Steps, num_steps: int = 64
 ) -> Array:
     """``log |J v| / |v|`` of each step along a path, ``(own steps,)``; 0 where not ``wanted`` or not defined.
 
-    Blocks of ``num_steps`` steps run as lanes, each from the same direction (one unit in every coordinate). So an entry
-    depends on the states before it alone, and a prefix of the path has the growth that it would have by itself.
+    Blocks of ``num_steps`` steps run as lanes, each from the same direction. So an entry depends on the states before
+    it alone, and a prefix of the path has the growth that it would have by itself. The direction is drawn at random:
+    maps of differences of coordinates turn one with equal coordinates to zero.
 
     previous: states x[t-1], shape ``(own steps, D)``. inputs: leading axis of the same. unit: of the norm, ``(D,)``.
     """
@@ -296,7 +319,8 @@ def tangent_growth(
     def push(x, u, v):
         return jax.jvp(lambda x: fn(x, u), (x,), (v * unit,))[1] / unit
 
-    ones = jnp.full((lanes, dim), dim**-0.5, previous.dtype)
+    direction = np.random.default_rng(0).standard_normal(dim)
+    first = jnp.broadcast_to(jnp.asarray(direction / np.linalg.norm(direction), previous.dtype), (lanes, dim))
 
     def body(v, xu):
         x, u = xu
@@ -307,11 +331,11 @@ def tangent_growth(
         norm = jnp.sqrt(jnp.sum(v * v, axis=1))
         log = jnp.clip(jnp.log(size) + jnp.log(norm), -largest, largest)
         defined = jnp.isfinite(norm) & (norm > 0)
-        v = jnp.where(defined[:, None], v / jnp.where(defined, norm, 1)[:, None], ones)
+        v = jnp.where(defined[:, None], v / jnp.where(defined, norm, 1)[:, None], first)
         return v, jnp.where(jnp.isnan(log), 0, log)
 
     def measure():
-        _, logs = jax.lax.scan(body, ones, (cut(previous), jax.tree.map(cut, inputs)))
+        _, logs = jax.lax.scan(body, first, (cut(previous), jax.tree.map(cut, inputs)))
         return logs.T.reshape(-1)[:length].astype(previous.dtype)
 
     return jax.lax.cond(wanted, measure, lambda: jnp.zeros(length, previous.dtype))

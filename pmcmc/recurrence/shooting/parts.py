@@ -22,7 +22,7 @@ import numpy as np
 from pmcmc._pytree import Array, ArrayLeaf, PyTree, Scalar, finite_rows, real_dtype
 from pmcmc.recurrence.sequential import Lanes, Layout
 from pmcmc.recurrence.sharding import PartOfLanes
-from pmcmc.recurrence.shooting.repair import Recording, Sweep, successor_starts
+from pmcmc.recurrence.shooting.repair import Edge, Recording, Sweep, successor_starts
 from pmcmc.recurrence.shooting.solver import (
     LaneResults,
     MultipleShooting,
@@ -63,7 +63,8 @@ class Part(NamedTuple):
     """State of a part between two calls, besides the path. Arrays without a comment have shape (own lanes,).
 
     Attributes:
-        end: Carries at the end of each block.
+        end: What each block hands on at its end.
+        recorded: See `Sweep`; (own lanes, ...).
         splice: See `Recording`, and so for the next three.
         active: Blocks whose repair a budget has stopped.
         evaluations: Repair steps taken.
@@ -74,7 +75,8 @@ class Part(NamedTuple):
         moved: Whether the last block handed on a new end in the last call, ().
     """
 
-    end: PyTree
+    end: Edge
+    recorded: PyTree
     splice: ArrayLeaf
     residual: ArrayLeaf
     growth: ArrayLeaf
@@ -103,8 +105,10 @@ class Part(NamedTuple):
         rows = jax.tree.map(lambda s: jax.ShapeDtypeStruct((1, *s.shape), s.dtype), x)
         scale = jax.eval_shape(typical_scale, rows)
         chains = lambda: np.zeros(num_chains, integer)
+        zeros = lambda shapes: jax.tree.map(lambda s: np.zeros((num_lanes, *s.shape), s.dtype), shapes)
         return cls(
-            end=jax.tree.map(lambda s: np.zeros((num_lanes, *s.shape), s.dtype), end),
+            end=Edge(zeros(end), lanes(integer)),
+            recorded=zeros(x),
             splice=lanes(real),
             residual=lanes(real),
             growth=lanes(real),
@@ -120,7 +124,7 @@ class Part(NamedTuple):
 
     @property
     def message(self) -> PyTree:
-        """What the next part needs: the carry at the end of the last block, leading axis 1."""
+        """What the next part needs: the `Edge` at the end of the last block, leading axis 1."""
         return jax.tree.map(lambda x: np.asarray(x)[-1:].copy(), self.end)
 
     def stopped(self) -> "Part":
@@ -131,7 +135,7 @@ class Part(NamedTuple):
 
 
 def call_part(
-    solver: MultipleShooting, lanes: Lanes, number: Array, num_parts: int, what: Call, before: PyTree, part: Part
+    solver: MultipleShooting, lanes: Lanes, number: Array, num_parts: int, what: Call, before: Edge, part: Part
 ) -> tuple[PyTree, PyTree, Part]:
     """Advance a part.
 
@@ -155,8 +159,8 @@ def call_part(
     tol, max_sweeps, max_steps = solver.limits(lanes.x0)
     # The zeroth sweep has no steps in later calls.
     if_new = lambda new, old: jax.tree.map(lambda x, y: jnp.where(what.fill, x, y), new, old)
-    end, path, aux = fill(lanes, jnp.where(what.fill, layout.block_length, 0))
-    end = if_new(end, part.end)
+    begun, end, path, aux = fill(lanes, jnp.where(what.fill, layout.block_length, 0))
+    recorded, end = if_new((begun, end), (part.recorded, part.end))
     if measured:
         anew = lambda _, scale: measure_scale(lanes, path)
         scale = jax.lax.fori_loop(0, jnp.where(what.fill, 1, 0), anew, part.scale)
@@ -166,7 +170,7 @@ def call_part(
     lanes = lanes._replace(held=held._replace(before=(before, jnp.zeros_like(moved))))
     recording = Recording(path, aux, part.splice, part.residual, part.growth, part.growth_count)
     # A lane that a budget has stopped is not run again: from its start it would meet its own steps.
-    begin = Sweep.first(held, start, active, end, recording, what.depth)
+    begin = Sweep.first(held, start, recorded, active, end, recording, what.depth)
     sweep = repair(lanes, tol, max_sweeps - what.num_sweeps, max_steps, begin)
     # A loop of at most one iteration: after the zeroth sweep the finite states are not counted.
     recording = sweep.recording
@@ -176,6 +180,7 @@ def call_part(
         recording.aux,
         Part(
             end=sweep.end,
+            recorded=sweep.recorded,
             splice=recording.splice,
             residual=recording.residual,
             growth=recording.growth,

@@ -13,7 +13,7 @@ import numpy as np
 
 from pmcmc._pytree import PyTree
 
-# Steps at small distances after which a merge within the tolerance is accepted.
+# Steps in a row from small distances after which a merge within the tolerance is accepted.
 WATCHED_STEPS = 8
 
 
@@ -77,22 +77,27 @@ def solve_plainly(fn: Callable, x0: PyTree, inputs: PyTree, guess: PyTree, *, nu
     # Repair sweeps: a block is run again from the end of its predecessor until it meets its own recording.
     residual, num_sweeps, critical_path, num_fn_evals = 0.0, 0, size, length
     active = list(range(1, len(blocks)))
+    recorded = {p: at(guess, blocks[p][0] - 1) for p in active}  # where the recordings start
+    handed_on = [0] * len(blocks)  # steps in a row from small distances, at the end of each block
     while active:
         num_sweeps += 1
-        starts = {p: path[blocks[p][0] - 1] for p in active}  # as they were before this sweep: blocks run at once
+        # as they were before this sweep: blocks run at once
+        starts = {p: (path[blocks[p][0] - 1], handed_on[p - 1]) for p in active}
         longest, unmerged = 0, []
         for p in active:
-            x, taken, before, watched = starts[p], 0, np.inf, 0
+            (x, watched), taken = starts[p], 0
+            before, recorded[p] = distance(x, recorded[p]), x
             for t in blocks[p]:
                 x, taken = fn(x, at(inputs, t)), taken + 1
                 gap = distance(x, path[t])
-                watched += 0 < before < np.sqrt(tol)
-                if gap <= tol and (gap == 0 or watched >= WATCHED_STEPS or t == blocks[p][-1]):
+                watched = watched + 1 if 0 < before < np.sqrt(tol) else 0
+                if gap <= tol and (gap == 0 or watched >= WATCHED_STEPS):
                     residual = max(residual, gap)  # merged: the recording is valid from here on
                     break
                 path[t], before = x, gap
             else:
                 unmerged.append(p)  # its end has changed, so its successor has to be run again
+                handed_on[p] = watched
             longest, num_fn_evals = max(longest, taken), num_fn_evals + taken
         critical_path += longest
         active = [p + 1 for p in unmerged if p + 1 < len(blocks)]

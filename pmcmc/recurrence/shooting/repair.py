@@ -6,9 +6,9 @@ Each clause keeps the certificate true:
    if and only if block p ran to its end without merging. A lane that the budget of steps stops stays active itself, and
    one whose state becomes non-finite ends: neither hands on a start.
 2. An active lane takes at least one step from its new start and compares the new state with the recorded one at that
-   step. It has merged if the two are equal, or if they are within the tolerance after `WATCHED_STEPS` steps at small
-   distances or at the end of the block. Then the recorded state is kept. Otherwise it is overwritten, and the lane
-   goes on.
+   step. It has merged if the two are equal, or if they are within the tolerance after `WATCHED_STEPS` steps in a row
+   from small distances. Then the recorded state is kept. Otherwise it is overwritten, and the lane goes on. A block
+   hands its count of such steps on with its end: its successor goes on watching.
 3. If no scale is given, it is the smaller of the spread of the zeroth sweep and twice the range of the lane's own
    states in this sweep: runs from wild guesses may have any spread, and relative to that any two states are close.
 4. The residual is the running maximum of the accepted differences. Elsewhere every state is the image of its
@@ -50,15 +50,28 @@ class Recording(NamedTuple):
     growth_count: Array
 
 
+class Edge(NamedTuple):
+    """What a block hands on at its end, and its successor starts from.
+
+    Attributes:
+        carry: Carries of the recurrence, (lanes, ...).
+        watched: Last steps in a row from small distances, (lanes,); they may have begun in an earlier block.
+    """
+
+    carry: PyTree
+    watched: Array
+
+
 class Sweep(NamedTuple):
     """State between sweeps.
 
     Attributes:
         number: Number of repair sweeps so far.
-        start: Carries from which the active lanes start.
+        start: `Edge` from which the active lanes start.
+        recorded: States from which the recording of each lane starts, (lanes, ...).
         active: Lanes to be run again, (lanes,).
         pending: Whether any lane of any device is active.
-        end: Recorded carries at the end of each block.
+        end: Recorded `Edge` at the end of each block.
         recording: The current path.
         num_sweeps: Repair sweeps in which the chain had work, (chains,).
         critical_path: Sequential steps, (chains,).
@@ -68,10 +81,11 @@ class Sweep(NamedTuple):
     """
 
     number: Array
-    start: PyTree
+    start: Edge
+    recorded: PyTree
     active: Array
     pending: Array
-    end: PyTree
+    end: Edge
     recording: Recording
     num_sweeps: Array
     critical_path: Array
@@ -80,12 +94,15 @@ class Sweep(NamedTuple):
     handed: Array
 
     @classmethod
-    def first(cls, held: Any, start: PyTree, active: Array, end: PyTree, recording: Recording, depth: Array) -> "Sweep":
+    def first(
+        cls, held: Any, start: Edge, recorded: PyTree, active: Array, end: Edge, recording: Recording, depth: Array
+    ) -> "Sweep":
         """Return the state before the first repair sweep; ``held`` are the lanes of this device."""
         none = jnp.zeros(held.layout.num_chains, int)
         return cls(
             number=jnp.zeros((), int),
             start=start,
+            recorded=recorded,
             active=active,
             pending=jnp.any(held.most(active.astype(int)) > 0),
             end=end,
@@ -105,11 +122,12 @@ class Pass(NamedTuple):
         step: Step within the block, the same for all lanes or one for each, (lanes,).
         active: Lanes that have to go on, (lanes,).
         ran_out: Lanes that were active and have not merged so far, (lanes,).
-        distance: Distance to the recording at the previous step, (lanes,).
+        distance: Distance to the recording before the step, (lanes,); only used if a scale is given.
         recording: The current path.
         taken: Steps taken in this sweep, (lanes,).
-        watched: Steps at small distances in this sweep, (lanes,).
+        watched: Last steps in a row from small distances, (lanes,).
         reach: Smallest and largest state of each lane; None if a scale is given.
+        before: State of each lane and the recorded one before the step; None if a scale is given.
     """
 
     step: Array
@@ -120,9 +138,10 @@ class Pass(NamedTuple):
     taken: Array
     watched: Array
     reach: tuple[PyTree, PyTree] | None
+    before: tuple[PyTree, PyTree] | None
 
 
-def successor_starts(lanes: Lanes, end: PyTree, ran_out: Array) -> tuple[PyTree, Array]:
+def successor_starts(lanes: Lanes, end: Edge, ran_out: Array) -> tuple[Edge, Array]:
     """Return starts (the ends of the preceding blocks) and which lanes are active (clause 1)."""
     start, active = lanes.held.hand_over((end, ran_out))
     return start, active & ~lanes.held.first_of_chain() & (lanes.held.valid_steps() > 0)
@@ -130,8 +149,9 @@ def successor_starts(lanes: Lanes, end: PyTree, ran_out: Array) -> tuple[PyTree,
 
 def repair_sweep(lanes: Lanes, tol: Array, max_steps: Scalar, sweep: Sweep) -> Sweep:
     """Run the active lanes once, then give the new ends to their successors."""
-    carry, done = _run_pass(lanes, tol, max_steps - sweep.depth, sweep)
-    end = tree_where(done.ran_out, carry, sweep.end)
+    begun = jax.vmap(lanes.recurrence.unknown)(sweep.start.carry)
+    carry, done = _run_pass(lanes, tol, max_steps - sweep.depth, sweep, begun)
+    end = tree_where(done.ran_out, Edge(carry, done.watched), sweep.end)
     ran_out = done.ran_out & ~done.active
     start, active = successor_starts(lanes, end, ran_out)
     # a lane that the budget stopped is still active: its block is not certified
@@ -141,6 +161,7 @@ def repair_sweep(lanes: Lanes, tol: Array, max_steps: Scalar, sweep: Sweep) -> S
     return Sweep(
         number=sweep.number + 1,
         start=start,
+        recorded=tree_where(sweep.active, begun, sweep.recorded),
         active=active,
         pending=jnp.any(unfinished > 0),
         end=end,
@@ -154,24 +175,28 @@ def repair_sweep(lanes: Lanes, tol: Array, max_steps: Scalar, sweep: Sweep) -> S
     )
 
 
-def _run_pass(lanes: Lanes, tol: Array, budget: Array, sweep: Sweep) -> tuple[PyTree, Pass]:
-    """Step all lanes until every active one has merged or ended, or the budget has; returns the last carries, too."""
+def _run_pass(lanes: Lanes, tol: Array, budget: Array, sweep: Sweep, begun: PyTree) -> tuple[PyTree, Pass]:
+    """Step all lanes until every active one has merged or ended, or the budget has; returns the last carries, too.
+
+    ``begun`` are the states from which they start.
+    """
     staged, num_lanes = lanes.recurrence.staged, lanes.held.num_lanes
     none = jnp.zeros(num_lanes, int)
     begin = Pass(
         step=jnp.zeros((), int) if staged is None else none,
         active=sweep.active,
         ran_out=sweep.active,
-        distance=jnp.full(num_lanes, jnp.inf, tol.dtype),
+        distance=relative_distance(begun, sweep.recorded, lanes.scale).astype(tol.dtype),
         recording=sweep.recording,
         taken=none,
-        watched=none,
-        reach=(jax.vmap(lanes.recurrence.unknown)(sweep.start),) * 2 if lanes.measured else None,
+        watched=sweep.start.watched,
+        reach=(begun, begun) if lanes.measured else None,
+        before=(begun, sweep.recorded) if lanes.measured else None,
     )
     going = lambda now: now.active & (now.step < budget)
     if staged is not None:
         visit = lambda now, carry, aux, arrived: _compare(lanes, tol, now, carry, aux, arrived)
-        return walk_apart(staged, lanes.inputs, sweep.start, begin, going, visit)
+        return walk_apart(staged, lanes.inputs, sweep.start.carry, begin, going, visit)
     step_lanes, everyone = step_abreast(lanes.recurrence.step, num_lanes), jnp.array(True)
 
     def body(state):
@@ -179,7 +204,7 @@ def _run_pass(lanes: Lanes, tol: Array, budget: Array, sweep: Sweep) -> tuple[Py
         carry, aux = step_lanes(carry, lanes.inputs.of_step(now.step))
         return carry, _compare(lanes, tol, now, carry, aux, everyone)
 
-    return jax.lax.while_loop(lambda state: jnp.any(going(state[1])), body, (sweep.start, begin))
+    return jax.lax.while_loop(lambda state: jnp.any(going(state[1])), body, (sweep.start.carry, begin))
 
 
 def _compare(lanes: Lanes, tol: Array, now: Pass, carry: PyTree, aux: PyTree, arrived: Array) -> Pass:
@@ -195,18 +220,20 @@ def _compare(lanes: Lanes, tol: Array, now: Pass, carry: PyTree, aux: PyTree, ar
     """
     valid = lanes.held.valid_steps()
     x = jax.vmap(lanes.recurrence.unknown)(carry)
-    reach, scale = now.reach, lanes.scale
+    recorded = read_step(now.recording.path, now.step)
+    reach, before, scale, past = now.reach, now.before, lanes.scale, now.distance
     if reach is not None:
-        reach = tuple(tree_where(arrived, *both) for both in zip(_widened(reach, x), reach, strict=True))
+        reach, here = tree_where(arrived, (_widened(reach, x), (x, recorded)), (reach, before))
         scale = _own_scale(reach, scale, tol)
-    distance = relative_distance(x, read_step(now.recording.path, now.step), scale).astype(tol.dtype)
+        # The scale widens from step to step, and growth is that of two distances on one scale.
+        past, before = relative_distance(*before, scale).astype(tol.dtype), here
+    distance = relative_distance(x, recorded, scale).astype(tol.dtype)
     live = now.active & arrived & (now.step < valid)
     # Small means below the square root of the tolerance, where distances grow linearly. By optional stopping the mean
     # growth per step is unbiased, although a lane enters this regime from above and leaves it by merging.
-    small = live & (now.distance < jnp.sqrt(tol)) & (now.distance > 0)
-    watched = now.watched + small
-    last = now.step + 1 >= valid
-    merged = live & (distance <= tol) & ((distance == 0) | (watched >= WATCHED_STEPS) | last)
+    small = live & (past < jnp.sqrt(tol)) & (past > 0)
+    watched = jnp.where(small, now.watched + 1, jnp.where(live, 0, now.watched))
+    merged = live & (distance <= tol) & ((distance == 0) | (watched >= WATCHED_STEPS))
     overwrite = live & ~merged
     lost = overwrite & ~finite_rows(x)  # a run from a non-finite state repairs nothing
     return Pass(
@@ -214,10 +241,11 @@ def _compare(lanes: Lanes, tol: Array, now: Pass, carry: PyTree, aux: PyTree, ar
         active=jnp.where(arrived, overwrite & ~lost & (now.step + 1 < valid), now.active),
         ran_out=now.ran_out & ~merged & ~lost,
         distance=jnp.where(arrived, distance, now.distance),
-        recording=_write(now, x, aux, distance, live, merged, overwrite, small, tol),
+        recording=_write(now, x, aux, past, distance, live, merged, overwrite, small, tol),
         taken=now.taken + live,
         watched=watched,
         reach=reach,
+        before=before,
     )
 
 
@@ -244,13 +272,13 @@ def _own_scale(reach: tuple[PyTree, PyTree], scale: PyTree, tol: Array) -> PyTre
     return jax.tree.map(leaf, *reach, scale)
 
 
-def _write(now: Pass, x, aux, distance, live, merged, overwrite, small, tol) -> Recording:
+def _write(now: Pass, x, aux, past, distance, live, merged, overwrite, small, tol) -> Recording:
     """Overwrite the recording of lanes that have not merged; account for merges and for small distances.
 
     If a lane merges, the recorded state is kept, but aux is that of the step just taken: its predecessor has changed.
     """
     recording = now.recording
-    growth = log_growth(distance, now.distance, tol)
+    growth = log_growth(distance, past, tol)
     return Recording(
         path=write_where(overwrite, recording.path, x, now.step),
         aux=write_where(live, recording.aux, aux, now.step),

@@ -51,7 +51,7 @@ from pmcmc.recurrence.problem import Staged
 from pmcmc.recurrence.sequential import Lanes, LaneSolver, Layout, record_for, write_where
 from pmcmc.recurrence.sharding import AllLanes, distinct, lane_sharding, over_devices, replicated
 from pmcmc.recurrence.shooting.derivative import differentiable
-from pmcmc.recurrence.shooting.repair import Recording, Sweep, repair_sweep, successor_starts
+from pmcmc.recurrence.shooting.repair import Edge, Recording, Sweep, repair_sweep, successor_starts
 from pmcmc.recurrence.solution import RESULTS, Solution, Stats, default_tolerance, separates, typical_scale
 
 # Steps of the zeroth sweep between writes to the path, if they divide the capacity.
@@ -184,12 +184,13 @@ class Filled(NamedTuple):
 def _run(lanes: Lanes, tol: Array, max_sweeps: Scalar, max_steps: Scalar) -> Outcome:
     """Run the zeroth sweep and all repair sweeps, for the lanes of this device."""
     held, length = lanes.held, lanes.layout.block_length
-    end, path, aux = fill(lanes)
+    begun, end, path, aux = fill(lanes)
     if lanes.scale is None:
         lanes = lanes._replace(scale=measure_scale(lanes, path), measured=True)
     zero = jnp.zeros(held.num_lanes, real_dtype(lanes.x0))
     start, active = successor_starts(lanes, end, jnp.ones(held.num_lanes, bool))
-    begin = Sweep.first(held, start, active, end, Recording(path, aux, zero, zero, zero, zero), jnp.asarray(length))
+    recording = Recording(path, aux, zero, zero, zero, zero)
+    begin = Sweep.first(held, start, begun, active, end, recording, jnp.asarray(length))
     sweep = repair(lanes, tol, max_sweeps, max_steps, begin)
     evaluations = held.valid_steps() + sweep.evaluations
     return Outcome(sweep.recording, sweep.active, evaluations, sweep.num_sweeps, length + sweep.critical_path)
@@ -224,7 +225,7 @@ def measure_scale(lanes: Lanes, path: PyTree) -> PyTree:
     return typical_scale(lanes.held.every(stride, _blank(known, path)))
 
 
-def fill(lanes: Lanes, steps: Array | None = None) -> tuple[PyTree, PyTree, PyTree]:
+def fill(lanes: Lanes, steps: Array | None = None) -> tuple[PyTree, Edge, PyTree, PyTree]:
     """Run the zeroth sweep: plain steps of every block.
 
     Args:
@@ -232,7 +233,7 @@ def fill(lanes: Lanes, steps: Array | None = None) -> tuple[PyTree, PyTree, PyTr
         steps: Number of steps. None: S.
 
     Returns:
-        The carries at the end, states, and aux.
+        The states from which the blocks start, what they hand on at their ends, states, and aux.
     """
     layout, recurrence = lanes.layout, lanes.recurrence
     step, unknown = jax.vmap(recurrence.step), jax.vmap(recurrence.unknown)
@@ -251,7 +252,7 @@ def fill(lanes: Lanes, steps: Array | None = None) -> tuple[PyTree, PyTree, PyTr
     else:
         record = record_for(jax.vmap(one), start, lanes)
         end, (path, aux) = _fill_apart(recurrence.staged, unknown, start, lanes, record)
-    return end, path, aux
+    return unknown(start), Edge(end, jnp.zeros(lanes.held.num_lanes, int)), path, aux
 
 
 def _fill_apart(staged: Staged, unknown, start: PyTree, lanes: Lanes, record: PyTree) -> tuple[PyTree, PyTree]:

@@ -284,8 +284,7 @@ for name in ("eight schools, non-centred", "eight schools, centred"):
         print(chain.report.plan, "\n")
 
 # %% [markdown]
-# The seconds are those of the machine that ran this notebook. The outputs stored here are from two CPU cores, where
-# sequential sampling is compiled into one kernel and blocks gain little on such a small model. On a GPU the decision may
-# differ. The draws are the same whatever was chosen.
+# The seconds are those of the machine that ran this notebook. The outputs stored here are from two CPU cores that other work
+# kept busy. On a GPU the decision may differ. The draws are the same whatever was chosen.
 #
 # More: [one chain, every solver](every_solver.ipynb).

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pmcmc._pytree import Array, PyTree, Scalar, finite_rows, is_real, relative_distance, tree_where
+from pmcmc._pytree import Array, ArrayLeaf, PyTree, Scalar, finite_rows, is_real, relative_distance, tree_where
 from pmcmc.recurrence.abreast import step_abreast, walk_apart
 from pmcmc.recurrence.sequential import Lanes, read_step, write_where
 from pmcmc.recurrence.shooting.reference import WATCHED_STEPS
@@ -59,7 +59,7 @@ class Edge(NamedTuple):
     """
 
     carry: PyTree
-    watched: Array
+    watched: ArrayLeaf
 
 
 class Sweep(NamedTuple):
@@ -222,7 +222,7 @@ def _compare(lanes: Lanes, tol: Array, now: Pass, carry: PyTree, aux: PyTree, ar
     x = jax.vmap(lanes.recurrence.unknown)(carry)
     recorded = read_step(now.recording.path, now.step)
     reach, before, scale, past = now.reach, now.before, lanes.scale, now.distance
-    if reach is not None:
+    if reach is not None and before is not None:
         reach, here = tree_where(arrived, (_widened(reach, x), (x, recorded)), (reach, before))
         scale = _own_scale(reach, scale, tol)
         # The scale widens from step to step, and growth is that of two distances on one scale.

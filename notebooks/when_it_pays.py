@@ -57,7 +57,9 @@ import pmcmc
 from pmcmc import recurrence, stability
 
 plt.rcParams["figure.dpi"] = 80
-warnings.filterwarnings("ignore", message="Warm-up did not settle")  # true of the funnel and the centred form below
+# All these warnings are issued, rightly, about the funnel, the centred form and the two modes below.
+DOUBTS = "Warm-up did not settle|.* did not move|.* were divergent|the draws have not mixed|.* accepted no move"
+warnings.filterwarnings("ignore", message=DOUBTS)
 jax.config.update("jax_enable_x64", True)  # so that paths can be compared step for step
 
 # %%

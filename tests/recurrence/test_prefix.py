@@ -123,6 +123,15 @@ def test_windows_leave_nothing_wrong_behind(name: str) -> None:
     assert np.all(certified(found) >= BUDGETS - 1)
 
 
+def test_windows_of_a_chaotic_map() -> None:
+    """Relative to a window that explodes, rounding looked like 1e-182, and growth by exp(60) like none."""
+    fn = lambda x, u: jnp.stack([1 - 1.32 * x[0] ** 2 + x[1], 0.3 * x[0]])
+    solver = rec.Windowed(rec.deer(), 24)
+    x0 = jax.random.uniform(jax.random.key(0), (64, 2), minval=0.05, maxval=0.95)
+    found = jax.jit(jax.vmap(lambda x0: solver.solve(fn, x0, length=200)))(x0)
+    assert np.all((found.residual == 0) | (found.residual > 1e-18))  # states are of size 1
+
+
 def test_the_judge_sees_a_false_certificate() -> None:
     """One sweep of Jacobi reported as solved: its second state is wrong from every guess except good ones."""
     cases = draw_cases(jax.random.split(jax.random.key(0), SOLVES), "float64")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pmcmc._arguments import check_int
-from pmcmc._pytree import Array, leading_true, register_dataclass
+from pmcmc._pytree import Array, leading_true, register_dataclass, relative_distance
 from pmcmc.recurrence.newton.equations import (
     Course,
     Evaluation,
@@ -122,8 +122,10 @@ class Windowed(VectorSolver):
         blocked = jnp.where(it.blocked < width, last.first + it.blocked, system.length)
         course = Course(it.moving, blocked, it.num_iters, last.rounds, width)
         seen = last.all
-        if system.scale is None:  # now.scale is that of the last window
-            seen = seen._replace(scale=measured_scale(system, seen.images))
+        if system.scale is None:  # each residual is on the scale of its window, which a wild state may have inflated
+            scale = measured_scale(system, seen.images)
+            residual = relative_distance(seen.path, seen.images, scale)
+            seen = seen._replace(scale=scale, residual=jnp.where(jnp.isfinite(seen.residual), residual, jnp.inf))
         return conclude(system, seen, course, finish(last.iterates, last.all.path, it.num_iters))
 
 

@@ -58,6 +58,7 @@ class Store(Keeper):
         check_zarr()
         self.path, self._lock = path, _lock(path)
         self.last: Any = None
+        self._arrays: Any = None
 
     @classmethod
     def new(cls, path: Path) -> "Store":
@@ -250,8 +251,9 @@ class Store(Keeper):
         self.last, self._certified = chain, time.perf_counter()
 
     def cut(self) -> None:
-        """Hide draws after the last checkpoint; without one all of them."""
-        self._arrays.show(0 if self.last is None else self.last.num_samples)
+        """Hide draws after the last checkpoint; without one all of them, if there are any."""
+        if self._arrays is not None:
+            self._arrays.show(0 if self.last is None else self.last.num_samples)
 
     @property
     def info(self):

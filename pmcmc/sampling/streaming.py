@@ -100,9 +100,9 @@ def _to_store(
             execute(outcome)
             outcome.warn(store.last.report, int(run.draws.moves.num_draws[0]))
         except KeyboardInterrupt as stopped:
+            store.cut()
             if store.last is None:
                 raise
-            store.cut()
             raise Interrupted(store.last, settings.num_samples) from stopped
         except (NonFiniteState, Warning) as failed:  # a filter of Python's `warnings` may raise a warning
             store.cut()

@@ -228,8 +228,10 @@ def test_a_stop_while_the_first_draws_are_written(tmp_path: Path, monkeypatch: p
     assert_whole(pmcmc.resume(tmp_path / "run", gaussian, progress_bar=False))
 
 
-@pytest.mark.parametrize("moment", ["write", "show"])
-def test_a_stop_before_the_first_checkpoint(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("where", "moment"), [(DrawArrays, "write"), (DrawArrays, "show"), (Writer, "write")])
+def test_a_stop_before_the_first_checkpoint(
+    where: type, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing has been kept: the same call begins again."""
     first = start(Sequential())
 
@@ -237,7 +239,7 @@ def test_a_stop_before_the_first_checkpoint(moment: str, tmp_path: Path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(DrawArrays, moment, interrupt)
+        patch.setattr(where, moment, interrupt)
         with pytest.raises(KeyboardInterrupt) as stopped:
             first.stream(tmp_path / "run", 30, progress_bar=False)
     assert type(stopped.value) is KeyboardInterrupt

@@ -130,6 +130,9 @@ class ParallelMCMC(MCMC):
         (100,)
     """
 
+    _state: ParallelState | None
+    _chains: ChainState | None
+
     def __init__(
         self,
         sampler: MCMCKernel | Callable,
@@ -184,6 +187,17 @@ class ParallelMCMC(MCMC):
         self._chain: Chain | None = None
 
     @property
+    def _last_state(self) -> ParallelState | None:
+        """Where the chains are, which NumPyro's methods read by this name; computed when it is first read."""
+        if self._state is None and self._chains is not None:
+            self._state = _standing(self._chains)
+        return self._state
+
+    @_last_state.setter
+    def _last_state(self, state: ParallelState | None) -> None:
+        self._state, self._chains = state, None
+
+    @property
     def chain(self) -> Chain:
         """The `Chain` of the last `run`.
 
@@ -235,7 +249,7 @@ class ParallelMCMC(MCMC):
         else:
             chain = sample_from(self._go_on(source, key, settings.kernel), settings, self.progress_bar)
         self._chain = chain
-        self._last_state = _standing(chain.state)
+        self._last_state, self._chains = None, chain.state
         self._states, self._states_flat = _states(chain, extra_fields), None
 
     def _prepare(self, rng_key: Any, extra_fields: Sequence[str]) -> tuple[Source, PRNGKey, Settings]:

@@ -83,7 +83,7 @@ def evaluate_starts(
         position itself is finite.
     """
     if target.model.has_density:
-        evaluated = _evaluate_starts(target, starts, uses_gradient=uses_gradient)
+        evaluated = _evaluate_starts(target, starts, uses_gradient=uses_gradient, brief=True)
         values, gradients = jax.tree.map(np.asarray, evaluated)
         judged = [values, *jax.tree.leaves(gradients)]
     else:

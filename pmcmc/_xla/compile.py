@@ -174,24 +174,41 @@ class _Job:
             self.traced.set()
 
 
+# Options on a CPU. jaxlib 0.10 hands small reductions to a library that takes 5 times as long as XLA's own loops once
+# there are a few hundred lanes (mixture, MALA: 100 against 20 us a step of 1,024 lanes).
+_OWN_LOOPS: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": ""}
+# XLA's older generator of loops compiles in two thirds of the time. Its programs take as long, or up to 5 times as long
+# where several results share what they are computed from, as in noise (docs/decisions/036).
+_QUICK: dict[str, Any] = {"xla_cpu_use_fusion_emitters": False}
+
+
 @cache
-def compiler_options(platform: str) -> dict[str, Any] | None:
+def compiler_options(platform: str, brief: bool = False) -> dict[str, Any] | None:
     """Return XLA's compiler options for a platform; None where nothing is known to be better than the defaults.
 
-    On CPU, jaxlib 0.10 hands small reductions to a library that takes 5 times as long as XLA's own loops once there
-    are a few hundred lanes (mixture, MALA: 100 against 20 us a step of 1,024 lanes). A jaxlib that does not know the
-    option needs none. On GPUs see `pmcmc._xla.graphs`.
+    Options that the jaxlib does not know are left out: it needs none of them. On GPUs see `pmcmc._xla.graphs`.
+
+    Args:
+        platform: Name of the platform.
+        brief: Whether compilation takes longer than the runs of the program.
     """
     if platform == "gpu":
         return None if graphs.fault() else graphs.OPTIONS
     if platform != "cpu":
         return None
-    options = {"xla_cpu_experimental_ynn_fusion_type": ""}
+    wanted = _OWN_LOOPS | (_QUICK if brief else {})
+    if _is_known(wanted):
+        return wanted
+    return {name: value for name, value in wanted.items() if _is_known({name: value})} or None
+
+
+def _is_known(options: dict[str, Any]) -> bool:
+    """Whether this jaxlib knows all of these compiler options."""
     try:
         jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
     except jax.errors.JaxRuntimeError:
-        return None
-    return options
+        return False
+    return True
 
 
 def adapted(fn: Callable) -> Callable:
@@ -274,6 +291,8 @@ class TargetJit:
     Each target gets its own jitted function, stored in `programs_of`. JAX drops the programs of a function when the
     function is deleted, so this makes the programs of one target removable.
 
+    Its methods take ``brief``: whether compilation will take longer than the runs, see `compiler_options`.
+
     Args:
         fn: Function ``(target, ...) -> result``.
         tuned: Whether to use `compiler_options` (read on first use, not on import) and `adapted`. False for functions
@@ -285,23 +304,24 @@ class TargetJit:
         self._fn, self._tuned, self._jit_options = fn, tuned, jit_options
         update_wrapper(self, fn)
 
-    def _jitted(self, target: Any) -> Any:
+    def _jitted(self, target: Any, brief: bool = False) -> Any:
         """Return the jitted function of this target on the current platform."""
         platform, programs = default_platform(), programs_of(target)
-        if (self, platform) not in programs:
+        name = self, platform, brief
+        if name not in programs:
             fn = adapted(self._fn) if self._tuned else precise(self._fn)
-            options = compiler_options(platform) if self._tuned else None
+            options = compiler_options(platform, brief) if self._tuned else None
             own = _as_own(fn) if self._tuned else wraps(fn)(lambda *args, **kwargs: fn(*args, **kwargs))
-            programs.setdefault((self, platform), jax.jit(own, compiler_options=options, **self._jit_options))
-        return programs[self, platform]
+            programs.setdefault(name, jax.jit(own, compiler_options=options, **self._jit_options))
+        return programs[name]
 
-    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, target: Any, *args: Any, brief: bool = False, **kwargs: Any) -> Any:
         """Call the jitted function of this target."""
-        return self._jitted(target)(target, *args, **kwargs)
+        return self._jitted(target, brief)(target, *args, **kwargs)
 
-    def lower(self, target: Any, *args: Any, **kwargs: Any) -> Any:
+    def lower(self, target: Any, *args: Any, brief: bool = False, **kwargs: Any) -> Any:
         """Trace for these arguments. After ``.compile()``, a later call with the same shapes finds the program."""
-        return self._jitted(target).lower(target, *args, **kwargs)
+        return self._jitted(target, brief).lower(target, *args, **kwargs)
 
     def eval_shape(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the shapes and dtypes of the result."""

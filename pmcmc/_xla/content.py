@@ -184,23 +184,26 @@ def inner_programs(equation: Any) -> Iterator[Jaxpr]:
                 yield one.jaxpr if isinstance(one, ClosedJaxpr) else one
 
 
-def count_operations(program: Jaxpr) -> int:
+def count_operations(program: Jaxpr, unknown_rounds: int = UNKNOWN_ROUNDS) -> int:
     """Estimate the arithmetic operations of a program, from its shapes alone.
 
     Products count their multiplications, factorisations of n x n matrices n^3, and other operations the numbers they
-    read or write. Loops whose number of rounds is not known count as `UNKNOWN_ROUNDS` rounds, and of the branches of a
-    conditional only the longest counts.
+    read or write. Of the branches of a conditional only the longest counts.
+
+    Args:
+        program: The program.
+        unknown_rounds: Assumed rounds of a loop whose number of rounds is not known.
     """
-    return sum(map(_operations, program.eqns))
+    return sum(_operations(equation, unknown_rounds) for equation in program.eqns)
 
 
-def _operations(equation: Any) -> int:
+def _operations(equation: Any, unknown_rounds: int) -> int:
     """Return the operations of one equation of a program."""
     name = equation.primitive.name
     is_combined = name.startswith(("scatter", "reduce", "select_and"))  # their programs combine two numbers
-    inner = [] if is_combined else [count_operations(program) for program in inner_programs(equation)]
+    inner = [] if is_combined else [count_operations(x, unknown_rounds) for x in inner_programs(equation)]
     if inner:
-        rounds = equation.params["length"] if name == "scan" else UNKNOWN_ROUNDS if name == "while" else 1
+        rounds = equation.params["length"] if name == "scan" else unknown_rounds if name == "while" else 1
         return rounds * (max(inner) if name in ("cond", "custom_jvp_call", "custom_vjp_call") else sum(inner))
     sizes = [math.prod(getattr(var.aval, "shape", ())) for var in (*equation.invars, *equation.outvars)]
     if name == "dot_general":

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._pytree import Array, PRNGKey, PyTree
-from pmcmc._xla.compile import plain_jit
+from pmcmc._xla.compile import tuned_jit
 from pmcmc.interop.partial_centring import locations_and_scales
 from pmcmc.random.streams import key_pair, threefry_2x32
 from pmcmc.starts import evaluate_starts
@@ -225,7 +225,9 @@ def numpyro_starts(target: Target, rng_key: PRNGKey, num_starts: int, uses_gradi
     """
     starts, usable = None, np.zeros(num_starts, bool)
     for tries in range(_MAX_TRIES):
-        drawn = jax.tree.map(np.asarray, _draw_starts(target, rng_key, np.uint32(tries), num_starts=num_starts))
+        drawn = jax.tree.map(
+            np.asarray, _draw_starts(target, rng_key, np.uint32(tries), num_starts=num_starts, brief=True)
+        )
         keep = lambda old, new: np.where(usable.reshape(-1, *(1,) * (new.ndim - 1)), old, new)  # noqa: B023
         starts = drawn if starts is None else jax.tree.map(keep, starts, drawn)
         *_, usable = evaluate_starts(target, starts, uses_gradient)
@@ -257,7 +259,7 @@ def _shared(target: Target, starts: PyTree, usable: np.ndarray) -> PyTree:
     return jax.tree.map(lambda x: x[sources], starts)
 
 
-@plain_jit(static_argnames="num_starts")
+@tuned_jit(static_argnames="num_starts")
 def _draw_starts(target: Target, rng_key: PRNGKey, tries: Array, *, num_starts: int) -> PyTree:
     """Draw starts, leading axis num_starts; without the density or jax.random, each of which took longer to compile."""
     supports, template, drawn = dict(target.model.supports), target.spec.template, 0

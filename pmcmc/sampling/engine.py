@@ -24,7 +24,7 @@ from pmcmc.kernels import Kernel
 from pmcmc.random.streams import chain_keys, some_keys
 from pmcmc.recurrence import RecurrenceSolver, Solution, Stats
 from pmcmc.sampling.parts import InParts
-from pmcmc.sampling.programs import Shape, draw_noise, draws_noise, new_buffers, one_step, solve_noise
+from pmcmc.sampling.programs import Shape, draw_noise, draws_noise, is_brief, new_buffers, one_step, solve_noise
 from pmcmc.sampling.threads import AtOnce, Clock
 from pmcmc.target import Target
 
@@ -176,23 +176,28 @@ class Engine:
 
         The budget is `max_bytes`; one stretch of sequential sampling uses at most `SEQUENTIAL_BYTES`.
         """
-        budget = self.max_bytes
+        budget, brief = self.max_bytes, self._is_brief(num_steps)
         if solver.is_sequential:
             budget = min(budget, SEQUENTIAL_BYTES)
         pieces = math.ceil(num_steps * self.bytes_per_step(solver) / budget)
         length = math.ceil(num_steps / pieces)
         if not solver.walks:
             shares = max(1, len(solver.shared_by))
-            return Shape(1, shares * math.ceil(length / shares), solver.shared_by, by_steps=bool(solver.shared_by))
+            capacity = shares * math.ceil(length / shares)
+            return Shape(1, capacity, solver.shared_by, by_steps=bool(solver.shared_by), brief=brief)
         blocks = solver.blocks_for(length)
         capacity = math.ceil(length / blocks)
         unit = solver.unit if capacity >= 4 * solver.unit else 1
-        shape = Shape(blocks, math.ceil(capacity / unit) * unit, solver.shared_by)
+        shape = Shape(blocks, math.ceil(capacity / unit) * unit, solver.shared_by, brief=brief)
         if solver.shared_by:
             return shape
         groups, parts = self.threads(blocks, solver.in_parts)
         shape = shape._replace(num_groups=groups, num_parts=parts)
         return shape._replace(draws=self.draws_noise(solver, self.num_chains * blocks // shape.num_threads))
+
+    def _is_brief(self, num_steps: int) -> bool:
+        """Whether a run of this many steps takes less time than its compilation."""
+        return is_brief(self.target, self.kernel, self.chain_keys, self.guesses, num_steps)
 
     def draws_noise(self, solver: RecurrenceSolver, num_lanes: int) -> bool:
         """Whether a solve in this many lanes draws its noise as it needs it."""
@@ -279,19 +284,17 @@ class Engine:
         number, some = jax.ShapeDtypeStruct((), jnp.result_type(int)), self.num_chains // shape.num_groups
         numbers = jax.ShapeDtypeStruct((some,), jnp.result_type(int))
         x0 = jax.tree.map(lambda g: jax.ShapeDtypeStruct((some, *g.shape[1:]), g.dtype), self.guesses)
-        keys = self._keys(shape, 0)
-        programs = [
-            new_buffers.lower(tuple(jax.tree.leaves(buffers))),
-        ]
+        keys, model = self._keys(shape, 0), (self.target, self.kernel)
+        programs = [new_buffers.lower(tuple(jax.tree.leaves(buffers)))]
         if not shape.draws:
             stretch = (keys, numbers, number, number, noise)
-            programs.append(draw_noise.lower(self.target, self.kernel, *stretch, shape=shape))
+            programs.append(draw_noise.lower(*model, *stretch, shape=shape, brief=shape.brief))
         source = keys if shape.draws else noise
         if shape.num_parts > 1:
             programs += self._in_parts(solver, shape, x0, numbers, number).lower(source, record)
         else:
             arrays = (source, x0, numbers, numbers, number, self.guesses, self.scale, record)
-            programs.append(solve_noise.lower(self.target, self.kernel, solver, *arrays, shape=shape))
+            programs.append(solve_noise.lower(*model, solver, *arrays, shape=shape, brief=shape.brief))
 
         def compile_programs() -> None:
             with ThreadPoolExecutor(len(programs)) as side_by_side:
@@ -379,12 +382,12 @@ class Engine:
         model, clock = (self.target, self.kernel), Clock(0.0, 0.0)
         if not shape.draws:
             stretch = (keys, first[own], length, np.zeros_like(length), noise)
-            noise, seconds = draw_noise.timed(*model, *stretch, shape=shape)
+            noise, seconds = draw_noise.timed(*model, *stretch, shape=shape, brief=shape.brief)
             clock = clock.plus(Clock(*seconds))
         source, record = keys if shape.draws else noise, record if solver.walks else None
         numbers = np.arange(self.num_chains, dtype=first.dtype)[own]
         arrays = (source, start, numbers, first[own], length, self.guesses, self.scale, record)
-        solved, seconds = solve_noise.timed(*model, solver, *arrays, shape=shape)
+        solved, seconds = solve_noise.timed(*model, solver, *arrays, shape=shape, brief=shape.brief)
         return (noise, solved), clock.plus(Clock(*seconds))
 
     def _own(self, shape: Shape, number: int) -> slice:

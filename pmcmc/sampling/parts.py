@@ -73,7 +73,7 @@ class InParts:
         counts = np.zeros(self.num_chains, integer)
         found = joined([part] * self.shape.num_parts)
         return [
-            solve_part.lower(*self._arguments(noise, *rest), shape=self.shape),
+            solve_part.lower(*self._arguments(noise, *rest), shape=self.shape, brief=self.shape.brief),
             conclude_parts.lower(self.solver, self.x0, found, counts, counts, number, **self._conclusion()),
         ]
 
@@ -109,7 +109,8 @@ class InParts:
                     parts[number],
                     record,
                 )
-                found, seconds = solve_part.timed(*self._arguments(source, *rest), shape=self.shape)
+                arguments = self._arguments(source, *rest)
+                found, seconds = solve_part.timed(*arguments, shape=self.shape, brief=self.shape.brief)
                 return (noise, found), Clock(*seconds)
 
             done = dict(zip(numbers, at_once(one, numbers), strict=True))
@@ -142,7 +143,7 @@ class InParts:
     def _draw(self, number: int, buffer: PyTree) -> tuple[PyTree, Clock]:
         """Draw the noise of a part."""
         arrays = (self.chain_keys, self.first, self.length, self._number(number), buffer)
-        noise, seconds = draw_noise.timed(self.target, self.kernel, *arrays, shape=self.shape)
+        noise, seconds = draw_noise.timed(self.target, self.kernel, *arrays, shape=self.shape, brief=self.shape.brief)
         return noise, Clock(*seconds)
 
     def _number(self, number: int) -> np.ndarray:

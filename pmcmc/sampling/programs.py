@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pmcmc._pytree import Array, PyTree
 from pmcmc._xla.compile import plain_jit, tuned_jit
+from pmcmc._xla.content import count_operations
 from pmcmc._xla.rewrites import FEW_LANES, in_one_kernel, is_straight
 from pmcmc.kernels import Info, Kernel
 from pmcmc.kernels.base import near_tie_bound
@@ -34,6 +35,11 @@ from pmcmc.recurrence.sharding import (
 from pmcmc.recurrence.shooting.parts import Call, Part, call_part
 from pmcmc.target import Target
 
+# Operations up to which a run is brief: about a second on one core. A step of HMC or NUTS, whose loops have an unknown
+# number of rounds, is taken to have a few leapfrog steps. Noise counts more than once, because programs that were
+# compiled quickly take up to 5 times as long for it.
+BRIEF_OPERATIONS, LEAPFROGS, NOISE = 2**33, 4, 8
+
 
 class Shape(NamedTuple):
     """What a program is compiled for, besides the kernel and the target.
@@ -51,6 +57,7 @@ class Shape(NamedTuple):
         num_parts: Parts of the lanes of all chains, equally large, that are solved at once, each by a thread, and hand
             over to the next one. The programs are those of one part. 1 if there are several groups.
         draws: Whether the solve draws the noise as it needs it, instead of reading it from memory.
+        brief: Whether compilation takes longer than the run.
     """
 
     num_blocks: int
@@ -59,13 +66,13 @@ class Shape(NamedTuple):
     by_steps: bool = False
     num_groups: int = 1
     num_parts: int = 1
+    draws: bool = False
+    brief: bool = False
 
     @property
     def num_threads(self) -> int:
         """Number of groups or parts."""
         return self.num_groups * self.num_parts
-
-    draws: bool = False
 
     def layout(self, num_chains: int, block_length: int | Array) -> Layout:
         """Return the layout of ``num_chains`` chains whose blocks all have ``block_length`` steps."""
@@ -284,6 +291,13 @@ def draws_noise(target: Target, kernel: Kernel, chain_keys: Array, num_lanes: in
     if not prefers_lanes_last(num_lanes) or kernel.transition(target).staged is not None:
         return False
     return is_straight(one_noise.program(target, kernel, chain_keys))
+
+
+def is_brief(target: Target, kernel: Kernel, chain_keys: Array, guesses: PyTree, num_steps: int) -> bool:
+    """Whether programs that take this many steps of all chains run for a shorter time than they take to compile."""
+    step = count_operations(one_step.program(target, kernel, chain_keys, guesses), LEAPFROGS)
+    noise = count_operations(one_noise.program(target, kernel, chain_keys))
+    return len(chain_keys) * num_steps * (step + NOISE * noise) <= BRIEF_OPERATIONS
 
 
 @plain_jit()

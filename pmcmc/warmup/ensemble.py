@@ -33,13 +33,12 @@ from pmcmc.warmup.lanes import (
     Exploration,
     LaneEnsemble,
     check_exploration,
-    far_lanes,
-    held_lanes,
     is_dense,
     num_lanes,
     tune,
     tuned_shapes,
 )
+from pmcmc.warmup.stray_lanes import far_lanes, held_lanes
 
 # A basis is settled if draws made in it look standard to within the factor SETTLED, and at least the share MIXED of
 # their variance is within lanes.
@@ -80,9 +79,9 @@ class EnsembleAdaptation(Warmup):
        does not settle the basis, it is repeated, up to eight times. In each window dual averaging of one step size for
        all lanes starts anew. Lanes that do not move count together for half of the acceptance rate that is tuned, so
        the step size falls until they move. A lane whose log density stays far below that of the others, by more than
-       a wider region could make up for (`pmcmc.warmup.lanes.far_lanes`), is moved to another lane's position if this
-       is still so one window later. With `AutoReparam`, there are at least two of these longer windows. Before each
-       the centredness of its sites is chosen anew, and the basis restarts from the same draws.
+       a wider region could make up for (`pmcmc.warmup.stray_lanes.far_lanes`), is moved to another lane's position if
+       this is still so one window later. With `AutoReparam`, there are at least two of these longer windows. Before
+       each the centredness of its sites is chosen anew, and the basis restarts from the same draws.
     2. Tuning: in that basis the lanes run the kernel for a quarter as many steps (at least 102), as in
        `WindowAdaptation`.
 

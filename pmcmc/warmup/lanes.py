@@ -28,6 +28,7 @@ from pmcmc.random.streams import fold_in, key_pair, raw_keys_are_threefry
 from pmcmc.recurrence.abreast import map_lanes, scan_abreast
 from pmcmc.target import Target
 from pmcmc.warmup.base import LaneTiming, Tuned, WarmupError, Watch, check_metric, ignore, start_order, take_metric
+from pmcmc.warmup.stray_lanes import half_for_held, held_lanes
 
 # Largest and least number of lanes on which the kernel's step size is adapted, and whose last states are starts of
 # chains and blocks; see `num_lanes`.
@@ -37,20 +38,11 @@ NUM_LANES, LEAST_LANES = 32, 4
 LANE_OPERATIONS = 2**21
 # Number of steps in one run of the program, and a number of leapfrog steps that is no limit.
 PIECE, NO_LIMIT = 16, 2**30
-# A lane is held if it did not move in a piece and its mean acceptance rate was below this share of the target rate.
-HELD = 0.1
-# A lane is far out if its log density stayed below that of the better half of the lanes by more than this, plus one nat
-# per dimension, plus what a wider region could make up for; see `far_lanes`. The posterior then has less than about
-# exp(-20) of its mass there. A region is taken to be at most `WIDER` times as wide as the lane has moved in it, and a
-# lane that has made up the share `ON_ITS_WAY` of what it lacks is left alone.
-FAR, WIDER, ON_ITS_WAY = 20.0, 10.0, 0.1
 HELD_STILL = (
     "{num_held} of the {num_lanes} lanes of warm-up did not move in its last third: the step size is too large for "
     "some region of the posterior, and chains that enter it get stuck. Use a smaller step size by aiming at a higher "
     "acceptance rate, as in warmup=EnsembleAdaptation(target_acceptance_rate=0.95), raise num_warmup, or reparametrise."
 )
-
-
 # Least number of pieces from which the time of a step is taken. They are the last ones, because the number of leapfrog
 # steps of HMC depends on the step size.
 NUM_TIMED = 5
@@ -68,12 +60,16 @@ def num_lanes(target: Target, num_given: int = 1) -> int:
         num_given: Number of different starts. There are at least twice as many lanes, up to 32, so that each of the
             first lanes has its own; and never fewer lanes than starts.
     """
-    y = jax.ShapeDtypeStruct((target.dim,), target.spec.dtype)
-    density = jax.make_jaxpr(lambda target, y: target.logdensity_fn(y))(target, y)
-    most = LANE_OPERATIONS // max(1, count_operations(density.jaxpr))
+    most = LANE_OPERATIONS // max(1, density_operations(target))
     wanted = 2 ** (num_given - 1).bit_length() * 2 if num_given > 1 else 1
     usual = min(NUM_LANES, max(LEAST_LANES, wanted, 2 ** (max(1, most).bit_length() - 1)))
     return max(usual, num_given + num_given % 2)  # an even number: a pilot pairs lanes of the two halves
+
+
+def density_operations(target: Target) -> int:
+    """Return the operations of one log density, as counted by `pmcmc._xla.content.count_operations`."""
+    y = jax.ShapeDtypeStruct((target.dim,), target.spec.dtype)
+    return count_operations(jax.make_jaxpr(lambda target, y: target.logdensity_fn(y))(target, y).jaxpr)
 
 
 class Piece(NamedTuple):
@@ -183,52 +179,6 @@ def run_piece(
     return Piece(states, averaged, jnp.moveaxis(path, -1, 1), acceptance_rate, logdensity, jnp.mean(moved, axis=0))
 
 
-def held_lanes(moved: np.ndarray, acceptance_rate: np.ndarray, rate: float) -> np.ndarray:
-    """Return which lanes are held: they did not move, and not by chance; shape (lanes,).
-
-    Args:
-        moved: Share of its steps that moved each lane; shape (lanes,).
-        acceptance_rate: Acceptance rates; shape (steps, lanes).
-        rate: Acceptance rate that is tuned to.
-    """
-    return (moved == 0) & (np.mean(acceptance_rate, axis=0) < HELD * rate)
-
-
-def half_for_held(held: np.ndarray) -> np.ndarray:
-    """Return weights of the lanes, with sum 1: half for all held lanes together, half for the others; shape (lanes,).
-
-    If all lanes are held, or none, the weights are equal.
-    """
-    groups = [group for group in (held, ~held) if group.any()]
-    return np.sum([group / group.sum() for group in groups], axis=0) / len(groups)
-
-
-def far_lanes(path: np.ndarray, logdensity: np.ndarray) -> np.ndarray:
-    """Return which lanes are where the posterior has no mass worth a lane; shape (lanes,).
-
-    The mass of a region is about its log density plus the log of its volume. Lane k is far if, with s[k, i] the
-    standard deviation of its coordinate i and s[i] that within the better half of the lanes (by mean log density),
-
-        max_t logp[t, k] < min_(t, better) logp - FAR - D - sum_i log(1 + WIDER s[k, i] / s[i])
-
-    A lane that does not move needs a smaller step size than the others, so the posterior is no wider there, and the sum
-    is 0. A lane that has come a tenth of the way up is not far, and none is where the better half does not move.
-
-    Args:
-        path: Coordinates of the lanes; shape (steps, lanes, D).
-        logdensity: Log densities; shape (steps, lanes).
-    """
-    num_lanes, dim = path.shape[1:]
-    better = np.argsort(-np.mean(logdensity, axis=0), kind="stable")[: max(1, num_lanes // 2)]  # NaN comes last
-    variance = np.where(np.ptp(path, axis=0) > 0, np.var(path, axis=0), 0.0)  # rounding moves no lane
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.sqrt(variance / np.mean(variance[better], axis=0))
-        bound = FAR + dim + np.sum(np.log1p(WIDER * ratio), axis=1)
-        lacking = np.min(logdensity[:, better]) - np.max(logdensity, axis=0)
-        climbed = logdensity[-1] - logdensity[0]
-        return (lacking > bound) & (climbed < ON_ITS_WAY * lacking)  # False where NaN
-
-
 class LaneEnsemble:
     """Lanes of one kernel, carried from piece to piece.
 
@@ -257,7 +207,8 @@ class LaneEnsemble:
         positions = np.asarray(positions, target.spec.dtype)
         if self._weights is None:
             self._weights = np.full(len(positions), 1 / len(positions), target.spec.dtype)
-        self.states, self.averaged = _start_lanes(target, self.kernel, positions, self.rate)
+            self._is_brief = len(positions) * density_operations(target) <= LANE_OPERATIONS
+        self.states, self.averaged = _start_lanes(target, self.kernel, positions, self.rate, brief=True)
 
     def run(self, adapting: bool) -> tuple[Piece, float]:
         """Run one more piece.
@@ -271,7 +222,7 @@ class LaneEnsemble:
         limits = np.asarray(self.longest, np.int32), np.asarray(self.final_step, self.target.spec.dtype)
         arguments = (self.states, self.averaged, self.rate, np.asarray(adapting), self._weights, *limits)
         piece, (_, seconds) = run_piece.timed(
-            self.target, self.kernel, self.rng_key, np.asarray(self._number), *arguments
+            self.target, self.kernel, self.rng_key, np.asarray(self._number), *arguments, brief=self._is_brief
         )
         self._number += 1
         self.states, self.averaged = piece.states, piece.averaged
@@ -282,7 +233,7 @@ class LaneEnsemble:
 
     def tuned(self, kernel: Any) -> Any:
         """Return a kernel with the final step size and, for HMC, its number of leapfrog steps."""
-        return _tuned_kernel(self.target, kernel, self.averaged, self.rate)
+        return _tuned_kernel(self.target, kernel, self.averaged, self.rate, brief=True)
 
 
 @tuned_jit()

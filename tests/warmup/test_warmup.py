@@ -25,7 +25,7 @@ from pmcmc.kernels import UniformLength
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.warmup import ChEESAdaptation, Pathfinder, base, ensemble, lanes
 from pmcmc.warmup.base import start_order
-from pmcmc.warmup.lanes import far_lanes, half_for_held, held_lanes
+from pmcmc.warmup.stray_lanes import far_lanes, half_for_held, held_lanes
 from tests.helpers.selection import share
 from tests.helpers.statistics import z_bound
 from tests.helpers.targets import COVARIANCE, gaussian, logistic, mixture, start_like

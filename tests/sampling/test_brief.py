@@ -1,0 +1,94 @@
+"""Programs whose runs are shorter than their compilation are compiled with other options, to the same numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pmcmc
+from pmcmc._xla import compile as compiling
+from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Sequential
+from pmcmc.sampling.engine import Engine
+from pmcmc.sampling.programs import BRIEF_OPERATIONS, is_brief
+from pmcmc.warmup import lanes
+
+NUM_CHAINS, NUM_STEPS = 4, 64
+SOLVERS = [Sequential(), MultipleShooting(num_blocks=4), pmcmc.recurrence.deer()]
+
+
+def new_engine(dim: int = 3) -> Engine:
+    target = pmcmc.Target.from_logdensity(lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(dim))
+    bank = jnp.asarray(np.random.default_rng(0).standard_normal((8, dim)))
+    keys = jax.random.split(jax.random.key(0), NUM_CHAINS)
+    return Engine(target, pmcmc.HMC(step_size=0.5, num_integration_steps=3), keys, bank, jnp.ones(dim))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """A list that receives, for every new program, whether it was compiled for a brief run."""
+    compiling.forget_programs()
+    seen: list[bool] = []
+    options = compiling.compiler_options
+    monkeypatch.setattr(compiling, "compiler_options", lambda where, brief=False: seen.append(brief) or options(where))
+    return seen
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
+@pytest.mark.parametrize("brief", [True, False])
+def test_short_runs_are_compiled_quickly(solver: RecurrenceSolver, brief: bool, asked: list[bool]) -> None:
+    """Those of noise, of the solve, and of a part of it, whether they are compiled ahead or not."""
+    engine = new_engine()
+    shape = engine.shape_for(solver, NUM_STEPS)
+    assert shape.brief
+    assert not engine.shape_for(solver, 10**9).brief
+    engine._trace(solver, shape._replace(brief=brief))()
+    length = shape.capacity if shape.num_blocks == 1 else 16
+    first, start = np.zeros(NUM_CHAINS, int), engine.guesses[:NUM_CHAINS]
+    ahead = len(asked)
+    found, _ = engine.solve(solver, shape._replace(brief=brief), start, first, length)
+    assert set(asked) == {brief}
+    assert len(asked) == ahead  # no program was compiled anew
+    expected, _ = new_engine().solve(Sequential(), engine.shape_for(Sequential(), NUM_STEPS), start, first, NUM_STEPS)
+    np.testing.assert_allclose(found.chains()[0], expected.chains()[0], rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_brief_depends_on_steps_chains_and_the_model() -> None:
+    """It follows from shapes alone, so that the same call makes the same programs."""
+    engine = new_engine()
+    one = lambda engine, num_steps, keys: is_brief(engine.target, engine.kernel, keys, engine.guesses, num_steps)
+    longest = max(2**k for k in range(40) if one(engine, 2**k, engine.chain_keys))
+    assert 10_000 < longest < BRIEF_OPERATIONS
+    assert not one(engine, longest, jnp.tile(engine.chain_keys, 4))
+    assert not one(new_engine(dim=64), longest, engine.chain_keys)
+
+
+@pytest.mark.parametrize(("num_rows", "brief"), [(100, True), (10**6, False)])
+def test_warm_up_of_small_models_is_compiled_quickly(
+    num_rows: int, brief: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = jnp.ones(num_rows)
+    target = pmcmc.Target.from_logdensity(lambda x: -0.5 * jnp.sum((rows - x[0]) ** 2) / num_rows, jnp.zeros(1))
+    found = lanes.LaneEnsemble(pmcmc.HMC(num_integration_steps=2), jax.random.key(0), 0.8)
+    found.enter(target, np.zeros((lanes.LEAST_LANES, 1)))
+    seen = []
+    timed = lanes.run_piece.timed
+    monkeypatch.setattr(
+        type(lanes.run_piece), "timed", lambda _, *args, brief, **kwargs: seen.append(brief) or timed(*args, **kwargs)
+    )
+    found.run(adapting=True)
+    assert seen == [brief]
+
+
+def test_quick_compilation_is_an_option_that_this_version_of_jax_knows() -> None:
+    options = compiling.compiler_options("cpu", True)
+    assert options is not None
+    assert options["xla_cpu_use_fusion_emitters"] is False
+
+
+def test_unknown_options_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiling.compiler_options.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(compiling, "_QUICK", {"xla_no_such_option": True})
+        with_own = compiling.compiler_options("cpu", True)
+    compiling.compiler_options.cache_clear()
+    assert with_own == compiling.compiler_options("cpu")

@@ -250,7 +250,8 @@ class HMC(GradientKernel):
         surrogate: Derivative of the accept decision, used by Newton-type solvers only.
         leapfrog: `SequentialLeapfrog`, or `ParallelLeapfrog`, which solves all states of a long trajectory at once.
         trajectory_length: Time T of a trajectory whose number of steps is left out. The default, arccos(-1/4) = 1.82,
-            is 0.29 of the period on a standard normal target.
+            is 0.29 of the period on a standard normal target. `EnsembleAdaptation` lengthens the default in a diagonal
+            basis with directions more than twice as wide as the coordinates (`pmcmc.warmup.trajectories`).
 
     Raises:
         ValueError: ``step_size`` or ``trajectory_length`` is not positive, ``num_integration_steps`` is below 1, or the

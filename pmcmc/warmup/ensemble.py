@@ -39,6 +39,7 @@ from pmcmc.warmup.lanes import (
     tuned_shapes,
 )
 from pmcmc.warmup.stray_lanes import far_lanes, held_lanes
+from pmcmc.warmup.trajectories import lengthened, widest
 
 # A basis is settled if draws made in it look standard to within the factor SETTLED, and at least the share MIXED of
 # their variance is within lanes.
@@ -82,6 +83,7 @@ class EnsembleAdaptation(Warmup):
        a wider region could make up for (`pmcmc.warmup.stray_lanes.far_lanes`), is moved to another lane's position if
        this is still so one window later. With `AutoReparam`, there are at least two of these longer windows. Before
        each the centredness of its sites is chosen anew, and the basis restarts from the same draws.
+       In a diagonal basis with wide directions, trajectories of `HMC` are `lengthened`.
     2. Tuning: in that basis the lanes run the kernel for a quarter as many steps (at least 102), as in
        `WindowAdaptation`.
 
@@ -188,7 +190,7 @@ def explore_basis(
         num_given: Number of different starts that the user gave, as in `Warmup.run`.
 
     Returns:
-        The kernel, the target in the basis, and the lanes.
+        The kernel (`lengthened` if the basis leaves wide directions), the target in the basis, and the lanes.
 
     Raises:
         ValueError: There are too few steps, or a metric does not fit.
@@ -202,6 +204,7 @@ def explore_basis(
     check_exploration(target, found)
     is_given = metric is not None or kernel.metric is not None
     kernel, basis = take_metric(target, kernel, found.mean, found.scale, metric)
+    kernel = kernel if is_given else lengthened(kernel, found.widest)
     frame = Frame(np.asarray(basis.loc, float), np.asarray(basis.scale, float))
     remark = "" if found.settled or is_given else _unsettled(target, num_steps)
     return Explored(kernel, target.with_basis(basis), frame.to_coordinates(found.last), remark, found.num_lost)
@@ -268,7 +271,7 @@ class Explorer:
         self.path, self.burn_in = np.zeros((0, *positions.shape)), 0
         self.lost, self.usual = np.zeros(len(positions), bool), np.ones(len(positions), bool)
         self.sources = np.arange(len(positions))
-        self.movement, self.acceptance_rate = np.zeros(target.dim), 0.0
+        self.movement, self.acceptance_rate, self.widest = np.zeros(target.dim), 0.0, 1.0
 
     def run_window(self, num_pieces: int, longest: int = NO_LIMIT, burn_in: int = 0) -> None:
         """Run a window, then set the basis to the moments of its draws.
@@ -308,6 +311,7 @@ class Explorer:
             draws = path[burn_in:, ~lost]
             mean, factor = path_moments(draws, self.dense)
             self.settled = _is_settled(draws, mean, factor)
+            self.widest = 1.0 if self.dense else widest(draws, factor)
             self.frame = self.frame.followed_by(mean, factor)
 
     def recentre(self) -> None:
@@ -330,9 +334,8 @@ class Explorer:
     def found(self) -> Exploration:
         """Return what has been found so far."""
         frame = self.frame
-        return Exploration(
-            frame.loc, frame.scale, self.positions, self.movement, self.acceptance_rate, self.settled, self.num_lost
-        )
+        moved = self.movement, self.acceptance_rate, self.settled, self.num_lost, self.widest
+        return Exploration(frame.loc, frame.scale, self.positions, *moved)
 
 
 def explore(

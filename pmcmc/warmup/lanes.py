@@ -337,6 +337,7 @@ class Exploration(NamedTuple):
         acceptance_rate: Mean acceptance rate.
         settled: Whether more steps would hardly change the moments; True if this was not checked.
         num_lost: Number of lanes moved to another lane's position, as in `Tuned`.
+        widest: Standard deviation along the widest direction, in units of ``scale``, see `pmcmc.warmup.trajectories`.
     """
 
     mean: Any
@@ -346,6 +347,7 @@ class Exploration(NamedTuple):
     acceptance_rate: Any
     settled: bool = True
     num_lost: int = 0
+    widest: float = 1.0
 
 
 def check_exploration(target: Target, found: Exploration) -> None:

@@ -47,7 +47,7 @@ def _some_rows(rows: np.ndarray) -> np.ndarray:
 
 def _leading(rows: np.ndarray) -> np.ndarray:
     """Return the unit vector along which rows (n, D) vary most, by power iteration."""
-    direction: np.ndarray = np.random.default_rng(0).standard_normal(rows.shape[1])
+    direction = np.random.default_rng(0).standard_normal((rows.shape[1],))
     for _ in range(NUM_ROUNDS):
         image = rows.T @ (rows @ direction)
         direction = image / (np.linalg.norm(image) or 1.0)

@@ -26,6 +26,7 @@ class Costs(NamedTuple):
         device_overhead: Seconds that sharing lanes between devices adds to a step.
         device_gain: Throughput that each further device adds, relative to that of the first.
         thread_gain: Throughput of all threads over that of one.
+        least_lane: Share of ``lane`` that a lane may take in fact. Where blocks pay only then, they are tried.
     """
 
     sequential: float
@@ -36,6 +37,7 @@ class Costs(NamedTuple):
     device_overhead: float = 0.0
     device_gain: float = 1.0
     thread_gain: float = 1.0
+    least_lane: float = 1.0
 
     def step(self, lanes: Scalar, num_devices: int = 1) -> float:
         """Return the seconds of one step of ``lanes`` lanes, shared by ``num_devices`` devices."""
@@ -83,6 +85,8 @@ class CostModel:
         least_tree_share: Least time of a lane of NUTS on a CPU over that of a step of a sequential chain. In many
             dimensions the tree costs more.
         least_lane_share: Least share of the time of a step of warm-up that is attributed to its lanes.
+        cpu_least_lane: Share of the estimated seconds of a lane on a CPU that a lane may take in fact. The estimate is
+            a difference of two times of short runs; on a busy machine it was twice the true one.
         cpu_thread_gain: Throughput that each further thread with a group of chains adds, relative to that of the first.
             Two threads were 1.3 to 1.9 times as fast as one (decision 031).
         free_lanes: Number of lanes that double the time of a step on devices other than CPUs.
@@ -102,6 +106,7 @@ class CostModel:
     cpu_tree_lane: float = 1e-7
     least_tree_share: float = 0.4
     least_lane_share: float = 0.15
+    cpu_least_lane: float = 0.5
     cpu_thread_gain: float = 0.4
     free_lanes: int = 8192
     cpu_device_overhead: float = 1e-5
@@ -151,4 +156,4 @@ class CostModel:
         # Where lanes were not timed no gain is counted on.
         gain = 1.0 if lanes is None else 1 + self.cpu_thread_gain * (num_threads - 1)
         devices = self.cpu_device_overhead, self.cpu_device_gain
-        return Costs(sequential, overhead, lane, compilation, overlap, *devices, gain)
+        return Costs(sequential, overhead, lane, compilation, overlap, *devices, gain, self.cpu_least_lane)

@@ -225,7 +225,8 @@ def plan(
     measured cases in which paths merge, none was the cheapest (docs/decisions/018).
 
     A parallel solver is chosen only if every pair of the pilot merged and it should save more than a quarter of the
-    seconds of the sequential run.
+    seconds of the sequential run. Blocks that would do so with lanes as fast as they may be (`Costs.least_lane`) are
+    chosen, too, if that risks no more than `LOSS`: the run falls back after their first segment if they do not pay.
 
     Args:
         num_steps: T, steps per chain that are left.
@@ -278,7 +279,43 @@ def plan(
     compared = f"{best.name} should take {best.seconds:.2g} s and sequential sampling {alone.seconds:.2g} s"
     if best.seconds < (1 - MARGIN) * alone.seconds:
         return conclude(best, f"{merging}; {compared}.", others)
+    least = _block_candidates(
+        num_steps, num_chains, costs._replace(lane=costs.least_lane * costs.lane), coalescence, most, device_sets, ready
+    )
+    if tried := _worth_a_trial(alone, others, least, costs):
+        named, hoped = tried
+        return conclude(
+            named,
+            f"{merging}; {named.name} should take {named.seconds:.2g} s, or {hoped:.2g} s if lanes are as fast as they "
+            f"may be, and sequential sampling {alone.seconds:.2g} s: a first segment will tell.",
+            others,
+        )
     return conclude(alone, f"{merging}, but {compared}.", others)
+
+
+def _worth_a_trial(
+    alone: Candidate, others: Sequence[Candidate], least: Sequence[Candidate], costs: Costs
+) -> tuple[Candidate, float] | None:
+    """Return the blocks to try although they are not expected to save enough, and the seconds hoped for; else None.
+
+    They are tried if they would save enough with lanes as fast as they may be, and if the trial, which is a compilation
+    and the first segment, is not expected to lose more than the share `LOSS` of a sequential run.
+
+    Args:
+        alone: Sequential sampling.
+        others: Candidates by the expected costs.
+        least: Candidates in blocks by the least costs.
+        costs: The expected costs.
+    """
+    if costs.least_lane == 1.0 or not least:
+        return None
+    hoped = min(least, key=lambda c: c.seconds)
+    named = next((c for c in others if c.solver == hoped.solver), None)
+    if named is None or hoped.seconds >= (1 - MARGIN) * alone.seconds:
+        return None
+    compilation = (1 - costs.overlap) * costs.compile
+    loss = compilation + FIRST_SHARE * max(named.seconds - alone.seconds, 0.0)
+    return (named, hoped.seconds) if loss <= LOSS * alone.seconds else None
 
 
 def block_solvers(device_sets: Sequence[Sequence[jax.Device]]) -> list[MultipleShooting]:

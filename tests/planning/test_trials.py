@@ -60,4 +60,4 @@ def test_a_trial_that_succeeds_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert chain.report.decision.startswith("shooting")
     assert "a first segment will tell" in chain.report.reason
-    assert chain.report.certified_steps.min() == 150_000
+    assert chain.report.certified_steps.min() > 100_000

@@ -61,18 +61,18 @@ class Source:
     traced: Kernel | None = None
 
     def with_kernel(self, kernel: Kernel) -> tuple["Source", Kernel]:
-        """Trace the functions in a kernel.
+        """Trace the functions in a kernel, and copy the arrays that the user could change.
 
         Returns:
             This source with the kernel, whose target includes the kernel's context, and the traced kernel.
         """
         target = replace(self.target, context=None)
-        traced = kernel.traced(target)
+        traced = jax.tree.map(lambda x: np.array(x) if isinstance(x, np.ndarray) else x, kernel).traced(target)
         target = replace(target, context=traced.context(target))
         return replace(self, target=target, given=kernel, traced=traced), traced
 
     def check(self) -> None:
-        """Raise an error if the model, its data or functions in the kernel have changed since the run began.
+        """Raise an error if the model, its data, or functions or arrays in the kernel have changed since the run began.
 
         Raises:
             ValueError: They have changed; the message says what.
@@ -85,10 +85,16 @@ class Source:
                 f"the model has changed since this chain was sampled: {what}. Its draws belong to the earlier model. "
                 "Restore the model, its data and the handlers around it, or sample the new model in a separate call."
             )
-        if self.given is not None and not self.with_kernel(self.given)[0].has_kernel_of(self):
+        if self.given is None:
+            return
+        again, _ = self.with_kernel(self.given)
+        what = "" if again.has_kernel_of(self) else "functions"
+        if not what and _arrays(again.traced) != _arrays(self.traced):
+            what = "arrays"
+        if what:
             raise ValueError(
-                "functions in the kernel have changed since this chain was sampled: its draws belong to the earlier "
-                "kernel. Restore what these functions read, or sample again with the new kernel."
+                f"{what} in the kernel have changed since this chain was sampled: its draws belong to the earlier "
+                "kernel. Restore them and what they read, or sample again with the new kernel."
             )
 
     def has_kernel_of(self, other: "Source") -> bool:
@@ -126,6 +132,11 @@ class Source:
             "numbers that it reads": digest(numbers),
             "functions in the kernel": digest(self._functions()),
         }
+
+
+def _arrays(kernel: Kernel | None) -> list[bytes]:
+    """Return the content of the arrays in a kernel that the user could change."""
+    return [leaf.tobytes() for leaf in jax.tree.leaves(kernel) if isinstance(leaf, np.ndarray)]
 
 
 def _operations(context: Any) -> Any:

@@ -269,11 +269,13 @@ class Compose(SiteKernel):
     def traced(self, target):
         sites = site_templates(target)
         blocks = [replace(block, kernel=block.kernel.traced(block.given(target, sites))) for block in self.blocks]
-        return Compose(blocks)
+        return replace(self, blocks=tuple(blocks))
 
     def context(self, target):
         sites = site_templates(target)
         contexts = tuple(block.kernel.context(block.given(target, sites)) for block in self.blocks)
+        if type(self) is not Compose:  # a class of the user's own, which may step otherwise
+            contexts = (*contexts, step_content(self, target))
         return contexts if any(context is not None for context in contexts) else None
 
     def check_start(self, target, position):
@@ -283,6 +285,11 @@ class Compose(SiteKernel):
     @property
     def is_tuned(self):
         return all(block.kernel.is_tuned for block in self.blocks)
+
+    def with_step_size(self, step_size):
+        """Return the same kernel with this step size for each group that has none yet."""
+        tuned = lambda kernel: kernel if kernel.is_tuned else kernel.with_step_size(step_size)
+        return replace(self, blocks=tuple(replace(block, kernel=tuned(block.kernel)) for block in self.blocks))
 
     def init(self, target, position):
         return tuple(self._unknown(target, block, position) for block in self.blocks)

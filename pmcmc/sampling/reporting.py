@@ -178,10 +178,12 @@ class Outcome:
         if automatic is not None:
             solver, reason = (Sequential() if plan is None else plan.solver), automatic.reason
         pilot = None if plan is None else plan.coalescence
+        if automatic is not None and plan is not None:
+            plan = replace(plan, correction=automatic.correction, num_first=run.num_steps - plan.num_steps)
         return SolveReport(
             decision=solver.decision,
             reason=reason,
-            plan=None if automatic is None or plan is None else replace(plan, correction=automatic.correction),
+            plan=plan,
             bias_bound=np.zeros(0) if automatic is None else automatic.bias_bound,
             result=per_chain(counts.result),
             fallback=counts.fallback,

@@ -28,6 +28,7 @@ from pmcmc.chain.report import BY_PAIR, NOT_STORED, SolveReport
 from pmcmc.chain.state import ChainState, Source, density_source, describe_sites, last_logdensity, model_source
 from pmcmc.interop.partial_centring import AutoReparam
 from pmcmc.kernels import Kernel
+from pmcmc.kernels.gibbs import with_discrete_sites
 from pmcmc.random.streams import IMPL, threefry_key
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.target import Basis, Target
@@ -113,6 +114,7 @@ def rebuild(
     _check_sites(reader, source.target)
     source = _centred(reader, source, centredness)
     basis = _basis(reader, source.target)
+    kernel = with_discrete_sites(kernel, source.target) if isinstance(kernel, Kernel) else kernel
     _check_class("kernel", stored["kernel"], kernel)
     _check_class("solver", stored["solver"], solver)
     given, as_leaf = kernel, lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x

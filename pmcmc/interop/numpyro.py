@@ -433,4 +433,5 @@ def summary_of(samples: dict, prob: float) -> dict[str, dict]:
     """Return NumPyro's means, medians, intervals, n_eff and r_hat for samples with axes (chain, draw, ...)."""
     from numpyro import diagnostics
 
-    return diagnostics.summary(samples, prob=prob, group_by_chain=True)
+    numbers = {name: x.astype(int) if x.dtype == bool else x for name, x in samples.items()}  # NumPyro subtracts them
+    return diagnostics.summary(numbers, prob=prob, group_by_chain=True)

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from pmcmc._pytree import PyTree, is_real, register_dataclass
 from pmcmc._xla.trace import traced_functions
 from pmcmc.kernels.base import Info, Kernel, SiteKernel, is_of_pmcmc, site_templates, step_content
+from pmcmc.kernels.discrete import DiscreteGibbs
 from pmcmc.kernels.updates import Site, Update
 from pmcmc.random.streams import fold_in, key_pair, raw_keys_are_threefry
 from pmcmc.target import Basis, Target
@@ -339,6 +340,15 @@ class Compose(SiteKernel):
             infos.append(info)
             position = {**position, **block.kernel.position(given, unknown[-1])}
         return tuple(unknown), tuple(infos)
+
+
+def with_discrete_sites(kernel: Kernel, target: Target) -> Kernel:
+    """Return the kernel, with updates of the target's discrete sites if it has none."""
+    discrete = [name for name, _ in target.model.supports]
+    if not discrete or isinstance(kernel, SiteKernel):
+        return kernel
+    continuous = [name for name in target.spec.template if name not in discrete]
+    return Compose([DiscreteGibbs(), (kernel, continuous)]) if continuous else DiscreteGibbs()
 
 
 def _block(given: Any) -> Block:

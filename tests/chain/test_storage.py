@@ -124,6 +124,18 @@ def test_composed_kernels_over_discrete_sites_come_back(tmp_path: Path) -> None:
         assert_equal(back.extend(20, progress_bar=False), chain.extend(20, progress_bar=False))
 
 
+def test_a_kernel_that_discrete_sites_were_added_to_comes_back(tmp_path: Path) -> None:
+    def model():
+        kind = numpyro.sample("kind", dist.Bernoulli(0.3))
+        numpyro.sample("x", dist.Normal(1.0 * kind, 1))
+
+    kernel = pmcmc.from_blackjax(blackjax.mala, step_size=0.5)
+    chain = pmcmc.parallel_chain(model, 0, kernel=kernel, **{**SIZES, "num_samples": 10, "num_warmup": 0})
+    assert isinstance(chain.kernel, pmcmc.Compose)
+    chain.save(tmp_path / "chain.npz")
+    assert_equal(pmcmc.load(tmp_path / "chain.npz", model, kernel=kernel), chain)
+
+
 def test_no_log_density_comes_back(tmp_path: Path) -> None:
     kernel = pmcmc.Gibbs(
         {

@@ -108,6 +108,16 @@ def test_predictive_groups() -> None:
         chain().to_arviz(posterior_predictive={"y": after["y"][1:]})
 
 
+def test_changes_in_place_leave_the_chain_alone() -> None:
+    whole = chain(all_seen=True)
+    before = jax.tree.map(np.array, (whole.get_samples(), whole.info, whole.state.source.constant))
+    data = whole.to_arviz()
+    for values in (data.posterior["level"], data.sample_stats["lp"], data.constant_data["x"]):
+        values *= 1000
+    after = (whole.get_samples(), whole.info, whole.state.source.constant)
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
 def test_labels_of_the_user() -> None:
     data = chain().to_arviz(coords={"place": ["north", "south"], "side": list("abc")}, dims={"slopes": ["side"]})
     assert list(data.posterior["level"].coords["place"].values) == ["north", "south"]

@@ -138,6 +138,24 @@ def test_callbacks_keep_their_function() -> None:
     np.testing.assert_allclose([one(X + 1), two(X + 1)], [3.0, 6.0])
 
 
+@pytest.mark.parametrize(
+    "within",
+    [
+        lambda helper: lambda x: jax.lax.scan(lambda c, _: (helper(c), None), x, None, length=1)[0],
+        lambda helper: lambda x: jax.lax.cond(x[0] < 0, helper, lambda c: c, x),
+        lambda helper: lambda x: jax.lax.while_loop(lambda c: c[0] > -2, lambda c: jax.vmap(helper)(c[None])[0] - 9, x),
+    ],
+    ids=["scan", "cond", "while"],
+)
+def test_arrays_of_jitted_helpers_within_loops_are_copied(within) -> None:
+    """JAX holds the user's own memory there, in a dtype that it does not convert."""
+    held = np.ones(3)
+    traced = trace(within(jax.jit(lambda c: c * held)), X)
+    before = np.array(traced(X))
+    held[:] = 5.0
+    np.testing.assert_array_equal(jax.jit(lambda x: traced(x))(X), before)
+
+
 def by_host(host):
     shape = jax.ShapeDtypeStruct((), float)
     return trace(lambda x: jax.pure_callback(host, shape, x, vmap_method="sequential"), X)

@@ -204,6 +204,17 @@ def test_errors_say_what_to_do(blocks, error, words: str) -> None:
         sample(pmcmc.Compose(blocks), num_samples=10)
 
 
+@pytest.mark.parametrize("num_warmup", [0, 100])
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [([1.0, -1.0], "not positive definite.*for the sites"), (np.ones(3), r"has shape \(3,\): expected \(2,\)")],
+)
+def test_metrics_of_blocks_are_checked(metric, words: str, num_warmup: int) -> None:
+    kernel = pmcmc.Compose([(pmcmc.HMC(0.1, 2, inverse_mass_matrix=np.array(metric)), ["a"]), GIBBS])
+    with pytest.raises(ValueError, match=words):
+        sample(kernel, num_warmup=num_warmup)
+
+
 def test_errors_of_blocks() -> None:
     with pytest.raises(ValueError, match="num_warmup=0 tunes nothing"):
         sample(pmcmc.Compose([(pmcmc.HMC(), ["a"]), GIBBS]), num_warmup=0)

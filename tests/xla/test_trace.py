@@ -138,6 +138,13 @@ def test_callbacks_keep_their_function() -> None:
     np.testing.assert_allclose([one(X + 1), two(X + 1)], [3.0, 6.0])
 
 
+def test_another_precision_than_that_of_the_trace() -> None:
+    traced = trace(lambda x: jnp.sum(x * np.ones(3)), X)
+    enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+    with enable_x64(False), pytest.raises(TypeError, match="traced in float64, which JAX does not use now: set"):
+        traced(jnp.ones(3))
+
+
 @pytest.mark.parametrize(
     "within",
     [

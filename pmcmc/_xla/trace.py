@@ -115,7 +115,14 @@ def _fitted(x: Any, aval: Any) -> Any:
     """Convert an argument to the traced dtype, and check its shape."""
     if jnp.shape(x) != aval.shape:
         raise TypeError(f"this function was traced for an argument of shape {aval.shape}, got {jnp.shape(x)}.")
-    return x if getattr(x, "dtype", None) == aval.dtype else jnp.asarray(x, aval.dtype)
+    if getattr(x, "dtype", None) == aval.dtype:
+        return x
+    if jax.dtypes.canonicalize_dtype(aval.dtype) != aval.dtype:
+        raise TypeError(
+            f"this function was traced in {aval.dtype}, which JAX does not use now: set jax_enable_x64 as it was then, "
+            "or use what was made within `with jax.enable_x64(True):` in such a block."
+        )
+    return jnp.asarray(x, aval.dtype)
 
 
 @register_dataclass

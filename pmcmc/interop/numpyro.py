@@ -289,11 +289,17 @@ def _about(sites: dict[str, dict], labelled: set[str]) -> _Sites:
             continue
         frames = sorted(site["cond_indep_stack"], key=lambda frame: frame.dim)
         plates.append((name, tuple((frame.name, frame.dim) for frame in frames)))
-        # A deterministic site in a plate need not have the plate's axis.
-        if name in labelled and jnp.shape(site["value"])[: len(frames)] == tuple(frame.size for frame in frames):
+        # A deterministic site in a plate need not have the plate's axis; the first axis of a site in a scan is time.
+        shape, sizes = jnp.shape(site["value"]), tuple(frame.size for frame in frames)
+        if name in labelled and shape[: len(frames)] == sizes and not (frames and _is_in_scan(site)):
             events = site.get("infer", {}).get("event_dims", [])
             dims.append((name, (*(frame.name for frame in frames), *events)))
     return _Sites(tuple(sites), tuple(dims), tuple(plates))
+
+
+def _is_in_scan(site: dict) -> bool:
+    """Whether a site is within NumPyro's ``scan``, whose steps are the first axis of its values."""
+    return bool(site.get("_control_flow_done", False))
 
 
 def _is_observation(site: dict) -> bool:

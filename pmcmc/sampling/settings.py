@@ -26,7 +26,7 @@ from pmcmc.recurrence import RecurrenceSolver, Sequential
 from pmcmc.sampling.engine import Engine
 from pmcmc.target import Target
 from pmcmc.warmup import ChEESAdaptation, EnsembleAdaptation, Pathfinder, SiteAdaptation, Warmup, WindowAdaptation
-from pmcmc.warmup.base import check_metric
+from pmcmc.warmup.base import check_metrics
 
 # Least number of steps of a segment: with fewer, nearly all time is overhead. Sequential sampling takes steps in pieces
 # of this size.
@@ -110,8 +110,8 @@ class Settings:
         kernel = with_discrete_sites(kernel, target)
         _check_kernel(kernel, extra_fields, num_warmup)
         warmup = _fitting_warmup(warmup, kernel)
-        if not num_warmup and isinstance(kernel, GradientKernel):  # else warm-up checks it
-            check_metric(target, kernel)
+        if not num_warmup and isinstance(kernel, (GradientKernel, Compose)):  # else warm-up checks it
+            check_metrics(target, kernel)
         solver = None if isinstance(solver, str) else solver
         devices = _devices(devices, solver)
         if devices and solver is not None:

@@ -38,7 +38,7 @@ def prototype_position(
 def shapes_of(sites: dict[str, dict]) -> Shapes:
     """Return the `Shapes` of a trace."""
     drawn = {name: site for name, site in sites.items() if site["type"] == "sample"}
-    return {name: (jnp.shape(site["value"]), tuple(site["fn"].shape())) for name, site in drawn.items()}
+    return {name: (jnp.shape(site["value"]), tuple(map(int, site["fn"].shape()))) for name, site in drawn.items()}
 
 
 def check_shapes(first: Shapes, later: Shapes) -> None:

@@ -352,6 +352,28 @@ def test_functions_in_the_kernel_are_compared(tmp_path: Path) -> None:
         pmcmc.load(tmp_path / "chain.npz", None, kernel=second)
 
 
+@pmcmc.register_dataclass
+@dataclass(frozen=True)
+class Whitened(pmcmc.HMC):
+    """A class of the user's own, compared by what its whole step computes."""
+
+
+def test_a_number_of_the_model_that_became_data_is_no_change_of_the_kernel(tmp_path: Path) -> None:
+    """The mean is part of the model until a second call passes another one."""
+
+    def model(y):
+        mu = numpyro.sample("mu", dist.Normal(np.mean(y), 1))
+        numpyro.sample("y", dist.Normal(mu, 1), obs=y)
+
+    kernel = Whitened(step_size=0.3, num_integration_steps=2)
+    run = lambda y: pmcmc.parallel_chain(model, 0, model_args=(y,), kernel=kernel, **{**SIZES, "num_warmup": 0})
+    ones, nines = np.ones(4), np.full(4, 9.0)
+    chain = run(ones)
+    chain.save(tmp_path / "chain.npz")
+    run(nines)
+    assert_equal(pmcmc.load(tmp_path / "chain.npz", model, model_args=(ones,), kernel=kernel), chain)
+
+
 def test_another_model(saved: Path, tmp_path: Path) -> None:
     seven = dict(model_args=(ERRORS[:7],), model_kwargs={"effects": EFFECTS[:7]})
     with pytest.raises(ValueError, match=r"differ at \['z'\]: expected .*\[8\].* got .*\[7\].*Pass the model"):

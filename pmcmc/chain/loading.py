@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._pytree import PRNGKey, PyTree
+from pmcmc._warnings import user_level
 from pmcmc._xla import default_platform
 from pmcmc._xla.trace import refuse_transformation
 from pmcmc.chain.chain import Chain
@@ -275,7 +276,7 @@ def _key(reader: Reader) -> PRNGKey:
         warnings.warn(
             f"{reader.path} was made with a key of {impl}, from which an earlier pmcmc drew noise that depended on how "
             "many lanes drew it. Its draws can be read, and extended with new noise; they cannot be verified.",
-            stacklevel=5,  # the caller of `load` and `resume`
+            stacklevel=user_level(),
         )
     return threefry_key(key)
 

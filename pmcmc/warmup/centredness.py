@@ -59,7 +59,7 @@ def choose(place: Place) -> np.ndarray:
         loss = np.array([width(coordinate(place, c)) - (c - 1) * mean_log_scale for c in GRID])
     loss = np.where(np.isfinite(loss), loss, np.inf)
     near = loss <= np.min(loss, axis=0) + NOISE / len(place.value)
-    return GRID[np.argmax(near, axis=0)]
+    return np.where(near[0], 0.0, np.where(near[-1], 1.0, GRID[np.argmin(loss, axis=0)]))
 
 
 def _width_of_normal(w: np.ndarray) -> np.ndarray:

@@ -16,15 +16,16 @@ from numpyro.infer import NUTS as NumpyroNUTS
 from numpyro.infer.mcmc import MCMCKernel
 
 from pmcmc._pytree import Array, PRNGKey, PyTree
-from pmcmc._xla.trace import refuse_transformation
+from pmcmc._xla.trace import Traced, Untraced, refuse_transformation
 from pmcmc.chain.chain import Chain
 from pmcmc.chain.draws import site_shapes, unconstrained
 from pmcmc.chain.state import ChainState, Source, last_logdensity, model_source
 from pmcmc.chain.stored import warmup_logdensity
+from pmcmc.interop.blackjax import is_of_blackjax
 from pmcmc.interop.numpyro import strategy_starts
 from pmcmc.interop.partial_centring import AutoReparam
 from pmcmc.kernels import Kernel
-from pmcmc.numpyro_samplers import STEP_SIZE, check_metric_sites, kernel_fields, translate
+from pmcmc.numpyro_samplers import STEP_SIZE, check_metric_sites, keep_options, kernel_fields, translate
 from pmcmc.random.streams import fold_key
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.sampling.api import model_starts
@@ -33,6 +34,7 @@ from pmcmc.sampling.settings import Settings, as_key
 from pmcmc.starts import check_starts
 from pmcmc.target import Target
 from pmcmc.warmup import Warmup
+from pmcmc.warmup.base import scale_of_metric
 
 __all__ = ["AdaptState", "ParallelMCMC", "ParallelState"]
 
@@ -170,7 +172,7 @@ class ParallelMCMC(MCMC):
                 )
             self._stands_for = type(sampler).__name__
             kernel, adaptation = translate(sampler, num_warmup)
-            warmup = adaptation if warmup is None else warmup
+            warmup = adaptation if warmup is None else keep_options(warmup, sampler)
         if callable(chain_method) or chain_method in ("parallel", "sequential"):
             chain_method = "vectorized"  # NumPyro refuses other values
         super().__init__(
@@ -302,15 +304,7 @@ class ParallelMCMC(MCMC):
                 f"post_warmup_state must be None or the last_state of a ParallelMCMC, got {type(state).__name__}: "
                 "states of NumPyro's own samplers do not hold what is needed. Pass init_params= instead."
             )
-        chains = state.chains
-        if chains.source.given is not None:
-            source, _ = source.with_kernel(chains.source.given)
-            if not source.has_kernel_of(chains.source):
-                raise ValueError(
-                    "functions in the kernel have changed since post_warmup_state was made: restore what they read, or "
-                    "set post_warmup_state to None to warm up again."
-                )
-        target = source.target
+        chains, target = state.chains, source.target
         shapes = [{name: c.shape for name, c in t.centredness.items()} for t in (target, chains.target)]
         if shapes[0] != shapes[1]:
             raise ValueError(
@@ -322,14 +316,9 @@ class ParallelMCMC(MCMC):
                 "post_warmup_state has another number of chains, or latent sites of other names or shapes: set it to "
                 "None to warm up again."
             )
-        if chains.kernel.metric is None:  # warm-up has made it the basis
-            kernel = kernel.without_metric()
-        if not _could_be_tuned_to(kernel, chains.kernel):
-            asked, found = _name(kernel, chains.kernel), _name(chains.kernel, kernel)
-            raise ValueError(
-                f"post_warmup_state is a state of {found}, and this ParallelMCMC samples by {asked}: make it with the "
-                "same sampler or kernel, or set post_warmup_state to None to warm up again."
-            )
+        _check_kernel(kernel, chains)
+        source, _ = source.with_kernel(kernel)
+        target = source.target
         data = jax.random.key_data
         num_unkept = chains.num_unkept % self.thinning
         if not np.array_equal(data(rng_key), data(chains.rng_key)):
@@ -351,7 +340,8 @@ def _check_standing(chains: ChainState) -> None:
         return
     target = chains.target
     try:
-        check_starts(target, jax.vmap(lambda x: chains.kernel.position(target, x))(chains.unknown))
+        positions = jax.vmap(lambda x: chains.kernel.position(target, x))(chains.unknown)
+        check_starts(target, positions, chains.kernel.uses_gradient)
     except ValueError as error:
         raise ValueError(
             "post_warmup_state was made with other data, and the chains cannot go on from where they stand: "
@@ -359,20 +349,52 @@ def _check_standing(chains: ChainState) -> None:
         ) from error
 
 
+def _check_kernel(kernel: Kernel, chains: ChainState) -> None:
+    """Raise an error if a kernel is another than that of the chains, or leaves something else to be tuned.
+
+    Functions are traced for the data that the chains were sampled with, so that other data are no change of the kernel.
+
+    Raises:
+        ValueError: It is; the message says in what.
+    """
+    asked, basis, otherwise = kernel, chains.target.basis, "or set post_warmup_state to None to warm up again."
+    if chains.kernel.metric is None and kernel.metric is not None:  # warm-up has made it the basis
+        scale = scale_of_metric(kernel.metric, chains.target.dim)
+        if basis is None or basis.scale.shape != scale.shape or not np.allclose(basis.scale, scale, rtol=1e-4):
+            raise ValueError(
+                "post_warmup_state is a state in another metric than the inverse_mass_matrix of this ParallelMCMC: "
+                f"make it with the same sampler or kernel, {otherwise}"
+            )
+        asked = kernel.without_metric()
+    if not _could_be_tuned_to(asked, chains.kernel):
+        raise ValueError(
+            f"post_warmup_state is a state of {_name(chains.kernel, asked)}, and this ParallelMCMC samples by "
+            f"{_name(asked, chains.kernel)}: make it with the same sampler or kernel, {otherwise}"
+        )
+    if not chains.source.with_kernel(kernel)[0].has_kernel_of(chains.source):
+        raise ValueError(
+            "functions in the kernel compute something else than when post_warmup_state was made: restore what they "
+            f"read, pass the same functions, {otherwise}"
+        )
+
+
 def _could_be_tuned_to(asked: Any, tuned: Any) -> bool:
     """Whether warm-up could have turned ``asked`` into ``tuned``: every setting that was given is unchanged.
 
-    A setting of None is left to warm-up. Functions are not compared, since the user may have defined them again.
+    A setting of None is left to warm-up. Functions of the user's own are compared by what they compute, elsewhere,
+    since they may have been defined again.
     """
     if asked is None:
         return True
-    if callable(asked):
-        return callable(tuned)
+    if isinstance(asked, (Untraced, Traced)):
+        return isinstance(tuned, (Untraced, Traced))
     if type(asked) is not type(tuned) and (is_dataclass(asked) or is_dataclass(tuned)):
         return False
     if is_dataclass(asked):
         names = [f.name for f in fields(asked)]
         return all(_could_be_tuned_to(getattr(asked, name), getattr(tuned, name)) for name in names)
+    if callable(asked):
+        return asked == tuned or (callable(tuned) and not (is_of_blackjax(asked) or is_of_blackjax(tuned)))
     if isinstance(asked, dict):
         return set(asked) == set(tuned) and all(_could_be_tuned_to(asked[name], tuned[name]) for name in asked)
     if isinstance(asked, (tuple, list)):
@@ -380,9 +402,9 @@ def _could_be_tuned_to(asked: Any, tuned: Any) -> bool:
     if isinstance(asked, jax.Array) and jnp.issubdtype(asked.dtype, jax.dtypes.prng_key):
         words = jax.random.key_data
         return getattr(tuned, "dtype", None) == asked.dtype and np.array_equal(words(asked), words(tuned))
-    if isinstance(asked, (int, float, np.ndarray, np.generic, jax.Array)) and tuned is not None:
+    if isinstance(asked, (int, float, np.ndarray, np.generic, jax.Array)):
         tuned = np.asarray(tuned)  # compare in the precision of the chain, which may be lower
-        return np.array_equal(np.asarray(asked, tuned.dtype), tuned)
+        return tuned.dtype != object and np.array_equal(np.asarray(asked, tuned.dtype), tuned)
     return bool(asked == tuned)
 
 

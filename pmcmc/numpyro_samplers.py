@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from numpyro.infer import HMC as NumpyroHMC
@@ -11,7 +12,7 @@ from numpyro.infer.hmc_util import euclidean_kinetic_energy
 from pmcmc.chain.draws import site_shapes
 from pmcmc.kernels import HMC, NUTS, Kernel
 from pmcmc.target import Target
-from pmcmc.warmup import EnsembleAdaptation
+from pmcmc.warmup import EnsembleAdaptation, Warmup
 
 STEP_SIZE = "adapt_state.step_size"
 
@@ -57,6 +58,26 @@ def translate(sampler: Any, num_warmup: int) -> tuple[Kernel, EnsembleAdaptation
         return HMC(inverse_mass_matrix=metric, **_trajectory(sampler, step_size)), warmup
     depth = sampler._max_tree_depth
     return NUTS(step_size, depth[1] if isinstance(depth, tuple) else depth, metric), warmup
+
+
+def keep_options(warmup: Warmup, sampler: Any) -> Warmup:
+    """Return a warm-up of the user's with what a NumPyro kernel says, where the warm-up leaves it open.
+
+    Raises:
+        ValueError: The kernel asks for something that the warm-up excludes or does not have.
+    """
+    for option, value, default, name in (
+        ("target_accept_prob", sampler._target_accept_prob, 0.8, "target_acceptance_rate"),
+        ("dense_mass", sampler._dense_mass, False, "dense"),
+    ):
+        if getattr(warmup, name, value) is None:
+            warmup = replace(warmup, **{name: value})  # type: ignore[type-var]
+        elif value != default and getattr(warmup, name, None) != value:
+            raise ValueError(
+                f"{option}={value} of {type(sampler).__name__} does not go with warmup={warmup!r}: leave one of them "
+                f"out, or set {name} of a warm-up that has it to the same."
+            )
+    return warmup
 
 
 def _whole_metric(sampler: Any) -> Any:

@@ -2,9 +2,10 @@
 
 import inspect
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 
+import blackjax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -259,6 +260,85 @@ def test_states_of_another_kernel(kernel, words: str | None) -> None:
             other.run(jax.random.key(1), Y)
 
 
+def around(value: float) -> pmcmc.Kernel:
+    drawn = pmcmc.kernels.NormalUpdate(lambda state: (value, 0.2))
+    return pmcmc.Compose([(pmcmc.HMC(step_size=0.3, num_integration_steps=2), ["sigma"]), pmcmc.Gibbs({"mu": drawn})])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        (around(1.0), around(1.0), None),
+        (around(1.0), around(9.0), "functions in the kernel compute something else"),
+        (pmcmc.from_blackjax(blackjax.mala, step_size=0.1), pmcmc.from_blackjax(blackjax.mala, step_size=0.1), None),
+        (
+            pmcmc.from_blackjax(blackjax.mala, step_size=0.1),
+            pmcmc.from_blackjax(blackjax.barker_proposal, step_size=0.1),
+            "a state of BlackJAX.*samples by BlackJAX",
+        ),
+    ],
+    ids=["equal functions", "other functions", "the same algorithm", "another algorithm"],
+)
+def test_states_of_kernels_with_functions(first: pmcmc.Kernel, second: pmcmc.Kernel, words: str | None) -> None:
+    """Functions are those of this sampler, or refused: the state does not bring its own."""
+    maker, other = (make(kernel=kernel, num_warmup=0, num_samples=5) for kernel in (first, second))
+    maker.run(jax.random.key(0), Y)
+    other.post_warmup_state = maker.last_state
+    if words is None:
+        other.run(jax.random.key(1), Y)
+        assert other.chain.state.source.given is second
+    else:
+        with pytest.raises(ValueError, match=words):
+            other.run(jax.random.key(1), Y)
+
+
+@pmcmc.register_dataclass
+@dataclass(frozen=True)
+class OwnKernel(pmcmc.HMC):
+    """A kernel of the user's own, whose programs are found by all that a step computes, data included."""
+
+
+def test_other_data_are_no_change_of_a_kernel_of_the_users_own() -> None:
+    mcmc = make(kernel=OwnKernel(step_size=0.3, num_integration_steps=2), num_warmup=0, num_samples=5)
+    mcmc.run(jax.random.key(0), Y)
+    mcmc.post_warmup_state = mcmc.last_state
+    mcmc.run(jax.random.key(1), np.append(Y, 1.0), 6)
+    mcmc.chain.extend(5, progress_bar=False)
+
+
+def test_states_in_another_metric() -> None:
+    """Warm-up makes a metric the coordinates of the target, where it is compared to rounding."""
+    fixed = lambda metric, **rest: ParallelMCMC(
+        NUTS(model, inverse_mass_matrix=metric, adapt_mass_matrix=False), **{**SIZES, "num_samples": 5, **rest}
+    )
+    first = fixed(jnp.array([0.1, 0.3]))
+    first.warmup(jax.random.key(0), Y)
+    for metric in ([0.1, 0.4], [[0.1, 0.0], [0.0, 0.3]]):
+        second = fixed(jnp.array(metric))
+        second.post_warmup_state = first.last_state
+        with pytest.raises(ValueError, match="another metric than the inverse_mass_matrix of this ParallelMCMC"):
+            second.run(jax.random.key(1), Y)
+    again = fixed(jnp.array([0.1, 0.3]))
+    again.post_warmup_state = first.last_state
+    again.run(jax.random.key(1), Y)
+
+
+def test_new_data_where_a_density_without_a_derivative_is_not_finite() -> None:
+    """The sentence is about the data, and not about a derivative that the kernel does not take."""
+
+    def without_derivative(y):
+        mu = numpyro.sample("mu", dist.Normal(0, 1))
+        shape = jax.ShapeDtypeStruct((), mu.dtype)
+        value = jax.pure_callback(lambda x: np.asarray(x), shape, mu, vmap_method="sequential")
+        numpyro.factor("likelihood", -0.5 * jnp.sum((y - value) ** 2))
+
+    mcmc = ParallelMCMC(without_derivative, **{**SIZES, "num_warmup": 0}, kernel=pmcmc.RandomWalk(step_size=0.5))
+    mcmc.run(jax.random.key(0), Y)
+    mcmc.post_warmup_state = mcmc.last_state
+    with pytest.raises(ValueError, match="post_warmup_state was made with other data"):
+        mcmc.run(jax.random.key(1), np.full_like(Y, np.nan))
+
+
 @pytest.mark.slow
 def test_states_fit_what_warm_up_made_of_the_same_sampler() -> None:
     """Numbers in the state have the precision of the chain, and functions may have been defined again."""
@@ -343,6 +423,20 @@ def test_samplers_without_a_counterpart(make_sampler, error, words) -> None:
         return
     with pytest.raises(error, match=words):
         ParallelMCMC(make_sampler(), **options)
+
+
+def test_options_of_adaptation_beside_a_warmup() -> None:
+    """A warm-up of the user's own keeps what NumPyro's kernel says, where it leaves it open."""
+    warmups = pmcmc.warmup
+    asked = dict(target_accept_prob=0.99, dense_mass=True)
+    given = lambda warmup, **options: ParallelMCMC(NUTS(model, **options), **SIZES, warmup=warmup)._warmup
+    assert given(warmups.WindowAdaptation(), **asked) == warmups.WindowAdaptation(True, 0.99)
+    assert given(warmups.EnsembleAdaptation()) == warmups.EnsembleAdaptation(False, 0.8)
+    assert given(warmups.EnsembleAdaptation(True, 0.9)) == warmups.EnsembleAdaptation(True, 0.9)  # NumPyro's defaults
+    with pytest.raises(ValueError, match=r"target_accept_prob=0.99 of NUTS does not go with .*leave one of them out"):
+        given(warmups.EnsembleAdaptation(target_acceptance_rate=0.9), **asked)
+    with pytest.raises(ValueError, match=r"dense_mass=True of NUTS does not go with warmup=Pathfinder"):
+        given(warmups.Pathfinder(), dense_mass=True)
 
 
 def test_every_option_of_numpyros_kernels_is_kept_named_or_refused() -> None:

@@ -4,12 +4,15 @@
 Two programs with equal content compute the same.
 """
 
+import dis
 import enum
 import hashlib
 import math
 import os
+import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
+from types import CodeType, ModuleType
 from typing import Any
 
 import jax
@@ -27,6 +30,8 @@ FACTORIZATIONS = frozenset(
 _MAX_ORDER = 3
 # Functions in these folders have derivative rules that do not change between two calls.
 _LIBRARIES = (os.path.join(os.path.dirname(str(jax.__file__)), ""),)
+# What functions in these folders read as globals does not change between two calls.
+_INSTALLED = tuple(os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "purelib", "platlib"))
 _CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 # Parameters that do not affect what is computed.
 _LABELS = frozenset(("name", "debug_info"))
@@ -61,6 +66,7 @@ class Content:
 
     def __init__(self, order: int = 0):
         self._order = order
+        self._functions: dict[int, int] = {}  # numbers of the user's functions met so far, by id
 
     def of_whole(self, program: Jaxpr) -> tuple[tuple, dict[Place, tuple]]:
         """Return the content of a program without its numeric operands, and those operands by their place."""
@@ -130,23 +136,44 @@ class Content:
 
     def _of_object(self, value: Any) -> Any:
         """Return the content of a function by its code, of a dataclass by its fields, of other objects by equality."""
-        code = getattr(value, "__code__", None)
-        if code is not None and not hasattr(value, "__self__"):  # each run of a model may create its functions anew
-            cells = [_cell(cell) for cell in value.__closure__ or ()]
-            known = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *cells)
-            return "function", code, tuple(map(self._of_held, known))
+        if hasattr(value, "__code__") and not hasattr(value, "__self__"):
+            return self._of_function(value)
         if is_dataclass(value) and not isinstance(value, type):
-            return type(value), tuple((f.name, self.of_value(getattr(value, f.name))) for f in fields(value))
+            content = type(value), tuple((f.name, self.of_value(getattr(value, f.name))) for f in fields(value))
+            is_users = callable(value) and type(value).__module__.split(".")[0] != "jax"
+            return (ById(value), content) if is_users else content
         try:
             hash(value)
         except TypeError:
             return ById(value)
         return type(value), value
 
+    def _of_function(self, value: Any) -> Any:
+        """Return the content of a function that runs in Python: its code, and what it reads when it is called.
+
+        Each run of a model may create its functions anew. Functions of equal code in two modules differ if they read
+        globals, since those of one module may change without the other's. A function that occurs again, as in itself,
+        counts by its number.
+        """
+        code = value.__code__
+        defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        known = (*defaults, *map(_cell, value.__closure__ or ()))
+        if code.co_filename.startswith(_INSTALLED):
+            return "function", code, tuple(map(self._of_held, known))
+        if id(value) in self._functions:
+            return "function", self._functions[id(value)]
+        self._functions[id(value)] = len(self._functions)
+        held, names = value.__globals__, _global_names(code)
+        read = tuple((name, held[name]) for name in names if name in held and not isinstance(held[name], ModuleType))
+        module = (ById(held), tuple((name, self._of_held(x)) for name, x in read)) if read else ()
+        return "function", code, tuple(map(self._of_held, known)), module
+
     def _of_held(self, value: Any) -> Any:
         """Return the content of what a callback refers to; objects that can change before it runs count by identity."""
         if isinstance(value, tuple):
             return type(value), tuple(map(self._of_held, value))
+        if isinstance(value, np.ndarray) and value.dtype != object:
+            return ById(value), self._of_array(value)
         fixed = value is None or isinstance(value, (bool, int, float, complex, str, bytes))
         return self.of_value(value) if fixed or hasattr(value, "__code__") else ById(value)
 
@@ -166,6 +193,12 @@ def _may_be_read(equation: Any, var: Any) -> bool:
     values = [x for value in equation.params.values() for x in (value if isinstance(value, tuple) else (value,))]
     has_program = any(isinstance(value, (ClosedJaxpr, Jaxpr)) for value in values)
     return not has_program and not equation.effects and jnp.issubdtype(var.aval.dtype, jnp.number)
+
+
+def _global_names(code: CodeType) -> list[str]:
+    """Return the names of globals that a function reads, or functions within it."""
+    inner = [name for x in code.co_consts if isinstance(x, CodeType) for name in _global_names(x)]
+    return sorted({*inner, *(i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"))})
 
 
 def _cell(cell: Any) -> Any:

@@ -14,6 +14,7 @@ by JAX once per function object, here as in NumPyro.
 """
 
 import hashlib
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -114,7 +115,14 @@ def _fitted(x: Any, aval: Any) -> Any:
     """Convert an argument to the traced dtype, and check its shape."""
     if jnp.shape(x) != aval.shape:
         raise TypeError(f"this function was traced for an argument of shape {aval.shape}, got {jnp.shape(x)}.")
-    return x if getattr(x, "dtype", None) == aval.dtype else jnp.asarray(x, aval.dtype)
+    if getattr(x, "dtype", None) == aval.dtype:
+        return x
+    if jax.dtypes.canonicalize_dtype(aval.dtype) != aval.dtype:
+        raise TypeError(
+            f"this function was traced in {aval.dtype}, which JAX does not use now: set jax_enable_x64 as it was then, "
+            "or use what was made within `with jax.enable_x64(True):` in such a block."
+        )
+    return jnp.asarray(x, aval.dtype)
 
 
 @register_dataclass
@@ -180,11 +188,11 @@ def trace(fn: Callable, *args: PyTree) -> Traced:
         shapes = jax.tree.structure(out)
         return out
 
-    # Trace, expose the arrays within jitted functions, drop what is not needed.
+    # Trace, expose the arrays within jitted functions, drop what is not needed, copy arrays within loops and branches.
     program = jax.make_jaxpr(fresh)(*args)
     if _hides_constants(program.jaxpr):
         program = jax.make_jaxpr(lambda *leaves: _replay(program, leaves))(*program.in_avals)
-    program = _needed(program)
+    program = _with_own_arrays(_needed(program))
     # Numbers that differed between equal programs become constants that are read, like arrays.
     content, scalars = Content().of_whole(program.jaxpr)
     varying = _varying(hash(content), scalars)
@@ -310,6 +318,29 @@ def _own(constant: Any) -> Array:
     if isinstance(constant, (jax.Array, jax.core.Tracer)):
         return constant
     return jax.device_put(np.array(constant, copy=True))
+
+
+def _with_own_arrays(program: ClosedJaxpr) -> ClosedJaxpr:
+    """Copy the arrays that a program holds within loops and branches, where they are no constants of the whole."""
+
+    def own(value: Any) -> Any:
+        """Return a parameter of an equation with its own arrays: itself, if it holds none of the user's."""
+        if type(value) in (tuple, list):
+            made = type(value)(map(own, value))
+            return value if all(map(operator.is_, made, value)) else made
+        if isinstance(value, ClosedJaxpr):
+            inner, theirs = own(value.jaxpr), any(not isinstance(x, (jax.Array, jax.core.Tracer)) for x in value.consts)
+            return ClosedJaxpr(inner, list(map(_own, value.consts))) if theirs or inner is not value.jaxpr else value
+        if not isinstance(value, Jaxpr):
+            return value
+        equations = []
+        for equation in value.eqns:
+            params = {key: own(x) for key, x in equation.params.items()}
+            same = all(map(operator.is_, params.values(), equation.params.values()))
+            equations.append(equation if same else equation.replace(params=params))
+        return value if all(map(operator.is_, equations, value.eqns)) else value.replace(eqns=equations)
+
+    return ClosedJaxpr(own(program.jaxpr), program.consts)
 
 
 def _with_outputs(program: Jaxpr, outvars: list[Any]) -> Jaxpr:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._pytree import PRNGKey, PyTree
+from pmcmc._warnings import user_level
 from pmcmc._xla import default_platform
 from pmcmc._xla.trace import refuse_transformation
 from pmcmc.chain.chain import Chain
@@ -28,6 +29,7 @@ from pmcmc.chain.report import BY_PAIR, NOT_STORED, SolveReport
 from pmcmc.chain.state import ChainState, Source, density_source, describe_sites, last_logdensity, model_source
 from pmcmc.interop.partial_centring import AutoReparam
 from pmcmc.kernels import Kernel
+from pmcmc.kernels.gibbs import with_discrete_sites
 from pmcmc.random.streams import IMPL, threefry_key
 from pmcmc.recurrence import RecurrenceSolver
 from pmcmc.target import Basis, Target
@@ -113,6 +115,7 @@ def rebuild(
     _check_sites(reader, source.target)
     source = _centred(reader, source, centredness)
     basis = _basis(reader, source.target)
+    kernel = with_discrete_sites(kernel, source.target) if isinstance(kernel, Kernel) else kernel
     _check_class("kernel", stored["kernel"], kernel)
     _check_class("solver", stored["solver"], solver)
     given, as_leaf = kernel, lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x
@@ -273,7 +276,7 @@ def _key(reader: Reader) -> PRNGKey:
         warnings.warn(
             f"{reader.path} was made with a key of {impl}, from which an earlier pmcmc drew noise that depended on how "
             "many lanes drew it. Its draws can be read, and extended with new noise; they cannot be verified.",
-            stacklevel=5,  # the caller of `load` and `resume`
+            stacklevel=user_level(),
         )
     return threefry_key(key)
 

@@ -41,7 +41,8 @@ LARGE_CORRECTION = 0.1
 class SolveReport:
     """How the draws of a `Chain` were made; ``print(report)`` shows it as prose.
 
-    Arrays have one entry per chain, unless a shape is given. Times are wall-clock seconds.
+    Arrays have one entry per chain, unless a shape is given. Times are wall-clock seconds. If a run was interrupted,
+    ``num_sequential_steps``, ``num_iters``, ``num_sweeps`` and ``near_ties`` include steps beyond its last common draw.
 
     Attributes:
         decision: What was planned: "shooting", "newton" or "sequential". A user-defined solver has its own name
@@ -191,7 +192,7 @@ class SolveReport:
         """Planned critical path and its 90 % interval, the first steps included; NaN without a plan."""
         if self.plan is None:
             return (float("nan"),) * 3
-        first, chosen = self.num_steps - self.plan.num_steps, self.plan.chosen
+        first, chosen = self.plan.num_first, self.plan.chosen
         return float(first + chosen.num_steps), float(first + chosen.lower), float(first + chosen.upper)
 
     def __str__(self) -> str:
@@ -273,7 +274,7 @@ class SolveReport:
         if self.plan is not None and self.plan.coalescence is not None:
             rate, error = (float(self.plan.coalescence.growth_rate), float(self.plan.coalescence.growth_error))
         if np.any(np.isfinite(self.lyapunov_exponent)):
-            rate = float(np.nanmean(self.lyapunov_exponent))
+            rate, error = float(np.nanmean(self.lyapunov_exponent)), float("nan")  # that of blocks, of unknown error
         lines = []
         if np.isfinite(rate):
             interval = f" +- {2 * error:.2g}" if np.isfinite(error) else ""
@@ -294,16 +295,17 @@ class SolveReport:
 
     def _bias(self) -> str:
         """Return the line on the bias of the start."""
-        small = np.flatnonzero(self.bias_bound <= SMALL_BIAS)
+        above = np.flatnonzero(self.bias_bound > SMALL_BIAS)  # the bounds need not decrease from step to step
+        first = int(above[-1]) + 1 if above.size else 0
         what, region = "Bias left by warm-up", "that the lanes of warm-up found"
         if not self.num_lanes:
             what, region = "Bias of the starts", "where chains and their partners started"
-        if not small.size:
+        if first == self.bias_bound.size:
             return f"{what}: not below {SMALL_BIAS} sd within {self.bias_bound.size - 1} steps."
         if self.bias_doubt:
             return f"{what}: not judged, since {self.bias_doubt}."
         return (
-            f"{what}: below {SMALL_BIAS} sd from step {small[0]} on, relative to the region {region}; of other regions "
+            f"{what}: below {SMALL_BIAS} sd from step {first} on, relative to the region {region}; of other regions "
             "this says nothing."
         )
 

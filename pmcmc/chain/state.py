@@ -5,15 +5,17 @@ call can detect changes; `model_source` and `density_source` make one. `header` 
 `pmcmc.load` reads it.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._pytree import Array, PRNGKey, PyTree
+from pmcmc._pytree import Array, PRNGKey, PyTree, RavelSpec
 from pmcmc._xla import default_platform
 from pmcmc._xla.compile import plain_jit
 from pmcmc._xla.trace import Trace, digest, traced_functions
@@ -24,7 +26,7 @@ from pmcmc.interop.numpyro_arguments import array_arguments
 from pmcmc.interop.partial_centring import AutoReparam
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver
-from pmcmc.target import LogDensity, Target, WithoutDensity
+from pmcmc.target import LogDensity, Model, Supports, Target, WithoutDensity
 from pmcmc.warmup.base import LaneTiming
 
 
@@ -61,23 +63,25 @@ class Source:
     traced: Kernel | None = None
 
     def with_kernel(self, kernel: Kernel) -> tuple["Source", Kernel]:
-        """Trace the functions in a kernel.
+        """Trace the functions in a kernel, and copy the arrays that the user could change.
 
         Returns:
             This source with the kernel, whose target includes the kernel's context, and the traced kernel.
         """
         target = replace(self.target, context=None)
-        traced = kernel.traced(target)
+        traced = jax.tree.map(lambda x: np.array(x) if isinstance(x, np.ndarray) else x, kernel).traced(target)
         target = replace(target, context=traced.context(target))
         return replace(self, target=target, given=kernel, traced=traced), traced
 
     def check(self) -> None:
-        """Raise an error if the model, its data or functions in the kernel have changed since the run began.
+        """Raise an error if the model, its data, or functions or arrays in the kernel have changed since the run began.
 
         Raises:
             ValueError: They have changed; the message says what.
         """
-        target = self.make()
+        with warnings.catch_warnings():  # what is said of the model was said when the run began
+            warnings.simplefilter("ignore")
+            target = self.make()
         now, then = (t.model.content(t.data) for t in (target, self.target))
         if target.spec != self.target.spec or now != then:
             what = "it reads other numbers" if now[0] == then[0] else "it computes something else"
@@ -85,10 +89,16 @@ class Source:
                 f"the model has changed since this chain was sampled: {what}. Its draws belong to the earlier model. "
                 "Restore the model, its data and the handlers around it, or sample the new model in a separate call."
             )
-        if self.given is not None and not self.with_kernel(self.given)[0].has_kernel_of(self):
+        if self.given is None:
+            return
+        again, _ = self.with_kernel(self.given)
+        what = "" if again.has_kernel_of(self) else "functions"
+        if not what and _arrays(again.traced) != _arrays(self.traced):
+            what = "arrays"
+        if what:
             raise ValueError(
-                "functions in the kernel have changed since this chain was sampled: its draws belong to the earlier "
-                "kernel. Restore what these functions read, or sample again with the new kernel."
+                f"{what} in the kernel have changed since this chain was sampled: its draws belong to the earlier "
+                "kernel. Restore them and what they read, or sample again with the new kernel."
             )
 
     def has_kernel_of(self, other: "Source") -> bool:
@@ -96,8 +106,18 @@ class Source:
         return self._functions() == other._functions()
 
     def _functions(self) -> tuple:
-        """Return what the functions in the kernel compute, in a form that can be compared."""
-        return _operations(self.target.context), [fn.content for fn in traced_functions(self.traced)]
+        """Return what the functions in the kernel compute, in a form that can be compared.
+
+        What a whole step computes is found on a stand-in, since the model and its numbers are compared by themselves.
+        """
+        context = None
+        if self.traced is not None and self.target.context is not None:
+            stand_in = Target.build(_StandIn(self.target.model.supports), self.target.spec.template, None)
+            try:
+                context = self.traced.context(stand_in)
+            except Exception:  # a kernel of the user's own may read more of the model
+                context = self.target.context
+        return _operations(context), [fn.content for fn in traced_functions(self.traced)]
 
     def describe(self, target: Target, position: PyTree) -> Described:
         """Return the names of the sites' dimensions, and the data.
@@ -126,6 +146,24 @@ class Source:
             "numbers that it reads": digest(numbers),
             "functions in the kernel": digest(self._functions()),
         }
+
+
+def _arrays(kernel: Kernel | None) -> list[bytes]:
+    """Return the content of the arrays in a kernel that the user could change."""
+    return [leaf.tobytes() for leaf in jax.tree.leaves(kernel) if isinstance(leaf, np.ndarray)]
+
+
+@dataclass(frozen=True)
+class _StandIn(Model):
+    """A standard normal density in place of a model's, with the discrete sites of that model."""
+
+    supports: Supports = ()
+
+    def logdensity(self, data, position):
+        return -0.5 * jnp.sum(RavelSpec.of(position).ravel(position) ** 2)
+
+    def element_logdensities(self, data, position, site, values):
+        return jnp.broadcast_to(-0.5 * values**2, (*position[site].shape, *values.shape))
 
 
 def _operations(context: Any) -> Any:

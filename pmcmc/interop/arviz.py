@@ -22,7 +22,7 @@ from pmcmc.interop import require
 def to_arviz(
     groups: dict[str, dict[str, Any]], attrs: dict[str, Any], *, dims: dict[str, list[str]], coords: dict[str, Any]
 ) -> Any:
-    """Return an `InferenceData` (ArviZ 0.x) or `xarray.DataTree` (ArviZ 1.x) of arrays by group, without empty groups.
+    """Return an `InferenceData` (ArviZ 0.x) or `xarray.DataTree` (ArviZ 1.x) of copies of arrays, without empty groups.
 
     Args:
         groups: Arrays by group and name.
@@ -32,8 +32,8 @@ def to_arviz(
     """
     import arviz as az
 
-    arrays: dict[str, Any] = {
-        group: {name: np.asarray(value) for name, value in values.items()} for group, values in groups.items() if values
+    arrays: dict[str, Any] = {  # copies, since what is done to them in place must not change the chain
+        group: {name: np.array(value) for name, value in values.items()} for group, values in groups.items() if values
     }
     labels: dict[str, Any] = dict(dims=dims, coords=coords, save_warmup=any(g.startswith("warmup_") for g in arrays))
     # ArviZ 1.0 replaced one keyword per group by one dict of groups.

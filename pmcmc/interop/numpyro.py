@@ -17,7 +17,14 @@ import numpy as np
 from pmcmc._pytree import Array, PRNGKey, PyTree, RavelSpec
 from pmcmc._xla.trace import Trace, trace
 from pmcmc.interop.numpyro_arguments import refuse_iterators
-from pmcmc.interop.numpyro_positions import fixed_values, prototype_position, random_trace
+from pmcmc.interop.numpyro_positions import (
+    Shapes,
+    check_shapes,
+    fixed_values,
+    prototype_position,
+    random_trace,
+    shapes_of,
+)
 from pmcmc.interop.numpyro_sites import NonCentred, active_reparams, non_centred_forms, reparametrised, scales
 from pmcmc.interop.partial_centring import AutoReparam, PartialCentring, locations_and_scales
 from pmcmc.target import Model, Supports, Target
@@ -155,8 +162,8 @@ class _Sites(NamedTuple):
 
 def _run(
     model: Callable, args: tuple, kwargs: dict, supports: Supports, position: PyTree, centredness: dict[str, Array]
-) -> tuple[dict, _Sites, tuple[NonCentred, ...]]:
-    """Run the model once at a position; return all that is asked of it there, its `_Sites` and the non-centred forms.
+) -> tuple[dict, tuple[_Sites, tuple[NonCentred, ...], Shapes]]:
+    """Run the model once at a position; return what is asked of it, and its `_Sites`, non-centred forms and shapes.
 
     ``centredness`` names the partially centred sites, of which the position holds w.
 
@@ -192,7 +199,8 @@ def _run(
     }
     if centredness:
         asked["places"] = {name: partial.place(name, sites[name]["fn"]) for name in centredness}
-    return asked, _about(sites, {*values, *observed}), non_centred_forms(sites, active, bool(supports))
+    about, forms = _about(sites, {*values, *observed}), non_centred_forms(sites, active, bool(supports))
+    return asked, (about, forms, shapes_of(sites))
 
 
 def _trace_at(
@@ -281,11 +289,17 @@ def _about(sites: dict[str, dict], labelled: set[str]) -> _Sites:
             continue
         frames = sorted(site["cond_indep_stack"], key=lambda frame: frame.dim)
         plates.append((name, tuple((frame.name, frame.dim) for frame in frames)))
-        # A deterministic site in a plate need not have the plate's axis.
-        if name in labelled and jnp.shape(site["value"])[: len(frames)] == tuple(frame.size for frame in frames):
+        # A deterministic site in a plate need not have the plate's axis; the first axis of a site in a scan is time.
+        shape, sizes = jnp.shape(site["value"]), tuple(frame.size for frame in frames)
+        if name in labelled and shape[: len(frames)] == sizes and not (frames and _is_in_scan(site)):
             events = site.get("infer", {}).get("event_dims", [])
             dims.append((name, (*(frame.name for frame in frames), *events)))
     return _Sites(tuple(sites), tuple(dims), tuple(plates))
+
+
+def _is_in_scan(site: dict) -> bool:
+    """Whether a site is within NumPyro's ``scan``, whose steps are the first axis of its values."""
+    return bool(site.get("_control_flow_done", False))
 
 
 def _is_observation(site: dict) -> bool:
@@ -340,7 +354,7 @@ def numpyro_target(
     Raises:
         TypeError: ``model`` is not callable.
         TypeError: ``reparam`` is not an `AutoReparam`, or an argument of the model is an iterator.
-        ValueError: The model has no latent sites, or discrete ones that cannot be enumerated.
+        ValueError: The model has no latent sites, discrete ones that cannot be enumerated, or other data in each run.
     """
     if not (reparam is None or isinstance(reparam, AutoReparam)):
         raise TypeError(f"reparam must be None or pmcmc.AutoReparam(), got {reparam!r}.")
@@ -348,16 +362,16 @@ def numpyro_target(
         raise TypeError(f"model must be a NumPyro model (a function with sample sites), got {type(model).__name__}.")
     refuse_iterators(model_args, model_kwargs)
     args, kwargs = tuple(model_args), dict(model_kwargs)
-    prototype, supports, fixed = prototype_position(model, args, kwargs)
+    prototype, supports, fixed, shapes = prototype_position(model, args, kwargs)
     if fixed:
         from numpyro.handlers import substitute
 
         model = substitute(model, data=fixed_values(model, args, kwargs, fixed))
-    static: list[tuple[_Sites, tuple]] = []
+    static: list[tuple[_Sites, tuple, Shapes]] = []
 
     def run(position: PyTree, centredness: dict[str, Array] | None = None) -> dict:
-        out, about, forms = _run(model, args, kwargs, supports, position, centredness or {})
-        static.append((about, forms))
+        out, about = _run(model, args, kwargs, supports, position, centredness or {})
+        static.append(about)
         return out
 
     try:
@@ -366,7 +380,8 @@ def numpyro_target(
             _check_supports(model, args, kwargs, supports, template)
         centredness = {} if reparam is None else _non_centred(model, args, kwargs, supports, template)
         traced = trace(run, template, *([centredness] if centredness else []))
-        about, forms = static[-1]
+        about, forms, found = static[-1]
+        check_shapes(shapes, found)
         data = _Data(traced.constants, jax.device_put(centredness))
         return Target.build(NumpyroModel(traced.trace, about, supports, forms), prototype, data)
     except ValueError as error:
@@ -424,4 +439,5 @@ def summary_of(samples: dict, prob: float) -> dict[str, dict]:
     """Return NumPyro's means, medians, intervals, n_eff and r_hat for samples with axes (chain, draw, ...)."""
     from numpyro import diagnostics
 
-    return diagnostics.summary(samples, prob=prob, group_by_chain=True)
+    numbers = {name: x.astype(int) if x.dtype == bool else x for name, x in samples.items()}  # NumPyro subtracts them
+    return diagnostics.summary(numbers, prob=prob, group_by_chain=True)

@@ -1,7 +1,7 @@
 """What positions of a NumPyro model look like: its latent sites, their shapes, and the supports of discrete ones.
 
 `prototype_position` finds them in a run of the model on abstract values, and `fixed_values` the constants that the
-model itself starts with.
+model itself starts with. `check_shapes` compares two runs of a model.
 """
 
 from collections.abc import Callable
@@ -15,18 +15,46 @@ from pmcmc._pytree import PRNGKey
 from pmcmc.interop.numpyro_sites import check_trace
 from pmcmc.target import Supports
 
+# Shapes of the value and the distribution of each sample site.
+Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
-def prototype_position(model: Callable, args: tuple, kwargs: dict) -> tuple[dict[str, np.ndarray], Supports, list[str]]:
-    """Return zeros in the shapes of the latent sites, supports of discrete sites, and names of sites to be fixed.
+
+def prototype_position(
+    model: Callable, args: tuple, kwargs: dict
+) -> tuple[dict[str, np.ndarray], Supports, list[str], Shapes]:
+    """Return zeros in the shapes of latent sites, supports of discrete sites, names of sites to be fixed, and `Shapes`.
 
     The model runs on abstract values: with real ones every primitive of it would be compiled separately.
     """
     discrete: list[str] = []
     fixed: list[str] = []
-    trace = lambda key: _traced_position(model, args, kwargs, key, discrete, fixed)
-    shapes = jax.eval_shape(lambda: trace(jax.random.key(0)))
-    position = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    return position, _supports(model, args, kwargs, discrete) if discrete else (), fixed
+    shapes: Shapes = {}
+    trace = lambda key: _traced_position(model, args, kwargs, key, discrete, fixed, shapes)
+    position = jax.eval_shape(lambda: trace(jax.random.key(0)))
+    position = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), position)
+    return position, _supports(model, args, kwargs, discrete) if discrete else (), fixed, shapes
+
+
+def shapes_of(sites: dict[str, dict]) -> Shapes:
+    """Return the `Shapes` of a trace."""
+    drawn = {name: site for name, site in sites.items() if site["type"] == "sample"}
+    return {name: (jnp.shape(site["value"]), tuple(map(int, site["fn"].shape()))) for name, site in drawn.items()}
+
+
+def check_shapes(first: Shapes, later: Shapes) -> None:
+    """Raise an error if a model was not the same in two runs.
+
+    Raises:
+        ValueError: It was not, as when its data are in an iterator, which is empty the second time.
+    """
+    added = {f"_{name}_log_det" for name in first}  # by NumPyro, where a position is unconstrained
+    names = first.keys() | later.keys() - added
+    if differing := sorted(name for name in names if first.get(name) != later.get(name)):
+        raise ValueError(
+            f"the model has other sites or shapes each time it runs, here at {', '.join(map(repr, differing))}, and it "
+            "runs several times. If it reads an iterator, such as map(...) or an open file, make it a list or an array "
+            "before; if it draws or counts something in Python, do so outside of it."
+        )
 
 
 def fixed_values(model: Callable, args: tuple, kwargs: dict, names: list[str]) -> dict[str, Any]:
@@ -53,14 +81,21 @@ def _is_number(leaf: Any) -> bool:
 
 
 def _traced_position(
-    model: Callable, args: tuple, kwargs: dict, rng_key: PRNGKey, discrete: list[str], fixed: list[str]
+    model: Callable,
+    args: tuple,
+    kwargs: dict,
+    rng_key: PRNGKey,
+    discrete: list[str],
+    fixed: list[str],
+    shapes: Shapes,
 ) -> dict[str, Any]:
-    """Return the latent sites at a random point; append names of discrete and of fixed sites to the two lists."""
+    """Return the latent sites at a random point; add names of discrete and fixed sites, and shapes, to the others."""
     from numpyro.distributions.transforms import biject_to
     from numpyro.infer.util import helpful_support_errors
 
     trace = random_trace(model, args, kwargs, rng_key)
     check_trace(trace)
+    shapes.update(shapes_of(trace))
     fixed.extend(name for name, site in trace.items() if site["type"] in ("param", "mutable"))
     latent = {
         name: site for name, site in trace.items() if site["type"] == "sample" and not site.get("is_observed", False)

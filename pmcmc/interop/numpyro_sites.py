@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._pytree import Array, PRNGKey, PyTree
+from pmcmc._warnings import user_level
 from pmcmc._xla.compile import tuned_jit
 from pmcmc.interop.partial_centring import locations_and_scales
 from pmcmc.random.streams import key_pair, threefry_2x32
@@ -76,7 +77,7 @@ def _check_batch_shape(name: str, site: dict[str, Any]) -> None:
                 f"Missing a plate statement for batch dimension {dim} at site {name!r}, whose batch shape is "
                 f"{batch_shape}. An array of another shape than meant may have been broadcast, so that observations "
                 "count more than once: numpyro.util.format_shapes shows the shapes of all sites.",
-                stacklevel=2,
+                stacklevel=user_level(),
             )
 
 
@@ -252,7 +253,7 @@ def _shared(target: Target, starts: PyTree, usable: np.ndarray) -> PyTree:
         f"For {len(missing)} of {len(usable)} random starts the log density could not be used at any of {_MAX_TRIES} "
         f"positions, so they start where others do. {blame} Check the model and its data for values outside a "
         "support, or pass starting values by init_params.",
-        stacklevel=7,  # the caller of `parallel_chain`
+        stacklevel=user_level(),
     )
     sources = np.arange(len(usable))
     sources[missing] = np.resize(found, len(missing))

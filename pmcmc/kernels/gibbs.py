@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from pmcmc._pytree import PyTree, is_real, register_dataclass
 from pmcmc._xla.trace import traced_functions
 from pmcmc.kernels.base import Info, Kernel, SiteKernel, is_of_pmcmc, site_templates, step_content
+from pmcmc.kernels.discrete import DiscreteGibbs
 from pmcmc.kernels.updates import Site, Update
 from pmcmc.random.streams import fold_in, key_pair, raw_keys_are_threefry
 from pmcmc.target import Basis, Target
@@ -269,11 +270,13 @@ class Compose(SiteKernel):
     def traced(self, target):
         sites = site_templates(target)
         blocks = [replace(block, kernel=block.kernel.traced(block.given(target, sites))) for block in self.blocks]
-        return Compose(blocks)
+        return replace(self, blocks=tuple(blocks))
 
     def context(self, target):
         sites = site_templates(target)
         contexts = tuple(block.kernel.context(block.given(target, sites)) for block in self.blocks)
+        if type(self) is not Compose:  # a class of the user's own, which may step otherwise
+            contexts = (*contexts, step_content(self, target))
         return contexts if any(context is not None for context in contexts) else None
 
     def check_start(self, target, position):
@@ -283,6 +286,11 @@ class Compose(SiteKernel):
     @property
     def is_tuned(self):
         return all(block.kernel.is_tuned for block in self.blocks)
+
+    def with_step_size(self, step_size):
+        """Return the same kernel with this step size for each group that has none yet."""
+        tuned = lambda kernel: kernel if kernel.is_tuned else kernel.with_step_size(step_size)
+        return replace(self, blocks=tuple(replace(block, kernel=tuned(block.kernel)) for block in self.blocks))
 
     def init(self, target, position):
         return tuple(self._unknown(target, block, position) for block in self.blocks)
@@ -332,6 +340,15 @@ class Compose(SiteKernel):
             infos.append(info)
             position = {**position, **block.kernel.position(given, unknown[-1])}
         return tuple(unknown), tuple(infos)
+
+
+def with_discrete_sites(kernel: Kernel, target: Target) -> Kernel:
+    """Return the kernel, with updates of the target's discrete sites if it has none."""
+    discrete = [name for name, _ in target.model.supports]
+    if not discrete or isinstance(kernel, SiteKernel):
+        return kernel
+    continuous = [name for name in target.spec.template if name not in discrete]
+    return Compose([DiscreteGibbs(), (kernel, continuous)]) if continuous else DiscreteGibbs()
 
 
 def _block(given: Any) -> Block:

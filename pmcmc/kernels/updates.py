@@ -373,7 +373,7 @@ class CustomUpdate(Update):
         with raw_keys_are_threefry():
             sample_noise = cast(Function, self.sample_noise).at(key)
             noise = jax.eval_shape(sample_noise, key)
-            return CustomUpdate(sample_noise, cast(Function, self.update).at(state, noise))
+            return replace(self, sample_noise=sample_noise, update=cast(Function, self.update).at(state, noise))
 
     def draw_noise(self, rng_key, site):
         with raw_keys_are_threefry():

@@ -172,6 +172,7 @@ class Plan:
         coalescence: The pilot; None if there was none, or if it proves nothing (`check_pilot`).
         correction: Seconds of a sequential step as measured during the run, over those it was planned with. The other
             figures of a plan are not corrected.
+        num_first: Steps per chain that were taken before the plan.
     """
 
     chosen: Candidate
@@ -181,6 +182,7 @@ class Plan:
     costs: Costs
     coalescence: Coalescence | None
     correction: float = 1.0
+    num_first: int = 0
 
     @property
     def solver(self) -> RecurrenceSolver:

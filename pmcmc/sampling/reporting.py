@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from pmcmc._pytree import PyTree
+from pmcmc._warnings import user_level
 from pmcmc._xla.precision import asked_for
 from pmcmc.chain.draws import judge_mixing, stride_of
 from pmcmc.chain.report import MANY_DIVERGENCES, SolveReport, by_result, span
@@ -66,8 +67,6 @@ class Outcome:
     def warn(self, report: SolveReport, num_draws: int) -> None:
         """Warn about doubtful draws, once all are taken.
 
-        The warnings point at the line that called `parallel_chain` or `sample`.
-
         Args:
             report: Report of these draws.
             num_draws: Draws per chain whose mixing the report judges: also those before this run if they are in memory.
@@ -87,7 +86,7 @@ class Outcome:
         chains, dim = self.settings.num_chains, self.state.target.dim
         looked_at = chains * dim * (num_draws // stride_of(chains, num_draws, dim))
         if looked_at <= MOST_JUDGED and report.mixing is not None and report.mixing.doubt:
-            warnings.warn(report.mixing.doubt, stacklevel=6)
+            warnings.warn(report.mixing.doubt, stacklevel=user_level())
 
     def _warn_of_failed_solver(self) -> None:
         """Warn if a solver that the user chose left all of the run, or nearly all, to sequential sampling."""
@@ -101,7 +100,7 @@ class Outcome:
             f"{type(solver).__name__} solved {share} of {num_steps:,} steps of each chain in parallel; the others were "
             f"sampled sequentially, which gives the same draws and saves no time. {messages} Or leave the choice to "
             'solver="auto".',
-            stacklevel=6,
+            stacklevel=user_level(),
         )
 
     def _warn_of_divergences(self) -> None:
@@ -125,7 +124,7 @@ class Outcome:
             )
         warnings.warn(
             f"{num_divergent:,} of {num_draws:,} draws ({num_divergent / num_draws:.1%}) were divergent. {cause}",
-            stacklevel=6,
+            stacklevel=user_level(),
         )
 
     def _warn_of_stuck_chains(self) -> bool:
@@ -146,7 +145,7 @@ class Outcome:
                 f"chain(s) {', '.join(map(str, stuck))} accepted no move in {num_draws:,} draws. Leave the step size "
                 "and num_warmup to pmcmc (step_size=None, num_warmup=1000), take a smaller step size, or start "
                 "elsewhere with init_params.",
-                stacklevel=6,
+                stacklevel=user_level(),
             )
         return is_stuck
 
@@ -161,7 +160,7 @@ class Outcome:
             f"coordinate(s) {names(still.any(axis=0))} of the state never moved in {self.run.num_steps:,} steps of "
             f"chain(s) {names(still.any(axis=1))}, so the draws do not explore them. Check that the kernel updates "
             "them.",
-            stacklevel=6,
+            stacklevel=user_level(),
         )
 
     def report(self, num_steps: int) -> SolveReport:
@@ -178,10 +177,12 @@ class Outcome:
         if automatic is not None:
             solver, reason = (Sequential() if plan is None else plan.solver), automatic.reason
         pilot = None if plan is None else plan.coalescence
+        if automatic is not None and plan is not None:
+            plan = replace(plan, correction=automatic.correction, num_first=run.num_steps - plan.num_steps)
         return SolveReport(
             decision=solver.decision,
             reason=reason,
-            plan=None if automatic is None or plan is None else replace(plan, correction=automatic.correction),
+            plan=plan,
             bias_bound=np.zeros(0) if automatic is None else automatic.bias_bound,
             result=per_chain(counts.result),
             fallback=counts.fallback,

@@ -346,7 +346,7 @@ class Run:
         stands = f"{span(solved)} steps of each chain had" if solved.any() else "No step had"
         before = f" and {span(in_order)} sampled sequentially" if in_order.any() else ""
         self.counts.fallback = (
-            f"{why} {stands} been solved in parallel{before}; the {span(left)} left were sampled sequentially."
+            f"{why} {stands} been solved in parallel{before}; {span(left)} were left to sequential sampling."
         )
         self.sequentially()
 

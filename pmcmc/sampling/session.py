@@ -20,6 +20,7 @@ import numpy as np
 
 from pmcmc._progress import Progress
 from pmcmc._pytree import Array, PRNGKey, PyTree
+from pmcmc._warnings import user_level
 from pmcmc._xla.compile import BackgroundCompiler
 from pmcmc._xla.trace import refuse_transformation
 from pmcmc.chain.chain import Chain
@@ -130,7 +131,7 @@ def _tune(
     if settings.num_warmup:
         tuned = settings.warmup.run(target, settings.kernel, rng_key, positions, settings.num_warmup, watch, num_given)
         if tuned.remark:
-            warnings.warn(tuned.remark, stacklevel=6)  # the caller of `parallel_chain` and `sample`
+            warnings.warn(tuned.remark, stacklevel=user_level())
         return jax.block_until_ready(tuned)
     kernel = settings.kernel.finalize()
     states = jax.vmap(lambda position: kernel.unknown(kernel.init(target, position)))(positions)

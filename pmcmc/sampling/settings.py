@@ -18,14 +18,15 @@ from pmcmc._pytree import PRNGKey, PyTree
 from pmcmc._xla.compile import available_bytes, size_text
 from pmcmc.chain.chain import Chain
 from pmcmc.chain.stored import StoredChain
-from pmcmc.kernels import HMC, Compose, DiscreteGibbs, Kernel, SiteKernel
+from pmcmc.kernels import HMC, Compose, Kernel, SiteKernel
+from pmcmc.kernels.gibbs import with_discrete_sites
 from pmcmc.kernels.metropolis import GradientKernel
 from pmcmc.random.streams import seed_key, threefry_key
 from pmcmc.recurrence import RecurrenceSolver, Sequential
 from pmcmc.sampling.engine import Engine
 from pmcmc.target import Target
 from pmcmc.warmup import ChEESAdaptation, EnsembleAdaptation, Pathfinder, SiteAdaptation, Warmup, WindowAdaptation
-from pmcmc.warmup.base import check_metric
+from pmcmc.warmup.base import check_metrics
 
 # Least number of steps of a segment: with fewer, nearly all time is overhead. Sequential sampling takes steps in pieces
 # of this size.
@@ -106,11 +107,11 @@ class Settings:
         max_memory = None if max_memory is None else as_int("max_memory", max_memory, 1)
         if thinning > num_samples:
             raise ValueError(f"thinning={thinning} keeps none of num_samples={num_samples} steps: make it smaller.")
-        kernel = _with_discrete_sites(kernel, target)
+        kernel = with_discrete_sites(kernel, target)
         _check_kernel(kernel, extra_fields, num_warmup)
         warmup = _fitting_warmup(warmup, kernel)
-        if not num_warmup and isinstance(kernel, GradientKernel):  # else warm-up checks it
-            check_metric(target, kernel)
+        if not num_warmup and isinstance(kernel, (GradientKernel, Compose)):  # else warm-up checks it
+            check_metrics(target, kernel)
         solver = None if isinstance(solver, str) else solver
         devices = _devices(devices, solver)
         if devices and solver is not None:
@@ -227,15 +228,6 @@ def _devices(devices: Any, solver: RecurrenceSolver | None) -> tuple[jax.Device,
 def _is_device(value: Any) -> bool:
     """Return whether a value is a JAX device."""
     return isinstance(value, jax.Device)
-
-
-def _with_discrete_sites(kernel: Kernel, target: Target) -> Kernel:
-    """Return the kernel, with updates of the target's discrete sites if it has none."""
-    discrete = [name for name, _ in target.model.supports]
-    if not discrete or isinstance(kernel, SiteKernel):
-        return kernel
-    continuous = [name for name in target.spec.template if name not in discrete]
-    return Compose([DiscreteGibbs(), (kernel, continuous)]) if continuous else DiscreteGibbs()
 
 
 def _fitting_warmup(warmup: Warmup | None, kernel: Kernel) -> Warmup:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._pytree import Array, ArrayLeaf, PRNGKey, PyTree
-from pmcmc.kernels import Kernel
+from pmcmc.kernels import Compose, Kernel
 from pmcmc.target import Basis, Target
 
 
@@ -296,6 +296,22 @@ def check_metric(target: Target, kernel: Kernel, metric: ArrayLeaf | None = None
     values = np.linalg.eigvalsh(metric) if metric.ndim == 2 else metric
     if not np.all(np.isfinite(values) & (values > 0)):
         raise ValueError("inverse_mass_matrix is not positive definite: it should be about the posterior's covariance.")
+
+
+def check_metrics(target: Target, kernel: Kernel) -> None:
+    """Check the metric of a kernel, or of each site group of a `Compose`, see `check_metric`.
+
+    Raises:
+        ValueError: A metric does not fit or is not positive definite.
+    """
+    if not isinstance(kernel, Compose):
+        check_metric(target, kernel)
+        return
+    for block in kernel.blocks:
+        try:
+            check_metric(block.given(target), block.kernel)
+        except ValueError as error:
+            raise ValueError(f"{error} It was given for the sites {list(block.names(target))}.") from error
 
 
 def take_metric(

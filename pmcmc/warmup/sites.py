@@ -21,7 +21,7 @@ from pmcmc._xla.compile import tuned_jit
 from pmcmc.interop.blackjax import dual_averaging
 from pmcmc.kernels import Block, Compose, Kernel, SiteKernel
 from pmcmc.target import Basis, Target
-from pmcmc.warmup.base import LaneTiming, Tuned, Warmup, WarmupError, Watch, ignore, pooled_moments
+from pmcmc.warmup.base import LaneTiming, Tuned, Warmup, WarmupError, Watch, check_metrics, ignore, pooled_moments
 
 NUM_WINDOWS = 4
 
@@ -81,7 +81,7 @@ class SiteAdaptation(Warmup):
             raise ValueError(f"num_warmup must be 0 or at least 20 (for its windows), got {num_steps}.")
         if not isinstance(kernel, SiteKernel):
             raise TypeError(f"SiteAdaptation warms up Gibbs, DiscreteGibbs and Compose, got {type(kernel).__name__}.")
-        _check_metrics(target, kernel)
+        check_metrics(target, kernel)
         # Start the lanes, with identity bases and dual averaging at its beginning.
         length, last = num_steps // NUM_WINDOWS, NUM_WINDOWS - 1
         num_lanes = len(jax.tree.leaves(starts)[0])
@@ -332,19 +332,4 @@ def _check_moved(kernel: Kernel, window: Window) -> None:
             raise WarmupError(
                 f"no move of {who} was accepted at the end of warm-up (step size {float(step_size):.3g}). "
                 "Leave step_size=None so that it is tuned, take a smaller one, or start elsewhere."
-            )
-
-
-def _check_metrics(target: Target, kernel: Kernel) -> None:
-    """Raise an error if the metric of a site group does not fit it.
-
-    Raises:
-        ValueError: The shape of the metric is wrong.
-    """
-    for block in _blocks(kernel):
-        metric, dim = block.kernel.metric, block.given(target).dim
-        if metric is not None and jnp.shape(metric) not in ((), (dim,), (dim, dim)):
-            raise ValueError(
-                f"inverse_mass_matrix of the sites {block.names(target)} has shape {jnp.shape(metric)}: expected "
-                f"({dim},) or ({dim}, {dim}), the number of their parameters."
             )

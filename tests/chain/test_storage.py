@@ -124,6 +124,18 @@ def test_composed_kernels_over_discrete_sites_come_back(tmp_path: Path) -> None:
         assert_equal(back.extend(20, progress_bar=False), chain.extend(20, progress_bar=False))
 
 
+def test_a_kernel_that_discrete_sites_were_added_to_comes_back(tmp_path: Path) -> None:
+    def model():
+        kind = numpyro.sample("kind", dist.Bernoulli(0.3))
+        numpyro.sample("x", dist.Normal(1.0 * kind, 1))
+
+    kernel = pmcmc.from_blackjax(blackjax.mala, step_size=0.5)
+    chain = pmcmc.parallel_chain(model, 0, kernel=kernel, **{**SIZES, "num_samples": 10, "num_warmup": 0})
+    assert isinstance(chain.kernel, pmcmc.Compose)
+    chain.save(tmp_path / "chain.npz")
+    assert_equal(pmcmc.load(tmp_path / "chain.npz", model, kernel=kernel), chain)
+
+
 def test_no_log_density_comes_back(tmp_path: Path) -> None:
     kernel = pmcmc.Gibbs(
         {
@@ -338,6 +350,28 @@ def test_functions_in_the_kernel_are_compared(tmp_path: Path) -> None:
     pmcmc.load(tmp_path / "chain.npz", None, kernel=first)
     with pytest.raises(ValueError, match="something else: functions in the kernel differ"):
         pmcmc.load(tmp_path / "chain.npz", None, kernel=second)
+
+
+@pmcmc.register_dataclass
+@dataclass(frozen=True)
+class Whitened(pmcmc.HMC):
+    """A class of the user's own, compared by what its whole step computes."""
+
+
+def test_a_number_of_the_model_that_became_data_is_no_change_of_the_kernel(tmp_path: Path) -> None:
+    """The mean is part of the model until a second call passes another one."""
+
+    def model(y):
+        mu = numpyro.sample("mu", dist.Normal(np.mean(y), 1))
+        numpyro.sample("y", dist.Normal(mu, 1), obs=y)
+
+    kernel = Whitened(step_size=0.3, num_integration_steps=2)
+    run = lambda y: pmcmc.parallel_chain(model, 0, model_args=(y,), kernel=kernel, **{**SIZES, "num_warmup": 0})
+    ones, nines = np.ones(4), np.full(4, 9.0)
+    chain = run(ones)
+    chain.save(tmp_path / "chain.npz")
+    run(nines)
+    assert_equal(pmcmc.load(tmp_path / "chain.npz", model, model_args=(ones,), kernel=kernel), chain)
 
 
 def test_another_model(saved: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from numpyro.contrib.control_flow import scan
 from numpyro.infer import Predictive
 
 import pmcmc
@@ -106,6 +107,31 @@ def test_predictive_groups() -> None:
     assert data.prior_predictive["y"].shape == (1, 50, 6, 2)
     with pytest.raises(ValueError, match=r"'y' of shape \(399, 6, 2\): expected 400 draws.*of all draws"):
         chain().to_arviz(posterior_predictive={"y": after["y"][1:]})
+
+
+def test_changes_in_place_leave_the_chain_alone() -> None:
+    whole = chain(all_seen=True)
+    before = jax.tree.map(np.array, (whole.get_samples(), whole.info, whole.state.source.constant))
+    data = whole.to_arviz()
+    for values in (data.posterior["level"], data.sample_stats["lp"], data.constant_data["x"]):
+        values *= 1000
+    after = (whole.get_samples(), whole.info, whole.state.source.constant)
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def test_the_steps_of_a_scan_are_not_called_like_a_plate_of_the_same_length() -> None:
+    def walk():
+        def step(carry, _):
+            with numpyro.plate("series", 4):
+                x = numpyro.sample("x", dist.Normal(carry, 1))
+                numpyro.deterministic("twice", 2 * x)
+            return x, None
+
+        scan(step, jnp.zeros(4), None, length=4)
+
+    kernel = pmcmc.HMC(step_size=0.1, num_integration_steps=2)
+    data = pmcmc.parallel_chain(walk, 0, kernel=kernel, num_warmup=0, num_samples=4, progress_bar=False).to_arviz()
+    assert not [name for name in ("x", "twice") if "series" in data.posterior[name].dims]
 
 
 def test_labels_of_the_user() -> None:

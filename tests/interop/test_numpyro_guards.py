@@ -5,7 +5,9 @@ The checks are in `MCMC.__init__` and `run`, `HMC.__init__`, `init` and `_init_s
 plates, handlers and distributions that a model consists of.
 """
 
+import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -296,6 +298,27 @@ def test_iterators_among_the_arguments(given: dict[str, Any], name: str) -> None
     """NumPyro runs such a model on no data."""
     with pytest.raises(TypeError, match=rf"{name} holds an iterator.*pass list\(\.\.\.\) of it, or an array"):
         pmcmc.parallel_chain(lambda y: model(jnp.asarray(list(y))), 0, **given, **SIZES)
+
+
+def observe(y):
+    mu = numpyro.sample("mu", dist.Normal(0, 1))
+    numpyro.sample("y", dist.Normal(mu, 1), obs=jnp.asarray(list(y)))
+
+
+def weigh(y):
+    mu = numpyro.sample("mu", dist.Normal(0, 1))
+    numpyro.factor("likelihood", jnp.asarray([-0.5 * (x - mu) ** 2 for x in y]))
+
+
+@pytest.mark.parametrize(("reads", "site"), [(observe, "'y'"), (weigh, "'likelihood'")], ids=["observed", "factor"])
+def test_iterators_elsewhere(reads: Callable, site: str) -> None:
+    """In the second run they have no data, or others: the model that was checked would not be the one sampled."""
+    rows = SimpleNamespace(y=map(float, (1, 2, 3)))
+    for given in (functools.partial(reads, map(float, (1, 2, 3))), lambda: reads(rows.y)):
+        with pytest.raises(
+            ValueError, match=f"other sites or shapes each time it runs, here at {site}.* make it a list"
+        ):
+            pmcmc.parallel_chain(given, 0, **SIZES)
 
 
 START = {"mu": jnp.zeros(3)}  # for three chains

@@ -1,5 +1,7 @@
 """Compose: each kernel sees the newest values of other sites, warm-up tunes each, and the solver does not matter."""
 
+from dataclasses import dataclass
+
 import blackjax
 import jax
 import jax.numpy as jnp
@@ -49,6 +51,43 @@ BLOCKS = {
 def sample(kernel, **options):
     options = {"num_warmup": 100, "num_samples": 200, "solver": Sequential(), "progress_bar": False, **options}
     return pmcmc.sample(joint, START, 1, kernel=kernel, **options)
+
+
+LIMIT = 1.0  # read by a kernel
+
+
+@pmcmc.register_dataclass
+@dataclass(frozen=True)
+class Clipped(pmcmc.Compose):
+    """A class of the user's own: b stays within limits of its own and of a global."""
+
+    limit: float = 0.5
+
+    def step(self, target, state, noise):
+        (a, b), info = super().step(target, state, noise)
+        return (a, jax.tree.map(lambda x: jnp.clip(x, -self.limit * LIMIT, self.limit * LIMIT), b)), info
+
+
+@pmcmc.register_dataclass
+@dataclass(frozen=True)
+class Shifted(pmcmc.kernels.CustomUpdate):
+    shift: float = 0.0
+
+    def draw(self, state, noise, site):
+        drawn = super().draw(state, noise, site)
+        return drawn._replace(value=drawn.value + self.shift)
+
+
+def test_classes_derived_from_pmcmcs_own_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they override is what is sampled, as it is at the call."""
+    blocks = (Block(pmcmc.HMC(), ("a",)), Block(GIBBS))
+    largest = lambda: float(jnp.max(jnp.abs(sample(Clipped(blocks, 0.25), num_samples=20).get_samples()["b"])))
+    assert largest() == 0.25
+    monkeypatch.setitem(globals(), "LIMIT", 2.0)
+    assert largest() == 0.5
+    update = Shifted(lambda key: jax.random.normal(key), lambda x, z: 0.1 * z, 5.0)
+    chain = sample(pmcmc.Compose([(pmcmc.MALA(0.4), ["a"]), pmcmc.Gibbs({"b": update})]), num_samples=20, num_warmup=0)
+    assert abs(chain.get_samples()["b"].mean() - 5) < 1
 
 
 @pytest.mark.filterwarnings("ignore:the draws have not mixed")  # there are many short chains
@@ -163,6 +202,17 @@ HMC = pmcmc.HMC(step_size=0.1)
 def test_errors_say_what_to_do(blocks, error, words: str) -> None:
     with pytest.raises(error, match=words):
         sample(pmcmc.Compose(blocks), num_samples=10)
+
+
+@pytest.mark.parametrize("num_warmup", [0, 100])
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [([1.0, -1.0], "not positive definite.*for the sites"), (np.ones(3), r"has shape \(3,\): expected \(2,\)")],
+)
+def test_metrics_of_blocks_are_checked(metric, words: str, num_warmup: int) -> None:
+    kernel = pmcmc.Compose([(pmcmc.HMC(0.1, 2, inverse_mass_matrix=np.array(metric)), ["a"]), GIBBS])
+    with pytest.raises(ValueError, match=words):
+        sample(kernel, num_warmup=num_warmup)
 
 
 def test_errors_of_blocks() -> None:

@@ -479,6 +479,35 @@ def test_extend_and_verify_say_that_the_kernel_has_changed() -> None:
             ask()
 
 
+def drawn(shape: np.ndarray) -> tuple[pmcmc.Kernel, None]:
+    return pmcmc.Gibbs({"t": pmcmc.kernels.GammaUpdate(shape, rate=1.0)}), None
+
+
+def whitened(metric: np.ndarray) -> tuple[pmcmc.Kernel, object]:
+    return pmcmc.HMC(0.5, 2, inverse_mass_matrix=metric), lambda x: -0.5 * jnp.sum(x["t"] ** 2)
+
+
+def of_blackjax(mean: np.ndarray) -> tuple[pmcmc.Kernel, object]:
+    elliptical = lambda density, mean, cov: blackjax.elliptical_slice(lambda x: 0.0 * density(x), mean=mean, cov=cov)
+    return pmcmc.from_blackjax(elliptical, mean=mean, cov=np.full(3, 2.0)), lambda x: -0.5 * jnp.sum(x["t"] ** 2)
+
+
+@pytest.mark.parametrize("make", [drawn, whitened, of_blackjax])
+def test_arrays_in_a_kernel_are_those_of_the_call(make) -> None:
+    """The user fills them with other numbers afterwards: the chain keeps the first, and its extension is refused."""
+    held, options = np.full(3, 2.0), dict(num_warmup=0, num_samples=20, progress_bar=False, solver=Sequential())
+    kernel, logdensity = make(held)
+    chain = pmcmc.sample(logdensity, {"t": np.ones(3)}, 0, kernel=kernel, **options)
+    held += 7.0
+    for ask in (chain.verify, lambda: chain.extend(20, progress_bar=False)):
+        with pytest.raises(ValueError, match="arrays in the kernel have changed since this chain was sampled"):
+            ask()
+    held -= 7.0
+    assert chain.verify()
+    held += 7.0
+    assert all(np.all(x == 2.0) for x in jax.tree.leaves(chain.kernel) if isinstance(x, np.ndarray))
+
+
 class Step:
     factor = 0.5
 

@@ -73,8 +73,8 @@ def test_one_chain_fails_and_the_others_do_not() -> None:
     assert np.all(np.delete(report.certified_steps, slowest) == LENGTH)
     assert line(report, "Fallback") == (
         f"Fallback: max_iters_reached in chain {slowest}: The budget of iterations or sweeps ran out before the "
-        f"recurrence held everywhere. {solved} to {LENGTH} steps of each chain had been solved in parallel; the 0 to "
-        f"{LENGTH - solved} left were sampled sequentially."
+        f"recurrence held everywhere. {solved} to {LENGTH} steps of each chain had been solved in parallel; 0 to "
+        f"{LENGTH - solved} were left to sequential sampling."
     )
     said = line(report, "Certificate")
     assert f"Certificate: max_iters_reached in chain {slowest}, successful in the others; residual at most" in said
@@ -92,7 +92,7 @@ def test_newton_with_a_small_budget() -> None:
         report = run(deer(max_iters=1), num_samples=2000).report
     assert np.all((report.certified_steps >= 1) & (report.certified_steps < 200))
     solved, left = span(report.certified_steps), span(2000 - report.certified_steps)
-    assert f" {solved} steps of each chain had been solved in parallel; the {left} left" in line(report, "Fallback")
+    assert f" {solved} steps of each chain had been solved in parallel; {left} were left" in line(report, "Fallback")
     certificate = line(report, "Certificate")
     assert (
         f"; {solved} steps of each chain solved in parallel and certified, {left} sampled sequentially;" in certificate
@@ -139,7 +139,7 @@ def test_nothing_was_solved_in_parallel(codes) -> None:
     assert report.decision == "Quits"
     failed = set(codes)
     assert all(RESULTS(code).name in line(report, "Fallback") for code in failed)
-    assert " No step had been solved in parallel; the 400 left were sampled sequentially." in line(report, "Fallback")
+    assert " No step had been solved in parallel; 400 were left to sequential sampling." in line(report, "Fallback")
     said = line(report, "Certificate")
     assert "; no step solved in parallel, 400 of each chain sampled sequentially; " in said
     assert "residual" not in said
@@ -169,7 +169,7 @@ def test_what_came_before_a_fallback_is_counted_apart(free_lanes, monkeypatch: p
         f"{span(solved)} steps of each chain had been solved in parallel and {first:,} sampled sequentially; the "
         in (report.fallback)
     )
-    assert report.fallback.endswith(f"the {span(left)} left were sampled sequentially.")
+    assert report.fallback.endswith(f"; {span(left)} were left to sequential sampling.")
     assert f"certified, {span(report.num_steps - solved)} sampled sequentially; " in line(report, "Certificate")
 
 

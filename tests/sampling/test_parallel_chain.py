@@ -194,6 +194,18 @@ def test_extra_fields() -> None:
     assert set(reference().get_extra_fields()) == {"diverging"}
 
 
+def test_a_summary_of_booleans() -> None:
+    """They count as 0 and 1."""
+    start = {"mu": jnp.array(0.0), "positive": jnp.array(False)}
+    drawn = pmcmc.kernels.CustomUpdate(lambda key: jax.random.uniform(key), lambda x, u: u < 0.25)
+    mu = pmcmc.kernels.NormalUpdate(lambda x: (1.0, 1.0))
+    kernel = pmcmc.Gibbs({"mu": mu, "positive": drawn})
+    chain = pmcmc.sample(None, start, 0, kernel=kernel, num_warmup=0, num_samples=100, progress_bar=False)
+    share = float(chain.get_samples()["positive"].mean())
+    assert chain.summary()["positive"]["mean"] == pytest.approx(share, abs=1e-6)
+    assert "positive" in str(chain.summary())
+
+
 def test_print_summary(capsys: pytest.CaptureFixture) -> None:
     model_chain().print_summary()
     out = capsys.readouterr().out

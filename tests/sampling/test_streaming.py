@@ -123,6 +123,34 @@ def test_arviz_and_xarray_open_sites_by_name(tmp_path: Path) -> None:
         stored.get_samples(sites=["tau"])
 
 
+STUCK = """
+import sys, warnings
+import jax.numpy as jnp, pmcmc
+from pmcmc.sampling import streaming
+
+def stop(outcome):
+    raise KeyboardInterrupt
+
+kernel, logdensity = pmcmc.HMC(1e6, 1), lambda x: -jnp.sum(x**2)
+options = dict(kernel=kernel, num_warmup=0, num_chains=1, num_samples=10, progress_bar=False)
+chain = pmcmc.sample(logdensity, jnp.zeros(2), 0, **options)
+execute, streaming.execute = streaming.execute, stop
+try:
+    chain.stream(sys.argv[1], 200, progress_bar=False)
+except pmcmc.Interrupted:
+    streaming.execute = execute
+with warnings.catch_warnings(record=True) as seen:
+    pmcmc.resume(sys.argv[1], logdensity, progress_bar=False)
+print([warning.filename for warning in seen])
+"""
+
+
+def test_warnings_of_a_resumed_run_point_at_the_call(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", STUCK, str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['<string>']"
+
+
 CHILD = """
 import os, signal, sys
 import jax

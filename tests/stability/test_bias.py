@@ -59,6 +59,33 @@ def test_says_where_it_is_not_small(report: SolveReport) -> None:
     assert SAID not in str(slow)
 
 
+def test_is_small_from_the_last_step_at_which_it_is_not(report: SolveReport) -> None:
+    """The bounds of later steps may be larger than those of earlier ones."""
+    said = lambda *bounds: str(replace(report, bias_bound=np.array(bounds)))
+    assert "below 0.01 sd from step 3 on" in said(1, 0.009, 0.5, 0.009)
+    assert "below 0.01 sd from step 0 on" in said(0.009, 0.009)
+    assert "not below 0.01 sd within 2 steps" in said(1, 0.009, 0.5)
+
+
+def test_the_interval_is_that_of_the_rate(report: SolveReport) -> None:
+    """The error was measured on the pairs of the pilot, whose rate is printed if there were no blocks."""
+    line = lambda report: next(line for line in str(report).splitlines() if line.startswith("Coupled paths"))
+    assert np.isfinite(report.lyapunov_exponent).any()
+    assert "+-" not in line(report)
+    pairs = report.plan.coalescence
+    alone = line(replace(report, lyapunov_exponent=np.full(4, np.nan)))
+    assert f"{float(pairs.growth_rate):.3f} +- {2 * float(pairs.growth_error):.2g} in nats" in alone
+
+
+def test_a_plan_is_that_of_the_whole_run_after_a_stop(report: SolveReport) -> None:
+    """`num_steps` is then the number of steps that were taken."""
+    first, least, most = report.plan.num_first, *report.predicted_num_sequential_steps[1:]
+    assert 0 < first < least <= most
+    assert first + report.plan.num_steps == report.num_steps
+    stopped = replace(report, num_steps=first + 1000)
+    assert stopped.predicted_num_sequential_steps == report.predicted_num_sequential_steps
+
+
 def unmixed():
     return judge({"x": np.random.default_rng(0).standard_normal((4, 1000)) + np.arange(4.0)[:, None]})
 

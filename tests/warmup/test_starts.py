@@ -108,17 +108,25 @@ def narrow():
     x = numpyro.sample("x", dist.Normal(0, 1))
     numpyro.factor("narrow", jnp.where(x > 1.97, 0.0, -jnp.inf))
 
+def without_plate():
+    with numpyro.plate("rows", 3):
+        numpyro.sample("x", dist.Normal(jnp.zeros((2, 3)), 1))
+
 with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
     options = dict(num_samples=5, num_chains=8, progress_bar=False)
     pmcmc.parallel_chain(narrow, 0, kernel=pmcmc.HMC(0.1), num_warmup=0, **options)
     pmcmc.sample(lambda x: -jnp.sum(x**2), jnp.zeros(2), 0, warmup=Doubtful(), num_warmup=20, **options)
+    chain = pmcmc.parallel_chain(without_plate, 0, kernel=pmcmc.HMC(0.1), num_warmup=0, **options)
+    assert len(seen) == 3
+    chain.extend(5, progress_bar=False)
 print([warning.filename for warning in seen])
 """
 
 
 def test_doubts_point_at_the_call() -> None:
-    """Not at a line of pmcmc's own, whether they arise before warm-up or in it."""
-    assert run_python(DOUBTS).strip() == "['<string>', '<string>']"
+    """Not at a line of pmcmc's own, whether they arise before warm-up or in it; those on the model are said once."""
+    assert run_python(DOUBTS).strip() == "['<string>', '<string>', '<string>']"
 
 
 @pytest.mark.parametrize("num_chains", [1, 2, 4, 7, 40])

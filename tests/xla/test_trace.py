@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -135,6 +136,85 @@ def test_callbacks_keep_their_function() -> None:
     assert one.trace == again.trace
     assert one.trace != two.trace
     np.testing.assert_allclose([one(X + 1), two(X + 1)], [3.0, 6.0])
+
+
+def test_another_precision_than_that_of_the_trace() -> None:
+    traced = trace(lambda x: jnp.sum(x * np.ones(3)), X)
+    enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+    with enable_x64(False), pytest.raises(TypeError, match="traced in float64, which JAX does not use now: set"):
+        traced(jnp.ones(3))
+
+
+@pytest.mark.parametrize(
+    "within",
+    [
+        lambda helper: lambda x: jax.lax.scan(lambda c, _: (helper(c), None), x, None, length=1)[0],
+        lambda helper: lambda x: jax.lax.cond(x[0] < 0, helper, lambda c: c, x),
+        lambda helper: lambda x: jax.lax.while_loop(lambda c: c[0] > -2, lambda c: jax.vmap(helper)(c[None])[0] - 9, x),
+    ],
+    ids=["scan", "cond", "while"],
+)
+def test_arrays_of_jitted_helpers_within_loops_are_copied(within) -> None:
+    """JAX holds the user's own memory there, in a dtype that it does not convert."""
+    held = np.ones(3)
+    traced = trace(within(jax.jit(lambda c: c * held)), X)
+    before = np.array(traced(X))
+    held[:] = 5.0
+    np.testing.assert_array_equal(jax.jit(lambda x: traced(x))(X), before)
+
+
+def by_host(host):
+    shape = jax.ShapeDtypeStruct((), float)
+    return trace(lambda x: jax.pure_callback(host, shape, x, vmap_method="sequential"), X)
+
+
+DATA, SCALE = np.ones(3), 1.0
+
+
+def scaled(v):
+    return SCALE * np.sum(v * DATA)
+
+
+def test_callbacks_are_told_apart_by_the_globals_that_they_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX calls them with the globals of that time, so programs of another time or module must not be used."""
+    host = lambda v: scaled(v) + sum(DATA[i] for i in range(3))
+    first = by_host(host)
+    assert by_host(host).trace == first.trace
+    monkeypatch.setitem(globals(), "SCALE", 2.0)
+    second = by_host(host)
+    monkeypatch.setitem(globals(), "DATA", np.ones(3))
+    third = by_host(host)
+    DATA[:] = 5.0  # in place
+    fourth = by_host(host)
+    assert len({traced.trace for traced in (first, second, third, fourth)}) == 4
+    code, found = compile("host = lambda v: np.sum(v) * factor", "fit.py", "exec"), []
+    for factor in (1.0, 2.0, 2.0):
+        module = {"np": np, "factor": factor}
+        exec(code, module)
+        found.append(by_host(module["host"]))
+    assert len({traced.trace for traced in found}) == 3
+    np.testing.assert_allclose([traced(X + 1) for traced in found], [3.0, 6.0, 6.0])
+
+
+def test_callbacks_that_are_recursive_or_objects() -> None:
+    def walk(n):
+        return 1.0 if n < 1 else walk(n - 1)
+
+    assert by_host(lambda v: np.sum(v) * walk(3))(X + 1) == 3.0
+
+    @dataclass(eq=False)
+    class Host:
+        factor: np.ndarray
+
+        def __call__(self, v):
+            return np.sum(v) * self.factor.sum()
+
+    one, other = Host(np.ones(1)), Host(np.ones(1))
+    first, second = by_host(one), by_host(other)
+    assert by_host(one).trace == first.trace != second.trace
+    one.factor[:] = 2.0
+    assert by_host(one).trace != first.trace
+    assert second(X + 1) == 3.0
 
 
 def test_digests_depend_on_the_content_alone() -> None:

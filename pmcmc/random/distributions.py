@@ -237,7 +237,7 @@ class DiscreteDraw(NamedTuple):
 
 
 def inverse_cdf(logits: Float[Array, "*dims K"], uniform: Float[Array, "*dims"]) -> DiscreteDraw:
-    """Return the least k with ``p[0] + ... + p[k] >= u``, p = softmax(logits).
+    """Return the least k with ``p[0] + ... + p[k] >= u`` and p[k] > 0, p = softmax(logits).
 
     Monotone in u. Under a shared uniform, draws from two ordered distributions are ordered too, and draws from two
     close distributions differ with a probability near their total variation distance.
@@ -269,12 +269,19 @@ def _by_columns(logits: Array, uniform: Array) -> DiscreteDraw:
 
 
 def _by_scan(logits: Array, uniform: Array) -> DiscreteDraw:
-    """Draw with a cumulative sum over the categories."""
-    steps = jnp.cumsum(jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), axis=-1)
+    """Draw with a cumulative sum over the categories.
+
+    XLA adds in an order of its own, so that by rounding a step may be higher than the one before without any mass.
+    """
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    steps = jnp.cumsum(weights, axis=-1)
     total = steps[..., -1:]
-    gaps = uniform[..., None] - steps[..., :-1] / total
+    gaps = uniform[..., None] - steps / total
+    number, possible = jnp.arange(logits.shape[-1]), weights > 0
+    last = jnp.max(jnp.where(possible, number, 0), axis=-1)
+    category = jnp.min(jnp.where(possible & ~(gaps > 0), number, last[..., None]), axis=-1)
     return DiscreteDraw(
-        category=jnp.sum(gaps > 0, axis=-1, dtype=int),
-        margin=jnp.min(jnp.abs(gaps)),
+        category=category.astype(int),
+        margin=jnp.min(jnp.abs(gaps[..., :-1])),
         failed=~jnp.all(jnp.isfinite(total)),
     )

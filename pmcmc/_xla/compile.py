@@ -87,13 +87,19 @@ def num_cores() -> int:
 def settings_of_thread() -> Callable[[], ExitStack]:
     """Return a function that enters, in another thread, the settings of JAX that hold in this thread only.
 
-    These are ``with jax.default_device(...)``, ``jax.enable_x64(...)`` and ``jax.default_matmul_precision(...)``.
+    These are ``with jax.default_device(...)`` and the others that change what is traced or computed, such as
+    ``jax.enable_x64(...)``, ``jax.default_matmul_precision(...)`` and ``jax.threefry_partitionable(...)``.
     """
     enable_x64 = getattr(jax if hasattr(jax, "enable_x64") else jax.experimental, "enable_x64")  # noqa: B009  # mypy
     named = dict(
         jax_default_device=jax.default_device,
         jax_enable_x64=enable_x64,
         jax_default_matmul_precision=jax.default_matmul_precision,
+        jax_default_prng_impl=jax.default_prng_impl,
+        jax_threefry_partitionable=jax.threefry_partitionable,
+        jax_numpy_dtype_promotion=jax.numpy_dtype_promotion,
+        jax_numpy_rank_promotion=jax.numpy_rank_promotion,
+        jax_debug_nans=jax.debug_nans,
     )
     own = {name: getattr(jax.config, name) for name in named}
 

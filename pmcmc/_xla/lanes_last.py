@@ -14,7 +14,8 @@ its axes, a slice takes the whole last axis, a product of a shared matrix with w
 Which values of a loop are wide is found before the loop is built (`_wide_outputs`). A counter stays shared although the
 state beside it is wide, so reading at a counter is a slice and no gather. If lanes disagree on whether a loop goes on,
 it goes on until the last lane has ended, and lanes that have ended keep their values, as under ``jax.vmap``. A
-conditional of which lanes take different branches computes all branches.
+conditional of which lanes take different branches computes all branches. One whose branches are those of platforms
+(``jax.lax.platform_dependent``) is left to ``jax.vmap``: only the branch of the own platform may be compiled.
 
 Primitives without a rule (factorisations, convolutions, gathers at indices that differ between lanes) are handed to
 ``jax.vmap``, which is always right. The tests compare both, for values and gradients.
@@ -175,7 +176,7 @@ def _wide_results(equation: Any, flags: list[bool]) -> list[bool]:
         return carry + _wide_outputs(params["jaxpr"].jaxpr, [*consts, *carry, *xs])[len(carry) :]
     if name == "while":
         return _wide_while(equation, flags)[0]
-    if name == "cond" and not flags[0]:
+    if name == "cond" and not flags[0] and not _by_platform(equation):
         branches = [_wide_outputs(branch.jaxpr, flags[1:]) for branch in params["branches"]]
         return list(map(any, zip(*branches, strict=True)))
     if name == "optimization_barrier":
@@ -244,8 +245,15 @@ def _while(lanes: _Lanes, equation: Any, operands: list[Any]) -> list[Any]:
     return jax.lax.while_loop(lambda carry: jnp.any(raw(going(carry))), advance, start)
 
 
-def _cond(lanes: _Lanes, equation: Any, operands: list[Any]) -> list[Any]:
+def _by_platform(equation: Any) -> bool:
+    """Whether a conditional is ``jax.lax.platform_dependent``: its other branches may not compile on this platform."""
+    return equation.params.get("branches_platforms") is not None
+
+
+def _cond(lanes: _Lanes, equation: Any, operands: list[Any]) -> Any:
     """A conditional: one branch if the lanes agree, otherwise all branches and a choice."""
+    if _by_platform(equation):
+        return NotImplemented
     (which, *given), branches, results = operands, equation.params["branches"], equation.outvars
     flags = _wide_results(equation, list(map(is_wide, operands)))
     run = lambda branch, given: lanes.widen_some(lanes.run(branch, given), flags, results)

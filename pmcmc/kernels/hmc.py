@@ -30,7 +30,7 @@ from pmcmc._arguments import as_int, check_int, known_number
 from pmcmc._pytree import Array, ArrayLeaf, Scalar, register_dataclass
 from pmcmc.kernels.base import Info, check_step_size
 from pmcmc.kernels.metropolis import BranchTaken, GradientKernel, GradientState, Surrogate, accept
-from pmcmc.random.distributions import normals, uniforms
+from pmcmc.random.distributions import at_least_single, normals, rounded, uniforms
 from pmcmc.recurrence import RESULTS, BlockDiagonal, Newton, RecurrenceSolver
 from pmcmc.target import Target
 
@@ -289,13 +289,13 @@ class HMC(GradientKernel):
             self.leapfrog.check(self.num_integration_steps)
 
     def sample_noise(self, rng_key, target):
-        drawn = isinstance(self.num_integration_steps, UniformLength)
-        u = uniforms(rng_key, target.dim + 2 + drawn, target.spec.dtype)
+        drawn, dtype = isinstance(self.num_integration_steps, UniformLength), target.spec.dtype
+        u = uniforms(rng_key, target.dim + 2 + drawn, at_least_single(dtype))
         return HMCNoise(
-            normal=normals(u[2 + drawn :]),
-            log_uniform=jnp.log(u[0]),
-            jitter=2 * u[1] - 1,
-            length=u[2] if drawn else None,
+            normal=normals(u[2 + drawn :]).astype(dtype),
+            log_uniform=jnp.log(u[0]).astype(dtype),
+            jitter=(2 * u[1] - 1).astype(dtype),
+            length=rounded(u[2], dtype) if drawn else None,
         )
 
     def nudge(self, noise, amount):

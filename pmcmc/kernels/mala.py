@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from pmcmc._pytree import Array, Scalar, register_dataclass
 from pmcmc.kernels.base import Info, check_step_size
 from pmcmc.kernels.metropolis import BranchTaken, GradientKernel, GradientState, Surrogate, accept
-from pmcmc.random.distributions import normals, uniforms
+from pmcmc.random.distributions import at_least_single, normals, uniforms
 
 
 class MALANoise(NamedTuple):
@@ -67,8 +67,9 @@ class MALA(GradientKernel):
         return dim ** (-1 / 3)  # optimal scaling of Roberts & Rosenthal (1998)
 
     def sample_noise(self, rng_key, target):
-        u = uniforms(rng_key, target.dim + 1, target.spec.dtype)
-        return MALANoise(normals(u[1:]), jnp.log(u[0]))
+        dtype = target.spec.dtype
+        u = uniforms(rng_key, target.dim + 1, at_least_single(dtype))
+        return MALANoise(normals(u[1:]).astype(dtype), jnp.log(u[0]).astype(dtype))
 
     def nudge(self, noise, amount):
         return noise._replace(log_uniform=noise.log_uniform + amount)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from pmcmc._arguments import known_number
 from pmcmc._pytree import Array, PyTree, Scalar, register_dataclass
 from pmcmc.kernels.base import Info, PositionKernel, check_step_size
-from pmcmc.random.distributions import normals, uniforms
+from pmcmc.random.distributions import at_least_single, normals, rounded, uniforms
 
 DIVERGENCE_THRESHOLD = 1000.0  # a larger loss of log density (energy) is a divergence, as in Stan and BlackJAX
 
@@ -324,23 +324,24 @@ class RandomWalk(PositionKernel):
         return False
 
     def sample_noise(self, rng_key, target):
-        u = uniforms(rng_key, target.dim + 3 + (self.independence_share is not None), target.spec.dtype)
+        dtype = target.spec.dtype
+        u = uniforms(rng_key, target.dim + 3 + (self.independence_share is not None), at_least_single(dtype))
         vector, rest = u[: target.dim], u[target.dim :]
         is_grid, is_independent = rest[0] < self._grid_share(target.dim), None
         half_square = None
         if self.independence_share is not None:
             is_independent = rest[3] < self.independence_share
             is_grid = is_grid & ~is_independent
-        vector = jnp.where(is_grid, vector, normals(vector))
+        vector = jnp.where(is_grid, rounded(vector, dtype), normals(vector).astype(dtype))
         if is_independent is not None:
             half_square = 0.5 * jnp.sum(vector**2)
         return WalkNoise(
             vector=vector,
-            radial=normals(rest[1]),
+            radial=normals(rest[1]).astype(dtype),
             is_grid=is_grid,
             is_independent=is_independent,
             half_square=half_square,
-            log_uniform=jnp.log(rest[2]),
+            log_uniform=jnp.log(rest[2]).astype(dtype),
         )
 
     def nudge(self, noise, amount):

@@ -17,7 +17,14 @@ import jax.numpy as jnp
 
 from pmcmc._pytree import Array, ArrayLeaf, PRNGKey, PyTree, register_dataclass
 from pmcmc._xla.trace import Traced, Untraced
-from pmcmc.random.distributions import check_values, inverse_cdf, log_gammas, normals, uniform_array
+from pmcmc.random.distributions import (
+    at_least_single,
+    check_values,
+    inverse_cdf,
+    log_gammas,
+    normals,
+    uniform_array,
+)
 from pmcmc.random.streams import key_pair, raw_keys_are_threefry
 
 
@@ -34,7 +41,16 @@ class Site(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of a site that is a single array."""
+        """Shape of a site that is a single array.
+
+        Raises:
+            ValueError: The site is a pytree of other structure.
+        """
+        if not hasattr(self.like, "shape"):
+            raise ValueError(
+                f"the site of this update must be one array, got {jax.tree.structure(self.like)}: make each of its "
+                "arrays a site of its own, or use CustomUpdate."
+            )
         return self.like.shape
 
 
@@ -179,7 +195,7 @@ class NormalUpdate(Update):
         _wrap(self, "conditional")
 
     def draw_noise(self, rng_key, site):
-        return normals(uniform_array(rng_key, site.shape, site.dtype))
+        return normals(uniform_array(rng_key, site.shape, at_least_single(site.dtype))).astype(site.dtype)
 
     def draw(self, state, noise, site):
         loc, scale = (_read(value, state, site.shape, site.dtype) for value in self.conditional(state))
@@ -265,7 +281,7 @@ class DirichletUpdate(Update):
     """Dirichlet conditional ``x' = g / sum(g)`` over the last axis, with g ~ Gamma(concentration, 1).
 
     Beta variates are the case of two components. Small concentrations are safe: gamma variates and their ratio are
-    computed in logs.
+    computed in logs, and values are at least the smallest positive normal number of the dtype.
 
     Args:
         concentration: A number, an array that broadcasts to the site, or a function of the state; drawn first or within
@@ -288,7 +304,8 @@ class DirichletUpdate(Update):
         return _gamma_noise(self.concentration, rng_key, site)
 
     def draw(self, state, noise, site):
-        return Drawn(jax.nn.softmax(_log_gamma(self.concentration, state, noise, site), axis=-1))
+        value = jax.nn.softmax(_log_gamma(self.concentration, state, noise, site), axis=-1)
+        return Drawn(jnp.maximum(value, jnp.finfo(value.dtype).tiny))
 
 
 @register_dataclass

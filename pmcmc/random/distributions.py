@@ -24,7 +24,7 @@ def uniforms(rng_key: PRNGKey, count: int, dtype) -> Float[Array, " count"]:
     """Return ``count`` independent uniforms on the open interval (0, 1), a function of the key alone.
 
     Integers from the hash are centred in their cells, so that 0 and 1 never occur and logs stay finite. There are 23
-    bits in float32 and 52 in float64, as in ``jax.random.uniform``.
+    bits in float32 and 52 in float64, as in ``jax.random.uniform``. Those of narrower dtypes are `rounded`.
     """
     double = jnp.finfo(dtype).bits > 32
     counter = jnp.arange(count if double else -(-count // 2), dtype=jnp.uint32)
@@ -38,7 +38,19 @@ def uniforms(rng_key: PRNGKey, count: int, dtype) -> Float[Array, " count"]:
 def _from_word(word: Array, dtype) -> Array:
     """Convert 32-bit words to uniforms of at most 32 bits."""
     # The centre of a cell, (n + 1/2) 2^-23 with n < 2^23, has 24 bits: exact in float32.
-    return (((word >> 9).astype(jnp.float32) + 0.5) * 2.0**-23).astype(dtype)
+    return rounded(((word >> 9).astype(jnp.float32) + 0.5) * 2.0**-23, dtype)
+
+
+def at_least_single(dtype: Any) -> Any:
+    """Return the dtype to compute noise in: float32 for narrower ones, in which normals would have few values."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def rounded(uniform: Array, dtype: Any) -> Array:
+    """Round uniforms to a narrower dtype, but not to 1."""
+    if uniform.dtype == dtype:
+        return uniform
+    return jnp.minimum(uniform.astype(dtype), jnp.asarray(1 - float(jnp.finfo(dtype).epsneg), dtype))
 
 
 def _from_words(high: Array, low: Array, dtype) -> Array:
@@ -75,13 +87,14 @@ def jax_uniforms(pair: Array, index: Array, dtype) -> Array:
     if jnp.finfo(dtype).bits > 32:
         wide = high.astype(jnp.uint64) << 20 | low.astype(jnp.uint64) >> 12
         return wide.astype(dtype) * 2.0**-52
-    return (((high ^ low) >> 9).astype(jnp.float32) * 2.0**-23).astype(dtype)
+    return rounded(((high ^ low) >> 9).astype(jnp.float32) * 2.0**-23, dtype)
 
 
 def jax_normals(pair: Array, count: int, dtype) -> Float[Array, " count"]:
-    """Return ``jax.random.normal(key, (count,), dtype)``, up to the rounding of `normals`."""
-    uniform = jax_uniforms(pair, jnp.arange(count, dtype=jnp.uint32), dtype)
-    return normals(jnp.maximum(uniform, jnp.finfo(dtype).eps / 4))  # u = 0 would give minus infinity
+    """Return ``jax.random.normal(key, (count,), dtype)``, up to the rounding of `normals`; at least in float32."""
+    uniform = jax_uniforms(pair, jnp.arange(count, dtype=jnp.uint32), at_least_single(dtype))
+    least = jnp.finfo(uniform.dtype).eps / 4  # u = 0 would give minus infinity
+    return normals(jnp.maximum(uniform, least)).astype(dtype)
 
 
 # Coefficients of Giles 2012, table 5 (single precision), highest power first: around w = 2.5, and in sqrt(w) around 3.
@@ -106,6 +119,8 @@ def normals(uniform: Array) -> Array:
 
     Source: Giles (2012), "Approximating the erfinv function".
     """
+    if (wide := at_least_single(uniform.dtype)) != uniform.dtype:
+        return normals(uniform.astype(wide)).astype(uniform.dtype)
     root_two = jnp.asarray(math.sqrt(2), uniform.dtype)
     if uniform.dtype != jnp.float32:
         return root_two * jax.lax.erf_inv(2 * uniform - 1)
@@ -135,8 +150,8 @@ def log_gammas(rng_key: PRNGKey, shape: Float[Array, "*dims"]) -> Float[Array, "
 
     Source: Marsaglia & Tsang (2000).
     """
-    valid = (shape > 0) & jnp.isfinite(shape)
-    shape = jnp.where(valid, shape, 1.0)
+    valid, dtype = (shape > 0) & jnp.isfinite(shape), shape.dtype
+    shape = jnp.where(valid, shape, 1.0).astype(at_least_single(dtype))
     small = shape < 1
     d = jnp.where(small, shape + 1, shape) - jnp.asarray(1 / 3, shape.dtype)
     c = 1 / jnp.sqrt(9 * d)
@@ -162,7 +177,7 @@ def log_gammas(rng_key: PRNGKey, shape: Float[Array, "*dims"]) -> Float[Array, "
         return jnp.where(small, log_value + jnp.log(power) / shape, log_value)
 
     drawn = jax.lax.cond(jnp.any(small), boost, lambda log_value: log_value, jnp.log(value))
-    return jnp.where(valid, drawn, jnp.nan)
+    return jnp.where(valid, drawn, jnp.nan).astype(dtype)
 
 
 def _horner(coefficients: tuple[float, ...], x: Array) -> Array:
@@ -222,7 +237,7 @@ class DiscreteDraw(NamedTuple):
 
 
 def inverse_cdf(logits: Float[Array, "*dims K"], uniform: Float[Array, "*dims"]) -> DiscreteDraw:
-    """Return the least k with ``p[0] + ... + p[k] >= u``, p = softmax(logits).
+    """Return the least k with ``p[0] + ... + p[k] >= u`` and p[k] > 0, p = softmax(logits).
 
     Monotone in u. Under a shared uniform, draws from two ordered distributions are ordered too, and draws from two
     close distributions differ with a probability near their total variation distance.
@@ -254,12 +269,19 @@ def _by_columns(logits: Array, uniform: Array) -> DiscreteDraw:
 
 
 def _by_scan(logits: Array, uniform: Array) -> DiscreteDraw:
-    """Draw with a cumulative sum over the categories."""
-    steps = jnp.cumsum(jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), axis=-1)
+    """Draw with a cumulative sum over the categories.
+
+    XLA adds in an order of its own, so that by rounding a step may be higher than the one before without any mass.
+    """
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    steps = jnp.cumsum(weights, axis=-1)
     total = steps[..., -1:]
-    gaps = uniform[..., None] - steps[..., :-1] / total
+    gaps = uniform[..., None] - steps / total
+    number, possible = jnp.arange(logits.shape[-1]), weights > 0
+    last = jnp.max(jnp.where(possible, number, 0), axis=-1)
+    category = jnp.min(jnp.where(possible & ~(gaps > 0), number, last[..., None]), axis=-1)
     return DiscreteDraw(
-        category=jnp.sum(gaps > 0, axis=-1, dtype=int),
-        margin=jnp.min(jnp.abs(gaps)),
+        category=category.astype(int),
+        margin=jnp.min(jnp.abs(gaps[..., :-1])),
         failed=~jnp.all(jnp.isfinite(total)),
     )

@@ -38,7 +38,10 @@ class Checkpoints(NamedTuple):
 
 
 def checkpoint_steps(max_steps: int, num_checkpoints: int) -> np.ndarray:
-    """Return steps 0, 1, ..., max_steps with constant ratios; fewer if rounding makes some of them equal."""
+    """Return steps 0, 1, ..., max_steps with constant ratios; fewer if rounding makes some of them equal.
+
+    One checkpoint is step 0, two are steps 0 and 1.
+    """
     if num_checkpoints < 1:
         return np.zeros(0, int)
     spaced = np.geomspace(1, max_steps, num_checkpoints - 1) if num_checkpoints > 1 else np.zeros(0)

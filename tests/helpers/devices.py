@@ -188,8 +188,8 @@ def step_collectives() -> None:
             assert found == [Counter(ppermute=3, all_gather=2, pmin=1, pmax=3)], found
             in_program.append(messages(traced.lower().compile().as_text()))
         assert in_program[0] == in_program[1], in_program
-        # A and b of each iteration, and of the errors at the end; XLA may combine the two
-        assert sum("all-gather" in message for message in in_program[0]) in (2, 3, 4), in_program
+        # A and b of each iteration, the directions of growth, and the errors at the end; XLA may combine two
+        assert sum("all-gather" in message for message in in_program[0]) in (3, 4, 5), in_program
 
 
 def messages(program: str) -> list[str]:

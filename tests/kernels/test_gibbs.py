@@ -80,6 +80,20 @@ def test_many_categories_are_drawn_as_few_are() -> None:
     assert inverse_cdf(jnp.full(100, jnp.nan), jnp.array(0.5)).failed
 
 
+def test_impossible_categories_are_never_drawn() -> None:
+    """XLA's cumulative sums of many float32 numbers rise by rounding where a category has no mass."""
+    rng = np.random.default_rng(0)
+    possible = rng.random(3000) < 0.5
+    possible[2000:] = False
+    logits = jnp.asarray(np.where(possible, rng.standard_normal(3000), -np.inf), jnp.float32)
+    steps = np.asarray(jax.jit(lambda x: jnp.cumsum(jnp.exp(x - jnp.max(x))))(logits))
+    rises = np.flatnonzero(np.diff(steps) > 0) + 1
+    uniform = jnp.asarray(np.append(steps[rises] / steps[-1], 1 - 2.0**-24), jnp.float32)
+    drawn = jax.jit(jax.vmap(lambda u: inverse_cdf(logits, u).category))(uniform)
+    assert np.any(~possible[rises])
+    assert np.all(possible[np.asarray(drawn)])
+
+
 TINY = 0.02
 
 
@@ -96,6 +110,7 @@ def test_small_concentrations_in_float32(known: bool) -> None:
     one = lambda key: update.draw(state, update.draw_noise(key, site), site).value
     x = np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(7), num)), float)
     assert np.all(np.isfinite(x))
+    assert np.min(x) == float(jnp.finfo(jnp.float32).tiny)  # and not 0, whose log would be infinite
     np.testing.assert_allclose(x.sum(axis=1), 1, atol=1e-6)
     law = stats.beta(TINY, (size - 1) * TINY)  # the law of each component
     mean, variance, kurtosis = law.stats("mvk")
@@ -321,6 +336,7 @@ NORMAL = pmcmc.kernels.NormalUpdate(lambda x: (0.0, 1.0))
             "last axis",
         ),
         ({"a": NORMAL}, {"a": jnp.nan}, ValueError, "not finite"),
+        ({"a": NORMAL}, {"a": {"b": 0.0}}, ValueError, "must be one array.*CustomUpdate"),
     ],
 )
 def test_errors_say_what_to_do(updates, start, error, words: str) -> None:

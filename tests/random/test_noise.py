@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pmcmc import HMC, MALA
+from pmcmc import HMC, MALA, NUTS
 from pmcmc.kernels import UniformLength
 from pmcmc.random.distributions import normals, uniforms
 from pmcmc.random.streams import fold_in, key_pair
@@ -103,3 +103,22 @@ def test_parts_of_a_kernels_noise_are_independent(kernel) -> None:
     squares = (x**2 - 1) / (x**2).std(0)
     z += [np.mean(squares[:, i] * squares[:, j]) * np.sqrt(NUM_KEYS) for i, j in pairs]
     assert np.max(np.abs(z)) < z_bound(len(z))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=["float16", "bfloat16"])
+def test_half_precision(dtype) -> None:
+    """Uniforms are rounded, but not to 1, and normals are rounded from float32: finite and symmetric."""
+    u = draw(dtype)
+    assert u.dtype == dtype
+    assert np.all((u > 0) & (u < 1))
+    assert np.all(np.isfinite(np.asarray(normals(jnp.asarray(u))).astype(float)))
+    target = make_target(gaussian, dtype)
+    keys = jax.random.split(jax.random.key(0), NUM_KEYS)
+    for kernel in (MALA(step_size=0.5), HMC(step_size=0.5), NUTS(step_size=0.5)):
+        noise = jax.jit(jax.vmap(lambda key, kernel=kernel: kernel.sample_noise(key, target)))(keys)
+        z = np.asarray(noise[0])
+        assert z.dtype == dtype
+        z = z.astype(float)
+        assert min(z.max(), -z.min()) > 3.5
+        assert np.abs(z).max() < 6
+        assert np.abs(z.mean(0)).max() * np.sqrt(NUM_KEYS) < z_bound(9)

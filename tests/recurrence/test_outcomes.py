@@ -153,6 +153,20 @@ def test_pseudo_orbit_of_a_difference(solver):
     np.testing.assert_allclose(found.value[:certified], exact[:certified], atol=1e-4)
 
 
+@some_solvers
+def test_pseudo_orbit_beside_coordinates_that_contract(solver):
+    """One of eight coordinates grows, by 2 in 64 steps: less than the share of a random direction that is lost."""
+    moves = jnp.arange(64 * 30) % 64 == 0
+    fn = lambda x, u: jnp.concatenate([jnp.where(u, 4 * x[:1] * (1 - x[:1]), x[:1]), 0.5 * x[1:] + 0.3])
+    x0 = jnp.full(8, 0.3, jnp.float32)
+    near, exact = (solve(SEQUENTIAL, fn, x0.at[0].add(error), moves).value for error in (3e-7, 0))
+    assert np.max(np.abs(near - exact)) > 0.5
+    found = solve(solver, fn, x0, moves, initial_guess=near, scale=jnp.ones(8, jnp.float32))
+    assert int(found.result) == RESULTS.not_contracting
+    certified = int(found.stats.certified_steps)
+    np.testing.assert_allclose(found.value[:certified], exact[:certified], atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["deer", "jacobi", "windowed", "shooting"])
 def test_a_path_that_stands_still_is_not_called_solved(name):
     """Equal images have no spread, and relative to 300 a step of 1e-3 looks like none."""

@@ -65,3 +65,17 @@ def test_exploding_iterates_do_not_certify_what_is_wrong():
     found = solve(Windowed(rec.deer(), 32), fn, jnp.zeros(1), inputs, initial_guess=jnp.full((300, 1), 4.0))
     assert int(found.result) == RESULTS.successful
     np.testing.assert_allclose(found.value, exact, atol=1e-11)
+
+
+@pytest.mark.parametrize("first", [0, 900], ids=["at the start", "in the middle"])
+@pytest.mark.parametrize("burst", [100.0, 3000.0])
+def test_a_burst_does_not_loosen_the_tolerance(burst, first):
+    """Relative to the scale of its window, states of a burst were solved at residuals of 100 tolerances of the path."""
+    inputs = jax.random.normal(jax.random.key(0), (2000,), jnp.float32).at[first : first + 200].multiply(burst)
+    fn, x0 = lambda x, u: 0.5 * x + u, jnp.float32(0)
+    found = solve(Windowed(rec.jacobi(max_iters=5000), 64), fn, x0, inputs)
+    assert int(found.result) == RESULTS.successful
+    assert int(found.stats.certified_steps) == 2000
+    residual = np.abs(found.value[1:] - (0.5 * found.value[:-1] + inputs[1:]))
+    assert np.all(residual <= 6e-6 + 4 * np.finfo(np.float32).eps * np.abs(found.value[1:]))
+    assert int(found.stats.num_iters) < 600

@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import jax
 import jax.numpy as jnp
@@ -136,3 +137,26 @@ def test_threads_keep_the_settings_of_their_caller() -> None:
 def enter_and_read(enter) -> tuple:
     with enter():
         return jax.config.jax_enable_x64, jax.config.jax_default_device
+
+
+def test_threads_have_the_settings_of_the_caller() -> None:
+    """Noise of a kernel of the user's own depends on some of them."""
+    settings = {
+        "threefry_partitionable": False,
+        "numpy_dtype_promotion": "strict",
+        "numpy_rank_promotion": "raise",
+        "default_prng_impl": "rbg",
+        "debug_nans": True,
+    }
+    read = lambda: {name: getattr(jax.config, f"jax_{name}") for name in settings}
+    with ExitStack() as stack, ThreadPoolExecutor(1) as pool:
+        for name, value in settings.items():
+            stack.enter_context(getattr(jax, name)(value))
+        enter = settings_of_thread()
+
+        def within() -> dict:
+            with enter():
+                return read()
+
+        assert pool.submit(within).result() == settings
+        assert pool.submit(read).result() != settings

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import pallas as pl
 
 from pmcmc._xla.content import inner_programs
 from pmcmc._xla.lane_rules import SMALL_PRODUCT
@@ -336,3 +337,15 @@ def test_indices_are_not_counted_from_the_end_twice(start: int) -> None:
     found = vmap_last(both, (-1, None))(x, jnp.asarray(start))
     expected = jax.vmap(both, (-1, None), out_axes=-1)(x, jnp.asarray(start))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the kernel of the other branch would compile")
+def test_branches_of_other_platforms_are_not_compiled():
+    def double(x_ref, out_ref):
+        out_ref[...] = 2 * x_ref[...]
+
+    like = jax.ShapeDtypeStruct((3,), float)
+    platform = lambda x: lax.platform_dependent(x, cpu=lambda x: 2 * x, cuda=pl.pallas_call(double, out_shape=like))
+    x = jnp.asarray(normal(3, LANES))
+    agree(platform, x, gradient=False)
+    agree(lambda x: lax.scan(lambda c, _: (platform(c), c[0]), x, None, length=3), x, gradient=False)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import pmcmc
-from pmcmc.recurrence import MultipleShooting, Sequential, deer, quasi_deer
+from pmcmc.recurrence import MultipleShooting, Sequential, deer, elk, quasi_deer, quasi_elk
 from pmcmc.sampling.engine import Engine
 from pmcmc.sampling.programs import Shape, solve_noise
 from pmcmc.target import Target
@@ -57,7 +57,9 @@ def test_what_is_no_budget(given, error) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("solver", [deer(), quasi_deer()], ids=["deer", "quasi-deer"])
+@pytest.mark.parametrize(
+    "solver", [deer(), quasi_deer(), elk(), quasi_elk()], ids=["deer", "quasi-deer", "elk", "quasi-elk"]
+)
 def test_what_newton_holds_is_counted(solver) -> None:
     """Against the compiler's own count, from the difference between two lengths."""
     dim, chains = 6, 2

@@ -300,9 +300,11 @@ def tangent_growth(
 ) -> Array:
     """``log |J v| / |v|`` of each step along a path, ``(own steps,)``; 0 where not ``wanted`` or not defined.
 
-    Blocks of ``num_steps`` steps run as lanes, each from the same direction. So an entry depends on the states before
-    it alone, and a prefix of the path has the growth that it would have by itself. The direction is drawn at random:
-    maps of differences of coordinates turn one with equal coordinates to zero.
+    Blocks of ``num_steps`` steps run as lanes, twice: first each from the same direction, then each from the direction
+    in which its predecessor ended. From a direction of its own a block would lose the share of it that does not grow
+    and count the loss as contraction. An entry depends on the states before it alone, so a prefix of the path has the
+    growth that it would have by itself. The first direction is drawn at random: maps of differences of coordinates turn
+    one with equal coordinates to zero.
 
     previous: states x[t-1], shape ``(own steps, D)``. inputs: leading axis of the same. unit: of the norm, ``(D,)``.
     """
@@ -316,15 +318,17 @@ def tangent_growth(
         x = jnp.concatenate([x, jnp.repeat(x[-1:], lanes * num_steps - length, axis=0)])
         return jnp.moveaxis(x.reshape(lanes, num_steps, *x.shape[1:]), 1, 0)
 
+    own = (jnp.arange(lanes * num_steps) < length).reshape(lanes, num_steps).T
+
     def push(x, u, v):
         return jax.jvp(lambda x: fn(x, u), (x,), (v * unit,))[1] / unit
 
     direction = np.random.default_rng(0).standard_normal(dim)
     first = jnp.broadcast_to(jnp.asarray(direction / np.linalg.norm(direction), previous.dtype), (lanes, dim))
 
-    def body(v, xu):
-        x, u = xu
-        v = jax.vmap(push)(x, u, v)
+    def body(before, xu):
+        x, u, own = xu
+        v = jax.vmap(push)(x, u, before)
         # without overflow: the square of a wild derivative is infinite
         size = jnp.max(jnp.abs(v), axis=1)
         v = v / jnp.where((size > 0) & jnp.isfinite(size), size, 1)[:, None]
@@ -332,17 +336,23 @@ def tangent_growth(
         log = jnp.clip(jnp.log(size) + jnp.log(norm), -largest, largest)
         defined = jnp.isfinite(norm) & (norm > 0)
         v = jnp.where(defined[:, None], v / jnp.where(defined, norm, 1)[:, None], first)
-        return v, jnp.where(jnp.isnan(log), 0, log)
+        return jnp.where(own[:, None], v, before), jnp.where(jnp.isnan(log), 0, log)
+
+    def along(begin, _):
+        ends, logs = jax.lax.scan(body, begin, (cut(previous), jax.tree.map(cut, inputs), own))
+        handed = steps.before(lambda earlier, later: later, ends[-1], 0.0)  # zero on the first device
+        handed = jnp.where(jnp.any(handed != 0), handed, first[0])
+        return jnp.concatenate([handed[None], ends[:-1]]), logs
 
     def measure():
-        _, logs = jax.lax.scan(body, first, (cut(previous), jax.tree.map(cut, inputs)))
-        return logs.T.reshape(-1)[:length].astype(previous.dtype)
+        _, logs = jax.lax.scan(along, first, length=2)
+        return logs[-1].T.reshape(-1)[:length].astype(previous.dtype)
 
     return jax.lax.cond(wanted, measure, lambda: jnp.zeros(length, previous.dtype))
 
 
 def mean_growth(growth: Array, steps: Steps, num_steps: int = 64) -> Array:
-    """Mean of `tangent_growth` over its whole blocks: the largest Lyapunov exponent, from below its transient."""
+    """Mean of `tangent_growth` over its whole blocks: an estimate of the largest Lyapunov exponent."""
     num_steps = min(num_steps, growth.shape[0])
     lanes = growth.shape[0] // num_steps
     whole = steps.numbers()[num_steps - 1 :: num_steps][:lanes] < steps.length  # blocks without padding

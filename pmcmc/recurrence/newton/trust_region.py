@@ -298,6 +298,12 @@ class LevenbergMarquardt(NewtonType):
                 "Use Dense(), Diagonal() or one of their relatives."
             )
 
+    def numbers_per_step(self, dim):
+        # From XLA's memory analysis of chains: the scan of a matrix structure holds roots of covariances besides A[t],
+        # and their QR factorisations, 25 D^2 for Dense with the filter, 29 with the smoother. Diagonals fit Newton's.
+        entries = self.jacobian.num_entries(dim)
+        return super().numbers_per_step(dim) + (26 * entries if entries > dim else 0)
+
     def begin(self, system):
         return self.regularization.begin(system.start.dtype)
 

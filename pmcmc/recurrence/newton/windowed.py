@@ -6,14 +6,14 @@ correct, the window advances past them; what remains in it is a warm start. Pica
 due to Shih et al. (2023); `Windowed` takes any Newton-type solver.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pmcmc._arguments import check_int
-from pmcmc._pytree import Array, leading_true, register_dataclass, relative_distance
+from pmcmc._pytree import Array, leading_true, register_dataclass
 from pmcmc.recurrence.newton.equations import (
     Course,
     Evaluation,
@@ -54,9 +54,10 @@ class Windowed(VectorSolver):
     """Solve by sliding a window of ``window`` steps past the certified prefix.
 
     A step that enters the window starts from the initial guess or, if none was given, from the last state of the
-    window. If no `scale` is given, it is measured on the window. Steps that no window reached have residual inf. After
-    ``max_iters`` iterations at least that many steps are correct (for `Newton`); under contraction the window advances
-    by W steps every few iterations.
+    window. If no `scale` is given, it is measured on the window and, once the last window is solved, on the whole path:
+    the window then slides again from the first step that is not solved on that scale. Steps that no window reached have
+    residual inf. After ``max_iters`` iterations at least that many steps are correct (for `Newton`); under contraction
+    the window advances by W steps every few iterations.
 
     Args:
         solver: A Newton-type solver. Its options apply; ``max_iters`` is the budget over all windows.
@@ -102,31 +103,49 @@ class Windowed(VectorSolver):
 
     def run(self, system, guess, guess_given):
         width = min(self.window, system.length)
-        slide = _begin(self.solver, system, guess, width)
-
-        def body(slide: Slide) -> Slide:
-            slide = _slide(self.solver, system, slide, width, guess_given)
-            part = _part(system, slide.all.path, slide.first, width)
-            window = self.solver.advance(part, slide.window)
-            seen = _write(slide.all, window.now, slide.first)
-            return slide._replace(
-                all=seen,
-                window=window,
-                rounds=slide.rounds + 1,
-                iterates=record(slide.iterates, seen.path, window.num_iters),
-            )
-
-        last = jax.lax.while_loop(lambda s: _unfinished(self.solver, system, s, width), body, slide)
+        last = _to_the_end(self.solver, system, _begin(self.solver, system, guess, width), width, guess_given)
+        if system.scale is None and width < system.length:
+            fixed = replace(system, scale=measured_scale(system, last.all.images))
+            last = _to_the_end(self.solver, fixed, _again(fixed, last, width), width, True)
         # Judge the whole path, from what was last known about each step.
-        it = last.window
+        it, seen = last.window, last.all
         blocked = jnp.where(it.blocked < width, last.first + it.blocked, system.length)
         course = Course(it.moving, blocked, it.num_iters, last.rounds, width)
-        seen = last.all
-        if system.scale is None:  # each residual is on the scale of its window, which a wild state may have inflated
-            scale = measured_scale(system, seen.images)
-            residual = relative_distance(seen.path, seen.images, scale)
-            seen = seen._replace(scale=scale, residual=jnp.where(jnp.isfinite(seen.residual), residual, jnp.inf))
-        return conclude(system, seen, course, finish(last.iterates, last.all.path, it.num_iters))
+        return conclude(system, seen, course, finish(last.iterates, seen.path, it.num_iters))
+
+
+def _to_the_end(solver: NewtonType, system: System, slide: Slide, width: int, guess_given: bool) -> Slide:
+    """Iterate and slide until the last window is solved, nothing changes, or the budget is spent."""
+
+    def body(slide: Slide) -> Slide:
+        slide = _slide(solver, system, slide, width, guess_given)
+        part = _part(system, slide.all.path, slide.first, width)
+        window = solver.advance(part, slide.window)
+        seen = _write(slide.all, window.now, slide.first)
+        return slide._replace(
+            all=seen,
+            window=window,
+            rounds=slide.rounds + 1,
+            iterates=record(slide.iterates, seen.path, window.num_iters),
+        )
+
+    return jax.lax.while_loop(lambda s: _unfinished(solver, system, s, width), body, slide)
+
+
+def _again(system: System, slide: Slide, width: int) -> Slide:
+    """Compare every step on the scale of the path; if all windows were passed, return to the first step that fails.
+
+    Windows were passed on scales of their own. That of a window with a burst, or with a wild iterate, is larger.
+    """
+    seen = slide.all
+    known = jnp.isfinite(seen.residual)
+    now = system.compare(seen.path, seen.images, seen.aux)
+    now = now._replace(residual=jnp.where(known, now.residual, jnp.inf), holds=now.holds & seen.holds)
+    slide = slide._replace(all=now)
+    passed = slide.window.solved & (slide.first + width == system.length)
+    first = jnp.minimum(leading_true(now.holds), system.length - width)
+    path = jax.lax.dynamic_slice_in_dim(now.path, first, width, 0)
+    return jax.lax.cond(passed & ~jnp.all(now.holds), lambda: _moved(system, slide, first, path), lambda: slide)
 
 
 def _begin(solver: NewtonType, system: System, guess: Array, width: int) -> Slide:
@@ -162,19 +181,25 @@ def _slide(solver: NewtonType, system: System, slide: Slide, width: int, guess_g
         if not guess_given:  # steps that enter for the first time start from the last state of the window
             new = first + jnp.arange(width) >= slide.reach
             path = jnp.where(new[:, None], slide.all.path[slide.reach - 1], path)
-        part = _part(system, slide.all.path, first, width)
-        now = part.evaluate(path)
-        solved, blocked = part.steps.all(now.holds), blocked_at(part, now)
-        window = slide.window._replace(now=now, moving=jnp.array(True), solved=solved, blocked=blocked)
-        return slide._replace(
-            all=_write(slide.all, now, first),
-            window=window,
-            first=first,
-            reach=jnp.maximum(slide.reach, first + width),
-            rounds=slide.rounds + 1,
-        )
+        return _moved(system, slide, first, path)
 
     return jax.lax.cond(step > 0, moved, lambda: slide)
+
+
+def _moved(system: System, slide: Slide, first: Array, path: Array) -> Slide:
+    """Move the window to the steps after ``first``, with these states (W, D), and evaluate it."""
+    width = path.shape[0]
+    part = _part(system, slide.all.path, first, width)
+    now = part.evaluate(path)
+    solved, blocked = part.steps.all(now.holds), blocked_at(part, now)
+    window = slide.window._replace(now=now, moving=jnp.array(True), solved=solved, blocked=blocked)
+    return slide._replace(
+        all=_write(slide.all, now, first),
+        window=window,
+        first=first,
+        reach=jnp.maximum(slide.reach, first + width),
+        rounds=slide.rounds + 1,
+    )
 
 
 def _trusted(part: System, now: Evaluation) -> Array:

@@ -355,12 +355,19 @@ def conclude(
             num_iters=jnp.zeros_like(num_sweeps),
             num_sweeps=num_sweeps,
             num_sequential_steps=critical_path,
-            num_fn_evals=jnp.sum(by_chain(found.evaluations), axis=1),
+            num_fn_evals=_total(by_chain(found.evaluations)),
             certified_steps=certified,
             growth_rate=growth_rate,
             certified_residual=jnp.max(jnp.where(first < certified[:, None], splice, 0.0), axis=1),
         ),
     )
+
+
+def _total(counts: Array) -> Array:
+    """Sum counts (chains, blocks) over blocks; where their dtype cannot hold it, the largest number that it can."""
+    total, most = jnp.sum(counts, axis=1), jnp.iinfo(counts.dtype).max
+    fits = jnp.sum(counts.astype(float), axis=1) < most
+    return jnp.where(fits & (total >= 0), total, most)
 
 
 def _prefix(layout: Layout, whole: Array, partial: Array) -> Array:

@@ -91,7 +91,7 @@ def memory() -> dict[str, dict[str, float]]:
     """Return the bytes per state of the chain that the program for blocks needs."""
     chain = _sample(pmcmc.HMC(), Sequential(), 256, density)
     engine, solver = Engine.of(chain.state), MultipleShooting(64)
-    shape = engine.shape_for(solver, 2**17)
+    shape = engine.shape_for(solver, 2**17)._replace(brief=False)
     program = solve_program(engine, solver, shape)
     states = engine.num_chains * shape.num_blocks * shape.capacity
     return {"HMC, 64 blocks": {what: size / states for what, size in program_bytes(program).items()}}

@@ -35,6 +35,7 @@ from pmcmc.starts import check_starts
 from pmcmc.target import Target
 from pmcmc.warmup import Warmup
 from pmcmc.warmup.base import scale_of_metric
+from pmcmc.warmup.trajectories import with_length_of
 
 __all__ = ["AdaptState", "ParallelMCMC", "ParallelState"]
 
@@ -366,6 +367,7 @@ def _check_kernel(kernel: Kernel, chains: ChainState) -> None:
                 f"make it with the same sampler or kernel, {otherwise}"
             )
         asked = kernel.without_metric()
+    asked = with_length_of(asked, chains.kernel)
     if not _could_be_tuned_to(asked, chains.kernel):
         raise ValueError(
             f"post_warmup_state is a state of {_name(chains.kernel, asked)}, and this ParallelMCMC samples by "

@@ -616,3 +616,26 @@ def test_blocks_and_auto_give_the_same_draws() -> None:
     blocks.run(jax.random.key(0), Y)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9)
     jax.tree.map(close, blocks.get_samples(), finished().get_samples())
+
+
+@pytest.mark.filterwarnings("ignore:the draws have not mixed")
+def test_lengthened_trajectories_go_on() -> None:
+    """Those of HMC in a diagonal metric with a wide direction, which the sampler did not ask for."""
+
+    def model(shared):
+        mean = numpyro.sample("mean", dist.Normal(0, 1))
+        with numpyro.plate("coordinates", 60):
+            numpyro.sample("x", dist.Normal(shared * mean, 0.3))
+
+    mcmc = pmcmc.ParallelMCMC(HMC(model), num_warmup=300, num_samples=100, num_chains=2, progress_bar=False)
+    mcmc.warmup(jax.random.key(0), 1.0)
+    mcmc.run(jax.random.key(1), 1.0)
+    assert mcmc.chain.kernel.trajectory_length > 2
+    mcmc.post_warmup_state = mcmc.last_state
+    mcmc.run(jax.random.key(2), 1.0)
+    other = pmcmc.ParallelMCMC(
+        HMC(model, trajectory_length=1.0), num_warmup=300, num_samples=100, num_chains=2, progress_bar=False
+    )
+    other.post_warmup_state = mcmc.last_state
+    with pytest.raises(ValueError, match="post_warmup_state is a state of HMC"):
+        other.run(jax.random.key(2), 1.0)

@@ -297,7 +297,8 @@ class TargetJit:
     Each target gets its own jitted function, stored in `programs_of`. JAX drops the programs of a function when the
     function is deleted, so this makes the programs of one target removable.
 
-    Its methods take ``brief``: whether compilation will take longer than the runs, see `compiler_options`.
+    Its methods take ``brief``: whether compilation will take longer than the runs, see `compiler_options`. Each of the
+    two kinds is traced by itself.
 
     Args:
         fn: Function ``(target, ...) -> result``.
@@ -329,9 +330,9 @@ class TargetJit:
         """Trace for these arguments. After ``.compile()``, a later call with the same shapes finds the program."""
         return self._jitted(target, brief).lower(target, *args, **kwargs)
 
-    def eval_shape(self, target: Any, *args: Any, **kwargs: Any) -> Any:
+    def eval_shape(self, target: Any, *args: Any, brief: bool = False, **kwargs: Any) -> Any:
         """Return the shapes and dtypes of the result."""
-        return self._jitted(target).eval_shape(target, *args, **kwargs)
+        return self._jitted(target, brief).eval_shape(target, *args, **kwargs)
 
     def program(self, target: Any, *args: Any, **kwargs: Any) -> Jaxpr:
         """Return the traced program."""

@@ -140,8 +140,11 @@ class Content:
             return self._of_function(value)
         if is_dataclass(value) and not isinstance(value, type):
             content = type(value), tuple((f.name, self.of_value(getattr(value, f.name))) for f in fields(value))
-            is_users = callable(value) and type(value).__module__.split(".")[0] != "jax"
-            return (ById(value), content) if is_users else content
+            called = getattr(type(value), "__call__", None)  # noqa: B004
+            if called is None or type(value).__module__.split(".")[0] == "jax":
+                return content
+            frozen = getattr(type(value), "__dataclass_params__").frozen and hasattr(called, "__code__")  # noqa: B009
+            return (self._of_function(called) if frozen else ById(value)), content
         try:
             hash(value)
         except TypeError:

@@ -86,7 +86,7 @@ class CostModel:
             dimensions the tree costs more.
         least_lane_share: Least share of the time of a step of warm-up that is attributed to its lanes.
         cpu_least_lane: Share of the estimated seconds of a lane on a CPU that a lane may take in fact. The estimate is
-            a difference of two times of short runs; on a busy machine it was twice the true one.
+            a difference of two times of short runs, by a program that is compiled quickly (docs/decisions/036).
         cpu_thread_gain: Throughput that each further thread with a group of chains adds, relative to that of the first.
             Two threads were 1.3 to 1.9 times as fast as one (decision 031).
         free_lanes: Number of lanes that double the time of a step on devices other than CPUs.
@@ -156,4 +156,5 @@ class CostModel:
         # Where lanes were not timed no gain is counted on.
         gain = 1.0 if lanes is None else 1 + self.cpu_thread_gain * (num_threads - 1)
         devices = self.cpu_device_overhead, self.cpu_device_gain
-        return Costs(sequential, overhead, lane, compilation, overlap, *devices, gain, self.cpu_least_lane)
+        least = 1.0 if lanes is None else self.cpu_least_lane
+        return Costs(sequential, overhead, lane, compilation, overlap, *devices, gain, least)

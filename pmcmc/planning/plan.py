@@ -284,7 +284,7 @@ def plan(
     least = _block_candidates(
         num_steps, num_chains, costs._replace(lane=costs.least_lane * costs.lane), coalescence, most, device_sets, ready
     )
-    if tried := _worth_a_trial(alone, others, least, costs):
+    if tried := _worth_a_trial(alone, others, least, costs, ready):
         named, hoped = tried
         return conclude(
             named,
@@ -296,7 +296,11 @@ def plan(
 
 
 def _worth_a_trial(
-    alone: Candidate, others: Sequence[Candidate], least: Sequence[Candidate], costs: Costs
+    alone: Candidate,
+    others: Sequence[Candidate],
+    least: Sequence[Candidate],
+    costs: Costs,
+    ready: Collection[RecurrenceSolver],
 ) -> tuple[Candidate, float] | None:
     """Return the blocks to try although they are not expected to save enough, and the seconds hoped for; else None.
 
@@ -308,6 +312,7 @@ def _worth_a_trial(
         others: Candidates by the expected costs.
         least: Candidates in blocks by the least costs.
         costs: The expected costs.
+        ready: Solvers whose program is already compiled.
     """
     if costs.least_lane == 1.0 or not least:
         return None
@@ -315,7 +320,7 @@ def _worth_a_trial(
     named = next((c for c in others if c.solver == hoped.solver), None)
     if named is None or hoped.seconds >= (1 - MARGIN) * alone.seconds:
         return None
-    compilation = (1 - costs.overlap) * costs.compile
+    compilation = 0.0 if named.solver in ready else (1 - costs.overlap) * costs.compile
     loss = compilation + FIRST_SHARE * max(named.seconds - alone.seconds, 0.0)
     return (named, hoped.seconds) if loss <= LOSS * alone.seconds else None
 

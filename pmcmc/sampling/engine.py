@@ -176,17 +176,17 @@ class Engine:
 
         The budget is `max_bytes`; one stretch of sequential sampling uses at most `SEQUENTIAL_BYTES`.
         """
-        budget, brief = self.max_bytes, self._is_brief(num_steps)
+        budget = self.max_bytes
         if solver.is_sequential:
             budget = min(budget, SEQUENTIAL_BYTES)
         pieces = math.ceil(num_steps * self.bytes_per_step(solver) / budget)
         length = math.ceil(num_steps / pieces)
         if not solver.walks:
             shares = max(1, len(solver.shared_by))
-            capacity = shares * math.ceil(length / shares)
-            return Shape(1, capacity, solver.shared_by, by_steps=bool(solver.shared_by), brief=brief)
+            return Shape(1, shares * math.ceil(length / shares), solver.shared_by, by_steps=bool(solver.shared_by))
         blocks = solver.blocks_for(length)
         capacity = math.ceil(length / blocks)
+        brief = is_brief(self.target, self.kernel, self.chain_keys, self.guesses, num_steps)
         unit = solver.unit if capacity >= 4 * solver.unit else 1
         shape = Shape(blocks, math.ceil(capacity / unit) * unit, solver.shared_by, brief=brief)
         if solver.shared_by:
@@ -194,10 +194,6 @@ class Engine:
         groups, parts = self.threads(blocks, solver.in_parts)
         shape = shape._replace(num_groups=groups, num_parts=parts)
         return shape._replace(draws=self.draws_noise(solver, self.num_chains * blocks // shape.num_threads))
-
-    def _is_brief(self, num_steps: int) -> bool:
-        """Whether a run of this many steps takes less time than its compilation."""
-        return is_brief(self.target, self.kernel, self.chain_keys, self.guesses, num_steps)
 
     def draws_noise(self, solver: RecurrenceSolver, num_lanes: int) -> bool:
         """Whether a solve in this many lanes draws its noise as it needs it."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pmcmc._pytree import Array, PyTree
 from pmcmc._xla.compile import plain_jit, tuned_jit
@@ -57,7 +58,7 @@ class Shape(NamedTuple):
         num_parts: Parts of the lanes of all chains, equally large, that are solved at once, each by a thread, and hand
             over to the next one. The programs are those of one part. 1 if there are several groups.
         draws: Whether the solve draws the noise as it needs it, instead of reading it from memory.
-        brief: Whether compilation takes longer than the run.
+        brief: Whether compilation takes longer than the run; False for solvers that do not walk.
     """
 
     num_blocks: int
@@ -294,8 +295,13 @@ def draws_noise(target: Target, kernel: Kernel, chain_keys: Array, num_lanes: in
 
 
 def is_brief(target: Target, kernel: Kernel, chain_keys: Array, guesses: PyTree, num_steps: int) -> bool:
-    """Whether programs that take this many steps of all chains run for a shorter time than they take to compile."""
-    step = count_operations(one_step.program(target, kernel, chain_keys, guesses), LEAPFROGS)
+    """Whether programs that take this many steps of all chains run for a shorter time than they take to compile.
+
+    The counts follow from shapes, and from the number of leapfrog steps where it is known.
+    """
+    known = getattr(kernel, "num_integration_steps", None)
+    rounds = max(LEAPFROGS, int(known)) if isinstance(known, (int, np.integer, np.ndarray, jax.Array)) else LEAPFROGS
+    step = count_operations(one_step.program(target, kernel, chain_keys, guesses), rounds)
     noise = count_operations(one_noise.program(target, kernel, chain_keys))
     return len(chain_keys) * num_steps * (step + NOISE * noise) <= BRIEF_OPERATIONS
 

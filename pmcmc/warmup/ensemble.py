@@ -23,9 +23,10 @@ import numpy as np
 from pmcmc._pytree import ArrayLeaf, PRNGKey, PyTree, Scalar, register_dataclass
 from pmcmc.kernels import HMC, Kernel
 from pmcmc.random.streams import split_key
-from pmcmc.target import Basis, Target
+from pmcmc.target import Target
 from pmcmc.warmup.base import Tuned, Warmup, Watch, check_metric, ignore, path_moments, take_metric
 from pmcmc.warmup.centredness import recentred
+from pmcmc.warmup.frame import Frame
 from pmcmc.warmup.lanes import (
     NO_LIMIT,
     NUM_LANES,
@@ -216,36 +217,6 @@ def _unsettled(target: Target, num_steps: int) -> str:
     return UNSETTLED.format(num_steps=num_steps, remedy=REMEDY_WITH_CENTREDNESS if target.centredness else remedy)
 
 
-class Frame:
-    """A `Basis` on the host, in float64, for rows of points.
-
-    Args:
-        loc: Location; shape (D,).
-        scale: Standard deviations (D,), or lower triangular (D, D).
-    """
-
-    def __init__(self, loc: np.ndarray, scale: np.ndarray):
-        self.loc, self.scale = loc, scale
-
-    def basis(self, dtype) -> Basis:
-        """Return the `Basis` in a given dtype."""
-        return Basis(np.asarray(self.loc, dtype), np.asarray(self.scale, dtype))
-
-    def to_positions(self, y: np.ndarray) -> np.ndarray:
-        """Return positions ``loc + scale y`` of rows of coordinates (..., D)."""
-        return Basis(self.loc, self.scale).to_positions(y)
-
-    def to_coordinates(self, x: np.ndarray) -> np.ndarray:
-        """Return coordinates of rows of positions (N, D); the inverse of `to_positions`."""
-        centred = x - self.loc
-        return np.linalg.solve(self.scale, centred.T).T if self.scale.ndim == 2 else centred / self.scale
-
-    def followed_by(self, loc: np.ndarray, scale: np.ndarray) -> "Frame":
-        """Return the frame of another one's coordinates, whose location and scale are in coordinates of this one."""
-        loc = self.to_positions(loc[None])[0]
-        return Frame(loc, self.scale @ scale if self.scale.ndim == 2 else self.scale * scale)
-
-
 class Explorer:
     """An ensemble of HMC lanes that explores the posterior.
 
@@ -256,15 +227,24 @@ class Explorer:
         rng_key: Key of the exploration.
         positions: Starts in the user's coordinates; shape (lanes, D).
         dense: Whether the basis is a full matrix.
+        num_steps: Steps of the whole warm-up.
         watch: Called with the steps of the lanes.
     """
 
-    def __init__(self, target: Target, rng_key: PRNGKey, positions: np.ndarray, dense: bool, watch: Watch = ignore):
+    def __init__(
+        self,
+        target: Target,
+        rng_key: PRNGKey,
+        positions: np.ndarray,
+        dense: bool,
+        num_steps: int,
+        watch: Watch = ignore,
+    ):
         self.target, self.positions, self.dense = target, positions, dense
         self.frame = Frame(np.zeros(target.dim), np.eye(target.dim) if dense else np.ones(target.dim))
         if target.basis is not None:
             self.frame = Frame(np.asarray(target.basis.loc, float), np.asarray(target.basis.scale, float))
-        self.lanes = LaneEnsemble(HMC(), rng_key, HMC().target_acceptance_rate(target.dim), watch)
+        self.lanes = LaneEnsemble(HMC(), rng_key, HMC().target_acceptance_rate(target.dim), watch, num_steps)
         self.finite, self.settled, self.num_lost = True, False, 0
         self.num_waits = np.zeros(len(positions), int)
         # Of the last window, where the centredness is to be chosen from it: its path, and the lanes that count.
@@ -354,7 +334,7 @@ def explore(
     Returns:
         The target with the centredness found, and moments and positions in its coordinates.
     """
-    explorer = Explorer(target, rng_key, positions, dense, watch)
+    explorer = Explorer(target, rng_key, positions, dense, 4 * PIECE * num_pieces, watch)
     # Short windows, until the basis is settled. In a basis that is far too wide the step size is small and trajectories
     # are long. Where gradients are costly, trajectories are therefore short at first, and only the later half of a
     # window counts. Elsewhere they are not: lanes that start near a narrow mode need long ones to reach it.

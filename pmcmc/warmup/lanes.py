@@ -190,13 +190,16 @@ class LaneEnsemble:
         rng_key: Key of the noise.
         rate: Acceptance rate to tune to, a weighted mean over the lanes.
         watch: Called with the steps of the lanes.
+        num_steps: Steps of the whole warm-up. Long ones on large models are compiled as long runs are.
 
     Attributes:
         longest: Largest number of leapfrog steps of a trajectory; no limit at first.
         final_step: Step size of pieces that do not adapt; none at first.
     """
 
-    def __init__(self, kernel: Any, rng_key: PRNGKey, rate: Scalar, watch: Watch = ignore):
+    def __init__(self, kernel: Any, rng_key: PRNGKey, rate: Scalar, watch: Watch = ignore, num_steps: int = 1000):
+        # Rounded, because exploration and tuning count whole pieces, and should run the same program.
+        self._length = 2 ** max(0, round(math.log2(max(num_steps, 1) / 1000)))
         self.kernel, self.rng_key, self.rate, self.watch = kernel, rng_key, float(rate), watch
         self._number, self.longest, self.final_step = 0, NO_LIMIT, np.nan
         self._weights: np.ndarray | None = None
@@ -207,7 +210,7 @@ class LaneEnsemble:
         positions = np.asarray(positions, target.spec.dtype)
         if self._weights is None:
             self._weights = np.full(len(positions), 1 / len(positions), target.spec.dtype)
-            self._is_brief = len(positions) * density_operations(target) <= LANE_OPERATIONS
+            self._is_brief = self._length * len(positions) * density_operations(target) <= LANE_OPERATIONS
         self.states, self.averaged = _start_lanes(target, self.kernel, positions, self.rate, brief=True)
 
     def run(self, adapting: bool) -> tuple[Piece, float]:
@@ -264,7 +267,7 @@ def tune(
         rng_key: Key of the noise.
         positions: Starts of the lanes in the target's coordinates; shape (lanes, D).
         rate: Acceptance rate to tune to. None: the kernel's own.
-        num_steps: Number of steps, before rounding.
+        num_steps: Number of steps, before rounding; a quarter of those of the whole warm-up.
         watch: Called with the steps of the lanes.
 
     Returns:
@@ -275,7 +278,7 @@ def tune(
     """
     rate = kernel.target_acceptance_rate(target.dim) if rate is None else rate
     stand_in = kernel.tuned_by()
-    lanes = LaneEnsemble(stand_in, rng_key, rate, watch)
+    lanes = LaneEnsemble(stand_in, rng_key, rate, watch, 4 * num_steps)
     lanes.enter(target, positions)
     # Adapt the step size for two thirds of the steps; decorrelate the lanes in the last third.
     third = math.ceil(num_steps / (3 * PIECE))
@@ -398,6 +401,6 @@ def tuned_shapes(target: Target, kernel: Kernel, lanes: int, dense: bool, metric
     scale = np.eye(dim, dtype=dtype) if dense else np.ones(dim, dtype)
     kernel, basis = take_metric(target, kernel, np.zeros(dim, dtype), scale, metric)
     whitened, positions, rate = target.with_basis(basis), np.zeros((lanes, dim), dtype), 1.0
-    states, averaged = _start_lanes.eval_shape(whitened, kernel.tuned_by(), positions, rate)
-    tuned = _tuned_kernel.eval_shape(whitened, kernel, averaged, rate)
+    states, averaged = _start_lanes.eval_shape(whitened, kernel.tuned_by(), positions, rate, brief=True)
+    tuned = _tuned_kernel.eval_shape(whitened, kernel, averaged, rate, brief=True)
     return Tuned(whitened, tuned, states, jax.device_put(np.zeros((), dtype)))

@@ -57,11 +57,24 @@ def _leading(rows: np.ndarray) -> np.ndarray:
 def lengthened(kernel: Kernel, width: float) -> Kernel:
     """Return the kernel with trajectories for a posterior whose widest direction has this standard deviation.
 
-    Changed are only kernels of the class `HMC` that leave both the number of steps and the length of trajectories to
-    warm-up.
+    Changed is only `HMC` itself, with the default number of steps and the default length of trajectories.
     """
-    if not isinstance(kernel, HMC) or not isinstance(kernel.leapfrog, SequentialLeapfrog):
+    if (hmc := _left_to_warm_up(kernel)) is None:
         return kernel
-    if kernel.num_integration_steps is not None or kernel.trajectory_length != TRAJECTORY_LENGTH:
+    return replace(hmc, trajectory_length=max(TRAJECTORY_LENGTH, width * math.acos((CORRELATION - 0.2) / 0.8)))
+
+
+def with_length_of(kernel: Kernel, tuned: Kernel) -> Kernel:
+    """Return the kernel with the length of trajectories of a tuned one, if `lengthened` may have set it."""
+    hmc = _left_to_warm_up(kernel)
+    if hmc is None or not isinstance(tuned, HMC):
         return kernel
-    return replace(kernel, trajectory_length=max(TRAJECTORY_LENGTH, width * math.acos((CORRELATION - 0.2) / 0.8)))
+    return replace(hmc, trajectory_length=tuned.trajectory_length)
+
+
+def _left_to_warm_up(kernel: Kernel) -> HMC | None:
+    """Return the kernel if it leaves the length of its trajectories to warm-up; None if it does not."""
+    if type(kernel) is not HMC or not isinstance(kernel.leapfrog, SequentialLeapfrog):
+        return None
+    left = kernel.num_integration_steps is None and kernel.trajectory_length == TRAJECTORY_LENGTH
+    return kernel if left else None

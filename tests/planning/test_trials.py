@@ -47,6 +47,15 @@ def test_lanes_on_a_cpu_are_doubtful() -> None:
     known = dict(sequential=1e-6, num_chains=4, compile_seconds=1.0, num_cores=2, lanes=(32, 1e-5))
     assert CostModel().costs(on_cpu=True, **known).least_lane == 0.5
     assert CostModel().costs(on_cpu=False, **known).least_lane == 1.0
+    untimed = CostModel().costs(on_cpu=True, **known | dict(lanes=None))
+    assert untimed.least_lane == 1.0  # no gain is counted on
+
+
+def test_a_program_that_is_compiled_costs_nothing() -> None:
+    dear = DOUBTFUL._replace(compile=1.1 * LOSS * NUM_STEPS * DOUBTFUL.sequential / (1 - DOUBTFUL.overlap))
+    assert isinstance(plan(NUM_STEPS, 1, dear, PILOT).solver, Sequential)
+    ready = [c.solver for c in plan(NUM_STEPS, 1, dear, PILOT).candidates if c.name != "sequential"]
+    assert isinstance(plan(NUM_STEPS, 1, dear, PILOT, ready=ready).solver, MultipleShooting)
 
 
 def test_a_trial_that_succeeds_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,6 +63,7 @@ def test_a_trial_that_succeeds_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     doubtful = Costs(1e-3, 1e-6, 2.3e-4, 0.0, least_lane=0.5)
     monkeypatch.setattr(automatic.Automatic, "costs", lambda self, head: doubtful)
     monkeypatch.setattr(automatic, "SHORT_SECONDS", 0.0)
+    monkeypatch.setattr(automatic, "num_cores", lambda: 1)  # no steps are taken while blocks are compiled
     kernel = pmcmc.HMC(step_size=0.5, num_integration_steps=2)
     chain = pmcmc.sample(
         gaussian, jnp.zeros(3), 0, kernel=kernel, num_samples=150_000, num_warmup=200, progress_bar=False

@@ -13,7 +13,7 @@ from pmcmc.sampling.programs import BRIEF_OPERATIONS, is_brief
 from pmcmc.warmup import lanes
 
 NUM_CHAINS, NUM_STEPS = 4, 64
-SOLVERS = [Sequential(), MultipleShooting(num_blocks=4), pmcmc.recurrence.deer()]
+SOLVERS = [Sequential(), MultipleShooting(num_blocks=4)]
 
 
 def new_engine(dim: int = 3) -> Engine:
@@ -52,6 +52,29 @@ def test_short_runs_are_compiled_quickly(solver: RecurrenceSolver, brief: bool, 
     np.testing.assert_allclose(found.chains()[0], expected.chains()[0], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.optimized
+def test_both_kinds_of_programs_sample_the_same_chain() -> None:
+    """With the options that users' programs have, up to rounding."""
+    found = []
+    for brief in (True, False):
+        engine = new_engine()
+        shape = engine.shape_for(Sequential(), NUM_STEPS)._replace(brief=brief)
+        start = engine.guesses[:NUM_CHAINS]
+        segment, _ = engine.solve(Sequential(), shape, start, np.zeros(NUM_CHAINS, int), NUM_STEPS)
+        found.append(segment.chains()[0])
+    np.testing.assert_allclose(*found, rtol=1e-9, atol=1e-9)
+
+
+def test_long_trajectories_and_newton_are_not_brief() -> None:
+    """A Newton solve evaluates steps and their tangents many times over."""
+    engine = new_engine()
+    assert not engine.shape_for(pmcmc.recurrence.deer(), NUM_STEPS).brief
+    longest = max(2**k for k in range(40) if engine.shape_for(Sequential(), 2**k).brief)
+    for number in (64, np.int64(64), jnp.asarray(64)):
+        engine.kernel = pmcmc.HMC(step_size=0.5, num_integration_steps=number)
+        assert not engine.shape_for(Sequential(), longest).brief
+
+
 def test_what_is_brief_depends_on_steps_chains_and_the_model() -> None:
     """It follows from shapes alone, so that the same call makes the same programs."""
     engine = new_engine()
@@ -62,13 +85,16 @@ def test_what_is_brief_depends_on_steps_chains_and_the_model() -> None:
     assert not one(new_engine(dim=64), longest, engine.chain_keys)
 
 
-@pytest.mark.parametrize(("num_rows", "brief"), [(100, True), (10**6, False)])
-def test_warm_up_of_small_models_is_compiled_quickly(
-    num_rows: int, brief: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("num_rows", "num_steps", "brief"),
+    [(100, 1000, True), (10**6, 1000, False), (10**5, 1000, True), (10**5, 1024, True), (10**5, 100_000, False)],
+)
+def test_short_warm_up_of_small_models_is_compiled_quickly(
+    num_rows: int, num_steps: int, brief: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = jnp.ones(num_rows)
     target = pmcmc.Target.from_logdensity(lambda x: -0.5 * jnp.sum((rows - x[0]) ** 2) / num_rows, jnp.zeros(1))
-    found = lanes.LaneEnsemble(pmcmc.HMC(num_integration_steps=2), jax.random.key(0), 0.8)
+    found = lanes.LaneEnsemble(pmcmc.HMC(num_integration_steps=2), jax.random.key(0), 0.8, num_steps=num_steps)
     found.enter(target, np.zeros((lanes.LEAST_LANES, 1)))
     seen = []
     timed = lanes.run_piece.timed

@@ -23,7 +23,8 @@ from pmcmc.sampling.settings import Settings
 from pmcmc.target import Place
 from pmcmc.warmup import centredness
 from pmcmc.warmup.centredness import GRID, NOISE, choose, moved
-from pmcmc.warmup.ensemble import Explorer, Frame, _unsettled, explore
+from pmcmc.warmup.ensemble import Explorer, _unsettled, explore
+from pmcmc.warmup.frame import Frame
 
 OPTIONS = dict(reparam=pmcmc.AutoReparam(), solver=Sequential(), num_chains=2, progress_bar=False)
 SIZES = dict(num_warmup=200, num_samples=60)
@@ -179,7 +180,7 @@ def test_places_are_computed_within_a_budget(rows: int, monkeypatch: pytest.Monk
 def explorer_after(path: np.ndarray, burn_in: int = 0) -> Explorer:
     """Return the ensemble as it is after a window with this path, in the coordinates of its draws."""
     target = numpyro_target(model, (Y,), {}, pmcmc.AutoReparam())
-    explorer = Explorer(target, jax.random.key(0), path[-1], dense=True)
+    explorer = Explorer(target, jax.random.key(0), path[-1], dense=True, num_steps=1000)
     explorer.path, explorer.burn_in, explorer.positions = path, burn_in, path[-1]
     factor = np.linalg.cholesky(np.cov(path[burn_in:].reshape(-1, 5).T))
     explorer.frame = Frame(path[burn_in:].mean(axis=(0, 1)), factor)
@@ -243,7 +244,9 @@ def test_the_centredness_is_chosen_from_all_of_a_window_without_odd_lanes(monkey
 
 def test_the_path_is_kept_only_for_partially_centred_sites() -> None:
     target = numpyro_target(model_of_constant_scales, (), {})
-    explorer = Explorer(target, jax.random.key(0), np.random.default_rng(0).normal(size=(4, 5)), dense=True)
+    explorer = Explorer(
+        target, jax.random.key(0), np.random.default_rng(0).normal(size=(4, 5)), dense=True, num_steps=1000
+    )
     explorer.run_window(1)
     assert explorer.finite
     assert explorer.path.size == 0

@@ -217,6 +217,22 @@ def test_callbacks_that_are_recursive_or_objects() -> None:
     assert second(X + 1) == 3.0
 
 
+def test_frozen_callbacks_count_by_their_fields() -> None:
+    """A model may make them anew at each run."""
+
+    @dataclass(frozen=True)
+    class Times:
+        factor: float
+
+        def __call__(self, v):
+            return np.sum(v) * self.factor * SCALE
+
+    first = by_host(Times(2.0))
+    assert by_host(Times(2.0)).trace == first.trace
+    assert by_host(Times(3.0)).trace != first.trace
+    assert first(X + 1) == 6.0
+
+
 def test_digests_depend_on_the_content_alone() -> None:
     fn = lambda x: jnp.sum(jnp.tanh(x) * np.arange(3.0))
     same, other = lambda x: jnp.sum(jnp.tanh(x) * np.ones(3)), lambda x: jnp.sum(jnp.sinh(x) * np.arange(3.0))

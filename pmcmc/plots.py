@@ -20,7 +20,8 @@ from pmcmc.interop import require
 from pmcmc.recurrence import MultipleShooting, Solution
 from pmcmc.recurrence.solution import typical_scale
 from pmcmc.sampling.engine import Engine
-from pmcmc.stability import Coalescence, site_distances
+from pmcmc.stability import Coalescence
+from pmcmc.stability.diagnosis import coordinates_of, distances_by_site
 
 __all__ = ["merge_distances", "merge_fronts", "newton_iterates", "planned_time", "speedup"]
 
@@ -119,12 +120,10 @@ def _draw_sites(axes: Any, chain: Chain, pilot: Coalescence, max_sites: int) -> 
     """Plot the median distance of the sites that stay apart longest."""
     points = pilot.checkpoints
     reached = np.asarray(points.reached)
-    coordinates = jax.vmap(jax.vmap(chain.kernel.coordinates))
-    ends = [coordinates(jax.tree.map(lambda x: jnp.asarray(x)[reached], x)) for x in (points.first, points.second)]
-    medians = {
-        name: np.median(np.asarray(d).reshape(*d.shape[:2], -1).max(axis=2), axis=1)
-        for name, d in site_distances(chain.target, *ends).items()
-    }
+    sides = [jax.tree.map(lambda x: jnp.asarray(x)[reached], x) for x in (points.first, points.second)]
+    paths = [coordinates_of(chain.target, chain.kernel, side) for side in sides]
+    found = distances_by_site(chain.target, paths)
+    medians = {name: np.median(d.max(axis=2), axis=1) for name, (d, _) in found.items() if d.size}
     slowest = sorted(medians, key=lambda name: -np.sum(np.log(medians[name] + float(pilot.tol))))[:max_sites]
     for name in slowest:
         axes.plot(np.asarray(points.steps)[reached], np.maximum(medians[name], 1e-300), marker=".", label=name)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
+import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
@@ -122,3 +123,34 @@ def test_axes_that_are_too_few() -> None:
     _, axes = plt.subplots(1, 3)
     with pytest.raises(ValueError, match="1 matplotlib axes, got 3"):
         plots.speedup([{"length": 1, "speedup": 1.0}], ax=axes)
+
+
+def test_distances_of_sites_are_those_of_their_positions(free_lanes) -> None:
+    """Also for a kernel of site groups, whose state holds the groups in their order and in their own bases."""
+
+    def logdensity(x):
+        return -0.5 * jnp.sum((x["mu"] - 1.0) ** 2) / 100 + 0.3 * jnp.sum(x["z"])
+
+    kernel = pmcmc.Compose([pmcmc.DiscreteGibbs(supports={"z": [0, 1]}), (pmcmc.MALA(), ["mu"])])
+    made = pmcmc.sample(
+        logdensity,
+        {"mu": jnp.zeros(2), "z": jnp.zeros(3, int)},
+        0,
+        kernel=kernel,
+        num_warmup=200,
+        num_samples=40_000,
+        progress_bar=False,
+    )
+    pilot = made.report.plan.coalescence
+    _, axes = plt.subplots()
+    plots._draw_sites(axes, made, pilot, 6)
+    drawn = {line.get_label(): np.asarray(line.get_ydata()) for line in axes.lines}
+    reached = np.asarray(pilot.checkpoints.reached)
+    position = jax.vmap(jax.vmap(lambda state: made.kernel.position(made.target, state)))
+    at = lambda points: position(jax.tree.map(lambda x: jnp.asarray(x)[reached], points))
+    first, second = at(pilot.checkpoints.first), at(pilot.checkpoints.second)
+    differs = np.median(np.any(np.asarray(first["z"] != second["z"]), axis=-1).astype(float), axis=1)
+    np.testing.assert_array_equal(drawn["z"], np.maximum(differs, 1e-300))
+    gap = np.abs(np.asarray(first["mu"] - second["mu"]))
+    spread = np.std(np.concatenate([first["mu"], second["mu"]], axis=1), axis=(0, 1))
+    np.testing.assert_allclose(drawn["mu"], np.maximum(np.median((gap / spread).max(-1), axis=1), 1e-300), rtol=1e-5)

@@ -428,7 +428,7 @@ class Chain:
             "posterior": samples,
             "sample_stats": sample_stats(self.kernel, self.info),
             "log_likelihood": likelihood,
-            **predictive_groups(prior, posterior_predictive, samples),
+            **predictive_groups(prior, posterior_predictive, samples, *np.shape(self.info.margin)[:2]),
             **self._warmup_groups(sites),
             "observed_data": described.observed,
             "constant_data": described.constant,

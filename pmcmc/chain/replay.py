@@ -218,7 +218,7 @@ class Checker:
         rows = group((chain, first_step, self._stored(chain, draw - 1)))
         numbers = np.asarray(num_steps), np.asarray(rounding)
         found = _follow(self.target, self.kernel, self.keys, *rows, *numbers, moves_states=rounding > 1)
-        return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[: len(places)], found)
+        return jax.tree.map(lambda x: np.asarray(x).reshape(math.prod(x.shape[:2]), *x.shape[2:])[: len(places)], found)
 
     def _stored(self, chain: np.ndarray, draw: np.ndarray) -> PyTree:
         """Return stored states. Draw -1 is the state before the first draw."""
@@ -361,7 +361,7 @@ def _spread(x: np.ndarray) -> np.ndarray:
 
     If half of the draws are equal, the range of nine in ten is used; if nothing moved, the size of the entry, or 1.
     """
-    if not is_real(x):
+    if not x.size or not is_real(x):
         return np.ones(x.shape[2:])
     rows = x.reshape(-1, *x.shape[2:])
     rows = np.asarray(rows[:: -(-len(rows) // SPREAD_DRAWS)], float)

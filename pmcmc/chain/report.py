@@ -404,7 +404,7 @@ class Summary(dict):
             for index in product(*map(range, np.shape(found["mean"]))):
                 name = f"{site}[{','.join(map(str, index))}]" if index else site
                 rows.append((name, [f"{values[index]:9.2f}" for values in found.values()]))
-        width = max(10, *(len(name) for name, _ in rows))
-        header = ("", [f"{name:>9}" for name in next(iter(self.values()))])
+        width = max([10, *(len(name) for name, _ in rows)])
+        header = ("", [f"{name:>9}" for name in next(iter(self.values()), {})])
         table = "\n".join(" ".join([name.rjust(width), *cells]) for name, cells in [header, *rows])
         return f"\n{table}\n\nNumber of divergences: {self.num_divergences}"

@@ -103,8 +103,8 @@ class Verification:
             )
         if not self.has_margin:
             said.append(
-                f". The kernel does not report near ties; steps were taken in the batch shape of the run "
-                f"({self.batch_shape} side by side), and in float32 another rounding may show as a mismatch"
+                f". The kernel does not report near ties; steps were taken {self.batch_shape} side by side, and in "
+                "float32 another rounding may show as a mismatch"
             )
         if self.num_unverified:
             said.append(f". {self.num_unverified:,} draws could not be checked: their predecessors are not stored")

@@ -44,7 +44,11 @@ def to_arviz(
 
 
 def predictive_groups(
-    prior: dict[str, Any] | None, posterior_predictive: dict[str, Any] | None, posterior: dict[str, Any]
+    prior: dict[str, Any] | None,
+    posterior_predictive: dict[str, Any] | None,
+    posterior: dict[str, Any],
+    num_chains: int,
+    num_draws: int,
 ) -> dict[str, dict[str, Any]]:
     """Return the groups of draws made with NumPyro's `Predictive`.
 
@@ -52,13 +56,13 @@ def predictive_groups(
         prior: Prior draws by site, leading axis draw; None for none.
         posterior_predictive: Posterior predictive draws by site, leading axes (chain, draw) or both flattened; None for
             none.
-        posterior: Posterior draws by site, leading axes (chain, draw); fixes numbers of chains and draws, and which
-            prior draws are of latent sites.
+        posterior: Posterior draws by site; fixes which prior draws are of latent sites.
+        num_chains: Number of chains.
+        num_draws: Draws of each chain.
 
     Raises:
         ValueError: The number of posterior predictive draws differs from that of the posterior.
     """
-    num_chains, num_draws = np.shape(next(iter(posterior.values())))[:2]
     one_chain = {name: np.asarray(x)[None] for name, x in (prior or {}).items()}
     groups: dict[str, dict[str, Any]] = {
         "prior": {name: x for name, x in one_chain.items() if name in posterior},

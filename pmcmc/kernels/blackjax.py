@@ -113,7 +113,7 @@ class BlackJAX(AlgorithmKernel):
 
     source: Any = field(metadata=dict(static=True))
     parameters: dict[str, PyTree]
-    settings: tuple[tuple[str, Any], ...] = field(metadata=dict(static=True))
+    settings: tuple[tuple[str, object], ...] = field(metadata=dict(static=True))
     caches: tuple[str, ...] | None = field(metadata=dict(static=True))
 
     @property

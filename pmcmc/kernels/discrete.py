@@ -68,7 +68,7 @@ class DiscreteGibbs(SiteKernel):
         [-1, 1]
     """
 
-    supports: tuple[tuple[str, tuple[int | float, ...]], ...] | None = field(metadata=dict(static=True))
+    supports: tuple[tuple[str, tuple[bool | int | float, ...]], ...] | None = field(metadata=dict(static=True))
     independent: tuple[str, ...] = field(metadata=dict(static=True))
 
     def __init__(self, supports: Any = None, independent: Sequence[str] = ()):
@@ -138,7 +138,7 @@ class DiscreteGibbs(SiteKernel):
         return state, Info(
             acceptance_rate=jnp.asarray(jnp.nan, dtype),
             is_divergent=failed,
-            margin=margin,
+            margin=jnp.asarray(margin, dtype),
             logdensity=jnp.asarray(target.model.logdensity(target.data, state), dtype),
         )
 
@@ -185,6 +185,8 @@ def _draw_in_order(target: Target, state: dict, name: str, values: Array, u: Arr
         flat = flat.at[index].set(jnp.where(drawn.failed, flat[index], values[drawn.category]))
         return {**state, name: flat.reshape(old.shape)}, (drawn.margin, drawn.failed)
 
+    if not u.size:
+        return state, jnp.asarray(jnp.inf, u.dtype), jnp.array(False)
     state, (margins, failed) = jax.lax.scan(draw, state, (jnp.arange(u.size), u))
     return state, jnp.min(margins), jnp.any(failed)
 

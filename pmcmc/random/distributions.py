@@ -282,6 +282,6 @@ def _by_scan(logits: Array, uniform: Array) -> DiscreteDraw:
     category = jnp.min(jnp.where(possible & ~(gaps > 0), number, last[..., None]), axis=-1)
     return DiscreteDraw(
         category=category.astype(int),
-        margin=jnp.min(jnp.abs(gaps[..., :-1])),
+        margin=jnp.min(jnp.abs(gaps[..., :-1]), initial=jnp.inf),
         failed=~jnp.all(jnp.isfinite(total)),
     )

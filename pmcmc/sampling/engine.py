@@ -74,7 +74,8 @@ class Segment(NamedTuple):
         def leaf(*pieces: Any) -> np.ndarray:
             lanes = [_read(x)[:, : self.block_length] for x in pieces]
             every = lanes[0] if len(lanes) == 1 else np.concatenate(lanes)
-            return every.reshape(len(self.result), -1, *every.shape[2:])
+            chains, (lanes_of_all, length) = len(self.result), every.shape[:2]
+            return every.reshape(chains, lanes_of_all // chains * length, *every.shape[2:])
 
         return jax.tree.map(leaf, *self.paths)
 

@@ -165,17 +165,17 @@ def _gaps(target: Target, kernel: Kernel, pilot: Coalescence, open_pairs: np.nda
     # Unmerged pairs at the checkpoints: as coordinates (paths) and, at the last one, as positions (ends).
     take = lambda tree, some: jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[some][:, open_pairs]), tree)
     position = jax.jit(jax.vmap(lambda unknown: kernel.position(target, unknown)))
-    flat: Any = kernel.coordinates
-    if target.basis is None:  # coordinates of the kernel may then be in the bases of its site groups
-        flat = lambda unknown: target.spec.ravel(kernel.position(target, unknown))
-    flat, sides = jax.jit(jax.vmap(jax.vmap(flat))), (points.first, points.second)
+    sides = points.first, points.second
     ends = [position(jax.tree.map(lambda x: x[0], take(side, rows[-1:]))) for side in sides]
-    paths = [np.asarray(flat(take(side, rows))) for side in sides]
-    distances = _distances(target, paths)
+    paths = [coordinates_of(target, kernel, take(side, rows)) for side in sides]
+    distances = distances_by_site(target, paths)
     # Judge each site by its distances at the last checkpoints.
     real = dict(zip(distances, map(is_real, jax.tree.leaves(target.spec.template)), strict=True))
     apart, steady, separate, sites = {}, {}, {}, {}
     for name, (distance, spread) in distances.items():
+        if not spread.size:  # no entries
+            apart[name] = steady[name] = separate[name] = np.zeros(distance.shape[1], bool)
+            continue
         late = distance[-LAST_CHECKPOINTS:]
         seen = late.max(axis=2) if real[name] else (late != 0).mean(axis=2)
         level = np.median(seen, axis=0)
@@ -189,7 +189,15 @@ def _gaps(target: Target, kernel: Kernel, pilot: Coalescence, open_pairs: np.nda
     return _Gaps(ends, apart, steady, separate, dict(ranked), _spreads(paths))
 
 
-def _distances(target: Target, paths: list[np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def coordinates_of(target: Target, kernel: Kernel, states: PyTree) -> np.ndarray:
+    """Return coordinates of states whose sites `site_distances` can tell apart; leading axes (rows, pairs), then D."""
+    flat: Any = kernel.coordinates
+    if target.basis is None:  # coordinates of the kernel may then be in the bases of its site groups
+        flat = lambda unknown: target.spec.ravel(kernel.position(target, unknown))
+    return np.asarray(jax.jit(jax.vmap(jax.vmap(flat)))(states))
+
+
+def distances_by_site(target: Target, paths: list[np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return by site the distances of the pairs and the spread of the wider path of each pair.
 
     Distances have shape (rows, pairs, entries), spreads (pairs, entries). Without a basis both are in standard

@@ -6,6 +6,7 @@ are L-lag couplings: pairs of chains of which one is L steps ahead.
 """
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -100,7 +101,8 @@ def site_distances(target: Target, first: Array, second: Array, *, scale: PyTree
     if scale is None and basis is not None:
         covariance = basis.covariance
         scale = target.spec.unravel(jnp.sqrt(jnp.diagonal(covariance) if covariance.ndim == 2 else covariance))
-    unravel = target.spec.unravel
+    # A difference of booleans or unsigned integers does not fit their dtype.
+    unravel = replace(target.spec, dtypes=(gap.dtype,) * len(target.spec.dtypes)).unravel
     for _ in range(gap.ndim - 1):
         unravel = jax.vmap(unravel)
     gaps = unravel(gap)

@@ -54,6 +54,19 @@ def assert_equal(chain: pmcmc.Chain, expected: pmcmc.Chain) -> None:
     assert jax.tree.structure(chain.solver) == jax.tree.structure(expected.solver)
 
 
+@pytest.mark.parametrize("setting", ["plain", True, (2, 3)])
+def test_blackjax_settings_of_any_kind_are_read(setting: object, tmp_path: Path) -> None:
+    def make(logdensity_fn, step_size, extra):
+        return blackjax.mala(logdensity_fn, step_size)
+
+    kernel = pmcmc.from_blackjax(make, step_size=0.5, extra=setting)
+    options = dict(num_warmup=0, num_samples=20, progress_bar=False)
+    chain = pmcmc.sample(gaussian, start_like(gaussian), 0, kernel=kernel, **options)
+    chain.save(tmp_path / "chain.npz")
+    again = pmcmc.load(tmp_path / "chain.npz", gaussian, kernel=kernel)
+    np.testing.assert_array_equal(again.get_samples(), chain.get_samples())
+
+
 def test_a_model_comes_back(tmp_path: Path) -> None:
     chain = model_chain()
     chain.save(tmp_path / "chain.npz")

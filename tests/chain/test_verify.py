@@ -226,7 +226,7 @@ def test_kernels_that_do_not_tell_ties_say_so(monkeypatch: pytest.MonkeyPatch) -
     draws[0, 100] += 1e-8
     assert with_draws(chain, {"a": draws}).verify().first_mismatch == (0, 100)  # a hundredth of a standard deviation
     assert lanes == [8, 2, 8]  # as in blocks, as in sequence, and with other rounding
-    assert "does not report near ties; steps were taken in the batch shape of the run (8 side by side)" in str(found)
+    assert "does not report near ties; steps were taken 8 side by side" in str(found)
 
 
 def spins(shift: float) -> pmcmc.Gibbs:

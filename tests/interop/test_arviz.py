@@ -175,3 +175,11 @@ def test_constants_are_described_as_they_were_passed() -> None:
         found = source.describe(source.target, {"slopes": jnp.zeros(3), "level": jnp.zeros(2)})
     assert set(found.constant) == {"x", "seen"}  # y is observed
     np.testing.assert_array_equal(found.constant["x"], dates)
+
+
+def test_no_sites() -> None:
+    """Such as for `arviz.loo`, which reads log likelihoods only."""
+    chain = pmcmc.sample(gaussian, start_like(gaussian), 0, num_samples=20, num_warmup=100, progress_bar=False)
+    found = chain.to_arviz(sites=[])
+    assert found.sample_stats["lp"].shape == (4, 20)
+    assert "Number of divergences" in repr(chain.summary(sites=[]))

@@ -78,6 +78,8 @@ def test_many_categories_are_drawn_as_few_are() -> None:
     assert len(np.unique(columns.category)) == 6
     assert inverse_cdf(jnp.zeros(100), jnp.array(0.505)).category == 50
     assert inverse_cdf(jnp.full(100, jnp.nan), jnp.array(0.5)).failed
+    for num_categories in (3, 100):
+        assert inverse_cdf(jnp.zeros((0, num_categories)), jnp.zeros(0)).category.shape == (0,)
 
 
 def test_impossible_categories_are_never_drawn() -> None:

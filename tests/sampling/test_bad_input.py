@@ -1,5 +1,7 @@
 """Unusual but legal input is sampled correctly; what cannot be sampled is refused with what to do."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,13 +43,32 @@ def test_empty_leaves_beside_others() -> None:
     assert chain.get_samples()["b"].shape == (400, 2)
 
 
-def test_boolean_leaves() -> None:
+def test_boolean_leaves(tmp_path: Path) -> None:
     kernel = pmcmc.Compose([pmcmc.DiscreteGibbs(supports={"b": [False, True]}), (KERNEL, ["x"])])
     logdensity_fn = lambda p: jnp.where(p["b"], 0.5, 0.0) - 0.5 * (p["x"] - p["b"]) ** 2
     chain = sample(logdensity_fn, {"b": jnp.array(True), "x": jnp.array(0.0)}, kernel=kernel)
     draws = chain.get_samples()["b"]
     assert draws.dtype == bool
     assert 0.3 < float(draws.mean()) < 0.9
+    assert chain.verify()
+    chain.save(tmp_path / "chain.npz")
+    np.testing.assert_array_equal(pmcmc.load(tmp_path / "chain.npz", logdensity_fn).get_samples()["b"], draws)
+
+
+def test_empty_discrete_leaves() -> None:
+    """Also of more categories than are drawn by columns, and in the spread by which states are verified."""
+    updates = {
+        "b": pmcmc.kernels.NormalUpdate(lambda state: (0.0, 1.0)),
+        "c": pmcmc.kernels.NormalUpdate(lambda state: (jnp.zeros((2, 0)), 1.0)),
+        "d": pmcmc.kernels.CategoricalUpdate(lambda state: jnp.zeros((0, 10))),
+    }
+    labels = pmcmc.DiscreteGibbs(supports={"a": range(10)})
+    chain = sample(
+        lambda p: squares(p["b"]) + 0.0 * jnp.sum(p["a"]),
+        {"a": jnp.zeros((3, 0), int), "b": jnp.zeros(()), "c": jnp.zeros((2, 0)), "d": jnp.zeros(0, int)},
+        kernel=pmcmc.Compose([labels, pmcmc.Gibbs(updates)]),
+    )
+    assert chain.get_samples()["a"].shape == (400, 3, 0)
     assert chain.verify()
 
 

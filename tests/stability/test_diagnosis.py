@@ -292,6 +292,26 @@ def labels():
         numpyro.sample("z", dist.Categorical(logits=jnp.stack([weight, 0.0])))
 
 
+@pytest.mark.parametrize("dtype", [bool, np.uint8])
+def test_booleans_and_unsigned_integers_differ_both_ways(dtype: type) -> None:
+    """Their differences do not fit their dtype. A site without elements is never apart."""
+    rng = np.random.default_rng(0)
+    z = rng.integers(0, 2, (6, NUM_STEPS + 1, 40)).astype(dtype)
+    other = z.copy()
+    other[:4, :, :20] = ~z[:4, :, :20] if dtype is bool else 1 - z[:4, :, :20]
+    other[4:, :3] = ~z[4:, :3] if dtype is bool else 1 - z[4:, :3]
+    empty = np.zeros((6, NUM_STEPS + 1, 0))
+    target = Target.from_logdensity(lambda x: 0.0 * jnp.sum(x["z"]), {"empty": jnp.zeros(0), "z": jnp.asarray(z[0, 0])})
+    kernel = pmcmc.DiscreteGibbs(supports={"z": [0, 1]})
+    pilot = coalescence_of_paths(
+        *({"empty": empty, "z": labels} for labels in (z, other)),
+        scale={"empty": np.ones(0), "z": np.ones(40)},
+        tol=1e-13,
+    )
+    found = diagnose(target, kernel, pilot, GOOD)
+    assert found.sites == {"z": SiteDistance(0.5, 4, 4, True)}
+
+
 def test_a_discrete_site_under_a_kernel_of_sites() -> None:
     """Its distance is the share of elements that differ; step sizes and bases belong to the site groups."""
     target = numpyro_target(labels, (), {})

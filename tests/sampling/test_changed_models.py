@@ -207,9 +207,8 @@ def by_continued_drop_in():
         dose.y = y
         if mcmc is None:
             mcmc = pmcmc.ParallelMCMC(NUTS(dose.model), num_warmup=100, num_samples=800)
-        else:
-            mcmc.post_warmup_state = mcmc.last_state
         mcmc.run(jax.random.key(0))
+        mcmc.post_warmup_state = mcmc.last_state
         return float(np.mean(mcmc.get_samples()["mu"][100:]))
 
     return run

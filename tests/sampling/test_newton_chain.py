@@ -117,7 +117,7 @@ def test_falls_back_with_the_prefix_kept(name, solver):
     assert "max_iters_reached" in report.fallback
     least, most = report.certified_steps.min(), report.certified_steps.max()
     solved = f"{least:,}" if least == most else f"{least:,} to {most:,}"
-    assert f"{solved} steps of each chain had been solved in parallel; the " in report.fallback
+    assert f"{solved} steps of each chain had been solved in parallel; " in report.fallback
     assert np.all(report.residual <= 1.2e-13)
     assert np.all(report.certified_steps < LENGTH)
     # By causality. A trust region counts states exact to rounding, and may first repeat a step rounded outside its

@@ -206,8 +206,8 @@ class Chain:
             A `Verification`, which is true if everything agrees: ``if not chain.verify(): ...``.
 
         Raises:
-            ValueError: The chain consists of one draw without a predecessor, or the model has changed since the chain
-                was sampled.
+            ValueError: The chain consists of one draw without a predecessor, the model has changed since the chain was
+                sampled, or its states are in half precision and ``tol`` is None.
 
         Example:
             >>> import jax.numpy as jnp, pmcmc

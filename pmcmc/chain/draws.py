@@ -93,7 +93,7 @@ class Mixing(NamedTuple):
 
     def __str__(self) -> str:
         if math.isnan(self.max_rhat):
-            return "no site varies"
+            return "no site varies, or chains have fewer than four draws, or values that are not finite"
         (worst, place), *_ = sorted(((v, _name(*key)) for key, v in _flat(self.rhat)), reverse=True)
         sizes = [min((v, _name(*key)) for key, v in _flat(found)) for found in (self.bulk_ess, self.tail_ess)]
         (bulk, bulk_place), (tail, tail_place) = sizes

@@ -29,6 +29,8 @@ from pmcmc.target import Target
 
 # Default tolerance in units of eps and posterior sd: another program that computes the same step rounds differently.
 ROUNDING = 4096
+# Largest default tolerance. In half precision rounding alone reaches several standard deviations.
+MOST_TOL = 0.1
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def verify(
         tol: Largest difference, in posterior standard deviations; None for the default.
 
     Raises:
-        ValueError: There is nothing to check.
+        ValueError: There is nothing to check, or the states are in half precision and no tolerance is given.
     """
     num_chains, num_draws = jax.tree.leaves(record.unknowns)[0].shape[:2]
     if record.first is None and num_draws == 1:
@@ -156,6 +158,11 @@ def verify(
     margins = np.asarray(record.info.margin)
     has_margin = not np.isnan(margins).all()
     eps = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves((record.unknowns, margins)) if is_real(x))
+    if tol is None and ROUNDING * eps > MOST_TOL:
+        raise ValueError(
+            f"states of {eps:.1g} relative precision cannot be verified: rounding may change them by "
+            f"{ROUNDING * eps:.1g} posterior standard deviations. Sample in float32, or say by tol= what to allow."
+        )
     tol = ROUNDING * eps if tol is None else tol
     shape = num_chains * num_blocks
     abreast = min(ABREAST, 1 << max(0, num_chains * num_draws - 1).bit_length())

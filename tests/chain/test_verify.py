@@ -257,3 +257,14 @@ def test_each_decision_of_a_step_may_fall_by_itself() -> None:
     draws["z"][0, clear, 3] ^= 1
     found = with_draws(rounded, draws).verify()
     assert (found.num_mismatched, found.first_mismatch) == (1, (0, clear))
+
+
+def test_half_precision_is_not_verified() -> None:
+    """Its default tolerance would accept any state."""
+    start = jnp.zeros(2, jnp.float16)
+    options = dict(num_warmup=0, num_samples=20, progress_bar=False)
+    kernel = pmcmc.MALA(step_size=0.3)
+    chain = pmcmc.sample(lambda x: -0.5 * jnp.sum(x**2), start, 0, kernel=kernel, **options)
+    with pytest.raises(ValueError, match=r"cannot be verified.*Sample in float32, or say by tol="):
+        chain.verify()
+    assert chain.verify(tol=0.5)

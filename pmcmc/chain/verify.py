@@ -132,6 +132,16 @@ class Verification:
         return said
 
 
+def _default_tolerance(eps: float) -> float:
+    """Return the default tolerance for states of this relative precision."""
+    if ROUNDING * eps > MOST_TOL:
+        raise ValueError(
+            f"states of {eps:.1g} relative precision cannot be verified: rounding may change them by "
+            f"{ROUNDING * eps:.1g} posterior standard deviations. Sample in float32, or say by tol= what to allow."
+        )
+    return ROUNDING * eps
+
+
 def verify(
     target: Target, kernel: Kernel, rng_key: PRNGKey, record: Record, num_blocks: int, tol: float | None
 ) -> Verification:
@@ -158,12 +168,7 @@ def verify(
     margins = np.asarray(record.info.margin)
     has_margin = not np.isnan(margins).all()
     eps = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves((record.unknowns, margins)) if is_real(x))
-    if tol is None and ROUNDING * eps > MOST_TOL:
-        raise ValueError(
-            f"states of {eps:.1g} relative precision cannot be verified: rounding may change them by "
-            f"{ROUNDING * eps:.1g} posterior standard deviations. Sample in float32, or say by tol= what to allow."
-        )
-    tol = ROUNDING * eps if tol is None else tol
+    tol = _default_tolerance(eps) if tol is None else tol
     shape = num_chains * num_blocks
     abreast = min(ABREAST, 1 << max(0, num_chains * num_draws - 1).bit_length())
     lanes = shape if not has_margin and eps > 1e-8 else max(shape, abreast)

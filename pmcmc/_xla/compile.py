@@ -297,8 +297,8 @@ class TargetJit:
     Each target gets its own jitted function, stored in `programs_of`. JAX drops the programs of a function when the
     function is deleted, so this makes the programs of one target removable.
 
-    Its methods take ``brief``: whether compilation will take longer than the runs, see `compiler_options`. Each of the
-    two kinds is traced by itself.
+    Calls, `lower`, `eval_shape` and `timed` take ``brief``: whether compilation will take longer than the runs, see
+    `compiler_options`. The programs of both kinds are traced separately.
 
     Args:
         fn: Function ``(target, ...) -> result``.

@@ -74,8 +74,8 @@ class Segment(NamedTuple):
         def leaf(*pieces: Any) -> np.ndarray:
             lanes = [_read(x)[:, : self.block_length] for x in pieces]
             every = lanes[0] if len(lanes) == 1 else np.concatenate(lanes)
-            chains, (lanes_of_all, length) = len(self.result), every.shape[:2]
-            return every.reshape(chains, lanes_of_all // chains * length, *every.shape[2:])
+            chains = len(self.result)
+            return every.reshape(chains, math.prod(every.shape[:2]) // chains, *every.shape[2:])
 
         return jax.tree.map(leaf, *self.paths)
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from pmcmc import HMC, MALA, RandomWalk, Target
-from pmcmc.kernels import BranchTaken, ParallelLeapfrog, StraightThrough, UniformLength
+from pmcmc.kernels import BranchTaken, Info, ParallelLeapfrog, StraightThrough, UniformLength
+from pmcmc.kernels.base import near_tie_bound
 from pmcmc.kernels.metropolis import select
 from pmcmc.target import Model
 from tests.helpers.chains import draw_noise
@@ -339,3 +340,11 @@ def test_final_step_size_of_hmc(dtype) -> None:
 )
 def test_a_given_length_keeps_the_tuned_step_size(kernel) -> None:
     assert kernel.final_step_size(jnp.array(1.25)) == 1.25
+
+
+def test_near_ties_are_bounded_whatever_the_log_density() -> None:
+    """By a few roundings of its size; of a size of one where it is NaN, because it is not reported, or infinite."""
+    logdensity = jnp.array([0.0, -100.0, jnp.nan, jnp.inf, -jnp.inf])
+    info = Info(acceptance_rate=1.0, is_divergent=False, margin=jnp.zeros(5), logdensity=logdensity)
+    eps = jnp.finfo(logdensity.dtype).eps
+    np.testing.assert_allclose(near_tie_bound(info), 4 * eps * np.array([1, 100, 1, 1, 1]))

@@ -33,8 +33,8 @@ _LIBRARIES = (os.path.join(os.path.dirname(str(jax.__file__)), ""),)
 # What functions in these folders read as globals does not change between two calls.
 _INSTALLED = tuple(os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "purelib", "platlib"))
 _CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
-# Parameters that do not affect what is computed.
-_LABELS = frozenset(("name", "debug_info"))
+# Parameters that do not affect what is computed. Of the last two, only `scan_sizes` does.
+_LABELS = frozenset(("name", "debug_info", "ft_in", "ft_out"))
 
 
 # Where an operand occurs in a program: (number of the equation, number of the operand).
@@ -108,6 +108,8 @@ class Content:
     def _of_params(self, equation: Any) -> tuple:
         """Return the parameters of an equation and, for custom derivative rules of the user's, their derivatives."""
         params = {key: value for key, value in equation.params.items() if key not in _LABELS}
+        if equation.primitive.name == "scan":
+            params["sizes"] = scan_sizes(equation)
         rules: tuple = ()
         if equation.primitive.name in _CUSTOM_RULES:
             inner = next(value for value in params.values() if isinstance(value, (ClosedJaxpr, Jaxpr)))
@@ -218,6 +220,15 @@ def inner_programs(equation: Any) -> Iterator[Jaxpr]:
         for one in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(one, (ClosedJaxpr, Jaxpr)):
                 yield one.jaxpr if isinstance(one, ClosedJaxpr) else one
+
+
+def scan_sizes(equation: Any) -> tuple[int, int]:
+    """Return how many operands of a scan are constants, and how many are carried."""
+    params = equation.params
+    if "ft_in" in params:  # from JAX 0.12.0.1
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return params["num_consts"], params["num_carry"]
 
 
 def count_operations(program: Jaxpr, unknown_rounds: int = UNKNOWN_ROUNDS) -> int:

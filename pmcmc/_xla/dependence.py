@@ -4,6 +4,8 @@ from typing import Any
 
 from jax.extend.core import Jaxpr, Literal
 
+from pmcmc._xla.content import scan_sizes
+
 # Primitives that call one program with their operands as its arguments.
 _CALLS = ("jit", "pjit", "closed_call", "remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call")
 
@@ -33,18 +35,18 @@ def _results(equation: Any, marked: list[bool]) -> list[bool]:
         inner = params["call_jaxpr"] if "call_jaxpr" in params else params["jaxpr"]
         return dependent(getattr(inner, "jaxpr", inner), marked)
     if name == "scan" and any(marked):
-        return _of_scan(params, marked)
+        return _of_scan(equation, marked)
     if name == "cond" and not marked[0]:  # the first operand selects the branch
         branches = [dependent(branch.jaxpr, marked[1:]) for branch in params["branches"]]
         return [any(flags) for flags in zip(*branches, strict=True)]
     return [any(marked)] * len(equation.outvars)
 
 
-def _of_scan(params: dict[str, Any], marked: list[bool]) -> list[bool]:
+def _of_scan(equation: Any, marked: list[bool]) -> list[bool]:
     """Return `dependent` of ``scan``, whose carry may become dependent in later steps."""
-    first, size = params["num_consts"], params["num_carry"]
+    first, size = scan_sizes(equation)
     while True:
-        results = dependent(params["jaxpr"].jaxpr, marked)
+        results = dependent(equation.params["jaxpr"].jaxpr, marked)
         carried = [old or new for old, new in zip(marked[first : first + size], results[:size], strict=True)]
         if carried == marked[first : first + size]:
             return results

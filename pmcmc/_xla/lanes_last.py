@@ -30,6 +30,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from pmcmc._pytree import Array, PyTree
+from pmcmc._xla.content import scan_sizes
 from pmcmc._xla.lane_rules import RULES, Wide, bind, is_wide, lane_shape, raw, widen
 
 
@@ -170,8 +171,7 @@ def _wide_results(equation: Any, flags: list[bool]) -> list[bool]:
     if name in _CALLS:
         return _wide_outputs(_called(equation).jaxpr, flags)
     if name == "scan":
-        consts, rest = _split(flags, params["num_consts"])
-        carry, xs = _split(rest, params["num_carry"])
+        consts, carry, xs = _scan_operands(equation, flags)
         carry = _wide_carry(params["jaxpr"].jaxpr, consts, carry, xs)
         return carry + _wide_outputs(params["jaxpr"].jaxpr, [*consts, *carry, *xs])[len(carry) :]
     if name == "while":
@@ -206,11 +206,17 @@ def _split(values: list[Any], number: int) -> tuple[list[Any], list[Any]]:
     return values[:number], values[number:]
 
 
+def _scan_operands(equation: Any, operands: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    """Return the constants, the first carry and the inputs among the operands of a scan."""
+    num_consts, num_carry = scan_sizes(equation)
+    consts, rest = _split(operands, num_consts)
+    return consts, *_split(rest, num_carry)
+
+
 def _scan(lanes: _Lanes, equation: Any, operands: list[Any]) -> list[Any]:
     """A scan; carries that become wide in some round are wide from the first."""
     params, program = equation.params, equation.params["jaxpr"]
-    consts, rest = _split(operands, params["num_consts"])
-    carry, xs = _split(rest, params["num_carry"])
+    consts, carry, xs = _scan_operands(equation, operands)
     flags, results = _wide_results(equation, list(map(is_wide, operands))), program.jaxpr.outvars
     number = len(carry)
 

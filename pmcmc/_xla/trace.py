@@ -43,13 +43,14 @@ class Trace:
     Traces with equal content are equal, and usually the same object.
 
     Args:
-        program: The function as a jaxpr, whose constants are the arrays that it reads.
-        reads: For each constant of the program, its index in the list of arrays that a call passes.
+        program: The function as a jaxpr without constants. Its first inputs are the arrays that it reads, the others
+            leaves of the arguments.
+        reads: For each array that it reads, its index in the list of arrays that a call passes.
         in_tree: Structure of the arguments.
         out_tree: Structure of the result.
         operations: Content of the program, see `Content`.
         held: (place, number) for each number in the program; None instead of a number that is read, as one of the
-            last constants.
+            last arrays.
     """
 
     def __init__(
@@ -72,9 +73,9 @@ class Trace:
         leaves, in_tree = jax.tree.flatten(args)
         if in_tree != self.in_tree:
             raise TypeError(f"this function was traced for arguments of structure {self.in_tree}, got {in_tree}.")
-        given = [_fitted(x, var.aval) for x, var in zip(leaves, self.program.invars, strict=True)]
         read = [constants[number] for number in self._reads]
-        return jax.tree.unflatten(self.out_tree, jax.core.eval_jaxpr(self.program, read, *given))
+        given = [_fitted(x, var.aval) for x, var in zip(leaves, self.program.invars[len(read) :], strict=True)]
+        return jax.tree.unflatten(self.out_tree, jax.core.eval_jaxpr(self.program, (), *read, *given))
 
     @property
     def out_shapes(self) -> PyTree:
@@ -85,7 +86,8 @@ class Trace:
     @property
     def reads_arguments(self) -> bool:
         """Whether the result may depend on an argument, see `dependent`."""
-        return any(dependent(self.program, [True] * len(self.program.invars)))
+        num_arguments = len(self.program.invars) - len(self._reads)
+        return any(dependent(self.program, [False] * len(self._reads) + [True] * num_arguments))
 
     def part(self, name: str) -> "Trace":
         """Return the trace of one entry of the dict that the function returns.
@@ -202,7 +204,7 @@ def trace(fn: Callable, *args: PyTree) -> Traced:
     constants, reads = _distinct(program.consts)
     in_tree = jax.tree.structure(args)
     held = tuple((place, None if place in varying else value) for place, value in scalars.items())
-    made = Trace(program.jaxpr, reads, in_tree, shapes, content, held)
+    made = Trace(_without_constants(program.jaxpr), reads, in_tree, shapes, content, held)
     return Traced(_KNOWN.setdefault(made.key, made), constants)
 
 
@@ -328,19 +330,28 @@ def _with_own_arrays(program: ClosedJaxpr) -> ClosedJaxpr:
         if type(value) in (tuple, list):
             made = type(value)(map(own, value))
             return value if all(map(operator.is_, made, value)) else made
-        if isinstance(value, ClosedJaxpr):
-            inner, theirs = own(value.jaxpr), any(not isinstance(x, (jax.Array, jax.core.Tracer)) for x in value.consts)
+        if isinstance(value, ClosedJaxpr):  # from JAX 0.12.0.1, one class with Jaxpr
+            inner, theirs = (
+                within(value.jaxpr),
+                any(not isinstance(x, (jax.Array, jax.core.Tracer)) for x in value.consts),
+            )
             return ClosedJaxpr(inner, list(map(_own, value.consts))) if theirs or inner is not value.jaxpr else value
-        if not isinstance(value, Jaxpr):
-            return value
+        return within(value) if isinstance(value, Jaxpr) else value
+
+    def within(jaxpr: Jaxpr) -> Jaxpr:
         equations = []
-        for equation in value.eqns:
+        for equation in jaxpr.eqns:
             params = {key: own(x) for key, x in equation.params.items()}
             same = all(map(operator.is_, params.values(), equation.params.values()))
             equations.append(equation if same else equation.replace(params=params))
-        return value if all(map(operator.is_, equations, value.eqns)) else value.replace(eqns=equations)
+        return jaxpr if all(map(operator.is_, equations, jaxpr.eqns)) else jaxpr.replace(eqns=equations)
 
-    return ClosedJaxpr(own(program.jaxpr), program.consts)
+    return ClosedJaxpr(within(program.jaxpr), program.consts)
+
+
+def _without_constants(program: Jaxpr) -> Jaxpr:
+    """Turn the constants of a program into its first inputs; from JAX 0.12.0.1, a jaxpr holds their arrays."""
+    return program.replace(constvars=[], invars=[*program.constvars, *program.invars])
 
 
 def _with_outputs(program: Jaxpr, outvars: list[Any]) -> Jaxpr:

@@ -1,9 +1,9 @@
-"""What other versions may break, once each: models, kernels, solvers, the drop-in, ArviZ, files.
+"""What other versions may break, once each: models, loops, kernels, solvers, the drop-in, ArviZ, files.
 
 `.ci/leg` runs it with other versions of Python and of packages; pytest does not collect it by default.
 """
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import blackjax
@@ -13,12 +13,15 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from numpyro.contrib.control_flow import scan
 from numpyro.infer import NUTS, Predictive, log_likelihood
 
 import pmcmc
 from pmcmc import doctor
 from pmcmc._xla import rewrites
 from pmcmc._xla.content import inner_programs
+from pmcmc._xla.lanes_last import vmap_last
+from pmcmc._xla.trace import trace
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, deer
 from pmcmc.sampling import programs
 
@@ -56,6 +59,53 @@ def test_blocks_are_the_chain_in_order() -> None:
     order = pmcmc.parallel_chain(model, 0, model_args=(X, GROUP), model_kwargs={"y": Y}, solver=Sequential(), **SIZES)
     for name, draws in order.get_samples().items():
         close(chain().get_samples()[name], draws)
+
+
+def chained(y) -> None:
+    scale = numpyro.sample("scale", dist.HalfNormal(1.0))
+
+    def step(level, observed):
+        level = numpyro.sample("level", dist.Normal(0.8 * level, scale))
+        numpyro.sample("y", dist.Normal(level, 0.5), obs=observed)
+        return level, None
+
+    scan(step, 0.0, y)
+    numpyro.factor("branches", jax.lax.cond(scale > 1.0, lambda x: -x, lambda x: 0.1 * x, scale))
+
+
+def test_models_with_loops() -> None:
+    """Versions of JAX differ in how a program describes its loops."""
+    for reparam in (None, pmcmc.AutoReparam()):
+        run = partial(pmcmc.parallel_chain, chained, 0, model_args=(Y,), reparam=reparam, **SIZES)
+        blocks, order = run(solver=MultipleShooting(8)), run(solver=Sequential())
+        assert np.all(blocks.report.result == RESULTS.successful)
+        close(blocks.get_samples()["level"], order.get_samples()["level"])
+
+
+def loops(x):
+    """Of two carries and two constants, so that their order counts; a ``while`` and a conditional beside the scan."""
+    advance = lambda carry, y: ((carry[0] + y * x[0], jnp.sin(carry[1]) - x[1:]), carry[0])
+    (a, b), c = jax.lax.scan(advance, (x[:2], jnp.ones(2)), jnp.arange(4.0))
+    d = jax.lax.while_loop(lambda z: jnp.sum(z) < 3.0, lambda z: z + 0.1 * jnp.abs(x) + 0.1, x)
+    return a.sum() + b.sum() + c.sum() + d.sum() + jax.lax.cond(x[0] > 0, jnp.sum, jnp.prod, x)
+
+
+def test_lanes_last_is_vmap() -> None:
+    x = np.random.default_rng(0).normal(size=(3, 5))
+    close(vmap_last(loops)(x), jax.vmap(loops, -1, -1)(x))
+
+
+def test_traces_hold_no_arrays_and_are_found_again() -> None:
+    def traced(scale, y):
+        return trace(
+            lambda x: scale * jax.lax.fori_loop(0, 3, lambda _, z: z + jnp.asarray(y) * x, x).sum(), jnp.ones(4)
+        )
+
+    first, again, other = traced(1.5, np.arange(4.0)), traced(1.5, np.arange(4.0)), traced(1.5, np.arange(1.0, 5.0))
+    assert first.trace is again.trace
+    assert first.content == again.content != other.content
+    assert not getattr(first.trace.program, "consts", ())  # from JAX 0.12.0.1, a jaxpr holds its arrays
+    close(other(jnp.ones(4)), 1.5 * (4 + 3 * 10.0))
 
 
 def test_newton() -> None:

@@ -38,10 +38,13 @@ class Basis:
     Attributes:
         loc: Shape (D,).
         scale: Shape (D,) for a diagonal map, (D, D) lower triangular for a full one.
+        spread: Standard deviations of the posterior in y, as warm-up found them, if scale is a metric of the user's;
+            shape (D,). None: 1, since scale is what warm-up found.
     """
 
     loc: ArrayLeaf
     scale: ArrayLeaf
+    spread: ArrayLeaf | None = None
 
     def to_position(self, y: Float[Array, " dim"]) -> Float[Array, " dim"]:
         """Return ``x = loc + scale y``, (D,)."""

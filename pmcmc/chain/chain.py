@@ -195,8 +195,8 @@ class Chain:
         draw, the draw is undecided, and the chain is not verified.
 
         Args:
-            tol: Largest ``|stored - computed|`` in posterior standard deviations: one unit of the basis found by
-                warm-up, or an estimate from the interquartile range of the draws if there is no basis. None: 4096 eps,
+            tol: Largest ``|stored - computed|`` in posterior standard deviations, which are those found by warm-up, or
+                an estimate from the interquartile range of the draws if there is no basis. None: 4096 eps,
                 whatever the number of steps between two draws; more, up to 0.01, only for draws whose other roundings
                 end further apart than that. If the solver was given a looser ``tol``, pass the same
                 value here. Fields of ``info`` are compared with the same tolerance, in units of the size of the log
@@ -221,9 +221,8 @@ class Chain:
         state.source.check()
         steps_before = state.num_steps - state.num_unkept - self.num_samples * self.thinning
         first = jax.tree.map(lambda x: np.asarray(x)[state.own], state.ensemble) if steps_before == 0 else None
-        in_basis = state.target.basis is not None and len(jax.tree.leaves(self.unknowns)) == 1
         thinning = (self.thinning, state.num_unkept)
-        record = Record(self.unknowns, self.info, first, self.last_state, *thinning, steps_before, in_basis)
+        record = Record(self.unknowns, self.info, first, self.last_state, *thinning, steps_before, state.scale)
         return verify(self.target, self.kernel, state.rng_key, record, self.report.num_blocks, tol)
 
     def save(self, path: str | Path) -> None:

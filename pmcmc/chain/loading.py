@@ -189,13 +189,13 @@ def _basis(reader: Reader, target: Target) -> Basis | None:
     if found is None:
         return None
     dim, dtype = target.dim, target.spec.dtype
-    arrays = isinstance(found, dict) and all(isinstance(x, np.ndarray) for x in found.values())
-    arrays = arrays and set(found) == {"loc", "scale"}
-    if not arrays or found["loc"].shape != (dim,) or found["scale"].shape not in ((dim,), (dim, dim)):
+    shapes = {"loc": [(dim,)], "scale": [(dim,), (dim, dim)], "spread": [(dim,)]}
+    is_basis = isinstance(found, dict) and {"loc", "scale"} <= set(found) <= set(shapes)
+    if not is_basis or any(np.shape(x) not in shapes[name] for name, x in found.items()):
         raise reader.malformed("its basis is not that of its sites")
-    if not found["loc"].dtype == found["scale"].dtype == dtype:
+    if any(getattr(x, "dtype", None) != dtype for x in found.values()):
         raise reader.malformed(f"its basis is not {dtype}")
-    return Basis(jnp.asarray(found["loc"]), jnp.asarray(found["scale"]))
+    return Basis(**jax.tree.map(jnp.asarray, found))
 
 
 def _check_parts(target: Target, kernel: Any, solver: Any) -> PyTree:

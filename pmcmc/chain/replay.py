@@ -50,8 +50,7 @@ class Record(NamedTuple):
         thinning: Number of steps from one draw to the next.
         num_unkept: Number of steps from the last draw to ``last``.
         first_step: Number of the step that follows ``first``.
-        in_basis: Whether unknowns are coordinates in the basis of warm-up, in which a posterior standard deviation is
-            about 1.
+        scale: Posterior standard deviations of an unknown, as in `ChainState.scale`; None if they are not known.
     """
 
     unknowns: PyTree
@@ -61,7 +60,7 @@ class Record(NamedTuple):
     thinning: int
     num_unkept: int
     first_step: int
-    in_basis: bool
+    scale: PyTree
 
 
 class _Held(NamedTuple):
@@ -163,8 +162,7 @@ class Checker:
         self.target, self.kernel, self.keys, self.record, self.tol = target, kernel, keys, record, tol
         self.num_draws = record.info.margin.shape[1]
         self.dim = sum(math.prod(x.shape[2:]) for x in jax.tree.leaves(record.unknowns))
-        one = lambda x: np.ones(x.shape[2:])
-        self.scale = jax.tree.map(one if record.in_basis else _spread, record.unknowns)
+        self.scale = jax.tree.map(_spread, record.unknowns) if record.scale is None else record.scale
 
     def num_steps(self, places: np.ndarray) -> np.ndarray:
         """Return the number of steps from the draw before each place; shape (n,)."""

@@ -219,7 +219,7 @@ class SolveReport:
         lines += self._contraction()
         rate = np.mean(self.acceptance_rate)
         accepted = "" if np.isnan(rate) else f"Acceptance rate {rate:.3f}; "
-        lines.append(f"{accepted}{int(np.sum(self.num_divergent))} divergent transitions.")
+        lines.append(f"{accepted}{int(np.sum(self.num_divergent))} divergent draws.")
         if self.mixing is not None:
             lines.append(self._mixing(self.mixing))
         lanes = f" ({self.num_lanes} lanes)" if self.num_lanes and self.warmup_seconds else ""

@@ -26,7 +26,7 @@ from pmcmc.interop.numpyro_arguments import array_arguments
 from pmcmc.interop.partial_centring import AutoReparam
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver
-from pmcmc.target import LogDensity, Model, Supports, Target, WithoutDensity
+from pmcmc.target import Basis, LogDensity, Model, Supports, Target, WithoutDensity
 from pmcmc.warmup.base import LaneTiming
 
 
@@ -210,10 +210,11 @@ class ChainState(NamedTuple):
 
     @property
     def scale(self) -> PyTree:
-        """The scale of an unknown: 1 if it is a vector in the basis found by warm-up, otherwise None (not known)."""
+        """The scale of an unknown: `Basis.spread` if it is a vector in a basis, otherwise None (not known)."""
         if self.target.basis is None or len(jax.tree.leaves(self.ensemble)) > 1:
             return None
-        return jax.tree.map(lambda x: np.ones(x.shape[1:], x.dtype), self.ensemble)
+        spread = 1 if self.target.basis.spread is None else np.asarray(self.target.basis.spread)
+        return jax.tree.map(lambda x: np.full(x.shape[1:], spread, x.dtype), self.ensemble)
 
 
 def header(
@@ -252,7 +253,7 @@ def header(
         "is_model": not isinstance(target.model, (LogDensity, WithoutDensity)),
         "sites": describe_sites(target),
         "position": writer.encode("position", jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), target.spec.template)),
-        "basis": writer.encode("basis", target.basis and {"loc": target.basis.loc, "scale": target.basis.scale}),
+        "basis": writer.encode("basis", target.basis and _parts(target.basis)),
         "kernel": writer.encode("kernel", state.kernel),
         "solver": writer.encode("solver", _anywhere(solver)),
         "report": writer.encode("report", {name: getattr(report, name) for name in names}),
@@ -265,6 +266,11 @@ def header(
         "thinning": thinning,
         "extra_fields": list(extra_fields),
     }
+
+
+def _parts(basis: Basis) -> dict[str, Any]:
+    """Return the arrays of a basis by name."""
+    return {f.name: getattr(basis, f.name) for f in fields(basis) if getattr(basis, f.name) is not None}
 
 
 def _anywhere(solver: RecurrenceSolver | None) -> RecurrenceSolver | None:

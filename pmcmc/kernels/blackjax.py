@@ -129,6 +129,15 @@ class BlackJAX(AlgorithmKernel):
     def with_step_size(self, step_size: Scalar) -> "BlackJAX":
         return replace(self, parameters={**self.parameters, "step_size": step_size})
 
+    @property
+    def metric(self):
+        return self.parameters.get("inverse_mass_matrix")
+
+    def without_metric(self):
+        return (
+            self if self.metric is None else replace(self, parameters={**self.parameters, "inverse_mass_matrix": None})
+        )
+
     def cache_names(self) -> tuple[str, ...] | None:
         return self.caches
 

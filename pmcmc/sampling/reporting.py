@@ -223,7 +223,7 @@ class Outcome:
 def _spread(state: ChainState, unknowns: PyTree) -> float:
     """Largest ratio, either way, between the standard deviations of the draws and of warm-up's ensemble.
 
-    In the basis that warm-up found, the ensemble has standard deviation 1 in every coordinate.
+    The ensemble has the standard deviations `ChainState.scale`.
 
     Args:
         state: Where the chains started.
@@ -234,9 +234,9 @@ def _spread(state: ChainState, unknowns: PyTree) -> float:
     """
     if state.scale is None or jax.tree.leaves(unknowns)[0].shape[1] < FEW_DRAWS:
         return float("nan")
-    (rows,) = jax.tree.leaves(unknowns)
+    (rows,), (scale,) = jax.tree.leaves(unknowns), jax.tree.leaves(state.scale)
     stride = stride_of(rows.shape[0], rows.shape[1], rows[0, 0].size)
-    deviation = np.std(rows[:, ::stride], axis=(0, 1), dtype=float)
+    deviation = np.std(rows[:, ::stride], axis=(0, 1), dtype=float) / scale
     with np.errstate(divide="ignore"):
         return float(np.max(np.maximum(deviation, 1 / deviation)))
 

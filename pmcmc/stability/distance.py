@@ -79,7 +79,7 @@ def site_distances(target: Target, first: Array, second: Array, *, scale: PyTree
         first: Coordinates as a kernel's states hold them, shape (..., D).
         second: Coordinates to compare with, shape (..., D).
         scale: Standard deviation of each site, a pytree like the position (leaves broadcast). By default that of the
-            basis, ``sqrt(diag(L L^T))``, or 1 where the target has no basis.
+            basis, ``sqrt(diag(L S^2 L^T))`` with S its spread, or 1 where the target has no basis.
 
     Returns:
         Distances by site, each of shape (..., shape of the site). If the position is not a dict, sites are named by
@@ -99,8 +99,8 @@ def site_distances(target: Target, first: Array, second: Array, *, scale: PyTree
         wide = basis.scale.ndim == 2
         gap = jnp.einsum("ij,...j->...i", basis.scale, gap) if wide else gap * jnp.broadcast_to(basis.scale, gap.shape)
     if scale is None and basis is not None:
-        covariance = basis.covariance
-        scale = target.spec.unravel(jnp.sqrt(jnp.diagonal(covariance) if covariance.ndim == 2 else covariance))
+        unit = jnp.asarray(basis.scale if basis.spread is None else basis.scale * basis.spread)
+        scale = target.spec.unravel(jnp.linalg.norm(unit, axis=1) if unit.ndim == 2 else jnp.abs(unit))
     # A difference of booleans or unsigned integers does not fit their dtype.
     unravel = replace(target.spec, dtypes=(gap.dtype,) * len(target.spec.dtypes)).unravel
     for _ in range(gap.ndim - 1):

@@ -327,12 +327,22 @@ def take_metric(
         metric: Inverse mass matrix given to the warm-up, see `check_metric`.
 
     Returns:
-        The kernel without its metric, and the explored basis, with the scale of the user's metric if there is one.
+        The kernel without its metric, and the explored basis. If there is a metric of the user's, its scale takes the
+        place of the explored one, of which ``spread`` remains.
     """
     metric, kernel = metric if kernel.metric is None else kernel.metric, kernel.without_metric()
+    parts = [loc, scale]
     if metric is not None:
-        scale = scale_of_metric(metric, target.dim)
-    return kernel, Basis(*(jax.device_put(np.asarray(x, target.spec.dtype)) for x in (loc, scale)))
+        given = scale_of_metric(metric, target.dim)
+        parts = [loc, given, spread_between(np.asarray(given, float), np.asarray(scale, float))]
+    return kernel, Basis(*(jax.device_put(np.asarray(x, target.spec.dtype)) for x in parts))
+
+
+def spread_between(scale: np.ndarray, explored: np.ndarray) -> np.ndarray:
+    """Return the standard deviations of a law with the scale ``explored`` in the coordinates of a basis, (D,)."""
+    if scale.ndim == 1:
+        return (np.linalg.norm(explored, axis=1) if explored.ndim == 2 else explored) / scale
+    return np.linalg.norm(np.linalg.solve(scale, explored if explored.ndim == 2 else np.diag(explored)), axis=1)
 
 
 def scale_of_metric(metric: ArrayLeaf, dim: int) -> np.ndarray:

@@ -41,6 +41,8 @@ FIRST_SHARE = 1 / 8
 LOSS = 0.1
 # Predicted merges for which a segment can wait within its allowance: some are twice as long.
 RESERVE = 2
+# Segments of a plan whose lengths are computed one by one.
+MANY = 1000
 
 
 def allowance(num_steps: int, saved: Scalar) -> Scalar:
@@ -92,8 +94,10 @@ def schedule(num_steps: int, num_blocks: int, merge: Scalar, step: Scalar, max_s
         segments.append(length)
         done += length
         saved += length * (1 - segment_cost(step, num_blocks, merge, length))
-        if len(segments) > 1000:  # segments are too short to pay: this plan will not be chosen
-            return [*segments, num_steps - done]
+        if len(segments) == MANY:  # the others are as long as the last one; longer only where there would be millions
+            left = num_steps - done
+            length = max(length, left // MANY**2)
+            return [*segments, *[length] * (left // length), *[left % length] * (left % length > 0)]
     return segments
 
 

@@ -60,9 +60,11 @@ def parallel_chain(
         model_args: Positional arguments of the model, data included.
         model_kwargs: Keyword arguments of the model, data included.
         kernel: Default: `HMC()`. Tunable fields that are None are set by warm-up. If there are discrete sites, a kernel
-            that needs gradients becomes ``Compose([DiscreteGibbs(), (kernel, continuous sites)])``.
+            over vectors becomes ``Compose([DiscreteGibbs(), (kernel, continuous sites)])``, or `DiscreteGibbs()` if all
+            sites are discrete.
         solver: "auto" or any `RecurrenceSolver`. "auto" samples sequentially, unless coupled chains merge in a short
-            pilot and blocks (`MultipleShooting`), DEER or quasi-DEER are predicted to save a quarter of the time.
+            pilot and blocks (`MultipleShooting`), DEER or quasi-DEER are predicted to save a quarter of the time, or
+            blocks may do so and trying them risks less than a tenth.
         num_warmup: Number of warm-up steps. With 0 there is no warm-up, and the kernel must have a step size.
         num_samples: Number of steps per chain after warm-up, of which every ``thinning``-th is kept.
         num_chains: Number of chains.
@@ -95,7 +97,8 @@ def parallel_chain(
         ValueError: A size, shape, model or density cannot be used; raised before any sampling.
         TypeError: An argument has the wrong type; raised before any sampling.
         WarmupError: Warm-up found no way to sample.
-        MemoryError: The draws and the shortest segment do not fit into memory; raised before any sampling.
+        MemoryError: The draws and the shortest segment do not fit into memory; raised before warm-up where it
+            is known what warm-up returns, otherwise after it.
         Interrupted: Ctrl-C; its ``chain`` holds the draws so far.
         NonFiniteState: A chain reached a state that is not finite; its ``chain`` holds the draws before it, or is None
             if there are none.
@@ -237,8 +240,8 @@ def sample(
         logdensity_fn: ``position -> scalar``, as it is at the time of the call: arrays that it reads may change between
             two calls, and nothing is compiled again if their shapes stay the same. None for kernels that evaluate no
             density, such as `Gibbs`.
-        initial_position: Any pytree of floating arrays, where the warm-up of every chain starts. For `Gibbs`,
-            `DiscreteGibbs` and `Compose` a dict of sites, which may contain integers.
+        initial_position: Any pytree of floating arrays, where all lanes of warm-up start; see ``init_per_chain``. For
+            `Gibbs`, `DiscreteGibbs` and `Compose` a dict of sites, which may contain integers.
         rng_key: See `parallel_chain`, as for all arguments below.
         kernel: Default: `HMC()`.
         solver: "auto" or any `RecurrenceSolver`.

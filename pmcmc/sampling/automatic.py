@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import median_low
 
 import jax
@@ -108,6 +109,7 @@ class Automatic:
 
     def execute(self) -> None:
         """Take all steps of the run."""
+        self.reason = "These are the first steps, which are sampled sequentially and timed."  # if there are no others
         run, head = self.run, Head(self.run)
         whole = run.num_steps * head.seconds_per_step
         if run.left * head.seconds_per_step <= SHORT_SECONDS:
@@ -118,15 +120,15 @@ class Automatic:
             run.sequentially()
             return
         self._planned_pace = head.seconds_per_step
-        self.follow(self.make_plan(head))
+        planned = self.make_plan(head)
+        del head  # and with it the paths that the pilot compared
+        self.follow(planned)
 
     def follow(self, planned: Plan) -> None:
         """Take the remaining steps as planned."""
         self.plan, self.reason, self._began = planned, planned.reason, time.perf_counter()
-        if isinstance(planned.solver, MultipleShooting):
-            self.in_blocks(planned, planned.solver)
-        elif not planned.solver.is_sequential:
-            self.run.with_solver(planned.solver)
+        if not planned.solver.is_sequential:
+            self.in_parallel(planned)
         elif better := self.sequential_under_watch(planned):
             return self.follow(better)
         self._ended = time.perf_counter()
@@ -137,6 +139,17 @@ class Automatic:
         if self.plan is None:
             return 0.0
         return (time.perf_counter() if math.isnan(self._ended) else self._ended) - self._began
+
+    def in_parallel(self, planned: Plan) -> None:
+        """Solve the run as planned. If a program fails, as on a device with too little memory, go on sequentially."""
+        try:
+            if isinstance(planned.solver, MultipleShooting):
+                self.in_blocks(planned, planned.solver)
+            else:
+                self.run.with_solver(planned.solver)
+        except jax.errors.JaxRuntimeError as failed:
+            first_line = str(failed).split("\n")[0].rstrip(".")
+            self.run.fall_back(f"A program of the solver failed ({first_line[:200]}).")
 
     def make_plan(self, head: Head) -> Plan:
         """Run the pilot, check it, and plan the remaining steps.
@@ -166,16 +179,31 @@ class Automatic:
             pilot: The pilot; None if there was none, or if it proves nothing.
         """
         leaves = jax.tree.leaves(self.run.x)
-        return plan(
+        planned_by = partial(
+            plan,
             self.run.left,
             self.run.engine.num_chains,
             costs,
             pilot,
-            dim=sum(x[0].size for x in leaves) if all(map(is_real, leaves)) else None,
             max_steps=self.most_steps,
             device_sets=device_sets(self.devices),
             ready=self.compiled_blocks(),
         )
+        found = planned_by(dim=sum(x[0].size for x in leaves) if all(map(is_real, leaves)) else None)
+        is_newton = not (found.solver.is_sequential or isinstance(found.solver, MultipleShooting))
+        return planned_by(dim=None) if is_newton and not self.has_tangents() else found
+
+    def has_tangents(self) -> bool:
+        """Whether a step has the forward derivatives of Newton's method; a gradient by `jax.custom_vjp` has none."""
+        target, kernel = self.run.engine.target, self.run.engine.kernel
+        x = jax.tree.map(lambda v: v[0], self.run.x)
+        noise = jax.eval_shape(kernel.sample_noise, jax.random.key(0), target)
+        step = lambda x, noise: jax.jvp(lambda x: kernel.transition(target)(x, noise), (x,), (x,))
+        try:
+            jax.jit(step).lower(x, noise)  # tracing alone does not find out
+        except (TypeError, ValueError, NotImplementedError):
+            return False
+        return True
 
     @property
     def correction(self) -> float:
@@ -289,7 +317,8 @@ class Automatic:
             slow = np.isin(codes, (RESULTS.successful, RESULTS.max_iters_reached)).all()
             if failed and not (slow and steps * rate / sequential < kept):
                 run.fall_back(failed)
-            elif run.left and (ratio := path * rate / sequential / max(done + kept, 1)) > 1:
+            elif run.left and path * rate / sequential > done + kept:
+                ratio = spent / max(done + kept, 1)  # as measured, by the time of every segment
                 run.fall_back(f"Blocks took {ratio:.2f} times as long as sequential sampling would have.")
 
     def sequentially_until_ready(self, solver: RecurrenceSolver, shape: Shape, planned: Plan) -> None:

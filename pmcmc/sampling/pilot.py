@@ -38,8 +38,10 @@ LAG = 32
 # A pair is followed in stretches that double in length, starting from the fewest steps that one program takes, up to
 # this many steps.
 FIRST_STRETCH, MAX_STEPS = Sequential.unit, 8192
-# Number of steps of the chains that are kept, because pairs may be compared with them.
+# Largest number of steps of the chains that are kept, because pairs may be compared with them.
 MAX_KEPT = LAG + NUM_PAIRS * MAX_STEPS
+# Copies of these steps that comparing them takes at the same time: of chains and partners, in parts and joined.
+COPIES = 6
 
 
 class Head:
@@ -49,6 +51,7 @@ class Head:
         run: The run, whose first steps are taken.
 
     Attributes:
+        num_kept: Largest number of steps whose path is kept, as many as a solve has memory for, copies included.
         seconds_per_step: Time of a step of all chains: the lower median over `NUM_TIMED` stretches of the first length
             that is long enough to be timed. So up to two of them may be delayed by something else.
         seconds: Time that all sampling took, including the work on the host.
@@ -57,6 +60,7 @@ class Head:
     def __init__(self, run: Run):
         self.run, self.shape = run, run.engine.shape_for(Sequential(), run.num_steps)
         self.seconds = 0.0
+        self.num_kept = min(MAX_KEPT, run.engine.max_bytes // (COPIES * sum(x.nbytes for x in jax.tree.leaves(run.x))))
         self._paths: list[PyTree] = []
         self.seconds_per_step = self._time()
 
@@ -79,7 +83,7 @@ class Head:
             first = self.run.done
             segment, _, clock = self.run.take(Sequential(), self.shape, end - first)
             seconds += clock.run_seconds
-            keep = min(self.run.done, MAX_KEPT) - first
+            keep = min(self.run.done, self.num_kept) - first
             if keep > 0:
                 path = segment.chains()[0]
                 self._paths.append(jax.tree.map(lambda x, n=keep: x[:, :n].copy(), path))
@@ -203,7 +207,12 @@ def couple(head: Head, own: np.ndarray) -> Pilot:
     few = min(len(starts), math.ceil(FIRST_PAIRS / chains))
     if few * chains < 2:
         return Pilot(None, "The ensemble has too few states to couple the chain with.")
+    # Windows lie within the steps that are kept. If memory is short, the first pairs take half of them.
+    room = head.num_kept - LAG
     longest = min(budget // few, MAX_STEPS, run.num_steps // (len(starts) + 1) - LAG)
+    if (held := max(room // len(starts), room // (2 * few))) < min(longest, FIRST_STRETCH // 2):
+        return Pilot(None, "The states are too large to keep enough of them for coupling chains: raise max_memory=.")
+    longest = min(longest, held)
     if longest < FIRST_STRETCH // 2:
         return Pilot(None, f"A run of {run.num_steps:,} steps is too short to couple chains first.")
     # Set up the first pairs. Window k starts LAG + k * steps steps after the start of the chains.
@@ -238,7 +247,9 @@ def couple(head: Head, own: np.ndarray) -> Pilot:
             # If there was only one call, it may have been delayed: add one more pair to see, before adding others.
             single = sum(one.num_calls for one in couples) == 1
             there, paid = len(couples) - few, max(0, int(0.75 * left() / price(steps)))
-            more, first = starts[len(couples) :][: 1 if single else paid], window(few, longest) + there * steps
+            fit = max(0, (room - (few + 1) * longest) // steps - there)
+            more = starts[len(couples) :][: min(fit, 1 if single else paid)]
+            first = window(few, longest) + there * steps
             couples += [Couple(head, first + k * steps, start) for k, start in enumerate(more)]
             follow(steps)
             if not (single and more):

@@ -244,9 +244,7 @@ class Counts:
 
 
 class NonFiniteState(RuntimeError):
-    """A chain reached a state that is not finite, and did so when sampled sequentially.
-
-    A proposal that is NaN is rejected, so the state itself overflowed. Check the kernel and the density there.
+    """A chain sampled sequentially reached a state that is not finite.
 
     Attributes:
         chain: A `Chain` of the earlier draws, as far as all chains have them; for a stream the `StoredChain` of the
@@ -389,10 +387,12 @@ class Run:
         if not (stands < ends).any():
             return segment, "", clock
         if solver.is_sequential:
+            chain = int(np.argmax(stands < ends))
+            step = self.engine.origin + int(self.position[chain]) + 1
             raise NonFiniteState(
-                f"a chain reached a state that is not finite at step {self.done + 1}. Check the kernel and the density "
-                "there: proposals that are NaN are rejected, so the state itself must have overflowed. Draws from "
-                "before, if there are any, are the attribute `chain` of this exception."
+                f"chain {chain} reached a state that is not finite at step {step}. Check the kernel and the density: "
+                "proposals that are NaN are rejected, so the state itself must have overflowed. Draws from before, if "
+                "there are any, are the attribute `chain` of this exception."
             )
         said = [f"{what}: {code.message.split('. ')[0].rstrip('.')}." for code, what in by_result(result) if code]
         return segment, " ".join(said), clock

@@ -182,9 +182,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 def hand_over(error: Any, chain: Chain | StoredChain | None) -> None:
-    """Make the draws so far the attribute ``chain`` of an exception that ends a run; a warning says so in a note."""
+    """Make the draws so far the attribute ``chain`` of an exception that ends a run, which says so in a note."""
     error.chain = chain
-    if isinstance(error, Warning) and chain is not None:
+    if not isinstance(error, NonFiniteState) and chain is not None:  # that one says so itself
         error.add_note("The draws so far are the attribute `chain` of this exception.")
 
 
@@ -408,7 +408,7 @@ def _sample(
         if (there := so_far()) is None:
             raise
         raise Interrupted(there, settings.num_samples) from stopped
-    except (NonFiniteState, Warning) as failed:  # a filter of Python's `warnings` may raise a warning
+    except Exception as failed:  # such as `NonFiniteState`, a warning that a filter raises, or a failing callback
         hand_over(failed, so_far() or before)
         raise
     return whole

@@ -121,7 +121,15 @@ class Settings:
 
 
 def settings_of(chain: Chain | StoredChain, num_samples: Any, max_memory: Any) -> Settings:
-    """Return the settings for steps that follow a chain."""
+    """Return the settings for steps that follow a chain.
+
+    Raises:
+        ValueError: There are fewer steps than lead to a draw.
+    """
+    if as_int("num_samples", num_samples, 1) < chain.thinning:
+        raise ValueError(
+            f"the chain keeps one draw in {chain.thinning} steps: take at least as many, got {num_samples}."
+        )
     return Settings.check(
         chain.state.target,
         chain.state.kernel,
@@ -340,7 +348,7 @@ def fit_memory(engine: Engine, settings: Settings, held: int) -> None:
         if least > most:
             raise MemoryError(
                 f"max_memory is {size_text(most)}, and the least is {size_text(least)}: {size_text(held)} for draws, "
-                f"the rest for {LEAST_STEPS} steps of {engine.num_chains} chain(s) at once. {_REMEDY}"
+                f"the rest for {LEAST_STEPS} steps of {engine.num_chains} chain(s) at once. Raise it. {_REMEDY}"
             )
         engine.max_bytes = most - held
     needed = max(least, held + min(num_steps * step, engine.max_bytes))

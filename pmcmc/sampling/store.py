@@ -290,10 +290,10 @@ def check_kept(target: Target, sites: Any) -> tuple[str, ...]:
     sites = known if sites is None else check_sites(target, sites)
     if not sites:
         raise ValueError(f"sites is empty: expected names out of {list(known)}.")
-    if slashed := [name for name in sites if "/" in name]:
+    if unfit := [name for name in sites if "/" in name or name in ("chain", "draw")]:
         raise ValueError(
-            f"sites {slashed} cannot be arrays on disk, where / separates folders: rename them in the model, or leave "
-            "them out by sites=."
+            f"sites {unfit} cannot be arrays on disk, where / separates folders, and chain and draw are axes: rename "
+            "them in the model, or leave them out by sites=."
         )
     return sites
 

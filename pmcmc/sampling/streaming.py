@@ -5,7 +5,7 @@ stopped. The draws go to a `pmcmc.sampling.store.Store`.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import NoneType
@@ -22,7 +22,6 @@ from pmcmc.chain.stored import CHECKPOINT, DRAWS, StoredChain
 from pmcmc.interop.arviz import read_arrays
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver
-from pmcmc.sampling.segments import NonFiniteState
 from pmcmc.sampling.session import Interrupted, Session, execute, hand_over
 from pmcmc.sampling.settings import Settings, settings_of
 from pmcmc.sampling.store import Store, check_kept, held_bytes
@@ -104,8 +103,9 @@ def _to_store(
             if store.last is None:
                 raise
             raise Interrupted(store.last, settings.num_samples) from stopped
-        except (NonFiniteState, Warning) as failed:  # a filter of Python's `warnings` may raise a warning
-            store.cut()
+        except Exception as failed:  # such as `NonFiniteState`, a warning that a filter raises, or a failing callback
+            with suppress(OSError):  # of a full disk, for instance; `resume` cuts what is left
+                store.cut()
             hand_over(failed, store.last)
             raise
         return store.last

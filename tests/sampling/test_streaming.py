@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -21,7 +22,7 @@ from pmcmc.sampling import engine, store
 from pmcmc.sampling.engine import Engine
 from pmcmc.sampling.store import Store
 from tests.helpers.streams import NUM_MORE, SIZES, start
-from tests.helpers.targets import EFFECTS, ERRORS, eight_schools_model, gaussian
+from tests.helpers.targets import EFFECTS, ERRORS, eight_schools_model, gaussian, start_like
 
 xarray = pytest.importorskip("xarray")
 pytest.importorskip("zarr", reason="the zarr extra is not installed")
@@ -386,3 +387,27 @@ def test_more_than_memory_has_room_for(finished: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("pmcmc._xla.compile.available_bytes", lambda: 1000.0)
     with pytest.raises(MemoryError, match=r"the draws need .* are available. Name fewer by sites="):
         chain.get_samples()
+
+
+def test_a_short_stream_says_how_it_was_sampled(tmp_path: Path) -> None:
+    """It ended within the steps that "auto" times first, and its last checkpoint was written before the decision."""
+    chain = pmcmc.sample(gaussian, start_like(gaussian), 0, num_samples=100, progress_bar=False)
+    stored = chain.stream(tmp_path / "run", 900, progress_bar=False)
+    assert stored.report.decision == "sequential"
+    assert stored.report.reason.startswith("These are the first steps")
+
+
+@pytest.mark.parametrize("name", ["chain", "draw"])
+def test_sites_named_like_an_axis(name: str, tmp_path: Path) -> None:
+    density = lambda x: -0.5 * jnp.sum(x[name] ** 2)
+    chain = pmcmc.sample(density, {name: jnp.zeros(2)}, 0, num_samples=100, progress_bar=False)
+    with pytest.raises(ValueError, match="chain and draw are axes"):
+        chain.stream(tmp_path / "run", 900, progress_bar=False)
+
+
+def test_fewer_steps_than_thinning(tmp_path: Path) -> None:
+    """The error advised another thinning, which these calls do not take."""
+    chain = pmcmc.sample(gaussian, start_like(gaussian), 0, num_samples=100, thinning=10, progress_bar=False)
+    for call in (chain.extend, lambda n: chain.stream(tmp_path / "run", n)):
+        with pytest.raises(ValueError, match="one draw in 10 steps: take at least as many, got 5"):
+            call(5)

@@ -1,10 +1,11 @@
 """Figures of the documentation, into docs/figures: ``python -m benchmarks.figures [NAME ...]``.
 
-All figures but `blocks` are drawn from the committed result files alone. `blocks` solves a small chain, in seconds.
+`blocks` and `funnel` sample small chains, in seconds; the others are drawn from the committed result files alone.
 """
 
 import argparse
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from matplotlib import pyplot as plt
 
 import pmcmc
 from benchmarks._harness import RESULTS
+from benchmarks.hierarchical import HIERARCHIES
 from pmcmc.recurrence import MultipleShooting, Sequential, solve
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
@@ -99,6 +101,35 @@ def _solved_blocks(num_blocks: int, length: int) -> tuple[np.ndarray, np.ndarray
     ):
         raise RuntimeError("the solver's chain or critical path differs from the picture's: choose another seed.")
     return path, guessed, merges, critical_path
+
+
+def funnel(num_samples: int = 2500) -> Any:
+    """Eight schools, written centred: draws of a chain in these coordinates, and of one that chose its own."""
+    hierarchy = HIERARCHIES["eight_schools"]()
+    chains = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the centred form does not mix is what is drawn
+        for form in ("centred", "chosen"):
+            model, reparam = hierarchy.form(form)
+            chains[form] = pmcmc.parallel_chain(
+                model, 0, reparam=reparam, num_samples=num_samples, solver=Sequential(), progress_bar=False
+            )
+    draws = {form: chain.get_samples() for form, chain in chains.items()}
+    mu, tau, theta = (np.asarray(draws["chosen"][name]) for name in ("mu", "tau", "theta"))
+    c = float(np.asarray(chains["chosen"].target.centredness["theta"])[0])
+    own = c * mu + tau ** (c - 1) * (theta[:, 0] - mu)
+    centred, label = draws["centred"], r"$\theta_1$"
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.8), sharey=True, layout="constrained")
+    shown = [
+        (centred["theta"][:, 0], centred["tau"], f"centred: the chain moves in {label}", label),
+        (theta[:, 0], tau, "AutoReparam: the same posterior", label),
+        (own, tau, f"AutoReparam: the chain moves in $w_1$, c = {c:.2g}", "$w_1$"),
+    ]
+    for panel, (x, scale, title, label) in zip(panels, shown, strict=True):
+        panel.plot(x, np.log(scale), ".", ms=1.5, alpha=0.4, rasterized=True)
+        panel.set(title=title, xlabel=label, ylim=(-6, 5))
+    panels[0].set(ylabel=r"$\log\,\tau$")
+    return figure
 
 
 def gain(length: int = 100_000) -> Any:
@@ -196,6 +227,7 @@ def _against_length(axes: Any, rows: list[dict]) -> None:
 
 ALL: dict[str, Callable[[], Any]] = {
     "blocks": blocks,
+    "funnel": funnel,
     "gain": gain,
     "efficiency": efficiency,
     "iterations": iterations,

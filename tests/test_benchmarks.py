@@ -16,7 +16,7 @@ from benchmarks._harness import alternate, save, with_others
 from benchmarks._reference import compiler_version
 from benchmarks._runs import Run
 from benchmarks.cases import CASES
-from benchmarks.hierarchies import HIERARCHIES
+from benchmarks.hierarchical import HIERARCHIES
 from benchmarks.models import MODELS
 from pmcmc.interop.numpyro import numpyro_target
 from pmcmc.recurrence import Sequential

@@ -1,7 +1,7 @@
 """``python -m pmcmc doctor``: report what this machine has, what is wrong with it, and what lanes cost on it.
 
 `run` prints every `Finding` of `versions`, `devices`, `settings` and `faults`, each with a remedy where something is
-wrong, then a `calibration`: the time of a step on 1 to 8,192 lanes.
+wrong, then a `calibration`: the time of a step on 1 to 1,024 lanes, or 8,192 on accelerators.
 """
 
 import importlib.metadata

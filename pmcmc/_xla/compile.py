@@ -100,6 +100,8 @@ def settings_of_thread() -> Callable[[], ExitStack]:
         jax_numpy_dtype_promotion=jax.numpy_dtype_promotion,
         jax_numpy_rank_promotion=jax.numpy_rank_promotion,
         jax_debug_nans=jax.debug_nans,
+        jax_debug_infs=jax.debug_infs,
+        jax_disable_jit=jax.disable_jit,
     )
     own = {name: getattr(jax.config, name) for name in named}
 

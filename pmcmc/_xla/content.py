@@ -32,6 +32,8 @@ _MAX_ORDER = 3
 _LIBRARIES = (os.path.join(os.path.dirname(str(jax.__file__)), ""),)
 # What functions in these folders read as globals does not change between two calls.
 _INSTALLED = tuple(os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "purelib", "platlib"))
+# But rules that a user gives to `jax.custom_gradient` or ``defjvps`` are functions of this file.
+_RULES_OF_OTHERS = "custom_derivatives.py"
 _CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 # Parameters that do not affect what is computed. Of the last two, only `scan_sizes` does.
 _LABELS = frozenset(("name", "debug_info", "ft_in", "ft_out"))
@@ -110,11 +112,13 @@ class Content:
         params = {key: value for key, value in equation.params.items() if key not in _LABELS}
         if equation.primitive.name == "scan":
             params["sizes"] = scan_sizes(equation)
+        if equation.primitive.name.startswith(("random_", "threefry")):
+            params["partitionable"] = bool(equation.ctx.threefry_partitionable)
         rules: tuple = ()
         if equation.primitive.name in _CUSTOM_RULES:
             inner = next(value for value in params.values() if isinstance(value, (ClosedJaxpr, Jaxpr)))
             params = {"function": inner}
-            if self._order < _MAX_ORDER and not _is_library(inner):
+            if self._order < _MAX_ORDER and not _is_library(equation, inner):
                 rules = tuple(map(Content(self._order + 1).of_value, _derivatives(equation)))
         return tuple((key, self.of_value(params[key])) for key in sorted(params)), rules
 
@@ -269,11 +273,14 @@ def shape_of(aval: Any) -> tuple:
     return aval.shape, str(aval.dtype), bool(getattr(aval, "weak_type", False))
 
 
-def _is_library(program: ClosedJaxpr | Jaxpr) -> bool:
-    """Whether a function with custom derivative rules belongs to JAX."""
+def _is_library(equation: Any, program: ClosedJaxpr | Jaxpr) -> bool:
+    """Whether a function and its custom derivative rules belong to JAX, as far as their source files say."""
     inner = program.jaxpr if isinstance(program, ClosedJaxpr) else program
-    source = getattr(inner.debug_info, "func_filename", None)
-    return source is not None and source.startswith(_LIBRARIES)
+    rules = [
+        x for x in equation.params.values() if hasattr(x, "debug_info") and not isinstance(x, (ClosedJaxpr, Jaxpr))
+    ]
+    sources = [str(getattr(x.debug_info, "func_filename", None)) for x in (inner, *rules)]
+    return bool(rules) and all(x.startswith(_LIBRARIES) and not x.endswith(_RULES_OF_OTHERS) for x in sources)
 
 
 def _derivatives(equation: Any) -> Iterator[ClosedJaxpr]:
@@ -283,14 +290,14 @@ def _derivatives(equation: Any) -> Iterator[ClosedJaxpr]:
     shapes = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in invars]
     empty = jax.make_jaxpr(lambda *xs: xs)(*shapes).jaxpr
     run = jaxpr_as_fun(ClosedJaxpr(empty.replace(invars=invars, outvars=outvars, eqns=[equation]), ()))
-    real = [n for n, s in enumerate(shapes) if jnp.issubdtype(s.dtype, jnp.floating)]
+    real = [n for n, s in enumerate(shapes) if jnp.issubdtype(s.dtype, jnp.inexact)]
 
     def of_real(xs: list[Any]) -> Callable:
         def call(*moving: Any) -> list[Any]:
             filled = list(xs)
             for n, x in zip(real, moving, strict=True):
                 filled[n] = x
-            return [out for out in run(*filled) if jnp.issubdtype(jnp.result_type(out), jnp.floating)]
+            return [out for out in run(*filled) if jnp.issubdtype(jnp.result_type(out), jnp.inexact)]
 
         return call
 

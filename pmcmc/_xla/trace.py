@@ -15,9 +15,11 @@ by JAX once per function object, here as in NumPyro.
 
 import hashlib
 import operator
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -217,16 +219,18 @@ _MAX_SEEN = 256
 # For programs that are equal apart from their numbers: the numbers of the first trace by place, and the places where
 # later traces differed. Any choice of places is correct; it decides only what is compiled again.
 _seen: OrderedDict[int, tuple[dict, set]] = OrderedDict()
+_lock = threading.Lock()
 
 
 def _varying(content: int, scalars: dict[Place, tuple]) -> tuple[Place, ...]:
     """Return the places where a program's numbers have changed between traces: there they are data, such as a mean."""
-    first, places = _seen.setdefault(content, (scalars, set()))
-    _seen.move_to_end(content)
-    if len(_seen) > _MAX_SEEN:
-        _seen.popitem(last=False)
-    places.update(place for place, value in scalars.items() if first.get(place) != value)
-    return tuple(sorted(places & scalars.keys()))
+    with _lock:
+        first, places = _seen.setdefault(content, (scalars, set()))
+        _seen.move_to_end(content)
+        if len(_seen) > _MAX_SEEN:
+            _seen.popitem(last=False)
+        places.update(place for place, value in scalars.items() if first.get(place) != value)
+        return tuple(sorted(places & scalars.keys()))
 
 
 def _replay(program: ClosedJaxpr, args: Iterable[Any], read: dict[Place, Any] | None = None) -> list[Any]:
@@ -322,29 +326,47 @@ def _own(constant: Any) -> Array:
     return jax.device_put(np.array(constant, copy=True))
 
 
+def _own_number(operand: Any) -> Any:
+    """Return an operand of an equation; if it is an array without axes, which the user may change, as a copy."""
+    value = operand.val if isinstance(operand, Literal) else None
+    if value is None or isinstance(value, (bool, int, float, complex, np.generic, jax.Array, jax.core.Tracer)):
+        return operand
+    return Literal(np.array(value, operand.aval.dtype, copy=True), operand.aval)
+
+
 def _with_own_arrays(program: ClosedJaxpr) -> ClosedJaxpr:
-    """Copy the arrays that a program holds within loops and branches, where they are no constants of the whole."""
+    """Copy the arrays that a program holds as operands, and within loops and branches: they are no constants of it.
+
+    A program that is called twice remains one.
+    """
+    made_of: dict[int, tuple[Any, Any]] = {}  # by id of the old program, which is kept alive
 
     def own(value: Any) -> Any:
         """Return a parameter of an equation with its own arrays: itself, if it holds none of the user's."""
         if type(value) in (tuple, list):
             made = type(value)(map(own, value))
             return value if all(map(operator.is_, made, value)) else made
-        if isinstance(value, ClosedJaxpr):  # from JAX 0.12.0.1, one class with Jaxpr
-            inner, theirs = (
-                within(value.jaxpr),
-                any(not isinstance(x, (jax.Array, jax.core.Tracer)) for x in value.consts),
-            )
-            return ClosedJaxpr(inner, list(map(_own, value.consts))) if theirs or inner is not value.jaxpr else value
-        return within(value) if isinstance(value, Jaxpr) else value
+        if not isinstance(value, (ClosedJaxpr, Jaxpr)):
+            return value
+        if id(value) not in made_of:
+            made_of[id(value)] = value, closed(value) if isinstance(value, ClosedJaxpr) else within(value)
+        return made_of[id(value)][1]
+
+    def closed(value: ClosedJaxpr) -> ClosedJaxpr:  # from JAX 0.12.0.1, one class with Jaxpr
+        theirs = any(not isinstance(x, (jax.Array, jax.core.Tracer)) for x in value.consts)
+        inner = within(value.jaxpr)
+        return ClosedJaxpr(inner, list(map(_own, value.consts))) if theirs or inner is not value.jaxpr else value
 
     def within(jaxpr: Jaxpr) -> Jaxpr:
         equations = []
         for equation in jaxpr.eqns:
             params = {key: own(x) for key, x in equation.params.items()}
-            same = all(map(operator.is_, params.values(), equation.params.values()))
-            equations.append(equation if same else equation.replace(params=params))
-        return jaxpr if all(map(operator.is_, equations, jaxpr.eqns)) else jaxpr.replace(eqns=equations)
+            invars = list(map(_own_number, equation.invars))
+            same = all(map(operator.is_, (*params.values(), *invars), (*equation.params.values(), *equation.invars)))
+            equations.append(equation if same else equation.replace(params=params, invars=invars))
+        outvars = list(map(_own_number, jaxpr.outvars))
+        same = all(map(operator.is_, (*equations, *outvars), (*jaxpr.eqns, *jaxpr.outvars)))
+        return jaxpr if same else jaxpr.replace(eqns=equations, outvars=outvars)
 
     return ClosedJaxpr(within(program.jaxpr), program.consts)
 
@@ -389,6 +411,8 @@ def _stable(value: Any) -> str:
         return repr(value)
     if isinstance(value, type):
         return value.__qualname__
+    if isinstance(value, CodeType):  # without its file and lines
+        return _stable((value.co_code, value.co_names, value.co_varnames, value.co_freevars, value.co_consts))
     text = repr(value)
     return type(value).__qualname__ if " at 0x" in text else text
 

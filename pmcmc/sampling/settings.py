@@ -15,6 +15,7 @@ import numpy as np
 
 from pmcmc._arguments import as_int
 from pmcmc._pytree import PRNGKey, PyTree
+from pmcmc._xla import default_platform
 from pmcmc._xla.compile import available_bytes, size_text
 from pmcmc.chain.chain import Chain
 from pmcmc.chain.stored import StoredChain
@@ -216,7 +217,8 @@ def _devices(devices: Any, solver: RecurrenceSolver | None) -> tuple[jax.Device,
     """Return the devices that share the work; empty for the default one.
 
     Raises:
-        ValueError: There are none, or "auto" should use several processes.
+        ValueError: There are none, they are of another platform than the default device, or "auto" should use several
+            processes.
         TypeError: They are not a sequence of devices.
     """
     if devices is None:
@@ -225,6 +227,12 @@ def _devices(devices: Any, solver: RecurrenceSolver | None) -> tuple[jax.Device,
         raise TypeError(f"devices must be a sequence of JAX devices such as jax.devices(), got {devices!r}.")
     if not devices:
         raise ValueError("devices is empty: pass jax.devices(), or leave it out for the default device.")
+    default = default_platform()
+    if other := {device.platform for device in devices} - {default}:
+        raise ValueError(
+            f"devices are of the platform {sorted(other)}, but the default device is of {default!r}: make the call "
+            "within `with jax.default_device(devices[0]):`."
+        )
     if solver is None and len({device.process_index for device in devices}) > 1:
         raise ValueError(
             'solver="auto" decides by timings, which differ from one process to the next: pass '

@@ -76,7 +76,7 @@ def test_kernels_with_more_than_a_position() -> None:
 
 @pytest.mark.parametrize(
     ("num_samples", "error", "words"),
-    [(0, ValueError, "at least 1"), (2, ValueError, "thinning=3 keeps none"), (True, TypeError, "must be an integer")],
+    [(0, ValueError, "at least 1"), (2, ValueError, "one draw in 3 steps"), (True, TypeError, "must be an integer")],
 )
 def test_wrong_lengths(num_samples, error, words) -> None:
     with pytest.raises(error, match=words):

@@ -14,6 +14,7 @@ import pytest
 from benchmarks._compilations import compilations
 from pmcmc import HMC, load, sample
 from pmcmc.recurrence import MultipleShooting, Sequential, Windowed, deer, elk, quasi_deer
+from pmcmc.sampling import settings
 from tests.helpers.targets import gaussian
 
 PROGRAMS = ("jit(draw_noise)", "jit(solve_noise)")
@@ -75,6 +76,13 @@ def test_rejects_devices_that_cannot_be_used() -> None:
             make(devices=2 * jax.devices())
         with pytest.raises(ValueError, match="at least one"):
             make(devices=[])
+
+
+def test_devices_of_another_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs are compiled for the default device: float32 products of a GPU, for instance, would not be asked for."""
+    monkeypatch.setattr(settings, "default_platform", lambda: "gpu")
+    with pytest.raises(ValueError, match=r"platform \['cpu'\].*jax.default_device"):
+        sample(gaussian, jnp.zeros(3), 0, devices=jax.devices("cpu"), num_samples=100, progress_bar=False)
 
 
 @pytest.mark.slow

@@ -147,6 +147,7 @@ def test_threads_have_the_settings_of_the_caller() -> None:
         "numpy_rank_promotion": "raise",
         "default_prng_impl": "rbg",
         "debug_nans": True,
+        "debug_infs": True,
     }
     read = lambda: {name: getattr(jax.config, f"jax_{name}") for name in settings}
     with ExitStack() as stack, ThreadPoolExecutor(1) as pool:

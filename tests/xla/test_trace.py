@@ -276,3 +276,68 @@ def test_scatters_count_what_they_add() -> None:
     )
     (scatter,) = [equation for equation in program.eqns if equation.primitive.name == "scatter-add"]
     assert count_operations(program.jaxpr.replace(eqns=[scatter])) == 50
+
+
+def with_gradient(factor: float):
+    @jax.custom_gradient
+    def fn(x):
+        return -0.5 * jnp.sum(x**2), lambda g: (-factor * x * g,)
+
+    return fn
+
+
+def with_rule(factor: float):
+    fn = jax.custom_jvp(jnp.log)
+    fn.defjvp(lambda p, t: (fn(*p), factor * t[0]))
+    return lambda x: jnp.sum(fn(x))
+
+
+def with_rules(factor: float):
+    fn = jax.custom_jvp(jnp.log)
+    fn.defjvps(lambda t, out, x: factor * t)
+    return lambda x: jnp.sum(fn(x))
+
+
+def with_rule_of_spectrum(factor: float):
+    power = jax.custom_jvp(lambda z: jnp.sum(jnp.abs(z) ** 2))
+    power.defjvp(lambda p, t: (power(*p), factor * jnp.sum(jnp.real(jnp.conj(p[0]) * t[0]))))
+    return lambda x: power(jnp.fft.fft(x))
+
+
+@pytest.mark.parametrize("make", [with_gradient, with_rule, with_rules, with_rule_of_spectrum])
+def test_rules_of_the_user_on_functions_of_jax(make) -> None:
+    """Their primal functions are in JAX's files, and their values are equal: only the rules tell them apart."""
+    x = jnp.arange(1.0, 5.0)
+    one, again, other = trace(make(2.0), x), trace(make(2.0), x), trace(make(6.0), x)
+    assert one.trace == again.trace
+    assert one.trace != other.trace
+    np.testing.assert_allclose(jax.grad(other)(x), 3 * jax.grad(one)(x), rtol=1e-6)
+
+
+def test_how_random_bits_are_made_is_content() -> None:
+    fn = lambda x: jnp.sum(x * jax.random.normal(jax.random.key(0), (3,)))
+    x = jnp.arange(3.0)
+    with jax.threefry_partitionable(False):
+        before = trace(fn, x)
+    with jax.threefry_partitionable(True):
+        after, expected = trace(fn, x), fn(x)
+    assert before.trace != after.trace
+    np.testing.assert_allclose(after(x), expected, rtol=1e-6)
+
+
+def test_numbers_in_arrays_are_copied() -> None:
+    """An array without axes is an operand of an equation, and was the user's own."""
+    number, x = np.array(2.0, np.float32), jnp.ones(3, jnp.float32)
+    looped = lambda x: jax.lax.fori_loop(0, 2, lambda i, y: y * jnp.asarray(number), x)
+    made = [trace(lambda x: jnp.sum(x) * jnp.asarray(number), x), trace(lambda x: jnp.sum(looped(x)), x)]
+    expected = [float(traced(x)) for traced in made]
+    number[()] = 5.0
+    assert [float(traced(x)) for traced in made] == expected == [6.0, 12.0]
+
+
+def test_digests_know_the_code_of_callbacks() -> None:
+    shape, x = jax.ShapeDtypeStruct((), jnp.float32), jnp.ones(3, jnp.float32)
+    traced = lambda host: trace(lambda x: jax.pure_callback(host, shape, x, vmap_method="sequential"), x).trace
+    total, product = traced(lambda v: np.sum(v)), traced(lambda v: np.prod(v))
+    assert digest(total) != digest(product)
+    assert digest(total) == digest(traced(lambda v: np.sum(v)))

@@ -121,9 +121,9 @@ def funnel(num_samples: int = 2500) -> Any:
     centred, label = draws["centred"], r"$\theta_1$"
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.8), sharey=True, layout="constrained")
     shown = [
-        (centred["theta"][:, 0], centred["tau"], f"centred: the chain moves in {label}", label),
-        (theta[:, 0], tau, "AutoReparam: the same posterior", label),
-        (own, tau, f"AutoReparam: the chain moves in $w_1$, c = {c:.2g}", "$w_1$"),
+        (centred["theta"][:, 0], centred["tau"], "centred", label),
+        (theta[:, 0], tau, "AutoReparam", label),
+        (own, tau, f"AutoReparam: its coordinates, c = {c:.2g}", "$w_1$"),
     ]
     for panel, (x, scale, title, label) in zip(panels, shown, strict=True):
         panel.plot(x, np.log(scale), ".", ms=1.5, alpha=0.4, rasterized=True)

@@ -207,14 +207,10 @@ def couple(head: Head, own: np.ndarray) -> Pilot:
     few = min(len(starts), math.ceil(FIRST_PAIRS / chains))
     if few * chains < 2:
         return Pilot(None, "The ensemble has too few states to couple the chain with.")
-    # Windows lie within the steps that are kept. If memory is short, the first pairs take half of them.
     room = head.num_kept - LAG
-    longest = min(budget // few, MAX_STEPS, run.num_steps // (len(starts) + 1) - LAG)
-    if (held := max(room // len(starts), room // (2 * few))) < min(longest, FIRST_STRETCH // 2):
-        return Pilot(None, "The states are too large to keep enough of them for coupling chains: raise max_memory=.")
-    longest = min(longest, held)
-    if longest < FIRST_STRETCH // 2:
-        return Pilot(None, f"A run of {run.num_steps:,} steps is too short to couple chains first.")
+    longest, excuse = _longest_window(head, len(starts), few, budget)
+    if excuse:
+        return Pilot(None, excuse)
     # Set up the first pairs. Window k starts LAG + k * steps steps after the start of the chains.
     window = lambda k, steps: LAG + k * steps
     couples = [Couple(head, window(k, longest), start) for k, start in enumerate(starts[:few])]
@@ -262,6 +258,20 @@ def couple(head: Head, own: np.ndarray) -> Pilot:
     found = coalescence_of_paths(*paths, scale=scale, tol=tol)
     seconds = time.perf_counter() - begin - (head.seconds - sampling)
     return Pilot(found, "", seconds, sum(one.run_seconds for one in couples))
+
+
+def _longest_window(head: Head, num_starts: int, few: int, budget: int) -> tuple[int, str]:
+    """Return the largest number of steps for which the ``few`` first pairs are followed, and why it is too small.
+
+    Windows lie within the steps that are kept. If memory is short, the first pairs take half of them.
+    """
+    longest = min(budget // few, MAX_STEPS, head.run.num_steps // (num_starts + 1) - LAG)
+    room, least = head.num_kept - LAG, FIRST_STRETCH // 2
+    held = max(room // num_starts, room // (2 * few))
+    if held < min(longest, least):
+        return held, "The states are too large to keep enough of them for coupling chains: raise max_memory=."
+    short = f"A run of {head.run.num_steps:,} steps is too short to couple chains first."
+    return min(longest, held), short if longest < least else ""
 
 
 def _partner_starts(run: Run, own: np.ndarray) -> list[PyTree]:

@@ -9,7 +9,7 @@ from scipy import stats
 from pmcmc import HMC, MALA, NUTS, DiscreteGibbs, Target
 from pmcmc.kernels import CategoricalUpdate, UniformLength
 from pmcmc.kernels.updates import Site
-from pmcmc.random.distributions import normals, uniforms
+from pmcmc.random.distributions import inverse_cdf, normals, uniforms
 from pmcmc.random.streams import fold_in, key_pair
 from tests.helpers.chains import draw_noise
 from tests.helpers.statistics import TEST_FAILURE_RATE, z_bound
@@ -150,3 +150,6 @@ def test_random_choices_are_not_rounded_to_half_precision() -> None:
         .length
     )
     assert u.dtype == length.dtype == jnp.float32
+    for count in (2, 20):  # log densities in half precision, as those of `DiscreteGibbs`
+        logits = jnp.where(jnp.arange(count) == count - 1, -9.0, 0.0).astype(dtype)
+        assert int(inverse_cdf(logits, jnp.float32(1 - 1e-6)).category) == count - 1

@@ -41,6 +41,21 @@ def check_int(name: str, value: Any, least: int, remedy: str = "") -> None:
         as_int(name, value, least, remedy)
 
 
+def check_rate(name: str, value: Any) -> None:
+    """Raise an error if an acceptance rate to tune to is a number outside of (0, 1); None and arrays pass.
+
+    Raises:
+        ValueError: It is.
+        TypeError: It is a boolean.
+    """
+    rate = known_number(name, value)
+    if rate is not None and not 0 < rate < 1:
+        raise ValueError(
+            f"{name} must lie between 0 and 1, both excluded, got {value}: leave it out, or pass 0.8, or 0.95 for "
+            "smaller steps."
+        )
+
+
 def known_number(name: str, value: Any) -> Any:
     """Return an argument if it is a number, and None if its value may be unknown.
 

@@ -103,9 +103,9 @@ class ParallelMCMC(MCMC):
     ``max_tree_depth``, ``num_steps``, ``trajectory_length``, ``init_strategy``, ``adapt_step_size``,
     ``adapt_mass_matrix``, and ``step_size`` and ``inverse_mass_matrix`` if they are not adapted. If they are, NumPyro
     only starts from them, and pmcmc starts elsewhere. Steps of HMC are jittered. If ``trajectory_length`` is left out,
-    its trajectories take the time that `HMC` tunes, at least 1.82, instead of 2 pi. ``regularize_mass_matrix`` and
-    ``find_heuristic_step_size`` have no effect: they say how NumPyro adapts, and pmcmc has warm-ups of its own. Options
-    that cannot be kept are refused.
+    its trajectories take the time that `HMC` tunes, at least 1.82, instead of 2 pi. Where steps are tuned, a trajectory
+    has at most 64, with a warning if ``trajectory_length`` needs more. ``regularize_mass_matrix`` and
+    ``find_heuristic_step_size`` have no effect: pmcmc has warm-ups of its own. Options that cannot be kept are refused.
 
     Args:
         sampler: ``numpyro.infer.NUTS(model, ...)`` or ``HMC(model, ...)``, translated as described above; or the model

@@ -32,22 +32,33 @@ def check_starts(target: Target, starts: PyTree, uses_gradient: bool = True) -> 
         return
     if not target.model.has_density:
         raise ValueError("the initial position is not finite: start from other values.")
-    bad = int(np.argmin(usable))
-    position = jax.tree.map(lambda x: x[bad], starts)
     where = "any start" if not usable.any() else f"{int(np.sum(~usable))} of {len(usable)} starts"
-    if not np.isfinite(values[bad]):
-        blame = f"The log density is {float(values[bad])} there. " + target.model.explain(target.data, position)
-    else:
-        names = [
-            jax.tree_util.keystr(path)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)
-            if not np.all(np.isfinite(leaf[bad]))
-        ]
-        blame = f"The gradient is not finite with respect to position{', position'.join(names)}."
+    blame = explain_start(target, starts, values, gradients, int(np.argmin(usable)))
     raise ValueError(
-        f"the log density cannot be used at {where}. {blame.strip()} Check the model and its data for NaN, a prior "
+        f"the log density cannot be used at {where}. {blame} Check the model and its data for NaN, a prior "
         "that does not cover the data, or pass starting values by init_params."
     )
+
+
+def explain_start(target: Target, starts: PyTree, values: np.ndarray, gradients: PyTree, number: int) -> str:
+    """Say what is not finite at a start: the density, at which site if this is known, or parts of its gradient.
+
+    Args:
+        target: What is sampled.
+        starts: Positions, leading axis N.
+        values: Log densities from `evaluate_starts`; shape (N,).
+        gradients: Gradients from `evaluate_starts`.
+        number: Number of the start.
+    """
+    if not np.isfinite(values[number]):
+        sites = target.model.explain(target.data, jax.tree.map(lambda x: x[number], starts))
+        return f"The log density is {float(values[number])} there. {sites}".rstrip()
+    names = [
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)
+        if not np.all(np.isfinite(leaf[number]))
+    ]
+    return f"The gradient is not finite with respect to position{', position'.join(names)}."
 
 
 def _obstacle(target: Target, starts: PyTree, uses_gradient: bool) -> str:

@@ -20,6 +20,7 @@ from pmcmc.drop_in import ParallelMCMC
 from pmcmc.kernels import ParallelLeapfrog
 from pmcmc.numpyro_samplers import translate
 from pmcmc.recurrence import HutchinsonDiagonal, MultipleShooting, Newton, Sequential
+from pmcmc.warmup.settlement import Verdict
 
 
 @pytest.fixture(autouse=True)
@@ -385,6 +386,11 @@ def test_what_numpyros_kernels_become() -> None:
     fixed = HMC(model, step_size=0.5, adapt_step_size=False, trajectory_length=1.2)
     assert translate(fixed, 100)[0] == pmcmc.HMC(step_size=1.2 / 3, num_integration_steps=3)
     assert translate(HMC(model, trajectory_length=1.2), 100)[0] == pmcmc.HMC(trajectory_length=1.2)
+    unit = r"target_acceptance_rate must lie between 0 and 1, both excluded, got 1\.5"
+    with pytest.raises(ValueError, match=unit):
+        translate(NUTS(model, target_accept_prob=1.5), 100)
+    with pytest.raises(ValueError, match=unit):
+        ParallelMCMC(NUTS(model, target_accept_prob=1.5), warmup=pmcmc.WindowAdaptation(), num_warmup=9, num_samples=9)
     with pytest.warns(UserWarning, match="step size can't be adapted"):
         both = HMC(model, num_steps=4, trajectory_length=1.0)
     assert translate(both, 100)[0] == pmcmc.HMC(step_size=0.25, num_integration_steps=4)
@@ -517,7 +523,7 @@ def test_a_given_metric_is_kept_while_the_step_size_is_tuned(sampler, metric) ->
 
 
 def test_what_warmup_had_to_say_stays_with_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pmcmc.warmup.ensemble._is_settled", lambda *found: False)
+    monkeypatch.setattr("pmcmc.warmup.ensemble.judge_path", lambda *found: Verdict(False, False))
     mcmc = ParallelMCMC(model, num_warmup=20, num_samples=50, progress_bar=False)
     with pytest.warns(UserWarning, match="did not settle"):
         mcmc.warmup(jax.random.key(0), Y)

@@ -18,8 +18,9 @@ from pmcmc._pytree import Array, PRNGKey, PyTree
 from pmcmc._warnings import user_level
 from pmcmc._xla.compile import tuned_jit
 from pmcmc.interop.partial_centring import locations_and_scales
+from pmcmc.random.distributions import at_least_single
 from pmcmc.random.streams import key_pair, threefry_2x32
-from pmcmc.starts import evaluate_starts
+from pmcmc.starts import evaluate_starts, explain_start
 from pmcmc.target import Target
 
 
@@ -219,7 +220,7 @@ def numpyro_starts(target: Target, rng_key: PRNGKey, num_starts: int, uses_gradi
     two thirds of a short run. If no usable start is found for some of them, they start where others do.
 
     Raises:
-        ValueError: No usable start was found at all; the message names the site that is not finite.
+        ValueError: No usable start was found at all; the message says what is not finite at the last one.
 
     Warns:
         UserWarning: Some start where others do.
@@ -231,24 +232,21 @@ def numpyro_starts(target: Target, rng_key: PRNGKey, num_starts: int, uses_gradi
         )
         keep = lambda old, new: np.where(usable.reshape(-1, *(1,) * (new.ndim - 1)), old, new)  # noqa: B023
         starts = drawn if starts is None else jax.tree.map(keep, starts, drawn)
-        *_, usable = evaluate_starts(target, starts, uses_gradient)
+        values, gradients, usable = evaluate_starts(target, starts, uses_gradient)
         if usable.all():
             return starts
+    blame = explain_start(target, starts, values, gradients, int(np.argmin(usable)))
     if usable.any():
-        return _shared(target, starts, usable)
-    centre = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), target.spec.template)
-    centre.update({name: jnp.full_like(centre[name], values[0]) for name, values in target.model.supports})
+        return _shared(starts, usable, blame)
     raise ValueError(
-        f"the log density cannot be used at any of {_MAX_TRIES} random starts. "
-        f"{target.model.explain(target.data, centre)} Check the model and its data for NaN and values outside a "
-        "support, or pass starting values by init_params."
+        f"the log density cannot be used at any of {_MAX_TRIES} random starts. {blame} Check the model and its data "
+        "for NaN and values outside a support, or pass starting values by init_params."
     )
 
 
-def _shared(target: Target, starts: PyTree, usable: np.ndarray) -> PyTree:
-    """Return the starts with usable ones in place of the others, in turn, and warn."""
+def _shared(starts: PyTree, usable: np.ndarray, blame: str) -> PyTree:
+    """Return the starts with usable ones in place of the others, in turn, and warn of what is wrong with these."""
     found, missing = np.flatnonzero(usable), np.flatnonzero(~usable)
-    blame = target.model.explain(target.data, jax.tree.map(lambda x: x[missing[0]], starts))
     warnings.warn(
         f"For {len(missing)} of {len(usable)} random starts the log density could not be used at any of {_MAX_TRIES} "
         f"positions, so they start where others do. {blame} Check the model and its data for values outside a "
@@ -270,7 +268,8 @@ def _draw_starts(target: Target, rng_key: PRNGKey, tries: Array, *, num_starts: 
         numbers = drawn + jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
         drawn += math.prod(shape)
         bits, _ = threefry_2x32(key_pair(rng_key), numbers, tries)
-        return bits.astype(target.spec.dtype) * 2.0**-32
+        # Narrower dtypes cannot hold the bits: in float16 they are inf.
+        return bits.astype(at_least_single(target.spec.dtype)) * 2.0**-32
 
     starts = jax.vmap(target.spec.unravel)(4 * uniform(num_starts, target.dim) - 2)
     for name, values in supports.items():

@@ -28,7 +28,7 @@ from pmcmc.random.streams import IMPL
 from pmcmc.recurrence import Recurrence
 from pmcmc.target import Target
 
-# Fields that warm-up may set if a kernel has them.
+# Fields that warm-up looks at if a kernel has them, see `Kernel.tunables`.
 TUNABLES = ("step_size", "num_integration_steps", "inverse_mass_matrix")
 
 
@@ -191,7 +191,11 @@ class Kernel(abc.ABC):
 
     @property
     def tunables(self) -> dict[str, Any]:
-        """The fields that warm-up may set, by name: those of `TUNABLES` that the kernel has. None means to be tuned."""
+        """The fields that warm-up looks at, by name: those of `TUNABLES` that the kernel has.
+
+        A ``step_size`` of None is tuned. An ``inverse_mass_matrix`` becomes part of the basis, and in it the kernel has
+        None, the identity. ``num_integration_steps`` is left to `finalize`; only `ChEESAdaptation` sets that of `HMC`.
+        """
         return {name: getattr(self, name) for name in TUNABLES if hasattr(self, name)}
 
     @property
@@ -223,6 +227,10 @@ class Kernel(abc.ABC):
     def finalize(self) -> "Kernel":
         """Return the kernel with all that follows from its step size fixed; called before sampling."""
         return self
+
+    def unkept(self, tuned: "Kernel") -> str:
+        """Return a sentence on settings of this kernel that the tuned and finalized one does not keep; "" for none."""
+        return ""
 
     @property
     def may_resonate(self) -> bool:

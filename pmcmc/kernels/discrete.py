@@ -22,7 +22,7 @@ import numpy as np
 from pmcmc._pytree import Array, PRNGKey, PyTree, register_dataclass
 from pmcmc._xla.compile import plain_jit
 from pmcmc.kernels.base import Info, SiteKernel, site_templates
-from pmcmc.random.distributions import check_values, inverse_cdf, uniforms
+from pmcmc.random.distributions import at_least_single, check_values, inverse_cdf, uniforms
 from pmcmc.target import Target
 
 
@@ -121,7 +121,7 @@ class DiscreteGibbs(SiteKernel):
     def sample_noise(self, rng_key, target):
         sites, dtype = site_templates(target), target.spec.dtype
         sizes = [sites[name].size for name in self._supports(target)]
-        u = uniforms(rng_key, sum(sizes), dtype)
+        u = uniforms(rng_key, sum(sizes), at_least_single(dtype))
         return tuple(jnp.split(u, np.cumsum(sizes)[:-1]))
 
     def nudge(self, noise, amount):

@@ -127,7 +127,7 @@ class Gibbs(SiteKernel):
         return state, Info(
             acceptance_rate=jnp.asarray(jnp.nan, dtype),
             is_divergent=failed,
-            margin=margin,
+            margin=jnp.asarray(margin, dtype),
             logdensity=jnp.asarray(target.model.logdensity(target.data, state), dtype),
         )
 
@@ -245,6 +245,10 @@ class Compose(SiteKernel):
 
     def finalize(self):
         return replace(self, blocks=tuple(replace(block, kernel=block.kernel.finalize()) for block in self.blocks))
+
+    def unkept(self, tuned):
+        parts = zip(self.blocks, tuned.blocks, strict=True)
+        return " ".join(filter(None, (mine.kernel.unkept(other.kernel) for mine, other in parts)))
 
     @property
     def divergences_matter(self):

@@ -30,7 +30,7 @@ from pmcmc._arguments import as_int, check_int, known_number
 from pmcmc._pytree import Array, ArrayLeaf, Scalar, register_dataclass
 from pmcmc.kernels.base import Info, check_step_size
 from pmcmc.kernels.metropolis import BranchTaken, GradientKernel, GradientState, Surrogate, accept
-from pmcmc.random.distributions import at_least_single, normals, rounded, uniforms
+from pmcmc.random.distributions import at_least_single, normals, uniforms
 from pmcmc.recurrence import RESULTS, BlockDiagonal, Newton, RecurrenceSolver
 from pmcmc.target import Target
 
@@ -210,6 +210,8 @@ class ParallelLeapfrog(Leapfrog):
 # of time T multiplies a centred coordinate by cos(T) on average, and a rejection by 1. At the acceptance rate of 0.8 to
 # which warm-up tunes, successive draws have the correlation 0.8 cos(T) + 0.2, which is zero here.
 TRAJECTORY_LENGTH = math.acos(-1 / 4)
+# Largest number of steps that is taken for this time.
+MOST_STEPS = 64
 # Numbers of steps that miss this time by a smaller share than this, such as rounding errors, count as reaching it.
 TIME_TOLERANCE = 1e-4
 
@@ -221,7 +223,8 @@ class HMCNoise(NamedTuple):
         normal: Standard normal that the metric turns into a momentum; shape (D,).
         log_uniform: Log of a uniform on (0, 1), for the Metropolis decision.
         jitter: Uniform on (-1, 1), for the step size.
-        length: Uniform on (0, 1), for a random number of leapfrog steps; None if that number is fixed.
+        length: Uniform on (0, 1), at least in float32, for a random number of leapfrog steps; None if that number is
+            fixed.
     """
 
     normal: Array
@@ -251,7 +254,8 @@ class HMC(GradientKernel):
         leapfrog: `SequentialLeapfrog`, or `ParallelLeapfrog`, which solves all states of a long trajectory at once.
         trajectory_length: Time T of a trajectory whose number of steps is left out. The default, arccos(-1/4) = 1.82,
             is 0.29 of the period on a standard normal target. `EnsembleAdaptation` lengthens the default in a diagonal
-            basis with directions more than twice as wide as the coordinates (`pmcmc.warmup.trajectories`).
+            basis with directions more than twice as wide as the coordinates (`pmcmc.warmup.trajectories`), unless a
+            metric is given. At most 64 steps are taken, so a long time may not be reached; there is then a warning.
 
     Raises:
         ValueError: ``step_size`` or ``trajectory_length`` is not positive, ``num_integration_steps`` is below 1, or the
@@ -295,7 +299,7 @@ class HMC(GradientKernel):
             normal=normals(u[2 + drawn :]).astype(dtype),
             log_uniform=jnp.log(u[0]).astype(dtype),
             jitter=(2 * u[1] - 1).astype(dtype),
-            length=rounded(u[2], dtype) if drawn else None,
+            length=u[2] if drawn else None,
         )
 
     def nudge(self, noise, amount):
@@ -321,6 +325,20 @@ class HMC(GradientKernel):
             self
             if self.num_integration_steps is not None
             else replace(self, num_integration_steps=self.default_length())
+        )
+
+    def unkept(self, tuned):
+        if self.num_integration_steps is not None or not isinstance(self.leapfrog, SequentialLeapfrog):
+            return ""
+        if isinstance(tuned.num_integration_steps, UniformLength):  # found by ChEES
+            return ""
+        time, step_size = float(np.asarray(self.trajectory_length)), float(np.asarray(tuned.step_size))
+        if time == TRAJECTORY_LENGTH or MOST_STEPS * step_size > 0.99 * time:
+            return ""
+        return (
+            f"Trajectories of HMC take a time of {MOST_STEPS * step_size:.3g} instead of trajectory_length={time:.3g}, "
+            f"because they stop after {MOST_STEPS} steps of size {step_size:.3g}: pass a shorter trajectory_length, or "
+            f"num_integration_steps={math.ceil(time / step_size)} to take them all."
         )
 
     def at_most(self, num_steps):
@@ -371,4 +389,4 @@ class HMC(GradientKernel):
 
 def _default_length(xp: Any, time: Any, step_size: Any) -> Any:
     """Return ``clip(ceil(time / step_size), 1, 64)``, computed by numpy or JAX."""
-    return xp.clip(xp.ceil((1 - TIME_TOLERANCE) * time / step_size), 1, 64)
+    return xp.clip(xp.ceil((1 - TIME_TOLERANCE) * time / step_size), 1, MOST_STEPS)

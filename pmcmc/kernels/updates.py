@@ -341,13 +341,13 @@ class CategoricalUpdate(Update):
         _wrap(self, "logits")
 
     def draw_noise(self, rng_key, site):
-        return uniform_array(rng_key, site.shape, site.dtype)
+        return uniform_array(rng_key, site.shape, at_least_single(site.dtype))
 
     def nudge(self, noise, amount):
         return noise + amount
 
     def draw(self, state, noise, site):
-        logits = jnp.asarray(self.logits(state), site.dtype)
+        logits = jnp.asarray(self.logits(state), at_least_single(site.dtype))
         if logits.ndim == 0 or logits.shape[:-1] != site.shape:
             raise ValueError(
                 f"logits must have the site's shape {site.shape} and a last axis for its values, got {logits.shape}."

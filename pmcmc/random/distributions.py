@@ -240,7 +240,8 @@ def inverse_cdf(logits: Float[Array, "*dims K"], uniform: Float[Array, "*dims"])
     """Return the least k with ``p[0] + ... + p[k] >= u`` and p[k] > 0, p = softmax(logits).
 
     Monotone in u. Under a shared uniform, draws from two ordered distributions are ordered too, and draws from two
-    close distributions differ with a probability near their total variation distance.
+    close distributions differ with a probability near their total variation distance. Computed at least in float32:
+    in narrower dtypes rare categories would be rounded away. The uniforms should not have been rounded to one either.
 
     Args:
         logits: Unnormalised log probabilities of K categories, shape ``(..., K)``.
@@ -250,7 +251,7 @@ def inverse_cdf(logits: Float[Array, "*dims K"], uniform: Float[Array, "*dims"])
         Categories, shape ``(...)``, and how close they were to another outcome.
     """
     draw = _by_columns if logits.shape[-1] <= MAX_COLUMNS else _by_scan
-    return draw(logits, uniform)
+    return draw(logits.astype(at_least_single(logits.dtype)), uniform.astype(at_least_single(uniform.dtype)))
 
 
 def _by_columns(logits: Array, uniform: Array) -> DiscreteDraw:

@@ -86,7 +86,7 @@ def tune_chains(
         WarmupError: The posterior cannot be sampled like this.
 
     Warns:
-        UserWarning: The result of warm-up is doubtful.
+        UserWarning: The result of warm-up is doubtful, or the kernel cannot keep a setting.
     """
     source, kernel = source.with_kernel(settings.kernel)
     target, settings = source.target, replace(settings, kernel=kernel)
@@ -130,10 +130,12 @@ def _tune(
     """Run the warm-up; without warm-up, return the kernel with the states at ``positions``."""
     if settings.num_warmup:
         tuned = settings.warmup.run(target, settings.kernel, rng_key, positions, settings.num_warmup, watch, num_given)
-        if tuned.remark:
-            warnings.warn(tuned.remark, stacklevel=user_level())
+        for doubt in filter(None, (tuned.remark, settings.kernel.unkept(tuned.kernel))):
+            warnings.warn(doubt, stacklevel=user_level())
         return jax.block_until_ready(tuned)
     kernel = settings.kernel.finalize()
+    if unkept := settings.kernel.unkept(kernel):
+        warnings.warn(unkept, stacklevel=user_level())
     states = jax.vmap(lambda position: kernel.unknown(kernel.init(target, position)))(positions)
     return Tuned(target, kernel, states, jnp.array(jnp.nan))
 

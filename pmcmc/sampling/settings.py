@@ -111,6 +111,11 @@ class Settings:
         kernel = with_discrete_sites(kernel, target)
         _check_kernel(kernel, extra_fields, num_warmup)
         warmup = _fitting_warmup(warmup, kernel)
+        if not num_warmup and warmup.metric is not None:
+            raise ValueError(
+                "num_warmup=0 runs no warm-up, so the inverse_mass_matrix of warmup= would have no effect: pass it to "
+                "the kernel, as in HMC(step_size=..., inverse_mass_matrix=...), or leave num_warmup at 1000."
+            )
         if not num_warmup and isinstance(kernel, (GradientKernel, Compose)):  # else warm-up checks it
             check_metrics(target, kernel)
         solver = None if isinstance(solver, str) else solver
@@ -209,7 +214,7 @@ def check_reparam(target: Target, settings: Settings) -> None:
             f"{asked}, which {type(warmup).__name__} does not do: use EnsembleAdaptation(), the default, or leave "
             "reparam out."
         )
-    if kernel.metric is not None or getattr(warmup, "inverse_mass_matrix", None) is not None:
+    if kernel.metric is not None or warmup.metric is not None:
         raise ValueError(f"{asked}, so no inverse_mass_matrix can be known before: leave it or reparam out.")
 
 

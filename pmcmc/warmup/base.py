@@ -104,6 +104,11 @@ class Warmup(abc.ABC):
     chooses_centredness: ClassVar[bool] = False
     uses_gradient: ClassVar[bool] = True
 
+    @property
+    def metric(self) -> ArrayLeaf | None:
+        """The inverse mass matrix that the user gave to the warm-up; None if there is none."""
+        return getattr(self, "inverse_mass_matrix", None)
+
     @abc.abstractmethod
     def count_starts(self, target: Target, num_given: int = 1) -> int:
         """Return the number of positions from which `run` starts.

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._arguments import as_int
+from pmcmc._arguments import as_int, check_rate
 from pmcmc._pytree import Array, PRNGKey, PyTree, Scalar, register_dataclass
 from pmcmc._xla.compile import tuned_jit
 from pmcmc.interop.blackjax import AdaptedTrajectory, chees_adaptation, pathfinder, window_adaptation
@@ -28,6 +28,7 @@ from pmcmc.target import Target
 from pmcmc.warmup.base import Tuned, Warmup, WarmupError, Watch, check_metric, ignore, pooled_moments, take_metric
 from pmcmc.warmup.ensemble import EnsembleAdaptation, explore_basis
 from pmcmc.warmup.lanes import NUM_LANES, Exploration, check_exploration, is_dense, num_lanes, tune, tuned_shapes
+from pmcmc.warmup.settlement import judge_halves, remedy_for, unsettled
 
 
 @register_dataclass
@@ -36,7 +37,8 @@ class WindowAdaptation(Warmup):
     """Stan's windows with NUTS for location and metric, then dual averaging of the kernel's own step size.
 
     1. From each of ``num_starts`` starts, BlackJAX's window adaptation runs NUTS for ``num_steps`` steps. The second
-       halves of these paths, pooled, give the mean and covariance that become the target's basis.
+       halves of these paths, pooled, give the mean and covariance that become the target's basis. A remark says so
+       if the two parts of these halves disagree, or the paths do (`pmcmc.warmup.settlement.judge_halves`).
     2. In that basis lanes of the kernel, as many as in `EnsembleAdaptation`, run for a quarter as many steps, at
        least 102 (rounded up, see `pmcmc.warmup.lanes.tune`). Over the first two thirds of these, dual averaging brings
        their mean acceptance rate to the kernel's target; the last third decorrelates the lanes.
@@ -48,8 +50,8 @@ class WindowAdaptation(Warmup):
         num_starts: Number of starts, from 1 to 32. There are more if a start is given for each of more chains.
 
     Raises:
-        ValueError: ``num_starts`` is not in 1..32.
-        TypeError: ``num_starts`` is not an integer.
+        ValueError: ``num_starts`` is not in 1..32, or ``target_acceptance_rate`` not between 0 and 1.
+        TypeError: ``num_starts`` is not an integer, or ``target_acceptance_rate`` is a boolean.
 
     Source: Hoffman & Gelman (2014) for dual averaging; Stan Development Team for windows.
     """
@@ -59,6 +61,7 @@ class WindowAdaptation(Warmup):
     num_starts: int = field(default=4, metadata=dict(static=True))
 
     def __post_init__(self):
+        check_rate("target_acceptance_rate", self.target_acceptance_rate)
         object.__setattr__(self, "num_starts", as_int("num_starts", self.num_starts, 1))
         if self.num_starts > NUM_LANES:
             raise ValueError(f"num_starts must lie in 1..{NUM_LANES}, got {self.num_starts}.")
@@ -87,12 +90,16 @@ class WindowAdaptation(Warmup):
         metric_key, step_key = split_key(rng_key, 2)
         positions = jax.vmap(target.coordinates)(starts)
         dense = is_dense(target, self.dense)
-        found = _explore(target, metric_key, positions, num_steps=num_steps, dense=dense)
+        found, *halves = _explore(target, metric_key, positions, num_steps=num_steps, dense=dense)
         check_exploration(target, found)
+        verdict = judge_halves(*(np.asarray(x, float) for x in (*halves, found.scale)))
+        fine = verdict.settled if kernel.metric is None else verdict.placed
         kernel, basis = take_metric(target, kernel, found.mean, found.scale)
         lanes = np.asarray(jax.vmap(basis.to_coordinates)(found.last))
         num_tuning = max(102, num_steps // 4)
-        return tune(target.with_basis(basis), kernel, step_key, lanes, self.target_acceptance_rate, num_tuning, watch)
+        tuned = tune(target.with_basis(basis), kernel, step_key, lanes, self.target_acceptance_rate, num_tuning, watch)
+        remark = "" if fine else unsettled(num_steps, remedy_for(target))
+        return tuned._replace(remark=" ".join(filter(None, (remark, tuned.remark))))
 
 
 def _lanes_per_start(target: Target, num_starts: int) -> int:
@@ -101,7 +108,9 @@ def _lanes_per_start(target: Target, num_starts: int) -> int:
 
 
 @tuned_jit(static_argnames=("num_steps", "dense"))
-def _explore(target: Target, rng_key: PRNGKey, positions: Array, *, num_steps: int, dense: bool) -> Exploration:
+def _explore(
+    target: Target, rng_key: PRNGKey, positions: Array, *, num_steps: int, dense: bool
+) -> tuple[Exploration, Array, Array]:
     """Run BlackJAX's window adaptation from each position and pool the second halves of the paths.
 
     Args:
@@ -112,7 +121,8 @@ def _explore(target: Target, rng_key: PRNGKey, positions: Array, *, num_steps: i
         dense: Whether the scale is a full matrix.
 
     Returns:
-        Moments of the draws, and positions for the lanes, evenly spaced along the second halves.
+        Moments of the draws, and positions for the lanes, evenly spaced along the second halves; then means and
+        variances of the two parts of each second half, as in `judge_halves`.
     """
 
     def one(key, position):
@@ -127,7 +137,9 @@ def _explore(target: Target, rng_key: PRNGKey, positions: Array, *, num_steps: i
     per_start = _lanes_per_start(target, num_starts)
     spaced = jnp.linspace(num_steps // 2, num_steps - 1, per_start).astype(int)
     last = paths[:, spaced].reshape(num_starts * per_start, -1)
-    return Exploration(mean, scale, last, jnp.max(jnp.std(late, axis=1), axis=0), jnp.mean(acceptance_rate))
+    found = Exploration(mean, scale, last, jnp.max(jnp.std(late, axis=1), axis=0), jnp.mean(acceptance_rate))
+    parts = late[:, late.shape[1] % 2 :].reshape(num_starts, 2, -1, late.shape[-1])
+    return found, jnp.mean(parts, axis=2), jnp.var(parts, axis=2)
 
 
 # Learning rate of Adam, as in Hoffman et al. (2021).
@@ -269,6 +281,10 @@ class Pathfinder(Warmup):
     @property
     def shows_path(self) -> bool:  # type: ignore[override]
         return self.then.shows_path
+
+    @property
+    def metric(self):
+        return self.then.metric
 
     def tuned_shapes(self, target: Target, kernel: Kernel, num_starts: int) -> Tuned | None:
         return self.then.tuned_shapes(target, kernel, num_starts)

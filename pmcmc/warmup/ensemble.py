@@ -20,6 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import numpy as np
 
+from pmcmc._arguments import check_rate
 from pmcmc._pytree import ArrayLeaf, PRNGKey, PyTree, Scalar, register_dataclass
 from pmcmc.kernels import HMC, Kernel
 from pmcmc.random.streams import split_key
@@ -39,12 +40,10 @@ from pmcmc.warmup.lanes import (
     tune,
     tuned_shapes,
 )
+from pmcmc.warmup.settlement import REMEDY, REMEDY_OF_ENSEMBLE, Verdict, judge_path, remedy_for, unsettled
 from pmcmc.warmup.stray_lanes import far_lanes, held_lanes
 from pmcmc.warmup.trajectories import lengthened, widest
 
-# A basis is settled if draws made in it look standard to within the factor SETTLED, and at least the share MIXED of
-# their variance is within lanes.
-SETTLED, MIXED = 3.0, 0.2
 # Number of further windows, with a step size tuned for it, that a lane far out gets before it is moved to another
 # lane's position.
 PATIENCE = 1
@@ -52,17 +51,6 @@ PATIENCE = 1
 SHORTEST = 8
 # Largest number of times that the last window is repeated because it did not settle the basis.
 MAX_REPEATS = 8
-UNSETTLED = (
-    "Warm-up did not settle: the last window still changed its estimates of the posterior's location and scales, so "
-    "chains may start far off, and move and merge slowly. Raise num_warmup (it was {num_steps}){remedy}"
-)
-FUNNEL = "the posterior may have separate modes or a funnel, which no single scale fits: reparametrise"
-REMEDY = f", or try warmup=pmcmc.WindowAdaptation(). If neither helps, {FUNNEL}."
-REMEDY_OF_HIERARCHIES = f". If that does not help, {FUNNEL}, for instance by reparam=pmcmc.AutoReparam()."
-REMEDY_WITH_CENTREDNESS = (
-    ". If that does not help, the posterior may have separate modes, or a funnel beyond its partially centred sites: "
-    "reparametrise others by hand."
-)
 
 
 @register_dataclass
@@ -75,8 +63,8 @@ class EnsembleAdaptation(Warmup):
 
     1. Exploration: the lanes run HMC, each from its own start. After every 16 steps the mean and covariance of all
        their draws become the basis in which they continue, until the basis looks right and the lanes mix (see
-       `SETTLED`, `MIXED`), or for a quarter of ``num_steps``. With fewer than 32 lanes, trajectories are short at
-       first, and only the last 8 of the 16 steps count. Then come windows of 32, 64, ... steps, a quarter of
+       `pmcmc.warmup.settlement`), or for a quarter of ``num_steps``. With fewer than 32 lanes, trajectories are short
+       at first, and only the last 8 of the 16 steps count. Then come windows of 32, 64, ... steps, a quarter of
        ``num_steps`` in total. The last of them, at least half of this quarter, gives the target's basis; as long as it
        does not settle the basis, it is repeated, up to eight times. In each window dual averaging of one step size for
        all lanes starts anew. Lanes that do not move count together for half of the acceptance rate that is tuned, so
@@ -84,7 +72,7 @@ class EnsembleAdaptation(Warmup):
        a wider region could make up for (`pmcmc.warmup.stray_lanes.far_lanes`), is moved to another lane's position if
        this is still so one window later. With `AutoReparam`, there are at least two of these longer windows. Before
        each the centredness of its sites is chosen anew, and the basis restarts from the same draws.
-       In a diagonal basis with wide directions, trajectories of `HMC` are `lengthened`.
+       In a diagonal basis with wide directions, trajectories of `HMC` are `lengthened`, unless a metric is given.
     2. Tuning: in that basis the lanes run the kernel for a quarter as many steps (at least 102), as in
        `WindowAdaptation`.
 
@@ -98,6 +86,10 @@ class EnsembleAdaptation(Warmup):
             HMC.
         inverse_mass_matrix: M^{-1}, about the posterior's (co)variance; a number, (D,) or (D, D). It is kept as it is
             for any kernel, and part 1 finds only where the posterior is. None: found in part 1.
+
+    Raises:
+        ValueError: ``target_acceptance_rate`` is not between 0 and 1.
+        TypeError: It is a boolean.
 
     Source: Stan's windows (Stan Development Team) with moments pooled over chains, as in cross-chain warm-up (Zhang et
     al. 2020); Hoffman & Gelman (2014) for dual averaging.
@@ -117,6 +109,9 @@ class EnsembleAdaptation(Warmup):
     inverse_mass_matrix: ArrayLeaf | None = None
     shows_path: ClassVar[bool] = True
     chooses_centredness: ClassVar[bool] = True
+
+    def __post_init__(self):
+        check_rate("target_acceptance_rate", self.target_acceptance_rate)
 
     def count_starts(self, target, num_given=1):
         return num_lanes(target, num_given)
@@ -207,14 +202,10 @@ def explore_basis(
     kernel, basis = take_metric(target, kernel, found.mean, found.scale, metric)
     kernel = kernel if is_given else lengthened(kernel, found.widest)
     frame = Frame(np.asarray(basis.loc, float), np.asarray(basis.scale, float))
-    remark = "" if found.settled or is_given else _unsettled(target, num_steps)
+    remark = ""
+    if not (found.verdict.placed if is_given else found.verdict.settled):
+        remark = unsettled(num_steps, remedy_for(target, REMEDY if metric is not None else REMEDY_OF_ENSEMBLE))
     return Explored(kernel, target.with_basis(basis), frame.to_coordinates(found.last), remark, found.num_lost)
-
-
-def _unsettled(target: Target, num_steps: int) -> str:
-    """Return `UNSETTLED` with the remedy that suits the target."""
-    remedy = REMEDY_OF_HIERARCHIES if target.model.could_be_centred else REMEDY
-    return UNSETTLED.format(num_steps=num_steps, remedy=REMEDY_WITH_CENTREDNESS if target.centredness else remedy)
 
 
 class Explorer:
@@ -245,7 +236,7 @@ class Explorer:
         if target.basis is not None:
             self.frame = Frame(np.asarray(target.basis.loc, float), np.asarray(target.basis.scale, float))
         self.lanes = LaneEnsemble(HMC(), rng_key, HMC().target_acceptance_rate(target.dim), watch, num_steps)
-        self.finite, self.settled, self.num_lost = True, False, 0
+        self.finite, self.verdict, self.num_lost = True, Verdict(False, False), 0
         self.num_waits = np.zeros(len(positions), int)
         # Of the last window, where the centredness is to be chosen from it: its path, and the lanes that count.
         self.path, self.burn_in = np.zeros((0, *positions.shape)), 0
@@ -290,7 +281,7 @@ class Explorer:
         if self.finite:
             draws = path[burn_in:, ~lost]
             mean, factor = path_moments(draws, self.dense)
-            self.settled = _is_settled(draws, mean, factor)
+            self.verdict = judge_path(draws, mean, factor)
             self.widest = 1.0 if self.dense else widest(draws, factor)
             self.frame = self.frame.followed_by(mean, factor)
 
@@ -314,7 +305,7 @@ class Explorer:
     def found(self) -> Exploration:
         """Return what has been found so far."""
         frame = self.frame
-        moved = self.movement, self.acceptance_rate, self.settled, self.num_lost, self.widest
+        moved = self.movement, self.acceptance_rate, self.verdict, self.num_lost, self.widest
         return Exploration(frame.loc, frame.scale, self.positions, *moved)
 
 
@@ -344,7 +335,7 @@ def explore(
             explorer.run_window(1, longest=SHORTEST * 2**number, burn_in=PIECE // 2)
         else:
             explorer.run_window(1)
-        if explorer.settled:
+        if explorer.verdict.settled:
             break
     # Windows of growing length; the last is repeated until it settles the basis.
     lengths = _window_lengths(num_pieces)
@@ -354,7 +345,7 @@ def explore(
         explorer.recentre()
         explorer.run_window(length)
     for _ in range(MAX_REPEATS):
-        if not explorer.settled:
+        if not explorer.verdict.settled:
             explorer.recentre()
             explorer.run_window(lengths[-1])
     return explorer.target, explorer.found()
@@ -368,29 +359,6 @@ def _window_lengths(num_pieces: int) -> list[int]:
         lengths.append(2 * 2 ** len(lengths))
         left -= lengths[-1]
     return [*lengths, left]
-
-
-def _is_settled(path: np.ndarray, mean: np.ndarray, factor: np.ndarray) -> bool:
-    """Return whether a path shows that the basis in which it was run is right.
-
-    The standard deviations of the draws must lie within a factor `SETTLED` of 1, and their means within `SETTLED` of 0,
-    in every direction. At least a share `MIXED` of the variance in every direction must be within lanes, not between
-    lanes that are still on their way.
-
-    Args:
-        path: Coordinates of the lanes; shape (steps, lanes, D).
-        mean: Mean of the path; shape (D,).
-        factor: Cholesky factor of its covariance (D, D), or standard deviations (D,).
-    """
-    within = (path - path.mean(axis=0)).reshape(-1, path.shape[-1])
-    if factor.ndim == 2:
-        spread = np.linalg.svd(factor, compute_uv=False)
-        whitened = np.linalg.solve(factor, within.T)
-        share = np.linalg.eigvalsh(whitened @ whitened.T / len(within))
-    else:
-        spread, share = factor, np.mean((within / factor) ** 2, axis=0)
-    right = np.all((spread < SETTLED) & (spread > 1 / SETTLED)) and np.all(np.abs(mean) < SETTLED)
-    return bool(right and share.min() > MIXED)
 
 
 def _sources(num_lanes: int, lost: np.ndarray, moving: np.ndarray) -> np.ndarray:

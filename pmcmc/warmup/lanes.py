@@ -28,6 +28,7 @@ from pmcmc.random.streams import fold_in, key_pair, raw_keys_are_threefry
 from pmcmc.recurrence.abreast import map_lanes, scan_abreast
 from pmcmc.target import Target
 from pmcmc.warmup.base import LaneTiming, Tuned, WarmupError, Watch, check_metric, ignore, start_order, take_metric
+from pmcmc.warmup.settlement import Verdict
 from pmcmc.warmup.stray_lanes import half_for_held, held_lanes
 
 # Largest and least number of lanes on which the kernel's step size is adapted, and whose last states are starts of
@@ -338,7 +339,7 @@ class Exploration(NamedTuple):
         last: Positions of the lanes; shape (lanes, D).
         movement: Largest spread within one path; shape (D,).
         acceptance_rate: Mean acceptance rate.
-        settled: Whether more steps would hardly change the moments; True if this was not checked.
+        verdict: Whether more steps would hardly change the moments; all true if this was not checked.
         num_lost: Number of lanes moved to another lane's position, as in `Tuned`.
         widest: Standard deviation along the widest direction, in units of ``scale``, see `pmcmc.warmup.trajectories`.
     """
@@ -348,7 +349,7 @@ class Exploration(NamedTuple):
     last: Any
     movement: Any
     acceptance_rate: Any
-    settled: bool = True
+    verdict: Verdict = Verdict(True, True)
     num_lost: int = 0
     widest: float = 1.0
 

@@ -14,14 +14,27 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pmcmc._arguments import as_int
+from pmcmc._arguments import as_int, check_rate
 from pmcmc._pytree import Array, PRNGKey, PyTree, Scalar, all_finite, is_real, register_dataclass
 from pmcmc._xla.compile import tuned_jit
 from pmcmc.interop.blackjax import dual_averaging
 from pmcmc.kernels import Block, Compose, Kernel, SiteKernel
 from pmcmc.target import Basis, Target
-from pmcmc.warmup.base import LaneTiming, Tuned, Warmup, WarmupError, Watch, check_metrics, ignore, pooled_moments
+from pmcmc.warmup.base import (
+    LaneTiming,
+    Tuned,
+    Warmup,
+    WarmupError,
+    Watch,
+    check_metrics,
+    ignore,
+    path_moments,
+    pooled_moments,
+)
+from pmcmc.warmup.frame import Frame
+from pmcmc.warmup.settlement import judge_path, unsettled
 
 NUM_WINDOWS = 4
 
@@ -35,7 +48,9 @@ class SiteAdaptation(Warmup):
     vectors (such as HMC, MALA and NUTS), the second half of each of the first two windows, pooled over the lanes, gives
     the mean and covariance that become the group's coordinates. Over the first three windows dual averaging brings the
     group's acceptance rate, averaged over the lanes, to its target. In the last window nothing changes. Kernels without
-    tunable parameters are run without adaptation.
+    tunable parameters are run without adaptation. A remark says so if the last window shows that the coordinates of a
+    group whose kernel works on vectors are not right, or that its lanes do not mix (`pmcmc.warmup.settlement`). Groups
+    of `Gibbs` and `DiscreteGibbs` are not judged.
 
     Args:
         dense: Full covariances (True) or their diagonals (False). None: full up to 50 dimensions.
@@ -45,8 +60,8 @@ class SiteAdaptation(Warmup):
             a start is given for each of more chains.
 
     Raises:
-        ValueError: ``num_starts`` is below 2.
-        TypeError: ``num_starts`` is not an integer.
+        ValueError: ``num_starts`` is below 2, or ``target_acceptance_rate`` not between 0 and 1.
+        TypeError: ``num_starts`` is not an integer, or ``target_acceptance_rate`` is a boolean.
 
     Source: Hoffman & Gelman (2014) for dual averaging; windows as in Stan.
 
@@ -65,6 +80,7 @@ class SiteAdaptation(Warmup):
         return max(self.num_starts, num_given)
 
     def __post_init__(self):
+        check_rate("target_acceptance_rate", self.target_acceptance_rate)
         object.__setattr__(self, "num_starts", as_int("num_starts", self.num_starts, 2))
 
     def run(
@@ -90,13 +106,16 @@ class SiteAdaptation(Warmup):
         averaged = _begin(target, kernel, rates)
         unknowns = _start_lanes(target, _with_steps(target, kernel, averaged, rates, jnp.array(True)), starts)
         seconds: list[float] = []
+        paths: tuple = ()
         for number, key in enumerate(jax.random.split(rng_key, NUM_WINDOWS)):
-            noise = _draw_noise(target, kernel, key, num_lanes=num_lanes, num_steps=length)
-            adapting = jnp.array(number != last)
-            window, (_, took) = _run_window.timed(target, kernel, noise, unknowns, averaged, rates, adapting)
+            before, adapting = paths, jnp.array(number != last)
+            window, (_, took) = _run_window.timed(
+                target, kernel, key, unknowns, averaged, rates, adapting, num_steps=length
+            )
             seconds.append(took)
+            _check_rates(kernel, window)
             _check_window(target, kernel, window)
-            unknowns, averaged = window.unknowns, window.averaged
+            unknowns, averaged, paths = window.unknowns, window.averaged, window.paths
             # New coordinates: restart the lanes in them, and dual averaging.
             if number < last - 1 and isinstance(kernel, Compose):
                 positions = _positions(target, kernel, unknowns)
@@ -110,7 +129,33 @@ class SiteAdaptation(Warmup):
         _check_moved(tuned, window)
         # All windows run one program, so if the machine stalls in one of the last three, the others give its time.
         timing = LaneTiming(num_lanes, median_low(seconds[1:]) / length)
-        return Tuned(target, tuned, unknowns, jnp.nanmean(window.acceptance_rates), timing)
+        remark = "" if self._is_settled(kernel, before, paths) else unsettled(num_steps)
+        return Tuned(target, tuned, unknowns, jnp.nanmean(window.acceptance_rates), timing, remark)
+
+    def _is_settled(self, kernel: Kernel, before: tuple, paths: tuple) -> bool:
+        """Return whether the last window shows that all site groups over vectors are explored.
+
+        A group with coordinates of its own is judged in them. One with a metric of the user's has none: its location
+        is compared with that of the window before, and its scale is not judged.
+
+        Args:
+            kernel: Kernel with the coordinates of the last two windows.
+            before: Paths of the window before the last, as in `Window`.
+            paths: Paths of the last window.
+        """
+        for block, earlier, path in zip(_blocks(kernel), before, paths, strict=True):
+            if path is None:
+                continue
+            path, dense = np.asarray(path, float), self._dense(path.shape[-1])
+            if block.basis is None:
+                frame = Frame(*path_moments(np.asarray(earlier, float), dense))
+            else:
+                frame = Frame(np.asarray(block.basis.loc, float), np.asarray(block.basis.scale, float))
+            coordinates = frame.to_coordinates(path.reshape(-1, path.shape[-1])).reshape(path.shape)
+            verdict = judge_path(coordinates, *path_moments(coordinates, dense))
+            if not (verdict.settled if _takes_basis(block) else verdict.placed):
+                return False
+        return True
 
     def _rate(self, target: Target, block: Block) -> Scalar:
         """Return the acceptance rate to which the step size of a site group is tuned."""
@@ -141,9 +186,9 @@ class SiteAdaptation(Warmup):
 
         Args:
             block: The site group.
-            path: Positions of the window as vectors; shape (steps, lanes, D). None: the group takes no basis.
+            path: Positions of the window as vectors; shape (steps, lanes, D). None: its kernel works on sites.
         """
-        if path is None:
+        if path is None or not _takes_basis(block):
             return block
         draws = path[path.shape[0] // 2 :].reshape(-1, path.shape[-1])
         return replace(block, basis=_pooled(draws, dense=self._dense(draws.shape[1])))
@@ -155,7 +200,7 @@ class Window(NamedTuple):
     Attributes:
         unknowns: Unknowns of the lanes after the last step, with leading axis lanes.
         averaged: States of the dual averaging; None for groups that are not tuned.
-        paths: Positions as vectors (steps, lanes, D); None for groups that take no basis.
+        paths: Positions as vectors (steps, lanes, D); None for groups whose kernel works on sites.
         acceptance_rates: Mean acceptance rates over steps and lanes; shape (groups,).
         moved: Share of steps that changed the group; shape (groups,).
     """
@@ -218,27 +263,29 @@ def _positions(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
     return jax.vmap(lambda unknown: kernel.position(target, unknown))(unknowns)
 
 
-@tuned_jit(static_argnames=("num_lanes", "num_steps"))
-def _draw_noise(target: Target, kernel: Kernel, rng_key: PRNGKey, *, num_lanes: int, num_steps: int) -> PyTree:
-    """Draw the noise of a window; leading axes (num_steps, num_lanes)."""
-    keys = jax.random.split(rng_key, (num_steps, num_lanes))
-    return jax.vmap(jax.vmap(lambda key: kernel.sample_noise(key, target)))(keys)
-
-
-@tuned_jit()
+@tuned_jit(static_argnames="num_steps")
 def _run_window(
-    target: Target, kernel: Kernel, noise: PyTree, unknowns: PyTree, averaged: tuple, rates: tuple, adapting: Array
+    target: Target,
+    kernel: Kernel,
+    rng_key: PRNGKey,
+    unknowns: PyTree,
+    averaged: tuple,
+    rates: tuple,
+    adapting: Array,
+    *,
+    num_steps: int,
 ) -> Window:
-    """Run a window on all lanes.
+    """Run a window on all lanes. The noise of a step is drawn within it: that of a window may not fit into memory.
 
     Args:
         target: Target to sample.
         kernel: Kernel in its current bases.
-        noise: Noise with leading axes (steps, lanes).
+        rng_key: Key of the window.
         unknowns: Unknowns of the lanes, with leading axis lanes.
         averaged: States of the dual averaging, one entry per site group.
         rates: Acceptance rates to tune to, one entry per site group.
         adapting: Whether dual averaging continues.
+        num_steps: Number of steps.
     """
     blocks = _blocks(kernel)
 
@@ -250,17 +297,18 @@ def _run_window(
         return now.step(target, unknown, u)[0], ()
 
     def vectors(unknown: PyTree) -> tuple:
-        """Return the position of each group as a vector; None for groups that take no basis."""
+        """Return the position of each group as a vector; None for groups whose kernel works on sites."""
         if not blocks:
             return ()
         given = [block.given(target) for block in blocks]
         return tuple(
-            t.spec.ravel(b.kernel.position(t, x)) if _takes_basis(b) else None
+            None if isinstance(b.kernel, SiteKernel) else t.spec.ravel(b.kernel.position(t, x))
             for t, b, x in zip(given, blocks, unknown, strict=True)
         )
 
-    def body(carry, u):
+    def body(carry, keys):
         unknown, averaged = carry
+        u = jax.vmap(lambda key: kernel.sample_noise(key, target))(keys)
         now = _with_steps(target, kernel, averaged, rates, adapting)
         new, rates_seen = jax.vmap(lambda x, n: step(now, x, n))(unknown, u)
         seen = tuple(jnp.mean(rate) for rate in rates_seen)
@@ -272,7 +320,8 @@ def _run_window(
         changed = tuple(_changed(a, b) for a, b in zip(new, unknown, strict=True)) if blocks else ()
         return (new, averaged), (jax.vmap(vectors)(new), seen, changed)
 
-    (unknowns, averaged), (paths, seen, changed) = jax.lax.scan(body, (unknowns, averaged), noise)
+    keys = jax.random.split(rng_key, (num_steps, len(jax.tree.leaves(unknowns)[0])))
+    (unknowns, averaged), (paths, seen, changed) = jax.lax.scan(body, (unknowns, averaged), keys)
     mean = lambda values: jnp.stack([jnp.mean(x) for x in values]) if blocks else jnp.full(1, jnp.nan)
     return Window(unknowns, averaged, paths, mean(seen), mean(changed))
 
@@ -289,6 +338,20 @@ def _pooled(draws: Array, *, dense: bool) -> Basis:
     return Basis(*pooled_moments(draws, dense))
 
 
+def _check_rates(kernel: Kernel, window: Window) -> None:
+    """Raise an error if dual averaging has nothing to go by; its step sizes, and soon the states, are then NaN.
+
+    Raises:
+        WarmupError: A site group whose step size is tuned has no acceptance rate.
+    """
+    for block, rate in zip(_blocks(kernel), window.acceptance_rates, strict=False):
+        if not block.kernel.is_tuned and bool(jnp.isnan(rate)):
+            who = type(block.kernel).__name__
+            raise WarmupError(
+                f"the step size of {who} could not be tuned, because it reports no acceptance rate: pass step_size=."
+            )
+
+
 def _check_window(target: Target, kernel: Kernel, window: Window) -> None:
     """Raise an error if the lanes are not usable.
 
@@ -301,7 +364,7 @@ def _check_window(target: Target, kernel: Kernel, window: Window) -> None:
             "every parameter a proper prior, or start elsewhere."
         )
     for block, path, rate in zip(_blocks(kernel), window.paths, window.acceptance_rates, strict=False):
-        if path is None:
+        if path is None or not _takes_basis(block):
             continue
         spec = block.given(target).spec
         stuck = jnp.all(path == path[:1], axis=(0, 1))
@@ -318,16 +381,12 @@ def _check_moved(kernel: Kernel, window: Window) -> None:
     """Raise an error if a site group cannot be sampled with its tuned step size.
 
     Raises:
-        WarmupError: The step size could not be tuned, or no move was accepted in the last window.
+        WarmupError: No move was accepted in the last window.
     """
     for block, moved in zip(_blocks(kernel), window.moved, strict=False):
         if isinstance(block.kernel, SiteKernel):
             continue
         who, step_size = type(block.kernel).__name__, block.kernel.tunables.get("step_size", 0.0)
-        if bool(jnp.isnan(jnp.asarray(step_size))):
-            raise WarmupError(
-                f"the step size of {who} could not be tuned, because it reports no acceptance rate: pass step_size=."
-            )
         if float(moved) == 0.0:
             raise WarmupError(
                 f"no move of {who} was accepted at the end of warm-up (step size {float(step_size):.3g}). "

@@ -204,7 +204,11 @@ REFUSED = [
     Row(never_finite, RuntimeError, "Cannot find valid initial", ValueError, "not finite at site 'y'"),
     Row(negative_scale, ValueError, "got invalid scale", ValueError, "site 'y'.*got invalid scale"),
     Row(
-        no_gradient, RuntimeError, "Cannot find valid initial", ValueError, "cannot be used at any of 100 random starts"
+        no_gradient,
+        RuntimeError,
+        "Cannot find valid initial",
+        ValueError,
+        r"at any of 100 random starts. The gradient is not finite with respect to position\['mu'\]\. Check",
     ),
 ]
 WARNED = [

@@ -44,6 +44,9 @@ NUMBERS = {
     "step_size of BlackJAX": (lambda x: pmcmc.from_blackjax(blackjax.mala, step_size=x), 0),
     "trajectory_length": (lambda x: pmcmc.HMC(trajectory_length=x), -1),
     "step_size_jitter": (lambda x: pmcmc.HMC(step_size_jitter=x), 1),
+    "target_acceptance_rate of lanes": (lambda x: pmcmc.EnsembleAdaptation(target_acceptance_rate=x), 1),
+    "target_acceptance_rate of windows": (lambda x: pmcmc.WindowAdaptation(target_acceptance_rate=x), 0),
+    "target_acceptance_rate of sites": (lambda x: pmcmc.SiteAdaptation(target_acceptance_rate=x), 2),
     "grid_share": (lambda x: pmcmc.RandomWalk(grid_share=x), 2),
 }
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pmcmc import HMC, MALA, NUTS
-from pmcmc.kernels import UniformLength
-from pmcmc.random.distributions import normals, uniforms
+from pmcmc import HMC, MALA, NUTS, DiscreteGibbs, Target
+from pmcmc.kernels import CategoricalUpdate, UniformLength
+from pmcmc.kernels.updates import Site
+from pmcmc.random.distributions import inverse_cdf, normals, uniforms
 from pmcmc.random.streams import fold_in, key_pair
 from tests.helpers.chains import draw_noise
 from tests.helpers.statistics import TEST_FAILURE_RATE, z_bound
@@ -122,3 +123,33 @@ def test_half_precision(dtype) -> None:
         assert min(z.max(), -z.min()) > 3.5
         assert np.abs(z).max() < 6
         assert np.abs(z.mean(0)).max() * np.sqrt(NUM_KEYS) < z_bound(9)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=["float16", "bfloat16"])
+def test_rare_categories_in_half_precision(dtype) -> None:
+    """One of 3 and one of 20 categories, the last of them with a probability below the dtype's rounding of 1."""
+    rare, number = 2.0**-13, 2**18
+    site = Site(jax.ShapeDtypeStruct((number,), jnp.int32), dtype)
+    for count in (3, 20):
+        logits = jnp.log(jnp.array([*[(1 - rare) / (count - 1)] * (count - 1), rare])).astype(dtype)
+        update = CategoricalUpdate(lambda x: jnp.broadcast_to(x, (number, len(x))))
+        drawn = jax.jit(lambda key, x: update.draw(x, update.draw_noise(key, site), site))(jax.random.key(0), logits)  # noqa: B023
+        share = float(jax.nn.softmax(logits.astype(float))[-1])
+        times = int(np.sum(np.asarray(drawn.value) == count - 1))
+        assert abs(times - number * share) < z_bound(4) * np.sqrt(number * share)
+
+
+def test_random_choices_are_not_rounded_to_half_precision() -> None:
+    dtype = jnp.bfloat16
+    sites = {"z": jnp.zeros((2**12,), int), "x": jnp.zeros((), dtype)}
+    target = Target.from_logdensity(lambda p: jnp.sum(jnp.where(p["z"] == 1, -9.0, 0.0)).astype(dtype), sites)
+    (u,) = DiscreteGibbs(supports={"z": [0, 1]}).sample_noise(jax.random.key(0), target)
+    length = (
+        HMC(step_size=0.5, num_integration_steps=UniformLength(1, 999))
+        .sample_noise(jax.random.key(0), make_target(gaussian, dtype))
+        .length
+    )
+    assert u.dtype == length.dtype == jnp.float32
+    for count in (2, 20):  # log densities in half precision, as those of `DiscreteGibbs`
+        logits = jnp.where(jnp.arange(count) == count - 1, -9.0, 0.0).astype(dtype)
+        assert int(inverse_cdf(logits, jnp.float32(1 - 1e-6)).category) == count - 1

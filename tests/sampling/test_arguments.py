@@ -218,3 +218,33 @@ def spike(p):
 def test_warmup_says_what_was_stuck(options: dict, words: str) -> None:
     with pytest.raises(pmcmc.WarmupError, match=words):
         sample(num_warmup=200, num_samples=100, **options)
+
+
+@pytest.mark.parametrize(
+    "warmup",
+    [
+        pmcmc.EnsembleAdaptation(inverse_mass_matrix=jnp.ones(3)),
+        pmcmc.warmup.Pathfinder(pmcmc.EnsembleAdaptation(inverse_mass_matrix=2.0)),
+    ],
+    ids=["ensemble", "after Pathfinder"],
+)
+def test_a_metric_of_a_warmup_that_does_not_run(warmup) -> None:
+    with pytest.raises(ValueError, match=r"num_warmup=0 runs no warm-up.*pass it to the kernel"):
+        sample(kernel=pmcmc.HMC(step_size=0.5), warmup=warmup, num_warmup=0)
+
+
+def test_trajectories_that_are_cut() -> None:
+    """64 steps of the size given, or of the size tuned, do not reach a time that the user asked for."""
+    short = pmcmc.HMC(step_size=0.1, trajectory_length=20.0)
+    words = r"time of 6.4 instead of trajectory_length=20, .* or num_integration_steps=200 to take them all"
+    with pytest.warns(UserWarning, match=words):
+        sample(kernel=short, num_warmup=0, num_samples=10)
+    both = pmcmc.Compose([(short, ["a"]), (pmcmc.HMC(step_size=0.5, trajectory_length=20.0), ["b"])])
+    logdensity = lambda p: -0.5 * p["a"] ** 2 - 0.5 * p["b"] ** 2
+    start = {"a": 0.0, "b": 0.0}
+    with pytest.warns(UserWarning, match=words) as caught:
+        sample(logdensity_fn=logdensity, initial_position=start, kernel=both, num_warmup=0, num_samples=10)
+    assert str(caught[0].message).count("instead of") == 1
+    with pytest.warns(UserWarning, match=r"instead of trajectory_length=200, because"):
+        sample(kernel=pmcmc.HMC(trajectory_length=200.0), num_warmup=40, num_samples=10)
+    sample(kernel=pmcmc.HMC(step_size=0.01), num_warmup=0, num_samples=10)  # nobody asked for the default time

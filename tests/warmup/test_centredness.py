@@ -23,8 +23,9 @@ from pmcmc.sampling.settings import Settings
 from pmcmc.target import Place
 from pmcmc.warmup import centredness
 from pmcmc.warmup.centredness import GRID, NOISE, choose, moved
-from pmcmc.warmup.ensemble import Explorer, _unsettled, explore
+from pmcmc.warmup.ensemble import Explorer, explore
 from pmcmc.warmup.frame import Frame
+from pmcmc.warmup.settlement import REMEDY_OF_ENSEMBLE, Verdict, remedy_for, unsettled
 
 OPTIONS = dict(reparam=pmcmc.AutoReparam(), solver=Sequential(), num_chains=2, progress_bar=False)
 SIZES = dict(num_warmup=200, num_samples=60)
@@ -257,7 +258,7 @@ def test_a_short_warm_up_chooses_the_centredness_twice(monkeypatch: pytest.Monke
 
     def run_window(self: Explorer, num_pieces: int) -> None:
         done.append(num_pieces)
-        self.settled = True
+        self.verdict = Verdict(True, True)
 
     monkeypatch.setattr(Explorer, "run_window", run_window)
     monkeypatch.setattr(Explorer, "recentre", lambda self: done.append("choice"))
@@ -268,7 +269,9 @@ def test_a_short_warm_up_chooses_the_centredness_twice(monkeypatch: pytest.Monke
 
 
 def test_a_warm_up_that_did_not_settle_suggests_what_is_possible() -> None:
-    said = lambda model, reparam=None, args=(): _unsettled(numpyro_target(model, args, {}, reparam), 100)
+    said = lambda model, reparam=None, args=(): unsettled(
+        100, remedy_for(numpyro_target(model, args, {}, reparam), REMEDY_OF_ENSEMBLE)
+    )
     plain, hierarchy = said(model_of_constant_scales), said(model, args=(Y,))
     chosen = said(model, pmcmc.AutoReparam(), (Y,))
     assert all(
@@ -276,7 +279,7 @@ def test_a_warm_up_that_did_not_settle_suggests_what_is_possible() -> None:
     )
     assert "WindowAdaptation" in plain
     assert "AutoReparam" not in plain
-    assert "by reparam=pmcmc.AutoReparam()." in hierarchy
+    assert "by reparam=pmcmc.AutoReparam() with the default warm-up." in hierarchy
     assert "WindowAdaptation" not in chosen
     assert "AutoReparam" not in chosen
 

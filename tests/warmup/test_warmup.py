@@ -25,6 +25,7 @@ from pmcmc.kernels import UniformLength
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.warmup import ChEESAdaptation, Pathfinder, base, ensemble, lanes
 from pmcmc.warmup.base import start_order
+from pmcmc.warmup.settlement import Verdict, judge_path
 from pmcmc.warmup.stray_lanes import far_lanes, half_for_held, held_lanes
 from tests.helpers.selection import share
 from tests.helpers.statistics import z_bound
@@ -304,12 +305,12 @@ def test_moments_and_when_they_are_settled() -> None:
     mean, found = base.path_moments(path @ factor.T + 3, dense=True)
     np.testing.assert_allclose(mean, 3, atol=0.1)
     np.testing.assert_allclose(found, factor, atol=0.03)  # hardly any shrinkage: 0.999 must stay 0.999
-    assert ensemble._is_settled(path, *base.path_moments(path, dense=True))
-    assert not ensemble._is_settled(path @ factor.T, *base.path_moments(path @ factor.T, dense=True))
-    assert not ensemble._is_settled(path + 4, *base.path_moments(path + 4, dense=False))
+    assert judge_path(path, *base.path_moments(path, dense=True)) == Verdict(True, True)
+    assert judge_path(path @ factor.T, *base.path_moments(path @ factor.T, dense=True)) == Verdict(False, True)
+    assert judge_path(path + 4, *base.path_moments(path + 4, dense=False)) == Verdict(False, False)
     still = rng.standard_normal((1, 32, 2)) + 0.05 * path  # the spread is that of the starts, not of the target
     for dense in (True, False):
-        assert not ensemble._is_settled(still, *base.path_moments(still, dense=dense))
+        assert judge_path(still, *base.path_moments(still, dense=dense)) == Verdict(False, False)
     few = base.path_moments(rng.standard_normal((16, 32, 1)) + np.zeros(8), dense=True)[1]
     assert np.all(np.isfinite(few))
 

@@ -310,7 +310,8 @@ class Target:
     def from_logdensity(cls, logdensity_fn: Callable | None, position: PyTree) -> "Target":
         """Make a target from a log density over pytrees like ``position``.
 
-        The function is traced once, now. Later changes to arrays and attributes that it reads do not affect the target.
+        The function is traced once, now. Later changes to arrays and attributes that it reads do not affect the target,
+        except for what the backward rule of a `jax.custom_vjp` reads from outside.
 
         Args:
             logdensity_fn: ``position -> scalar``. None for kernels that evaluate no density, such as `Gibbs`.

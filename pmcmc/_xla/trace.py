@@ -10,7 +10,8 @@ the `Trace`, is compared by its content: operations, shapes and numbers. So
 - later changes to the user's objects do not affect what was traced.
 
 JAX's own caches are out of reach: a function that the user's code passes to ``jax.jit`` or ``jax.lax.scan`` is traced
-by JAX once per function object, here as in NumPyro.
+by JAX once per function object, here as in NumPyro. And the backward rule of a ``jax.custom_vjp`` runs whenever JAX
+differentiates: what it reads from outside must not change before the run ends.
 """
 
 import hashlib

@@ -135,7 +135,8 @@ class Content:
         if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
             return type(value).__qualname__, repr(value)  # distinguishes 0.0 from -0.0, and 1 from True
         if hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, jax.core.Tracer):
-            return self._of_array(value)
+            has_numbers = isinstance(value, jax.Array) or hasattr(value, "__array__")
+            return self._of_array(value) if has_numbers else ("shape", *shape_of(value))
         if isinstance(value, (enum.Enum, np.dtype)):
             return type(value).__qualname__, repr(value)
         return self._of_object(value)

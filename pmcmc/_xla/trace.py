@@ -14,13 +14,11 @@ by JAX once per function object, here as in NumPyro. And the backward rule of a 
 differentiates: what it reads from outside must not change before the run ends.
 """
 
-import hashlib
 import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from types import CodeType
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -392,30 +390,6 @@ def traced_functions(tree: PyTree) -> list[Traced]:
     """Return all traced functions in a pytree."""
     is_function = lambda x: isinstance(x, Traced)
     return [x for x in jax.tree.leaves(tree, is_leaf=is_function) if is_function(x)]
-
-
-def digest(value: Any) -> str:
-    """Return a hash of a trace, arrays, or tuples of them, as text.
-
-    It is the same in every process with the same version of JAX.
-    """
-    return hashlib.sha256(_stable(Content().of_value(value)).encode()).hexdigest()
-
-
-def _stable(value: Any) -> str:
-    """Convert content to text without addresses."""
-    if isinstance(value, Trace):
-        return _stable(value.key)
-    if isinstance(value, tuple):
-        return f"({','.join(map(_stable, value))})"
-    if isinstance(value, (str, bytes, int)):
-        return repr(value)
-    if isinstance(value, type):
-        return value.__qualname__
-    if isinstance(value, CodeType):  # without its file and lines
-        return _stable((value.co_code, value.co_names, value.co_varnames, value.co_freevars, value.co_consts))
-    text = repr(value)
-    return type(value).__qualname__ if " at 0x" in text else text
 
 
 def refuse_transformation(who: str, *arguments: PyTree) -> None:

@@ -66,6 +66,7 @@ _RENAMED = {
 }
 # Fields that earlier files do not have, by class, with their values there.
 _ADDED: dict[str, dict] = {
+    "Basis": {"spread": None},
     "NUTS": {"inverse_mass_matrix": None},
     "HMC": {"trajectory_length": math.pi / 2},
 }

@@ -327,8 +327,7 @@ def _check_sites(reader: Reader, target: Target) -> None:
 def _check_digests(reader: Reader, source: Source) -> None:
     """Compare data and model with the digests in the file, as far as possible.
 
-    Digests of the model are compared only between equal versions of JAX and NumPyro, because another version may trace
-    the same model differently.
+    Digests of the model are compared only between equal versions, because others may trace the same model differently.
     """
     if "digests" not in reader.header:  # the file is from an older pmcmc
         return
@@ -353,9 +352,9 @@ def _are_digests(stored: dict, found: dict) -> bool:
     if stored.keys() != found.keys() or not isinstance(versions, dict) or not isinstance(arguments, dict):
         return False
     digests = [*arguments.values(), *(x for what, x in stored.items() if what not in ("versions", "arguments"))]
-    same_names = versions.keys() == found["versions"].keys()
+    older = {"jax", "numpyro"}
     return (
-        same_names
+        versions.keys() in (older, found["versions"].keys())
         and all(matches(r"\d[\w.+]*", x) for x in versions.values())
         and all(matches("[0-9a-f]{64}", x) for x in digests)
     )

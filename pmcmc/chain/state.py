@@ -18,7 +18,8 @@ import numpy as np
 from pmcmc._pytree import Array, PRNGKey, PyTree, RavelSpec
 from pmcmc._xla import default_platform
 from pmcmc._xla.compile import plain_jit
-from pmcmc._xla.trace import Trace, digest, traced_functions
+from pmcmc._xla.digest import DIGEST_VERSIONS, digest
+from pmcmc._xla.trace import Trace, traced_functions
 from pmcmc.chain.file_format import Writer
 from pmcmc.chain.report import NOT_STORED, SolveReport
 from pmcmc.interop.numpyro import numpyro_target
@@ -136,11 +137,11 @@ class Source:
     def digests(self) -> dict[str, Any]:
         """Return digests of the model, its data and the functions in the kernel, by which a file recognises them.
 
-        Digests of the arguments can be compared on any machine, the others only between equal versions of the packages.
+        Digests of the arguments can be compared on any machine, the others only between equal versions.
         """
         model, numbers = self.target.model.content(self.target.data)
         return {
-            "versions": {name: version(name) for name in ("jax", "numpyro")},
+            "versions": {name: version(name) for name in ("jax", "numpyro")} | DIGEST_VERSIONS,
             "arguments": {name: digest(x) for name, x in self.constant.items()},
             "the model": digest(model),
             "numbers that it reads": digest(numbers),

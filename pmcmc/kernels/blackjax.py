@@ -131,7 +131,8 @@ class BlackJAX(AlgorithmKernel):
 
     @property
     def metric(self):
-        return self.parameters.get("inverse_mass_matrix")
+        given = self.parameters.get("inverse_mass_matrix")
+        return given if isinstance(given, (int, float)) or hasattr(given, "shape") else None  # not of several arrays
 
     def without_metric(self):
         return (
@@ -202,7 +203,8 @@ def from_blackjax(algorithm: Callable | Any, *, caches: tuple[str, ...] | None =
         parameters: Parameters of the constructor, by name. Floats and arrays are leaves of the kernel, so other values
             need no new compilation; integers, functions and other hashable objects are static. ``step_size=None`` is
             tuned by warm-up if the algorithm reports acceptance rates, to 0.8 or to the warm-up's
-            ``target_acceptance_rate``. ``inverse_mass_matrix=None`` is the identity.
+            ``target_acceptance_rate``. ``inverse_mass_matrix=None`` is the identity. A matrix
+            becomes the basis of the target in warm-up, and the algorithm then has the identity.
 
     Returns:
         The kernel.

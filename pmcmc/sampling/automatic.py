@@ -141,15 +141,20 @@ class Automatic:
         return (time.perf_counter() if math.isnan(self._ended) else self._ended) - self._began
 
     def in_parallel(self, planned: Plan) -> None:
-        """Solve the run as planned. If a program fails, as on a device with too little memory, go on sequentially."""
+        """Solve the run as planned. If a solve fails, as on a device with too little memory, go on sequentially."""
+        why = ""
         try:
             if isinstance(planned.solver, MultipleShooting):
                 self.in_blocks(planned, planned.solver)
             else:
                 self.run.with_solver(planned.solver)
         except jax.errors.JaxRuntimeError as failed:
+            if not self.run.is_solving:  # steps were being stored
+                raise
             first_line = str(failed).split("\n")[0].rstrip(".")
-            self.run.fall_back(f"A program of the solver failed ({first_line[:200]}).")
+            why = f"A program of the solver failed ({first_line[:200]})."
+        if why:  # now that the exception, and the arrays of the failed solve with it, are gone
+            self.run.fall_back(why)
 
     def make_plan(self, head: Head) -> Plan:
         """Run the pilot, check it, and plan the remaining steps.

@@ -285,6 +285,7 @@ class Run:
         moved: For each leaf of an unknown, which entries have moved; shape (C, ...). True for integers, which may keep
             their values.
         sequential_pace: Seconds of a sequential step.
+        is_solving: Whether a segment is being solved, so that none of it is stored.
     """
 
     def __init__(
@@ -299,7 +300,7 @@ class Run:
         num_planned: int | None = None,
     ):
         self.engine, self.x, self.num_steps, self.thinning, self.progress = engine, x0, num_steps, thinning, progress
-        self.draws, self.num_unkept = draws, num_unkept
+        self.draws, self.num_unkept, self.is_solving = draws, num_unkept, False
         self.num_planned = num_steps if num_planned is None else num_planned
         self.position = np.zeros(engine.num_chains, int)
         self.counts = Counts.zero(engine.num_chains)
@@ -368,31 +369,30 @@ class Run:
             unit = math.gcd(shape.capacity, solver.unit)
             block_length = min(shape.capacity, math.ceil(math.ceil(wanted / shape.num_blocks) / unit) * unit)
         wanted = min(wanted, block_length * shape.num_blocks)
-        # Solve the segment.
         self.progress.solve((jax.tree.structure(solver), shape))
+        self.is_solving = True
         segment, clock = self.engine.solve(solver, shape, self.x, self.position, block_length)
+        self.is_solving = False
         if solver.is_sequential:
             self.sequential_pace.add(wanted, clock.run_seconds)
         # Keep what is certified: all steps of a successful chain, otherwise a prefix.
-        codes = segment.result
-        stands = np.where(codes == RESULTS.successful, wanted, segment.stats.certified_steps)
+        stands = np.where(segment.result == RESULTS.successful, wanted, segment.stats.certified_steps)
         # Chains that are ahead of others may have fewer steps left than were solved for.
         ends = np.minimum(wanted, self.num_steps - self.position)
-        result, keep = np.where(stands < ends, codes, RESULTS.successful), np.minimum(stands, ends)
+        result, keep = np.where(stands < ends, segment.result, RESULTS.successful), np.minimum(stands, ends)
         if self.draws.in_step:
             keep = np.full_like(keep, keep.min())
         self._collect(segment, keep, solver, result)
         self.draws.settle(not self.left)
-        # Report why steps are missing, if any are.
         if not (stands < ends).any():
             return segment, "", clock
         if solver.is_sequential:
-            chain = int(np.argmax(stands < ends))
-            step = self.engine.origin + int(self.position[chain]) + 1
+            finite = self.position - keep + stands  # steps of each chain
+            chain = int(np.argmin(np.where(stands < ends, finite, np.max(finite) + 1)))
+            step = self.engine.origin + int(finite[chain]) + 1
             raise NonFiniteState(
-                f"chain {chain} reached a state that is not finite at step {step}. Check the kernel and the density: "
-                "proposals that are NaN are rejected, so the state itself must have overflowed. Draws from before, if "
-                "there are any, are the attribute `chain` of this exception."
+                f"chain {chain} reached a state that is not finite at step {step}. NaN proposals are rejected, so the "
+                "state itself overflowed: check kernel and density. Earlier draws are its attribute `chain`."
             )
         said = [f"{what}: {code.message.split('. ')[0].rstrip('.')}." for code, what in by_result(result) if code]
         return segment, " ".join(said), clock

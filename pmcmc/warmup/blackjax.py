@@ -28,7 +28,7 @@ from pmcmc.target import Target
 from pmcmc.warmup.base import Tuned, Warmup, WarmupError, Watch, check_metric, ignore, pooled_moments, take_metric
 from pmcmc.warmup.ensemble import EnsembleAdaptation, explore_basis
 from pmcmc.warmup.lanes import NUM_LANES, Exploration, check_exploration, is_dense, num_lanes, tune, tuned_shapes
-from pmcmc.warmup.settlement import judge_halves, remedy_for, unsettled
+from pmcmc.warmup.settlement import NORMAL_QUARTILES, judge_halves, remedy_for, unsettled
 
 
 @register_dataclass
@@ -121,8 +121,8 @@ def _explore(
         dense: Whether the scale is a full matrix.
 
     Returns:
-        Moments of the draws, and positions for the lanes, evenly spaced along the second halves; then means and
-        variances of the two parts of each second half, as in `judge_halves`.
+        Moments of the draws, and positions for the lanes, evenly spaced along the second halves; then the two parts of
+        each second half as `judge_halves` takes them.
     """
 
     def one(key, position):
@@ -139,7 +139,8 @@ def _explore(
     last = paths[:, spaced].reshape(num_starts * per_start, -1)
     found = Exploration(mean, scale, last, jnp.max(jnp.std(late, axis=1), axis=0), jnp.mean(acceptance_rate))
     parts = late[:, late.shape[1] % 2 :].reshape(num_starts, 2, -1, late.shape[-1])
-    return found, jnp.mean(parts, axis=2), jnp.var(parts, axis=2)
+    lower, median, upper = jnp.quantile(parts, jnp.array([0.25, 0.5, 0.75], parts.dtype), axis=2)
+    return found, median, ((upper - lower) / NORMAL_QUARTILES) ** 2
 
 
 # Learning rate of Adam, as in Hoffman et al. (2021).

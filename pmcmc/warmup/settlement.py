@@ -17,6 +17,8 @@ import numpy as np
 from pmcmc.target import Target
 
 SETTLED, MIXED = 3.0, 0.2
+# Distance of the quartiles of a standard normal variable.
+NORMAL_QUARTILES = 1.349
 UNSETTLED = (
     "Warm-up did not settle: the last window still changed its estimates of the posterior's location and scales, or "
     "its lanes kept apart, so chains may start far off, and move and merge slowly. Raise num_warmup (it was "
@@ -66,14 +68,14 @@ def judge_path(path: np.ndarray, mean: np.ndarray, factor: np.ndarray) -> Verdic
 
 
 def judge_halves(means: np.ndarray, variances: np.ndarray, scale: np.ndarray) -> Verdict:
-    """Judge paths by the moments of their halves: the second halves in units of the first.
+    """Judge paths by their halves: the second halves in units of the first.
 
-    Standard deviations are compared by coordinate: few paths are too short for those of all directions. Directions
-    count for the variance between paths.
+    Scales are compared by coordinate: few paths are too short for those of all directions. Directions count for the
+    variance between paths. Medians and quartiles take the place of moments, which heavy tails may not have.
 
     Args:
-        means: Means of the two halves of each path; shape (paths, 2, D).
-        variances: Their variances; shape (paths, 2, D).
+        means: Medians of the two halves of each path; shape (paths, 2, D).
+        variances: Squares of the distances of their quartiles over `NORMAL_QUARTILES`; shape (paths, 2, D).
         scale: Cholesky factor of the covariance of all draws (D, D), or standard deviations (D,).
     """
     mean, deviation = means.mean(axis=0), np.sqrt(variances.mean(axis=0) + means.var(axis=0))

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,23 @@ def test_hmc_of_earlier_files(tmp_path: Path) -> None:
     del header["kernel"]["items"]["trajectory_length"]
     write(tmp_path / "then.npz", header, arrays)
     assert pmcmc.load(tmp_path / "then.npz", gaussian).kernel.default_length() == 16
+
+
+def test_bases_of_earlier_files(tmp_path: Path) -> None:
+    """They had no spread, neither that of the target nor those of site groups, and their digests another form."""
+    density = lambda x: -0.5 * jnp.sum(x["a"] ** 2) - 0.5 * jnp.sum(x["b"] ** 2)
+    start = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
+    sizes = {**SIZES, "num_warmup": 40}
+    for kernel in (pmcmc.Compose([(pmcmc.HMC(), ["a"]), (pmcmc.HMC(), ["b"])]), pmcmc.HMC()):
+        chain = pmcmc.sample(density, start, 3, kernel=kernel, solver=Sequential(), **sizes)
+        chain.save(tmp_path / "now.npz")
+        header, arrays = read(tmp_path / "now.npz")
+        for place in [place for place in places(header) if place[-1] == "spread" and "basis" in place]:
+            header = dropped(header, place)
+        header["digests"] |= {"versions": {name: version(name) for name in ("jax", "numpyro")}, "the model": "0" * 64}
+        write(tmp_path / "then.npz", header, arrays)
+        back = pmcmc.load(tmp_path / "then.npz", density, initial_position=start)
+        assert back.verify()
 
 
 BEFORE = {"kind": "StandardBasis", "items": {}}

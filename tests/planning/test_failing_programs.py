@@ -12,7 +12,7 @@ import pmcmc
 from pmcmc.planning import Plan, plan
 from pmcmc.planning.plan import Candidate, schedule
 from pmcmc.recurrence import MultipleShooting, Sequential, deer
-from pmcmc.sampling import automatic, engine, pilot
+from pmcmc.sampling import automatic, engine, pilot, store
 from pmcmc.sampling.engine import Engine
 from tests.helpers.pilots import merging
 from tests.helpers.targets import gaussian, start_like
@@ -150,3 +150,21 @@ def test_segments_are_bounded_by_memory_to_the_end() -> None:
     assert sum(found) == 10**7
     assert max(found) <= 2000
     assert len(schedule(10**12, 4, 60.0, 0.9, 1)) < 3 * 10**6  # a plan that nobody chooses is not enumerated
+
+
+def test_what_fails_while_draws_are_stored_is_no_reason_to_fall_back(free_lanes, tmp_path: Path, monkeypatch) -> None:
+    """The steps would be taken and stored again."""
+    chain = sample(Sequential(), num_samples=100)
+    monkeypatch.setattr(automatic, "couple", lambda head, own: pilot.Pilot(merging(np.arange(2, 34)), "", 0.0))
+    constrain, calls = store.constrain, []
+
+    def failing_later(*args, **options):
+        calls.append(1)
+        if len(calls) > 3:
+            raise jax.errors.JaxRuntimeError("no memory")
+        return constrain(*args, **options)
+
+    monkeypatch.setattr(store, "constrain", failing_later)
+    monkeypatch.setattr(store, "_CONSTRAIN_BATCH", 256)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no memory"):
+        replace(chain, solver=None).stream(tmp_path / "run", 8000, progress_bar=False)

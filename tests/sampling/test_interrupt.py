@@ -209,7 +209,7 @@ def test_a_state_that_overflows_loses_nothing(solver, tmp_path) -> None:
     chain = failed.value.chain
     assert chain.num_samples == chain.report.num_steps == 30
     np.testing.assert_allclose(chain.unknowns[0, :, 0], 10.0 ** np.arange(10, 301, 10), rtol=1e-12)
-    with pytest.raises(pmcmc.NonFiniteState) as failed:
+    with pytest.raises(pmcmc.NonFiniteState, match="at step 31") as failed:
         run(1.0, 20).extend(50, progress_bar=False)
     assert failed.value.chain.num_samples == 30
     with pytest.raises(pmcmc.NonFiniteState) as failed:
@@ -219,3 +219,9 @@ def test_a_state_that_overflows_loses_nothing(solver, tmp_path) -> None:
     with pytest.raises(pmcmc.NonFiniteState) as failed:
         run(1.0, 20).stream(tmp_path / "run", 50, progress_bar=False)
     assert 20 <= failed.value.chain.num_samples <= 30
+    # The second chain overflows first, and is named, also where all chains must be at the same step.
+    starts = dict(init_per_chain=True, num_samples=20, solver=solver, **options)
+    apart = pmcmc.sample(density, jnp.array([[1e50], [1e100]]), 0, **starts)
+    for call in (apart.extend, lambda n, **o: apart.stream(tmp_path / "apart", n, **o)):
+        with pytest.raises(pmcmc.NonFiniteState, match=r"chain 1 .* at step 21"):
+            call(50, progress_bar=False)

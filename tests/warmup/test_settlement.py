@@ -11,7 +11,7 @@ import pmcmc
 from pmcmc import EnsembleAdaptation, SiteAdaptation, WindowAdaptation
 from pmcmc.recurrence import Sequential
 from pmcmc.warmup import ChEESAdaptation, base
-from pmcmc.warmup.settlement import Verdict, judge_halves, judge_path
+from pmcmc.warmup.settlement import NORMAL_QUARTILES, Verdict, judge_halves, judge_path
 from tests.helpers.selection import share
 from tests.helpers.targets import COVARIANCE, eight_schools, gaussian, make_target, start_like
 
@@ -119,13 +119,14 @@ def test_verdict_of_halves() -> None:
         path = rng.standard_normal((number, 200, dim))
 
         def judge(path: np.ndarray, dense: bool) -> Verdict:
-            halves = path.reshape(len(path), 2, 100, -1)
+            lower, median, upper = np.quantile(path.reshape(len(path), 2, 100, -1), [0.25, 0.5, 0.75], axis=2)
             scale = base.path_moments(np.swapaxes(path, 0, 1), dense)[1]
-            return judge_halves(halves.mean(axis=2), halves.var(axis=2), scale)
+            return judge_halves(median, ((upper - lower) / NORMAL_QUARTILES) ** 2, scale)
 
         later = (np.arange(200) >= 100)[:, None]
         for dense in (True, False):
             assert judge(path, dense) == Verdict(True, True)
+            assert judge(rng.standard_cauchy(path.shape), dense) == Verdict(True, True)
             assert judge(path * np.where(later, 10, 1), dense) == Verdict(False, True)
             assert judge(path + 4 * later, dense) == Verdict(False, False)
             if number > 1:

@@ -1,5 +1,6 @@
 """Traces of user functions are equal if they compute the same, with every array that they read as a leaf."""
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from pmcmc._xla.content import UNKNOWN_ROUNDS, count_operations
-from pmcmc._xla.trace import digest, trace
+from pmcmc._xla.digest import digest
+from pmcmc._xla.trace import trace
 
 X = jnp.linspace(-1.0, 1.0, 3)
 
@@ -241,7 +243,8 @@ def test_digests_depend_on_the_content_alone() -> None:
     code = "; ".join(
         (
             "import jax.numpy as jnp, numpy as np",
-            "from pmcmc._xla.trace import digest, trace",
+            "from pmcmc._xla.digest import digest",
+            "from pmcmc._xla.trace import trace",
             "print(digest(trace(lambda x: jnp.sum(jnp.logaddexp(x, 1) * np.arange(3.0)), jnp.ones(3)).trace))",
         )
     )
@@ -336,8 +339,23 @@ def test_numbers_in_arrays_are_copied() -> None:
 
 
 def test_digests_know_the_code_of_callbacks() -> None:
+    """Also of constants whose order is another one in each process."""
     shape, x = jax.ShapeDtypeStruct((), jnp.float32), jnp.ones(3, jnp.float32)
     traced = lambda host: trace(lambda x: jax.pure_callback(host, shape, x, vmap_method="sequential"), x).trace
     total, product = traced(lambda v: np.sum(v)), traced(lambda v: np.prod(v))
     assert digest(total) != digest(product)
     assert digest(total) == digest(traced(lambda v: np.sum(v)))
+    code = "\n".join(
+        (
+            "import jax, jax.numpy as jnp, numpy as np",
+            "from pmcmc._xla.digest import digest",
+            "from pmcmc._xla.trace import trace",
+            "host = lambda v: np.float32(str(v) in {'a', 'b', 'c', 'd', 'e'})",
+            "call = lambda x: jax.pure_callback(host, jax.ShapeDtypeStruct((), jnp.float32), x)",
+            "print(digest(trace(call, jnp.ones(3)).trace))",
+        )
+    )
+    run = lambda seed: subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=True, env={**os.environ, "PYTHONHASHSEED": seed}
+    )
+    assert run("1").stdout == run("2").stdout

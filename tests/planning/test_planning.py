@@ -478,7 +478,7 @@ def centred(error, effect):
 def test_the_report_says_what_keeps_chains_apart(free_lanes) -> None:
     effect = jnp.array([28.0, 8, -3, 7, -1, 1, 18, 12])
     error = jnp.array([15.0, 10, 16, 11, 9, 11, 10, 18])
-    chain = pmcmc.parallel_chain(centred, 0, model_args=(error, effect), num_samples=4000, **SIZES)
+    chain = pmcmc.parallel_chain(centred, 1, model_args=(error, effect), num_samples=4000, **SIZES)
     report = chain.report
     assert report.decision == "sequential"
     assert set(report.diagnosis.sites) == {"mu", "tau", "theta"}

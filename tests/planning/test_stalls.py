@@ -35,7 +35,8 @@ class CountedRun(Run):
     def __init__(self, num_steps: int, step: float, stalled: int):
         self.num_steps, self.position, self.step, self.stalled, self.taken = num_steps, np.zeros(1), step, stalled, []
         path = SimpleNamespace(chains=lambda: ({}, None, None))
-        self.engine, self.segment = SimpleNamespace(shape_for=lambda *a: None), path
+        self.engine, self.segment = SimpleNamespace(shape_for=lambda *a: None, max_bytes=2**29), path
+        self.x = np.zeros((1, 1))
 
     def take(self, solver, shape, wanted):
         seconds = CALL + wanted * self.step + STALL * (len(self.taken) == self.stalled)

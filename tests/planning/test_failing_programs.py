@@ -156,15 +156,19 @@ def test_what_fails_while_draws_are_stored_is_no_reason_to_fall_back(free_lanes,
     """The steps would be taken and stored again."""
     chain = sample(Sequential(), num_samples=100)
     monkeypatch.setattr(automatic, "couple", lambda head, own: pilot.Pilot(merging(np.arange(2, 34)), "", 0.0))
-    constrain, calls = store.constrain, []
+    constrain, in_parallel, left = store.constrain, automatic.Automatic.in_parallel, []
 
-    def failing_later(*args, **options):
-        calls.append(1)
-        if len(calls) > 3:
+    def begun(self, planned):
+        left.append(1)  # one failure, in the first batch of the blocks
+        return in_parallel(self, planned)
+
+    def failing_once(*args, **options):
+        if left and left.pop():
             raise jax.errors.JaxRuntimeError("no memory")
         return constrain(*args, **options)
 
-    monkeypatch.setattr(store, "constrain", failing_later)
+    monkeypatch.setattr(automatic.Automatic, "in_parallel", begun)
+    monkeypatch.setattr(store, "constrain", failing_once)
     monkeypatch.setattr(store, "_CONSTRAIN_BATCH", 256)
     with pytest.raises(jax.errors.JaxRuntimeError, match="no memory"):
         replace(chain, solver=None).stream(tmp_path / "run", 8000, progress_bar=False)

@@ -221,7 +221,8 @@ def test_a_state_that_overflows_loses_nothing(solver, tmp_path) -> None:
     assert 20 <= failed.value.chain.num_samples <= 30
     # The second chain overflows first, and is named, also where all chains must be at the same step.
     starts = dict(init_per_chain=True, num_samples=20, solver=solver, **options)
-    apart = pmcmc.sample(density, jnp.array([[1e50], [1e100]]), 0, **starts)
-    for call in (apart.extend, lambda n, **o: apart.stream(tmp_path / "apart", n, **o)):
-        with pytest.raises(pmcmc.NonFiniteState, match=r"chain 1 .* at step 21"):
-            call(50, progress_bar=False)
+    for other in (1e50, 0.0):  # 0 never overflows
+        apart = pmcmc.sample(density, jnp.array([[other], [1e100]]), 0, **starts)
+        for call in (apart.extend, lambda n, **o: apart.stream(tmp_path / f"{other}", n, **o)):  # noqa: B023
+            with pytest.raises(pmcmc.NonFiniteState, match=r"chain 1 .* at step 21"):
+                call(50, progress_bar=False)

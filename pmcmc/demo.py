@@ -16,7 +16,7 @@ import pmcmc
 from pmcmc.interop import require
 
 # Every `THINNING`-th draw is kept: long chains are quick to sample but slow to summarise.
-THINNING = 10
+THINNING = 20
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def eight_schools() -> Example:
             numpyro.sample("effect", dist.Normal(theta, error), obs=effect)
 
     data = {"error": error, "effect": effect}
-    return Example("Eight schools, non-centred", model, data, 1_000_000, ["mu", "tau", "theta"])
+    return Example("Eight schools, non-centred", model, data, 2_000_000, ["mu", "tau", "theta"])
 
 
 def logistic() -> Example:
@@ -73,7 +73,7 @@ def logistic() -> Example:
         numpyro.sample("benign", dist.Bernoulli(logits=intercept + features @ beta), obs=benign)
 
     data = {"features": features, "benign": benign}
-    return Example("Logistic regression, breast cancer data", model, data, 200_000, ["intercept", "beta"])
+    return Example("Logistic regression, breast cancer data", model, data, 80_000, ["intercept", "beta"])
 
 
 EXAMPLES = {"eight_schools": eight_schools, "logistic": logistic}

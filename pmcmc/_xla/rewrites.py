@@ -49,6 +49,10 @@ _LOOPS = "cond scan while"
 _RANDOM = "random_bits random_fold_in random_seed random_split threefry2x32"
 _STRAIGHT = frozenset(" ".join((ELEMENTWISE, _STRUCTURAL, REDUCTIONS, _CALLS)).split())
 _SIMPLE = _STRAIGHT | frozenset(" ".join((_LOOPS, _RANDOM)).split())
+# Products, and what reading at indices becomes in a gradient.
+_WIDE = _SIMPLE | frozenset(
+    ["dot_general", "scatter", "scatter-add", "scatter-max", "scatter-min", "scatter-mul", "scatter-sub"]
+)
 
 
 _OWN: ContextVar[bool] = ContextVar("own", default=False)
@@ -161,6 +165,14 @@ def is_straight(program: Jaxpr) -> bool:
     Hashes of ``jax.random`` are not, since XLA makes loops of them.
     """
     return _consists_of(_STRAIGHT, program)
+
+
+def gains_from_lanes(program: Jaxpr) -> bool:
+    """Whether the operations of a program are those that take less time per lane where lanes are many.
+
+    Factorisations, sorts and calls of the host do not: a lane takes about as long as by itself.
+    """
+    return _consists_of(_WIDE, program)
 
 
 def _largest_result(program: Jaxpr) -> int:

@@ -221,8 +221,8 @@ def plan(
     """Choose the fastest of sequential sampling, blocks on one or more devices, DEER and quasi-DEER.
 
     A sequential run takes ``T s`` seconds. P blocks take one compilation, during which some sequential steps are taken,
-    and ``(S + M) (a + C P b)`` seconds for each segment of S P steps, where M is the merge time of the slowest of
-    C (P - 1) lanes (as in `predict_sweeps`) and b is the cost of a lane on the given number of devices (see `Costs`).
+    and ``(S + M) b`` seconds for each segment of S P steps, where M is the merge time of the slowest of C (P - 1) lanes
+    (as in `predict_sweeps`) and b are the seconds of a step of all lanes, `Costs.blocks_step`.
 
     DEER and quasi-DEER take their predicted iterations (`predict_iterations`), and are considered if these cost at most
     the `allowance`. Each of these is a step of C T (1 + D)
@@ -237,7 +237,7 @@ def plan(
     Args:
         num_steps: T, steps per chain that are left.
         num_chains: C, the number of chains.
-        costs: s, a, b and the seconds of a compilation; see `Costs`.
+        costs: s, the seconds of a step of lanes, and those of a compilation.
         coalescence: The pilot; None if nothing is known about merges.
         dim: D, real entries of a state. None: Newton's method is not considered.
         max_steps: Steps per chain for which one solve has memory, as a function of the solver. None: any number.
@@ -355,6 +355,8 @@ def _block_candidates(
     most = max_steps(MultipleShooting())
     for solver in block_solvers(device_sets):
         num_blocks, num_devices = solver.blocks_for(num_steps), max(1, len(solver.shared_by))
+        if num_devices == 1 and num_blocks > 2 and num_chains * num_blocks > costs.most_lanes:
+            continue
         merge, low, high = longest_of(tail, num_chains * (num_blocks - 1), LEVEL)
         if num_blocks * max(MultipleShooting.unit, merge) > num_steps / 2:  # repair would be half of all work
             continue

@@ -25,7 +25,7 @@ from pmcmc.planning.plan import FIRST_SHARE, allowance, block_solvers, next_segm
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential
 from pmcmc.sampling.engine import Engine
 from pmcmc.sampling.pilot import Head, bias_after_warmup, couple
-from pmcmc.sampling.programs import Shape
+from pmcmc.sampling.programs import Shape, lanes_gain
 from pmcmc.sampling.segments import Run
 from pmcmc.stability import Coalescence, Diagnosis, diagnose
 from pmcmc.stability.evidence import pilot_fault
@@ -236,6 +236,7 @@ class Automatic:
             lanes=None if timing is None else timing[:2],
             leapfrogs=leapfrogs,
             num_threads=max(engine.threads(PLANNED_BLOCKS)),
+            lanes_gain=lanes_gain(engine.target, engine.kernel, engine.chain_keys, engine.guesses),
         )
 
     def block_shape(self, solver: MultipleShooting) -> Shape:

@@ -16,7 +16,7 @@ import numpy as np
 from pmcmc._pytree import Array, PyTree
 from pmcmc._xla.compile import plain_jit, tuned_jit
 from pmcmc._xla.content import count_operations
-from pmcmc._xla.rewrites import FEW_LANES, in_one_kernel, is_straight
+from pmcmc._xla.rewrites import FEW_LANES, gains_from_lanes, in_one_kernel, is_straight
 from pmcmc.kernels import Info, Kernel
 from pmcmc.kernels.base import near_tie_bound
 from pmcmc.random.streams import key_pair, lane_noise, numbered_noise, raw_keys_are_threefry
@@ -304,6 +304,11 @@ def is_brief(target: Target, kernel: Kernel, chain_keys: Array, guesses: PyTree,
     step = count_operations(one_step.program(target, kernel, chain_keys, guesses), rounds)
     noise = count_operations(one_noise.program(target, kernel, chain_keys))
     return len(chain_keys) * num_steps * (step + NOISE * noise) <= BRIEF_OPERATIONS
+
+
+def lanes_gain(target: Target, kernel: Kernel, chain_keys: Array, guesses: PyTree) -> bool:
+    """Whether a step takes less time per lane in many lanes than in few, by its operations."""
+    return gains_from_lanes(one_step.program(target, kernel, chain_keys, guesses))
 
 
 @plain_jit()

@@ -62,6 +62,7 @@ def test_a_trial_that_succeeds_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lanes are expected to be dear, so that the plan only tries; in fact they cost next to nothing."""
     doubtful = Costs(1e-3, 1e-6, 2.3e-4, 0.0, least_lane=0.5)
     monkeypatch.setattr(automatic.Automatic, "costs", lambda self, head: doubtful)
+    monkeypatch.setattr(automatic.Automatic, "correction", 1.0)
     monkeypatch.setattr(automatic, "SHORT_SECONDS", 0.0)
     monkeypatch.setattr(automatic, "num_cores", lambda: 1)  # no steps are taken while blocks are compiled
     kernel = pmcmc.HMC(step_size=0.5, num_integration_steps=2)

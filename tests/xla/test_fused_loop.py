@@ -12,7 +12,7 @@ import pmcmc
 from pmcmc import HMC, MALA, NUTS, RandomWalk
 from pmcmc._xla import rewrites
 from pmcmc._xla.content import inner_programs
-from pmcmc._xla.rewrites import in_one_kernel
+from pmcmc._xla.rewrites import gains_from_lanes, in_one_kernel
 from pmcmc.random.distributions import normals, uniforms
 from pmcmc.recurrence import Sequential
 from pmcmc.sampling import programs
@@ -62,7 +62,7 @@ def test_large_operations_are_left_to_xla(largest, marked):
 UNUSED = """
 import jax, jax.numpy as jnp, numpy as np
 from pmcmc._xla.compile import compiler_options
-from pmcmc._xla.rewrites import in_one_kernel
+from pmcmc._xla.rewrites import gains_from_lanes, in_one_kernel
 
 def step(k, mask, key, x):
     return jnp.tanh(x) + 0 * k + 0 * mask + 0 * jax.random.key_data(key).astype(int).sum()
@@ -154,3 +154,23 @@ def test_sampling_a_small_model_in_order_is_one_kernel(kernel, monkeypatch):
 def _unlisted(jaxpr):
     here = {equation.primitive.name for equation in jaxpr.eqns} - rewrites._SIMPLE
     return here.union(*(_unlisted(inner) for equation in jaxpr.eqns for inner in inner_programs(equation)))
+
+
+def test_which_steps_gain_from_lanes() -> None:
+    """Products, gathers and loops do; factorisations, sorts and calls of the host take as long for each lane."""
+    rows, index = jnp.ones((20, 3)), jnp.arange(20) % 3
+    lower = lambda x: jnp.linalg.cholesky(jnp.eye(3) + jnp.outer(x, x))
+    gains = {
+        "product": lambda x: jnp.sum(jnp.log1p(jnp.exp(rows @ x))),
+        "gather": lambda x: jnp.sum(jnp.square(x[index])),
+        "loop": lambda x: jax.lax.fori_loop(0, 5, lambda _, y: jnp.sin(y), x).sum(),
+    }
+    do_not = {
+        "factorisation": lambda x: lower(x).sum(),
+        "sort": lambda x: jnp.sort(x)[0],
+        "callback": lambda x: jax.pure_callback(np.sum, jax.ShapeDtypeStruct((), x.dtype), x),
+    }
+    for name, fn in (gains | do_not).items():
+        derivative = fn if name == "callback" else jax.grad(fn)
+        program = jax.make_jaxpr(derivative)(jnp.ones(3)).jaxpr
+        assert gains_from_lanes(program) == (name in gains), name

@@ -10,7 +10,7 @@ Source: Gelfand & Smith (1990); Zoltowski et al. (2025) for noise drawn first.
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -76,11 +76,17 @@ class Update(abc.ABC):
 
     An update is a frozen dataclass and a pytree.
 
+    Attributes:
+        confined_to: What all values are, such as "positive numbers"; "" if they may be any real numbers. `Gibbs`
+            refuses such an update of a site that positions hold unconstrained.
+
     Example:
         >>> import pmcmc
         >>> isinstance(pmcmc.kernels.GammaUpdate(2.0, rate=1.0), Update)
         True
     """
+
+    confined_to: ClassVar[str] = ""
 
     @abc.abstractmethod
     def draw_noise(self, rng_key: PRNGKey, site: Site) -> PyTree:
@@ -175,6 +181,8 @@ def _check_callable(update: Any, name: str, form: str) -> None:
 class NormalUpdate(Update):
     """Normal conditional ``x' = loc + scale z`` with z standard normal.
 
+    It draws what positions hold of the site, for a positive site of a NumPyro model the logarithm, see `Gibbs`.
+
     Args:
         conditional: Function ``state -> (loc, scale)``, both of the site's shape or broadcast to it.
 
@@ -214,6 +222,8 @@ class GammaUpdate(Update):
     Values are clipped to the range of positive normal numbers of the dtype. Small shapes often give smaller values: in
     float32, 17 % of the draws of shape 0.02.
 
+    Positive sites of a NumPyro model are refused, since positions hold their logarithms, see `Gibbs`.
+
     Args:
         shape: A number, an array that broadcasts to the site, or a function of the state.
         rate: A number, an array that broadcasts to the site, or a function of the state.
@@ -225,6 +235,8 @@ class GammaUpdate(Update):
         >>> import jax.numpy as jnp, pmcmc
         >>> update = pmcmc.kernels.GammaUpdate(2.5, rate=lambda x: 1 + 0.5 * jnp.sum(x["y"] ** 2))
     """
+
+    confined_to: ClassVar[str] = "positive numbers"
 
     shape: ArrayLeaf | Function
     rate: ArrayLeaf | Function
@@ -247,7 +259,7 @@ class InverseGammaUpdate(Update):
 
     Its density is proportional to ``x^(-shape - 1) exp(-scale / x)``. Values are clipped as in `GammaUpdate`. A scaled
     inverse chi-squared distribution with nu degrees of freedom and scale s^2 has shape ``nu / 2`` and scale
-    ``nu s^2 / 2``.
+    ``nu s^2 / 2``. Positive sites of a NumPyro model are refused, see `Gibbs`.
 
     Args:
         shape: A number, an array that broadcasts to the site, or a function of the state; see `GammaUpdate`.
@@ -260,6 +272,8 @@ class InverseGammaUpdate(Update):
         >>> import jax.numpy as jnp, pmcmc
         >>> update = pmcmc.kernels.InverseGammaUpdate(4.5, scale=lambda x: 0.5 * jnp.sum((x["theta"] - x["mu"]) ** 2))
     """
+
+    confined_to: ClassVar[str] = "positive numbers"
 
     shape: ArrayLeaf | Function
     scale: ArrayLeaf | Function
@@ -281,7 +295,8 @@ class DirichletUpdate(Update):
     """Dirichlet conditional ``x' = g / sum(g)`` over the last axis, with g ~ Gamma(concentration, 1).
 
     Beta variates are the case of two components. Small concentrations are safe: gamma variates and their ratio are
-    computed in logs, and values are at least the smallest positive normal number of the dtype.
+    computed in logs, and values are at least the smallest positive normal number of the dtype. Simplex and interval
+    sites of a NumPyro model are refused, since positions hold them unconstrained, see `Gibbs`.
 
     Args:
         concentration: A number, an array that broadcasts to the site, or a function of the state; drawn first or within
@@ -294,6 +309,8 @@ class DirichletUpdate(Update):
         >>> import jax.numpy as jnp, pmcmc
         >>> update = pmcmc.kernels.DirichletUpdate(lambda x: 1.0 + jnp.bincount(x["cluster"], length=3))
     """
+
+    confined_to: ClassVar[str] = "probabilities"
 
     concentration: ArrayLeaf | Function
 
@@ -334,6 +351,8 @@ class CategoricalUpdate(Update):
         >>> update = pmcmc.kernels.CategoricalUpdate(lambda x: -0.5 * (x["y"][:, None] - x["centre"][None]) ** 2)
     """
 
+    confined_to: ClassVar[str] = "integers"
+
     logits: Callable
 
     def __post_init__(self):
@@ -362,8 +381,8 @@ class CategoricalUpdate(Update):
 class CustomUpdate(Update):
     """User-defined update ``x' = update(state, noise)``, a map of user-defined noise.
 
-    It must leave the conditional distribution of its site invariant. Near ties of its decisions, if it makes any, are
-    not counted.
+    It must leave the conditional distribution of its site invariant, that of the unconstrained values for a continuous
+    site of a NumPyro model (see `Gibbs`). Near ties of its decisions, if it makes any, are not counted.
 
     Args:
         sample_noise: Function ``rng_key -> noise``, any pytree.

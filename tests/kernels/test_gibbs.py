@@ -5,12 +5,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 from scipy import special, stats
 
 import pmcmc
 from benchmarks.gibbs import SCHOOLS
 from benchmarks.published import gibbs_step
+from pmcmc.interop.numpyro import numpyro_target
 from pmcmc.kernels.updates import Site
 from pmcmc.random.distributions import _by_columns, _by_scan, inverse_cdf, log_gammas
 from pmcmc.recurrence import RESULTS, Sequential, deer
@@ -357,3 +360,48 @@ def test_errors_of_updates() -> None:
         sample(pmcmc.Gibbs({"a": NORMAL}), {"a": 0.0}, warmup=pmcmc.WindowAdaptation())
     with pytest.raises(TypeError, match=r"SiteAdaptation cannot warm up HMC"):
         sample(pmcmc.HMC(), jnp.zeros(2), lambda x: -jnp.sum(x**2), warmup=pmcmc.SiteAdaptation())
+
+
+WAITS = np.array([0.3, 1.1, 0.2, 0.7])
+
+
+def waiting() -> None:
+    rate = numpyro.sample("rate", dist.Gamma(2.0, 1.0))
+    numpyro.sample("waits", dist.Exponential(rate).expand([len(WAITS)]).to_event(1), obs=WAITS)
+
+
+def constrained() -> None:
+    numpyro.sample("rate", dist.Gamma(2.0, 1.0))
+    numpyro.sample("shares", dist.Dirichlet(jnp.ones(3)))
+    numpyro.sample("level", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    numpyro.sample("kind", dist.Categorical(jnp.ones(3) / 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "update"),
+    [
+        ("rate", pmcmc.kernels.GammaUpdate(2.0, 1.0)),
+        ("rate", pmcmc.kernels.InverseGammaUpdate(2.0, 1.0)),
+        ("rate", pmcmc.kernels.CategoricalUpdate(lambda x: jnp.zeros(3))),
+        ("shares", pmcmc.kernels.DirichletUpdate(jnp.ones(3))),
+    ],
+)
+def test_values_of_sites_that_are_held_unconstrained_are_refused(name: str, update) -> None:
+    """A gamma variate in place of its logarithm would be a draw from another posterior."""
+    assert numpyro_target(constrained, (), {}).model.transformed == ("rate", "shares")
+    rest = [site for site in ("rate", "shares", "level") if site != name]
+    kernel = pmcmc.Compose([pmcmc.DiscreteGibbs(), pmcmc.Gibbs({name: update}), (pmcmc.HMC(), rest)])
+    words = f"{type(update).__name__} draws .* but positions hold the site '{name}' .* unconstrained.*CustomUpdate"
+    with pytest.raises(ValueError, match=words):
+        pmcmc.parallel_chain(constrained, 0, kernel=kernel, num_samples=20, progress_bar=False)
+
+
+def test_a_gamma_site_of_a_model_by_its_logarithm() -> None:
+    """The update that the page of `Gibbs` gives, against the conditional of the model."""
+    shape, rate = 2.0 + len(WAITS), 1.0 + WAITS.sum()
+    update = pmcmc.kernels.CustomUpdate(lambda key: jax.random.loggamma(key, shape), lambda x, g: g - jnp.log(rate))
+    options = dict(num_warmup=0, num_samples=2000, solver=Sequential(), progress_bar=False)
+    chain = pmcmc.parallel_chain(waiting, 0, kernel=pmcmc.Gibbs({"rate": update}), **options)
+    u = stats.gamma(shape, scale=1 / rate).cdf(chain.get_samples()["rate"])  # draws are independent
+    moments = np.array([u.mean() - 1 / 2, (u**2).mean() - 1 / 3]) / np.sqrt([1 / 12, 4 / 45])
+    assert np.max(np.abs(moments)) * np.sqrt(u.size) < z_bound(2)

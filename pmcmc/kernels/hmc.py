@@ -145,12 +145,13 @@ class ParallelLeapfrog(Leapfrog):
         num_steps: L, an int, because the states of the trajectory need a static shape. The kernel's
             ``num_integration_steps`` may be left out; if given, it must equal L.
         solver: ``Newton(BlockDiagonal())`` by default; ``Newton(HutchinsonBlockDiagonal(key))`` for large D. Its
-            ``max_iters`` is set to L, which always suffices.
+            ``max_iters`` is set to L, which always suffices. Its ``tol`` must be left out: a trajectory that is solved
+            to a larger one is not reversible, and the draws would not be the posterior's.
 
     Raises:
         TypeError: ``num_steps`` is not an integer, the kernel's number of steps is random, or ``solver`` is not a
             `Newton`.
-        ValueError: ``num_steps`` is below 1, or differs from the kernel's number of steps.
+        ValueError: ``num_steps`` is below 1, or differs from the kernel's number of steps, or the solver has a ``tol``.
 
     Source: Zoltowski et al. (2025), block quasi-DEER. Their code caps the number of iterations and does not report when
     the cap is reached.
@@ -169,6 +170,11 @@ class ParallelLeapfrog(Leapfrog):
         object.__setattr__(self, "num_steps", as_int("num_steps", self.num_steps, 1))
         if isinstance(self.solver, RecurrenceSolver) and not isinstance(self.solver, Newton):
             raise TypeError(f"ParallelLeapfrog needs a Newton solver, got {type(self.solver).__name__}().")
+        if isinstance(self.solver, Newton) and self.solver.tol is not None:
+            raise ValueError(
+                "ParallelLeapfrog solves trajectories to rounding, without which they are not reversible, got a solver "
+                f"with tol={self.solver.tol}: leave tol out."
+            )
 
     def check(self, num_integration_steps):
         if isinstance(num_integration_steps, Integral) and num_integration_steps != self.num_steps:

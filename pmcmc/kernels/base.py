@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from pmcmc._arguments import known_number
-from pmcmc._pytree import Array, ArrayLeaf, PRNGKey, PyTree, RavelSpec, Scalar
+from pmcmc._pytree import Array, ArrayLeaf, PRNGKey, PyTree, RavelSpec, Scalar, is_real
 from pmcmc._xla.trace import trace
 from pmcmc.random.streams import IMPL
 from pmcmc.recurrence import Recurrence
@@ -129,6 +129,13 @@ class Kernel(abc.ABC):
     @abc.abstractmethod
     def coordinates(self, unknown: PyTree) -> Array:
         """Return the target's coordinates within an unknown; shape (D,)."""
+
+    def discrete(self, unknown: PyTree) -> PyTree:
+        """Return for each leaf of an unknown whether its values are discrete, and may well stay the same for long.
+
+        By default those that are not floating.
+        """
+        return jax.tree.map(lambda x: not is_real(x), unknown)
 
     def check(self, target: Target) -> None:
         """Raise an error if this kernel cannot sample the target; called once, before anything else.

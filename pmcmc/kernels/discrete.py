@@ -124,6 +124,9 @@ class DiscreteGibbs(SiteKernel):
         u = uniforms(rng_key, sum(sizes), at_least_single(dtype))
         return tuple(jnp.split(u, np.cumsum(sizes)[:-1]))
 
+    def discrete(self, unknown):
+        return jax.tree.map(lambda x: True, unknown)
+
     def nudge(self, noise, amount):
         return tuple(u + amount for u in noise)
 

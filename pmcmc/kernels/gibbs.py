@@ -128,6 +128,10 @@ class Gibbs(SiteKernel):
                 for number, (name, update) in enumerate(zip(self.sites, self.updates, strict=True))
             )
 
+    def discrete(self, unknown):
+        kinds = dict(zip(self.sites, (update.is_discrete for update in self.updates), strict=True))
+        return {name: jax.tree.map(lambda x, n=name: kinds[n] or not is_real(x), v) for name, v in unknown.items()}
+
     def nudge(self, noise, amount):
         return tuple(update.nudge(u, amount) for update, u in zip(self.updates, noise, strict=True))
 
@@ -334,6 +338,9 @@ class Compose(SiteKernel):
                 block.kernel.sample_noise(fold_in(pair, jnp.asarray(number, jnp.uint32)), block.given(target))
                 for number, block in enumerate(self.blocks)
             )
+
+    def discrete(self, unknown):
+        return tuple(block.kernel.discrete(part) for block, part in zip(self.blocks, unknown, strict=True))
 
     def nudge(self, noise, amount):
         return tuple(block.kernel.nudge(u, amount) for block, u in zip(self.blocks, noise, strict=True))

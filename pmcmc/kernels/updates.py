@@ -79,6 +79,7 @@ class Update(abc.ABC):
     Attributes:
         confined_to: What all values are, such as "positive numbers"; "" if they may be any real numbers. `Gibbs`
             refuses such an update of a site that positions hold unconstrained.
+        is_discrete: Whether values are discrete, whatever the site's dtype.
 
     Example:
         >>> import pmcmc
@@ -87,6 +88,7 @@ class Update(abc.ABC):
     """
 
     confined_to: ClassVar[str] = ""
+    is_discrete: ClassVar[bool] = False
 
     @abc.abstractmethod
     def draw_noise(self, rng_key: PRNGKey, site: Site) -> PyTree:
@@ -352,6 +354,7 @@ class CategoricalUpdate(Update):
     """
 
     confined_to: ClassVar[str] = "integers"
+    is_discrete: ClassVar[bool] = True
 
     logits: Callable
 

@@ -320,6 +320,15 @@ def test_custom_update_and_chain_tools() -> None:
 NORMAL = pmcmc.kernels.NormalUpdate(lambda x: (0.0, 1.0))
 
 
+def test_which_sites_are_discrete() -> None:
+    """By their update, whatever their dtype."""
+    kernel = pmcmc.Gibbs({"k": pmcmc.kernels.CategoricalUpdate(lambda x: jnp.zeros(2)), "x": NORMAL})
+    assert kernel.discrete({"k": np.zeros(3), "x": np.zeros(3)}) == {"k": True, "x": False}
+    whole = pmcmc.Compose([pmcmc.DiscreteGibbs(supports={"z": [0.0, 0.5]}), kernel, (pmcmc.MALA(), ["a"])])
+    unknown = ({"z": np.zeros(2)}, {"k": np.zeros(()), "x": np.zeros(())}, np.zeros(4))
+    assert whole.discrete(unknown) == ({"z": True}, {"k": True, "x": False}, False)
+
+
 @pytest.mark.parametrize(
     ("updates", "start", "error", "words"),
     [

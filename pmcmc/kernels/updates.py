@@ -332,9 +332,13 @@ class DirichletUpdate(Update):
 class CategoricalUpdate(Update):
     """Categorical conditional by inverse CDF: ``x' = least k with p[0] + ... + p[k] >= u``, p = softmax(logits).
 
-    Each element has its own uniform u. With a shared u, two copies of the chain draw the same value with a probability
-    near that of the best coupling, and ordered values if their distributions are ordered. If the probabilities are not
-    finite (a logit is NaN or +inf, or all are -inf), the site keeps its old value and the step is counted as divergent.
+    Each element has its own uniform u. With a shared u, two copies of the chain draw ordered values if their
+    distributions are ordered, and different values with a probability of at most ``sum_k |F(k) - F'(k)|``, F and F'
+    being the two distribution functions. For two values no coupling has a smaller one. For more values their order
+    matters: coupled chains merge earlier if values that replace each other are neighbours.
+
+    If the probabilities are not finite (a logit is NaN or +inf, or all are -inf), the site keeps its old value and the
+    step is counted as divergent.
 
     Args:
         logits: Function ``state -> (..., K)``, the site's shape followed by an axis of the K values 0..K-1; an additive

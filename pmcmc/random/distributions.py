@@ -240,8 +240,14 @@ def inverse_cdf(logits: Float[Array, "*dims K"], uniform: Float[Array, "*dims"])
     """Return the least k with ``p[0] + ... + p[k] >= u`` and p[k] > 0, p = softmax(logits).
 
     Monotone in u. Under a shared uniform, draws from two ordered distributions are ordered too, and draws from two
-    close distributions differ with a probability near their total variation distance. Computed at least in float32:
-    in narrower dtypes rare categories would be rounded away. The uniforms should not have been rounded to one either.
+    distributions p and q with the distribution functions F_p and F_q differ with a probability of at most
+
+        sum_k |F_p(k) - F_q(k)|
+
+    which is exact if they differ by one category at most. For two categories this is the total variation distance, the
+    least of all couplings. For more it may be larger, and depends on the order of the categories. Computed at least in
+    float32: in narrower dtypes rare categories would be rounded away. The uniforms should not have been rounded to one
+    either.
 
     Args:
         logits: Unnormalised log probabilities of K categories, shape ``(..., K)``.

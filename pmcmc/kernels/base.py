@@ -328,6 +328,11 @@ def step_content(kernel: Kernel, target: Target) -> Hashable:
     return trace(whole, kernel, target, target.spec.template, jax.random.key(0, impl=IMPL)).content
 
 
+def higher_rate(rate: float) -> float:
+    """Return an acceptance rate with a quarter of the rejections, to suggest where steps are too large."""
+    return 1 - (1 - rate) / 4
+
+
 def check_step_size(step_size: Any) -> None:
     """Raise an error if a step size is a number that is not positive; None and arrays pass.
 

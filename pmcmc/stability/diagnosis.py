@@ -15,6 +15,7 @@ import numpy as np
 
 from pmcmc._pytree import PyTree, is_real
 from pmcmc.kernels import Info, Kernel, SiteKernel
+from pmcmc.kernels.base import higher_rate
 from pmcmc.stability.coalescence import Coalescence
 from pmcmc.stability.distance import continuous_coordinates, site_distances
 from pmcmc.target import Target
@@ -341,10 +342,11 @@ def _about_steps(target: Target, kernel: Kernel, info: Info) -> list[str]:
     if not (rate < LOW_ACCEPTANCE * goal or divergent > MANY_DIVERGENCES):  # rate is NaN if a kernel reports none
         return []
     seen = f"acceptance rate {rate:.2f}, {divergent:.1%} of steps divergent"
-    return [
-        f"The step size is large for this posterior ({seen}): leave it to warm-up, with "
-        f"warmup=EnsembleAdaptation(target_acceptance_rate={1 - (1 - goal) / 4:.2g})."
-    ]
+    remedy = f"leave step_size out, and warm-up tunes it to an acceptance rate of {goal:.2g}"
+    if kernel.uses_gradient:
+        rate = higher_rate(goal)
+        remedy = f"leave it to warm-up, with warmup=EnsembleAdaptation(target_acceptance_rate={rate:.2g})"
+    return [f"The step size is large for this posterior ({seen}): {remedy}."]
 
 
 def _about_basis(target: Target, kernel: Kernel, gaps: _Gaps) -> list[str]:

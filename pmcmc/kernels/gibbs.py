@@ -155,7 +155,7 @@ class Gibbs(SiteKernel):
 
 def _site(target: Target, name: str) -> Site:
     """Return the shape and dtypes of a site for its update."""
-    return Site(site_templates(target)[name], target.spec.dtype)
+    return Site(site_templates(target)[name], target.spec.dtype, target.model.has_density)
 
 
 def _fitted(name: str, value: PyTree, like: PyTree) -> PyTree:

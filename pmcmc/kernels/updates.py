@@ -34,10 +34,12 @@ class Site(NamedTuple):
     Attributes:
         like: Shapes and dtypes of the site's value, a pytree.
         dtype: Floating dtype of the noise.
+        has_density: Whether the step reports a log density, by whose size near ties are then bounded.
     """
 
     like: PyTree
     dtype: Any
+    has_density: bool = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -59,7 +61,7 @@ class Drawn(NamedTuple):
 
     Attributes:
         value: New value of the site.
-        margin: Margin of discrete draws, see `DiscreteDraw`; inf for continuous ones.
+        margin: Smallest margin of discrete draws, see `Info`; inf for continuous ones.
         failed: Whether a discrete draw failed, see `DiscreteDraw`; False for continuous ones.
     """
 
@@ -327,6 +329,18 @@ class DirichletUpdate(Update):
         return Drawn(jnp.maximum(value, jnp.finfo(value.dtype).tiny))
 
 
+class Nudged(NamedTuple):
+    """Uniforms that `Update.nudge` has changed.
+
+    Attributes:
+        uniform: Uniforms as they were drawn.
+        amount: What to add to them, on the scale of the margin; the same shape.
+    """
+
+    uniform: Array
+    amount: Array
+
+
 @register_dataclass
 @dataclass(frozen=True)
 class CategoricalUpdate(Update):
@@ -370,7 +384,7 @@ class CategoricalUpdate(Update):
         return uniform_array(rng_key, site.shape, at_least_single(site.dtype))
 
     def nudge(self, noise, amount):
-        return noise + amount
+        return Nudged(noise, jnp.full_like(noise, amount))
 
     def draw(self, state, noise, site):
         logits = jnp.asarray(self.logits(state), at_least_single(site.dtype))
@@ -379,8 +393,15 @@ class CategoricalUpdate(Update):
                 f"logits must have the site's shape {site.shape} and a last axis for its values, got {logits.shape}."
             )
         check_values(site.like.dtype, range(logits.shape[-1]), "CategoricalUpdate draws values 0..K-1, and its site")
+        # Rounding errors of the probabilities are of the size of the logits that matter, which are near the largest.
+        unit = jnp.ones(site.shape, logits.dtype)
+        if not site.has_density:
+            unit = jnp.maximum(unit, jnp.abs(jnp.max(logits, axis=-1)))
+        if isinstance(noise, Nudged):
+            noise = noise.uniform + noise.amount * unit
         drawn = inverse_cdf(logits, noise)
-        return Drawn(drawn.category.astype(site.like.dtype), drawn.margin, drawn.failed)
+        margin = jnp.min(drawn.margin / unit, initial=jnp.inf)
+        return Drawn(drawn.category.astype(site.like.dtype), margin, drawn.failed)
 
 
 @register_dataclass

@@ -227,7 +227,7 @@ class DiscreteDraw(NamedTuple):
 
     Attributes:
         category: Drawn categories, the shape of the uniforms.
-        margin: Smallest distance of a uniform to a step of its distribution function, a scalar.
+        margin: Distance of each uniform to the nearest step of its distribution function; inf for a single category.
         failed: Whether some probabilities were not finite, a scalar; the categories drawn from them are meaningless.
     """
 
@@ -270,7 +270,7 @@ def _by_columns(logits: Array, uniform: Array) -> DiscreteDraw:
     nearest = reduce(jnp.minimum, (jnp.abs(gap) for gap in gaps), jnp.full_like(uniform, jnp.inf))
     return DiscreteDraw(
         category=sum(((gap > 0).astype(int) for gap in gaps), jnp.zeros(uniform.shape, int)),
-        margin=jnp.min(nearest, initial=jnp.inf),
+        margin=nearest,
         failed=~jnp.all(jnp.isfinite(total)),
     )
 
@@ -289,6 +289,6 @@ def _by_scan(logits: Array, uniform: Array) -> DiscreteDraw:
     category = jnp.min(jnp.where(possible & ~(gaps > 0), number, last[..., None]), axis=-1)
     return DiscreteDraw(
         category=category.astype(int),
-        margin=jnp.min(jnp.abs(gaps[..., :-1]), initial=jnp.inf),
+        margin=jnp.min(jnp.abs(gaps[..., :-1]), axis=-1, initial=jnp.inf),
         failed=~jnp.all(jnp.isfinite(total)),
     )

@@ -14,6 +14,7 @@ import pmcmc
 from benchmarks.gibbs import SCHOOLS
 from benchmarks.published import gibbs_step
 from pmcmc.interop.numpyro import numpyro_target
+from pmcmc.kernels.base import near_tie_bound
 from pmcmc.kernels.updates import Site
 from pmcmc.random.distributions import _by_columns, _by_scan, inverse_cdf, log_gammas
 from pmcmc.recurrence import RESULTS, Sequential, deer
@@ -210,6 +211,31 @@ def test_inverse_cdf_margin_and_failure() -> None:
     assert int(inverse_cdf(jnp.zeros(1), jnp.array(0.3)).category) == 0
     for bad in ([jnp.nan, 0.0], [-jnp.inf, -jnp.inf], [jnp.inf, 0.0]):
         assert bool(inverse_cdf(jnp.array(bad), jnp.array(0.3)).failed)
+
+
+LARGE = 1e4
+
+
+def test_near_ties_of_large_logits() -> None:
+    """Logits of -1e4 are rounded to 1e-3 in float32, and so are probabilities; without a density only they show it."""
+    update = pmcmc.kernels.CategoricalUpdate(lambda x: jnp.array([0.0, 0.25, -1e30], jnp.float32) - x["size"])
+    site = Site(jax.ShapeDtypeStruct((), jnp.int32), jnp.float32, has_density=False)
+    bound = float(near_tie_bound(pmcmc.Info(jnp.nan, False, jnp.zeros((), jnp.float32), jnp.float32(jnp.nan))))
+    border = 1 / (1 + np.exp(0.25))
+
+    def draw(size: float, distance: float, nudge: float = 0.0, site: Site = site) -> tuple[int, float]:
+        noise = update.nudge(jnp.float32(border + distance), jnp.float32(nudge))
+        drawn = update.draw({"size": jnp.float32(size)}, noise, site)
+        return int(drawn.value), float(drawn.margin)
+
+    for distance, value in ((-1e-3, 0), (1e-3, 1)):
+        found, margin = draw(LARGE, distance)
+        assert found == value
+        assert margin < bound < abs(distance)
+        assert [draw(LARGE, distance, sign * bound)[0] for sign in (-1, 1)] == [0, 1]  # rounding may decide
+        assert draw(0.0, distance)[1] == pytest.approx(1e-3, rel=1e-3)
+        assert [draw(0.0, distance, sign * bound)[0] for sign in (-1, 1)] == [value, value]
+        assert draw(LARGE, distance, site=site._replace(has_density=True))[1] > bound  # the density has that size
 
 
 def test_bad_logits_keep_the_old_value_and_say_so() -> None:

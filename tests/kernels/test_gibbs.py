@@ -30,6 +30,7 @@ from tests.helpers.gibbs import (
 from tests.helpers.statistics import z_bound
 
 NUM_DRAWS = 20_000
+NORMAL = pmcmc.kernels.NormalUpdate(lambda x: (0.0, 1.0))
 
 
 def sample(kernel, start, logdensity_fn=None, **options):
@@ -213,29 +214,32 @@ def test_inverse_cdf_margin_and_failure() -> None:
         assert bool(inverse_cdf(jnp.array(bad), jnp.array(0.3)).failed)
 
 
-LARGE = 1e4
-
-
 def test_near_ties_of_large_logits() -> None:
     """Logits of -1e4 are rounded to 1e-3 in float32, and so are probabilities; without a density only they show it."""
-    update = pmcmc.kernels.CategoricalUpdate(lambda x: jnp.array([0.0, 0.25, -1e30], jnp.float32) - x["size"])
-    site = Site(jax.ShapeDtypeStruct((), jnp.int32), jnp.float32, has_density=False)
-    bound = float(near_tie_bound(pmcmc.Info(jnp.nan, False, jnp.zeros((), jnp.float32), jnp.float32(jnp.nan))))
+    logits = lambda x: jnp.array([0.0, 0.25, -1e30], jnp.float32) - x["size"]
+    kernel = pmcmc.Gibbs({"z": pmcmc.kernels.CategoricalUpdate(logits), "size": NORMAL})
+    start = {"z": jnp.int32(0), "size": jnp.float32(0)}
+    bare, with_density = (
+        pmcmc.Target.from_logdensity(fn, start) for fn in (None, lambda x: jnp.float32(-1e4) + 0 * x["size"])
+    )
     border = 1 / (1 + np.exp(0.25))
 
-    def draw(size: float, distance: float, nudge: float = 0.0, site: Site = site) -> tuple[int, float]:
-        noise = update.nudge(jnp.float32(border + distance), jnp.float32(nudge))
-        drawn = update.draw({"size": jnp.float32(size)}, noise, site)
-        return int(drawn.value), float(drawn.margin)
+    def step(target, size: float, distance: float, nudge: float = 0.0) -> tuple[int, float, float]:
+        """Return value, margin and its bound for a uniform that is so far from the step of the distribution."""
+        noise = kernel.nudge((jnp.float32(border + distance), jnp.float32(0)), jnp.float32(nudge))
+        new, info = kernel.step(target, {**start, "size": jnp.float32(size)}, noise)
+        return int(new["z"]), float(info.margin), float(near_tie_bound(info))
 
     for distance, value in ((-1e-3, 0), (1e-3, 1)):
-        found, margin = draw(LARGE, distance)
-        assert found == value
-        assert margin < bound < abs(distance)
-        assert [draw(LARGE, distance, sign * bound)[0] for sign in (-1, 1)] == [0, 1]  # rounding may decide
-        assert draw(0.0, distance)[1] == pytest.approx(1e-3, rel=1e-3)
-        assert [draw(0.0, distance, sign * bound)[0] for sign in (-1, 1)] == [value, value]
-        assert draw(LARGE, distance, site=site._replace(has_density=True))[1] > bound  # the density has that size
+        for target in (bare, with_density):
+            found, margin, bound = step(target, 1e4, distance)
+            assert found == value
+            assert margin < bound
+            assert [step(target, 1e4, distance, sign * bound)[0] for sign in (-1, 1)] == [0, 1]  # rounding may decide
+        found, margin, bound = step(bare, 0.0, distance)
+        assert margin == pytest.approx(1e-3, rel=1e-3)
+        assert margin > bound
+        assert [step(bare, 0.0, distance, sign * bound)[0] for sign in (-1, 1)] == [value, value]
 
 
 def test_bad_logits_keep_the_old_value_and_say_so() -> None:
@@ -341,9 +345,6 @@ def test_custom_update_and_chain_tools() -> None:
     idata = chain.to_arviz()
     assert idata.posterior["n"].shape == (4, 50)
     chain.print_summary()
-
-
-NORMAL = pmcmc.kernels.NormalUpdate(lambda x: (0.0, 1.0))
 
 
 def test_which_sites_are_discrete() -> None:

@@ -103,10 +103,12 @@ class Model(abc.ABC):
     Attributes:
         has_density: False if only the kernel knows what is sampled; `logdensity` is then NaN.
         supports: Values of each discrete site, as far as the model knows them.
+        transformed: Sites of which positions hold other values than the user's, such as logarithms of positive ones.
     """
 
     has_density: bool = True
     supports: "Supports" = ()
+    transformed: tuple[str, ...] = ()
 
     @abc.abstractmethod
     def logdensity(self, data: PyTree, position: PyTree) -> Array:
@@ -251,13 +253,9 @@ class Conditional(Model):
 
     model: Model
 
-    @property
-    def has_density(self) -> bool:  # type: ignore[override]
-        return self.model.has_density
-
-    @property
-    def supports(self) -> Supports:  # type: ignore[override]
-        return self.model.supports
+    def __post_init__(self) -> None:
+        for name in ("has_density", "supports", "transformed"):
+            object.__setattr__(self, name, getattr(self.model, name))
 
     def logdensity(self, data, position):
         return self.model.logdensity(data[0], {**data[1], **position})

@@ -53,6 +53,7 @@ class NumpyroModel(Model):
         about: Properties of the sites that are the same at every position.
         supports: Values of each discrete latent site. Positions hold discrete values as they are, and continuous ones
             unconstrained.
+        transformed: As in `Model`. Known from the operations of the trace, so not compared.
         forms: For each site with a scale, a hint how to change its form. Not used in computations, so not
             compared.
     """
@@ -60,6 +61,7 @@ class NumpyroModel(Model):
     trace: Trace
     about: "_Sites"
     supports: Supports = ()
+    transformed: tuple[str, ...] = field(default=(), compare=False)
     forms: tuple[NonCentred, ...] = field(default=(), compare=False)
 
     def density_shape(self, data, position):
@@ -362,7 +364,7 @@ def numpyro_target(
         raise TypeError(f"model must be a NumPyro model (a function with sample sites), got {type(model).__name__}.")
     refuse_iterators(model_args, model_kwargs)
     args, kwargs = tuple(model_args), dict(model_kwargs)
-    prototype, supports, fixed, shapes = prototype_position(model, args, kwargs)
+    prototype, supports, transformed, fixed, shapes = prototype_position(model, args, kwargs)
     if fixed:
         from numpyro.handlers import substitute
 
@@ -383,7 +385,7 @@ def numpyro_target(
         about, forms, found = static[-1]
         check_shapes(shapes, found)
         data = _Data(traced.constants, jax.device_put(centredness))
-        return Target.build(NumpyroModel(traced.trace, about, supports, forms), prototype, data)
+        return Target.build(NumpyroModel(traced.trace, about, supports, transformed, forms), prototype, data)
     except ValueError as error:
         raise ValueError(f"{_refusing_site(model, args, kwargs)}{error}") from error
 

@@ -5,7 +5,7 @@ model itself starts with. `check_shapes` compares two runs of a model.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,20 +19,38 @@ from pmcmc.target import Supports
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
 
-def prototype_position(
-    model: Callable, args: tuple, kwargs: dict
-) -> tuple[dict[str, np.ndarray], Supports, list[str], Shapes]:
-    """Return zeros in the shapes of latent sites, supports of discrete sites, names of sites to be fixed, and `Shapes`.
+class Prototype(NamedTuple):
+    """What positions of a model look like.
+
+    Attributes:
+        position: Zeros in the shapes of latent sites.
+        supports: Values of each discrete site.
+        transformed: Continuous sites whose unconstrained values are not the values themselves.
+        fixed: Names of sites to be fixed.
+        shapes: Shapes of all sample sites.
+    """
+
+    position: dict[str, np.ndarray]
+    supports: Supports
+    transformed: tuple[str, ...]
+    fixed: list[str]
+    shapes: Shapes
+
+
+def prototype_position(model: Callable, args: tuple, kwargs: dict) -> Prototype:
+    """Return what positions of a model look like.
 
     The model runs on abstract values: with real ones every primitive of it would be compiled separately.
     """
     discrete: list[str] = []
+    transformed: list[str] = []
     fixed: list[str] = []
     shapes: Shapes = {}
-    trace = lambda key: _traced_position(model, args, kwargs, key, discrete, fixed, shapes)
+    trace = lambda key: _traced_position(model, args, kwargs, key, discrete, transformed, fixed, shapes)
     position = jax.eval_shape(lambda: trace(jax.random.key(0)))
     position = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), position)
-    return position, _supports(model, args, kwargs, discrete) if discrete else (), fixed, shapes
+    supports = _supports(model, args, kwargs, discrete) if discrete else ()
+    return Prototype(position, supports, tuple(transformed), fixed, shapes)
 
 
 def shapes_of(sites: dict[str, dict]) -> Shapes:
@@ -86,10 +104,11 @@ def _traced_position(
     kwargs: dict,
     rng_key: PRNGKey,
     discrete: list[str],
+    transformed: list[str],
     fixed: list[str],
     shapes: Shapes,
 ) -> dict[str, Any]:
-    """Return the latent sites at a random point; add names of discrete and fixed sites, and shapes, to the others."""
+    """Return the latent sites at a random point; add to the other arguments, which are those of `Prototype`."""
     from numpyro.distributions.transforms import biject_to
     from numpyro.infer.util import helpful_support_errors
 
@@ -111,8 +130,20 @@ def _traced_position(
             discrete.append(name)
             continue
         with helpful_support_errors(site):
-            position[name] = jnp.asarray(biject_to(site["fn"].support).inv(site["value"]), float)
+            transform = biject_to(site["fn"].support)
+            position[name] = jnp.asarray(transform.inv(site["value"]), float)
+        if not _is_identity(transform):
+            transformed.append(name)
     return position
+
+
+def _is_identity(transform: Any) -> bool:
+    """Whether a transform leaves values as they are."""
+    from numpyro.distributions.transforms import IdentityTransform, IndependentTransform
+
+    while isinstance(transform, IndependentTransform):
+        transform = transform.base_transform
+    return isinstance(transform, IdentityTransform)
 
 
 def _supports(model: Callable, args: tuple, kwargs: dict, names: list[str]) -> Supports:

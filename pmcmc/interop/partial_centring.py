@@ -37,12 +37,13 @@ class AutoReparam:
 
         w = c mu + s^(c-1) (x - mu)
 
-    instead of x (for LogNormal, its logarithm). Warm-up starts with c = 0 (non-centred), and takes from its draws
-    the c in [0, 1] that minimises
+    instead of x (for LogNormal, its logarithm). Warm-up starts with c = 0 (non-centred), and computes from n draws for
+    c in [0, 1]
 
         log Var(w) / 2 - (c - 1) E[log s]
 
-    which is, up to a constant, the divergence of a normal law from that of w. Then c is fixed, so the draws are exact.
+    which is, up to a constant, the divergence of a normal law from that of w. It takes the least c whose value is
+    within 10 / n of the minimum, as noise of the draws may be. Then c is fixed, so the draws are exact.
     They come out as the model is written, with its own names and shapes, and `SolveReport.centredness` says what was
     chosen.
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from pmcmc._arguments import known_number
-from pmcmc._pytree import Array, ArrayLeaf, PRNGKey, PyTree, RavelSpec, Scalar
+from pmcmc._pytree import Array, ArrayLeaf, PRNGKey, PyTree, RavelSpec, Scalar, is_real
 from pmcmc._xla.trace import trace
 from pmcmc.random.streams import IMPL
 from pmcmc.recurrence import Recurrence
@@ -40,8 +40,9 @@ class Info(NamedTuple):
         is_divergent: Whether the proposal was NaN or +inf, or lost more than 1,000 units of log density (energy).
         margin: log alpha - log u, with u the uniform that decides. The proposal is accepted if the margin is positive;
             within rounding of zero the decision is a near tie. For discrete values drawn by inverse CDF, the distance
-            of u to the nearest step of the CDF. NaN if the kernel does not report it, inf if the step makes no
-            decision; near ties are then not counted.
+            of u to the nearest step of the CDF; without a log density it is divided by the size of the largest logit,
+            at least 1. NaN if the kernel does not report it, inf if the step makes no decision; near ties are then not
+            counted.
         logdensity: Log density of the new state.
         energy: Potential plus kinetic energy of the state that was kept, as in NumPyro and Stan; None for kernels
             without momentum.
@@ -62,8 +63,9 @@ def near_tie_bound(info: Info) -> Array:
     """Return the largest ``|margin|`` at which rounding can change the decision.
 
     log alpha is a difference of log densities and carries a few rounding errors of their size. If the log density is
-    NaN (not reported) or infinite, its size is taken to be at most one. Decisions that a merge within the tolerance
-    moves are not covered: see "Merge tolerance" in docs/trust.md.
+    NaN (not reported) or infinite, its size is taken to be at most one; margins of discrete draws are then in units of
+    the size of their logits. Decisions that a merge within the tolerance moves are not covered: see "Merge tolerance"
+    in docs/trust.md.
     """
     size = jnp.where(jnp.isfinite(info.logdensity), jnp.abs(info.logdensity), 1)
     return 4 * jnp.finfo(info.margin.dtype).eps * jnp.maximum(1.0, size)
@@ -130,6 +132,13 @@ class Kernel(abc.ABC):
     def coordinates(self, unknown: PyTree) -> Array:
         """Return the target's coordinates within an unknown; shape (D,)."""
 
+    def discrete(self, unknown: PyTree) -> PyTree:
+        """Return for each leaf of an unknown whether its values are discrete, and may well stay the same for long.
+
+        By default those that are not floating.
+        """
+        return jax.tree.map(lambda x: not is_real(x), unknown)
+
     def check(self, target: Target) -> None:
         """Raise an error if this kernel cannot sample the target; called once, before anything else.
 
@@ -185,7 +194,7 @@ class Kernel(abc.ABC):
             amount: Shift of these variables.
 
         Returns:
-            Noise of the same structure.
+            Noise for `step`.
         """
         return noise
 
@@ -319,6 +328,11 @@ def step_content(kernel: Kernel, target: Target) -> Hashable:
         return kernel.step(target, kernel.restore(target, kernel.unknown(state)), noise)
 
     return trace(whole, kernel, target, target.spec.template, jax.random.key(0, impl=IMPL)).content
+
+
+def higher_rate(rate: float) -> float:
+    """Return an acceptance rate with a quarter of the rejections, to suggest where steps are too large."""
+    return 1 - (1 - rate) / 4
 
 
 def check_step_size(step_size: Any) -> None:

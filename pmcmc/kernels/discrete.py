@@ -124,6 +124,9 @@ class DiscreteGibbs(SiteKernel):
         u = uniforms(rng_key, sum(sizes), at_least_single(dtype))
         return tuple(jnp.split(u, np.cumsum(sizes)[:-1]))
 
+    def discrete(self, unknown):
+        return jax.tree.map(lambda x: True, unknown)
+
     def nudge(self, noise, amount):
         return tuple(u + amount for u in noise)
 
@@ -160,7 +163,7 @@ class DiscreteGibbs(SiteKernel):
         logits = target.model.element_logdensities(target.data, state, name, values)
         drawn = inverse_cdf(logits, u.reshape(old.shape))
         new = jnp.where(drawn.failed, old, values[drawn.category])
-        return {**state, name: new}, drawn.margin, drawn.failed
+        return {**state, name: new}, jnp.min(drawn.margin, initial=jnp.inf), drawn.failed
 
 
 def _logits(target: Target, state: dict, name: str, values: Array, index: Array) -> Array:

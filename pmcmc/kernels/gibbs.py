@@ -43,6 +43,14 @@ class Gibbs(SiteKernel):
     Chains of normal, gamma and inverse gamma updates whose shapes are fixed numbers are smooth in the state, so
     `pmcmc.recurrence.deer` can solve them too. Use `MultipleShooting` for chains with integer sites.
 
+    With a NumPyro model, updates see and return continuous sites as positions hold them: unconstrained, like
+    ``init_params``, and not as their distributions draw them (unlike NumPyro's HMCGibbs). For a positive site this is
+    the logarithm, so write ``jnp.exp(x["scale"])`` where a conditional depends on the scale itself. `GammaUpdate`,
+    `InverseGammaUpdate`, `DirichletUpdate` and `CategoricalUpdate` are refused for sites whose unconstrained values
+    are others than their own. A `CustomUpdate` draws such a site: if the conditional is a gamma distribution,
+
+        CustomUpdate(lambda key: jax.random.loggamma(key, shape), lambda x, g: g - jnp.log(rate(x)))
+
     Args:
         updates: Dict from site to update, in the order in which sites are updated: `NormalUpdate`, `GammaUpdate`,
             `InverseGammaUpdate`, `DirichletUpdate`, `CategoricalUpdate` or `CustomUpdate`. Their functions receive a
@@ -50,7 +58,8 @@ class Gibbs(SiteKernel):
 
     Raises:
         TypeError: ``updates`` is not a mapping of names to updates, or the position is not a dict.
-        ValueError: There are no updates, a name is not a site, a site has no update, or an update has the wrong shape.
+        ValueError: There are no updates, a name is not a site, a site has no update, an update has the wrong shape, or
+            it does not draw the unconstrained values of its site.
 
     Source: Geman & Geman (1984); Gelfand & Smith (1990); Zoltowski et al. (2025) as a recurrence of pre-drawn noise.
 
@@ -88,6 +97,14 @@ class Gibbs(SiteKernel):
 
     def check(self, target):
         super().check(target)
+        for name, update in zip(self.sites, self.updates, strict=True):
+            if update.confined_to and name in target.model.transformed:
+                raise ValueError(
+                    f"{type(update).__name__} draws {update.confined_to}, but positions hold the site {name!r} of this "
+                    "model unconstrained, like init_params: write a CustomUpdate that returns unconstrained values, "
+                    f"such as logarithms for a positive site, or sample {name!r} by another kernel, as in "
+                    f"Compose([..., (HMC(), [{name!r}])])."
+                )
         # Tracing the step checks shapes without evaluating anything.
         noise = jax.eval_shape(self.sample_noise, jax.random.key(0), target)
         jax.eval_shape(self.step, target, target.spec.template, noise)
@@ -110,6 +127,10 @@ class Gibbs(SiteKernel):
                 update.draw_noise(fold_in(pair, jnp.asarray(number, jnp.uint32)), _site(target, name))
                 for number, (name, update) in enumerate(zip(self.sites, self.updates, strict=True))
             )
+
+    def discrete(self, unknown):
+        kinds = dict(zip(self.sites, (update.is_discrete for update in self.updates), strict=True))
+        return {name: jax.tree.map(lambda x, n=name: kinds[n] or not is_real(x), v) for name, v in unknown.items()}
 
     def nudge(self, noise, amount):
         return tuple(update.nudge(u, amount) for update, u in zip(self.updates, noise, strict=True))
@@ -134,7 +155,7 @@ class Gibbs(SiteKernel):
 
 def _site(target: Target, name: str) -> Site:
     """Return the shape and dtypes of a site for its update."""
-    return Site(site_templates(target)[name], target.spec.dtype)
+    return Site(site_templates(target)[name], target.spec.dtype, target.model.has_density)
 
 
 def _fitted(name: str, value: PyTree, like: PyTree) -> PyTree:
@@ -317,6 +338,9 @@ class Compose(SiteKernel):
                 block.kernel.sample_noise(fold_in(pair, jnp.asarray(number, jnp.uint32)), block.given(target))
                 for number, block in enumerate(self.blocks)
             )
+
+    def discrete(self, unknown):
+        return tuple(block.kernel.discrete(part) for block, part in zip(self.blocks, unknown, strict=True))
 
     def nudge(self, noise, amount):
         return tuple(block.kernel.nudge(u, amount) for block, u in zip(self.blocks, noise, strict=True))

@@ -145,12 +145,13 @@ class ParallelLeapfrog(Leapfrog):
         num_steps: L, an int, because the states of the trajectory need a static shape. The kernel's
             ``num_integration_steps`` may be left out; if given, it must equal L.
         solver: ``Newton(BlockDiagonal())`` by default; ``Newton(HutchinsonBlockDiagonal(key))`` for large D. Its
-            ``max_iters`` is set to L, which always suffices.
+            ``max_iters`` is set to L, which always suffices. Its ``tol`` must be left out: a trajectory that is solved
+            to a larger one is not reversible, and the draws would not be the posterior's.
 
     Raises:
         TypeError: ``num_steps`` is not an integer, the kernel's number of steps is random, or ``solver`` is not a
             `Newton`.
-        ValueError: ``num_steps`` is below 1, or differs from the kernel's number of steps.
+        ValueError: ``num_steps`` is below 1, or differs from the kernel's number of steps, or the solver has a ``tol``.
 
     Source: Zoltowski et al. (2025), block quasi-DEER. Their code caps the number of iterations and does not report when
     the cap is reached.
@@ -169,6 +170,11 @@ class ParallelLeapfrog(Leapfrog):
         object.__setattr__(self, "num_steps", as_int("num_steps", self.num_steps, 1))
         if isinstance(self.solver, RecurrenceSolver) and not isinstance(self.solver, Newton):
             raise TypeError(f"ParallelLeapfrog needs a Newton solver, got {type(self.solver).__name__}().")
+        if isinstance(self.solver, Newton) and self.solver.tol is not None:
+            raise ValueError(
+                "ParallelLeapfrog solves trajectories to rounding, without which they are not reversible, got a solver "
+                f"with tol={self.solver.tol}: leave tol out."
+            )
 
     def check(self, num_integration_steps):
         if isinstance(num_integration_steps, Integral) and num_integration_steps != self.num_steps:
@@ -212,6 +218,8 @@ class ParallelLeapfrog(Leapfrog):
 TRAJECTORY_LENGTH = math.acos(-1 / 4)
 # Largest number of steps that is taken for this time.
 MOST_STEPS = 64
+# There is a warning if trajectories take less than this share of a time that warm-up chose.
+CUT = 0.5
 # Numbers of steps that miss this time by a smaller share than this, such as rounding errors, count as reaching it.
 TIME_TOLERANCE = 1e-4
 
@@ -255,7 +263,8 @@ class HMC(GradientKernel):
         trajectory_length: Time T of a trajectory whose number of steps is left out. The default, arccos(-1/4) = 1.82,
             is 0.29 of the period on a standard normal target. `EnsembleAdaptation` lengthens the default in a diagonal
             basis with directions more than twice as wide as the coordinates (`pmcmc.warmup.trajectories`), unless a
-            metric is given. At most 64 steps are taken, so a long time may not be reached; there is then a warning.
+            metric is given. At most 64 steps are taken, so a long time may not be reached. There is a warning if it is
+            a time that you gave, or if steps that warm-up tuned do not take half of the time that it aimed at.
 
     Raises:
         ValueError: ``step_size`` or ``trajectory_length`` is not positive, ``num_integration_steps`` is below 1, or the
@@ -332,12 +341,17 @@ class HMC(GradientKernel):
             return ""
         if isinstance(tuned.num_integration_steps, UniformLength):  # found by ChEES
             return ""
-        time, step_size = float(np.asarray(self.trajectory_length)), float(np.asarray(tuned.step_size))
-        if time == TRAJECTORY_LENGTH or MOST_STEPS * step_size > 0.99 * time:
+        # The time of the tuned kernel, because warm-up may have lengthened the default.
+        time, step_size = float(np.asarray(tuned.trajectory_length)), float(np.asarray(tuned.step_size))
+        is_default = float(np.asarray(self.trajectory_length)) == TRAJECTORY_LENGTH
+        if is_default and self.step_size is not None:  # nobody asked for this time
             return ""
+        if MOST_STEPS * step_size > (CUT if is_default else 0.99) * time:
+            return ""
+        remedy = "reparametrise, or pass" if is_default else "pass a shorter trajectory_length, or"
         return (
             f"Trajectories of HMC take a time of {MOST_STEPS * step_size:.3g} instead of trajectory_length={time:.3g}, "
-            f"because they stop after {MOST_STEPS} steps of size {step_size:.3g}: pass a shorter trajectory_length, or "
+            f"because they stop after {MOST_STEPS} steps of size {step_size:.3g}: {remedy} "
             f"num_integration_steps={math.ceil(time / step_size)} to take them all."
         )
 

@@ -268,9 +268,9 @@ class RandomWalk(PositionKernel):
 
     Args:
         step_size: h, a standard deviation. None: tuned by warm-up to an acceptance rate of 0.234 + 0.206 / D.
-        grid_share: Probability of a grid step. None: ``min(1, 6 D^(-3/2))``. A grid step fails to merge two chains if a
-            cell border lies between them, and leaves them about w apart. In more dimensions this is likelier, and
-            radial steps bring the chains close more slowly.
+        grid_share: Probability of a grid step among the steps that are not independent. None: ``min(1, 6 D^(-3/2))``.
+            A grid step fails to merge two chains if a cell border lies between them, and leaves them about w apart. In
+            more dimensions this is likelier, and radial steps bring the chains close more slowly.
         independence_share: Probability of an independent step. If the whitened posterior is so close to a Gaussian that
             independent steps are accepted now and then, chains merge after a few of them; otherwise they are wasted.
             None: no independent steps.
@@ -365,7 +365,7 @@ class RandomWalk(PositionKernel):
         return decide(self.surrogate, state, proposal, log_ratio, noise.log_uniform)
 
     def _grid_share(self, dim: int) -> Scalar:
-        """Return the probability of a grid step in ``dim`` dimensions."""
+        """Return the probability of a grid step among steps that are not independent, in ``dim`` dimensions."""
         return min(1.0, 6 * dim**-1.5) if self.grid_share is None else self.grid_share
 
 

@@ -10,7 +10,7 @@ Source: Gelfand & Smith (1990); Zoltowski et al. (2025) for noise drawn first.
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +34,12 @@ class Site(NamedTuple):
     Attributes:
         like: Shapes and dtypes of the site's value, a pytree.
         dtype: Floating dtype of the noise.
+        has_density: Whether the step reports a log density, by whose size near ties are then bounded.
     """
 
     like: PyTree
     dtype: Any
+    has_density: bool = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -59,7 +61,7 @@ class Drawn(NamedTuple):
 
     Attributes:
         value: New value of the site.
-        margin: Margin of discrete draws, see `DiscreteDraw`; inf for continuous ones.
+        margin: Smallest margin of discrete draws, see `Info`; inf for continuous ones.
         failed: Whether a discrete draw failed, see `DiscreteDraw`; False for continuous ones.
     """
 
@@ -76,11 +78,19 @@ class Update(abc.ABC):
 
     An update is a frozen dataclass and a pytree.
 
+    Attributes:
+        confined_to: What all values are, such as "positive numbers"; "" if they may be any real numbers. `Gibbs`
+            refuses such an update of a site that positions hold unconstrained.
+        is_discrete: Whether values are discrete, whatever the site's dtype.
+
     Example:
         >>> import pmcmc
         >>> isinstance(pmcmc.kernels.GammaUpdate(2.0, rate=1.0), Update)
         True
     """
+
+    confined_to: ClassVar[str] = ""
+    is_discrete: ClassVar[bool] = False
 
     @abc.abstractmethod
     def draw_noise(self, rng_key: PRNGKey, site: Site) -> PyTree:
@@ -175,6 +185,8 @@ def _check_callable(update: Any, name: str, form: str) -> None:
 class NormalUpdate(Update):
     """Normal conditional ``x' = loc + scale z`` with z standard normal.
 
+    It draws what positions hold of the site, for a positive site of a NumPyro model the logarithm, see `Gibbs`.
+
     Args:
         conditional: Function ``state -> (loc, scale)``, both of the site's shape or broadcast to it.
 
@@ -214,6 +226,8 @@ class GammaUpdate(Update):
     Values are clipped to the range of positive normal numbers of the dtype. Small shapes often give smaller values: in
     float32, 17 % of the draws of shape 0.02.
 
+    Positive sites of a NumPyro model are refused, since positions hold their logarithms, see `Gibbs`.
+
     Args:
         shape: A number, an array that broadcasts to the site, or a function of the state.
         rate: A number, an array that broadcasts to the site, or a function of the state.
@@ -225,6 +239,8 @@ class GammaUpdate(Update):
         >>> import jax.numpy as jnp, pmcmc
         >>> update = pmcmc.kernels.GammaUpdate(2.5, rate=lambda x: 1 + 0.5 * jnp.sum(x["y"] ** 2))
     """
+
+    confined_to: ClassVar[str] = "positive numbers"
 
     shape: ArrayLeaf | Function
     rate: ArrayLeaf | Function
@@ -247,7 +263,7 @@ class InverseGammaUpdate(Update):
 
     Its density is proportional to ``x^(-shape - 1) exp(-scale / x)``. Values are clipped as in `GammaUpdate`. A scaled
     inverse chi-squared distribution with nu degrees of freedom and scale s^2 has shape ``nu / 2`` and scale
-    ``nu s^2 / 2``.
+    ``nu s^2 / 2``. Positive sites of a NumPyro model are refused, see `Gibbs`.
 
     Args:
         shape: A number, an array that broadcasts to the site, or a function of the state; see `GammaUpdate`.
@@ -260,6 +276,8 @@ class InverseGammaUpdate(Update):
         >>> import jax.numpy as jnp, pmcmc
         >>> update = pmcmc.kernels.InverseGammaUpdate(4.5, scale=lambda x: 0.5 * jnp.sum((x["theta"] - x["mu"]) ** 2))
     """
+
+    confined_to: ClassVar[str] = "positive numbers"
 
     shape: ArrayLeaf | Function
     scale: ArrayLeaf | Function
@@ -281,7 +299,8 @@ class DirichletUpdate(Update):
     """Dirichlet conditional ``x' = g / sum(g)`` over the last axis, with g ~ Gamma(concentration, 1).
 
     Beta variates are the case of two components. Small concentrations are safe: gamma variates and their ratio are
-    computed in logs, and values are at least the smallest positive normal number of the dtype.
+    computed in logs, and values are at least the smallest positive normal number of the dtype. Simplex and interval
+    sites of a NumPyro model are refused, since positions hold them unconstrained, see `Gibbs`.
 
     Args:
         concentration: A number, an array that broadcasts to the site, or a function of the state; drawn first or within
@@ -294,6 +313,8 @@ class DirichletUpdate(Update):
         >>> import jax.numpy as jnp, pmcmc
         >>> update = pmcmc.kernels.DirichletUpdate(lambda x: 1.0 + jnp.bincount(x["cluster"], length=3))
     """
+
+    confined_to: ClassVar[str] = "probabilities"
 
     concentration: ArrayLeaf | Function
 
@@ -308,14 +329,30 @@ class DirichletUpdate(Update):
         return Drawn(jnp.maximum(value, jnp.finfo(value.dtype).tiny))
 
 
+class Nudged(NamedTuple):
+    """Uniforms that `Update.nudge` has changed.
+
+    Attributes:
+        uniform: Uniforms as they were drawn.
+        amount: What to add to them, on the scale of the margin; the same shape.
+    """
+
+    uniform: Array
+    amount: Array
+
+
 @register_dataclass
 @dataclass(frozen=True)
 class CategoricalUpdate(Update):
     """Categorical conditional by inverse CDF: ``x' = least k with p[0] + ... + p[k] >= u``, p = softmax(logits).
 
-    Each element has its own uniform u. With a shared u, two copies of the chain draw the same value with a probability
-    near that of the best coupling, and ordered values if their distributions are ordered. If the probabilities are not
-    finite (a logit is NaN or +inf, or all are -inf), the site keeps its old value and the step is counted as divergent.
+    Each element has its own uniform u. With a shared u, two copies of the chain draw ordered values if their
+    distributions are ordered, and different values with a probability of at most ``sum_k |F(k) - F'(k)|``, F and F'
+    being the two distribution functions. For two values no coupling has a smaller one. For more values their order
+    matters: coupled chains merge earlier if values that replace each other are neighbours.
+
+    If the probabilities are not finite (a logit is NaN or +inf, or all are -inf), the site keeps its old value and the
+    step is counted as divergent.
 
     Args:
         logits: Function ``state -> (..., K)``, the site's shape followed by an axis of the K values 0..K-1; an additive
@@ -334,6 +371,9 @@ class CategoricalUpdate(Update):
         >>> update = pmcmc.kernels.CategoricalUpdate(lambda x: -0.5 * (x["y"][:, None] - x["centre"][None]) ** 2)
     """
 
+    confined_to: ClassVar[str] = "integers"
+    is_discrete: ClassVar[bool] = True
+
     logits: Callable
 
     def __post_init__(self):
@@ -344,7 +384,7 @@ class CategoricalUpdate(Update):
         return uniform_array(rng_key, site.shape, at_least_single(site.dtype))
 
     def nudge(self, noise, amount):
-        return noise + amount
+        return Nudged(noise, jnp.full_like(noise, amount))
 
     def draw(self, state, noise, site):
         logits = jnp.asarray(self.logits(state), at_least_single(site.dtype))
@@ -353,8 +393,15 @@ class CategoricalUpdate(Update):
                 f"logits must have the site's shape {site.shape} and a last axis for its values, got {logits.shape}."
             )
         check_values(site.like.dtype, range(logits.shape[-1]), "CategoricalUpdate draws values 0..K-1, and its site")
+        # Rounding errors of the probabilities are of the size of the logits that matter, which are near the largest.
+        unit = jnp.ones(site.shape, logits.dtype)
+        if not site.has_density:
+            unit = jnp.maximum(unit, jnp.abs(jnp.max(logits, axis=-1)))
+        if isinstance(noise, Nudged):
+            noise = noise.uniform + noise.amount * unit
         drawn = inverse_cdf(logits, noise)
-        return Drawn(drawn.category.astype(site.like.dtype), drawn.margin, drawn.failed)
+        margin = jnp.min(drawn.margin / unit, initial=jnp.inf)
+        return Drawn(drawn.category.astype(site.like.dtype), margin, drawn.failed)
 
 
 @register_dataclass
@@ -362,8 +409,8 @@ class CategoricalUpdate(Update):
 class CustomUpdate(Update):
     """User-defined update ``x' = update(state, noise)``, a map of user-defined noise.
 
-    It must leave the conditional distribution of its site invariant. Near ties of its decisions, if it makes any, are
-    not counted.
+    It must leave the conditional distribution of its site invariant, that of the unconstrained values for a continuous
+    site of a NumPyro model (see `Gibbs`). Near ties of its decisions, if it makes any, are not counted.
 
     Args:
         sample_noise: Function ``rng_key -> noise``, any pytree.

@@ -21,7 +21,7 @@ import numpy as np
 
 from pmcmc._pytree import Scalar
 from pmcmc.planning.costs import Costs, segment_cost
-from pmcmc.planning.predict import ExponentialTail, Prediction, longest_of, predict_iterations
+from pmcmc.planning.predict import Prediction, longest_of, merge_tail, merge_times, predict_iterations
 from pmcmc.recurrence import (
     Dense,
     Diagonal,
@@ -233,6 +233,7 @@ def plan(
     A parallel solver is chosen only if every pair of the pilot merged and it should save more than a quarter of the
     seconds of the sequential run. Blocks that would do so with lanes as fast as they may be (`Costs.least_lane`) are
     chosen, too, if that risks no more than `LOSS`: the run falls back after their first segment if they do not pay.
+    Pairs of the pilot that start within the tolerance of each other do not count.
 
     Args:
         num_steps: T, steps per chain that are left.
@@ -249,7 +250,7 @@ def plan(
         The `Plan`.
 
     Raises:
-        ValueError: ``num_steps`` or ``num_chains`` is below 1, or the pilot has a single pair.
+        ValueError: ``num_steps`` or ``num_chains`` is below 1, or fewer than two pairs of the pilot start apart.
 
     Example:
         >>> from pmcmc.planning import Costs, plan
@@ -264,15 +265,15 @@ def plan(
     )
     if coalescence is None:
         return conclude(alone, "Nothing is known of how coupled chains merge.")
-    steps, merged = np.asarray(coalescence.steps), np.asarray(coalescence.merged)
-    if not merged.all():
+    steps = merge_times(coalescence)
+    if num_open := int(np.sum(steps > coalescence.max_steps)):
         return conclude(
             alone,
-            f"Only {merged.sum()} of {merged.size} coupled pairs of chains merged within {coalescence.max_steps:,} "
-            "steps, so blocks of this chain would not merge.",
+            f"Only {steps.size - num_open} of {steps.size} coupled pairs of chains merged within "
+            f"{coalescence.max_steps:,} steps, as far as the pilot followed them: too slow to plan blocks.",
         )
     merging = (
-        f"All {merged.size} coupled pairs of chains merged within {int(steps.max()):,} steps (median "
+        f"All {steps.size} coupled pairs of chains merged within {int(steps.max()):,} steps (median "
         f"{int(np.median(steps)):,})"
     )
     most = max_steps or (lambda solver: num_steps)
@@ -351,7 +352,7 @@ def _block_candidates(
     """Return the candidates that solve in blocks; arguments as in `plan`."""
     found = []
     # The merge times of the pilot's pairs predict that of the slowest lane.
-    tail = ExponentialTail.fit(np.asarray(coalescence.steps), coalescence.max_steps)
+    tail = merge_tail(coalescence)
     most = max_steps(MultipleShooting())
     for solver in block_solvers(device_sets):
         num_blocks, num_devices = solver.blocks_for(num_steps), max(1, len(solver.shared_by))

@@ -170,16 +170,16 @@ def predict_sweeps(
     one assumption: a repair merges with the recording of a later sweep after as many steps as with that of the first.
 
     Args:
-        pilot: Result of `coalescence_time`, outside jit, with 32 pairs or more (16 overestimate, see
+        pilot: Result of `coalescence_time`, outside jit, with 32 pairs or more that start apart (16 overestimate, see
             `ExponentialTail`). Its starts should be like the guesses of the solve (wider starts give an upper
-            estimate), and its tolerance that of the solve.
+            estimate), and its tolerance that of the solve. Pairs that start within the tolerance are left out.
         length: T, the number of steps.
         num_blocks: P, the number of blocks.
         num_chains: C, the number of chains solved side by side.
         level: Probability of the intervals.
 
     Raises:
-        ValueError: There are fewer than two pairs, or length, num_blocks or num_chains is below 1.
+        ValueError: Fewer than two pairs start apart, or length, num_blocks or num_chains is below 1.
 
     Example:
         >>> import jax, jax.numpy as jnp, pmcmc
@@ -192,7 +192,7 @@ def predict_sweeps(
     """
     if min(length, num_blocks, num_chains) < 1:
         raise ValueError(f"length, num_blocks, num_chains must be at least 1: {length}, {num_blocks}, {num_chains}.")
-    tail = _merge_tail(pilot)
+    tail = merge_tail(pilot)
     block = -(-length // num_blocks)
     blocks = -(-length // block)
     if blocks == 1:
@@ -235,7 +235,7 @@ def predict_iterations(
         level: Probability of the interval.
 
     Raises:
-        ValueError: There are fewer than two pairs, or length is below 1.
+        ValueError: Fewer than two pairs start apart, or length is below 1.
 
     Source: Gonzalez et al. (2025), "Predictability enables parallelization of nonlinear state space models".
 
@@ -249,7 +249,7 @@ def predict_iterations(
     """
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}.")
-    tail = _merge_tail(pilot)
+    tail = merge_tail(pilot)
     whole = Prediction(*[float(length)] * 3)
     capped = lambda steps: min(float(length), steps)
     merges = longest_of(tail, max(1.0, length / max(tail.mean_excess, 1.0)), level)
@@ -260,8 +260,9 @@ def predict_iterations(
     quadratic = capped(math.ceil(math.log2(max(math.log(tol) / math.log(LINEAR_REGIME), 1.0))) + 2.0)
     if isinstance(jacobian, Identity) or rate >= 0:
         return whole._replace(lower=1.0)
-    windows = max(1.0, length / max(float(np.median(pilot.steps)), 1.0))
-    nonlinear = ExponentialTail.fit(nonlinear_steps(pilot), pilot.max_steps).expected_maximum(windows)
+    windows = max(1.0, length / max(float(np.median(merge_times(pilot))), 1.0))
+    apart = nonlinear_steps(pilot)[np.asarray(pilot.started_apart)]
+    nonlinear = ExponentialTail.fit(apart, pilot.max_steps).expected_maximum(windows)
     newton = Prediction(max(quadratic, min(nonlinear, jacobi.upper)), 1.0, max(quadratic, jacobi.upper))
     if isinstance(jacobian, Dense):
         return newton
@@ -336,9 +337,24 @@ def nonlinear_steps(pilot: Coalescence, *, linear_regime: Scalar = LINEAR_REGIME
     return np.where(above[-1], np.inf, last)
 
 
-def _merge_tail(pilot: Coalescence) -> ExponentialTail:
-    """Fit a tail to the merge times of a pilot."""
-    return ExponentialTail.fit(np.asarray(pilot.steps), pilot.max_steps)
+def merge_times(pilot: Coalescence) -> np.ndarray:
+    """Return the merge times of the pairs that start apart; max_steps + 1 for those that did not merge.
+
+    Raises:
+        ValueError: There are fewer than two.
+    """
+    steps = np.asarray(pilot.steps)[np.asarray(pilot.started_apart)]
+    if steps.size < 2:
+        raise ValueError(
+            f"expected a pilot with at least 2 pairs that start apart, got {steps.size}: couple more chains, from "
+            "different states."
+        )
+    return steps
+
+
+def merge_tail(pilot: Coalescence) -> ExponentialTail:
+    """Fit a tail to the merge times of the pairs of a pilot that start apart."""
+    return ExponentialTail.fit(merge_times(pilot), pilot.max_steps)
 
 
 def longest_of(tail: ExponentialTail, count: Scalar, level: Scalar) -> tuple[float, float, float]:

@@ -227,7 +227,7 @@ class DiscreteDraw(NamedTuple):
 
     Attributes:
         category: Drawn categories, the shape of the uniforms.
-        margin: Smallest distance of a uniform to a step of its distribution function, a scalar.
+        margin: Distance of each uniform to the nearest step of its distribution function; inf for a single category.
         failed: Whether some probabilities were not finite, a scalar; the categories drawn from them are meaningless.
     """
 
@@ -240,8 +240,14 @@ def inverse_cdf(logits: Float[Array, "*dims K"], uniform: Float[Array, "*dims"])
     """Return the least k with ``p[0] + ... + p[k] >= u`` and p[k] > 0, p = softmax(logits).
 
     Monotone in u. Under a shared uniform, draws from two ordered distributions are ordered too, and draws from two
-    close distributions differ with a probability near their total variation distance. Computed at least in float32:
-    in narrower dtypes rare categories would be rounded away. The uniforms should not have been rounded to one either.
+    distributions p and q with the distribution functions F_p and F_q differ with a probability of at most
+
+        sum_k |F_p(k) - F_q(k)|
+
+    which is exact if they differ by one category at most. For two categories this is the total variation distance, the
+    least of all couplings. For more it may be larger, and depends on the order of the categories. Computed at least in
+    float32: in narrower dtypes rare categories would be rounded away. The uniforms should not have been rounded to one
+    either.
 
     Args:
         logits: Unnormalised log probabilities of K categories, shape ``(..., K)``.
@@ -264,7 +270,7 @@ def _by_columns(logits: Array, uniform: Array) -> DiscreteDraw:
     nearest = reduce(jnp.minimum, (jnp.abs(gap) for gap in gaps), jnp.full_like(uniform, jnp.inf))
     return DiscreteDraw(
         category=sum(((gap > 0).astype(int) for gap in gaps), jnp.zeros(uniform.shape, int)),
-        margin=jnp.min(nearest, initial=jnp.inf),
+        margin=nearest,
         failed=~jnp.all(jnp.isfinite(total)),
     )
 
@@ -283,6 +289,6 @@ def _by_scan(logits: Array, uniform: Array) -> DiscreteDraw:
     category = jnp.min(jnp.where(possible & ~(gaps > 0), number, last[..., None]), axis=-1)
     return DiscreteDraw(
         category=category.astype(int),
-        margin=jnp.min(jnp.abs(gaps[..., :-1]), initial=jnp.inf),
+        margin=jnp.min(jnp.abs(gaps[..., :-1]), axis=-1, initial=jnp.inf),
         failed=~jnp.all(jnp.isfinite(total)),
     )

@@ -255,7 +255,7 @@ def couple(head: Head, own: np.ndarray) -> Pilot:
     # Compute the distances of all pairs.
     both = zip(*(one.pairs(steps) for one in couples), strict=True)
     paths = [jax.tree.map(lambda *xs: np.concatenate(xs), *side) for side in both]
-    found = coalescence_of_paths(*paths, scale=scale, tol=tol)
+    found = coalescence_of_paths(*paths, scale=scale, tol=tol, discrete=run.engine.kernel.discrete(paths[0]))
     seconds = time.perf_counter() - begin - (head.seconds - sampling)
     return Pilot(found, "", seconds, sum(one.run_seconds for one in couples))
 

@@ -19,6 +19,7 @@ from pmcmc.chain.draws import judge_mixing, stride_of
 from pmcmc.chain.report import MANY_DIVERGENCES, SolveReport, by_result, span
 from pmcmc.chain.state import ChainState
 from pmcmc.kernels import SiteKernel
+from pmcmc.kernels.base import higher_rate
 from pmcmc.recurrence import Sequential
 from pmcmc.sampling.automatic import Automatic
 from pmcmc.sampling.segments import Counts, Run
@@ -116,11 +117,16 @@ class Outcome:
                 "divergent transition of a site group: check the updates for NaN and overflow, and reparametrise."
             )
         else:
+            kernel, by = self.state.kernel, ""
+            if kernel.uses_gradient:
+                rate = f"{higher_rate(kernel.target_acceptance_rate(self.state.target.dim)):.2g}"
+                by = (
+                    f" by a higher acceptance rate, as in warmup=EnsembleAdaptation(target_acceptance_rate={rate}) or "
+                    f"numpyro.infer.NUTS(model, target_accept_prob={rate})"
+                )
             cause = (
                 "The step size does not resolve some region of the posterior, which draws may miss: reparametrise (a "
-                "non-centred form, for instance), or take smaller steps by a higher acceptance rate, as in "
-                "warmup=EnsembleAdaptation(target_acceptance_rate=0.95) or numpyro.infer.NUTS(model, "
-                "target_accept_prob=0.95)."
+                f"non-centred form, for instance), or take smaller steps{by}."
             )
         warnings.warn(
             f"{num_divergent:,} of {num_draws:,} draws ({num_divergent / num_draws:.1%}) were divergent. {cause}",

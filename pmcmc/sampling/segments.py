@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from pmcmc._progress import Progress
-from pmcmc._pytree import PyTree, is_real
+from pmcmc._pytree import PyTree
 from pmcmc.chain.report import by_result, span
 from pmcmc.kernels import Info
 from pmcmc.planning.plan import Pace
@@ -282,8 +282,7 @@ class Run:
         x: Unknowns after the last final step of each chain, leading axis C.
         position: Steps of each chain that are final; shape (C,).
         counts: Totals over the segments.
-        moved: For each leaf of an unknown, which entries have moved; shape (C, ...). True for integers, which may keep
-            their values.
+        moved: For each leaf of an unknown, which entries moved, or are discrete and may keep their value; (C, ...).
         sequential_pace: Seconds of a sequential step.
         is_solving: Whether a segment is being solved, so that none of it is stored.
     """
@@ -304,7 +303,8 @@ class Run:
         self.num_planned = num_steps if num_planned is None else num_planned
         self.position = np.zeros(engine.num_chains, int)
         self.counts = Counts.zero(engine.num_chains)
-        self.moved = [np.full(np.shape(x), not is_real(x)) for x in jax.tree.leaves(x0)]
+        kept = jax.tree.map(lambda x, flag: np.full(np.shape(x), flag), x0, engine.kernel.discrete(x0))
+        self.moved = jax.tree.leaves(kept)
         self.sequential_pace = Pace()
 
     @property

@@ -17,7 +17,12 @@ from pmcmc._pytree import Array, ArrayLeaf, PyTree, Scalar, finite_rows, is_real
 from pmcmc.recurrence import Recurrence
 from pmcmc.recurrence.problem import as_recurrence, check_dtypes
 from pmcmc.recurrence.solution import default_tolerance, log_growth
-from pmcmc.stability.distance import coordinate_distances, judged_movement
+from pmcmc.stability.distance import (
+    continuous_coordinates,
+    coordinate_distances,
+    judged_movement,
+    largest_movement,
+)
 
 
 class Checkpoints(NamedTuple):
@@ -80,10 +85,10 @@ class Coalescence(NamedTuple):
         growth_rate: Mean log growth per step of distances below sqrt(tol): the largest Lyapunov exponent measured from
             finite distances, so decisions that differ between the two paths count. NaN if no small distance was seen.
         growth_error: Standard error of ``growth_rate`` from the differences between pairs; NaN with fewer than two.
-        movement: Mean over coordinates of |x[t] - x[t-1]| / scale (1 for an integer that changed); shape
-            (max_steps, 2, pairs). NaN after the last step run.
-        dimension_movement: Movement by coordinate, averaged over steps and paths; shape (D,). NaN for an integer that
-            never changed.
+        movement: Largest |x[t] - x[t-1]| / scale over the continuous coordinates, or over all if there are none (1 for
+            an integer that changed); shape (max_steps, 2, pairs). NaN after the last step run.
+        dimension_movement: Movement by coordinate, averaged over steps and the paths of finite pairs (of all pairs if
+            none is finite); shape (D,). NaN for a discrete coordinate that never changed.
         finite: Whether all states of a pair were finite; shape (pairs,).
         num_steps: Steps run; fewer than max_steps once every pair has merged or is not finite.
         tol: The merge tolerance.
@@ -113,6 +118,11 @@ class Coalescence(NamedTuple):
     def merged(self) -> ArrayLeaf:
         """Which pairs merged; shape (pairs,)."""
         return self.steps <= self.max_steps
+
+    @property
+    def started_apart(self) -> ArrayLeaf:
+        """Which pairs were not within the tolerance of each other at the start; shape (pairs,)."""
+        return self.distances[0] > self.tol
 
     def quantiles(self, probabilities: Array) -> Array:
         """Return observed merge times that the given shares of the pairs do not exceed; inf where fewer merged."""
@@ -250,7 +260,7 @@ class _Run(NamedTuple):
     growth: Array  # (pairs,) sum of log growths of small distances
     growth_count: Array
     movement: Array
-    dimension_movement: Array
+    dimension_movement: Array  # (2 pairs, D) summed over the steps
     states: PyTree  # (n, 2 pairs, ...)
 
 
@@ -302,7 +312,7 @@ def _begin(carry: PyTree, x: PyTree, max_steps: int, num_pairs: int, scale: PyTr
         growth=jnp.zeros(num_pairs, dtype),
         growth_count=jnp.zeros(num_pairs, dtype),
         movement=unknown_yet(max_steps, 2 * num_pairs),
-        dimension_movement=jnp.zeros(by_dimension.shape[1], dtype),
+        dimension_movement=jnp.zeros((2 * num_pairs, by_dimension.shape[1]), dtype),
         states=empty_checkpoints(x, grid),
     )
 
@@ -331,8 +341,8 @@ def _observe(run: _Run, carry: PyTree, x: PyTree, num_pairs: int, scale: PyTree,
         distances=run.distances.at[now].set(distance),
         growth=run.growth + jnp.where(small, growth, 0.0),
         growth_count=run.growth_count + small,
-        movement=run.movement.at[run.step].set(jnp.mean(moves, axis=1)),
-        dimension_movement=run.dimension_movement + jnp.mean(moves, axis=0),
+        movement=run.movement.at[run.step].set(largest_movement(moves, continuous_coordinates(x, 1))),
+        dimension_movement=run.dimension_movement + moves,
         states=store_checkpoint(run.states, x, now, grid),
     )
 
@@ -345,6 +355,10 @@ def _conclude(run: _Run, num_pairs: int, tol: Array, grid: np.ndarray) -> Coales
     spread = jnp.sum((run.growth - rate * run.growth_count) ** 2)  # variance of a ratio estimate, over pairs
     seen = jnp.sum(run.growth_count > 0)
     error = jnp.sqrt(spread * seen / jnp.maximum(seen - 1, 1)) / jnp.maximum(count, 1)
+    # Movement counts on paths of finite pairs.
+    counted = run.finite | ~jnp.any(run.finite)
+    counted = jnp.concatenate([counted, counted])[:, None]
+    moved = jnp.sum(jnp.where(counted, run.dimension_movement, 0.0), axis=0) / jnp.sum(counted)
     # A coordinate has merged after the last step at which it was above the tolerance.
     stayed = jnp.where(run.finite[:, None], run.last_above + 1, max_steps + 1)
     first = jax.tree.map(lambda s: s[:, :num_pairs], run.states)
@@ -358,7 +372,7 @@ def _conclude(run: _Run, num_pairs: int, tol: Array, grid: np.ndarray) -> Coales
         growth_rate=rate,
         growth_error=jnp.where(seen > 1, error, jnp.nan),
         movement=run.movement.reshape(max_steps, 2, num_pairs),
-        dimension_movement=judged_movement(run.dimension_movement / jnp.maximum(run.step, 1), run.x, 1),
+        dimension_movement=judged_movement(moved / jnp.maximum(run.step, 1), continuous_coordinates(run.x, 1)),
         finite=run.finite,
         num_steps=run.step,
         tol=tol,

@@ -15,8 +15,9 @@ import numpy as np
 
 from pmcmc._pytree import PyTree, is_real
 from pmcmc.kernels import Info, Kernel, SiteKernel
+from pmcmc.kernels.base import higher_rate
 from pmcmc.stability.coalescence import Coalescence
-from pmcmc.stability.distance import site_distances
+from pmcmc.stability.distance import continuous_coordinates, site_distances
 from pmcmc.target import Target
 
 # A pair is apart at a site from this many posterior standard deviations on, and two scales differ from this log factor
@@ -113,7 +114,7 @@ class _Pace(NamedTuple):
     """How fast the chains of a pilot move and contract.
 
     Attributes:
-        movement: Mean movement of real coordinates per step, in scales.
+        movement: Mean movement of continuous coordinates per step, in scales.
         seen: Whether small distances were seen.
         shrinking: Share by which small distances shrink per step; NaN if they were not seen to shrink.
         meeting: Steps that this takes from one scale to the tolerance.
@@ -143,7 +144,7 @@ def diagnose(target: Target, kernel: Kernel, pilot: Coalescence, info: Info) -> 
     open_pairs = np.asarray(pilot.finite) & ~np.asarray(pilot.merged)
     if not open_pairs.any():
         raise ValueError("every finite pair of this pilot merged: there is nothing to explain.")
-    gaps, pace = _gaps(target, kernel, pilot, open_pairs), _pace(pilot)
+    gaps, pace = _gaps(target, kernel, pilot, open_pairs), _pace(kernel, pilot)
     explained, found = _about_scales(target, gaps)
     found += _about_discrete(gaps) + _about_regions(gaps, pace, int(pilot.num_steps), explained)
     found += _about_length(kernel, gaps, pace) + _about_steps(target, kernel, info) + _about_basis(target, kernel, gaps)
@@ -238,15 +239,10 @@ def _spreads(paths: list[np.ndarray]) -> np.ndarray:
     return np.sqrt(halves.var(axis=0).mean(axis=0))
 
 
-def _pace(pilot: Coalescence) -> _Pace:
+def _pace(kernel: Kernel, pilot: Coalescence) -> _Pace:
     """Measure how fast the chains move and how fast small distances shrink."""
-    finite = np.asarray(pilot.finite)
-    if finite.all():
-        leaves = jax.tree.leaves(pilot.checkpoints.first)
-        real = np.concatenate([np.full(int(np.prod(x.shape[2:])), is_real(x)) for x in leaves])
-        moves = np.asarray(pilot.dimension_movement)[real]
-    else:  # movement by coordinate includes the pairs that are not finite, so use that by pair
-        moves = np.asarray(pilot.movement)[: int(pilot.num_steps)][:, :, finite]
+    states = pilot.checkpoints.first
+    moves = np.asarray(pilot.dimension_movement)[continuous_coordinates(states, 2, kernel.discrete(states))]
     rate, error = float(pilot.growth_rate), float(pilot.growth_error)
     # One pair alone has no standard error; if it merged, its distance shrank.
     shrinks = rate < 0 and (rate + 2 * error < 0 or (np.isnan(error) and np.any(pilot.merged)))
@@ -346,10 +342,11 @@ def _about_steps(target: Target, kernel: Kernel, info: Info) -> list[str]:
     if not (rate < LOW_ACCEPTANCE * goal or divergent > MANY_DIVERGENCES):  # rate is NaN if a kernel reports none
         return []
     seen = f"acceptance rate {rate:.2f}, {divergent:.1%} of steps divergent"
-    return [
-        f"The step size is large for this posterior ({seen}): leave it to warm-up, with "
-        f"warmup=EnsembleAdaptation(target_acceptance_rate={1 - (1 - goal) / 4:.2g})."
-    ]
+    remedy = f"leave step_size out, and warm-up tunes it to an acceptance rate of {goal:.2g}"
+    if kernel.uses_gradient:
+        rate = higher_rate(goal)
+        remedy = f"leave it to warm-up, with warmup=EnsembleAdaptation(target_acceptance_rate={rate:.2g})"
+    return [f"The step size is large for this posterior ({seen}): {remedy}."]
 
 
 def _about_basis(target: Target, kernel: Kernel, gaps: _Gaps) -> list[str]:

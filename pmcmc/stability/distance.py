@@ -53,18 +53,36 @@ def coordinate_distances(
     return jnp.concatenate(jax.tree.leaves(jax.tree.map(leaf, first, second, scale)), axis=-1)
 
 
-def judged_movement(movement: ArrayLeaf, states: PyTree, num_axes: int) -> ArrayLeaf:
-    """Replace the movement of integers that never changed by NaN: a discrete variable may well keep its value.
+def continuous_coordinates(states: PyTree, num_axes: int, discrete: PyTree = None) -> np.ndarray:
+    """Return which coordinates are continuous; shape (D,).
+
+    Args:
+        states: States with ``num_axes`` leading axes; only their shapes and dtypes are used.
+        num_axes: Number of leading axes.
+        discrete: For each leaf whether its values are discrete, see `pmcmc.Kernel.discrete`. None: those that are not
+            floating.
+    """
+    if discrete is None:
+        discrete = jax.tree.map(lambda x: not is_real(x), states)
+    pairs = zip(jax.tree.leaves(states), jax.tree.leaves(discrete), strict=True)
+    return np.concatenate([np.full(math.prod(x.shape[num_axes:]), not flag) for x, flag in pairs])
+
+
+def largest_movement(moves: ArrayLeaf, continuous: np.ndarray) -> ArrayLeaf:
+    """Return the largest of moves (..., D) over the continuous coordinates, or over all if there are none."""
+    some = continuous.any() and not continuous.all()
+    return (moves[..., continuous] if some else moves).max(axis=-1)
+
+
+def judged_movement(movement: ArrayLeaf, continuous: np.ndarray) -> ArrayLeaf:
+    """Replace the movement of discrete coordinates that never changed by NaN: they may well keep their value.
 
     Args:
         movement: Movement by coordinate, shape (D,).
-        states: States with ``num_axes`` leading axes; only their shapes and dtypes are used.
-        num_axes: Number of leading axes.
+        continuous: Which coordinates are continuous; shape (D,).
     """
-    leaves = jax.tree.leaves(states)
-    real = np.concatenate([np.full(math.prod(x.shape[num_axes:]), is_real(x)) for x in leaves])
     where = np.where if isinstance(movement, np.ndarray) else jnp.where
-    return where((movement == 0) & ~real, np.nan, movement)
+    return where((movement == 0) & ~continuous, np.nan, movement)
 
 
 def site_distances(target: Target, first: Array, second: Array, *, scale: PyTree = None) -> dict[str, Array]:

@@ -5,6 +5,7 @@
 compiling.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -12,11 +13,14 @@ import numpy as np
 
 from pmcmc._pytree import PyTree, is_real
 from pmcmc.stability.coalescence import Checkpoints, Coalescence, checkpoint_steps
-from pmcmc.stability.distance import judged_movement
+from pmcmc.stability.distance import continuous_coordinates, judged_movement, largest_movement
+
+# A pilot proves nothing if fewer than this share of its pairs, or fewer than two, started apart.
+LEAST_APART = 0.25
 
 
 class PilotError(RuntimeError):
-    """A pilot of coupled chains proves nothing: chains hardly moved, or a state is NaN or infinite.
+    """A pilot of coupled chains proves nothing: chains hardly moved or started together, or a state is not finite.
 
     A pilot whose chains move and do not merge raises no such error: it is evidence for sampling sequentially. Only
     `check_pilot` raises this error. With ``solver="auto"`` chains are sampled sequentially after such a pilot, and the
@@ -25,18 +29,19 @@ class PilotError(RuntimeError):
 
 
 def check_pilot(pilot: Coalescence) -> None:
-    """Raise unless the chains of a pilot moved and stayed finite.
+    """Raise unless the chains of a pilot started apart, moved and stayed finite.
 
     Distances of zero between chains that stand still are no contraction. A kernel that always accepts can contract to a
-    point and then stop moving: movement over the last quarter of the run must exceed the regime of small distances,
-    ``sqrt(tol)`` in units of the scale. A valid kernel that moves less than that per step can still be sampled; the
-    pilot cannot tell it from a faulty one.
+    point and then stop moving: movement over the last quarter of the run, that of the continuous coordinate that moves
+    most, must exceed the regime of small distances, ``sqrt(tol)`` in units of the scale. A valid kernel that moves less
+    than that per step can still be sampled; the pilot cannot tell it from a faulty one. At least a quarter of the
+    pairs, and two of several, must start further apart than the tolerance.
 
     Args:
         pilot: Result of `coalescence_time`, outside jit.
 
     Raises:
-        PilotError: A state was not finite, chains or a coordinate did not move, chains moved too little, or pairs
+        PilotError: A state was not finite, chains or a coordinate did not move, chains moved too little, or most pairs
             started from equal states. The message has what was seen and a remedy.
 
     Example:
@@ -60,31 +65,32 @@ def pilot_fault(pilot: Coalescence) -> str:
             f"{(~finite).sum()} of {finite.size} coupled pairs of chains reached a state that is NaN or infinite "
             f"within {num_steps} steps. Check the kernel and the log density there, or lower the step size."
         )
-    movement = np.asarray(pilot.movement)[:num_steps]
-    if not (movement > 0).any():
+    by_dimension = np.asarray(pilot.dimension_movement)  # NaN marks a discrete coordinate, which may keep its value
+    if not (by_dimension > 0).any():
         return (
             f"no chain moved in the {num_steps} steps of the pilot, so it does not show whether chains merge. Lower "
             "the step size or run a longer warm-up; if every proposal diverges, check the model."
         )
-    still = np.asarray(pilot.dimension_movement) == 0  # NaN marks a discrete coordinate, which may keep its value
+    still = by_dimension == 0
     if still.any():
         return (
             f"coordinate(s) {', '.join(map(str, np.flatnonzero(still)[:8]))} of the state never moved in the "
             f"{num_steps} steps of the pilot. Check that the kernel updates them."
         )
-    quarter = max(1, num_steps // 4)
+    movement, quarter = np.asarray(pilot.movement)[:num_steps], max(1, num_steps // 4)
     early, late = float(movement[:quarter].mean()), float(movement[-quarter:].mean())
     if not late > np.sqrt(float(pilot.tol)):
         return (
-            f"chains move {late:.1e} posterior sd a step at the end of the pilot ({early:.1e} at its beginning), too "
-            "little to tell a kernel that moves slowly from one that comes to rest at a point. Take larger steps or "
-            "longer trajectories; if you wrote the kernel, check that it uses its noise."
+            f"chains move {late:.1e} posterior sd a step at the end of the pilot ({early:.1e} at its beginning) along "
+            "the coordinate that moves most, too little to tell a kernel that moves slowly from one that comes to rest "
+            "at a point. Take larger steps or longer trajectories; if you wrote the kernel, check that it uses its "
+            "noise."
         )
-    merged_standing = np.asarray(pilot.merged) & ~(movement > 0).any(axis=(0, 1))
-    if merged_standing.any():
+    apart = np.asarray(pilot.started_apart)
+    if apart.sum() < min(apart.size, max(2, math.ceil(LEAST_APART * apart.size))):
         return (
-            f"{merged_standing.sum()} of {finite.size} coupled pairs counted as merged without a move: their starts "
-            "coincide. Start the pilot from different states, for instance those after a longer warm-up."
+            f"only {apart.sum()} of {apart.size} coupled pairs start from different states, too few to show how long "
+            "merges take. Start the pilot from different states, for instance those after a longer warm-up."
         )
     return ""
 
@@ -99,7 +105,7 @@ class Pair(NamedTuple):
         last_above: Last step before the merge at which each coordinate was above the tolerance; shape (D,).
         growth: Sum of log growths over the steps that start from small distances.
         num_small: Number of those steps.
-        movement: Movement of both paths by step; shape (2, n).
+        movement: Largest movement of both paths by step; shape (2, n).
         dimension_movement: Movement by coordinate; shape (D,).
         finite: Whether all states are finite.
     """
@@ -115,7 +121,9 @@ class Pair(NamedTuple):
     finite: bool
 
 
-def coalescence_of_paths(first: PyTree, second: PyTree, *, scale: PyTree, tol: float) -> Coalescence:
+def coalescence_of_paths(
+    first: PyTree, second: PyTree, *, scale: PyTree, tol: float, discrete: PyTree = None
+) -> Coalescence:
     """Compute the `Coalescence` of pairs whose paths are known, in numpy: nothing is compiled.
 
     It differs from `coalescence_time` in one point: paths may go on after the merge of their pair, and after the last
@@ -126,13 +134,17 @@ def coalescence_of_paths(first: PyTree, second: PyTree, *, scale: PyTree, tol: f
         second: States of the second paths, of the same shapes.
         scale: Typical spread of each coordinate, as in `coalescence_time`.
         tol: Largest distance that counts as merged.
+        discrete: For each leaf of a state whether its values are discrete, see `pmcmc.Kernel.discrete`. None: those
+            that are not floating.
     """
+    continuous = continuous_coordinates(first, 2, discrete)
     num_pairs, num_rows = jax.tree.leaves(first)[0].shape[:2]
     # One pair at a time fits into a cache: 8 times as fast as all pairs at once, for (30, 8193, 10) numbers.
-    pairs = [_compare(_rows(first, i), _rows(second, i), scale, tol) for i in range(num_pairs)]
+    pairs = [_compare(_rows(first, i), _rows(second, i), scale, tol, continuous) for i in range(num_pairs)]
     found: Any = Pair._make(map(np.stack, zip(*pairs, strict=True)))
     rate, error = _ratio(found.growth, found.num_small)
     num_steps = num_rows - 1
+    counted = found.finite if found.finite.any() else ~found.finite
     grid = checkpoint_steps(num_steps, 16)
     at_grid = lambda tree: jax.tree.map(lambda x: np.swapaxes(np.asarray(x)[:, grid], 0, 1), tree)
     return Coalescence(
@@ -144,7 +156,7 @@ def coalescence_of_paths(first: PyTree, second: PyTree, *, scale: PyTree, tol: f
         growth_rate=rate,
         growth_error=error,
         movement=np.moveaxis(found.movement, 2, 0).swapaxes(1, 2),
-        dimension_movement=judged_movement(found.dimension_movement.mean(axis=0), first, 2),
+        dimension_movement=judged_movement(found.dimension_movement[counted].mean(axis=0), continuous),
         finite=found.finite,
         num_steps=num_steps,
         tol=tol,
@@ -152,7 +164,7 @@ def coalescence_of_paths(first: PyTree, second: PyTree, *, scale: PyTree, tol: f
     )
 
 
-def _compare(first: PyTree, second: PyTree, scale: PyTree, tol: float) -> Pair:
+def _compare(first: PyTree, second: PyTree, scale: PyTree, tol: float, continuous: np.ndarray) -> Pair:
     """Compare two paths of states with leading axis n + 1."""
     gaps = gaps_by_dimension(first, second, scale)
     distances = gaps.max(axis=1)
@@ -173,7 +185,7 @@ def _compare(first: PyTree, second: PyTree, scale: PyTree, tol: float) -> Pair:
         last_above=last_above,
         growth=growth.sum(),
         num_small=len(growth),
-        movement=np.stack([m.mean(axis=1) for m in moves]),
+        movement=np.stack([largest_movement(m, continuous) for m in moves]),
         dimension_movement=np.mean([m.mean(axis=0) for m in moves], axis=0),
         finite=finite,
     )

@@ -9,8 +9,9 @@ The divergence of a normal law of the same mean and variance from that of w is, 
 
     log Var(w) / 2 - (c - 1) E[log s]
 
-because ``dw/dx = s^(c-1)`` with ``x = mu + s z``. `choose` minimises it over `GRID`, by means over the draws, without
-gradients. `moved` maps draws from one centredness to another, at the same x.
+because ``dw/dx = s^(c-1)`` with ``x = mu + s z``. `choose` computes it on `GRID`, by means over the draws, without
+gradients, and takes the least c that is near its minimum. `moved` maps draws from one centredness to another, at the
+same x.
 
 Source: Gorinova, Moore & Hoffman (2020), who minimise the divergence by stochastic gradients.
 """

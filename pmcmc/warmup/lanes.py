@@ -24,6 +24,7 @@ from pmcmc._xla.compile import tuned_jit
 from pmcmc._xla.content import count_operations
 from pmcmc.interop.blackjax import dual_averaging
 from pmcmc.kernels import HMC, Kernel
+from pmcmc.kernels.base import higher_rate
 from pmcmc.random.streams import fold_in, key_pair, raw_keys_are_threefry
 from pmcmc.recurrence.abreast import map_lanes, scan_abreast
 from pmcmc.target import Target
@@ -39,11 +40,6 @@ NUM_LANES, LEAST_LANES = 32, 4
 LANE_OPERATIONS = 2**21
 # Number of steps in one run of the program, and a number of leapfrog steps that is no limit.
 PIECE, NO_LIMIT = 16, 2**30
-HELD_STILL = (
-    "{num_held} of the {num_lanes} lanes of warm-up did not move in its last third: the step size is too large for "
-    "some region of the posterior, and chains that enter it get stuck. Use a smaller step size by aiming at a higher "
-    "acceptance rate, as in warmup=EnsembleAdaptation(target_acceptance_rate=0.95), raise num_warmup, or reparametrise."
-)
 # Least number of pieces from which the time of a step is taken. They are the last ones, because the number of leapfrog
 # steps of HMC depends on the step size.
 NUM_TIMED = 5
@@ -299,8 +295,31 @@ def tune(
     order = start_order(*(np.concatenate(parts) for parts in ([p.path for p in last], [p.logdensity for p in last])))
     num_held = int(held_lanes(moved, acceptance_rate, lanes.rate).sum())
     some = 0 < num_held < len(moved)  # if all are held, `check_tuned` has raised
-    remark = HELD_STILL.format(num_held=num_held, num_lanes=len(moved)) if some else ""
+    remark = held_remark(kernel, float(rate), num_held, len(moved)) if some else ""
     return Tuned(target, tuned, lanes.states, np.mean(acceptance_rate), timing, remark, order)
+
+
+def held_remark(kernel: Kernel, rate: float, num_held: int, num_lanes: int) -> str:
+    """Return the remark on lanes that did not move, with what helps for this kernel.
+
+    Args:
+        kernel: The kernel before tuning.
+        rate: Acceptance rate that it was tuned to.
+        num_held: Number of lanes that did not move.
+        num_lanes: Number of all lanes.
+    """
+    remedy = "Raise"
+    if kernel.tunables.get("step_size") is not None:
+        remedy = "Leave step_size out, so that it is tuned, raise"
+    elif kernel.uses_gradient:
+        remedy = (
+            "Use a smaller step size by aiming at a higher acceptance rate, as in "
+            f"warmup=EnsembleAdaptation(target_acceptance_rate={higher_rate(rate):.2g}), raise"
+        )
+    return (
+        f"{num_held} of the {num_lanes} lanes of warm-up did not move in its last third: the step size is too large "
+        f"for some region of the posterior, and chains that enter it get stuck. {remedy} num_warmup, or reparametrise."
+    )
 
 
 def check_tuned(kernel: Kernel, states: PyTree, acceptance_rate: Any, moved: Any) -> None:

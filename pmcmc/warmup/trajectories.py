@@ -1,9 +1,10 @@
 """Longer trajectories of HMC where a diagonal basis leaves wide directions.
 
 A diagonal basis makes every coordinate a unit wide, but a direction across many correlated coordinates can be much
-wider: the mean of D coordinates with correlation r has the standard deviation ``sqrt(1 + (D - 1) r)``. A trajectory of
-time T multiplies a direction of standard deviation s by cos(T / s), so in a wide direction chains move slowly. `widest`
-measures s, and `lengthened` gives the kernel trajectories in which such a direction forgets as much as it should.
+wider: with D coordinates of correlation r, the standard deviation along the unit vector (1, ..., 1) / sqrt(D) is
+``sqrt(1 + (D - 1) r)``. A trajectory of time T multiplies a direction of standard deviation s by cos(T / s), so in a
+wide direction chains move slowly. `widest` measures s, and `lengthened` gives the kernel trajectories in which such a
+direction forgets as much as it should.
 """
 
 import math

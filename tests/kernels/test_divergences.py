@@ -55,6 +55,21 @@ def test_a_random_walk_may_leave_the_support() -> None:
     assert chain.report.num_divergent.sum() > 8
 
 
+@pmcmc.register_dataclass
+@dataclass(frozen=True)
+class Strict(pmcmc.RandomWalk):
+    """A kernel of the user's own without gradients, for which divergences are faults."""
+
+    @property
+    def divergences_matter(self):
+        return True
+
+
+def test_a_kernel_without_gradients_is_not_tuned_like_hmc() -> None:
+    (words,) = warned(lambda: sample(0.5, kernel=Strict(step_size=0.5)))
+    assert words.endswith("or take smaller steps.")
+
+
 def test_draws_on_disk_are_counted_too(tmp_path) -> None:
     pytest.importorskip("zarr")
     (words,) = warned(

@@ -5,12 +5,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 from scipy import special, stats
 
 import pmcmc
 from benchmarks.gibbs import SCHOOLS
 from benchmarks.published import gibbs_step
+from pmcmc.interop.numpyro import numpyro_target
+from pmcmc.kernels.base import near_tie_bound
 from pmcmc.kernels.updates import Site
 from pmcmc.random.distributions import _by_columns, _by_scan, inverse_cdf, log_gammas
 from pmcmc.recurrence import RESULTS, Sequential, deer
@@ -26,6 +30,7 @@ from tests.helpers.gibbs import (
 from tests.helpers.statistics import z_bound
 
 NUM_DRAWS = 20_000
+NORMAL = pmcmc.kernels.NormalUpdate(lambda x: (0.0, 1.0))
 
 
 def sample(kernel, start, logdensity_fn=None, **options):
@@ -209,6 +214,34 @@ def test_inverse_cdf_margin_and_failure() -> None:
         assert bool(inverse_cdf(jnp.array(bad), jnp.array(0.3)).failed)
 
 
+def test_near_ties_of_large_logits() -> None:
+    """Logits of -1e4 are rounded to 1e-3 in float32, and so are probabilities; without a density only they show it."""
+    logits = lambda x: jnp.array([0.0, 0.25, -1e30], jnp.float32) - x["size"]
+    kernel = pmcmc.Gibbs({"z": pmcmc.kernels.CategoricalUpdate(logits), "size": NORMAL})
+    start = {"z": jnp.int32(0), "size": jnp.float32(0)}
+    bare, with_density = (
+        pmcmc.Target.from_logdensity(fn, start) for fn in (None, lambda x: jnp.float32(-1e4) + 0 * x["size"])
+    )
+    border = 1 / (1 + np.exp(0.25))
+
+    def step(target, size: float, distance: float, nudge: float = 0.0) -> tuple[int, float, float]:
+        """Return value, margin and its bound for a uniform that is so far from the step of the distribution."""
+        noise = kernel.nudge((jnp.float32(border + distance), jnp.float32(0)), jnp.float32(nudge))
+        new, info = kernel.step(target, {**start, "size": jnp.float32(size)}, noise)
+        return int(new["z"]), float(info.margin), float(near_tie_bound(info))
+
+    for distance, value in ((-1e-3, 0), (1e-3, 1)):
+        for target in (bare, with_density):
+            found, margin, bound = step(target, 1e4, distance)
+            assert found == value
+            assert margin < bound
+            assert [step(target, 1e4, distance, sign * bound)[0] for sign in (-1, 1)] == [0, 1]  # rounding may decide
+        found, margin, bound = step(bare, 0.0, distance)
+        assert margin == pytest.approx(1e-3, rel=1e-3)
+        assert margin > bound
+        assert [step(bare, 0.0, distance, sign * bound)[0] for sign in (-1, 1)] == [value, value]
+
+
 def test_bad_logits_keep_the_old_value_and_say_so() -> None:
     kernel = pmcmc.Gibbs({"z": pmcmc.kernels.CategoricalUpdate(lambda x: jnp.full((2, 3), jnp.nan))})
     chain = sample(kernel, {"z": jnp.array([2, 1])}, num_samples=20, num_warmup=0, num_chains=1)
@@ -314,7 +347,13 @@ def test_custom_update_and_chain_tools() -> None:
     chain.print_summary()
 
 
-NORMAL = pmcmc.kernels.NormalUpdate(lambda x: (0.0, 1.0))
+def test_which_sites_are_discrete() -> None:
+    """By their update, whatever their dtype."""
+    kernel = pmcmc.Gibbs({"k": pmcmc.kernels.CategoricalUpdate(lambda x: jnp.zeros(2)), "x": NORMAL})
+    assert kernel.discrete({"k": np.zeros(3), "x": np.zeros(3)}) == {"k": True, "x": False}
+    whole = pmcmc.Compose([pmcmc.DiscreteGibbs(supports={"z": [0.0, 0.5]}), kernel, (pmcmc.MALA(), ["a"])])
+    unknown = ({"z": np.zeros(2)}, {"k": np.zeros(()), "x": np.zeros(())}, np.zeros(4))
+    assert whole.discrete(unknown) == ({"z": True}, {"k": True, "x": False}, False)
 
 
 @pytest.mark.parametrize(
@@ -357,3 +396,48 @@ def test_errors_of_updates() -> None:
         sample(pmcmc.Gibbs({"a": NORMAL}), {"a": 0.0}, warmup=pmcmc.WindowAdaptation())
     with pytest.raises(TypeError, match=r"SiteAdaptation cannot warm up HMC"):
         sample(pmcmc.HMC(), jnp.zeros(2), lambda x: -jnp.sum(x**2), warmup=pmcmc.SiteAdaptation())
+
+
+WAITS = np.array([0.3, 1.1, 0.2, 0.7])
+
+
+def waiting() -> None:
+    rate = numpyro.sample("rate", dist.Gamma(2.0, 1.0))
+    numpyro.sample("waits", dist.Exponential(rate).expand([len(WAITS)]).to_event(1), obs=WAITS)
+
+
+def constrained() -> None:
+    numpyro.sample("rate", dist.Gamma(2.0, 1.0))
+    numpyro.sample("shares", dist.Dirichlet(jnp.ones(3)))
+    numpyro.sample("level", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    numpyro.sample("kind", dist.Categorical(jnp.ones(3) / 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "update"),
+    [
+        ("rate", pmcmc.kernels.GammaUpdate(2.0, 1.0)),
+        ("rate", pmcmc.kernels.InverseGammaUpdate(2.0, 1.0)),
+        ("rate", pmcmc.kernels.CategoricalUpdate(lambda x: jnp.zeros(3))),
+        ("shares", pmcmc.kernels.DirichletUpdate(jnp.ones(3))),
+    ],
+)
+def test_values_of_sites_that_are_held_unconstrained_are_refused(name: str, update) -> None:
+    """A gamma variate in place of its logarithm would be a draw from another posterior."""
+    assert numpyro_target(constrained, (), {}).model.transformed == ("rate", "shares")
+    rest = [site for site in ("rate", "shares", "level") if site != name]
+    kernel = pmcmc.Compose([pmcmc.DiscreteGibbs(), pmcmc.Gibbs({name: update}), (pmcmc.HMC(), rest)])
+    words = f"{type(update).__name__} draws .* but positions hold the site '{name}' .* unconstrained.*CustomUpdate"
+    with pytest.raises(ValueError, match=words):
+        pmcmc.parallel_chain(constrained, 0, kernel=kernel, num_samples=20, progress_bar=False)
+
+
+def test_a_gamma_site_of_a_model_by_its_logarithm() -> None:
+    """The update that the page of `Gibbs` gives, against the conditional of the model."""
+    shape, rate = 2.0 + len(WAITS), 1.0 + WAITS.sum()
+    update = pmcmc.kernels.CustomUpdate(lambda key: jax.random.loggamma(key, shape), lambda x, g: g - jnp.log(rate))
+    options = dict(num_warmup=0, num_samples=2000, solver=Sequential(), progress_bar=False)
+    chain = pmcmc.parallel_chain(waiting, 0, kernel=pmcmc.Gibbs({"rate": update}), **options)
+    u = stats.gamma(shape, scale=1 / rate).cdf(chain.get_samples()["rate"])  # draws are independent
+    moments = np.array([u.mean() - 1 / 2, (u**2).mean() - 1 / 3]) / np.sqrt([1 / 12, 4 / 45])
+    assert np.max(np.abs(moments)) * np.sqrt(u.size) < z_bound(2)

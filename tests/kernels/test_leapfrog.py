@@ -66,6 +66,8 @@ def test_static_mistakes_raise():
         ParallelLeapfrog(0)
     with pytest.raises(TypeError, match=r"Newton|solver"):
         ParallelLeapfrog(8, MultipleShooting())
+    with pytest.raises(ValueError, match=r"not reversible, got a solver with tol=0.01: leave tol out"):
+        ParallelLeapfrog(8, Newton(HutchinsonBlockDiagonal(jax.random.key(1)), tol=1e-2))
     with pytest.raises(ValueError, match="leave num_integration_steps out"):
         HMC(0.1, 9, leapfrog=ParallelLeapfrog(8))
     with pytest.raises(TypeError, match="UniformLength"):

@@ -60,7 +60,19 @@ def test_pairs_that_do_not_merge() -> None:
     found = plan(10**6, 1, GPU, merging(steps, max_steps=100))
     assert isinstance(found.solver, Sequential)
     assert "Only 31 of 32" in found.reason
+    assert "within 100 steps, as far as the pilot followed them" in found.reason
     assert isinstance(plan(10**6, 1, GPU).solver, Sequential)
+
+
+def test_pairs_that_start_together_do_not_count() -> None:
+    """They merge at once, and would make merges seem quick."""
+    apart, together = np.arange(20, 52), np.zeros(32, int)
+    expected, found = (plan(10**6, 1, GPU, merging(steps), dim=1) for steps in (apart, np.append(together, apart)))
+    assert found.reason == expected.reason
+    for one, other in zip(found.candidates, expected.candidates, strict=True):
+        assert (one.name, one.num_steps) == (other.name, pytest.approx(other.num_steps))
+    with pytest.raises(ValueError, match="at least 2 pairs that start apart, got 1: couple more chains"):
+        plan(1000, 1, GPU, merging([0, 20, 0, 0]))
 
 
 def test_nothing_to_plan() -> None:

@@ -1,5 +1,7 @@
 """Bad arguments are refused before any sampling; the message has what was expected, what was given, and what to do."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -248,3 +250,12 @@ def test_trajectories_that_are_cut() -> None:
     with pytest.warns(UserWarning, match=r"instead of trajectory_length=200, because"):
         sample(kernel=pmcmc.HMC(trajectory_length=200.0), num_warmup=40, num_samples=10)
     sample(kernel=pmcmc.HMC(step_size=0.01), num_warmup=0, num_samples=10)  # nobody asked for the default time
+
+
+@pytest.mark.parametrize(("step_size", "time", "is_cut"), [(0.02, 1.82, False), (0.01, 1.82, True), (0.02, 3.69, True)])
+def test_trajectories_that_are_cut_far_below_what_warm_up_chose(step_size: float, time: float, is_cut: bool) -> None:
+    """The time of the tuned kernel counts, which may be longer than the default."""
+    tuned = pmcmc.HMC(step_size, 64, trajectory_length=time)
+    words = f"instead of trajectory_length={time}, .* reparametrise, or pass num_integration_steps="
+    assert bool(re.search(words, pmcmc.HMC().unkept(tuned))) == is_cut
+    assert is_cut or not pmcmc.HMC().unkept(tuned)

@@ -169,9 +169,11 @@ def test_movement() -> None:
     walk = lambda x, u: x + u
     inputs = jnp.stack([jnp.full((20, 2), 3.0), jnp.zeros((20, 2))], axis=1)  # only pair 0 moves, by 3 per step
     found = couple(walk, jnp.zeros((2, 2)), jnp.ones((2, 2)), inputs, scale=jnp.array([1.0, 3.0]))
-    assert jnp.all(found.movement == jnp.array([[[2.0, 0.0]]]))  # (3 / 1 + 3 / 3) / 2
+    assert jnp.all(found.movement == jnp.array([[[3.0, 0.0]]]))  # max(3 / 1, 3 / 3)
     np.testing.assert_allclose(found.dimension_movement, [1.5, 0.5])
     assert found.movement.shape == (20, 2, 2)
+    lost = couple(walk, jnp.zeros((2, 2)), jnp.ones((2, 2)), inputs.at[:, 1].set(jnp.nan), scale=jnp.array([1.0, 3.0]))
+    np.testing.assert_allclose(lost.dimension_movement, [3.0, 1.0])  # of the pair that stays finite
 
 
 STILL = lambda x, u: x
@@ -201,9 +203,36 @@ def test_pilots_that_prove_something() -> None:
     drift = lambda x, u: x + u  # moves and never merges: evidence, not an error
     for fn in (drift, lambda x, u: 0.5 * x + u):
         check_pilot(couple(fn, jnp.zeros((3, 2)), jnp.ones((3, 2)), inputs, scale=jnp.ones(2)))
-    same = couple(drift, jnp.zeros((3, 2)), jnp.zeros((3, 2)).at[0].set(2), inputs.at[:, 1:].set(0), scale=1.0)
-    with pytest.raises(PilotError, match="2 of 3 coupled pairs counted as merged without a move"):
-        check_pilot(same)
+
+
+def test_pairs_that_start_together_are_no_evidence() -> None:
+    """Whether they move or not, they merge at once; a pilot needs some that do not."""
+    inputs = jax.random.normal(jax.random.key(0), (60, 8, 2))
+    follow = lambda num_apart, u: couple(
+        lambda x, u: 0.5 * x + u, jnp.zeros((8, 2)), jnp.zeros((8, 2)).at[:num_apart].set(2.0), u, scale=1.0
+    )
+    for u in (inputs, inputs.at[:, 1:].set(0)):
+        with pytest.raises(PilotError, match="only 1 of 8 coupled pairs start from different states, too few"):
+            check_pilot(follow(1, u))
+    found = follow(2, inputs)
+    check_pilot(found)
+    assert found.started_apart.tolist() == [True] * 2 + [False] * 6
+
+
+def test_integers_do_not_hide_that_real_coordinates_come_to_rest() -> None:
+    flip = lambda x, u: {"n": 1 - x["n"], "x": 0.5 * x["x"]}
+    first, second = ({"n": jnp.zeros(3, int), "x": x} for x in (jnp.zeros(3), jnp.ones(3)))
+    with pytest.raises(PilotError, match="comes to rest"):
+        check_pilot(couple(flip, first, second, jnp.zeros((60, 3)), scale={"n": jnp.ones(()), "x": jnp.ones(())}))
+
+
+def test_chains_that_move_one_coordinate_a_step_move() -> None:
+    """The mean movement of a coordinate is then small where there are many of them."""
+    inputs = jnp.broadcast_to(jnp.arange(60)[:, None], (60, 3))
+    turn = lambda x, t: x.at[t % 20].set(0.5 * x[t % 20] + 1.0)
+    found = couple(turn, jnp.zeros((3, 20)), jnp.full((3, 20), 9.0), inputs, scale=jnp.ones(20), tol=0.1)
+    assert np.nanmean(found.dimension_movement) < np.sqrt(0.1)
+    check_pilot(found)
 
 
 def test_arguments() -> None:

@@ -256,12 +256,13 @@ def test_resonance_needs_one_length_and_a_distance_that_stays() -> None:
 @pytest.mark.parametrize(
     ("kernel", "rate", "divergent", "goal"),
     [
-        (HMC, 0.5, 0.0, "0.95"),
-        (HMC, 0.8, 0.01, "0.95"),
+        (HMC, 0.5, 0.0, r"target_acceptance_rate=0\.95\)"),
+        (HMC, 0.8, 0.01, r"target_acceptance_rate=0\.95\)"),
         (HMC, 0.7, 0.0, None),
         (pmcmc.MALA(step_size=0.5), 0.55, 0.0, None),
-        (pmcmc.MALA(step_size=0.5), 0.3, 0.0, "0.89"),
+        (pmcmc.MALA(step_size=0.5), 0.3, 0.0, r"target_acceptance_rate=0\.89\)"),
         (pmcmc.RandomWalk(step_size=0.5), 0.234, 0.5, None),
+        (pmcmc.RandomWalk(step_size=5.0), 0.05, 0.5, r": leave step_size out, .* rate of 0\.27\."),
     ],
 )
 def test_a_step_size_that_is_too_large(kernel, rate: float, divergent: float, goal: str | None) -> None:
@@ -270,7 +271,7 @@ def test_a_step_size_that_is_too_large(kernel, rate: float, divergent: float, go
     info = GOOD._replace(acceptance_rate=np.full((2, 100), rate), is_divergent=np.arange(100) < 100 * divergent)
     found = diagnose(target, kernel, pilot_of(target, {"b": wandering(1.0)}), info)
     assert said(found) == (set() if goal is None else {"step"})
-    assert goal is None or f"target_acceptance_rate={goal})" in found.suggestions[0]
+    assert goal is None or re.search(goal, found.suggestions[0])
 
 
 def test_own_coordinates_of_uneven_lengths() -> None:
@@ -336,8 +337,7 @@ def test_pairs_that_are_lost_are_left_out() -> None:
     target = target_of(beside_a_mode)
     pilot = pilot_of(target, {"b": wandering(2.0)})
     lost = np.arange(NUM_PAIRS + 2) < 3
-    movement = np.where(lost, np.inf, pilot.movement)
-    found = diagnose(target, HMC, pilot._replace(finite=~lost, movement=movement), GOOD)
+    found = diagnose(target, HMC, pilot._replace(finite=~lost), GOOD)
     assert found.sites["b"].num_pairs == NUM_PAIRS - 3
     assert said(found) == set()
     with pytest.raises(ValueError, match="nothing to explain"):

@@ -74,7 +74,7 @@ CASES = [
     (lambda: pilot_of(BLOWN), "3 of 3 coupled pairs of chains reached a state that is NaN or infinite"),
     (lambda: pilot_of(HALF_STILL), "coordinate(s) 1 of the state never moved"),
     (lambda: pilot_of(COLLAPSE), "too little to tell a kernel that moves slowly from one that comes to rest"),
-    (coinciding, "2 of 3 coupled pairs counted as merged without a move"),
+    (coinciding, "only 1 of 3 coupled pairs start from different states"),
 ]
 
 
@@ -171,3 +171,13 @@ def test_moves_that_return_count() -> None:
     options = dict(kernel=Toy(flip), solver=Sequential(), num_samples=200, num_warmup=0, num_chains=2)
     with pytest.warns(UserWarning, match=r"coordinate\(s\) 1 of the state never moved in 200 steps of chain\(s\) 0, 1"):
         pmcmc.sample(gaussian, jnp.ones(3), 3, progress_bar=False, **options)
+
+
+def test_discrete_values_may_stay_whatever_their_dtype(free_lanes) -> None:
+    """A site of a support of floats that keeps its value is neither a fault of the pilot nor worth a warning."""
+    logdensity = lambda x: -0.5 * x["a"] ** 2 - 50.0 * x["z"]
+    kernel = pmcmc.Compose([pmcmc.DiscreteGibbs(supports={"z": [0.0, 1.0]}), (pmcmc.MALA(), ["a"])])
+    chain = pmcmc.sample(logdensity, {"a": 0.0, "z": 0.0}, 0, kernel=kernel, num_samples=4000, **SIZES)
+    assert np.all(chain.get_samples()["z"] == 0)
+    assert not chain.report.reason.startswith(NOTHING)
+    assert "coupled pairs of chains merged" in chain.report.reason

@@ -216,6 +216,16 @@ def test_one_lane_in_a_poor_mode_does_not_spoil_the_basis(seed: int) -> None:
     np.testing.assert_allclose(np.diag(tuned.target.basis.scale), 1, rtol=0.5)
 
 
+def test_what_helps_held_lanes_depends_on_the_kernel() -> None:
+    """Only a step size that is tuned along gradients follows a higher acceptance rate."""
+    said = lambda kernel, rate: lanes.held_remark(kernel, rate, 3, 32)
+    assert said(pmcmc.HMC(), 0.8).startswith("3 of the 32 lanes of warm-up did not move")
+    assert "EnsembleAdaptation(target_acceptance_rate=0.95), raise num_warmup" in said(pmcmc.HMC(), 0.8)
+    assert "EnsembleAdaptation(target_acceptance_rate=0.89), raise num_warmup" in said(pmcmc.MALA(), 0.574)
+    assert "get stuck. Leave step_size out, so that it is tuned, raise num_warmup" in said(pmcmc.HMC(1.0), 0.8)
+    assert "get stuck. Raise num_warmup, or reparametrise." in said(pmcmc.RandomWalk(), 0.3)
+
+
 def test_held_lanes_count_for_half() -> None:
     np.testing.assert_allclose(half_for_held(np.zeros(4, bool)), 0.25)
     np.testing.assert_allclose(half_for_held(np.ones(4, bool)), 0.25)

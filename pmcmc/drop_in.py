@@ -245,6 +245,7 @@ class ParallelMCMC(MCMC):
             **kwargs: Keyword arguments of the model.
         """
         self._args, self._kwargs = args, kwargs
+        extra_fields = extra_fields if isinstance(extra_fields, str) else tuple(extra_fields)  # read more than once
         source, key, settings = self._prepare(rng_key, extra_fields)
         if self._warmup_state is None:
             starts = model_starts(source.target, key, self._init_params(key, init_params), settings)
@@ -276,17 +277,8 @@ class ParallelMCMC(MCMC):
         return source, as_key(rng_key), settings
 
     def _settings(self, target: Target) -> Settings:
-        return Settings.check(
-            target,
-            self._kernel,
-            self._solver,
-            self.num_warmup,
-            self.num_samples,
-            self.num_chains,
-            self.thinning,
-            (),
-            self._warmup,
-        )
+        sizes = self.num_warmup, self.num_samples, self.num_chains, self.thinning
+        return Settings.check(target, self._kernel, self._solver, *sizes, (), self._warmup)
 
     def _init_params(self, rng_key: PRNGKey, given: PyTree) -> PyTree:
         """Return the given starts, or those of the sampler's strategy; None for the default of NumPyro and pmcmc."""

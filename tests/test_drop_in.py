@@ -104,6 +104,9 @@ def test_a_site_left_out() -> None:
     mcmc = make(num_warmup=0, kernel=pmcmc.HMC(step_size=0.1))
     mcmc.run(jax.random.key(0), Y, extra_fields=("~z.twice",))
     assert set(mcmc.get_samples()) == {"mu", "sigma"}
+    mcmc.run(jax.random.key(0), Y, extra_fields=iter(("~z.twice", "energy")))  # read more than once
+    assert set(mcmc.get_samples()) == {"mu", "sigma"}
+    assert set(mcmc.get_extra_fields()) == {"diverging", "energy"}
 
 
 def test_print_summary(capsys: pytest.CaptureFixture) -> None:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._pytree import Array, PRNGKey, PyTree, RavelSpec
+from pmcmc._pytree import Array, PRNGKey, PyTree, RavelSpec, is_real
 from pmcmc._xla.trace import Trace, trace
 from pmcmc.interop.numpyro_arguments import refuse_iterators
 from pmcmc.interop.numpyro_positions import (
@@ -439,5 +439,10 @@ def summary_of(samples: dict, prob: float) -> dict[str, dict]:
     """Return NumPyro's means, medians, intervals, n_eff and r_hat for samples with axes (chain, draw, ...)."""
     from numpyro import diagnostics
 
-    numbers = {name: x.astype(int) if x.dtype == bool else x for name, x in samples.items()}  # NumPyro subtracts them
-    return diagnostics.summary(numbers, prob=prob, group_by_chain=True)
+    found: dict[str, dict] = {}
+    for name, x in samples.items():
+        # NumPyro computes in the dtype of the draws: it adds millions of float32 numbers one after the other, adds
+        # integers in pairs for the median, and subtracts booleans. One site at a time is copied to a wider dtype.
+        wide = np.asarray(x, float if is_real(x) else np.result_type(x.dtype, np.int64))
+        found |= diagnostics.summary({name: wide}, prob=prob, group_by_chain=True)
+    return found

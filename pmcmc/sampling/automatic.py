@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from statistics import median_low
 
 import jax
@@ -92,7 +92,7 @@ class Automatic:
 
     Attributes:
         plan: The last plan; None if the run was too short to plan.
-        find_diagnosis: Computes why chains did not merge; None if no pair of finite paths stayed apart.
+        find_diagnosis: Computes why chains did not merge, once; None if no pair of finite paths stayed apart.
         bias_bound: Bounds on the bias left after warm-up, see `bias_after_warmup`; empty if the pilot proves nothing.
         reason: Why this plan was chosen, or why there is none.
         pilot_seconds: Seconds that the pilot took.
@@ -172,7 +172,7 @@ class Automatic:
                 self.bias_bound = bias_after_warmup(seen)
             if np.any(seen.finite & ~seen.merged):
                 target, kernel, info = run.engine.target, run.engine.kernel, run.draws.info
-                self.find_diagnosis = lambda: diagnose(target, kernel, seen, info)
+                self.find_diagnosis = cache(lambda: diagnose(target, kernel, seen, info))  # by all reports of this run
         found = self.planned(self.costs(head), pilot)
         return replace(found, reason=excuse) if excuse else found
 

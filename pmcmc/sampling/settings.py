@@ -109,6 +109,7 @@ class Settings:
         if thinning > num_samples:
             raise ValueError(f"thinning={thinning} keeps none of num_samples={num_samples} steps: make it smaller.")
         kernel = with_discrete_sites(kernel, target)
+        extra_fields = extra_fields if isinstance(extra_fields, str) else tuple(extra_fields)  # read more than once
         _check_kernel(kernel, extra_fields, num_warmup)
         warmup = _fitting_warmup(warmup, kernel)
         if not num_warmup and warmup.metric is not None:

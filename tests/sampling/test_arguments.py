@@ -1,5 +1,7 @@
 """Bad arguments are refused before any sampling; the message has what was expected, what was given, and what to do."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +70,11 @@ class Unregistered(RecurrenceSolver):
 def test_settings_are_checked(change: dict, error: type, words: str) -> None:
     with pytest.raises(error, match=words):
         Settings.check(**{**GOOD, **change})
+
+
+def test_names_in_an_iterator_are_kept() -> None:
+    check = inspect.unwrap(Settings.check)  # without the tests' check of types
+    assert check(Settings, **{**GOOD, "extra_fields": iter(("energy",))}).extra_fields == ("energy",)
 
 
 def sample(**options) -> pmcmc.Chain:

@@ -16,7 +16,7 @@ from statistics import median_low
 import jax
 import numpy as np
 
-from pmcmc._pytree import is_real
+from pmcmc._pytree import is_real, real_dtype, single_or_wider
 from pmcmc._xla import default_platform
 from pmcmc._xla.compile import num_cores
 from pmcmc.planning import Costs, Plan, plan
@@ -116,6 +116,13 @@ class Automatic:
             self.reason = (
                 f"A run of {run.num_steps:,} steps takes about {whole:.2g} s sequentially: too short to gain by "
                 "anything else."
+            )
+            run.sequentially()
+            return
+        if (dtype := real_dtype(run.x)) != single_or_wider(dtype):
+            self.reason = (
+                f"States in {dtype} are too coarse to tell whether paths have merged: steps are sampled sequentially. "
+                "With float32 states they could be solved in parallel."
             )
             run.sequentially()
             return

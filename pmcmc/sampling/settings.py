@@ -120,8 +120,9 @@ class Settings:
             check_metrics(target, kernel)
         solver = None if isinstance(solver, str) else solver
         devices = _devices(devices, solver)
-        if devices and solver is not None:
-            solver = solver.with_devices(devices)
+        if solver is not None:
+            solver.check_dtype(target.spec.dtype)
+            solver = solver.with_devices(devices) if devices else solver
         sizes = num_warmup, num_samples, num_chains, thinning
         return cls(kernel, solver, *sizes, tuple(extra_fields), warmup, devices, max_memory)
 

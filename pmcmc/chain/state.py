@@ -24,6 +24,7 @@ from pmcmc.chain.file_format import Writer
 from pmcmc.chain.report import NOT_STORED, SolveReport
 from pmcmc.interop.numpyro import numpyro_target
 from pmcmc.interop.numpyro_arguments import array_arguments
+from pmcmc.interop.numpyro_starts import Prior, discrete_prior
 from pmcmc.interop.partial_centring import AutoReparam
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver
@@ -55,6 +56,7 @@ class Source:
         constant: Array arguments of the model at that time, by name.
         given: The kernel as the user passed it.
         traced: The kernel with its functions as they were when the run began.
+        prior: Draws discrete sites where chains start, see `discrete_prior`; None if there are none.
     """
 
     make: Callable[[], Target]
@@ -62,6 +64,7 @@ class Source:
     constant: dict[str, np.ndarray]
     given: Kernel | None = None
     traced: Kernel | None = None
+    prior: Prior | None = None
 
     def with_kernel(self, kernel: Kernel) -> tuple["Source", Kernel]:
         """Trace the functions in a kernel, and copy the arrays that the user could change.
@@ -299,7 +302,9 @@ def last_logdensity(state: ChainState) -> np.ndarray:
 def model_source(model: Callable, model_args: tuple, model_kwargs: dict, reparam: AutoReparam | None = None) -> Source:
     """Return the source of a NumPyro model with its current arguments."""
     make = lambda: numpyro_target(model, model_args, model_kwargs, reparam)
-    return Source(make, make(), array_arguments(model, model_args, model_kwargs))
+    target = make()
+    prior = discrete_prior(model, model_args, model_kwargs, target.model.supports)
+    return Source(make, target, array_arguments(model, model_args, model_kwargs), prior=prior)
 
 
 def density_source(logdensity_fn: Callable | None, position: PyTree) -> Source:

@@ -215,7 +215,10 @@ def check_reparam(target: Target, settings: Settings) -> None:
             "reparam out."
         )
     if kernel.metric is not None or warmup.metric is not None:
-        raise ValueError(f"{asked}, so no inverse_mass_matrix can be known before: leave it or reparam out.")
+        raise ValueError(
+            f"{asked}, so no inverse_mass_matrix can be known before: leave it out, as well as adapt_mass_matrix=False "
+            "of a NumPyro kernel, or leave reparam out."
+        )
 
 
 def _devices(devices: Any, solver: RecurrenceSolver | None) -> tuple[jax.Device, ...]:

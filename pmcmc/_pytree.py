@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 __all__ = ["Array", "ArrayLeaf", "Bool", "Float", "Int", "PRNGKey", "PyTree", "Scalar"]
@@ -161,9 +162,13 @@ def all_finite(tree: PyTree) -> Array:
 
 
 def relative_gap(x: ArrayLeaf, y: ArrayLeaf, scale: ArrayLeaf) -> Array:
-    """Return ``|x - y| / scale`` by entry; equal entries are at distance 0 whatever the scale."""
-    gap = jnp.abs(x - y)
-    return jnp.where(gap == 0, 0.0, gap / jnp.broadcast_to(scale, x.shape))
+    """Return ``|x - y| / scale`` by entry, at least in float32; equal entries are at distance 0 whatever the scale.
+
+    A scale that is not positive and finite counts as 0: others than equal entries are then at distance inf.
+    """
+    gap = at_least_single(jnp.abs(x - y))
+    unit = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 0)
+    return jnp.where(gap == 0, 0.0, gap / jnp.broadcast_to(unit, x.shape))
 
 
 def relative_distance(a: PyTree, b: PyTree, scale: PyTree, num_axes: int = 1) -> Array:
@@ -197,9 +202,14 @@ def relative_distance(a: PyTree, b: PyTree, scale: PyTree, num_axes: int = 1) ->
     return out
 
 
+def single_or_wider(dtype: Any) -> Any:
+    """Return an inexact dtype, or float32 if it is narrower."""
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
+
+
 def at_least_single(x: Array) -> Array:
     """Return a floating array in float32 if its dtype is narrower; LAPACK has no half precision."""
-    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
+    return x.astype(single_or_wider(x.dtype))
 
 
 def within_rounding(a: Array, b: Array, ulps: float = 2.0) -> Array:
@@ -212,3 +222,10 @@ def real_dtype(tree: PyTree) -> Any:
     """Widest floating dtype among the leaves; the default float if no leaf is floating."""
     dtypes = [jnp.result_type(x) for x in jax.tree.leaves(tree) if is_real(x)]
     return jnp.result_type(*dtypes) if dtypes else jnp.result_type(float)
+
+
+def known_values(x: Any) -> np.ndarray | None:
+    """Return a number or an array in numpy; None if its values are unknown, as while a program is traced."""
+    if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+        return None
+    return np.asarray(x)

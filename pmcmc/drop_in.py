@@ -1,95 +1,39 @@
 """`ParallelMCMC`: ``numpyro.infer.MCMC`` whose chains are sampled in parallel across their length.
 
 NumPyro's samplers are translated into pmcmc's kernels and warm-ups; options without a counterpart are refused before
-anything runs. `ParallelState` and `AdaptState` have the fields that NumPyro users expect in ``last_state``.
+anything runs. `ParallelState` and `AdaptState` (`pmcmc.numpyro_states`) have the fields that NumPyro users expect in
+``last_state``.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.infer import MCMC
+from numpyro.infer import MCMC, init_to_uniform
 from numpyro.infer import NUTS as NumpyroNUTS
 from numpyro.infer.mcmc import MCMCKernel
 
 from pmcmc._pytree import Array, PRNGKey, PyTree
-from pmcmc._xla.trace import Traced, Untraced, refuse_transformation
+from pmcmc._xla.trace import refuse_transformation
 from pmcmc.chain.chain import Chain
-from pmcmc.chain.draws import site_shapes, unconstrained
-from pmcmc.chain.state import ChainState, Source, last_logdensity, model_source
-from pmcmc.chain.stored import warmup_logdensity
-from pmcmc.interop.blackjax import is_of_blackjax
-from pmcmc.interop.numpyro import strategy_starts
+from pmcmc.chain.draws import site_shapes
+from pmcmc.chain.state import ChainState, Source, model_source
+from pmcmc.interop.numpyro_starts import strategy_starts
 from pmcmc.interop.partial_centring import AutoReparam
 from pmcmc.kernels import Kernel
-from pmcmc.numpyro_samplers import STEP_SIZE, check_metric_sites, keep_options, kernel_fields, translate
-from pmcmc.random.streams import fold_key
+from pmcmc.numpyro_samplers import STEP_SIZE, check_metric_sites, keep_options, kernel_fields, owned, translate
+from pmcmc.numpyro_states import AdaptState, ParallelState, continued, standing
 from pmcmc.recurrence import RecurrenceSolver
-from pmcmc.sampling.api import model_starts
+from pmcmc.sampling.api import check_strategy, model_starts
 from pmcmc.sampling.session import sample_from, sample_new, warm_up
 from pmcmc.sampling.settings import Settings, as_key
-from pmcmc.starts import check_starts
 from pmcmc.target import Target
 from pmcmc.warmup import Warmup
-from pmcmc.warmup.base import scale_of_metric
-from pmcmc.warmup.trajectories import with_length_of
 
 __all__ = ["AdaptState", "ParallelMCMC", "ParallelState"]
-
-
-class AdaptState(NamedTuple):
-    """What warm-up tuned, as in NumPyro's ``HMCAdaptState``; with a leading axis num_chains if there are several.
-
-    Attributes:
-        step_size: The leapfrog step h, in units of the metric.
-        inverse_mass_matrix: M^{-1} by the sites that it acts on, ``{(site, ...): array}``: diagonal (D,) or full
-            (D, D), over the concatenated unconstrained values of these sites.
-    """
-
-    step_size: Array
-    inverse_mass_matrix: dict[tuple[str, ...], Array]
-
-
-class ParallelState(NamedTuple):
-    """State of the chains of a `ParallelMCMC`: its ``last_state`` and ``post_warmup_state``.
-
-    Attributes:
-        z: Unconstrained values by site as in NumPyro, with a leading axis num_chains if there are several chains.
-        potential_energy: Potential energy at z.
-        rng_key: Key that continues this run: `ParallelMCMC.run` with it gives the draws that one long run would.
-        chains: Everything else that the chains need to continue.
-    """
-
-    z: PyTree
-    potential_energy: Array
-    rng_key: PRNGKey
-    chains: ChainState
-
-    @property
-    def adapt_state(self) -> AdaptState | None:
-        """Step size and metric; None for kernels without a step size, such as `Compose`, and with `AutoReparam`, whose
-        coordinates are not those of z.
-
-        All chains share what warm-up found. To use it in another sampler, take that of one chain:
-        ``NUTS(model, step_size=..., inverse_mass_matrix=..., adapt_step_size=False, adapt_mass_matrix=False)``.
-        """
-        target = self.chains.target
-        kernel: Any = self.chains.kernel
-        if "step_size" not in kernel.tunables or target.centredness:
-            return None
-        # Without a warm-up, the metric of the kernel was not turned into a basis.
-        metric = kernel.metric
-        if metric is None:
-            metric = jnp.ones((), target.spec.dtype) if target.basis is None else target.basis.covariance
-        metric = jnp.broadcast_to(metric, jnp.shape(metric) or (target.dim,))
-        sites, num_chains = tuple(sorted(target.spec.template)), len(self.chains.own)
-        found = AdaptState(jnp.asarray(kernel.step_size), {sites: metric})
-        if num_chains == 1:
-            return found
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_chains, *x.shape)), found)
 
 
 class ParallelMCMC(MCMC):
@@ -97,7 +41,11 @@ class ParallelMCMC(MCMC):
 
     To use it, change the one line that makes the MCMC object. Everything that reads draws is NumPyro's own:
     ``get_samples``, ``get_extra_fields``, ``print_summary``, ``Predictive``, ``log_likelihood``,
-    ``arviz.from_numpyro``. The attribute ``chain`` is the underlying `Chain`, with its report.
+    ``arviz.from_numpyro``. The attribute ``chain`` is the underlying `Chain`, with its report. ``sampler`` is a copy of
+    the kernel that was passed; its ``postprocess_fn`` and ``get_potential_fn`` need no run before.
+
+    Like NumPyro's, the object can be pickled if the model can. The copy has draws and settings, but not ``chain``,
+    which `Chain.save` stores.
 
     These options of NUTS and HMC are kept: ``model``, ``target_accept_prob``, ``dense_mass`` (True or False),
     ``max_tree_depth``, ``num_steps``, ``trajectory_length``, ``init_strategy``, ``adapt_step_size``,
@@ -177,7 +125,7 @@ class ParallelMCMC(MCMC):
         if callable(chain_method) or chain_method in ("parallel", "sequential"):
             chain_method = "vectorized"  # NumPyro refuses other values
         super().__init__(
-            sampler,
+            owned(sampler),
             num_warmup=num_warmup,
             num_samples=num_samples,
             num_chains=num_chains,
@@ -193,7 +141,7 @@ class ParallelMCMC(MCMC):
     def _last_state(self) -> ParallelState | None:
         """Where the chains are, which NumPyro's methods read by this name; computed when it is first read."""
         if self._state is None and self._chains is not None:
-            self._state = _standing(self._chains)
+            self._state = standing(self._chains)
         return self._state
 
     @_last_state.setter
@@ -205,11 +153,25 @@ class ParallelMCMC(MCMC):
         """The `Chain` of the last `run`.
 
         Raises:
-            ValueError: `run` was not called yet.
+            ValueError: `run` was not called yet, or the object was pickled.
         """
+        if self._chain is None and self._states is not None:
+            raise ValueError(
+                "a pickled or deeply copied ParallelMCMC has no chain: save it by mcmc.chain.save(path), and open it "
+                "by pmcmc.load(path, model, ...)."
+            )
         if self._chain is None:
             raise ValueError("there is no chain yet: call run() first.")
         return self._chain
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all but the chains, whose compiled programs no file can hold."""
+        return {**super().__getstate__(), "_state": self._last_state, "_chains": None, "_chain": None}
+
+    def __copy__(self) -> "ParallelMCMC":
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)  # with the chains
+        return made
 
     def warmup(self, rng_key, *args, extra_fields=(), collect_warmup=False, init_params=None, **kwargs) -> None:
         """Tune only; `run` then starts from ``post_warmup_state``. Arguments are those of `run`.
@@ -225,9 +187,9 @@ class ParallelMCMC(MCMC):
             )
         self._args, self._kwargs, self._warmup_state = args, kwargs, None
         source, key, settings = self._prepare(rng_key, extra_fields)
-        starts = model_starts(source.target, key, self._init_params(key, init_params), settings)
+        starts = model_starts(source, key, self._init_params(source.target, key, init_params), settings)
         state = warm_up(source, key, starts, settings, self.progress_bar)
-        self._last_state = self._warmup_state = _standing(state)
+        self._last_state = self._warmup_state = standing(state)
 
     def run(self, rng_key, *args, extra_fields=(), init_params=None, **kwargs) -> None:
         """Warm up, unless there is a ``post_warmup_state``, and sample.
@@ -245,12 +207,15 @@ class ParallelMCMC(MCMC):
             **kwargs: Keyword arguments of the model.
         """
         self._args, self._kwargs = args, kwargs
+        extra_fields = extra_fields if isinstance(extra_fields, str) else tuple(extra_fields)  # read more than once
         source, key, settings = self._prepare(rng_key, extra_fields)
         if self._warmup_state is None:
-            starts = model_starts(source.target, key, self._init_params(key, init_params), settings)
+            starts = model_starts(source, key, self._init_params(source.target, key, init_params), settings)
             chain = sample_new(source, key, starts, settings, self.progress_bar)
         else:
-            chain = sample_from(self._go_on(source, key, settings.kernel), settings, self.progress_bar)
+            sizes = self.num_chains, self.thinning
+            state = continued(self._warmup_state, source, key, settings.kernel, *sizes)
+            chain = sample_from(state, settings, self.progress_bar)
         self._chain = chain
         self._last_state, self._chains = None, chain.state
         self._states, self._states_flat = _states(chain, extra_fields), None
@@ -276,157 +241,16 @@ class ParallelMCMC(MCMC):
         return source, as_key(rng_key), settings
 
     def _settings(self, target: Target) -> Settings:
-        return Settings.check(
-            target,
-            self._kernel,
-            self._solver,
-            self.num_warmup,
-            self.num_samples,
-            self.num_chains,
-            self.thinning,
-            (),
-            self._warmup,
-        )
+        sizes = self.num_warmup, self.num_samples, self.num_chains, self.thinning
+        return Settings.check(target, self._kernel, self._solver, *sizes, (), self._warmup)
 
-    def _init_params(self, rng_key: PRNGKey, given: PyTree) -> PyTree:
+    def _init_params(self, target: Target, rng_key: PRNGKey, given: PyTree) -> PyTree:
         """Return the given starts, or those of the sampler's strategy; None for the default of NumPyro and pmcmc."""
-        if given is not None:
+        model, strategy = self.sampler.model, self.sampler._init_strategy
+        if given is not None or strategy is init_to_uniform:
             return given
-        sampler = self.sampler
-        return strategy_starts(
-            sampler.model, self._args, self._kwargs, sampler._init_strategy, rng_key, self.num_chains
-        )
-
-    def _go_on(self, source: Source, rng_key: PRNGKey, kernel: Kernel) -> ChainState:
-        """Continue from ``post_warmup_state``, with the model's arguments of this run; ``kernel`` is not tuned."""
-        state = self._warmup_state
-        if not isinstance(state, ParallelState):
-            raise TypeError(
-                f"post_warmup_state must be None or the last_state of a ParallelMCMC, got {type(state).__name__}: "
-                "states of NumPyro's own samplers do not hold what is needed. Pass init_params= instead."
-            )
-        chains, target = state.chains, source.target
-        shapes = [{name: c.shape for name, c in t.centredness.items()} for t in (target, chains.target)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                "post_warmup_state was made with another reparam=: pass the same again, or set it to None to warm up "
-                "again."
-            )
-        if len(chains.own) != self.num_chains or target.spec != chains.target.spec:
-            raise ValueError(
-                "post_warmup_state has another number of chains, or latent sites of other names or shapes: set it to "
-                "None to warm up again."
-            )
-        _check_kernel(kernel, chains)
-        source, _ = source.with_kernel(kernel)
-        target = source.target
-        data = jax.random.key_data
-        num_unkept = chains.num_unkept % self.thinning
-        if not np.array_equal(data(rng_key), data(chains.rng_key)):
-            # Do not use the key itself: it may have drawn these steps before, and chains that share noise would merge.
-            rng_key, num_unkept = fold_key(rng_key, chains.num_steps + 1), 0
-        target = target.with_centredness(chains.target.centredness).with_basis(chains.target.basis)
-        chains = chains._replace(target=target, rng_key=rng_key, num_unkept=num_unkept, source=source)
-        _check_standing(chains)
-        return chains
-
-
-def _check_standing(chains: ChainState) -> None:
-    """Raise an error if the log density is not finite where chains stand, as with other data than before.
-
-    Raises:
-        ValueError: It is not finite there; the message says why.
-    """
-    if np.isfinite(last_logdensity(chains)).all():  # by a program that the run before has compiled
-        return
-    target = chains.target
-    try:
-        positions = jax.vmap(lambda x: chains.kernel.position(target, x))(chains.unknown)
-        check_starts(target, positions, chains.kernel.uses_gradient)
-    except ValueError as error:
-        raise ValueError(
-            "post_warmup_state was made with other data, and the chains cannot go on from where they stand: "
-            f"{error} To warm up with the new data, set post_warmup_state to None."
-        ) from error
-
-
-def _check_kernel(kernel: Kernel, chains: ChainState) -> None:
-    """Raise an error if a kernel is another than that of the chains, or leaves something else to be tuned.
-
-    Functions are traced for the data that the chains were sampled with, so that other data are no change of the kernel.
-
-    Raises:
-        ValueError: It is; the message says in what.
-    """
-    asked, basis, otherwise = kernel, chains.target.basis, "or set post_warmup_state to None to warm up again."
-    if chains.kernel.metric is None and kernel.metric is not None:  # warm-up has made it the basis
-        scale = scale_of_metric(kernel.metric, chains.target.dim)
-        if basis is None or basis.scale.shape != scale.shape or not np.allclose(basis.scale, scale, rtol=1e-4):
-            raise ValueError(
-                "post_warmup_state is a state in another metric than the inverse_mass_matrix of this ParallelMCMC: "
-                f"make it with the same sampler or kernel, {otherwise}"
-            )
-        asked = kernel.without_metric()
-    asked = with_length_of(asked, chains.kernel)
-    if not _could_be_tuned_to(asked, chains.kernel):
-        raise ValueError(
-            f"post_warmup_state is a state of {_name(chains.kernel, asked)}, and this ParallelMCMC samples by "
-            f"{_name(asked, chains.kernel)}: make it with the same sampler or kernel, {otherwise}"
-        )
-    if not chains.source.with_kernel(kernel)[0].has_kernel_of(chains.source):
-        raise ValueError(
-            "functions in the kernel compute something else than when post_warmup_state was made: restore what they "
-            f"read, pass the same functions, {otherwise}"
-        )
-
-
-def _could_be_tuned_to(asked: Any, tuned: Any) -> bool:
-    """Whether warm-up could have turned ``asked`` into ``tuned``: every setting that was given is unchanged.
-
-    A setting of None is left to warm-up. Functions of the user's own are compared by what they compute, elsewhere,
-    since they may have been defined again.
-    """
-    if asked is None:
-        return True
-    if isinstance(asked, (Untraced, Traced)):
-        return isinstance(tuned, (Untraced, Traced))
-    if type(asked) is not type(tuned) and (is_dataclass(asked) or is_dataclass(tuned)):
-        return False
-    if is_dataclass(asked):
-        names = [f.name for f in fields(asked)]
-        return all(_could_be_tuned_to(getattr(asked, name), getattr(tuned, name)) for name in names)
-    if callable(asked):
-        return asked == tuned or (callable(tuned) and not (is_of_blackjax(asked) or is_of_blackjax(tuned)))
-    if isinstance(asked, dict):
-        return set(asked) == set(tuned) and all(_could_be_tuned_to(asked[name], tuned[name]) for name in asked)
-    if isinstance(asked, (tuple, list)):
-        return len(asked) == len(tuned) and all(map(_could_be_tuned_to, asked, tuned))
-    if isinstance(asked, jax.Array) and jnp.issubdtype(asked.dtype, jax.dtypes.prng_key):
-        words = jax.random.key_data
-        return getattr(tuned, "dtype", None) == asked.dtype and np.array_equal(words(asked), words(tuned))
-    if isinstance(asked, (int, float, np.ndarray, np.generic, jax.Array)):
-        tuned = np.asarray(tuned)  # compare in the precision of the chain, which may be lower
-        return tuned.dtype != object and np.array_equal(np.asarray(asked, tuned.dtype), tuned)
-    return bool(asked == tuned)
-
-
-def _name(kernel: Kernel, other: Kernel) -> str:
-    """Name a kernel in a message about two kernels: its class if that tells them apart, else its repr."""
-    return repr(kernel) if type(kernel) is type(other) else type(kernel).__name__
-
-
-def _standing(state: ChainState) -> ParallelState:
-    target = state.target
-    if target.centredness:  # chains move in other coordinates, with another density
-        positions = unconstrained(target, state.kernel, state.unknown)
-        rows = np.asarray(jax.vmap(target.spec.ravel)(positions))
-        potential = jnp.asarray(-warmup_logdensity(target.as_written, rows[:, None])[:, 0])
-    else:
-        positions = jax.vmap(lambda x: state.kernel.position(target, x))(state.unknown)
-        potential = jnp.asarray(-last_logdensity(state))
-    if len(state.own) == 1:
-        positions, potential = jax.tree.map(lambda x: x[0], (positions, potential))
-    return ParallelState(positions, potential, state.rng_key, state)
+        check_strategy(target, None, strategy)
+        return strategy_starts(model, self._args, self._kwargs, strategy, rng_key, self.num_chains)
 
 
 def _states(chain: Chain, extra_fields: Sequence[str]) -> dict[str, Any]:
@@ -439,7 +263,7 @@ def _states(chain: Chain, extra_fields: Sequence[str]) -> dict[str, Any]:
         positions = _positions(chain)
         states |= {name: positions[name[2:]] for name in extra_fields if name.startswith("z.")}
     if STEP_SIZE in extra_fields:
-        step_size = jnp.asarray(chain.kernel.tunables.get("step_size", jnp.nan))
+        step_size = jnp.asarray(chain.kernel.tunables["step_size"])
         states[STEP_SIZE] = jnp.broadcast_to(step_size, (chain.num_chains, chain.num_samples))
     return states
 

@@ -1,8 +1,10 @@
 """NumPyro's HMC and NUTS as pmcmc kernels and warm-ups; what cannot be translated is refused."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from numpyro.infer import HMC as NumpyroHMC
@@ -10,11 +12,33 @@ from numpyro.infer import NUTS as NumpyroNUTS
 from numpyro.infer.hmc_util import euclidean_kinetic_energy
 
 from pmcmc.chain.draws import site_shapes
+from pmcmc.interop.numpyro import numpyro_target
 from pmcmc.kernels import HMC, NUTS, Kernel
 from pmcmc.target import Target
 from pmcmc.warmup import EnsembleAdaptation, Warmup
 
 STEP_SIZE = "adapt_state.step_size"
+
+# What to write in place of NumPyro's other kernels, by class: a kernel of pmcmc's, and the rest of the sentence.
+_GIBBS = (
+    "pmcmc.Compose([pmcmc.Gibbs({'site': update}), (pmcmc.HMC(), other_sites)])",
+    ", where update draws a site given the others, such as a pmcmc.kernels.CustomUpdate",
+)
+_DISCRETE = "pmcmc.HMC()", ": discrete sites are drawn by DiscreteGibbs"
+_INDEPENDENT = "pmcmc.HMC()", ": its chains do not depend on each other"
+_INSTEAD = {
+    "AIES": _INDEPENDENT,
+    "ESS": _INDEPENDENT,
+    "BarkerMH": ("pmcmc.from_blackjax(blackjax.barker_proposal, step_size=None)", ", or with kernel=pmcmc.MALA()"),
+    "CustomGibbs": _GIBBS,
+    "Gibbs": _GIBBS,
+    "HMCGibbs": _GIBBS,
+    "DiscreteGibbs": _DISCRETE,
+    "DiscreteHMCGibbs": _DISCRETE,
+    "MixedHMC": _DISCRETE,
+    "HMCECS": ("pmcmc.HMC()", ", on all data: leave subsample_size out of the model's plates"),
+    "SA": ("pmcmc.RandomWalk()", ", or kernel=pmcmc.Compose([(pmcmc.RandomWalk(), sites)]) if there is no gradient"),
+}
 
 
 def _site(field: str) -> str:
@@ -31,11 +55,12 @@ def kernel_fields(target: Target, kernel: Kernel, extra_fields: Sequence[str]) -
         sites = set(site_shapes(target)) if name.startswith("~") else latent
         if _site(name) not in sites:
             raise ValueError(f"extra_fields: {name!r} names no site of the model: expected one out of {sorted(sites)}.")
-    of_kernel = tuple(name for name in extra_fields if not (_site(name) or name in ("z", STEP_SIZE)))
+    others = ["z", STEP_SIZE] if "step_size" in kernel.tunables else ["z"]
+    of_kernel = tuple(name for name in extra_fields if not (_site(name) or name in others))
     if unknown := sorted(set(of_kernel) - set(kernel.extra_fields)):
         raise ValueError(
             f"{type(kernel).__name__} has no extra_fields {unknown}: expected names out of "
-            f"{['z', *kernel.extra_fields, STEP_SIZE]}, 'z.site' for the unconstrained values of one of "
+            f"{[*others, *kernel.extra_fields]}, 'z.site' for the unconstrained values of one of "
             f"{sorted(latent)}, or '~z.site' to leave one of {sorted(site_shapes(target))} out."
         )
     return of_kernel
@@ -46,7 +71,7 @@ def translate(sampler: Any, num_warmup: int) -> tuple[Kernel, EnsembleAdaptation
     if type(sampler) not in (NumpyroHMC, NumpyroNUTS):
         raise TypeError(
             f"{type(sampler).__name__} has no counterpart that is sampled in parallel: expected numpyro.infer.NUTS or "
-            "HMC. Pass the model and a pmcmc kernel, as in ParallelMCMC(model, kernel=pmcmc.HMC(), ...)."
+            f"HMC. Pass the model and a pmcmc kernel, as in {_instead(sampler)}."
         )
     _refuse(sampler)
     step_size = None if sampler._adapt_step_size and num_warmup else sampler._step_size
@@ -58,6 +83,38 @@ def translate(sampler: Any, num_warmup: int) -> tuple[Kernel, EnsembleAdaptation
         return HMC(inverse_mass_matrix=metric, **_trajectory(sampler, step_size)), warmup
     depth = sampler._max_tree_depth
     return NUTS(step_size, depth[1] if isinstance(depth, tuple) else depth, metric), warmup
+
+
+def _instead(sampler: Any) -> str:
+    """Return what to write in place of a NumPyro kernel that is refused, as the end of a sentence."""
+    names = [base.__name__ for base in type(sampler).__mro__]
+    kernel, rest = next((_INSTEAD[name] for name in names if name in _INSTEAD), ("pmcmc.HMC()", ""))
+    return f"ParallelMCMC(model, kernel={kernel}, ...){rest}"
+
+
+def owned(sampler: Any) -> Any:
+    """Return a copy of a NumPyro kernel whose functions of the model work although NumPyro never runs it.
+
+    They are ``get_potential_fn``, ``postprocess_fn`` and ``get_constrain_fn``, made for the arguments that these get.
+    """
+    made = copy(sampler)
+    made._potential_fn_gen = partial(_potential_fn, sampler.model)
+    made._postprocess_fn = partial(_constrain_fn, sampler.model)
+    # NumPyro uses its own transforms unless the support depends on other sites.
+    made._inv_transforms, made._dynamic_support = {}, True
+    return made
+
+
+def _potential_fn(model: Callable, /, *args: Any, **kwargs: Any) -> Callable:
+    """Return the potential energy of a model as a function of unconstrained values."""
+    target = numpyro_target(model, args, kwargs)
+    return lambda z: -target.model.logdensity(target.data, z)
+
+
+def _constrain_fn(model: Callable, /, *args: Any, **kwargs: Any) -> Callable:
+    """Return the map from unconstrained values to latent and deterministic sites of a model."""
+    target = numpyro_target(model, args, kwargs)
+    return lambda z: target.model.constrain(target.data, z)
 
 
 def keep_options(warmup: Warmup, sampler: Any) -> Warmup:

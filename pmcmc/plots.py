@@ -17,6 +17,7 @@ from pmcmc._pytree import PyTree, real_dtype, relative_distance
 from pmcmc.chain.chain import Chain
 from pmcmc.chain.report import SolveReport
 from pmcmc.interop import require
+from pmcmc.planning import Plan
 from pmcmc.recurrence import MultipleShooting, Solution
 from pmcmc.recurrence.solution import typical_scale
 from pmcmc.sampling.engine import Engine
@@ -73,7 +74,7 @@ def merge_distances(chain: Chain, max_sites: int = 6, *, ax: Any = None) -> Any:
         The two axes.
 
     Raises:
-        ValueError: The chain has no pilot.
+        ValueError: The chain has no pilot, or was loaded from a file, which does not hold it.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -82,13 +83,12 @@ def merge_distances(chain: Chain, max_sites: int = 6, *, ax: Any = None) -> Any:
         Traceback (most recent call last):
         ValueError: this chain has no pilot of coupled chains: ...
     """
-    plan = chain.report.plan
-    if plan is None or plan.coalescence is None:
+    plan = _plan_of(chain.report, "this chain has no pilot of coupled chains")
+    if (pilot := plan.coalescence) is None:
         raise ValueError(
-            'this chain has no pilot of coupled chains: sample it with solver="auto", and long enough to be planned '
-            f"({chain.report.reason})"
+            f"this chain has no pilot of coupled chains to plot: {chain.report.reason} Do what this says, or take more "
+            "draws."
         )
-    pilot = plan.coalescence
     left, right = both = axes_for(ax, 2, figsize=(11, 4), sharey=True)
     _draw_pairs(left, pilot)
     _draw_sites(right, chain, pilot, max_sites)
@@ -98,6 +98,26 @@ def merge_distances(chain: Chain, max_sites: int = 6, *, ax: Any = None) -> Any:
     left.set(ylabel="distance (posterior sd)", title="Pairs of coupled chains")
     right.set(title="Sites of the model, median over pairs")
     return both
+
+
+def _plan_of(report: SolveReport, without: str) -> Plan:
+    """Return the plan of a run.
+
+    Args:
+        report: The report of the run.
+        without: What the error says of a chain without a plan.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if report.plan is not None:
+        return report.plan
+    if report.planned_seconds > 0:
+        raise ValueError(
+            "this chain was planned, and loaded from a file, which does not hold the plan and its pilot: plot them "
+            'before the chain is saved, or sample it again with solver="auto" and the same key.'
+        )
+    raise ValueError(f'{without}: sample it with solver="auto", and long enough to be planned ({report.reason})')
 
 
 def _draw_pairs(axes: Any, pilot: Coalescence) -> None:
@@ -325,7 +345,7 @@ def planned_time(chain: Chain, max_candidates: int = 8, *, ax: Any = None) -> An
         The axes.
 
     Raises:
-        ValueError: The chain was not planned.
+        ValueError: The chain was not planned, or was loaded from a file, which does not hold the plan.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -335,11 +355,7 @@ def planned_time(chain: Chain, max_candidates: int = 8, *, ax: Any = None) -> An
         ValueError: this chain was not planned: ...
     """
     report = chain.report
-    if report.plan is None:
-        raise ValueError(
-            f'this chain was not planned: sample it with solver="auto", and long enough to be planned ({report.reason})'
-        )
-    plan = report.plan
+    plan = _plan_of(report, "this chain was not planned")
     shown = [c for c in plan.candidates if c is not plan.chosen][:max_candidates]
     shown = sorted([*shown, plan.chosen], key=lambda c: c.seconds, reverse=True)
     (ax,) = axes_for(ax, figsize=(8, 1.2 + 0.32 * len(shown)))
@@ -364,8 +380,8 @@ def planned_time(chain: Chain, max_candidates: int = 8, *, ax: Any = None) -> An
 def speedup(runs: Sequence[Chain | Mapping[str, Any]], *, label: str | None = None, ax: Any = None) -> Any:
     """Plot the speed-up over sequential sampling against the number of steps T, one line for each quantity.
 
-    A chain gives up to two quantities: T over the critical path, and, if the run was planned, the predicted seconds of
-    sequential sampling over the seconds taken, pilot and compilation included. Rows of a benchmark give the speed-up
+    A chain gives up to two quantities: T over the critical path, and, if its report has a plan, the predicted seconds
+    of sequential sampling over the seconds taken, pilot and compilation included. Rows of a benchmark give the speed-up
     that they hold.
 
     Args:

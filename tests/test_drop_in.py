@@ -1,7 +1,9 @@
 """`pmcmc.ParallelMCMC` instead of NumPyro's MCMC: what reads its draws, how runs continue, and what is refused."""
 
 import inspect
+import pickle
 import re
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -12,13 +14,15 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from numpyro.infer import HMC, MCMC, NUTS, BarkerMH, Predictive, init_to_value, log_likelihood
+from numpyro.infer import HMC, MCMC, NUTS, BarkerMH, Predictive, init_to_median, init_to_value, log_likelihood
+from numpyro.infer.mcmc import MCMCKernel
+from numpyro.infer.util import constrain_fn, potential_energy
 
 import pmcmc
 from pmcmc import numpyro_samplers
 from pmcmc.drop_in import ParallelMCMC
 from pmcmc.kernels import ParallelLeapfrog
-from pmcmc.numpyro_samplers import translate
+from pmcmc.numpyro_samplers import _INSTEAD, translate
 from pmcmc.recurrence import HutchinsonDiagonal, MultipleShooting, Newton, Sequential
 from pmcmc.warmup.settlement import Verdict
 
@@ -104,6 +108,9 @@ def test_a_site_left_out() -> None:
     mcmc = make(num_warmup=0, kernel=pmcmc.HMC(step_size=0.1))
     mcmc.run(jax.random.key(0), Y, extra_fields=("~z.twice",))
     assert set(mcmc.get_samples()) == {"mu", "sigma"}
+    mcmc.run(jax.random.key(0), Y, extra_fields=iter(("~z.twice", "energy")))  # read more than once
+    assert set(mcmc.get_samples()) == {"mu", "sigma"}
+    assert set(mcmc.get_extra_fields()) == {"diverging", "energy"}
 
 
 def test_print_summary(capsys: pytest.CaptureFixture) -> None:
@@ -210,6 +217,66 @@ def test_states_that_do_not_fit() -> None:
         mcmc.warmup(jax.random.key(0), Y, collect_warmup=True)
     with pytest.raises(ValueError, match=r"call run\(\) first"):
         _ = make().chain
+
+
+def test_a_state_whose_values_were_changed() -> None:
+    for num_chains in (1, 2):
+        mcmc = make(num_warmup=0, num_samples=10, num_chains=num_chains, kernel=pmcmc.HMC(step_size=0.3))
+        mcmc.run(jax.random.key(0), Y)
+        state = mcmc.last_state
+        for z in ({**state.z, "mu": state.z["mu"] + 0.1}, {"mu": state.z["mu"]}, {**state.z, "mu": jnp.zeros(3)}):
+            mcmc.post_warmup_state = state._replace(z=z)
+            with pytest.raises(ValueError, match=r"z of post_warmup_state was changed.*as init_params= to run\(\)"):
+                mcmc.run(jax.random.key(1), Y)
+        mcmc.post_warmup_state = state._replace(rng_key=jax.random.key(2))
+        mcmc.run(jax.random.key(1), Y)
+
+
+def test_functions_of_the_sampler() -> None:
+    """NumPyro makes them in its own run; here they follow from the arguments that they get."""
+    kernel = NUTS(model)
+    mcmc = ParallelMCMC(kernel, **SIZES)
+    mcmc.run(jax.random.key(0), Y)
+    z = mcmc.last_state.z
+    last = jax.tree.map(lambda x: x[:, -1], mcmc.get_samples(group_by_chain=True))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9)
+    for name in ("postprocess_fn", "get_constrain_fn"):
+        jax.tree.map(close, jax.vmap(getattr(mcmc.sampler, name)((Y,), {}))(z), last)
+    close(jax.vmap(mcmc.sampler.get_potential_fn((Y,), {}))(z), mcmc.last_state.potential_energy)
+    one, other = jax.tree.map(lambda x: x[0], z), ((Y + 1,), {"num": 5})
+    close(mcmc.sampler.get_potential_fn(*other)(one), potential_energy(model, *other, one))
+    jax.tree.map(
+        close, mcmc.sampler.postprocess_fn(*other)(one), constrain_fn(model, *other, one, return_deterministic=True)
+    )
+    assert kernel.postprocess_fn((Y,), {})(one) is one  # the user's own object is NumPyro's to change
+
+
+def test_pickles() -> None:
+    """As in NumPyro, draws and settings; the chains are left out, and said to be."""
+    mcmc = pickle.loads(pickle.dumps(finished()))
+    jax.tree.map(np.testing.assert_array_equal, mcmc.get_samples(), finished().get_samples())
+    assert set(mcmc.get_extra_fields()) == set(finished().get_extra_fields())
+    mcmc.print_summary()
+    with pytest.raises(
+        ValueError, match=r"deeply copied ParallelMCMC has no chain: save it by mcmc.chain.save\(path\)"
+    ):
+        _ = mcmc.chain
+    state = pickle.loads(pickle.dumps(finished().last_state))
+    for found in (state, mcmc.last_state):
+        jax.tree.map(np.testing.assert_array_equal, found[:2], finished().last_state[:2])
+        assert found.rng_key == finished().last_state.rng_key
+        with pytest.raises(ValueError, match="a pickled state has no adapt_state"):
+            _ = found.adapt_state
+        mcmc.post_warmup_state = found
+        with pytest.raises(ValueError, match=r"post_warmup_state was pickled.*set it to None to warm up again"):
+            mcmc.run(jax.random.key(0), Y)
+    mcmc.post_warmup_state = None
+    mcmc.run(jax.random.key(0), Y)
+    jax.tree.map(np.testing.assert_array_equal, mcmc.get_samples(), finished().get_samples())
+    assert mcmc.chain.report.num_steps == 90
+    pickle.loads(pickle.dumps(ParallelMCMC(NUTS(model), **SIZES)))
+    assert copy(finished()).chain is finished().chain
+    assert copy(finished().last_state).chains is finished().last_state.chains
 
 
 def test_data_that_a_state_cannot_go_on_with() -> None:
@@ -431,6 +498,21 @@ def test_samplers_without_a_counterpart(make_sampler, error, words) -> None:
         ParallelMCMC(make_sampler(), **options)
 
 
+@pytest.mark.parametrize("name", sorted(set(numpyro.infer.__all__) - {"HMC", "NUTS"}))
+def test_what_to_write_instead_of_each_kernel(name: str) -> None:
+    kernel = getattr(numpyro.infer, name)
+    if not (isinstance(kernel, type) and issubclass(kernel, MCMCKernel)):
+        return
+    written, rest = _INSTEAD[name]
+    update = pmcmc.kernels.NormalUpdate(lambda state: (0.0, 1.0))
+    names = dict(pmcmc=pmcmc, blackjax=blackjax, update=update, other_sites=["mu"], sites=["mu"])
+    for source in (written, *re.findall(r"kernel=(pmcmc\.\S*\([^;]*\))(?= if |$)", rest)):
+        assert isinstance(eval(source, names), pmcmc.Kernel)
+    sampler = object.__new__(type("Derived", (kernel,), {}))
+    with pytest.raises(TypeError, match=re.escape(f"as in ParallelMCMC(model, kernel={written}, ...){rest}.")):
+        translate(sampler, 100)
+
+
 def test_options_of_adaptation_beside_a_warmup() -> None:
     """A warm-up of the user's own keeps what NumPyro's kernel says, where it leaves it open."""
     warmups = pmcmc.warmup
@@ -475,6 +557,14 @@ def test_fields_that_are_not_there() -> None:
         ValueError, match=r"'z.twice' names no site of the model: expected one out of \['mu', 'sigma'\]"
     ):
         make().run(jax.random.key(0), Y, extra_fields=("z.twice",))
+
+
+def test_the_step_size_of_kernels_without_one_is_no_field() -> None:
+    with pytest.raises(
+        ValueError, match=r"Compose has no extra_fields \['adapt_state.step_size'\]: expected"
+    ) as caught:
+        make(kernel=around(1.0), num_warmup=0).run(jax.random.key(0), Y, extra_fields=("adapt_state.step_size",))
+    assert str(caught.value).count("adapt_state.step_size") == 1
 
 
 # The message lists all fields that exist.
@@ -567,6 +657,12 @@ def test_discrete_sites_beside_a_fitting_warmup() -> None:
     mcmc.run(jax.random.key(0), Y)
     assert set(mcmc.get_samples()) == {"x", "cluster"}
     assert mcmc.last_state.adapt_state is None  # several kernels, each with a step size and a metric
+
+
+def test_a_strategy_beside_discrete_sites() -> None:
+    sampler = HMC(with_discrete, init_strategy=init_to_median)
+    with pytest.raises(ValueError, match=r"finds no values for the discrete sites \['cluster'\]: pass init_params"):
+        ParallelMCMC(sampler, **SIZES, warmup=pmcmc.SiteAdaptation()).run(jax.random.key(0), Y)
 
 
 def no_latents(y):

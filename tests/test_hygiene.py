@@ -30,7 +30,7 @@ LEVELS = [
     {"planning"},
     {"chain"},
     {"sampling"},
-    {"numpyro_samplers", "plots"},
+    {"numpyro_samplers", "numpyro_states", "plots"},
     {"drop_in"},
     {"demo", "doctor"},
     {"__main__"},

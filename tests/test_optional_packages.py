@@ -58,7 +58,7 @@ def test_stores(monkeypatch, tmp_path: Path) -> None:
         chain.stream(tmp_path / "draws", 10**9, progress_bar=False)
     assert not (tmp_path / "draws").exists()
     with pytest.raises(ImportError, match=r"StoredChain.to_arviz needs zarr.*pmcmc\[zarr\]"):
-        open_lazily(tmp_path)
+        open_lazily(tmp_path, 10)
     with pytest.raises(ImportError, match=r"StoredChain.get_samples needs zarr.*pmcmc\[zarr\]"):
         read_arrays(tmp_path, "posterior", ["x"])
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +101,20 @@ def test_planned_time() -> None:
     assert list(ax.lines[0].get_xdata()) == [3.5, 3.5]
     with pytest.raises(ValueError, match=r"not planned: sample it with solver=.auto."):
         plots.planned_time(chain())
+
+
+def test_what_a_file_does_not_hold(tmp_path: Path) -> None:
+    """A chain that was planned before it was saved is not told to be sampled longer."""
+    made = plan(10**6, 2, Costs(1e-5, 1e-6, 1e-8, 1.0))
+    planned = replace(chain(), report=replace(chain().report, plan=made, planned_seconds=3.5))
+    with pytest.raises(ValueError, match=r"no pilot of coupled chains to plot: .*take more"):
+        plots.merge_distances(planned)
+    planned.save(tmp_path / "chain.npz")
+    loaded = pmcmc.load(tmp_path / "chain.npz", gaussian)
+    for plot in (plots.planned_time, plots.merge_distances):
+        with pytest.raises(ValueError, match=r"was planned, and loaded from a file, which does not hold the plan"):
+            plot(loaded)
+    assert np.isnan(loaded.report.predicted_seconds)
 
 
 def test_speed_up() -> None:

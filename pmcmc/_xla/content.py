@@ -227,6 +227,18 @@ def inner_programs(equation: Any) -> Iterator[Jaxpr]:
                 yield one.jaxpr if isinstance(one, ClosedJaxpr) else one
 
 
+def every_equation(program: Jaxpr) -> Iterator[Any]:
+    """Yield the equations of a program and of the programs within it, each of these programs once."""
+    seen, waiting = set(), [program]
+    while waiting:
+        if id(one := waiting.pop()) in seen:
+            continue
+        seen.add(id(one))
+        for equation in one.eqns:
+            yield equation
+            waiting += inner_programs(equation)
+
+
 def scan_sizes(equation: Any) -> tuple[int, int]:
     """Return how many operands of a scan are constants, and how many are carried."""
     params = equation.params

@@ -8,8 +8,9 @@ from typing import Any
 from pmcmc._xla.content import Content
 from pmcmc._xla.trace import Trace
 
-# What digests depend on beside JAX: Python, for the code of callbacks, and the form of `Content`, counted here.
-DIGEST_VERSIONS = {"python": f"{sys.version_info.major}.{sys.version_info.minor}", "content": "2"}
+# What digests depend on beside JAX: Python, for the code of callbacks, and what is traced and the form of `Content`,
+# counted here.
+DIGEST_VERSIONS = {"python": f"{sys.version_info.major}.{sys.version_info.minor}", "content": "3"}
 
 
 def digest(value: Any) -> str:

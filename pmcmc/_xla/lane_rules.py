@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._pytree import Array
+from pmcmc._pytree import Array, single_or_wider
 from pmcmc._xla import evaluate
 from pmcmc._xla.rewrites import ELEMENTWISE, REDUCTIONS
 
@@ -210,9 +210,10 @@ def _product(equation: Any, operands: list[Any], size: int) -> Any:
 
 
 def _sum_of_products(equation: Any, operands: list[Any], size: int) -> Wide:
-    """``dot_general`` as a sum over the contracted axes, which come first."""
+    """``dot_general`` as a sum over the contracted axes, which come first; of half precision in float32."""
     (axes, other_axes), (batch, other_batch) = equation.params["dimension_numbers"]
     dtype = equation.outvars[0].aval.dtype
+    wide = single_or_wider(dtype)
     ranks = [len(lane_shape(var)) for var in equation.invars]
     free = [n for n in range(ranks[0]) if n not in (*axes, *batch)]
     other_free = [n for n in range(ranks[1]) if n not in (*other_axes, *other_batch)]
@@ -220,7 +221,7 @@ def _sum_of_products(equation: Any, operands: list[Any], size: int) -> Wide:
     def arranged(x: Any, rank: int, order: Sequence[int], gap: tuple[int, int]) -> Array:
         """Put axes in this order, with ``gap[1]`` axes of length one at place ``gap[0]``, and lanes last."""
         value, order = (x.value, (*order, rank)) if is_wide(x) else (jnp.asarray(x), tuple(order))
-        value = jax.lax.transpose(value, order).astype(dtype)
+        value = jax.lax.transpose(value, order).astype(wide)
         shape = (*value.shape[: gap[0]], *(1,) * gap[1], *value.shape[gap[0] :], *(() if is_wide(x) else (1,)))
         return value.reshape(shape)
 
@@ -228,7 +229,7 @@ def _sum_of_products(equation: Any, operands: list[Any], size: int) -> Wide:
     right = arranged(
         operands[1], ranks[1], (*other_axes, *other_batch, *other_free), (len(axes) + len(batch), len(free))
     )
-    return Wide(jnp.sum(left * right, axis=tuple(range(len(axes))), dtype=dtype))
+    return Wide(jnp.sum(left * right, axis=tuple(range(len(axes))), dtype=wide).astype(dtype))
 
 
 Rule = Callable[[Any, list[Any], int], Any]

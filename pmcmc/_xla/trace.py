@@ -90,6 +90,25 @@ class Trace:
         num_arguments = len(self.program.invars) - len(self._reads)
         return any(dependent(self.program, [False] * len(self._reads) + [True] * num_arguments))
 
+    @property
+    def reads_last(self) -> bool:
+        """Whether the result may depend on the last leaf of the arguments, see `dependent`."""
+        return any(dependent(self.program, [False] * (len(self.program.invars) - 1) + [True]))
+
+    @property
+    def uses_last(self) -> bool:
+        """Whether an operation takes the last leaf of the arguments, needed or not."""
+        last = self.program.invars[-1]
+        return any(var is last for equation in self.program.eqns for var in equation.invars)
+
+    @property
+    def without_last(self) -> "Trace":
+        """The trace without the last argument, which is one array that no operation takes."""
+        program = self.program.replace(invars=self.program.invars[:-1])
+        in_tree = jax.tree_util.treedef_tuple(self.in_tree.children()[:-1])
+        made = Trace(program, self._reads, in_tree, self.out_tree, self.operations[2], self._held)
+        return _KNOWN.setdefault(made.key, made)
+
     def part(self, name: str) -> "Trace":
         """Return the trace of one entry of the dict that the function returns.
 

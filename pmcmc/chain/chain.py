@@ -16,7 +16,7 @@ import numpy as np
 
 from pmcmc._pytree import Array, PyTree
 from pmcmc._xla.trace import refuse_transformation
-from pmcmc.chain.draws import by_name, check_sites, fields, sample_stats, ungroup
+from pmcmc.chain.draws import by_name, check_sites, fields, sample_stats, site_shapes, ungroup
 from pmcmc.chain.file_format import Writer
 from pmcmc.chain.replay import Record
 from pmcmc.chain.report import SolveReport, Summary
@@ -188,7 +188,9 @@ class Chain:
 
         In float32 the decision of a step within rounding of a tie may go either way; both outcomes are accepted, see
         `Verification`. Kernels that make many decisions per step (`NUTS`, slice sampling) do not report how close these
-        are to a tie, so their float32 steps are computed in the batch shape of the run.
+        are to a tie, so their float32 steps are computed in the batch shape of the last run. If the chain was extended,
+        earlier runs may have had another one, whose roundings may show as mismatches; verify such a chain before it is
+        extended.
 
         Between two draws of a thinned chain such a decision may separate the paths. Draws that do not agree are
         therefore computed again under up to eight other roundings. If these end apart and none of them is the stored
@@ -230,7 +232,8 @@ class Chain:
 
         The file is an ``.npz`` archive of arrays and JSON. It holds the draws, the tuned kernel, the solver, the key,
         and the report without its plan. It holds neither the model and its data, which are passed to `pmcmc.load`
-        again, nor the draws of warm-up. An existing file is replaced only once the new one is complete.
+        again, nor the draws of warm-up. An existing file is replaced only once the new one is complete. If coupled
+        chains stayed apart, `SolveReport.diagnosis` is computed first and stored, which takes a few seconds.
 
         Args:
             path: File to write; no suffix is added.
@@ -400,8 +403,8 @@ class Chain:
             log_likelihood: Whether to compute the log likelihood of every observation at every draw, for ``arviz.loo``
                 and ``compare``. It takes memory for draws x observations numbers. Masked observations have 0; drop them
                 if ArviZ 1.x refuses constants.
-            prior: Draws of ``numpyro.infer.Predictive`` from the prior. Sites that are not in the posterior go to
-                prior_predictive.
+            prior: Draws of ``numpyro.infer.Predictive`` from the prior. Latent and deterministic sites go to prior,
+                whatever ``sites`` says, and all others to prior_predictive.
             posterior_predictive: Draws of ``numpyro.infer.Predictive`` from the posterior.
             coords: ArviZ's labels of coordinates.
             dims: ArviZ's names of dimensions, in addition to the names of plates.
@@ -418,8 +421,9 @@ class Chain:
             >>> chain.to_arviz(dims={"a": ["side"]}, coords={"side": ["left", "right"]}).posterior["a"].dims
             ('chain', 'draw', 'side')
         """
-        samples = by_name(self._grouped(None if sites is None else check_sites(self.target, sites)))
         target, report = self.target, self.report
+        wanted = None if sites is None else check_sites(target, sites)
+        samples, known = by_name(self._grouped(wanted)), by_name(site_shapes(target))
         place = self.kernel.position(target, jax.tree.map(lambda x: jnp.asarray(x)[0], self.last_state))
         described = self.state.source.describe(target, place)
         likelihood = log_likelihoods(target, self.kernel, self.unknowns) if log_likelihood else {}
@@ -427,8 +431,8 @@ class Chain:
             "posterior": samples,
             "sample_stats": sample_stats(self.kernel, self.info),
             "log_likelihood": likelihood,
-            **predictive_groups(prior, posterior_predictive, samples, *np.shape(self.info.margin)[:2]),
-            **self._warmup_groups(sites),
+            **predictive_groups(prior, posterior_predictive, known, *np.shape(self.info.margin)[:2]),
+            **self._warmup_groups(wanted),
             "observed_data": described.observed,
             "constant_data": described.constant,
         }

@@ -11,7 +11,7 @@ Source: Vehtari, Gelman, Simpson, Carpenter & Buerkner (2021).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +33,7 @@ MIN_DRAWS, ENOUGH_DRAWS = 400, 2000
 # Probability that R-hat of chains that sample the same law exceeds its noise level by chance.
 CHANCE = 1e-4
 # Largest number of numbers (draws times coordinates) to judge; longer chains are thinned, but not to fewer draws per
-# chain than the second number.
+# chain than the second number, nor to fewer than ENOUGH_DRAWS of all chains.
 MAX_NUMBERS, FEWEST = 2**18, 256
 # Number of coordinates measured at once: limits the memory of wide posteriors.
 MAX_COLUMNS = 2**12
@@ -43,7 +43,7 @@ class Mixing(NamedTuple):
     """How well draws have mixed, by the worst element of each site.
 
     Effective sample sizes are those of the draws that were judged. If ``stride`` is above 1, they are lower bounds for
-    all draws.
+    all draws. Whether there are enough draws is a question of all draws, ``num_draws`` times ``stride``.
 
     Attributes:
         rhat: Largest R-hat of each site as {site: (value, element)}, where element is the index of the worst element,
@@ -74,14 +74,21 @@ class Mixing(NamedTuple):
         return min((value for found in (self.bulk_ess, self.tail_ess) for value, _ in found.values()), default=math.nan)
 
     @property
+    def has_few_draws(self) -> bool:
+        """Whether all chains together have too few draws to judge them."""
+        return self.num_draws * self.stride < MIN_DRAWS
+
+    @property
     def is_judged(self) -> bool:
         """Whether there are enough draws to judge them."""
-        return self.num_draws >= MIN_DRAWS and not math.isnan(self.max_rhat)
+        return not self.has_few_draws and not math.isnan(self.max_rhat)
 
     @property
     def doubt(self) -> str:
         """What is wrong with the mixing, in words; "" if nothing is, or if there are too few draws to tell."""
-        few = self.num_draws >= ENOUGH_DRAWS and self.min_ess < MIN_ESS
+        # A stream may hold fewer than ENOUGH_DRAWS of its draws: of these the same share must be effective.
+        least = MIN_ESS * min(1.0, self.num_draws / ENOUGH_DRAWS)
+        few = self.num_draws * self.stride >= ENOUGH_DRAWS and self.min_ess < least
         if not self.is_judged or not (few or self.num_apart):
             return ""
         return (
@@ -117,7 +124,7 @@ def _name(site: str, element: tuple[int, ...]) -> str:
 
 def stride_of(num_chains: int, num_draws: int, dim: int) -> int:
     """Return the stride by which long chains are thinned before they are judged."""
-    wanted = max(FEWEST, MAX_NUMBERS // (num_chains * dim))
+    wanted = max(FEWEST, ENOUGH_DRAWS // num_chains, MAX_NUMBERS // (num_chains * dim))
     return max(1, num_draws // wanted)
 
 
@@ -300,11 +307,12 @@ def check_sites(target: Target, sites: Any) -> tuple[str, ...]:
         TypeError: ``sites`` is not a sequence of names.
     """
     known = by_name(site_shapes(target))
-    if isinstance(sites, str) or not all(isinstance(name, str) for name in sites):
+    names = tuple(sites) if isinstance(sites, Iterable) and not isinstance(sites, str) else None
+    if names is None or not all(isinstance(name, str) for name in names):
         raise TypeError(f"sites must be a sequence of names out of {list(known)}, got {sites!r}.")
-    if unknown := [name for name in sites if name not in known]:
+    if unknown := [name for name in names if name not in known]:
         raise ValueError(f"sites: the model has no {unknown}: expected names out of {list(known)}.")
-    return tuple(sites)
+    return names
 
 
 def by_name(samples: PyTree) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from pmcmc import kernels, recurrence
 from pmcmc._pytree import PRNGKey, PyTree
 from pmcmc._xla.trace import Traced, Untraced
 from pmcmc.kernels.gibbs import Block
+from pmcmc.stability import Diagnosis, SiteDistance
 from pmcmc.target import Basis
 
 
@@ -51,8 +52,10 @@ STORE = Format(
 )
 
 
+# Dtypes that are not numpy's own, by name and by the dtype as which their bits are stored.
+_STORED_AS = {("bfloat16", np.dtype(np.uint16)): np.dtype(jnp.bfloat16)}
 # By name, the only classes of which objects are created from a file.
-_CLASSES: dict[str, type] = {"Basis": Basis, "Block": Block} | {
+_CLASSES: dict[str, type] = {cls.__name__: cls for cls in (Basis, Block, Diagnosis, SiteDistance)} | {
     name: getattr(room, name)
     for room in (kernels, recurrence, recurrence.trust_region)
     for name in room.__all__
@@ -122,11 +125,15 @@ class Writer:
             header: Entries that JSON can hold.
             kind: Kind of the file.
         """
-        text = json.dumps({"format": kind.name, "version": kind.version, **header})
+        # numpy stores bfloat16 as bytes without a type: write its bits as integers, and its name to the header.
+        strange = {name: str(x.dtype) for name, x in self.arrays.items() if x.dtype.kind == "V"}
+        arrays = {name: x.view(f"u{x.itemsize}") if name in strange else x for name, x in self.arrays.items()}
+        dtypes = {"dtypes": strange} if strange else {}
+        text = json.dumps({"format": kind.name, "version": kind.version, **dtypes, **header})
         whole, part = Path(path), Path(f"{os.fspath(path)}.part")
         try:
             with part.open("wb") as file:
-                entries: dict[str, Any] = {"header": np.array(text), **self.arrays}
+                entries: dict[str, Any] = {"header": np.array(text), **arrays}
                 np.savez(file, **entries)
             part.replace(whole)
         finally:
@@ -166,6 +173,11 @@ class Reader:
         for name, x in self.arrays.items():
             if not isinstance(x, np.ndarray) or x.dtype.kind not in "biuf":
                 raise self.malformed(f"{name} is not an array of numbers")
+        for name, dtype in self.field("dtypes", dict).items() if "dtypes" in self.header else ():
+            x = self.arrays.get(name)
+            if x is None or not isinstance(dtype, str) or (dtype, x.dtype) not in _STORED_AS:
+                raise self.malformed(f"the dtype of {name} is {dtype!r:.40}")
+            self.arrays[name] = x.view(_STORED_AS[dtype, x.dtype])
 
     def malformed(self, why: Any) -> ValueError:
         """Return the error to raise if the file is damaged."""
@@ -336,7 +348,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is Any:
         return value is not None and not isinstance(value, (bool, str, tuple, list, dict))
     if hint in (int, float):
-        kinds = "iu" if hint is int else "iuf"
+        kinds = "iu" if hint is int else "iufV"  # V is the kind of bfloat16
         is_number = isinstance(value, (int, float, np.ndarray)) and not isinstance(value, bool)
         return is_number and np.ndim(value) == 0 and np.asarray(value).dtype.kind in kinds
     if origin is tuple and len(parts) == 2 and parts[1] is ...:

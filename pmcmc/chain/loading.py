@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._pytree import PRNGKey, PyTree
+from pmcmc._pytree import PRNGKey, PyTree, is_real
 from pmcmc._warnings import user_level
 from pmcmc._xla import default_platform
 from pmcmc._xla.trace import refuse_transformation
@@ -166,7 +166,7 @@ def _centredness(reader: Reader) -> dict[str, np.ndarray]:
     if "centredness" not in reader.header:
         return {}
     found = reader.decode("centredness", reader.field("centredness", dict))
-    within = lambda c: isinstance(c, np.ndarray) and c.dtype.kind == "f" and bool(np.all((c >= 0) & (c <= 1)))
+    within = lambda c: isinstance(c, np.ndarray) and is_real(c) and bool(np.all((c >= 0) & (c <= 1)))
     if not isinstance(found, dict) or not all(map(within, found.values())):
         raise reader.malformed("its centredness is not within 0 and 1")
     return found

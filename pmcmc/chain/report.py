@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pmcmc._pytree import ArrayLeaf, PyTree
-from pmcmc.chain.draws import MIN_DRAWS, Mixing, by_name
+from pmcmc.chain.draws import Mixing, by_name
 from pmcmc.interop.numpyro import summary_of
 from pmcmc.planning import Plan
 from pmcmc.recurrence import RESULTS
@@ -49,22 +49,23 @@ class SolveReport:
             (`recurrence.RecurrenceSolver.decision`).
         reason: Why, in one sentence.
         plan: What "auto" measured and expected, with the figures from before the run; the last plan if the run was
-            planned again. None if the caller chose the solver, or if the run was too short to plan.
+            planned again. None if the caller chose the solver, if the run was too short to plan, and for a chain that
+            was loaded: files do not hold plans.
         bias_bound: Bounds on the influence of the start after t = 0, ..., n-1 steps; shape (n,). They bound the
             1-Wasserstein distance to the law that chains from the warm-up ensemble converge to, in standard deviations
             of that ensemble, and are computed from lagged coupled pairs (Biswas, Jacob & Vanetti 2019). Empty without a
             pilot, or if the pilot proves nothing. They do not cover regions that no lane of warm-up found; see
             `bias_doubt`.
-        result: `RESULTS` code of the last parallel solve.
+        result: `RESULTS` code of the last parallel solve that ended; successful if there was none.
         fallback: Why the parallel solver was abandoned, how many steps had been solved in parallel and sampled
             sequentially by then, and how many were left; "" if it was not.
         residual: Largest ``|x[t] - f(x[t-1], u[t])| / scale`` among the steps solved in parallel, as measured. If a
             solve failed, only its certified steps count. 0 if there are none, NaN if the solver does not report it.
         num_steps: Number of steps per chain.
-        num_sequential_steps: Critical path: number of steps taken one after the other.
-        num_iters: Number of iterations of a Newton-type solver; 0 for other solvers.
-        num_sweeps: Number of repair sweeps; 0 for solvers without blocks.
-        num_blocks: Number of blocks per chain; 1 for solvers without blocks.
+        num_sequential_steps: Critical path: number of steps taken one after the other, all segments together.
+        num_iters: Number of iterations of a Newton-type solver, all segments together; 0 for other solvers.
+        num_sweeps: Largest number of repair sweeps of a segment; 0 for solvers without blocks.
+        num_blocks: Number of blocks per chain in the last parallel solve; 1 for solvers without blocks.
         certified_steps: Number of steps that were solved in parallel, certified and kept. All others were sampled
             sequentially: the first ones under "auto", those taken while a program was compiled, and the remainder after
             a fallback.
@@ -97,6 +98,7 @@ class SolveReport:
             site, see `AutoReparam`; empty without it, or if the model has no such sites.
         precision: Precision of matrix products that the settings of JAX ask for, if it is below float32 and the device
             may follow it; "" otherwise.
+        stored_diagnosis: The `diagnosis` of a chain that was loaded; None for others.
         find_mixing: Computes `mixing`.
         find_diagnosis: Computes `diagnosis`.
     """
@@ -133,6 +135,7 @@ class SolveReport:
     num_lanes: int = 0
     centredness: dict[str, tuple[float, float]] = field(default_factory=dict)
     precision: str = ""
+    stored_diagnosis: Diagnosis | None = field(default=None, repr=False)
     find_mixing: Callable[[], Mixing] | None = field(default=None, repr=False, compare=False)
     find_diagnosis: Callable[[], Diagnosis] | None = field(default=None, repr=False, compare=False)
 
@@ -140,9 +143,10 @@ class SolveReport:
     def diagnosis(self) -> Diagnosis | None:
         """Which sites keep coupled chains apart, and what may help; None if all pairs merged, or without a pilot.
 
-        It is computed on first use, which takes a few seconds because small programs are compiled.
+        It is computed on first use, or when the chain is saved or a stream ends, which takes a few seconds because
+        small programs are compiled. Files of earlier versions do not hold it: it is None for their chains.
         """
-        return None if self.find_diagnosis is None else self.find_diagnosis()
+        return self.stored_diagnosis if self.find_diagnosis is None else self.find_diagnosis()
 
     @cached_property
     def mixing(self) -> Mixing | None:
@@ -256,7 +260,8 @@ class SolveReport:
     def _solved(self) -> list[str]:
         """Return the parts of the certificate on the results of the parallel solves and the numbers of steps."""
         solved, others = self.certified_steps, self.num_steps - self.certified_steps
-        said = [", ".join(what for _, what in by_result(self.result))] if np.any(solved) or self.fallback else []
+        ended = np.any(solved) or np.any(self.result)  # a solve whose program failed has no result
+        said = [", ".join(what for _, what in by_result(self.result))] if ended else []
         if not np.any(solved):
             return [*said, f"no step solved in parallel, {span(others)} of each chain sampled sequentially"]
         residual = self.residual[solved > 0]
@@ -290,8 +295,7 @@ class SolveReport:
 
     def _mixing(self, mixing: Mixing) -> str:
         """Return the line on mixing."""
-        few = mixing.num_draws < MIN_DRAWS
-        return f"Mixing: {'too few draws to judge it' if few else mixing}."
+        return f"Mixing: {'too few draws to judge it' if mixing.has_few_draws else mixing}."
 
     def _bias(self) -> str:
         """Return the line on the bias of the start."""
@@ -317,7 +321,9 @@ class SolveReport:
     def _solver_counts(self) -> str:
         """Return the end of the line on the critical path: blocks and sweeps, or iterations."""
         if self.num_blocks > 1:
-            return f", in {self.num_blocks} blocks with {int(np.max(self.num_sweeps))} repair sweep(s)."
+            sweeps = int(np.max(self.num_sweeps))
+            most = f"up to {sweeps}" if sweeps > 1 else f"{sweeps}"
+            return f", in {self.num_blocks} blocks with {most} repair sweep(s) a segment."
         if np.any(self.num_iters > 0):
             return f", in {int(np.max(self.num_iters))} iterations."
         return "."

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._pytree import Array, PRNGKey, PyTree, RavelSpec
+from pmcmc._pytree import Array, ArrayLeaf, PRNGKey, PyTree, RavelSpec
 from pmcmc._xla import default_platform
 from pmcmc._xla.compile import plain_jit
 from pmcmc._xla.digest import DIGEST_VERSIONS, digest
@@ -24,9 +24,11 @@ from pmcmc.chain.file_format import Writer
 from pmcmc.chain.report import NOT_STORED, SolveReport
 from pmcmc.interop.numpyro import numpyro_target
 from pmcmc.interop.numpyro_arguments import array_arguments
+from pmcmc.interop.numpyro_starts import Prior, discrete_prior
 from pmcmc.interop.partial_centring import AutoReparam
 from pmcmc.kernels import Kernel
 from pmcmc.recurrence import RecurrenceSolver
+from pmcmc.stability import Diagnosis
 from pmcmc.target import Basis, LogDensity, Model, Supports, Target, WithoutDensity
 from pmcmc.warmup.base import LaneTiming
 
@@ -36,12 +38,12 @@ class Described(NamedTuple):
 
     Attributes:
         dims: Names of the leading axes of a site's values, by site.
-        observed: Observed data, by site.
+        observed: Observed data, by site; as they were passed, if an argument of the model holds just these.
         constant: Other arrays among the model's arguments, by argument, as they were passed.
     """
 
     dims: dict[str, list[str]]
-    observed: dict[str, Array]
+    observed: dict[str, ArrayLeaf]
     constant: dict[str, np.ndarray]
 
 
@@ -55,6 +57,7 @@ class Source:
         constant: Array arguments of the model at that time, by name.
         given: The kernel as the user passed it.
         traced: The kernel with its functions as they were when the run began.
+        prior: Draws discrete sites where chains start, see `discrete_prior`; None if there are none.
     """
 
     make: Callable[[], Target]
@@ -62,6 +65,7 @@ class Source:
     constant: dict[str, np.ndarray]
     given: Kernel | None = None
     traced: Kernel | None = None
+    prior: Prior | None = None
 
     def with_kernel(self, kernel: Kernel) -> tuple["Source", Kernel]:
         """Trace the functions in a kernel, and copy the arrays that the user could change.
@@ -127,11 +131,14 @@ class Source:
             target: The target as tuned by warm-up.
             position: An unconstrained position, at which the model is run.
         """
-        observed = target.model.observed(target.data, position)
-        # The model may have observed them in JAX's precision; they are described in their own.
-        in_jax = lambda x: x.astype(jax.dtypes.canonicalize_dtype(x.dtype))
-        same = lambda a, b: a.shape == np.shape(b) and bool(np.all(in_jax(a) == np.asarray(b)))
-        constant = {name: x for name, x in self.constant.items() if not any(same(x, y) for y in observed.values())}
+        observed: dict[str, ArrayLeaf] = dict(target.model.observed(target.data, position))
+        constant = dict(self.constant)
+        # The model observed them in JAX's precision; they are described in their own.
+        for site, y in observed.items():
+            if given := [name for name, x in self.constant.items() if _is_in_jax(x, np.asarray(y))]:
+                observed[site] = self.constant[given[0]]
+            for name in given:
+                constant.pop(name, None)
         return Described(target.model.dims, observed, constant)
 
     def digests(self) -> dict[str, Any]:
@@ -147,6 +154,13 @@ class Source:
             "numbers that it reads": digest(numbers),
             "functions in the kernel": digest(self._functions()),
         }
+
+
+def _is_in_jax(given: np.ndarray, y: np.ndarray) -> bool:
+    """Return whether an array of the user's has the values y once it is rounded to JAX's precision."""
+    with np.errstate(over="ignore"):
+        narrow = given.astype(jax.dtypes.canonicalize_dtype(given.dtype))
+    return np.array_equal(narrow, y, equal_nan=True)
 
 
 def _arrays(kernel: Kernel | None) -> list[bytes]:
@@ -247,7 +261,8 @@ def header(
         "key": jax.random.key_data(state.rng_key),
     }.items():
         writer.leaves(name, tree)
-    names = [f.name for f in fields(report) if f.name not in NOT_STORED]
+    told = {f.name: getattr(report, f.name) for f in fields(report) if f.name not in NOT_STORED}
+    told["stored_diagnosis"] = _diagnosis(report)
     centred = {"centredness": writer.encode("centredness", target.centredness)} if target.centredness else {}
     return {
         **centred,
@@ -257,7 +272,7 @@ def header(
         "basis": writer.encode("basis", target.basis and _parts(target.basis)),
         "kernel": writer.encode("kernel", state.kernel),
         "solver": writer.encode("solver", _anywhere(solver)),
-        "report": writer.encode("report", {name: getattr(report, name) for name in names}),
+        "report": writer.encode("report", told),
         "logdensity": last_logdensity(state).tolist(),
         "key_impl": str(jax.random.key_impl(state.rng_key)),
         "timing": None if state.timing is None else [default_platform(), *state.timing],
@@ -267,6 +282,14 @@ def header(
         "thinning": thinning,
         "extra_fields": list(extra_fields),
     }
+
+
+def _diagnosis(report: SolveReport) -> Diagnosis | None:
+    """Return the diagnosis; None if a program of it fails, which must not keep the draws from being stored."""
+    try:
+        return report.diagnosis
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 def _parts(basis: Basis) -> dict[str, Any]:
@@ -293,13 +316,15 @@ def _logdensity(target: Target, kernel: Kernel, unknown: PyTree) -> Array:
 
 def last_logdensity(state: ChainState) -> np.ndarray:
     """Return the log densities where the chains are; shape (num_chains,)."""
-    return np.asarray(_logdensity(state.target, state.kernel, state.unknown))
+    return np.asarray(_logdensity(state.target, state.kernel, state.unknown), float)
 
 
 def model_source(model: Callable, model_args: tuple, model_kwargs: dict, reparam: AutoReparam | None = None) -> Source:
     """Return the source of a NumPyro model with its current arguments."""
     make = lambda: numpyro_target(model, model_args, model_kwargs, reparam)
-    return Source(make, make(), array_arguments(model, model_args, model_kwargs))
+    target = make()
+    prior = discrete_prior(model, model_args, model_kwargs, target.model.supports)
+    return Source(make, target, array_arguments(model, model_args, model_kwargs), prior=prior)
 
 
 def density_source(logdensity_fn: Callable | None, position: PyTree) -> Source:

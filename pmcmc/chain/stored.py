@@ -7,6 +7,7 @@ The functions above it compute sites and likelihoods of all draws in batches tha
 the unconstrained positions of the lanes of warm-up.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,7 +174,8 @@ class StoredChain:
         if missing := [name for name in wanted if name not in self.sites]:
             raise ValueError(f"{self.path} has no {missing}: expected names out of {list(self.sites)}.")
         arrays = read_arrays(self.path / DRAWS, "posterior", wanted)
-        total = sum(x.dtype.itemsize * x.size for x in arrays.values())
+        row = sum(x.dtype.itemsize * math.prod(x.shape[2:]) for x in arrays.values())
+        total = row * self.num_chains * self.num_samples
         check_available(total, "Name fewer by sites=, or read a part at a time from to_arviz().")
         draws = {name: x[:, : self.num_samples] for name, x in arrays.items()}
         return {name: jnp.asarray(x if group_by_chain else ungroup(x)) for name, x in draws.items()}
@@ -196,9 +198,10 @@ class StoredChain:
         """Open the folder in ArviZ's container: InferenceData for ArviZ 0.x, DataTree for 1.x.
 
         The groups are posterior and sample_stats, as in `Chain.to_arviz`, and observed_data and constant_data of a
-        NumPyro model. Only the parts of arrays that are used are read: ``.posterior["mu"].sel(chain=0)[-1000:]``.
+        NumPyro model. The draws are the ``num_samples`` of this chain, also if the folder was extended since. Only the
+        parts of arrays that are used are read: ``.posterior["mu"].sel(chain=0)[-1000:]``.
         """
-        return open_lazily(self.path / DRAWS)
+        return open_lazily(self.path / DRAWS, self.num_samples)
 
     def extend(self, num_samples: int, *, progress_bar: bool = True) -> "StoredChain":
         """Continue every chain by ``num_samples`` steps, as one long run would, and append the draws to the folder.

@@ -152,7 +152,7 @@ def verify(
         kernel: The kernel.
         rng_key: Key of the noise.
         record: The stored draws.
-        num_blocks: Number of blocks of the solve, for kernels that must be verified in its batch shape.
+        num_blocks: Number of blocks of the last solve, for kernels that must be verified in its batch shape.
         tol: Largest difference, in posterior standard deviations; None for the default.
 
     Raises:

@@ -10,7 +10,7 @@ never sees one array longer than another, nor draws that are written but not sho
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ def to_arviz(
     import arviz as az
 
     arrays: dict[str, Any] = {  # copies, since what is done to them in place must not change the chain
-        group: {name: np.array(value) for name, value in values.items()} for group, values in groups.items() if values
+        group: {name: _known(value).copy() for name, value in values.items()}
+        for group, values in groups.items()
+        if values
     }
     labels: dict[str, Any] = dict(dims=dims, coords=coords, save_warmup=any(g.startswith("warmup_") for g in arrays))
     # ArviZ 1.0 replaced one keyword per group by one dict of groups.
@@ -43,10 +45,16 @@ def to_arviz(
     return az.from_dict(**arrays, attrs=attrs, **labels)
 
 
+def _known(value: Any) -> np.ndarray:
+    """Return an array of a dtype that xarray and Zarr know: bfloat16 becomes float32, which holds all of its values."""
+    x = np.asarray(value)
+    return x.astype(np.float32) if x.dtype.kind == "V" else x
+
+
 def predictive_groups(
     prior: dict[str, Any] | None,
     posterior_predictive: dict[str, Any] | None,
-    posterior: dict[str, Any],
+    latent: Collection[str],
     num_chains: int,
     num_draws: int,
 ) -> dict[str, dict[str, Any]]:
@@ -56,7 +64,7 @@ def predictive_groups(
         prior: Prior draws by site, leading axis draw; None for none.
         posterior_predictive: Posterior predictive draws by site, leading axes (chain, draw) or both flattened; None for
             none.
-        posterior: Posterior draws by site; fixes which prior draws are of latent sites.
+        latent: Names of all latent and deterministic sites, whose prior draws form a group of their own.
         num_chains: Number of chains.
         num_draws: Draws of each chain.
 
@@ -65,8 +73,8 @@ def predictive_groups(
     """
     one_chain = {name: np.asarray(x)[None] for name, x in (prior or {}).items()}
     groups: dict[str, dict[str, Any]] = {
-        "prior": {name: x for name, x in one_chain.items() if name in posterior},
-        "prior_predictive": {name: x for name, x in one_chain.items() if name not in posterior},
+        "prior": {name: x for name, x in one_chain.items() if name in latent},
+        "prior_predictive": {name: x for name, x in one_chain.items() if name not in latent},
         "posterior_predictive": {},
     }
     for name, given in (posterior_predictive or {}).items():
@@ -85,6 +93,8 @@ def predictive_groups(
 Groups = dict[str, dict[str, Any]]  # arrays by group and name
 # Size of one chunk, all chains together. A chunk is a file, and each `DrawArrays.write` writes the last one again.
 CHUNK_BYTES = 2**20
+# Groups whose arrays grow.
+DRAWN = ("posterior", "sample_stats")
 _DIMS = "_ARRAY_DIMENSIONS"  # attribute in which xarray looks for names of axes in format 2
 
 
@@ -116,14 +126,14 @@ class DrawArrays:
     def describe(self, attrs: dict[str, Any], num_chains: int, constants: Groups) -> None:
         """Write attributes, chain numbers, and arrays without draws."""
         self._root.attrs.update(attrs)
-        for name in ("posterior", "sample_stats"):
+        for name in DRAWN:
             group = self._root.create_group(name, attributes=attrs)
             self._fixed(group, "chain", np.arange(num_chains), ["chain"])
         for name, arrays in constants.items():
             if arrays:
                 group = self._root.create_group(name, attributes=attrs)
             for key, value in arrays.items():
-                x = np.asarray(value)
+                x = _known(value)
                 self._fixed(group, key, x, self._names(key, x.shape))
 
     def _fixed(self, group: Any, name: str, x: np.ndarray, dims: list[str]) -> None:
@@ -148,8 +158,8 @@ class DrawArrays:
         """
         for group, arrays in groups.items():
             for name, x in arrays.items():
-                whole = self._open(f"{group}/{name}", np.asarray(x), room)
-                whole[:, first : first + x.shape[1]] = np.asarray(x)
+                whole = self._open(f"{group}/{name}", _known(x), room)
+                whole[:, first : first + x.shape[1]] = _known(x)
 
     def _open(self, path: str, like: np.ndarray, room: int) -> Any:
         """Return the array at its final length. Readers see the length of a second handle, which `show` resizes."""
@@ -211,13 +221,15 @@ def _grows(x: Any) -> bool:
     return x.attrs.get(_DIMS, [])[:2] == ["chain", "draw"]
 
 
-def open_lazily(path: Path) -> Any:
-    """Return ArviZ's container; its arrays are read when they are used."""
+def open_lazily(path: Path, num_draws: int) -> Any:
+    """Return ArviZ's container of the first draws; its arrays are read when they are used."""
     check_zarr("StoredChain.to_arviz")
     import arviz as az
     import xarray as xr
 
     tree = xr.open_datatree(str(path), engine="zarr", chunks=None)
+    for group in DRAWN:
+        tree[group].dataset = tree[group].to_dataset().isel(draw=slice(num_draws))
     # ArviZ 0.x has its own class InferenceData. From 1.0 on it uses xarray's DataTree, which 1.3 also exports as
     # InferenceData.
     container: Any = getattr(az, "InferenceData", xr.DataTree)

@@ -4,44 +4,22 @@
 deterministic sites and log likelihoods without running Python again.
 """
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import wraps
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._pytree import Array, PRNGKey, PyTree, RavelSpec
+from pmcmc._pytree import Array, PRNGKey, PyTree, RavelSpec, is_real
 from pmcmc._xla.trace import Trace, trace
 from pmcmc.interop.numpyro_arguments import refuse_iterators
-from pmcmc.interop.numpyro_positions import (
-    Shapes,
-    check_shapes,
-    fixed_values,
-    prototype_position,
-    random_trace,
-    shapes_of,
-)
+from pmcmc.interop.numpyro_positions import Shapes, check_shapes, fixed_values, prototype_position, shapes_of
+from pmcmc.interop.numpyro_runs import alone, random_trace, watched
 from pmcmc.interop.numpyro_sites import NonCentred, active_reparams, non_centred_forms, reparametrised, scales
 from pmcmc.interop.partial_centring import AutoReparam, PartialCentring, locations_and_scales
 from pmcmc.target import Model, Supports, Target
-
-# All threads share NumPyro's stack of handlers: two models that run at once would see each other's sites.
-_ONE_AT_A_TIME = threading.RLock()
-
-
-def _alone(method: Callable) -> Callable:
-    """Decorate a method so that no other model runs meanwhile."""
-
-    @wraps(method)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with _ONE_AT_A_TIME:
-            return method(*args, **kwargs)
-
-    return run
 
 
 @dataclass(frozen=True)
@@ -163,11 +141,18 @@ class _Sites(NamedTuple):
 
 
 def _run(
-    model: Callable, args: tuple, kwargs: dict, supports: Supports, position: PyTree, centredness: dict[str, Array]
+    model: Callable,
+    args: tuple,
+    kwargs: dict,
+    supports: Supports,
+    position: PyTree,
+    centredness: dict[str, Array],
+    rng_key: PRNGKey,
 ) -> tuple[dict, tuple[_Sites, tuple[NonCentred, ...], Shapes]]:
     """Run the model once at a position; return what is asked of it, and its `_Sites`, non-centred forms and shapes.
 
-    ``centredness`` names the partially centred sites, of which the position holds w.
+    ``centredness`` names the partially centred sites, of which the position holds w. A result that depends on
+    ``rng_key`` is made from values that neither the position nor the data give.
 
     Each program takes one entry of the dict, and tracing drops what only the other entries need:
 
@@ -181,7 +166,7 @@ def _run(
         places: The `Place` of each partially centred site, if there are any.
     """
     partial = PartialCentring(position, centredness)
-    terms, sites, active = _trace_at(model, args, kwargs, supports, position, partial)
+    terms, sites, active = _trace_at(model, args, kwargs, supports, position, partial, rng_key)
     terms |= {name: partial.term(name, sites[name]["fn"]) for name in centredness}
     drawn = {name: site for name, site in sites.items() if site["type"] == "sample"}
     observed = {name: site for name, site in drawn.items() if _is_observation(site)}
@@ -206,9 +191,17 @@ def _run(
 
 
 def _trace_at(
-    model: Callable, args: tuple, kwargs: dict, supports: Supports, position: PyTree, partial: PartialCentring
+    model: Callable,
+    args: tuple,
+    kwargs: dict,
+    supports: Supports,
+    position: PyTree,
+    partial: PartialCentring,
+    rng_key: PRNGKey,
 ) -> tuple[dict[str, Array], dict[str, dict], dict[str, list]]:
     """Run the model once at a position, as NumPyro's ``potential_energy`` does, which keeps neither terms nor sites.
+
+    NumPyro has no key then, and fails where a value is missing. Here it is drawn from ``rng_key``, see `watched`.
 
     Returns:
         Log probabilities by site, not summed; the sites; and by site the ``reparam`` handlers that see it.
@@ -218,15 +211,14 @@ def _trace_at(
 
     discrete = {name: position[name] for name, _ in supports}
     continuous = {name: value for name, value in position.items() if name not in discrete}
-    # A fixed key suffices, since nothing that the density depends on is drawn.
-    seeded = handlers.seed(handlers.substitute(model, data=discrete) if discrete else model, jax.random.key(0))
+    given = watched(handlers.substitute(model, data=discrete) if discrete else model, rng_key)
     active: dict[str, list] = {}
 
     def start(site: dict) -> Any:
         active[site["name"]] = active_reparams()
         return partial.value(site) if site["name"] in partial.names else _unconstrain_reparam(continuous, site)
 
-    started = handlers.substitute(seeded, substitute_fn=start)
+    started = handlers.substitute(given, substitute_fn=start)
     terms, sites = compute_log_probs(started, args, kwargs, {}, sum_log_prob=False)
     return terms, sites, active
 
@@ -240,7 +232,8 @@ def _non_centred(
     """
 
     def find(position: PyTree) -> dict[str, tuple[Array, Array]]:
-        _, sites, active = _trace_at(model, args, kwargs, supports, position, PartialCentring(position, {}))
+        unused = jax.random.key(0)  # the whole trace is checked for what is drawn
+        _, sites, active = _trace_at(model, args, kwargs, supports, position, PartialCentring(position, {}), unused)
         drawn = {name: site for name, site in sites.items() if site["type"] == "sample"}
         places = locations_and_scales(drawn)
         return {name: place for name, place in places.items() if reparametrised(name, sites, active[name]) == name}
@@ -258,7 +251,8 @@ def _check_supports(model: Callable, args: tuple, kwargs: dict, supports: Suppor
     """
 
     def find(position: PyTree) -> dict[str, list]:
-        _, sites, _ = _trace_at(model, args, kwargs, supports, position, PartialCentring(position, {}))
+        unused = jax.random.key(0)  # the whole trace is checked for what is drawn
+        _, sites, _ = _trace_at(model, args, kwargs, supports, position, PartialCentring(position, {}), unused)
         return {name: _bounds(sites[name]["fn"]) for name, _ in supports}
 
     found = trace(find, position).trace
@@ -337,7 +331,7 @@ def _by_element(about: _Sites, terms: dict[str, Array], name: str, shape: tuple[
     return total
 
 
-@_alone
+@alone
 def numpyro_target(
     model: Callable, model_args: tuple, model_kwargs: dict, reparam: AutoReparam | None = None
 ) -> Target:
@@ -371,8 +365,9 @@ def numpyro_target(
         model = substitute(model, data=fixed_values(model, args, kwargs, fixed))
     static: list[tuple[_Sites, tuple, Shapes]] = []
 
-    def run(position: PyTree, centredness: dict[str, Array] | None = None) -> dict:
-        out, about = _run(model, args, kwargs, supports, position, centredness or {})
+    def run(position: PyTree, *given: Any) -> dict:
+        *centred, rng_key = given
+        out, about = _run(model, args, kwargs, supports, position, centred[0] if centred else {}, rng_key)
         static.append(about)
         return out
 
@@ -381,13 +376,38 @@ def numpyro_target(
         if supports:
             _check_supports(model, args, kwargs, supports, template)
         centredness = {} if reparam is None else _non_centred(model, args, kwargs, supports, template)
-        traced = trace(run, template, *([centredness] if centredness else []))
+        rng_key = jax.eval_shape(lambda: jax.random.key(0))
+        traced = trace(run, template, *([centredness] if centredness else []), rng_key)
         about, forms, found = static[-1]
         check_shapes(shapes, found)
+        _refuse_drawn(traced.trace)
         data = _Data(traced.constants, jax.device_put(centredness))
-        return Target.build(NumpyroModel(traced.trace, about, supports, transformed, forms), prototype, data)
+        sampled = NumpyroModel(traced.trace.without_last, about, supports, transformed, forms)
+        return Target.build(sampled, prototype, data)
     except ValueError as error:
         raise ValueError(f"{_refusing_site(model, args, kwargs)}{error}") from error
+
+
+def _refuse_drawn(found: Trace) -> None:
+    """Raise an error if a model draws what the density, or another result, is made from.
+
+    Args:
+        found: Trace of `_run`, whose last argument is the key.
+
+    Raises:
+        ValueError: It does, as where fewer values are given than a ``scan`` has steps.
+    """
+    if not found.uses_last:
+        return
+    parts = [found.part(name) for name in ("values", "observed")]
+    drawn = {name for part in parts for name in part.out_shapes if part.part(name).reads_last}
+    sites = [name for name in found.part("terms").out_shapes if name in drawn]
+    what = f"values of {', '.join(f'site {name!r}' for name in sites)}" if sites else "numbers that belong to no site"
+    raise ValueError(
+        f"the model draws {what}, since it is given none for them, as where data end before the last step of a scan. "
+        "MCMC does not support this: every step would have to see the same values. Run the model for the steps that "
+        "have data, without a forecast, and forecast by numpyro.infer.Predictive(model, samples)(rng_key, ...)."
+    )
 
 
 def _refusing_site(model: Callable, args: tuple, kwargs: dict) -> str:
@@ -407,39 +427,14 @@ def _refusing_site(model: Callable, args: tuple, kwargs: dict) -> str:
     return ""
 
 
-@_alone
-def strategy_starts(
-    model: Callable, args: tuple, kwargs: dict, init_strategy: Callable, rng_key: PRNGKey, num_chains: int
-) -> dict[str, Array] | None:
-    """Return starts that NumPyro finds by a strategy such as ``init_to_median``.
-
-    Args:
-        model: A NumPyro model without discrete latent sites.
-        args: Positional arguments of the model.
-        kwargs: Keyword arguments of the model.
-        init_strategy: One of NumPyro's strategies, or a function like them.
-        rng_key: Key of the run.
-        num_chains: Number of starts.
-
-    Returns:
-        Unconstrained values by site, leading axis num_chains; None for ``init_to_uniform``, which `numpyro_starts`
-        draws.
-
-    Raises:
-        RuntimeError: NumPyro found no start where the density is finite.
-    """
-    from numpyro.infer.initialization import init_to_uniform
-    from numpyro.infer.util import initialize_model
-
-    if init_strategy is init_to_uniform:
-        return None
-    keys = jax.random.split(jax.random.fold_in(rng_key, 0), num_chains)
-    return initialize_model(keys, model, init_strategy=init_strategy, model_args=args, model_kwargs=kwargs).param_info.z
-
-
 def summary_of(samples: dict, prob: float) -> dict[str, dict]:
     """Return NumPyro's means, medians, intervals, n_eff and r_hat for samples with axes (chain, draw, ...)."""
     from numpyro import diagnostics
 
-    numbers = {name: x.astype(int) if x.dtype == bool else x for name, x in samples.items()}  # NumPyro subtracts them
-    return diagnostics.summary(numbers, prob=prob, group_by_chain=True)
+    found: dict[str, dict] = {}
+    for name, x in samples.items():
+        # NumPyro computes in the dtype of the draws: it adds millions of float32 numbers one after the other, adds
+        # integers in pairs for the median, and subtracts booleans. One site at a time is copied to a wider dtype.
+        wide = np.asarray(x, float if is_real(x) else np.result_type(x.dtype, np.int64))
+        found |= diagnostics.summary({name: wide}, prob=prob, group_by_chain=True)
+    return found

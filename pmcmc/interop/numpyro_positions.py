@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._pytree import PRNGKey
+from pmcmc.interop.numpyro_runs import random_trace
 from pmcmc.interop.numpyro_sites import check_trace
 from pmcmc.target import Supports
 
@@ -76,9 +77,10 @@ def check_shapes(first: Shapes, later: Shapes) -> None:
 
 
 def fixed_values(model: Callable, args: tuple, kwargs: dict, names: list[str]) -> dict[str, Any]:
-    """Return the values at which the model starts its ``param`` and ``mutable`` sites: constants here, as in NumPyro.
+    """Return the values of ``param`` and ``mutable`` sites, which are constants here, as in NumPyro.
 
-    They may be pytrees with leaves that are not arrays: placeholders of the weights that a random module samples.
+    If the model changes a ``mutable`` site in place, its value is the one after a run, as in NumPyro. Values may be
+    pytrees with leaves that are not arrays: placeholders of the weights that a random module samples.
     """
     others: list[Any] = []
 
@@ -150,17 +152,6 @@ def _supports(model: Callable, args: tuple, kwargs: dict, names: list[str]) -> S
     """Return the values of each discrete site at a random point."""
     sites = random_trace(model, args, kwargs, jax.random.key(0))
     return tuple((name, _support(name, sites[name]["fn"])) for name in names)
-
-
-def random_trace(model: Callable, args: tuple, kwargs: dict, rng_key: PRNGKey) -> dict:
-    """Trace the model at a random point, without validating its distributions."""
-    from numpyro import handlers, validation_enabled
-    from numpyro.infer.initialization import init_to_uniform
-
-    with validation_enabled(False):  # invalid values show in the density, and the site is named before sampling starts
-        # Start as NumPyro starts its own samplers: an improper prior cannot be drawn from.
-        started = handlers.substitute(handlers.seed(model, rng_key), substitute_fn=init_to_uniform)
-        return handlers.trace(started).get_trace(*args, **kwargs)
 
 
 def _support(name: str, fn: Any) -> tuple[int, ...]:

@@ -2,61 +2,36 @@
 
 `check_trace` refuses what NumPyro's MCMC refuses and names the site. `scales` and `non_centred_forms` find latent sites
 of location-scale families, for which `pmcmc.stability.diagnose` suggests non-centred forms.
-
-`numpyro_starts` draws positions where chains start, as NumPyro's init_to_uniform draws them.
 """
 
-import math
 import warnings
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
-from pmcmc._pytree import Array, PRNGKey, PyTree
+from pmcmc._pytree import Array
 from pmcmc._warnings import user_level
-from pmcmc._xla.compile import tuned_jit
 from pmcmc.interop.partial_centring import locations_and_scales
-from pmcmc.random.distributions import at_least_single
-from pmcmc.random.streams import key_pair, threefry_2x32
-from pmcmc.starts import evaluate_starts, explain_start
-from pmcmc.target import Target
 
 
 def check_trace(trace: dict[str, dict[str, Any]]) -> None:
-    """Raise or warn where NumPyro's MCMC does, naming the site or plate.
+    """Raise or warn where NumPyro's MCMC does, naming the site; `pmcmc.interop.numpyro_runs` refuses subsamples.
 
     Args:
         trace: Sites by name, as ``handlers.trace`` records them in a run under ``seed`` and ``init_to_uniform``.
 
     Raises:
-        ValueError: A plate draws a subsample; a latent site has a delta distribution or a support without unconstrained
-            coordinates; a discrete site is marked for sequential enumeration; values do not fit the shape of the site's
-            distribution.
+        ValueError: A latent site has a delta distribution or a support without unconstrained coordinates; a discrete
+            site is marked for sequential enumeration; values do not fit the shape of the site's distribution.
 
     Warns:
         UserWarning: A site in plates has a dimension without a plate; a latent site is on the circle.
     """
     for name, site in trace.items():
-        if site["type"] == "plate":
-            _check_plate(name, site)
-        elif site["type"] == "sample":
+        if site["type"] == "sample":
             _check_batch_shape(name, site)
             if not site.get("is_observed", False):
                 _check_latent(name, site)
-
-
-def _check_plate(name: str, site: dict[str, Any]) -> None:
-    """Refuse a plate whose indices were drawn: it has a key, while indices from ``handlers.substitute`` have none."""
-    size, subsample_size = site["args"][:2]
-    if subsample_size in (None, size) or site["kwargs"].get("rng_key") is None:
-        return
-    raise ValueError(
-        f"plate {name!r} draws a subsample of {subsample_size} out of {size}, which MCMC does not support: every step "
-        "would have to see the same data. Leave subsample_size out to condition on all of them, or choose them by "
-        f"numpyro.handlers.substitute(model, data={{{name!r}: indices}})."
-    )
 
 
 def _check_batch_shape(name: str, site: dict[str, Any]) -> None:
@@ -207,72 +182,3 @@ def reparametrised(name: str, sites: dict[str, dict], configs: list) -> str:
             break
         name = root
     return name
-
-
-_MAX_TRIES = 100
-
-
-def numpyro_starts(target: Target, rng_key: PRNGKey, num_starts: int, uses_gradient: bool = True) -> PyTree:
-    """Draw valid unconstrained starts as NumPyro does (`init_to_uniform`), leading axis ``num_starts``.
-
-    Starts are uniform on (-2, 2), and on the values of a discrete site; they are drawn again up to 100 times where the
-    density or, where it is used, its gradient is not finite. NumPyro's own function compiles at every call, which took
-    two thirds of a short run. If no usable start is found for some of them, they start where others do.
-
-    Raises:
-        ValueError: No usable start was found at all; the message says what is not finite at the last one.
-
-    Warns:
-        UserWarning: Some start where others do.
-    """
-    starts, usable = None, np.zeros(num_starts, bool)
-    for tries in range(_MAX_TRIES):
-        drawn = jax.tree.map(
-            np.asarray, _draw_starts(target, rng_key, np.uint32(tries), num_starts=num_starts, brief=True)
-        )
-        keep = lambda old, new: np.where(usable.reshape(-1, *(1,) * (new.ndim - 1)), old, new)  # noqa: B023
-        starts = drawn if starts is None else jax.tree.map(keep, starts, drawn)
-        values, gradients, usable = evaluate_starts(target, starts, uses_gradient)
-        if usable.all():
-            return starts
-    blame = explain_start(target, starts, values, gradients, int(np.argmin(usable)))
-    if usable.any():
-        return _shared(starts, usable, blame)
-    raise ValueError(
-        f"the log density cannot be used at any of {_MAX_TRIES} random starts. {blame} Check the model and its data "
-        "for NaN and values outside a support, or pass starting values by init_params."
-    )
-
-
-def _shared(starts: PyTree, usable: np.ndarray, blame: str) -> PyTree:
-    """Return the starts with usable ones in place of the others, in turn, and warn of what is wrong with these."""
-    found, missing = np.flatnonzero(usable), np.flatnonzero(~usable)
-    warnings.warn(
-        f"For {len(missing)} of {len(usable)} random starts the log density could not be used at any of {_MAX_TRIES} "
-        f"positions, so they start where others do. {blame} Check the model and its data for values outside a "
-        "support, or pass starting values by init_params.",
-        stacklevel=user_level(),
-    )
-    sources = np.arange(len(usable))
-    sources[missing] = np.resize(found, len(missing))
-    return jax.tree.map(lambda x: x[sources], starts)
-
-
-@tuned_jit(static_argnames="num_starts")
-def _draw_starts(target: Target, rng_key: PRNGKey, tries: Array, *, num_starts: int) -> PyTree:
-    """Draw starts, leading axis num_starts; without the density or jax.random, each of which took longer to compile."""
-    supports, template, drawn = dict(target.model.supports), target.spec.template, 0
-
-    def uniform(*shape: int) -> Array:
-        nonlocal drawn
-        numbers = drawn + jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
-        drawn += math.prod(shape)
-        bits, _ = threefry_2x32(key_pair(rng_key), numbers, tries)
-        # Narrower dtypes cannot hold the bits: in float16 they are inf.
-        return bits.astype(at_least_single(target.spec.dtype)) * 2.0**-32
-
-    starts = jax.vmap(target.spec.unravel)(4 * uniform(num_starts, target.dim) - 2)
-    for name, values in supports.items():
-        which = (uniform(num_starts, *template[name].shape) * len(values)).astype(int)
-        starts[name] = jnp.asarray(values, template[name].dtype)[jnp.minimum(which, len(values) - 1)]
-    return starts

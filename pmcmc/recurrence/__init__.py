@@ -90,25 +90,33 @@ def solve(
 
     A failed solve is reported by the `result` of the solution, never by an exception, so solve may be used inside jit.
 
+    Value and aux of the solution can be differentiated, in both modes, if the state is real and fn has a forward
+    derivative (``jax.jvp``), which parts with `jax.custom_vjp` have not; with ``Sequential()`` as JAX differentiates a
+    scan.
+
     Args:
         fn: ``(x, u) -> x``, or ``(x, u) -> (x, aux)`` with has_aux=True; or a `Recurrence`, whose step carries caches.
-        x0: State before the first step, any pytree of real, integer or boolean arrays.
+        x0: State before the first step, any pytree of real, integer or boolean arrays. Its leaves are cast to the
+            dtypes that fn returns; wider ones are refused.
         inputs: Pytree with leading axis T, or None with length=T.
         solver: Any `RecurrenceSolver`. None: ``MultipleShooting()``.
         length: T, required if there are no inputs.
         initial_guess: States for t = 1..T, leading axis T; or a function from step numbers (0..T-1) to states, called
             only for the steps that a solver needs (shooting: its block starts). None: x0 repeated.
         has_aux: Whether fn also returns auxiliary output.
-        scale: Typical spread of each coordinate, structure of x0 (leaves broadcast). Tolerances are relative to it.
-            None: measured on the path.
+        scale: Typical spread of each coordinate, structure of x0 (leaves broadcast), or one number for all.
+            Tolerances are relative to it; where it is 0, only equal numbers are close. None: measured on the path.
 
     Returns:
         A `Solution`.
 
     Raises:
-        ValueError: Shapes of x0, fn's result, inputs or guess do not fit.
-        TypeError: fn is not callable; the state has complex numbers or typed keys, or fn would truncate x0; or a
-            Newton-type solver gets integer or boolean states.
+        ValueError: Shapes of x0, fn's result, inputs, guess or scale do not fit; length is below 1; the scale is
+            negative or not finite; or the state is in half precision and the solver has no tol.
+        TypeError: fn is not callable; the state has complex numbers or typed keys, or fn would truncate x0; fn draws
+            random numbers from keys of JAX's ``rbg`` generators, which differ under `jax.vmap`; length is no integer; a
+            Newton-type solver gets integer or boolean states, or an fn without forward derivative; or a solution with
+            such an fn is differentiated.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc

@@ -25,6 +25,7 @@ from pmcmc._pytree import (
     leading_true,
     real_dtype,
     register_dataclass,
+    single_or_wider,
     tree_index,
     tree_where,
 )
@@ -329,7 +330,7 @@ def _conclude(value: Any, aux: Any, finite_steps: Array, length: int | Array) ->
     """Return the solution, given the length of the finite prefix of each chain, ``finite_steps`` (C,)."""
     steps = jnp.full(finite_steps.shape, length)
     none = jnp.zeros_like(steps)
-    finite, dtype = finite_steps == length, real_dtype(value)
+    finite, dtype = finite_steps == length, single_or_wider(real_dtype(value))
     return Solution(
         value=value,
         aux=aux,

@@ -1,7 +1,7 @@
 """What solvers return (`Solution`, `Stats`, `RESULTS`), and their base class `RecurrenceSolver`.
 
-It also defines what "small" means: the default tolerance of a dtype, and the scale that residuals are relative to.
-`log_growth` and `separates` say whether a small residual means that the path is right.
+It also defines what "small" means: the tolerance, and the scale that residuals are relative to. `log_growth` and
+`separates` say whether a small residual means that the path is right.
 """
 
 import abc
@@ -11,8 +11,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pmcmc._pytree import Array, PyTree, is_real
+from pmcmc._arguments import known_number
+from pmcmc._pytree import Array, PyTree, Scalar, is_real, known_values, single_or_wider
 from pmcmc.recurrence.problem import Problem, Recurrence, make_problem
 
 
@@ -26,7 +28,7 @@ class RESULTS(enum.IntEnum):
         max_iters_reached: The budget ran out first.
         nonfinite: A state is NaN or infinite.
         stagnated: The iterates stopped changing short of a solution.
-        not_contracting: The recurrence is satisfied within the tolerance, but nearby paths separate.
+        not_contracting: The recurrence is satisfied within the tolerance, but nearby paths separate, or errors add up.
 
     Example:
         >>> RESULTS(2).name
@@ -60,8 +62,9 @@ _MESSAGES = {
         "or another solver."
     ),
     RESULTS.not_contracting: (
-        "The recurrence holds within the tolerance, but nearby paths separate, so the solution may be a pseudo-orbit "
-        "far from the sequential one. Only the first `certified_steps` states are certified: sample sequentially."
+        "The recurrence holds within the tolerance, but nearby paths separate, or keep their distance while errors add "
+        "up, so the solution may be far from the sequential one. Only the first `certified_steps` states are "
+        "certified: sample sequentially."
     ),
 }
 
@@ -74,13 +77,14 @@ class Stats(NamedTuple):
         num_sweeps: Repair sweeps of multiple shooting; 0 for other solvers.
         num_sequential_steps: Critical path: evaluations of the recurrence one after the other.
         num_fn_evals: Evaluations of the recurrence in total.
-        certified_steps: Length of the prefix that is the sequential path within the tolerance, whatever `result` says;
-            T if the solve is successful. Otherwise, for Newton-type solvers, a step counts if two conditions are met.
-            Every equation up to it is satisfied on a scale that depends only on the states up to it (the given scale,
-            or the smaller of the measured one and the range of those states), so that wild later states cannot make it
-            count. And the residuals up to it, propagated by the measured growth of small distances, stay within the
-            tolerance. Steps that are satisfied exactly always count. For shooting: whole blocks from the start, or up
-            to the first non-finite state; where paths separate, only blocks without inexact merges.
+        certified_steps: Length of the prefix that is the sequential path, whatever `result` says; T if the solve is
+            successful. The residual of each of its steps is within the tolerance (or is rounding), and the residuals,
+            added up as they grow at the measured rate, are an error below the square root of the tolerance. After a
+            Newton-type solve that did not succeed, that error must be within the tolerance itself, and residuals are
+            relative to a scale that depends only on the states up to their step (the given scale, or the smaller of the
+            measured one and the range of those states), so that wild later states cannot make it count; steps that are
+            satisfied exactly always count. Shooting counts whole blocks from the start, or up to the first non-finite
+            state; where paths separate, only blocks without inexact merges.
         growth_rate: Mean log growth per step of small distances between paths, a finite-distance estimate of the
             largest Lyapunov exponent; NaN if none was observed.
         certified_residual: Largest residual of the certified steps, on the scale by which they were judged; 0 if there
@@ -142,6 +146,16 @@ class RecurrenceSolver(abc.ABC):
     def blocks_for(self, length: int) -> int:
         """Return the number of blocks into which a path of ``length`` steps is cut."""
         return 1
+
+    def check_dtype(self, dtype: Any) -> None:
+        """Raise an error if the solver cannot solve for states of this floating dtype.
+
+        The default accepts all. Called before sampling.
+
+        Raises:
+            ValueError: It cannot.
+        """
+        return None
 
     def solve_lanes(self, lanes: Any) -> Solution:
         """Solve a batch that is laid out as lanes; see `pmcmc.recurrence.sequential.Lanes`.
@@ -227,10 +241,52 @@ def default_tolerance(dtype: Any) -> float:
     """Relative tolerance that a contracting recurrence reaches in this precision.
 
     Coupled paths stop approaching each other at 5 to 8 eps of the state's scale in float32; 32 eps (3.8e-6) is above
-    this floor. In float64 it is 512 eps, 1.1e-13.
+    this floor. In float64 it is 512 eps, 1.1e-13. In half precision it is 3 to 25 % of the scale, at which paths are
+    not equal; `tolerance_for` does not use it there.
     """
     eps = float(jnp.finfo(dtype).eps)
     return (32 if eps > 1e-8 else 512) * eps
+
+
+def check_tolerance(tol: Scalar | None, dtype: Any = np.float64) -> None:
+    """Raise an error if a tolerance is known to be unusable in this dtype.
+
+    Raises:
+        ValueError: It is negative or not finite.
+        TypeError: It is a boolean.
+    """
+    known_number("tol", tol)
+    if tol is None or (known := known_values(tol)) is None:
+        return
+    with np.errstate(over="ignore"):
+        known = known.astype(dtype)
+    if not np.all((known >= 0) & np.isfinite(known)):
+        raise ValueError(
+            f"tol must be at least 0 and finite in {jnp.dtype(dtype)}, got {tol}: leave it out for the default, or "
+            "pass the largest distance that counts as equal, relative to the scale, such as 1e-6."
+        )
+
+
+def tolerance_for(tol: Scalar | None, dtype: Any) -> Array:
+    """Return the tolerance for states of this dtype, in this dtype or float32; None for the default.
+
+    One that is unknown while a program is traced, and turns out as negative or not finite, counts as 0.
+
+    Raises:
+        ValueError: It is known to be negative or not finite in this dtype; or it is None in half precision.
+    """
+    wide = single_or_wider(dtype)
+    if tol is None:
+        if wide != dtype:
+            raise ValueError(
+                f"states in {jnp.dtype(dtype)} have no default tolerance: rounding keeps paths up to "
+                f"{default_tolerance(dtype):.2g} of their scale apart. Use float32 states, or say by tol= what to "
+                "accept."
+            )
+        return jnp.asarray(default_tolerance(dtype), wide)
+    check_tolerance(tol, wide)
+    tol = jnp.asarray(tol, wide)
+    return jnp.where((tol >= 0) & jnp.isfinite(tol), tol, 0)
 
 
 def typical_scale(path: PyTree) -> PyTree:
@@ -275,6 +331,14 @@ def separates(growth_rate: Array, residual: Array, tol: Array | float, length: A
 
     An error of the size of the residual, made once, grows to ``residual exp(growth_rate T)`` along the path. Where the
     rate is not negative and that exceeds the tolerance, the solution is not the sequential path to that tolerance. A
-    rate of NaN, no small distance ever seen, compares False.
+    rate of NaN, no small distance ever seen, compares False. Residuals of many steps may add up: see `largest_error`.
     """
     return (growth_rate >= 0) & (residual * jnp.exp(growth_rate * length) > tol)
+
+
+def largest_error(tol: Array | float) -> Array:
+    """Largest error of a state, residuals added up as they grow, of a solution: the square root of the tolerance.
+
+    Above it errors are no longer small, and the measured growth of small distances says nothing of them.
+    """
+    return jnp.maximum(tol, jnp.sqrt(tol))

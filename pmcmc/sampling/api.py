@@ -15,9 +15,8 @@ import numpy as np
 from pmcmc._pytree import PRNGKey, PyTree
 from pmcmc._xla.trace import refuse_transformation
 from pmcmc.chain.chain import Chain
-from pmcmc.chain.state import density_source, model_source
-from pmcmc.interop.numpyro import strategy_starts
-from pmcmc.interop.numpyro_sites import numpyro_starts
+from pmcmc.chain.state import Source, density_source, model_source
+from pmcmc.interop.numpyro_starts import numpyro_starts, strategy_starts
 from pmcmc.interop.partial_centring import AutoReparam
 from pmcmc.kernels import Kernel
 from pmcmc.random.streams import fold_key
@@ -70,10 +69,11 @@ def parallel_chain(
         num_chains: Number of chains.
         thinning: Number of steps per draw that is kept.
         init_params: Unconstrained starting values by site, for all chains or with a leading axis num_chains. None:
-            drawn as NumPyro does.
+            continuous sites are drawn uniformly on (-2, 2) as in NumPyro, discrete ones uniformly on their values, or
+            from their prior where uniform values are impossible.
         init_strategy: How NumPyro finds starting values, one for each chain: ``numpyro.infer.init_to_median``,
-            ``init_to_value(values=...)``, ``init_to_sample``, ``init_to_uniform(radius=...)`` and so on. None:
-            ``init_to_uniform``. Models with discrete latent sites take ``init_params`` instead.
+            ``init_to_value(values=...)``, ``init_to_sample``, ``init_to_uniform(radius=...)`` and so on. None: see
+            ``init_params``, which models with discrete latent sites take instead.
         extra_fields: Names for `Chain.get_extra_fields`, as NumPyro spells them.
         save_warmup: Whether to keep the draws of the lanes of warm-up, for `Chain.get_warmup_samples` and
             `Chain.to_arviz`.
@@ -133,7 +133,7 @@ def parallel_chain(
     if init_strategy is not None:
         check_strategy(target, init_params, init_strategy)
         init_params = strategy_starts(model, model_args, model_kwargs, init_strategy, key, settings.num_chains)
-    starts = model_starts(target, key, init_params, settings)
+    starts = model_starts(source, key, init_params, settings)
     return sample_new(source, key, starts, settings, progress_bar, record)
 
 
@@ -173,16 +173,17 @@ def _warmup_record(settings: Settings, save_warmup: bool) -> WarmupRecord | None
     return WarmupRecord()
 
 
-def model_starts(target: Target, rng_key: PRNGKey, init_params: PyTree, settings: Settings) -> Starts:
+def model_starts(source: Source, rng_key: PRNGKey, init_params: PyTree, settings: Settings) -> Starts:
     """Return where warm-up starts, or the chains if there is no warm-up.
 
-    Positions are drawn as NumPyro does, once they are asked for, or made from those that the user passed.
+    Positions are drawn once they are asked for (`numpyro_starts`), or made from those that the user passed.
     """
+    target = source.target
     leaves, template = jax.tree.leaves(init_params), jax.tree.leaves(target.spec.template)
     per_chain = bool(leaves) and np.ndim(leaves[0]) > np.ndim(template[0])
     num_starts = _count_starts(target, settings, per_chain)
     if init_params is None:
-        find = partial(numpyro_starts, target, fold_key(rng_key, 0), num_starts, settings.uses_gradient)
+        find = partial(numpyro_starts, target, fold_key(rng_key, 0), num_starts, settings.uses_gradient, source.prior)
         return Starts(find, num_starts)
     positions = spread_starts(target, init_params, settings.num_chains, num_starts)
     return Starts(lambda: own_positions(target, positions), num_starts, settings.num_chains if per_chain else 1)

@@ -10,13 +10,13 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from statistics import median_low
 
 import jax
 import numpy as np
 
-from pmcmc._pytree import is_real
+from pmcmc._pytree import is_real, real_dtype, single_or_wider
 from pmcmc._xla import default_platform
 from pmcmc._xla.compile import num_cores
 from pmcmc.planning import Costs, Plan, plan
@@ -92,7 +92,7 @@ class Automatic:
 
     Attributes:
         plan: The last plan; None if the run was too short to plan.
-        find_diagnosis: Computes why chains did not merge; None if no pair of finite paths stayed apart.
+        find_diagnosis: Computes why chains did not merge, once; None if no pair of finite paths stayed apart.
         bias_bound: Bounds on the bias left after warm-up, see `bias_after_warmup`; empty if the pilot proves nothing.
         reason: Why this plan was chosen, or why there is none.
         pilot_seconds: Seconds that the pilot took.
@@ -116,6 +116,13 @@ class Automatic:
             self.reason = (
                 f"A run of {run.num_steps:,} steps takes about {whole:.2g} s sequentially: too short to gain by "
                 "anything else."
+            )
+            run.sequentially()
+            return
+        if (dtype := real_dtype(run.x)) != single_or_wider(dtype):
+            self.reason = (
+                f"States in {dtype} are too coarse to tell whether paths have merged: steps are sampled sequentially. "
+                "With float32 states they could be solved in parallel."
             )
             run.sequentially()
             return
@@ -172,7 +179,7 @@ class Automatic:
                 self.bias_bound = bias_after_warmup(seen)
             if np.any(seen.finite & ~seen.merged):
                 target, kernel, info = run.engine.target, run.engine.kernel, run.draws.info
-                self.find_diagnosis = lambda: diagnose(target, kernel, seen, info)
+                self.find_diagnosis = cache(lambda: diagnose(target, kernel, seen, info))  # by all reports of this run
         found = self.planned(self.costs(head), pilot)
         return replace(found, reason=excuse) if excuse else found
 

@@ -29,7 +29,7 @@ from pmcmc.sampling.settings import Settings
 # draws than the second number, nothing is concluded.
 STUCK, FEW_DRAWS = 1e-3, 100
 # Mixing is judged at the end of a run if at most this many numbers are needed; otherwise when the user asks for it.
-MOST_JUDGED = 2**22
+MOST_JUDGED = 2**23
 # The user is warned about the chosen solver if it failed before it had solved this share of the steps of any chain.
 SMALL_SHARE = 0.1
 

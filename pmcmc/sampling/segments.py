@@ -183,7 +183,7 @@ class Draws(Keeper):
         info = self.info
         return Moves(
             np.full(len(self.num_kept), info.margin.shape[1]),
-            np.asarray(info.acceptance_rate).mean(axis=1),
+            np.asarray(info.acceptance_rate, float).mean(axis=1),
             np.asarray(info.is_divergent).sum(axis=1),
             bool(np.isfinite(info.margin).any()),
         )
@@ -197,13 +197,13 @@ class Counts:
         near_ties: Accept decisions within rounding of a tie.
         num_leapfrogs: Leapfrog steps; NaN if the kernel does not count them.
         critical_path: Steps taken one after the other.
-        num_iters: Largest number of Newton-type iterations of a segment.
+        num_iters: Newton-type iterations.
         num_sweeps: Largest number of repair sweeps of a segment.
         certified_steps: Steps solved in parallel and kept; all others were sampled sequentially.
         solved_from: Number of the first of them. They are one stretch: a run that leaves a parallel solver does not
             come back to one.
         residual: Largest residual of the certified steps; NaN if a solver did not report that of a prefix.
-        result: `RESULTS` code of the last parallel solve.
+        result: `RESULTS` code of the last parallel solve that ended; successful if there was none.
         growth: Sum of the growth rates of the segments that measured one.
         num_growths: Number of these segments.
         num_blocks: Blocks per chain of the last parallel solve; 1 if there was none.
@@ -428,7 +428,7 @@ class Run:
             return
         counts.critical_path += stats.num_sequential_steps
         counts.num_blocks = segment.num_blocks
-        counts.num_iters = np.maximum(counts.num_iters, stats.num_iters)
+        counts.num_iters += stats.num_iters
         counts.num_sweeps = np.maximum(counts.num_sweeps, stats.num_sweeps)
         counts.solved_from = np.where(counts.certified_steps > 0, counts.solved_from, self.position - keep)
         counts.certified_steps += keep

@@ -109,6 +109,7 @@ class Settings:
         if thinning > num_samples:
             raise ValueError(f"thinning={thinning} keeps none of num_samples={num_samples} steps: make it smaller.")
         kernel = with_discrete_sites(kernel, target)
+        extra_fields = extra_fields if isinstance(extra_fields, str) else tuple(extra_fields)  # read more than once
         _check_kernel(kernel, extra_fields, num_warmup)
         warmup = _fitting_warmup(warmup, kernel)
         if not num_warmup and warmup.metric is not None:
@@ -120,8 +121,9 @@ class Settings:
             check_metrics(target, kernel)
         solver = None if isinstance(solver, str) else solver
         devices = _devices(devices, solver)
-        if devices and solver is not None:
-            solver = solver.with_devices(devices)
+        if solver is not None:
+            solver.check_dtype(target.spec.dtype)
+            solver = solver.with_devices(devices) if devices else solver
         sizes = num_warmup, num_samples, num_chains, thinning
         return cls(kernel, solver, *sizes, tuple(extra_fields), warmup, devices, max_memory)
 
@@ -215,7 +217,10 @@ def check_reparam(target: Target, settings: Settings) -> None:
             "reparam out."
         )
     if kernel.metric is not None or warmup.metric is not None:
-        raise ValueError(f"{asked}, so no inverse_mass_matrix can be known before: leave it or reparam out.")
+        raise ValueError(
+            f"{asked}, so no inverse_mass_matrix can be known before: leave it out, as well as adapt_mass_matrix=False "
+            "of a NumPyro kernel, or leave reparam out."
+        )
 
 
 def _devices(devices: Any, solver: RecurrenceSolver | None) -> tuple[jax.Device, ...]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._pytree import PyTree
-from pmcmc.chain.draws import by_name, check_sites, constrain, in_batches, sample_stats, site_shapes
+from pmcmc.chain.draws import ENOUGH_DRAWS, by_name, check_sites, constrain, in_batches, sample_stats, site_shapes
 from pmcmc.chain.file_format import STORE, Reader, Writer
 from pmcmc.chain.state import ChainState, header
 from pmcmc.chain.stored import CHECKPOINT, DRAWS, StoredChain
@@ -37,9 +37,10 @@ FLUSH_SHARE, COPIES = 1 / 16, 3
 LOCK = "lock"
 # Largest number of draws constrained at a time.
 _CONSTRAIN_BATCH = 8192
-# Number of draws per chain that are kept in memory (up to twice as many) to judge how well they have mixed, and the
-# smallest number to which it is reduced if the draws take more than the given bytes.
-_NUM_JUDGED, _FEWEST, _JUDGED_BYTES = 1024, 64, 2**23
+# Number of draws per chain that are kept in memory (up to twice as many) to judge how well they have mixed. If they
+# take more than the given bytes there are fewer, but still ENOUGH_DRAWS of all chains; and if these take more than
+# _MOST_FLUSHES times as much as draws not yet written, only the second number.
+_NUM_JUDGED, _FEWEST, _JUDGED_BYTES, _MOST_FLUSHES = 1024, 128, 2**23, 2
 
 
 class Store(Keeper):
@@ -58,6 +59,7 @@ class Store(Keeper):
         check_zarr()
         self.path, self._lock = path, _lock(path)
         self.last: Any = None
+        self._pending: Any = None  # the chain of the checkpoint that is being written
         self._arrays: Any = None
 
     @classmethod
@@ -77,10 +79,10 @@ class Store(Keeper):
         found = {file.name for file in path.iterdir() if file.suffix != ".part"} - {LOCK}
         is_unused = found == {DRAWS} and is_without_draws(path / DRAWS)
         if found and not is_unused:
-            raise FileExistsError(
-                f"{path} is not empty: pmcmc.resume(...) continues a run that was stopped; otherwise choose another "
-                "folder, or delete this one."
-            )
+            remedy = "choose another folder, or delete this one"
+            if CHECKPOINT in found:
+                remedy = f"pmcmc.resume(...) continues a run that was stopped; otherwise {remedy}"
+            raise FileExistsError(f"{path} is not empty: {remedy}.")
         store = cls(path)
         if is_unused:
             shutil.rmtree(path / DRAWS)
@@ -176,7 +178,7 @@ class Store(Keeper):
         empty = lambda s: np.empty((engine.num_chains, 0, *s.shape), s.dtype)
         unknowns, self._info = jax.tree.map(empty, engine.record_shapes)
         row = sum(x.dtype.itemsize * math.prod(x.shape[2:]) for x in jax.tree.leaves(unknowns)) * engine.num_chains
-        self._thinned = Thinned(max(_FEWEST, min(_NUM_JUDGED, _JUDGED_BYTES // row)))
+        self._thinned = Thinned(num_judged(engine.num_chains, row, self._flush_bytes))
         self._thinned.add(unknowns)
 
     def _batch_size(self, engine: Engine) -> int:
@@ -229,15 +231,16 @@ class Store(Keeper):
 
     def settle(self, finished):
         if finished or time.perf_counter() - self._certified >= FLUSH_SECONDS:
-            self.certify()
+            self.certify(finished)
 
-    def certify(self) -> None:
-        """Write a checkpoint with all draws added so far."""
+    def certify(self, finished: bool = False) -> None:
+        """Write a checkpoint with all draws added so far. The last one of a run holds the diagnosis of its pilot."""
         chain = self._there()
         # Write the draws, show them to readers, and replace the checkpoint, in this order: if the process is killed in
         # between, the old checkpoint still describes draws that exist.
         writer = Writer()
-        told = header(writer, chain.state, chain.report, chain.thinning, chain.solver, ())
+        report = chain.report if finished else replace(chain.report, find_diagnosis=None)
+        told = header(writer, chain.state, report, chain.thinning, chain.solver, ())
         self._write()
         self._arrays.show(chain.num_samples)
         wanted = {
@@ -247,11 +250,15 @@ class Store(Keeper):
             "num_samples": chain.num_samples,
             "kept_sites": list(chain.sites),
         }
+        self._pending = chain
         writer.write(self.path / CHECKPOINT, {**told, **wanted}, STORE)
         self.last, self._certified = chain, time.perf_counter()
 
     def cut(self) -> None:
         """Hide draws after the last checkpoint; without one all of them, if there are any."""
+        # A stop between the replacement of the checkpoint and the line after it leaves a checkpoint newer than `last`.
+        if self._pending is not None and self._steps_on_disk() == self._pending.state.num_steps:
+            self.last = self._pending
         if self._arrays is not None:
             self._arrays.show(0 if self.last is None else self.last.num_samples)
 
@@ -267,6 +274,18 @@ class Store(Keeper):
     @property
     def some(self):
         return self._thinned.kept, self._thinned.stride
+
+
+def num_judged(num_chains: int, row: int, num_bytes: int) -> int:
+    """Return how many draws per chain to keep in memory for judging them; there may be up to twice as many.
+
+    Args:
+        num_chains: Number of chains.
+        row: Bytes of one draw of all chains.
+        num_bytes: Number of bytes at which waiting draws are written.
+    """
+    enough = min(math.ceil(ENOUGH_DRAWS / num_chains), _MOST_FLUSHES * num_bytes // row)
+    return max(_FEWEST, enough, min(_NUM_JUDGED, _JUDGED_BYTES // row))
 
 
 def flush_bytes(max_memory: int | None) -> int:

@@ -147,7 +147,7 @@ def resume(
         The `StoredChain` with all draws that were asked for. Its ``report`` covers the steps taken now.
 
     Raises:
-        FileNotFoundError: No run was streamed to the folder.
+        FileNotFoundError: No run was streamed to the folder, or it was stopped before its first checkpoint.
         ValueError: See `load`.
         TypeError: See `load`.
         RuntimeError: Another process is writing to the folder.
@@ -167,7 +167,13 @@ def resume(
     refuse_transformation("resume", model_args, model_kwargs, initial_position)
     path = Path(path)
     if not (path / CHECKPOINT).exists():
-        raise FileNotFoundError(f"{path} holds no {CHECKPOINT}: no Chain.stream has begun there.")
+        why = "no Chain.stream has begun there"
+        if (path / DRAWS).exists():
+            why = (
+                "a Chain.stream was stopped there before its first checkpoint, or something has removed it. There is "
+                "nothing to continue: delete the folder, and call Chain.stream again"
+            )
+        raise FileNotFoundError(f"{path} holds no {CHECKPOINT}: {why}.")
     with closing(Store(path)) as store:
         reader = Reader(path / CHECKPOINT, STORE)
         state, solver = rebuild(reader, model, model_args, model_kwargs, initial_position, kernel, solver)
@@ -183,7 +189,7 @@ def resume(
             report,
             read_thinning(reader, state),
             solver,
-            stored_memory if max_memory is None else max_memory,
+            stored_memory,
             devices,
         )
         check_num_draws(reader, state, chain.num_samples, chain.thinning)
@@ -192,7 +198,8 @@ def resume(
         reader.names("extra_fields")
         reader.close()
         _check_draws(reader, chain)
-        settings = settings_of(chain, num_wanted, chain.max_memory)
+        settings = settings_of(chain, num_wanted, stored_memory if max_memory is None else max_memory)
+        chain = replace(chain, max_memory=settings.max_memory)
         if not (left := num_wanted - state.num_steps):
             return chain
         num_planned = None if solver is None else num_planned  # "auto" plans again

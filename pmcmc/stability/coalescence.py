@@ -7,7 +7,7 @@ far apart show that `MultipleShooting` can start its blocks from guesses.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,8 @@ import numpy as np
 
 from pmcmc._pytree import Array, ArrayLeaf, PyTree, Scalar, finite_rows, is_real, real_dtype, tree_index
 from pmcmc.recurrence import Recurrence
-from pmcmc.recurrence.problem import as_recurrence, check_dtypes
-from pmcmc.recurrence.solution import default_tolerance, log_growth
+from pmcmc.recurrence.problem import as_recurrence, check_dtypes, check_scale, step_shape
+from pmcmc.recurrence.solution import log_growth, tolerance_for
 from pmcmc.stability.distance import (
     continuous_coordinates,
     coordinate_distances,
@@ -140,6 +140,7 @@ class Coalescence(NamedTuple):
             Distances, shape (n, pairs, D); NaN at checkpoints that were not reached.
         """
         points = self.checkpoints
+        scale = check_scale(scale, _one(points.first, 2))
         gaps = coordinate_distances(points.first, points.second, scale, num_axes=2)
         return jnp.where(points.reached[:, None, None], gaps, jnp.nan)
 
@@ -194,9 +195,9 @@ def coalescence_time(
         first: Starting states of the first paths, leading axis pairs.
         second: Starting states of the second paths, leading axis pairs.
         inputs: Common inputs, leading axes (max_steps, pairs).
-        scale: Typical spread of each coordinate; structure of one state (leaves broadcast).
+        scale: Typical spread of each coordinate; structure of one state (leaves broadcast), or one number for all.
         tol: Largest distance that counts as merged. None takes the merge tolerance of `MultipleShooting`, 32 eps in
-            float32 and 512 eps in float64.
+            float32 and 512 eps in float64; states in half precision need one.
         num_checkpoints: Number of checkpoints to keep, see `Checkpoints`; uses the memory of ``2 pairs
             num_checkpoints`` states.
         has_aux: Whether ``fn`` returns auxiliary output, which is dropped.
@@ -205,8 +206,10 @@ def coalescence_time(
         Merge times, distances, movement and checkpoints of all pairs.
 
     Raises:
-        ValueError: inputs has no steps; first, second and inputs do not fit each other.
-        TypeError: The states have complex numbers or typed keys, or fn would truncate them.
+        ValueError: inputs has no steps; first, second, inputs and scale do not fit each other; scale or tol is negative
+            or not finite, or states are in half precision and there is no tol.
+        TypeError: The states have complex numbers or typed keys, or fn would truncate them; or fn draws random numbers
+            from keys of JAX's ``rbg`` generators, which are not common to the paths of a pair.
 
     Source: Neal (1999): circular coupling by common random numbers. Optional stopping: Wald's identity.
 
@@ -230,9 +233,9 @@ def coalescence_time(
     out, _ = jax.eval_shape(step, carry, jax.tree.map(both, tree_index(inputs, 0)))
     state = jax.eval_shape(unknown, out)
     check_dtypes(start, state)
+    step_shape(recurrence, _one(start, 1), _one(inputs, 2))
     carry = jax.tree.map(lambda c, o: c.astype(o.dtype), carry, out)
-    dtype = real_dtype(state)
-    tol = jnp.asarray(default_tolerance(dtype) if tol is None else tol, dtype)
+    scale, tol = check_scale(scale, _one(state, 1)), tolerance_for(tol, real_dtype(state))
     grid = checkpoint_steps(max_steps, num_checkpoints)
 
     def body(run: _Run) -> _Run:
@@ -240,7 +243,7 @@ def coalescence_time(
         carry, _ = step(run.carry, u)
         return _observe(run, carry, unknown(carry), num_pairs, scale, tol, grid)
 
-    begin = _begin(carry, unknown(carry), max_steps, num_pairs, scale, grid)
+    begin = _begin(carry, unknown(carry), max_steps, num_pairs, scale, tol.dtype, grid)
     run = jax.lax.while_loop(lambda run: (run.step < max_steps) & jnp.any(run.pending), body, begin)
     return _conclude(run, num_pairs, tol, grid)
 
@@ -282,6 +285,11 @@ def _check(first: PyTree, second: PyTree, inputs: PyTree) -> tuple[int, int]:
     return max_steps, num_pairs
 
 
+def _one(tree: PyTree, num_axes: int) -> PyTree:
+    """Return the shapes of arrays without their leading axes."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[num_axes:], x.dtype), tree)
+
+
 def _halves(x: PyTree, num_pairs: int) -> tuple[PyTree, PyTree]:
     """Split states (2 pairs, ...) into those of the first and of the second paths."""
     return jax.tree.map(lambda v: v[:num_pairs], x), jax.tree.map(lambda v: v[num_pairs:], x)
@@ -292,9 +300,10 @@ def _largest(by_dimension: Array) -> Array:
     return jnp.max(by_dimension, axis=1)  # never NaN: entries that are not finite are at distance inf
 
 
-def _begin(carry: PyTree, x: PyTree, max_steps: int, num_pairs: int, scale: PyTree, grid: np.ndarray) -> _Run:
-    """Return the state of the loop before the first step."""
-    dtype = real_dtype(x)
+def _begin(
+    carry: PyTree, x: PyTree, max_steps: int, num_pairs: int, scale: PyTree, dtype: Any, grid: np.ndarray
+) -> _Run:
+    """Return the state of the loop before the first step; distances have this dtype."""
     by_dimension = coordinate_distances(*_halves(x, num_pairs), scale).astype(dtype)
     finite = finite_rows(x)
     finite = finite[:num_pairs] & finite[num_pairs:]

@@ -6,6 +6,7 @@ regions, trajectories that are too short or resonate, steps that are too large, 
 `Diagnosis` is its result.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,7 +46,8 @@ UNEVEN = 3.0
 MOST_NAMES = 8
 
 
-class SiteDistance(NamedTuple):
+@dataclass(frozen=True)
+class SiteDistance:
     """Distance between the unmerged pairs of a pilot at one site.
 
     Attributes:
@@ -67,7 +69,8 @@ class SiteDistance(NamedTuple):
         return f"{far} in {self.num_apart} of {self.num_pairs} pairs"
 
 
-class Diagnosis(NamedTuple):
+@dataclass(frozen=True)
+class Diagnosis:
     """What keeps coupled chains apart.
 
     Standard deviations are those that warm-up found, or without a warm-up those of the pilot's states.
@@ -209,7 +212,7 @@ def distances_by_site(target: Target, paths: list[np.ndarray]) -> dict[str, tupl
     """
     scale = None
     if target.basis is None:
-        spread = np.std(np.concatenate(paths, axis=1), axis=(0, 1))
+        spread = np.std(np.concatenate(paths, axis=1), axis=(0, 1), dtype=float)
         scale = target.spec.unravel(jnp.asarray(np.where(spread > 0, spread, 1.0)))
         scale = jax.tree.map(lambda s, x: s if is_real(x) else jnp.ones(x.shape), scale, target.spec.template)
 
@@ -219,8 +222,8 @@ def distances_by_site(target: Target, paths: list[np.ndarray]) -> dict[str, tupl
 
     # The spread of a path is that over its later half, about its own mean.
     late = [path[len(path) // 2 :] for path in paths]
-    own = [between(path, np.broadcast_to(path.mean(axis=0), path.shape)) for path in late]
-    width = lambda x: np.sqrt(np.mean(x**2, axis=0))
+    own = [between(path, np.broadcast_to(path.mean(axis=0, dtype=float), path.shape)) for path in late]
+    width = lambda x: np.sqrt(np.mean(x**2, axis=0, dtype=float))
     gaps = between(*paths)
     return {name: (gap, np.maximum(*(width(each[name]) for each in own))) for name, gap in gaps.items()}
 
@@ -236,7 +239,7 @@ def _spreads(paths: list[np.ndarray]) -> np.ndarray:
     halves = np.concatenate([path[len(path) // 2 :] for path in paths], axis=1)
     if len(halves) < LAST_CHECKPOINTS:
         return np.full(halves.shape[2], np.nan)
-    return np.sqrt(halves.var(axis=0).mean(axis=0))
+    return np.sqrt(halves.var(axis=0, dtype=float).mean(axis=0))
 
 
 def _pace(kernel: Kernel, pilot: Coalescence) -> _Pace:
@@ -337,7 +340,7 @@ def _about_steps(target: Target, kernel: Kernel, info: Info) -> list[str]:
     """Report a step size that is too large, by acceptance rate and divergences."""
     if not np.size(info.is_divergent) or "step_size" not in kernel.tunables:  # Gibbs, Compose
         return []
-    goal, rate = kernel.target_acceptance_rate(target.dim), float(np.mean(info.acceptance_rate))
+    goal, rate = kernel.target_acceptance_rate(target.dim), float(np.mean(np.asarray(info.acceptance_rate, float)))
     divergent = float(np.mean(info.is_divergent)) if kernel.divergences_matter else 0.0
     if not (rate < LOW_ACCEPTANCE * goal or divergent > MANY_DIVERGENCES):  # rate is NaN if a kernel reports none
         return []

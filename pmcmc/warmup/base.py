@@ -206,7 +206,7 @@ def start_order(path: np.ndarray, logdensity: np.ndarray) -> np.ndarray | None:
     squares = np.sum(places**2, axis=1)
     near = squares[:, None] + squares - 2 * places @ places.T <= RADIUS**2
     np.fill_diagonal(near, True)
-    fit = ~_is_outlier(logdensity.mean(axis=0))
+    fit = ~_is_outlier(logdensity.mean(axis=0, dtype=float))
     # Choose lanes until every lane that is not an outlier is near a chosen one.
     order, open_lanes = [int(np.argmax(fit))], fit.copy()
     open_lanes &= ~near[order[0]]

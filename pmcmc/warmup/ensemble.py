@@ -265,7 +265,7 @@ class Explorer:
             self.path, self.burn_in = positions, burn_in
         self.movement = np.ptp(positions, axis=0).max(axis=0)
         acceptance_rate = np.concatenate([piece.acceptance_rate for piece in pieces])
-        self.acceptance_rate = float(np.mean(acceptance_rate))
+        self.acceptance_rate = float(np.mean(acceptance_rate, dtype=float))
         # Move lanes that were far out for too long to the positions of lanes that move elsewhere.
         held = held_lanes(np.mean([piece.moved for piece in pieces], axis=0), acceptance_rate, self.lanes.rate)
         far = far_lanes(path, np.concatenate([piece.logdensity for piece in pieces]))

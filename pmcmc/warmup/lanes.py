@@ -285,7 +285,7 @@ def tune(
     last, times = zip(*(lanes.run(adapting=False) for _ in range(third)), strict=True)
     timed = [*before, *times][-max(third, NUM_TIMED) :]
     # Judge the tuned kernel by the last third.
-    acceptance_rate = np.concatenate([piece.acceptance_rate for piece in last])
+    acceptance_rate = np.concatenate([np.asarray(piece.acceptance_rate, float) for piece in last])
     moved = np.mean([piece.moved for piece in last], axis=0)
     check_tuned(tuned, lanes.states, np.mean(acceptance_rate), np.mean(moved))
     seconds = median_low(timed) / PIECE

@@ -19,7 +19,7 @@ def held_lanes(moved: np.ndarray, acceptance_rate: np.ndarray, rate: float) -> n
         acceptance_rate: Acceptance rates; shape (steps, lanes).
         rate: Acceptance rate that is tuned to.
     """
-    return (moved == 0) & (np.mean(acceptance_rate, axis=0) < HELD * rate)
+    return (moved == 0) & (np.mean(acceptance_rate, axis=0, dtype=float) < HELD * rate)
 
 
 def half_for_held(held: np.ndarray) -> np.ndarray:
@@ -46,7 +46,7 @@ def far_lanes(path: np.ndarray, logdensity: np.ndarray) -> np.ndarray:
         path: Coordinates of the lanes; shape (steps, lanes, D).
         logdensity: Log densities; shape (steps, lanes).
     """
-    num_lanes, dim = path.shape[1:]
+    (num_lanes, dim), logdensity = path.shape[1:], np.asarray(logdensity, float)
     better = np.argsort(-np.mean(logdensity, axis=0), kind="stable")[: max(1, num_lanes // 2)]  # NaN comes last
     variance = np.where(np.ptp(path, axis=0) > 0, np.var(path, axis=0), 0.0)  # rounding moves no lane
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -32,6 +32,7 @@ LATER = (
     "spread",
     "num_lanes",
     "precision",
+    "stored_diagnosis",
 )
 # Fields of kernels that older files do not have.
 ADDED = ("trajectory_length",)

@@ -16,6 +16,7 @@ import pmcmc.chain.draws as draws_module
 from pmcmc.chain.draws import judge, judge_mixing, measure
 from pmcmc.recurrence import Sequential
 from pmcmc.sampling.segments import Thinned
+from pmcmc.sampling.store import num_judged
 
 QUIET = dict(progress_bar=False, num_warmup=400)
 
@@ -132,6 +133,36 @@ def test_of_many_draws_some_are_looked_at() -> None:
     assert found.min_ess < whole.bulk_ess.min()
 
 
+@pytest.mark.parametrize(("num_chains", "dim"), [(1, 300), (4, 300), (1, 1100)])
+def test_wide_posteriors_are_judged_by_all_draws(num_chains: int, dim: int) -> None:
+    """Some of 20,000 draws are looked at: enough to see a small effective sample size, and not too few to judge."""
+    target = pmcmc.Target.from_logdensity(lambda x: -jnp.sum(x**2), jnp.zeros(dim))
+    num_draws = 20_000 // num_chains
+    draws = np.random.default_rng(0).standard_normal((num_chains, num_draws, dim), np.float32)
+    good = judge_mixing(target, pmcmc.HMC(), draws)
+    assert good.stride > 1
+    assert good.is_judged
+    assert good.doubt == ""
+    draws[..., 7] = autoregressive(0.99, (num_chains, num_draws, 1))[..., 0]
+    bad = judge_mixing(target, pmcmc.HMC(), draws)
+    assert bad.num_apart == 0
+    assert bad.min_ess < 400
+    assert "have not mixed" in bad.doubt
+
+
+def test_few_draws_of_many_are_judged_by_their_share() -> None:
+    """A stream may keep 512 draws of 51,200, of which 400 would not be effective if all were independent."""
+    draws = autoregressive(0.0, (4, 128, 50))
+    assert measure(draws).bulk_ess.min() < 400
+    assert judge({"x": draws}, 100).doubt == ""
+    assert judge({"x": draws}).doubt == ""
+    slow = autoregressive(0.9, (4, 128, 1))
+    assert "effective sample size" in judge({"x": slow}, 100).doubt
+    assert judge({"x": slow}).doubt == ""
+    assert not judge({"x": slow[:, :50]}).is_judged
+    assert judge({"x": slow[:, :50]}, 2).is_judged
+
+
 @pytest.mark.parametrize("cut", [(1000,), (1, 2, 3, 994), (7,) * 142])
 def test_thinned_keeps_draws_at_one_distance(cut: tuple[int, ...]) -> None:
     rows = np.arange(2 * 1000).reshape(2, 1000)
@@ -189,6 +220,15 @@ def test_discrete_sites_are_judged_and_files_keep_what_was_found(tmp_path) -> No
     assert again.report.mixing == chain.report.mixing
     more = chain.extend(2000, progress_bar=False)
     assert more.report.mixing.num_draws == 16_000
+
+
+def test_streams_keep_enough_draws() -> None:
+    """Of all chains 2,000, unless memory is short."""
+    assert num_judged(1, 8, 2**25) == 2000
+    assert num_judged(4, 32, 2**25) == 1024
+    assert num_judged(1, 4 * 10_000, 2**25) == 1677  # 64 MiB
+    assert num_judged(3, 12 * 5_000, 2**25) == 667
+    assert num_judged(64, 256 * 5_000, 2**25) == num_judged(4, 16 * 10**6, 2**25) == 128
 
 
 @pytest.mark.filterwarnings("ignore:the draws have not mixed")

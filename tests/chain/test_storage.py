@@ -19,6 +19,7 @@ import pytest
 import pmcmc
 from pmcmc.kernels import ParallelLeapfrog
 from pmcmc.recurrence import HutchinsonDiagonal, MultipleShooting, Newton, Sequential
+from pmcmc.stability import Diagnosis, SiteDistance
 from tests.helpers.targets import EFFECTS, ERRORS, eight_schools_model, gaussian, start_like
 
 MODEL = dict(model_args=(ERRORS,), model_kwargs={"effects": EFFECTS})
@@ -226,6 +227,64 @@ def test_other_dicts_than_plain_ones_are_asked_for(kind, tmp_path: Path) -> None
     assert type(back.get_samples()) is type(start)
     jax.tree.map(np.testing.assert_array_equal, back.get_samples(), chain.get_samples())
     assert back.verify()
+
+
+def test_the_diagnosis_comes_back(tmp_path: Path) -> None:
+    """It is computed for the file if nobody asked for it before, and stays through a second save."""
+    found = Diagnosis({"b": SiteDistance(4.0, 3, 8), "z": SiteDistance(0.5, 8, 8, True)}, ("Run longer.", "Or not."))
+    chain = replace(plain_chain(), report=replace(plain_chain().report, find_diagnosis=lambda: found))
+    chain.save(tmp_path / "chain.npz")
+    back = pmcmc.load(tmp_path / "chain.npz", gaussian)
+    assert back.report.diagnosis == found
+    assert str(back.report) == str(chain.report)
+    assert "Kept apart by: b (4 sd in 3 of 8 pairs)" in str(back.report)
+    back.save(tmp_path / "again.npz")
+    assert pmcmc.load(tmp_path / "again.npz", gaussian).report.diagnosis == found
+    plain_chain().save(tmp_path / "plain.npz")
+    assert pmcmc.load(tmp_path / "plain.npz", gaussian).report.diagnosis is None
+
+
+def test_a_diagnosis_that_fails_keeps_no_draws_from_being_saved(tmp_path: Path) -> None:
+    def fail():
+        raise jax.errors.JaxRuntimeError("out of memory")
+
+    chain = replace(plain_chain(), report=replace(plain_chain().report, find_diagnosis=fail))
+    chain.save(tmp_path / "chain.npz")
+    assert_equal(pmcmc.load(tmp_path / "chain.npz", gaussian), plain_chain())
+
+
+def narrow_chain(dtype) -> pmcmc.Chain:
+    kernel = pmcmc.MALA(step_size=jnp.asarray(0.5, dtype))
+    options = dict(kernel=kernel, num_warmup=0, num_samples=600, num_chains=2, solver=Sequential(), progress_bar=False)
+    return pmcmc.sample(lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(3, dtype), 0, **options)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+def test_half_precision_comes_back(dtype, tmp_path: Path) -> None:
+    """numpy's files do not know bfloat16, in which a mean of 600 acceptance rates stands still."""
+    chain = narrow_chain(dtype)
+    assert chain.unknowns.dtype == dtype
+    exact = np.asarray(chain.info.acceptance_rate, float).mean(axis=1)
+    np.testing.assert_allclose(chain.report.acceptance_rate, exact, rtol=1e-12)
+    chain.save(tmp_path / "chain.npz")
+    back = pmcmc.load(tmp_path / "chain.npz", lambda x: -0.5 * jnp.sum(x**2))
+    assert back.unknowns.dtype == back.last_state.dtype == dtype
+    assert_equal(back, chain)
+    assert_equal(back.extend(20, progress_bar=False), chain.extend(20, progress_bar=False))
+
+
+@pytest.mark.parametrize(
+    "change", [{"unknowns/0": "float16"}, {"unknowns/0": ["bfloat16"]}, {"none": "bfloat16"}, {"own/0": "bfloat16"}, 3]
+)
+def test_wrong_dtypes_are_refused(change, tmp_path: Path) -> None:
+    narrow_chain(jnp.bfloat16).save(tmp_path / "chain.npz")
+    with np.load(tmp_path / "chain.npz") as file:
+        arrays = dict(file)
+    header = json.loads(str(arrays["header"]))
+    dtypes = header["dtypes"] | change if isinstance(change, dict) else change
+    np.savez(tmp_path / "chain.npz", **arrays | {"header": np.array(json.dumps({**header, "dtypes": dtypes}))})
+    with pytest.raises(ValueError, match="not a whole file of"):
+        pmcmc.load(tmp_path / "chain.npz", lambda x: -0.5 * jnp.sum(x**2))
 
 
 @pmcmc.register_dataclass

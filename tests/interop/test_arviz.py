@@ -105,6 +105,10 @@ def test_predictive_groups() -> None:
     np.testing.assert_array_equal(data.posterior_predictive["y"].values.reshape(400, 6, 2), after["y"])
     assert set(data.prior.data_vars) == {"slopes", "level", "total"}
     assert data.prior_predictive["y"].shape == (1, 50, 6, 2)
+    some = chain().to_arviz(sites=["level"], prior=before)  # no site is observed because the posterior lacks it
+    assert set(some.posterior.data_vars) == {"level"}
+    assert set(some.prior.data_vars) == {"slopes", "level", "total"}
+    assert set(some.prior_predictive.data_vars) == set(data.prior_predictive.data_vars)
     with pytest.raises(ValueError, match=r"'y' of shape \(399, 6, 2\): expected 400 draws.*of all draws"):
         chain().to_arviz(posterior_predictive={"y": after["y"][1:]})
 
@@ -169,12 +173,15 @@ def test_a_plain_log_density_has_no_observations() -> None:
 
 def test_constants_are_described_as_they_were_passed() -> None:
     """Without 64 bits JAX rounds data; ArviZ gets the user's own."""
-    dates = X + 2_450_000.123
+    dates, counts = X + 2_450_000.123, Y + 0.1
+    counts[0, 0] = np.nan  # masked
     with (jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64)(False):
-        source = model_source(model, (dates, SEEN), {"y": Y + 0.1})
+        source = model_source(model, (dates, SEEN), {"y": counts})
         found = source.describe(source.target, {"slopes": jnp.zeros(3), "level": jnp.zeros(2)})
     assert set(found.constant) == {"x", "seen"}  # y is observed
     np.testing.assert_array_equal(found.constant["x"], dates)
+    np.testing.assert_array_equal(found.observed["y"], counts)
+    assert found.observed["y"].dtype == np.float64
 
 
 def test_no_sites() -> None:

@@ -13,8 +13,9 @@ from numpyro.infer.util import constrain_fn, log_likelihood, potential_energy
 
 import pmcmc
 from benchmarks._compilations import compilations
+from pmcmc.chain.state import model_source
 from pmcmc.interop.numpyro import numpyro_target
-from pmcmc.interop.numpyro_sites import numpyro_starts
+from pmcmc.interop.numpyro_starts import numpyro_starts
 from pmcmc.recurrence import Sequential
 from pmcmc.sampling.engine import Engine
 from pmcmc.sampling.programs import Shape
@@ -165,6 +166,36 @@ def test_starts_that_are_not_found_are_those_of_others() -> None:
         starts = numpyro_starts(target, jax.random.key(0), 8)
     assert np.all(starts["x"] > 1.97)
     assert 1 < len(np.unique(starts["x"])) < 8
+
+
+def left_to_right(y):
+    """A Markov chain that never goes back: of the uniform sequences one in a million is possible."""
+    probs = jnp.array([[0.7, 0.3, 0.0], [0.0, 0.7, 0.3], [0.0, 0.0, 1.0]])
+    shift = numpyro.sample("shift", dist.Normal(0, 1))
+
+    def step(state, now):
+        state = numpyro.sample("state", dist.Categorical(probs[state]))
+        numpyro.sample("y", dist.Normal(state + shift, 1.0), obs=now)
+        return state, None
+
+    scan(step, 0, y)
+
+
+def test_discrete_sites_start_from_their_prior_where_uniform_values_are_impossible() -> None:
+    y = np.linspace(0, 2, 24)
+    source = model_source(left_to_right, (y,), {})
+    with pytest.raises(ValueError, match=r"any of 100 random starts\. The log density is -inf there"):
+        numpyro_starts(source.target, jax.random.key(0), 4)
+    starts = numpyro_starts(source.target, jax.random.key(0), 4, True, source.prior)
+    assert np.all(np.diff(starts["state"], axis=1) >= 0)
+    assert len(np.unique(starts["state"], axis=0)) > 1
+    assert len(np.unique(starts["shift"])) == 4
+    check_starts(source.target, starts)
+    chain = pmcmc.parallel_chain(
+        left_to_right, 0, model_args=(y,), num_warmup=20, num_samples=20, num_chains=1, progress_bar=False
+    )
+    assert np.all(np.diff(chain.get_samples()["state"], axis=1) >= 0)
+    assert model_source(fine, (Y,), {}).prior is None
 
 
 def test_what_is_data_and_what_is_constant() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from numpyro.contrib.control_flow import cond, scan
 from numpyro.infer import HMC, MCMC, NUTS
 from numpyro.infer.util import initialize_model
 from numpyro.util import _validate_model
@@ -51,6 +52,48 @@ def subsampled_mixture():
         numpyro.sample("y", dist.Normal(1.0 * z, 1), obs=jnp.asarray(Y)[index])
 
 
+def subsampled_in_scan():
+    mu = numpyro.sample("mu", dist.Normal(0, 1))
+
+    def step(carry, _):
+        with numpyro.plate("rows", 6, subsample_size=2) as index:
+            numpyro.sample("y", dist.Normal(mu, 1), obs=jnp.asarray(Y)[index])
+        return carry, None
+
+    scan(step, 0.0, None, length=3)
+
+
+def subsampled_in_cond():
+    mu = numpyro.sample("mu", dist.Normal(0, 1))
+
+    def branch(scale):
+        with numpyro.plate("rows", 6, subsample_size=2) as index:
+            numpyro.sample("y", dist.Normal(mu, scale), obs=jnp.asarray(Y)[index])
+
+    cond(mu > 0, branch, lambda scale: branch(2 * scale), 1.0)
+
+
+def series():
+    def step(x, _):
+        x = numpyro.sample("x", dist.Normal(x, 1))
+        return x, numpyro.sample("y", dist.Normal(x, 1))
+
+    return scan(step, 0.0, None, length=6)[1]
+
+
+def forecast():
+    """Six steps with data for three of them."""
+    numpyro.handlers.condition(series, data={"y": jnp.asarray(Y)[:3]})()
+
+
+def masked_forecast():
+    """The density does not depend on what is drawn, but a deterministic site does."""
+    numpyro.sample("mu", dist.Normal(0, 1))
+    with numpyro.handlers.mask(mask=False):
+        drawn = numpyro.handlers.condition(series, data={"y": jnp.asarray(Y)[:3]})()
+    numpyro.deterministic("drawn", drawn)
+
+
 def delta():
     mu = numpyro.sample("mu", dist.Normal(0, 1))
     numpyro.sample("same", dist.Delta(mu))
@@ -58,6 +101,50 @@ def delta():
 
 def plate_of_given_rows():
     return numpyro.handlers.substitute(subsampled, data={"rows": jnp.array([0, 3])})()
+
+
+def all_steps():
+    numpyro.handlers.condition(series, data={"y": jnp.asarray(Y)})()
+
+
+def blocked():
+    with numpyro.handlers.block():
+        offset = numpyro.sample("offset", dist.Normal(0, 1))
+    mu = numpyro.sample("mu", dist.Normal(offset, 1))
+    with numpyro.handlers.block():
+        offset = numpyro.sample("offset", dist.Normal(offset, 1))
+    numpyro.sample("y", dist.Normal(mu, jnp.exp(offset)), obs=0.5)
+
+
+def blocked_scan():
+    with numpyro.handlers.block():
+        path = series()
+    mu = numpyro.sample("mu", dist.Normal(0, 1))
+    numpyro.sample("z", dist.Normal(mu, 1), obs=jnp.sum(path))
+
+
+def dropout():
+    mu = numpyro.sample("mu", dist.Normal(0, 1))
+    kept = [jax.random.bernoulli(numpyro.prng_key(), 0.5, (6,)) for _ in range(2)]
+    numpyro.sample("y", dist.Normal(mu * kept[0] + kept[1], 1).to_event(1), obs=jnp.asarray(Y))
+
+
+def dropout_in_scan():
+    def step(x, now):
+        x = numpyro.sample("x", dist.Normal(x, 1))
+        kept = jax.random.normal(numpyro.prng_key())
+        with numpyro.handlers.block():
+            offset = numpyro.sample("offset", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Normal(x * kept + offset, 1), obs=now)
+        return x, None
+
+    scan(step, 0.0, jnp.asarray(Y))
+
+
+def changed_in_place():
+    state = numpyro.primitives.mutable("state", {"value": 1.0, "within": {"steps": 0.5}})
+    numpyro.sample("mu", dist.Normal(state["value"], state["within"]["steps"]))
+    state["value"] = state["value"] + 2.0
 
 
 def enumerated_in_turn():
@@ -104,8 +191,6 @@ def no_distribution():
 
 
 def scan_in_a_plate():
-    from numpyro.contrib.control_flow import scan
-
     def body(x, _):
         return numpyro.sample("x", dist.Normal(x, 1)), None
 
@@ -182,6 +267,8 @@ class Row(NamedTuple):
 REFUSED = [
     Row(subsampled, ValueError, "do not support subsampling", ValueError, "plate 'rows' draws a subsample of 2 out"),
     Row(subsampled_latents, ValueError, "do not support subsampling", ValueError, "plate 'rows' draws a subsample"),
+    Row(forecast, AssertionError, "^", ValueError, "draws values of site 'y', since .*numpyro.infer.Predictive"),
+    Row(masked_forecast, AssertionError, "^", ValueError, "draws values of site 'y', since"),
     Row(
         delta,
         ValueError,
@@ -253,13 +340,56 @@ def test_subsampled_plates_are_refused_everywhere(sample: Callable) -> None:
         sample()
 
 
-@pytest.mark.parametrize("model", [plate_of_given_rows, improper, moving_bounds, whole_plate], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    ("model", "words"), [(subsampled_in_scan, "index the arrays before the scan"), (subsampled_in_cond, "substitute")]
+)
+def test_subsamples_within_control_flow(model: Callable, words: str) -> None:
+    """NumPyro samples the posterior of one random subset, the same in every step."""
+    initialize_model(jax.random.key(0), model)
+    with pytest.raises(ValueError, match=f"plate 'rows' draws a subsample of 2 out of 6.*{words}"):
+        numpyro_target(model, (), {})
+
+
+ACCEPTED = [
+    plate_of_given_rows,
+    improper,
+    moving_bounds,
+    whole_plate,
+    all_steps,
+    blocked,
+    blocked_scan,
+    dropout,
+    dropout_in_scan,
+    changed_in_place,
+]
+
+
+@pytest.mark.parametrize("model", ACCEPTED, ids=lambda m: m.__name__)
 def test_models_that_both_accept(model: Callable) -> None:
     """Models that are accepted have NumPyro's density."""
     theirs = initialize_model(jax.random.key(0), model)
     target, position = numpyro_target(model, (), {}), theirs.param_info.z
     ours = target.model.logdensity(target.data, position)
     np.testing.assert_allclose(ours, -theirs.param_info.potential_energy, rtol=1e-12)
+
+
+def test_rows_that_a_handler_around_the_call_gives() -> None:
+    position, expected = {"mu": jnp.asarray(0.3)}, numpyro_target(plate_of_given_rows, (), {})
+    with numpyro.handlers.substitute(data={"rows": jnp.array([0, 3])}):
+        target = numpyro_target(subsampled, (), {})
+    ours, given = (x.model.logdensity(x.data, position) for x in (target, expected))
+    assert ours == given
+
+
+def test_a_dict_of_the_users_stays_as_it_is() -> None:
+    shared = {"value": 1.0, "within": {"steps": 0}}
+
+    def model():
+        state = numpyro.primitives.mutable("state", shared)
+        state["value"] = state["within"]["steps"] = numpyro.sample("mu", dist.Normal(0, 1))
+
+    numpyro_target(model, (), {})
+    assert shared == {"value": 1.0, "within": {"steps": 0}}
 
 
 def test_missing_plates_of_discrete_sites_do_no_harm() -> None:

@@ -15,6 +15,7 @@ import pytest
 
 import pmcmc
 from pmcmc.chain import stored
+from pmcmc.chain.draws import check_sites
 from pmcmc.recurrence import Sequential
 
 SIZES = dict(num_warmup=0, num_samples=30, num_chains=2, progress_bar=False)
@@ -74,8 +75,10 @@ def test_chains_compute_what_is_asked_for(capsys, tmp_path: Path) -> None:
     assert len(calls) == num_calls  # results are kept
     with pytest.raises(ValueError, match=r"no \['nu'\]: expected names out of \["):
         chain.get_samples(sites=["nu"])
-    with pytest.raises(TypeError, match="sequence of names"):
-        chain.get_samples(sites="mu")
+    for wrong in ("mu", 3, [3]):
+        with pytest.raises(TypeError, match="sequence of names"):
+            check_sites(chain.target, wrong)
+    assert check_sites(chain.target, iter(["ratio", "slope"])) == ("ratio", "slope")
 
 
 def test_arviz_of_some_sites() -> None:

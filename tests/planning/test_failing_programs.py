@@ -52,6 +52,8 @@ def test_auto_goes_on_sequentially(failing, free_lanes, monkeypatch: pytest.Monk
     assert chain.report.fallback.startswith("A program of the solver failed (RESOURCE_EXHAUSTED: Out of memory). ")
     np.testing.assert_allclose(chain.get_samples(), whole.get_samples(), rtol=0, atol=1e-9)
     assert chain.verify()
+    (said,) = [line for line in str(chain.report).splitlines() if line.startswith("Certificate")]
+    assert said.startswith("Certificate: no step solved in parallel, 8,000 of each chain sampled sequentially; ")
 
 
 @pytest.mark.parametrize("solver", [MultipleShooting(4), Sequential(), "auto"], ids=["shooting", "sequential", "auto"])

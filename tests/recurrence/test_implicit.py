@@ -112,3 +112,34 @@ def test_discrete_states_in_blocks_have_no_derivative():
     for derivative in (jax.grad(final), lambda u: jax.jvp(final, (u,), (u,))):
         with pytest.raises(TypeError, match=r"got integer or boolean leaves. Use Sequential\(\)"):
             derivative(jnp.ones(30))
+
+
+@jax.custom_vjp
+def backward_only(x):
+    return 0.5 * jnp.tanh(x)
+
+
+backward_only.defvjp(lambda x: (backward_only(x), x), lambda x, g: (0.5 * g / jnp.cosh(x) ** 2,))
+
+
+def test_a_step_without_forward_derivative():
+    """Derivatives by `jax.custom_vjp`: JAX's error does not say what to do."""
+    step = lambda x, u: backward_only(x) + u
+    final = lambda u, solver: solver.solve(step, 0.0, u).value[-1]
+    inputs, shooting = jnp.linspace(0, 1, 30), rec.MultipleShooting(num_blocks=4)
+    np.testing.assert_allclose(final(inputs, shooting), final(inputs, rec.Sequential()), rtol=1e-12)
+    for derivative in (jax.grad(final), jax.jit(jax.grad(final), static_argnums=1)):
+        with pytest.raises(TypeError, match=r"the derivative of a solution takes.*Use Sequential\(\).*jax.custom_jvp"):
+            derivative(inputs, shooting)
+        assert np.isfinite(derivative(inputs, rec.Sequential())).all()
+    for solver in (rec.deer(), rec.quasi_deer(), rec.jacobi(), rec.Windowed(rec.deer(), window=7)):
+        with pytest.raises(TypeError, match=r"a Newton-type solver takes.*Use MultipleShooting\(\)"):
+            final(inputs, solver)
+
+
+def test_a_forward_derivative_that_is_not_needed():
+    """A function with a backward rule alone, of something else than the state."""
+    step = lambda x, u: 0.5 * x + jax.lax.stop_gradient(backward_only(jax.lax.stop_gradient(x))) + u
+    inputs = jnp.linspace(0, 1, 30)
+    found = rec.quasi_deer().solve(step, 0.0, inputs)
+    np.testing.assert_allclose(found.value, rec.Sequential().solve(step, 0.0, inputs).value, rtol=1e-12)

@@ -249,3 +249,56 @@ def test_numbers_below_the_least_are_refused(kind) -> None:
     for make in (lambda: rec.MultipleShooting(max_sweeps=1.5), lambda: rec.deer(max_iters=True)):
         with pytest.raises(TypeError, match="must be an integer"):
             make()
+
+
+def _declared_flat(x):
+    """x, whose declared derivative is 0."""
+    return x
+
+
+declared_flat = jax.custom_jvp(_declared_flat)
+declared_flat.defjvp(lambda x, t: (x[0], 0 * t[0]))
+
+
+@some_solvers
+@pytest.mark.parametrize("hidden", [jax.lax.stop_gradient, declared_flat], ids=["stop_gradient", "custom_jvp"])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_pseudo_orbit_of_a_map_whose_derivative_is_declared(solver, hidden, dtype):
+    """Tangents say that the map forgets its state."""
+    fn = lambda x, u: 4 * hidden(x) * (1 - hidden(x))
+    x0, error = jnp.asarray(0.3, dtype), 3e-14 if dtype == "float64" else 3e-7
+    near, exact = (solve(SEQUENTIAL, fn, x0 + e, length=100).value for e in (error, 0))
+    assert np.max(np.abs(near - exact)) > 0.5
+    found = solve(solver, fn, x0, length=100, initial_guess=near, scale=1.0)
+    assert int(found.result) == RESULTS.not_contracting
+    np.testing.assert_allclose(found.stats.growth_rate, np.log(2), rtol=0.3)
+    certified = int(found.stats.certified_steps)
+    np.testing.assert_allclose(found.value[:certified], exact[:certified], atol=1e-4)
+    # The prefix of a solve that fails.
+    wrong_later = near.at[60:].set(0.5)
+    budget = {"solver": rec.quasi_deer(max_iters=0)} if isinstance(solver, rec.Windowed) else {"max_iters": 0}
+    found = solve(replace(solver, **budget), fn, x0, length=100, initial_guess=wrong_later, scale=1.0)
+    certified = int(found.stats.certified_steps)
+    np.testing.assert_allclose(found.value[:certified], exact[:certified], atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_decisions_next_to_the_path_are_no_growth(dtype):
+    """Some of 20,000 accept decisions fall otherwise within the reach of the finite differences."""
+
+    def fn(x, u):
+        proposed = 0.9 * x + 0.4 * u[:2]
+        return jnp.where(u[2] < jnp.sum(jnp.cos(x)), proposed, x)
+
+    inputs = jax.random.normal(jax.random.key(0), (20_000, 3), dtype)
+    found = solve(rec.deer(), fn, jnp.zeros(2, dtype), inputs)
+    assert int(found.result) == RESULTS.successful
+    assert -0.1 < found.stats.growth_rate < -0.03
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e3])
+def test_a_sum_does_not_separate(shift):
+    """Distances stay as they are, and differences of float32 numbers have noise."""
+    inputs = jax.random.normal(jax.random.key(0), (4000, 20), jnp.float32)
+    found = solve(rec.picard(), lambda x, u: x + u, jnp.full(20, shift, jnp.float32), inputs)
+    assert int(found.result) == RESULTS.successful

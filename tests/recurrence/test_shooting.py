@@ -340,3 +340,40 @@ def test_count_of_evaluations_of_all_blocks_does_not_overflow() -> None:
     """That of each block fits: 8,192 blocks of 128 steps that never merge take 4.3e9."""
     counts = jnp.asarray([np.arange(8192) * 128, np.ones(8192), [2**31 - 8192, *np.ones(8191)]], jnp.int32)
     np.testing.assert_array_equal(solver._total(counts), [2**31 - 1, 8192, 2**31 - 1])
+
+
+@pytest.mark.parametrize(("num_blocks", "solved"), [(1000, True), (2000, False)])
+def test_errors_of_many_merges_add_up(num_blocks: int, solved: bool) -> None:
+    """Each block of a sum merges 0.9 tolerances off: after 1,000 the error is 9e-4, after 2,000 above sqrt(1e-6)."""
+    length, tol = 16 * num_blocks, 1e-6
+    guess = lambda steps: steps + 1.0 + 0.9 * tol * ((steps + 1) // 16)
+    run = jax.jit(
+        lambda: MultipleShooting(num_blocks, tol=tol).solve(
+            lambda x, u: x + u, 0.0, jnp.ones(length), initial_guess=guess, scale=1.0
+        )
+    )
+    found, exact = run(), np.arange(1.0, length + 1)
+    certified = int(found.stats.certified_steps)
+    assert found.residual <= tol
+    assert np.max(np.abs(found.value[:certified] - exact[:certified])) <= np.sqrt(tol)
+    if solved:
+        assert found.result == RESULTS.successful
+        assert found.value[-1] - exact[-1] > 800 * tol
+    else:
+        assert found.result == RESULTS.not_contracting
+        assert 16 * 1000 < certified < 16 * 1200
+        assert np.max(np.abs(found.value - exact)) > np.sqrt(tol)
+
+
+def test_bound_of_the_error_at_block_ends() -> None:
+    """Against the recursion of the bound, block by block, with rates of both signs and none."""
+    rng = np.random.default_rng(0)
+    splice = rng.uniform(size=(3, 7)) * (rng.uniform(size=(3, 7)) > 0.3)
+    rates = np.array([-0.2, 0.05, np.nan])
+    layout = solver.Layout(3, 7, 10, 10, 65)
+    expected, error = np.zeros((3, 7)), np.zeros(3)
+    for block in range(7):
+        rate, steps = np.nan_to_num(rates), min(10, 65 - 10 * block)
+        error = error * np.exp(rate * steps) + splice[:, block] * np.exp(np.maximum(rate, 0) * 10)
+        expected[:, block] = error
+    np.testing.assert_allclose(solver._errors(layout, jnp.asarray(splice), jnp.asarray(rates)), expected, rtol=1e-12)

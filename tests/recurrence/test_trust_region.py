@@ -78,7 +78,7 @@ def test_published_form_converges_where_newton_explodes():
 def test_half_precision(rule, dtype):
     """LAPACK has none: covariances are computed in float32."""
     fn = lambda x, u: (0.5 * jnp.tanh(x[::-1]) + u).astype(dtype)
-    found = solve(rec.elk(step_rule=rule), fn, jnp.zeros(2, dtype), jnp.ones((64, 2), dtype))
+    found = solve(rec.elk(step_rule=rule, tol=1e-3), fn, jnp.zeros(2, dtype), jnp.ones((64, 2), dtype))
     assert int(found.result) == RESULTS.successful
     assert found.value.dtype == dtype
 

@@ -1,6 +1,8 @@
 """Bad arguments are refused before any sampling; the message has what was expected, what was given, and what to do."""
 
+import inspect
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,8 @@ from numpyro.infer import init_to_median
 
 import pmcmc
 from pmcmc.interop.numpyro import numpyro_target
-from pmcmc.recurrence import RecurrenceSolver, Sequential
+from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Sequential, deer
+from pmcmc.sampling import automatic
 from pmcmc.sampling.api import check_strategy
 from pmcmc.sampling.settings import Settings
 from tests.helpers.targets import ERRORS, eight_schools_model, gaussian, start_like
@@ -34,6 +37,24 @@ def test_good_settings_pass() -> None:
     settings = Settings.check(**GOOD)
     assert isinstance(settings.kernel, pmcmc.HMC)
     assert Settings.check(**{**GOOD, "num_samples": np.int32(7)}).num_samples == 7
+
+
+def test_blocks_of_half_precision_are_refused() -> None:
+    """They have no default tolerance, and would fail after warm-up."""
+    half = pmcmc.Target.from_logdensity(gaussian, jax.tree.map(lambda x: x.astype(jnp.float16), start_like(gaussian)))
+    for solver in (MultipleShooting(), deer()):
+        with pytest.raises(ValueError, match=r"states in float16 have no default tolerance.*or say by tol="):
+            Settings.check(**{**GOOD, "target": half, "solver": solver})
+        assert Settings.check(**{**GOOD, "target": half, "solver": replace(solver, tol=0.1)})
+    assert Settings.check(**{**GOOD, "target": half})
+
+
+def test_half_precision_is_sampled_sequentially(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(automatic, "SHORT_SECONDS", 0.0)
+    options = dict(kernel=pmcmc.MALA(step_size=0.3), num_warmup=0, num_samples=20_000, progress_bar=False)
+    chain = pmcmc.sample(lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(2, jnp.float16), 0, **options)
+    assert chain.report.reason.startswith("States in float16 are too coarse")
+    assert chain.num_samples == 20_000
 
 
 class Unregistered(RecurrenceSolver):
@@ -70,6 +91,11 @@ class Unregistered(RecurrenceSolver):
 def test_settings_are_checked(change: dict, error: type, words: str) -> None:
     with pytest.raises(error, match=words):
         Settings.check(**{**GOOD, **change})
+
+
+def test_names_in_an_iterator_are_kept() -> None:
+    check = inspect.unwrap(Settings.check)  # without the tests' check of types
+    assert check(Settings, **{**GOOD, "extra_fields": iter(("energy",))}).extra_fields == ("energy",)
 
 
 def sample(**options) -> pmcmc.Chain:

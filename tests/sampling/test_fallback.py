@@ -13,6 +13,7 @@ from pmcmc import recurrence
 from pmcmc.chain.report import SolveReport, by_result, span
 from pmcmc.planning import Costs, plan
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, deer
+from pmcmc.sampling.segments import Run
 from tests.helpers.targets import gaussian, start_like
 
 LENGTH = 400
@@ -58,7 +59,7 @@ def test_nothing_failed() -> None:
     assert f"scale; {LENGTH} steps of each chain solved in parallel and certified; 0 near-tie" in said
     assert "sequentially" not in said
     assert f"for {LENGTH} steps of each chain (" in line(report, "Critical path")
-    assert " times shorter), in 4 blocks with 1 repair sweep(s)." in line(report, "Critical path")
+    assert " times shorter), in 4 blocks with 1 repair sweep(s) a segment." in line(report, "Critical path")
     assert line(report, "Planned") == ""
 
 
@@ -105,6 +106,30 @@ def test_newton_with_a_small_budget() -> None:
     assert np.max(more.certified_steps) == 2000
     assert "successful in the others" in line(more, "Certificate")
     np.testing.assert_array_equal(failed, more.result == RESULTS.max_iters_reached)
+
+
+def test_iterations_of_all_segments_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As their critical path does; of repair sweeps the largest number in a segment is given."""
+    taken, take = [], Run.take
+
+    def watched(self, solver, *args):
+        found = take(self, solver, *args)
+        taken.append(found[0].stats)
+        return found
+
+    monkeypatch.setattr(Run, "take", watched)
+    monkeypatch.setattr("pmcmc.sampling.engine.SEGMENT_BYTES", 2**15)
+    report = run(deer(max_iters=300)).report
+    assert len(taken) > 1
+    np.testing.assert_array_equal(report.num_iters, sum(stats.num_iters for stats in taken))
+    np.testing.assert_array_equal(report.num_sequential_steps, sum(stats.num_sequential_steps for stats in taken))
+    assert f", in {np.max(report.num_iters)} iterations." in line(report, "Critical path")
+    taken.clear()
+    report = run(MultipleShooting(8), num_samples=2000).report
+    assert len(taken) > 1
+    np.testing.assert_array_equal(report.num_sweeps, np.max([stats.num_sweeps for stats in taken], axis=0))
+    several = replace(report, num_sweeps=np.array([1, 3, 2, 1]))
+    assert ", in 8 blocks with up to 3 repair sweep(s) a segment." in line(several, "Critical path")
 
 
 def separated(x):

@@ -15,6 +15,7 @@ from scipy import stats
 
 import pmcmc
 from benchmarks._compilations import compilations
+from pmcmc.chain.report import Summary
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, deer
 from pmcmc.sampling import api, engine
 from pmcmc.sampling.engine import Engine
@@ -204,6 +205,23 @@ def test_a_summary_of_booleans() -> None:
     share = float(chain.get_samples()["positive"].mean())
     assert chain.summary()["positive"]["mean"] == pytest.approx(share, abs=1e-6)
     assert "positive" in str(chain.summary())
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
+def test_a_summary_of_many_narrow_numbers(dtype) -> None:
+    """A million of them, added one after the other in their own precision, have another mean."""
+    rng = np.random.default_rng(0)
+    draws = (100 + rng.standard_normal((4, 250_000, 2), np.float32)).astype(dtype)
+    found = Summary({"x": draws}, 0.9, np.zeros((4, 250_000), bool))["x"]
+    np.testing.assert_allclose(found["mean"], draws.astype(float).mean((0, 1)), rtol=1e-9)
+    np.testing.assert_allclose(found["std"], draws.astype(float).std((0, 1), ddof=1), rtol=1e-9)
+
+
+def test_a_summary_of_narrow_integers() -> None:
+    """The median is half the sum of two draws."""
+    draws = np.random.default_rng(0).permutation(np.tile(np.array([200, 210], np.uint8), 20)).reshape(2, 20)
+    found = Summary({"x": draws}, 0.9, np.zeros((2, 20), bool))["x"]
+    assert found["median"] == found["mean"] == 205
 
 
 def test_print_summary(capsys: pytest.CaptureFixture) -> None:

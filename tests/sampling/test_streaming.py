@@ -1,10 +1,13 @@
 """Chains longer than memory: streamed draws are those of `Chain.extend`, wherever the run was stopped."""
 
+import inspect
 import signal
 import subprocess
 import sys
+import warnings
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +21,10 @@ import pmcmc
 from pmcmc.chain.file_format import Writer
 from pmcmc.interop.arviz import DrawArrays
 from pmcmc.recurrence import MultipleShooting, Sequential
-from pmcmc.sampling import engine, store
+from pmcmc.sampling import automatic, engine, store
 from pmcmc.sampling.engine import Engine
 from pmcmc.sampling.store import Store
-from tests.helpers.streams import NUM_MORE, SIZES, start
+from tests.helpers.streams import KERNEL, NUM_MORE, SIZES, start
 from tests.helpers.targets import EFFECTS, ERRORS, eight_schools_model, gaussian, start_like
 
 xarray = pytest.importorskip("xarray")
@@ -94,6 +97,10 @@ def test_thinning_and_extension_go_on_counting(tmp_path: Path) -> None:
     both = first.extend(1000, progress_bar=False)
     assert_whole(both)
     assert first.get_samples()["x"].shape == (2 * (1001 // 3), 3)
+    opened = first.to_arviz()
+    assert opened.posterior.sizes["draw"] == opened.sample_stats.sizes["draw"] == 1001 // 3
+    assert not isinstance(opened.posterior["x"].variable._data, np.ndarray)  # read only when used
+    np.testing.assert_array_equal(opened.posterior["x"], both.to_arviz().posterior["x"][:, : 1001 // 3])
     with pytest.raises(ValueError, match=r"already holds 2,001 steps, and this chain has 1,001"):
         first.extend(10, progress_bar=False)
 
@@ -236,6 +243,10 @@ def test_an_interrupted_run_goes_on(owner, tmp_path: Path, monkeypatch: pytest.M
     assert len(set(shapes)) == 1  # same segments as before the stop
 
 
+def interrupted(*_) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_stop_while_the_first_draws_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 33 draws some are in the checkpoint; the others are taken again."""
     first, write, calls = start(), Writer.write, []
@@ -257,18 +268,38 @@ def test_a_stop_while_the_first_draws_are_written(tmp_path: Path, monkeypatch: p
     assert_whole(pmcmc.resume(tmp_path / "run", gaussian, progress_bar=False))
 
 
+@pytest.mark.parametrize("number", [1, 6], ids=["the first", "a later one"])
+def test_a_stop_right_after_a_checkpoint(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new checkpoint is in place, and the store has not noted it yet: its draws stay."""
+    first, write, calls = start(), Writer.write, []
+
+    def interrupt(*args):
+        write(*args)
+        calls.append(1)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "write", interrupt)
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            first.stream(tmp_path / "run", NUM_MORE, progress_bar=False)
+    assert isinstance(stopped.value, pmcmc.Interrupted)
+    chain = stopped.value.chain
+    assert Store._steps_on_disk(SimpleNamespace(path=chain.path)) == chain.state.num_steps
+    assert xarray.open_zarr(tmp_path / "run" / "draws.zarr", group="posterior").sizes["draw"] == chain.num_samples
+    expected = whole().get_samples(group_by_chain=True)[:, : chain.num_samples]
+    np.testing.assert_allclose(chain.get_samples(group_by_chain=True)["x"], expected, rtol=0, atol=1e-9)
+    assert_whole(pmcmc.resume(tmp_path / "run", gaussian, progress_bar=False))
+
+
 @pytest.mark.parametrize(("where", "moment"), [(DrawArrays, "write"), (DrawArrays, "show"), (Writer, "write")])
 def test_a_stop_before_the_first_checkpoint(
     where: type, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing has been kept: the same call begins again."""
     first = start(Sequential())
-
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(where, moment, interrupt)
+        patch.setattr(where, moment, interrupted)
         with pytest.raises(KeyboardInterrupt) as stopped:
             first.stream(tmp_path / "run", 30, progress_bar=False)
     assert type(stopped.value) is KeyboardInterrupt
@@ -278,8 +309,8 @@ def test_a_stop_before_the_first_checkpoint(
 def test_the_report_of_a_checkpoint_does_not_change_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     certify, kept = Store.certify, []
 
-    def certify_and_tell(self):
-        certify(self)
+    def certify_and_tell(self, *args):
+        certify(self, *args)
         paths = self.last.report.num_sequential_steps
         kept.append((paths, paths.copy()))
 
@@ -288,6 +319,43 @@ def test_the_report_of_a_checkpoint_does_not_change_later(tmp_path: Path, monkey
     assert len(kept) > 2
     for now, then in kept:
         np.testing.assert_array_equal(now, then)
+
+
+def test_half_precision_is_stored_as_readers_know_it(tmp_path: Path) -> None:
+    """Neither Zarr nor xarray has bfloat16."""
+    kernel, start = pmcmc.MALA(step_size=jnp.asarray(0.5, jnp.bfloat16)), jnp.zeros(3, jnp.bfloat16)
+    density = lambda x: -0.5 * jnp.sum(x**2)
+    chain = pmcmc.sample(density, start, 0, **{**SIZES, "kernel": kernel}, solver=Sequential())
+    chain.stream(tmp_path / "run", 30, progress_bar=False)
+    stored = pmcmc.resume(tmp_path / "run", density, progress_bar=False)
+    assert stored.state.unknown.dtype == jnp.bfloat16
+    longer = chain.extend(30, progress_bar=False)
+    for found in (stored.get_samples(True)["x"], longer.to_arviz().posterior["x"]):
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, np.asarray(longer.get_samples(True), np.float32))
+
+
+def test_the_last_checkpoint_holds_the_diagnosis(tmp_path: Path, free_lanes) -> None:
+    """Of two modes, between which no pair merges; only the last one, since it takes seconds."""
+    density = lambda x: jnp.logaddexp(-0.5 * jnp.sum((x - 20) ** 2), -0.5 * jnp.sum((x + 20) ** 2))
+    starts = np.array([[20.0], [-20.0]])
+    options = dict(kernel=KERNEL, num_warmup=0, num_chains=2, num_samples=100, init_per_chain=True, progress_bar=False)
+    calls, diagnose = [], automatic.diagnose
+
+    def counted(*args):
+        calls.append(1)
+        return diagnose(*args)
+
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("ignore")
+        patch.setattr(automatic, "diagnose", counted)
+        chain = pmcmc.sample(density, starts, 0, **options)
+        stored = chain.stream(tmp_path / "run", 8000, progress_bar=False)
+        assert len(calls) == 1
+        said = str(stored.report)
+    assert "Kept apart by: " in said
+    assert len(calls) == 1
+    assert str(pmcmc.resume(tmp_path / "run", density).report.diagnosis) in said
 
 
 def test_positions_keyed_by_numbers_have_names(tmp_path: Path) -> None:
@@ -318,6 +386,17 @@ def test_what_is_there_is_not_overwritten(finished: Path, tmp_path: Path) -> Non
     with pytest.raises(FileExistsError, match="is not empty"):
         start(Sequential()).stream(own, 300, progress_bar=False)
     assert np.asarray(zarr.open_group(own / "draws.zarr")["posterior/x"]).shape == (2, 5)
+
+
+def test_draws_without_a_checkpoint(tmp_path: Path) -> None:
+    """As after a kill before the first checkpoint: neither call sends the user to the other."""
+    first = start(Sequential())
+    first.stream(tmp_path / "run", 30, progress_bar=False)
+    (tmp_path / "run" / "checkpoint.npz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"before its first checkpoint.*delete the folder.*Chain.stream again"):
+        pmcmc.resume(tmp_path / "run", gaussian)
+    with pytest.raises(FileExistsError, match=r"is not empty: choose another folder, or delete this one\.$"):
+        first.stream(tmp_path / "run", 30, progress_bar=False)
 
 
 def test_no_store(tmp_path: Path, finished: Path) -> None:
@@ -352,6 +431,18 @@ def test_one_process_at_a_time(finished: Path) -> None:
     store.close()
     chain = pmcmc.resume(finished, gaussian)
     assert (chain.num_samples, chain.max_memory) == (400 // 3, 2**24)
+
+
+def test_a_memory_limit_of_numpys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JSON cannot hold its numbers."""
+    with monkeypatch.context() as patch:
+        patch.setattr("pmcmc.sampling.streaming.execute", interrupted)
+        with pytest.raises(pmcmc.Interrupted):
+            start(Sequential()).stream(tmp_path / "run", 30, progress_bar=False)
+    resume = inspect.unwrap(pmcmc.resume)  # without the tests' check of types
+    chain = resume(tmp_path / "run", gaussian, max_memory=np.int64(2**23), progress_bar=False)
+    assert chain.max_memory == 2**23
+    assert pmcmc.resume(tmp_path / "run", gaussian).max_memory == 2**23
 
 
 def slashed():

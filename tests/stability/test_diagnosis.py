@@ -19,6 +19,7 @@ from pmcmc.interop.numpyro import numpyro_target
 from pmcmc.kernels import Info
 from pmcmc.sampling import automatic
 from pmcmc.stability import Coalescence, Diagnosis, SiteDistance, diagnose
+from pmcmc.stability.diagnosis import distances_by_site
 from pmcmc.stability.evidence import coalescence_of_paths
 from pmcmc.target import Basis, Target
 from tests.helpers.targets import funnel, funnel_may_warn, start_like
@@ -311,6 +312,16 @@ def test_booleans_and_unsigned_integers_differ_both_ways(dtype: type) -> None:
     )
     found = diagnose(target, kernel, pilot, GOOD)
     assert found.sites == {"z": SiteDistance(0.5, 4, 4, True)}
+
+
+def test_distances_in_half_precision() -> None:
+    """Spreads of paths over 2 x 20 x 30 bfloat16 numbers, in which sums stand still after some hundred."""
+    target = Target.from_logdensity(lambda x: -jnp.sum(x["a"] ** 2), {"a": jnp.zeros(2, jnp.bfloat16)})
+    paths = [np.random.default_rng(seed).normal(size=(20, 30, 2)).astype(jnp.bfloat16) for seed in (0, 1)]
+    found, spread = distances_by_site(target, paths)["a"]
+    unit = np.std(np.concatenate(paths, axis=1).astype(float), axis=(0, 1))
+    np.testing.assert_allclose(found, np.abs(paths[0].astype(float) - paths[1]) / unit, rtol=0.02, atol=1e-3)
+    assert np.all((spread > 0.3) & (spread < 3))
 
 
 def test_a_discrete_site_under_a_kernel_of_sites() -> None:

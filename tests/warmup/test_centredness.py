@@ -15,8 +15,9 @@ from numpyro.infer.util import constrain_fn, potential_energy
 import pmcmc
 from benchmarks._compilations import compilations
 from pmcmc._xla.trace import Trace
-from pmcmc.drop_in import _standing
+from pmcmc.chain.state import model_source
 from pmcmc.interop.numpyro import numpyro_target
+from pmcmc.numpyro_states import standing
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.sampling.api import model_starts
 from pmcmc.sampling.settings import Settings
@@ -388,10 +389,11 @@ def test_draws_of_warm_up_are_the_users_values() -> None:
 
 
 def test_starts_are_the_users_values() -> None:
-    target = numpyro_target(model, (Y,), {}, pmcmc.AutoReparam())
+    source = model_source(model, (Y,), {}, pmcmc.AutoReparam())
+    target = source.target
     given = {"mu": 0.5, "tau": -0.3, "x": np.array([1.0, 2.0, 3.0])}
     settings = Settings.check(target, None, "auto", 100, 10, 2, 1, (), None)
-    starts = model_starts(target, jax.random.key(0), given, settings).find()
+    starts = model_starts(source, jax.random.key(0), given, settings).find()
     found = target.unconstrained(jax.tree.map(lambda x: jnp.asarray(x[5]), starts))
     jax.tree.map(np.testing.assert_allclose, found, given)
 
@@ -419,7 +421,7 @@ def test_numpyros_interface_returns_the_users_values(monkeypatch: pytest.MonkeyP
     outside = lambda *_: pytest.fail("the model was evaluated outside a compiled program")
     with monkeypatch.context() as patch:
         patch.setattr(Trace, "__call__", outside)
-        again = _standing(mcmc.chain.state)
+        again = standing(mcmc.chain.state)
     np.testing.assert_array_equal(again.potential_energy, mcmc.last_state.potential_energy)
     parts.warmup(jax.random.key(0), Y)
     parts.run(parts.post_warmup_state.rng_key, Y)
@@ -436,6 +438,11 @@ def test_what_cannot_be_reparametrised_is_refused() -> None:
         run(num_warmup=0, kernel=pmcmc.HMC(step_size=0.1))
     with pytest.raises(ValueError, match="WindowAdaptation does not do: use EnsembleAdaptation"):
         run(warmup=pmcmc.WindowAdaptation())
+    fixed = pmcmc.ParallelMCMC(
+        NUTS(model, adapt_mass_matrix=False), num_warmup=200, num_samples=40, reparam=pmcmc.AutoReparam()
+    )
+    with pytest.raises(ValueError, match="leave it out, as well as adapt_mass_matrix=False of a NumPyro kernel, or"):
+        fixed.run(jax.random.key(0), Y)
     for metric in (
         dict(kernel=pmcmc.NUTS(inverse_mass_matrix=1.0)),
         dict(warmup=pmcmc.EnsembleAdaptation(None, None, 1.0)),

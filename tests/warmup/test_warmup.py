@@ -167,6 +167,8 @@ def test_lanes_are_held_by_what_they_refuse() -> None:
     held = held_lanes(moved, acceptance_rate, 0.8)
     assert held.tolist() == [False, True, True, False]  # the last one was only unlucky
     assert not held_lanes(moved, np.full((16, 4), np.nan), 0.8).any()  # a kernel without a rate
+    # A sum of bfloat16 numbers stands still after some hundred of them.
+    assert not held_lanes(moved, np.full((600, 4), 0.1, jnp.bfloat16), 0.8).any()
 
 
 def test_lanes_are_far_out_if_a_wider_region_could_not_make_up_for_their_density() -> None:

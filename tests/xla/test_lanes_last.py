@@ -349,3 +349,14 @@ def test_branches_of_other_platforms_are_not_compiled():
     x = jnp.asarray(normal(3, LANES))
     agree(platform, x, gradient=False)
     agree(lambda x: lax.scan(lambda c, _: (platform(c), c[0]), x, None, length=3), x, gradient=False)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_products_of_half_precision_are_summed_in_single(dtype):
+    """1,000 numbers of about 1, whose sum half precision loses while it is taken."""
+    x = jnp.asarray(1 + np.random.default_rng(0).uniform(size=(1000, LANES)) / 10, dtype)
+    y = jnp.asarray(1 + np.random.default_rng(1).uniform(size=1000) / 10, dtype)
+    found = jax.jit(vmap_last(lambda x: x @ y))(x)
+    exact = np.asarray(x, float).T @ np.asarray(y, float)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(np.asarray(found, float), exact, rtol=0.51 * float(jnp.finfo(dtype).eps))

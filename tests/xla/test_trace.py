@@ -118,6 +118,20 @@ def test_parts_are_what_they_need() -> None:
     assert a != b
 
 
+def test_an_argument_that_nothing_reads_can_be_left_out() -> None:
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    drawn = lambda key: jax.random.normal(key)
+    steps = lambda x, key: jax.lax.scan(lambda c, z: (c + z, drawn(key)), 0.0, x)
+    none = trace(lambda x, key: {"a": jnp.sum(x), "b": steps(x, key)[0] * 0 + drawn(key)}["a"], X, key)
+    assert not none.trace.uses_last
+    assert none.trace.without_last is none.trace.without_last
+    assert none.trace.without_last(none.constants, X + 1) == jnp.sum(X + 1)
+    some = trace(lambda x, key: dict(zip("ab", steps(x, key), strict=True)), X, key).trace
+    assert some.uses_last
+    assert not some.part("a").reads_last
+    assert some.part("b").reads_last
+
+
 def test_other_arguments_are_refused() -> None:
     traced = trace(lambda x: jnp.sum(x["a"]), {"a": X})
     with pytest.raises(TypeError, match=r"shape \(3,\), got \(4,\)"):

@@ -3,7 +3,7 @@
 All Newton-type solvers use it to evaluate all T equations at once (`System`, `Evaluation`) and to judge the last
 iterate: `conclude` decides which states are certified, and the result code.
 
-`tangent_growth` and `amplified` measure how errors grow along the path.
+`growth_along` and `amplified` measure how errors grow along the path.
 """
 
 import math
@@ -15,10 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._pytree import Array, PyTree, expand_mask, finite_rows, relative_distance, within_rounding
+from pmcmc._pytree import (
+    Array,
+    PyTree,
+    at_least_single,
+    expand_mask,
+    finite_rows,
+    relative_distance,
+    single_or_wider,
+    within_rounding,
+)
 from pmcmc.recurrence.scan import running
 from pmcmc.recurrence.sharding import AllSteps, Steps
-from pmcmc.recurrence.solution import RESULTS, Stats, default_tolerance, separates, typical_scale
+from pmcmc.recurrence.solution import RESULTS, Stats, default_tolerance, largest_error, separates, typical_scale
 
 # The scale is measured on about this many states, as in `typical_scale`.
 SCALE_STATES = 4096
@@ -53,7 +62,7 @@ class System:
         start: x[0], ``(D,)``.
         inputs: Leading axis T.
         scale: Spread of each coordinate, ``(D,)``. None: measured on the images of each iterate.
-        tol: Largest residual of a satisfied equation. None: that of the dtype, see `default_tolerance`.
+        tol: Largest residual of a satisfied equation.
         steps: Operations across steps, on one device or several.
     """
 
@@ -98,9 +107,8 @@ class System:
         if scale is None:
             scale = measured_scale(self, images)
         residual = relative_distance(path, images, scale)
-        tol = default_tolerance(path.dtype) if self.tol is None else self.tol
         # No state can satisfy the equation better than its rounding (consider a posterior shifted by 1e5).
-        holds = (residual <= jnp.asarray(tol, path.dtype)) | within_rounding(path, images)
+        holds = (residual <= self.tol) | within_rounding(path, images)
         return Evaluation(path, images, aux, residual, holds & finite_rows((path, images)), scale)
 
     def part(self, start: Array, first: Array, length: int) -> "System":
@@ -206,8 +214,7 @@ def own_residual(system: System, now: Evaluation) -> Array:
 
 def holding(system: System, now: Evaluation, residual: Array) -> Array:
     """Whether each equation is satisfied, given this residual from `own_residual`."""
-    tol = default_tolerance(now.path.dtype) if system.tol is None else system.tol
-    return now.holds & ((residual <= tol) | within_rounding(now.path, now.images))
+    return now.holds & ((residual <= system.tol) | within_rounding(now.path, now.images))
 
 
 class Standing(NamedTuple):
@@ -233,27 +240,25 @@ def _standing(system: System, now: Evaluation, known: Array) -> Standing:
     the growth of small distances along the later states. They must stay within the tolerance.
     """
     steps, all_hold, dtype = system.steps, system.steps.all(now.holds), now.path.dtype
-    tol = default_tolerance(dtype) if system.tol is None else system.tol
     residual = jnp.where(all_hold, now.residual, own_residual(system, now))
     holds = known & holding(system, now, residual)
     inexact = steps.any((residual > 0) & (steps.numbers() < steps.leading(holds)))
     # Propagate the residuals along the path. Growth is needed only where some of them are not zero.
     unit = cast(Array, now.scale)
-    growth = tangent_growth(system.image, system.previous(now.path), system.inputs, unit, inexact, steps)
+    growth = growth_along(system.image, system.previous(now.path), system.inputs, unit, inexact, steps)
     # Rounding is relative to the state, not to the scale.
     rounded = jnp.minimum(residual, 2 * jnp.finfo(dtype).eps)
     made = jnp.where(within_rounding(now.path, now.images), rounded, residual)
-    error = amplified(made, growth, steps)
-    growth_rate = jnp.where(all_hold & inexact, mean_growth(growth, steps), jnp.nan)
+    error = jnp.max(amplified(made[:, None], growth, steps), axis=1)
+    growth_rate = jnp.where(all_hold & inexact, jnp.max(mean_growth(growth, steps)), jnp.nan)
     # Errors of rounding are accepted whatever the tolerance, so growth is judged by one that they can meet.
-    least = jnp.maximum(tol, default_tolerance(dtype))
-    # Above the square root of the tolerance errors are no longer small, and the linear recursion is not valid for them.
-    blown_up = steps.max(error) > jnp.maximum(least, jnp.sqrt(least))
+    least = jnp.maximum(system.tol, default_tolerance(dtype))
+    blown_up = steps.max(error) > largest_error(least)
     separating = separates(growth_rate, steps.max(made), least, system.length) | blown_up
     exact = steps.leading(known & (residual == 0))
     within = steps.leading(holds & (error <= least))
     prefix = jnp.where(all_hold, jnp.where(separating, exact, steps.leading(known)), jnp.maximum(exact, within))
-    return Standing(growth_rate.astype(dtype), separating, residual, prefix)
+    return Standing(growth_rate, separating, residual, prefix)
 
 
 def conclude(system: System, now: Evaluation, course: Course, iterates: Array | None) -> Outcome:
@@ -295,10 +300,13 @@ def times(count: Array, width: int) -> Array:
     return jnp.minimum(count, jnp.iinfo(count.dtype).max // width) * width
 
 
-def tangent_growth(
+def growth_along(
     fn, previous: Array, inputs: PyTree, unit: Array, wanted: Array, steps: Steps, num_steps: int = 64
 ) -> Array:
-    """``log |J v| / |v|`` of each step along a path, ``(own steps,)``; 0 where not ``wanted`` or not defined.
+    """Log growth of small distances in each step along a path, ``(own steps, 2)``; 0 where not ``wanted`` or undefined.
+
+    It is measured twice: on tangents, and on finite differences (`_difference`), since derivatives may be the user's
+    own, such as those of ``jax.lax.stop_gradient``, ``jax.custom_jvp`` and smoothed decisions.
 
     Blocks of ``num_steps`` steps run as lanes, twice: first each from the same direction, then each from the direction
     in which its predecessor ended. From a direction of its own a block would lose the share of it that does not grow
@@ -309,10 +317,10 @@ def tangent_growth(
     previous: states x[t-1], shape ``(own steps, D)``. inputs: leading axis of the same. unit: of the norm, ``(D,)``.
     """
     length, dim = previous.shape
-    num_steps = min(num_steps, length)
+    num_steps, wide = min(num_steps, length), single_or_wider(previous.dtype)
     lanes = -(-length // num_steps)
-    unit = jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1)
-    largest = math.log(jnp.finfo(previous.dtype).max)
+    unit = at_least_single(jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1))
+    largest = math.log(jnp.finfo(wide).max)
 
     def cut(x):
         x = jnp.concatenate([x, jnp.repeat(x[-1:], lanes * num_steps - length, axis=0)])
@@ -321,22 +329,20 @@ def tangent_growth(
     own = (jnp.arange(lanes * num_steps) < length).reshape(lanes, num_steps).T
 
     def push(x, u, v):
-        return jax.jvp(lambda x: fn(x, u), (x,), (v * unit,))[1] / unit
+        image, tangent = jax.jvp(lambda x: fn(x, u), (x,), ((v[0] * unit).astype(x.dtype),))
+        return jnp.stack([tangent.astype(wide) / unit, _difference(fn, x, u, v[1], image, unit)])
 
     direction = np.random.default_rng(0).standard_normal(dim)
-    first = jnp.broadcast_to(jnp.asarray(direction / np.linalg.norm(direction), previous.dtype), (lanes, dim))
+    first = jnp.broadcast_to(jnp.asarray(direction / np.linalg.norm(direction), wide), (lanes, 2, dim))
 
     def body(before, xu):
         x, u, own = xu
         v = jax.vmap(push)(x, u, before)
-        # without overflow: the square of a wild derivative is infinite
-        size = jnp.max(jnp.abs(v), axis=1)
-        v = v / jnp.where((size > 0) & jnp.isfinite(size), size, 1)[:, None]
-        norm = jnp.sqrt(jnp.sum(v * v, axis=1))
+        size, v, norm = _sized(v)
         log = jnp.clip(jnp.log(size) + jnp.log(norm), -largest, largest)
         defined = jnp.isfinite(norm) & (norm > 0)
-        v = jnp.where(defined[:, None], v / jnp.where(defined, norm, 1)[:, None], first)
-        return jnp.where(own[:, None], v, before), jnp.where(jnp.isnan(log), 0, log)
+        v = jnp.where(defined[..., None], v / jnp.where(defined, norm, 1)[..., None], first)
+        return jnp.where(own[:, None, None], v, before), jnp.where(jnp.isnan(log), 0, log)
 
     def along(begin, _):
         ends, logs = jax.lax.scan(body, begin, (cut(previous), jax.tree.map(cut, inputs), own))
@@ -346,18 +352,48 @@ def tangent_growth(
 
     def measure():
         _, logs = jax.lax.scan(along, first, length=2)
-        return logs[-1].T.reshape(-1)[:length].astype(previous.dtype)
+        return jnp.moveaxis(logs[-1], 1, 0).reshape(-1, 2)[:length]
 
-    return jax.lax.cond(wanted, measure, lambda: jnp.zeros(length, previous.dtype))
+    return jax.lax.cond(wanted, measure, lambda: jnp.zeros((length, 2), wide))
+
+
+def _sized(v: Array) -> tuple[Array, Array, Array]:
+    """Return the largest entries of vectors (..., D), the vectors over these, and the norms of the latter.
+
+    The square of a wild derivative is infinite.
+    """
+    size = jnp.max(jnp.abs(v), axis=-1)
+    v = v / jnp.where((size > 0) & jnp.isfinite(size), size, 1)[..., None]
+    return size, v, jnp.sqrt(jnp.sum(v * v, axis=-1))
+
+
+def _difference(fn, x: Array, u: PyTree, v: Array, image: Array, unit: Array) -> Array:
+    """Finite difference of a step in a direction of length 1, ``(D,)``, over its length; both in units of the scale.
+
+    Of the two sides it is that of the smaller difference: a decision that falls otherwise next to the path concerns one
+    side alone, and is no growth of distances that are smaller still. What rounding may add is subtracted, and what
+    rounding hides is no growth, so that paths that keep their distance are not said to separate.
+    """
+    eps = float(jnp.finfo(x.dtype).eps)
+    magnitude = jnp.maximum(jnp.abs(x), jnp.abs(image)).astype(unit.dtype) / unit
+    reach = jnp.cbrt(eps * jnp.maximum(1, jnp.max(magnitude)))
+    side = lambda sign: (fn((x + sign * reach * v * unit).astype(x.dtype), u) - image).astype(unit.dtype) / unit
+    size, moved, norm = _sized(jax.vmap(side)(jnp.array([1, -1], unit.dtype)))
+    length = size * norm
+    least = jnp.argmin(jnp.where(jnp.isfinite(length), length, jnp.inf))
+    noise = 4 * eps * jnp.sqrt(jnp.sum(magnitude**2))
+    safe = jnp.where(length[least] > 0, length[least], 1)
+    seen = jnp.maximum(1 - noise / safe, jnp.minimum(1, jnp.minimum(noise, reach) / safe))
+    return seen * size[least] / reach * moved[least]
 
 
 def mean_growth(growth: Array, steps: Steps, num_steps: int = 64) -> Array:
-    """Mean of `tangent_growth` over its whole blocks: an estimate of the largest Lyapunov exponent."""
+    """Means of `growth_along` over its whole blocks, ``(2,)``: estimates of the largest Lyapunov exponent."""
     num_steps = min(num_steps, growth.shape[0])
     lanes = growth.shape[0] // num_steps
     whole = steps.numbers()[num_steps - 1 :: num_steps][:lanes] < steps.length  # blocks without padding
-    total = jnp.where(whole[:, None], growth[: lanes * num_steps].reshape(lanes, num_steps), 0)
-    return steps.total(jnp.sum(total)) / (num_steps * steps.total(jnp.sum(whole)))
+    total = jnp.where(whole[:, None, None], growth[: lanes * num_steps].reshape(lanes, num_steps, 2), 0)
+    return steps.total(jnp.sum(total, axis=(0, 1))) / (num_steps * steps.total(jnp.sum(whole)))
 
 
 def amplified(residual: Array, growth: Array, steps: Steps) -> Array:
@@ -367,4 +403,5 @@ def amplified(residual: Array, growth: Array, steps: Steps) -> Array:
         (a1, b1), (a2, b2) = first, second
         return a1 + a2, jnp.logaddexp(b1 + a2, b2)
 
-    return jnp.exp(running(steps, join, (growth, jnp.log(residual)), (0.0, -jnp.inf))[1])
+    made = jnp.broadcast_to(jnp.log(residual), growth.shape)
+    return jnp.exp(running(steps, join, (growth, made), (0.0, -jnp.inf))[1])

@@ -41,7 +41,8 @@ class HutchinsonDiagonal(Hutchinson):
     It needs O(T D) memory.
 
     Args:
-        rng_key: Key of the probes. The chains of a batch share their probes; steps do not.
+        rng_key: Key of the probes. The chains of a batch share their probes, and so do the devices that share the steps
+            of a path; the steps of one device do not.
         num_probes: JVPs per step and iteration. The variance of entry i is
             ``sum over j != i of J[i, j]^2 / num_probes``.
         fixed_probes: Whether all iterations share their probes, so that the estimate is one fixed matrix for a given
@@ -82,7 +83,8 @@ class HutchinsonBlockDiagonal(Hutchinson):
     It takes two JVPs per probe, independent of D.
 
     Args:
-        rng_key: Key of the probes. The chains of a batch share their probes; steps do not.
+        rng_key: Key of the probes. The chains of a batch share their probes, and so do the devices that share the steps
+            of a path; the steps of one device do not.
         num_probes: Pairs of JVPs per step and iteration.
         fixed_probes: Whether all iterations share their probes, so that the estimate is one fixed matrix for a given
             path, as in the published code. By default each iteration draws new ones, and their errors average out.

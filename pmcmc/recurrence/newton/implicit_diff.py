@@ -11,7 +11,8 @@ respect to x0, the inputs and the values that fn closes over, which are found by
 stats have derivative zero. The guess, the tolerance and the solver's numbers do not affect the solution, so the
 derivative with respect to them is zero too.
 
-The derivative is that of the equation at the states found. It is meaningless if `result` is not successful.
+The derivative is that of the equation at the states found. It is meaningless if `result` is not successful. It is taken
+in forward mode, also for reverse mode, so fn needs a forward derivative; see `forward_derivative`.
 
 `solve_differentiably` is the entry point of Newton-type solvers. Multiple shooting gives its solutions the same
 derivative, `tangents_of_equation`, in `pmcmc.recurrence.shooting.derivative`.
@@ -20,23 +21,50 @@ Sources: implicit function theorem; Lim et al. (2024), section 3.1 (one scan for
 """
 
 import abc
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax.extend
 import jax.numpy as jnp
 from jax.custom_derivatives import zero_from_primal
 
 from pmcmc._pytree import Array, PyTree, RavelSpec, Scalar, is_real
+from pmcmc._xla.content import every_equation
 from pmcmc.recurrence.newton.equations import Outcome, System
 from pmcmc.recurrence.problem import Problem
 from pmcmc.recurrence.scan import affine_scan
 from pmcmc.recurrence.sharding import AllSteps, Steps, over_steps
-from pmcmc.recurrence.solution import RecurrenceSolver, Solution
+from pmcmc.recurrence.solution import RecurrenceSolver, Solution, tolerance_for
 
 # The steps axis of value, aux, result, residual, stats, iterates and residual_profile in a batch of solutions; -1 for
 # none.
 STEP_AXES = Solution._make((1, 1, -1, -1, -1, 2, 1))
+
+
+# Primitives whose derivative in forward mode may be missing.
+_ONE_WAY = frozenset({"custom_vjp_call", "custom_vjp_call_jaxpr", "io_callback", "pure_callback"})
+Result = TypeVar("Result")
+
+
+def forward_derivative(compute: Callable[[], Result], purpose: str, remedy: str) -> Result:
+    """Return ``compute()``, which takes the forward derivative of fn.
+
+    Args:
+        compute: The computation.
+        purpose: What the derivative is for.
+        remedy: What to use instead.
+
+    Raises:
+        TypeError: fn has no forward derivative.
+    """
+    try:
+        return compute()
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise TypeError(
+            f"{purpose} takes the forward derivative (jax.jvp) of fn, which JAX cannot compute: {error} Use {remedy}, "
+            "or give the part of fn that has none, such as one with jax.custom_vjp, a derivative by jax.custom_jvp."
+        ) from error
 
 
 class Traced(NamedTuple):
@@ -129,7 +157,11 @@ class VectorSolver(RecurrenceSolver):
     def tolerance(self) -> Scalar | None:
         """Largest residual / scale of a solution; None: that of the dtype."""
 
+    def check_dtype(self, dtype):
+        tolerance_for(self.tolerance, dtype)
+
     def solve_problem(self, problem: Problem) -> Solution:
+        self.check_dtype(problem.dtype)
         if not all(is_real(x) for x in jax.tree.leaves(problem.x0)):
             raise TypeError(
                 "Newton-type solvers need real states, got integer or boolean leaves. Use MultipleShooting()."
@@ -146,6 +178,7 @@ def solve_differentiably(solver: VectorSolver, problem: Problem) -> Solution:
     """
     spec = state_spec(problem)
     traced, consts = trace_on_vectors(spec, problem)
+    _check_derivative(traced, consts, spec, problem)
     start = jax.vmap(spec.ravel)(problem.x0)
     scale = None if problem.scale is None else _ravel_scale(spec, problem.scale)
 
@@ -165,6 +198,22 @@ def solve_differentiably(solver: VectorSolver, problem: Problem) -> Solution:
     if not solver.shared_by:
         return solve(AllSteps(problem.length), whole, shared)
     return over_steps(solver.shared_by, solve, whole, shared, STEP_AXES, problem.length)
+
+
+def _check_derivative(traced: Traced, consts: list, spec: RavelSpec, problem: Problem) -> None:
+    """Raise an error if fn may have no forward derivative with respect to the state, and has none.
+
+    Raises:
+        TypeError: It has none.
+    """
+    if any(equation.primitive.name in _ONE_WAY for equation in every_equation(traced.jaxpr)):
+        fn = traced.bind(consts)
+        tangent = jax.vmap(jax.jacfwd(lambda x, u: fn(x, u)[0]))
+        state = jax.ShapeDtypeStruct((1, spec.size), spec.dtype)
+        some = jax.tree.map(lambda u: jax.ShapeDtypeStruct((1, *u.shape), u.dtype), _abstract(problem.inputs, 2))
+        forward_derivative(
+            lambda: jax.eval_shape(tangent, state, some), "a Newton-type solver", "MultipleShooting(), which takes none"
+        )
 
 
 def _solve_one(
@@ -198,8 +247,8 @@ def _ravel_scale(spec: RavelSpec, scale: PyTree) -> Array:
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _solve(setup: Setup, solver: VectorSolver, arguments: Arguments, guess: Array, scale: Array | None) -> Outcome:
     """Run the solver on vectors; its derivative is `_solve_jvp`."""
-    fn = setup.traced.bind(arguments.consts)
-    system = System(fn, arguments.start, arguments.inputs, scale, solver.tolerance, setup.steps)
+    fn, tol = setup.traced.bind(arguments.consts), tolerance_for(solver.tolerance, arguments.start.dtype)
+    system = System(fn, arguments.start, arguments.inputs, scale, tol, setup.steps)
     return solver.run(system, guess, setup.guess_given)
 
 
@@ -224,6 +273,9 @@ def tangents_of_equation(
         path: x[1..T], (T, D).
         arguments: What the path depends on.
         dots: Tangents of the arguments.
+
+    Raises:
+        TypeError: fn has no forward derivative.
     """
 
     def images(arguments, path):
@@ -235,7 +287,11 @@ def tangents_of_equation(
         previous = steps.delayed(path, arguments.start)
         return jax.vmap(jax.jacfwd(lambda x, u: fn(x, u)[0]))(previous, arguments.inputs)
 
-    _, (v, _) = jax.jvp(images, (arguments, path), (dots, jnp.zeros_like(path)))
-    path_dot = affine_scan(steps, jacobians(), v)
-    _, (_, aux_dot) = jax.jvp(images, (arguments, path), (dots, path_dot))
-    return path_dot, aux_dot
+    def tangents():
+        _, (v, _) = jax.jvp(images, (arguments, path), (dots, jnp.zeros_like(path)))
+        path_dot = affine_scan(steps, jacobians(), v)
+        return path_dot, jax.jvp(images, (arguments, path), (dots, path_dot))[1][1]
+
+    return forward_derivative(
+        tangents, "the derivative of a solution", "Sequential(), which is differentiated as a scan"
+    )

@@ -253,7 +253,7 @@ class BlockDiagonal(Scanned):
 class Identity(JacobianStructure):
     """A = I: Picard iteration, a cumulative sum.
 
-    An iteration takes no derivative. The certificate does: it measures by JVPs how small distances grow. If fn has no
+    An iteration takes no derivative. The certificate does, to measure how small distances grow. If fn has no
     forward derivative, as with `jax.pure_callback` or `jax.custom_vjp`, use `MultipleShooting`. It suits
     recurrences whose steps change the state little.
 
@@ -275,7 +275,7 @@ class Identity(JacobianStructure):
 class Zero(JacobianStructure):
     """A = 0: Jacobi iteration, one evaluation of every step per round.
 
-    An iteration takes no derivative. The certificate does: it measures by JVPs how small distances grow. If fn has no
+    An iteration takes no derivative. The certificate does, to measure how small distances grow. If fn has no
     forward derivative, as with `jax.pure_callback` or `jax.custom_vjp`, use `MultipleShooting`. It suits
     recurrences that forget their state at once.
     """

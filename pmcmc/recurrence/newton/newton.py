@@ -42,6 +42,7 @@ from pmcmc.recurrence.newton.equations import Course, Evaluation, System, blocke
 from pmcmc.recurrence.newton.implicit_diff import VectorSolver
 from pmcmc.recurrence.newton.jacobian import Dense, Identity, JacobianBasis, JacobianStructure, Zero
 from pmcmc.recurrence.sharding import distinct
+from pmcmc.recurrence.solution import check_tolerance
 
 
 class Iterate(NamedTuple):
@@ -82,6 +83,7 @@ class NewtonType(VectorSolver):
     def __post_init__(self):
         check_int("max_iters", self.max_iters, 0)
         check_int("num_iterates", self.num_iterates, 0)
+        check_tolerance(self.tol)
         if self.devices is not None:
             object.__setattr__(self, "devices", distinct(self.devices))
         if isinstance(self.jacobian, Identity | Zero) and not (self.damping is None and self.clip is None):
@@ -224,7 +226,8 @@ class Newton(NewtonType):
     Args:
         jacobian: `Dense` (DEER), `Diagonal` (quasi-DEER), `HutchinsonDiagonal` (stochastic quasi-DEER), `BlockDiagonal`
             (block quasi-DEER), `HutchinsonBlockDiagonal`, `Identity` (Picard) or `Zero` (Jacobi).
-        tol: Largest residual / scale of a solution. None: 32 eps in float32, 512 eps in float64.
+        tol: Largest residual / scale of a solution. None: 32 eps in float32, 512 eps in float64; states in half
+            precision need one.
         max_iters: Budget of iterations. After T iterations every structure is exact. A small budget stops early: the
             result is then `max_iters_reached`, `residual_profile` is the residual of each step, and
             `stats.certified_steps` the length of the certified prefix.
@@ -236,10 +239,11 @@ class Newton(NewtonType):
         devices: Devices that share the steps evenly; the solution is the same, to rounding. None: JAX's default device.
 
     Raises:
-        ValueError: max_iters or num_iterates is below 0; damping or clip is given although A has no entries; devices
-            are empty or repeated.
+        ValueError: max_iters or num_iterates is below 0; tol is negative or not finite; damping or clip is given
+            although A has no entries; devices are empty or repeated; or, in a solve, the state is in half precision and
+            there is no tol.
         TypeError: max_iters or num_iterates is a number but no integer; or, in a solve, the state has integer or
-            boolean leaves.
+            boolean leaves, or fn has no forward derivative.
 
     Sources: Lim et al. (2024) (DEER); Gonzalez et al. (2024) (quasi-DEER); Gonzalez et al. (2025) (one framework);
     Zoltowski et al. (2025) (MCMC: stochastic and block diagonals, damping, clipping, basis).

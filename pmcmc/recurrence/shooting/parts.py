@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pmcmc._pytree import Array, ArrayLeaf, PyTree, Scalar, finite_rows, real_dtype
+from pmcmc._pytree import Array, ArrayLeaf, PyTree, Scalar, finite_rows, real_dtype, single_or_wider
 from pmcmc.recurrence.sequential import Lanes, Layout
 from pmcmc.recurrence.sharding import PartOfLanes
 from pmcmc.recurrence.shooting.repair import Edge, Recording, Sweep, successor_starts
@@ -100,7 +100,7 @@ class Part(NamedTuple):
             num_chains: C.
             with_scale: Whether a scale is given.
         """
-        integer, real = jnp.result_type(int), real_dtype(x)
+        integer, real = jnp.result_type(int), single_or_wider(real_dtype(x))
         lanes = lambda dtype: np.zeros(num_lanes, dtype)
         rows = jax.tree.map(lambda s: jax.ShapeDtypeStruct((1, *s.shape), s.dtype), x)
         scale = jax.eval_shape(typical_scale, rows)

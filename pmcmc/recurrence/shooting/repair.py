@@ -261,11 +261,11 @@ def _own_scale(reach: tuple[PyTree, PyTree], scale: PyTree, tol: Array) -> PyTre
     end of the preceding block, so its own states are on the scale of the sequential path. Four units of rounding are
     always allowed.
     """
-    floor = 4 / jnp.maximum(tol, default_tolerance(tol.dtype))
 
     def leaf(low: Array, high: Array, scale: Array) -> Array:
         if not is_real(low):
             return scale
+        floor = 4 / jnp.maximum(tol, default_tolerance(low.dtype))
         rounding = floor * jnp.finfo(low.dtype).eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
         return jnp.minimum(scale[None], jnp.maximum(2 * (high - low), rounding)).astype(low.dtype)
 

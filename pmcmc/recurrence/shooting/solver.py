@@ -16,8 +16,8 @@ steps, where t_c is the coalescence time. No derivatives are needed, and states 
 
 A merge within the tolerance proves little if nearby paths separate: two orbits of a chaotic map come close by chance.
 The growth rate of small distances (below the square root of the tolerance) is therefore measured on all lanes that are
-run again. If it would carry the largest accepted difference past the tolerance within T steps, the result is
-`not_contracting` (see `pmcmc.recurrence.solution`).
+run again. If it would carry the largest accepted difference past the tolerance within T steps, or all of them, added up
+as they grow, past its square root, the result is `not_contracting` (see `pmcmc.recurrence.solution`).
 
 Source: Heidelberger & Stone (1990), time-parallel simulation; Neal (1999), circular coupling; Chartier & Philippe
 (1993), parallel shooting for dissipative systems.
@@ -52,7 +52,16 @@ from pmcmc.recurrence.sequential import Lanes, LaneSolver, Layout, record_for, w
 from pmcmc.recurrence.sharding import AllLanes, distinct, lane_sharding, over_devices, replicated
 from pmcmc.recurrence.shooting.derivative import differentiable
 from pmcmc.recurrence.shooting.repair import Edge, Recording, Sweep, repair_sweep, successor_starts
-from pmcmc.recurrence.solution import RESULTS, Solution, Stats, default_tolerance, separates, typical_scale
+from pmcmc.recurrence.solution import (
+    RESULTS,
+    Solution,
+    Stats,
+    check_tolerance,
+    largest_error,
+    separates,
+    tolerance_for,
+    typical_scale,
+)
 
 # Steps of the zeroth sweep between writes to the path, if they divide the capacity.
 CHUNK = 16
@@ -70,7 +79,8 @@ class MultipleShooting(LaneSolver):
     Args:
         num_blocks: P, blocks per chain. None: about sqrt(8 T), with at least 16 steps per block, and on a CPU at most
             128.
-        tol: Largest accepted ``|recorded - repaired| / scale``. None: 32 eps in float32, 512 eps in float64.
+        tol: Largest accepted ``|recorded - repaired| / scale``. None: 32 eps in float32, 512 eps in float64; states in
+            half precision need one.
         max_sweeps: Budget of repair sweeps. None: no limit; P always suffice.
         max_steps: Budget of the critical path, including the S steps of the zeroth sweep. None: no limit. Where threads
             solve parts of the blocks, both budgets count the slowest part between two hand-overs.
@@ -78,9 +88,10 @@ class MultipleShooting(LaneSolver):
             the same. None: the default device of JAX.
 
     Raises:
-        ValueError: ``num_blocks``, ``max_sweeps`` or ``max_steps`` is below 1, or ``devices`` is empty or repeats one.
-        TypeError: One of the first three is a number but no integer; or a solution whose state has integer or boolean
-            leaves is differentiated.
+        ValueError: ``num_blocks``, ``max_sweeps`` or ``max_steps`` is below 1, ``tol`` is negative or not finite, or
+            ``devices`` is empty or repeats one; or, in a solve, the state is in half precision and there is no tol.
+        TypeError: One of the first three is a number but no integer; or a solution is differentiated whose state has
+            integer or boolean leaves, or whose fn has no forward derivative.
 
     Example:
         >>> import jax.numpy as jnp, pmcmc
@@ -100,6 +111,7 @@ class MultipleShooting(LaneSolver):
         check_int("num_blocks", self.num_blocks, 1)
         check_int("max_sweeps", self.max_sweeps, 1, "Use Sequential() for none.")
         check_int("max_steps", self.max_steps, 1, "Use None for no limit.")
+        check_tolerance(self.tol)
         if self.devices is not None:
             object.__setattr__(self, "devices", distinct(self.devices))
 
@@ -124,12 +136,15 @@ class MultipleShooting(LaneSolver):
 
     def limits(self, x0: PyTree) -> tuple[Array, Scalar, Scalar]:
         """Return the tolerance, the budget of sweeps and that of steps for chains of this state, (C, ...)."""
-        dtype = real_dtype(x0)
-        tol = jnp.asarray(default_tolerance(dtype) if self.tol is None else self.tol, dtype)
+        tol = tolerance_for(self.tol, real_dtype(x0))
         or_most = lambda limit: np.iinfo(np.int32).max if limit is None else limit  # P sweeps always suffice
         return tol, or_most(self.max_sweeps), or_most(self.max_steps)
 
+    def check_dtype(self, dtype):
+        tolerance_for(self.tol, dtype)
+
     def solve_problem(self, problem):
+        self.check_dtype(problem.dtype)
         return differentiable(super().solve_problem, problem)
 
     def solve_lanes(self, lanes):
@@ -187,7 +202,7 @@ def _run(lanes: Lanes, tol: Array, max_sweeps: Scalar, max_steps: Scalar) -> Out
     begun, end, path, aux = fill(lanes)
     if lanes.scale is None:
         lanes = lanes._replace(scale=measure_scale(lanes, path), measured=True)
-    zero = jnp.zeros(held.num_lanes, real_dtype(lanes.x0))
+    zero = jnp.zeros(held.num_lanes, tol.dtype)
     start, active = successor_starts(lanes, end, jnp.ones(held.num_lanes, bool))
     recording = Recording(path, aux, zero, zero, zero, zero)
     begin = Sweep.first(held, start, begun, active, end, recording, jnp.asarray(length))
@@ -337,8 +352,12 @@ def conclude(
     count, growth = (jnp.sum(by_chain(x), axis=1) for x in (found.growth_count, found.growth))
     growth_rate = jnp.where(count > 0, growth / jnp.maximum(count, 1), jnp.nan)
     separating = separates(growth_rate, jnp.max(splice, axis=1), tol, layout.length)
-    # The certified prefix ends at a pending block, or, if nearby paths separate, at one that merged inexactly.
-    prefix = _prefix(layout, ~active & ((splice == 0) | ~separating[:, None]), jnp.zeros_like(active, int))
+    small = _errors(layout, splice, growth_rate) <= largest_error(tol)
+    # The certified prefix ends at a pending block, at one at whose end the error is no longer small, or, if nearby
+    # paths separate, at one that merged inexactly.
+    fine = small & ((splice == 0) | ~separating[:, None])
+    separating = separating | ~jnp.all(small, axis=1)
+    prefix = _prefix(layout, ~active & fine, jnp.zeros_like(active, int))
     residual = jnp.max(by_chain(found.residual), axis=1)
     first = (jnp.arange(layout.num_blocks) * layout.block_length)[None]
     certified = jnp.minimum(prefix, finite_prefix)
@@ -361,6 +380,18 @@ def conclude(
             certified_residual=jnp.max(jnp.where(first < certified[:, None], splice, 0.0), axis=1),
         ),
     )
+
+
+def _errors(layout: Layout, splice: Array, growth_rate: Array) -> Array:
+    """Bound the error at the end of each block, (chains, blocks).
+
+    The error of a block's start and the difference at its merge grow at the measured rate; the latter may be at its
+    end, so it does not shrink. Without a measured rate they are added up.
+    """
+    rate = jnp.where(jnp.isnan(growth_rate), 0, growth_rate)[:, None]
+    growth = rate * jnp.minimum(jnp.arange(1, layout.num_blocks + 1) * layout.block_length, layout.length)[None]
+    made = jnp.log(splice) + jnp.maximum(rate, 0) * layout.block_length
+    return jnp.exp(growth + jax.lax.associative_scan(jnp.logaddexp, made - growth, axis=1))
 
 
 def _total(counts: Array) -> Array:

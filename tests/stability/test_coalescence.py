@@ -102,7 +102,7 @@ def test_dimension_that_rises_again_is_counted_from_its_last_fall() -> None:
     """x[1] is equal at steps 3 to 5 only, and again from step 8 on, where x[0] has long merged."""
     gap = jnp.array([1, 1, 0, 0, 0, 1, 1, 0, 0.0])[:, None]
     follow = lambda x, u: jnp.stack([0 * x[0], jnp.where(x[2] > 0, u, 0.0), x[2]])
-    scale = jnp.array([1.0, 1.0, jnp.inf])  # x[2] distinguishes the paths and is not compared
+    scale = jnp.array([1.0, 1.0, 1e300])  # x[2] distinguishes the paths and is not compared
     found = couple(follow, jnp.ones((1, 3)), jnp.zeros((1, 3)), gap, scale=scale)
     assert found.steps.tolist() == [3]
     never = couple(follow, jnp.ones((1, 3)), jnp.zeros((1, 3)), gap, scale=scale.at[2].set(1))

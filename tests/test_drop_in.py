@@ -257,9 +257,7 @@ def test_pickles() -> None:
     jax.tree.map(np.testing.assert_array_equal, mcmc.get_samples(), finished().get_samples())
     assert set(mcmc.get_extra_fields()) == set(finished().get_extra_fields())
     mcmc.print_summary()
-    with pytest.raises(
-        ValueError, match=r"deeply copied ParallelMCMC has no chain: save it by mcmc.chain.save\(path\)"
-    ):
+    with pytest.raises(ValueError, match=r"deeply copied ParallelMCMC has no chain: save it by mcmc.chain.save"):
         _ = mcmc.chain
     state = pickle.loads(pickle.dumps(finished().last_state))
     for found in (state, mcmc.last_state):

@@ -1,8 +1,8 @@
 """Runs of a NumPyro model: one at a time, and with a say in what would be drawn.
 
-NumPyro evaluates a density without `handlers.seed`, so that nothing but what the model itself keeps from inference is
-drawn: numbers from ``numpyro.prng_key()`` and within `handlers.block`, always by ``jax.random.key(0)``. `watched` does
-the same, within ``scan`` and ``cond`` too, and finds out about everything else that a model would have to draw.
+NumPyro evaluates a density without `handlers.seed`. What the model keeps from inference, by ``numpyro.prng_key()`` or
+within `handlers.block`, is then drawn by ``jax.random.key(0)``; where another value is missing, NumPyro fails. So does
+`watched`, within ``scan`` and ``cond`` too, except that one can find out which values are missing.
 """
 
 import threading

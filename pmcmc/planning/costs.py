@@ -85,7 +85,8 @@ class CostModel:
             larger than ``cpu_overhead``, because a run of warm-up's program has 16 steps only.
         cpu_lane_ratio: Seconds of one of many lanes over those of a lane in warm-up, which has a quarter of the lanes
             or less and adapts the step size in between.
-        cpu_block_share: Largest time of a lane in blocks over that of a step of a sequential chain, where lanes gain.
+        cpu_block_share: Largest time of a lane in blocks that is expected where lanes gain, over that of a step of a
+            sequential chain.
         cpu_spare: Lanes in blocks on a CPU that take as long as what a step takes whatever the number of its lanes.
         cpu_most_lanes: Lanes of blocks on a CPU beyond which each takes longer, since they leave the caches.
         cpu_step_lane: Seconds of a lane of HMC for each step, besides its gradients: noise, acceptance and records.
@@ -110,7 +111,7 @@ class CostModel:
     cpu_overhead: float = 1e-6
     cpu_warmup_overhead: float = 1.1e-5
     cpu_lane_ratio: float = 0.8
-    cpu_block_share: float = 0.5
+    cpu_block_share: float = 0.3
     cpu_spare: float = 16.0
     cpu_most_lanes: int = 256
     cpu_step_lane: float = 1.5e-7

@@ -200,7 +200,7 @@ def test_lanes_of_warmup_tell_the_cost_of_lanes() -> None:
     assert lane(1e-6) == pytest.approx(model.cpu_lane_ratio * model.least_lane_share * 1e-6 / 32)
 
 
-def test_a_lane_that_gains_takes_at_most_half_of_a_sequential_step() -> None:
+def test_a_lane_that_gains_takes_a_share_of_a_sequential_step() -> None:
     """Warm-up's lanes run in a program that is compiled quickly, which says little of those of blocks."""
     model, known = CostModel(), dict(sequential=4e-6, num_chains=4, compile_seconds=1.0, num_cores=2)
     costs = lambda seconds, gain: model.costs(on_cpu=True, **known, lanes=(32, seconds), lanes_gain=gain)

@@ -4,6 +4,7 @@ Every test lists all sentences that it expects, so each sentence is required in 
 """
 
 import re
+from dataclasses import astuple
 from functools import partial
 
 import jax.numpy as jnp
@@ -105,7 +106,9 @@ def test_modes_beside_a_centred_site_that_is_well_identified() -> None:
     target = target_of(beside_a_mode)
     pilot = pilot_of(target, {"b": steady(4.0), "theta": steady(2e-6), "tau": steady(2e-6)}, move=0.2)
     found = diagnose(target, HMC, pilot, GOOD)
-    assert found.sites == {"b": SiteDistance(pytest.approx(4.0), NUM_PAIRS, NUM_PAIRS)}
+    assert {name: astuple(site)[:3] for name, site in found.sites.items()} == {
+        "b": (pytest.approx(4.0), NUM_PAIRS, NUM_PAIRS)
+    }
     assert said(found) == {"modes"}
     assert "separate regions at 'b', " in found.suggestions[0]
     assert "LocScaleReparam" not in str(found)
@@ -118,8 +121,8 @@ def test_every_site_that_is_apart_is_named() -> None:
     pilot = pilot_of(target, {"b": steady(4.0, slice(0, 3)), "mu": steady(2.0, slice(3, None))}, move=0.2)
     found = diagnose(target, HMC, pilot, GOOD)
     assert list(found.sites) == ["mu", "b"]
-    assert found.sites["mu"] == SiteDistance(pytest.approx(2.0), 5, 8)
-    assert found.sites["b"] == SiteDistance(pytest.approx(4.0), 3, 8)
+    assert astuple(found.sites["mu"])[:3] == (pytest.approx(2.0), 5, 8)
+    assert astuple(found.sites["b"])[:3] == (pytest.approx(4.0), 3, 8)
     assert said(found) == {"modes"}
     assert "separate regions at 'mu', 'b', " in found.suggestions[0]
 

@@ -99,7 +99,7 @@ class Windowed(VectorSolver):
     def numbers_per_step(self, dim):
         # From XLA's memory analysis on a CPU (MALA, D = 4 and 24: 18 and 46 to 99). The window's own memory, W times
         # the numbers of `solver`, does not grow with the path and is left out.
-        return 4 * dim + 4
+        return 4 * dim + 8
 
     def run(self, system, guess, guess_given):
         width = min(self.window, system.length)

@@ -46,7 +46,8 @@ def far_lanes(path: np.ndarray, logdensity: np.ndarray) -> np.ndarray:
         path: Coordinates of the lanes; shape (steps, lanes, D).
         logdensity: Log densities; shape (steps, lanes).
     """
-    (num_lanes, dim), logdensity = path.shape[1:], np.asarray(logdensity, float)
+    num_lanes, dim = path.shape[1:]
+    logdensity = np.asarray(logdensity, float)
     better = np.argsort(-np.mean(logdensity, axis=0), kind="stable")[: max(1, num_lanes // 2)]  # NaN comes last
     variance = np.where(np.ptp(path, axis=0) > 0, np.var(path, axis=0), 0.0)  # rounding moves no lane
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -267,25 +267,33 @@ def check_tolerance(tol: Scalar | None, dtype: Any = np.float64) -> None:
         )
 
 
+def check_tolerance_for(tol: Scalar | None, dtype: Any) -> None:
+    """Raise an error if a tolerance cannot be used for states of this dtype.
+
+    Raises:
+        ValueError: It is known to be negative or not finite in this dtype; or it is None in half precision.
+    """
+    wide = single_or_wider(dtype)
+    if tol is None and wide != dtype:
+        raise ValueError(
+            f"states in {jnp.dtype(dtype)} have no default tolerance: rounding keeps paths up to "
+            f"{default_tolerance(dtype):.2g} of their scale apart. Use float32 states, or say by tol= what to accept."
+        )
+    check_tolerance(tol, wide)
+
+
 def tolerance_for(tol: Scalar | None, dtype: Any) -> Array:
     """Return the tolerance for states of this dtype, in this dtype or float32; None for the default.
 
     One that is unknown while a program is traced, and turns out as negative or not finite, counts as 0.
 
     Raises:
-        ValueError: It is known to be negative or not finite in this dtype; or it is None in half precision.
+        ValueError: See `check_tolerance_for`.
     """
-    wide = single_or_wider(dtype)
+    check_tolerance_for(tol, dtype)
     if tol is None:
-        if wide != dtype:
-            raise ValueError(
-                f"states in {jnp.dtype(dtype)} have no default tolerance: rounding keeps paths up to "
-                f"{default_tolerance(dtype):.2g} of their scale apart. Use float32 states, or say by tol= what to "
-                "accept."
-            )
-        return jnp.asarray(default_tolerance(dtype), wide)
-    check_tolerance(tol, wide)
-    tol = jnp.asarray(tol, wide)
+        return jnp.asarray(default_tolerance(dtype), single_or_wider(dtype))
+    tol = jnp.asarray(tol, single_or_wider(dtype))
     return jnp.where((tol >= 0) & jnp.isfinite(tol), tol, 0)
 
 

@@ -35,7 +35,7 @@ from pmcmc.recurrence.newton.equations import Outcome, System
 from pmcmc.recurrence.problem import Problem
 from pmcmc.recurrence.scan import affine_scan
 from pmcmc.recurrence.sharding import AllSteps, Steps, over_steps
-from pmcmc.recurrence.solution import RecurrenceSolver, Solution, tolerance_for
+from pmcmc.recurrence.solution import RecurrenceSolver, Solution, check_tolerance_for, tolerance_for
 
 # The steps axis of value, aux, result, residual, stats, iterates and residual_profile in a batch of solutions; -1 for
 # none.
@@ -158,7 +158,7 @@ class VectorSolver(RecurrenceSolver):
         """Largest residual / scale of a solution; None: that of the dtype."""
 
     def check_dtype(self, dtype):
-        tolerance_for(self.tolerance, dtype)
+        check_tolerance_for(self.tolerance, dtype)
 
     def solve_problem(self, problem: Problem) -> Solution:
         self.check_dtype(problem.dtype)

@@ -57,6 +57,7 @@ from pmcmc.recurrence.solution import (
     Solution,
     Stats,
     check_tolerance,
+    check_tolerance_for,
     largest_error,
     separates,
     tolerance_for,
@@ -141,7 +142,7 @@ class MultipleShooting(LaneSolver):
         return tol, or_most(self.max_sweeps), or_most(self.max_steps)
 
     def check_dtype(self, dtype):
-        tolerance_for(self.tol, dtype)
+        check_tolerance_for(self.tol, dtype)
 
     def solve_problem(self, problem):
         self.check_dtype(problem.dtype)

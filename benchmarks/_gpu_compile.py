@@ -99,13 +99,16 @@ def lower(program: TargetJit, target: Target, *args: Any, **static: Any) -> Any:
         return program._jitted(target).trace(*on_card((target, *args)), **static).lower(lowering_platforms=("cuda",))
 
 
-def compile_for_gpu(lowered: Any, turns: int = 1, options: dict[str, Any] | None = None) -> Program:
+def compile_for_gpu(
+    lowered: Any, turns: int = 1, options: dict[str, Any] | None = None, steps_per_turn: int = 1
+) -> Program:
     """Compile a lowered program for the H100, and count.
 
     Args:
         lowered: From `lower`.
         turns: Turns of loops within a step whose number XLA does not know, such as leapfrog steps.
         options: Compiler options.
+        steps_per_turn: Steps of the zeroth sweep in a turn of its loop.
     """
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
@@ -120,6 +123,7 @@ def compile_for_gpu(lowered: Any, turns: int = 1, options: dict[str, Any] | None
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             spills = sum(pool.map(_spills, kernels))
     zeroth, repair, visit = phases(root)
+    zeroth = zeroth * (1 / steps_per_turn)
     temporaries = compiled.memory_analysis().temp_size_in_bytes
     launches = root.work().launches
     return Program(zeroth, repair, visit, launches, code.tf32, code.swaps, spills, temporaries, seconds)

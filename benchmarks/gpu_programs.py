@@ -35,6 +35,7 @@ from benchmarks.targets import Case
 from pmcmc._xla.compile import TargetJit
 from pmcmc._xla.graphs import OPTIONS
 from pmcmc.interop.numpyro import numpyro_target
+from pmcmc.recurrence.sequential import UNROLLED
 from pmcmc.sampling.programs import draw_noise, solve_noise
 from pmcmc.target import Target
 from pmcmc.warmup import lanes
@@ -122,7 +123,9 @@ def measure(job: Job) -> dict[str, Any]:
     )
     length = getattr(case.kernel, "num_integration_steps", None)
     options = OPTIONS if job.program.endswith(AS_GRAPHS) else None
-    found = compile_for_gpu(lowered, length if isinstance(length, int) else 1, options)
+    unrolled = program == "solve" and case.kernel.transition(case.target).staged is None
+    steps_per_turn = UNROLLED if unrolled else 1
+    found = compile_for_gpu(lowered, length if isinstance(length, int) else 1, options, steps_per_turn)
     return {"jax": jax.__version__, "case": case.name, "lanes": job.lanes, "program": job.program, **counts(found)}
 
 

@@ -61,8 +61,8 @@ class ParallelMCMC(MCMC):
         num_warmup, num_samples, num_chains, thinning: As in NumPyro; ``num_samples`` counts steps before thinning.
         postprocess_fn: Not supported; must be None.
         progress_bar: Whether to show progress, in terminals and notebooks only.
-        chain_method, progress_rate, jit_model_args: Accepted without effect. Chains always run side by side, and new
-            data of the same shapes never compile again.
+        chain_method, progress_rate, jit_model_args: Accepted without effect. Chains always run side by side, and
+            arrays of new values and the same shapes are not compiled again.
         kernel: A pmcmc kernel, `HMC()` by default, if ``sampler`` is a model.
         solver, warmup, reparam: As in `pmcmc.parallel_chain`.
 

@@ -104,7 +104,7 @@ def merge_times(rows: Rows) -> Table:
     def cell(group: Rows) -> str:
         (row,) = group
         if row["merged"] == len(row["steps"]):
-            return f"{number(int(median(row['steps'])))} / {number(max(row['steps']))}"
+            return f"{number(int(median(row['steps']) + 0.5))} / {number(max(row['steps']))}"
         return f"{row['merged']} of {len(row['steps'])} merged"
 
     return pivot(rows, "posterior", cell, "kernel")

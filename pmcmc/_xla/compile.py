@@ -4,7 +4,7 @@ Functions whose first argument is a `pmcmc.Target` are decorated with `tuned_jit
 kept per target, in `programs_of`, and dropped with the targets that were used least recently.
 
 `BackgroundCompiler` compiles in a second thread, alongside work that need not wait for it, such as warm-up.
-`cache_programs` keeps programs between processes, and `available_bytes` bounds what a run may allocate.
+`cache_programs` keeps programs between processes.
 """
 
 import ctypes
@@ -17,8 +17,9 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from functools import cache, update_wrapper, wraps
 from pathlib import Path
 from typing import Any
@@ -32,51 +33,10 @@ from pmcmc._xla import default_platform, factorizations, graphs, precision, scat
 from pmcmc._xla.equations import replacing
 from pmcmc._xla.rewrites import own_program
 
-# Files with the limit and the use of a container's control group: version 2, then version 1.
-_GROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
-
-
-def available_bytes() -> float:
-    """Return the bytes of host memory that this process may still allocate; inf if the system does not say."""
-    found = [float("inf")]
-    for line in _read("/proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            found.append(1024.0 * int(line.split()[1]))
-    for limit, use in _GROUPS:
-        most, taken = _read(limit).strip(), _read(use).strip()
-        if most.isdigit() and taken.isdigit():
-            found.append(float(most) - float(taken))
-    return min(found)
-
-
-def check_available(needed: int, remedy: str) -> None:
-    """Raise if less memory is available than the draws need.
-
-    Args:
-        needed: Bytes.
-        remedy: Last sentence of the error message.
-
-    Raises:
-        MemoryError: Fewer than ``needed`` bytes are available.
-    """
-    if needed > (available := available_bytes()):
-        raise MemoryError(f"the draws need {size_text(needed)}, and {size_text(available)} are available. {remedy}")
-
-
-def _read(path: str) -> str:
-    """Return the text of a file; empty if it cannot be read."""
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
-
-
-def size_text(number: float | int) -> str:
-    """Format a number of bytes in MiB, or in GiB from 0.5 GiB up."""
-    return f"{number / 2**30:,.1f} GiB" if number >= 2**29 else f"{number / 2**20:,.1f} MiB"
+# A program's file that has been empty for longer than this was left by a process that was killed.
+WRITING_SECONDS = 60.0
+# Ends of the names of JAX's files: a program, and when it was used, which JAX writes if it limits the folder by itself.
+_PROGRAM, _USED = "-cache", "-atime"
 
 
 def num_cores() -> int:
@@ -119,15 +79,15 @@ class BackgroundCompiler:
     """Run compilations one after the other in a background thread.
 
     XLA compiles without holding Python's lock. Work in the main thread is therefore slowed down only while a program
-    is being traced.
+    is being traced, and where it needs all cores.
     """
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pmcmc-compile")
-        self._jobs: dict[Hashable, _Job] = {}
+        self._jobs: dict[Hashable, Job] = {}
 
-    def begin(self, name: Hashable, compilation: Callable[[], Callable[[], None] | None]) -> None:
-        """Submit a compilation, unless one was submitted under this name before.
+    def begin(self, name: Hashable, compilation: Callable[[], Callable[[], None] | None]) -> "Job":
+        """Submit a compilation, unless one was submitted under this name before; returns its job.
 
         Args:
             name: Key of the compilation.
@@ -135,8 +95,16 @@ class BackgroundCompiler:
                 model is not read after ``compilation`` has returned.
         """
         if name not in self._jobs:
-            job = self._jobs[name] = _Job(compilation, settings_of_thread())
+            job = Job(compilation, settings_of_thread())
             job.future = self._pool.submit(job.run)
+            self.adopt(name, job)
+            _unfinished.add(job)
+            job.future.add_done_callback(lambda _: _unfinished.discard(job))
+        return self._jobs[name]
+
+    def adopt(self, name: Hashable, job: "Job") -> None:
+        """Wait for another one's job when this compilation is waited for."""
+        self._jobs[name] = job
 
     def ready(self, name: Hashable) -> bool:
         """Whether there is nothing to wait for: the compilation has ended, or was never submitted."""
@@ -152,7 +120,7 @@ class BackgroundCompiler:
         """
         begin = time.perf_counter()
         if name in self._jobs:
-            self._jobs[name].future.exception()
+            futures.wait([self._jobs[name].future])
         return time.perf_counter() - begin
 
     def close(self) -> None:
@@ -163,15 +131,21 @@ class BackgroundCompiler:
                 job.traced.wait()
 
 
-class _Job:
-    """A submitted compilation; ``traced`` is set once it no longer reads the user's model."""
+class Job:
+    """A submitted compilation.
+
+    Attributes:
+        future: Its end.
+        traced: Set once it no longer reads the user's model.
+    """
 
     def __init__(self, compilation: Callable[[], Callable[[], None] | None], settings: Callable[[], ExitStack]):
         self._compilation, self._settings = compilation, settings
         self.traced = threading.Event()
-        self.future: Future
+        self.future: futures.Future
 
     def run(self) -> None:
+        """Do all of it."""
         try:
             with self._settings():
                 rest = self._compilation()
@@ -180,6 +154,14 @@ class _Job:
                 rest()
         finally:
             self.traced.set()
+
+
+_unfinished: set[Job] = set()
+
+
+def is_compiling() -> bool:
+    """Whether this process compiles anything in the background, or is about to; also for runs that have ended."""
+    return bool(_unfinished)
 
 
 # Options on a CPU. jaxlib 0.10 hands small reductions to a library that takes 5 times as long as XLA's own loops once
@@ -370,8 +352,9 @@ def cache_programs(folder: str | Path | None = None, *, max_bytes: int = 4 * 2**
         folder: Where programs are kept; machines with other processors should not share it. None: the folder that
             ``jax_compilation_cache_dir`` names, if it is set, and otherwise one in the user's cache folder for this
             kind of processor and version of jaxlib.
-        max_bytes: Programs that were not used for longest are deleted if the programs in the folder take more bytes
-            than this. Done once, at this call. Other files in the folder are left alone.
+        max_bytes: If the programs in the folder take more bytes than this, the least recently used are deleted, once,
+            at this call. Empty files that a killed process left are deleted as well. Other files in the folder are left
+            alone. A process that reads a program while another one writes it warns, and compiles it.
 
     Returns:
         The folder.
@@ -416,22 +399,35 @@ def _processor() -> str:
 
 
 def _is_program(file: Path) -> bool:
-    """Whether JAX's cache wrote this file; a folder that the user names may hold anything else."""
-    return re.fullmatch(r".+-[0-9a-f]{64}-(cache|atime)", file.name) is not None and file.is_file()
+    """Whether JAX's cache wrote this file as a program; a folder that the user names may hold anything else."""
+    return re.fullmatch(rf".+-[0-9a-f]{{64}}{_PROGRAM}", file.name) is not None and file.is_file()
 
 
 def _delete_unused(folder: Path, max_bytes: int) -> None:
-    """Delete the programs that were not used for longest, until the others take at most ``max_bytes``."""
+    """Delete the programs that were not used for longest, until the others take at most ``max_bytes``.
+
+    JAX reads an empty file, left by a process that was killed, as a broken program, warns, and never replaces it.
+    """
     found = []
     for file in filter(_is_program, folder.iterdir()):
         try:
             status = file.stat()
         except FileNotFoundError:  # another process has deleted it
             continue
+        if not status.st_size and time.time() - status.st_mtime > WRITING_SECONDS:
+            _delete(file)
+            continue
         found.append((max(status.st_atime, status.st_mtime), status.st_size, file))
     total = sum(size for _, size, _ in found)
     for _, size, file in sorted(found, key=lambda entry: entry[0]):
         if total <= max_bytes:
             break
-        file.unlink(missing_ok=True)
+        _delete(file)
         total -= size
+
+
+def _delete(program: Path) -> None:
+    """Delete a program and when it was used, unless it is gone or the folder belongs to somebody else."""
+    for file in (program, program.with_name(program.name.removesuffix(_PROGRAM) + _USED)):
+        with suppress(FileNotFoundError, PermissionError):
+            file.unlink()

@@ -292,10 +292,10 @@ class Chain:
     def get_warmup_samples(self) -> PyTree:
         """Return the draws of warm-up under the same names as `get_samples`, in the order in which they were made.
 
-        The lanes of warm-up, at most 32 by default, are a separate ensemble, not the beginning of the chains. First HMC
-        runs from dispersed starts to find location and metric (`SolveReport.num_lost_lanes` counts replaced lanes),
-        then the kernel (for NUTS: HMC) runs while its step size is tuned. These draws show whether warm-up was long
-        enough. They are no sample from the posterior.
+        The lanes of warm-up are a separate ensemble, not the beginning of the chains. There are 32 or fewer, or one for
+        each start that you pass if these are more. First HMC runs from the starts to find location and metric
+        (`SolveReport.num_lost_lanes` counts replaced lanes), then the kernel (for NUTS: HMC) runs while its step size
+        is tuned. These draws show whether warm-up was long enough. They are no sample from the posterior.
 
         Returns:
             Draws with leading axes (lanes, steps).

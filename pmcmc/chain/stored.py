@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._pytree import Array, PyTree
-from pmcmc._xla.compile import TargetJit, check_available, tuned_jit
+from pmcmc._xla.compile import TargetJit, tuned_jit
+from pmcmc._xla.memory import check_available
 from pmcmc.chain.draws import constrain, in_batches, piece, ungroup
 from pmcmc.chain.report import SolveReport, Summary
 from pmcmc.chain.state import ChainState

@@ -164,8 +164,8 @@ class Candidate(NamedTuple):
 class Plan:
     """How a run will be solved, the expected cost, and the alternatives.
 
-    ``print(plan)`` shows the candidates side by side. To use another one, pass its solver:
-    ``parallel_chain(..., solver=plan.candidates[1].solver)``.
+    ``print(plan)`` shows the candidates in the order of ``candidates`` and marks the chosen one by ``>``. To use
+    another one, pass its solver to `pmcmc.parallel_chain` or `pmcmc.sample`.
 
     Attributes:
         chosen: The chosen candidate.
@@ -244,7 +244,8 @@ def plan(
         max_steps: Steps per chain for which one solve has memory, as a function of the solver. None: any number.
         device_sets: Sets of devices among which the plan chooses; the devices of a set share the blocks. An empty set
             is the default device.
-        ready: Solvers from `block_solvers` whose program is already compiled.
+        ready: Solvers from `block_solvers` whose program is compiled, or has been compiling since warm-up: the plan
+            counts no compilation for them.
 
     Returns:
         The `Plan`.
@@ -317,7 +318,7 @@ def _worth_a_trial(
         others: Candidates by the expected costs.
         least: Candidates in blocks by the least costs.
         costs: The expected costs.
-        ready: Solvers whose program is already compiled.
+        ready: Solvers whose program is compiled, or has been compiling since warm-up.
     """
     if costs.least_lane == 1.0 or not least:
         return None

@@ -29,6 +29,7 @@ from pmcmc._pytree import (
     tree_index,
     tree_where,
 )
+from pmcmc._xla import default_platform
 from pmcmc.recurrence.problem import Problem, Recurrence
 from pmcmc.recurrence.solution import RESULTS, RecurrenceSolver, Solution, Stats
 
@@ -195,10 +196,11 @@ def write_step(buffer: PyTree, new: PyTree, step: Array | int) -> PyTree:
 
 def write_where(mask: Array, buffer: PyTree, new: PyTree, step: Array | int) -> PyTree:
     """Write like `write_step`, only in the lanes where ``mask`` is True; each lane may have its own step."""
-    if jnp.ndim(step):
+    if jnp.ndim(step) or default_platform() != "cpu":
 
         def leaf(b, n):
-            return b.at[jnp.arange(b.shape[0]), jnp.where(mask, step, b.shape[1])].set(n, mode="drop")
+            at = b.at[jnp.arange(b.shape[0]), jnp.where(mask, step, b.shape[1])]
+            return at.set(n, mode="drop", unique_indices=True, indices_are_sorted=True)
 
         return jax.tree.map(leaf, buffer, new)
     return write_step(buffer, tree_where(mask, new, read_step(buffer, step)), step)
@@ -247,13 +249,15 @@ def _run_abreast(step, inputs, first, chunk, carry, record):
     Writing each step into the large buffers would touch a page per lane and array.
     """
     u = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 1), inputs.of_chunk(first, chunk))
-    carry, new = jax.lax.scan(step, carry, u, length=chunk)
+    carry, new = jax.lax.scan(step, carry, u, length=chunk, unroll=1 if default_platform() == "cpu" else UNROLLED)
     write = lambda buffer, x: jax.lax.dynamic_update_slice_in_dim(buffer, jnp.swapaxes(x, 0, 1), first, 1)
     return carry, jax.tree.map(write, record, new)
 
 
 # Steps per chunk, where the number of steps is traced.
 CHUNK = 128
+# Steps per turn of the loop on a GPU: their records are written, and their noise is read, by one launch for each array.
+UNROLLED = 4
 
 
 @register_dataclass

@@ -168,7 +168,8 @@ def _warmup_record(settings: Settings, save_warmup: bool) -> WarmupRecord | None
     if not settings.warmup.shows_path:
         raise ValueError(
             f"save_warmup=True is not possible with {type(settings.warmup).__name__}, whose draws never leave its "
-            "program: use EnsembleAdaptation(), the default for kernels that take gradients, or leave it out."
+            "program: use EnsembleAdaptation(), the default except for Gibbs, DiscreteGibbs and Compose, or leave it "
+            "out."
         )
     return WarmupRecord()
 

@@ -18,14 +18,14 @@ import numpy as np
 
 from pmcmc._pytree import is_real, real_dtype, single_or_wider
 from pmcmc._xla import default_platform
-from pmcmc._xla.compile import num_cores
+from pmcmc._xla.compile import is_compiling, num_cores
 from pmcmc.planning import Costs, Plan, plan
 from pmcmc.planning.costs import CostModel
-from pmcmc.planning.plan import FIRST_SHARE, allowance, block_solvers, next_segment
+from pmcmc.planning.plan import BLOCK_COUNTS, FIRST_SHARE, allowance, block_solvers, next_segment
 from pmcmc.recurrence import RESULTS, MultipleShooting, RecurrenceSolver, Sequential
 from pmcmc.sampling.engine import Engine
 from pmcmc.sampling.pilot import Head, bias_after_warmup, couple
-from pmcmc.sampling.programs import Shape, lanes_gain
+from pmcmc.sampling.programs import Shape, lanes_gain, operations_of
 from pmcmc.sampling.segments import Run
 from pmcmc.stability import Coalescence, Diagnosis, diagnose
 from pmcmc.stability.evidence import pilot_fault
@@ -44,18 +44,57 @@ PLANNED_BLOCKS = 64
 # The pace of sequential steps is checked this many times in a run. The run is planned anew if a step takes more than
 # this many times as long as it did when the last plan was made.
 NUM_LOOKS, SURPRISE = 16, 2.0
+# A run of at least this many operations takes some seconds on a CPU. Then the program of blocks is compiled during
+# warm-up, before it is known whether blocks pay: of this many lanes, if each block has at least this many steps.
+LONG_OPERATIONS, LIKELY_LANES, LIKELY_STEPS = 2**36, 128, 512
 
 
-def compile_first(engine: Engine, solver: RecurrenceSolver | None, num_steps: int) -> None:
-    """Start to compile the programs that a run needs in any case.
+def compile_first(
+    engine: Engine, solver: RecurrenceSolver | None, num_steps: int, devices: Sequence[jax.Device] = ()
+) -> None:
+    """Start to compile the programs that a run needs in any case and, if it is long, those of `likely_blocks`.
 
     Args:
         engine: Engine of the run.
         solver: Solver of the run; None for "auto", which begins sequentially.
         num_steps: Steps of the run.
+        devices: Devices that the user named.
     """
     first = Sequential() if solver is None else solver
     engine.compile_ahead(first, engine.shape_for(first, num_steps))
+    if solver is None and not devices and (likely := likely_blocks(engine, num_steps)) is not None:
+        engine.compile_ahead(likely, block_shape(engine, likely, num_steps))
+
+
+def likely_blocks(engine: Engine, num_steps: int) -> MultipleShooting | None:
+    """Return the blocks that "auto" will probably choose for a long run if chains merge; None if it is not likely to.
+
+    Args:
+        engine: Engine of the run.
+        num_steps: Steps of the run.
+    """
+    if default_platform() != "cpu" or num_cores() == 1 or device_sets(()) != [()]:
+        return None
+    num_blocks = max((p for p in BLOCK_COUNTS if p * engine.num_chains <= LIKELY_LANES), default=None)
+    if num_blocks is None or num_steps < LIKELY_STEPS * num_blocks:
+        return None
+    model = engine.target, engine.kernel, engine.chain_keys, engine.guesses
+    if operations_of(*model, num_steps) < LONG_OPERATIONS or not lanes_gain(*model):
+        return None
+    return MultipleShooting(num_blocks=num_blocks, max_steps=1)  # the program does not depend on `max_steps`
+
+
+def block_shape(engine: Engine, solver: MultipleShooting, num_steps: int) -> Shape:
+    """Return the shape of the program of blocks, for 7/8 of a run, since the first segment is 1/8 of it at most.
+
+    The shape depends only on the length of the run, so that runs of equal length share the program.
+
+    Args:
+        engine: Engine of the run.
+        solver: The blocks.
+        num_steps: Steps of the run.
+    """
+    return engine.shape_for(solver, num_steps - int(FIRST_SHARE * num_steps))
 
 
 def default_devices() -> Sequence[jax.Device]:
@@ -110,13 +149,18 @@ class Automatic:
     def execute(self) -> None:
         """Take all steps of the run."""
         self.reason = "These are the first steps, which are sampled sequentially and timed."  # if there are no others
-        run, head = self.run, Head(self.run)
+        run, head = self.run, Head(self.run, lambda: not is_compiling())
         whole = run.num_steps * head.seconds_per_step
         if run.left * head.seconds_per_step <= SHORT_SECONDS:
             self.reason = (
                 f"A run of {run.num_steps:,} steps takes about {whole:.2g} s sequentially: too short to gain by "
                 "anything else."
             )
+            if head.num_waited * head.seconds_per_step > SHORT_SECONDS:
+                self.reason = (
+                    f"{head.num_waited:,} of {run.num_steps:,} steps were sampled while programs were being compiled, "
+                    "and the others are too few to gain by anything else."
+                )
             run.sequentially()
             return
         if (dtype := real_dtype(run.x)) != single_or_wider(dtype):
@@ -247,18 +291,16 @@ class Automatic:
         )
 
     def block_shape(self, solver: MultipleShooting) -> Shape:
-        """Return the shape of the program of blocks, for 7/8 of a run, since the first segment is 1/8 of it at most.
-
-        The shape depends only on the length of the run, so that runs of equal length share the program.
-        """
-        num_steps = self.run.num_steps
-        return self.run.engine.shape_for(solver, num_steps - int(FIRST_SHARE * num_steps))
+        """Return the shape of the program of blocks of this run."""
+        return block_shape(self.run.engine, solver, self.run.num_steps)
 
     def compiled_blocks(self) -> set[RecurrenceSolver]:
-        """Return the shooting solvers whose program this process compiled in an earlier run."""
+        """Return the shooting solvers whose program this process has compiled or is compiling."""
+        engine = self.run.engine
 
         def known(solver: MultipleShooting) -> bool:
-            return self.run.engine.compile_seconds(solver, self.block_shape(solver)) is not None
+            shape = self.block_shape(solver)
+            return engine.is_compiling(solver, shape) or engine.compile_seconds(solver, shape) is not None
 
         return {solver for solver in block_solvers(device_sets(self.devices)) if known(replace(solver, max_steps=1))}
 

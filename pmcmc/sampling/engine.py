@@ -17,14 +17,23 @@ from jax.experimental import multihost_utils
 
 from pmcmc._pytree import Array, PyTree
 from pmcmc._xla import default_platform
-from pmcmc._xla.compile import BackgroundCompiler, num_cores, programs_of
+from pmcmc._xla.compile import BackgroundCompiler, Job, num_cores, programs_of
 from pmcmc._xla.rewrites import FEW_LANES
 from pmcmc.chain.state import ChainState
 from pmcmc.kernels import Kernel
 from pmcmc.random.streams import chain_keys, some_keys
 from pmcmc.recurrence import RecurrenceSolver, Solution, Stats
 from pmcmc.sampling.parts import InParts
-from pmcmc.sampling.programs import Shape, draw_noise, draws_noise, is_brief, new_buffers, one_step, solve_noise
+from pmcmc.sampling.programs import (
+    BRIEF_OPERATIONS,
+    Shape,
+    draw_noise,
+    draws_noise,
+    new_buffers,
+    one_step,
+    operations_of,
+    solve_noise,
+)
 from pmcmc.sampling.threads import AtOnce, Clock
 from pmcmc.target import Target
 
@@ -35,6 +44,8 @@ SEQUENTIAL_BYTES = 64 * 2**20
 FEWEST_TOGETHER = 4
 # A thread solves at most this many groups of sequential chains one after the other: a call takes some milliseconds.
 MOST_CALLS = 4
+# Programs that were compiled quickly are compiled anew for a run of this many times the operations of a brief one.
+MUCH_LONGER = 4
 # Length of a path for which memory matters, by which blocks are counted where their number depends on the length.
 MANY_STEPS = 10**6
 
@@ -122,6 +133,7 @@ class Engine:
         self.max_bytes = SEGMENT_BYTES
         self.clock = Clock(0.0, 0.0)
         self._buffers: dict[Shape, list[tuple[PyTree, PyTree]]] = {}
+        self._brief: set[int] = set()  # lengths of runs whose programs are compiled quickly
 
     @classmethod
     def of(cls, state: ChainState, background: BackgroundCompiler | None = None) -> "Engine":
@@ -187,7 +199,7 @@ class Engine:
             return Shape(1, shares * math.ceil(length / shares), solver.shared_by, by_steps=bool(solver.shared_by))
         blocks = solver.blocks_for(length)
         capacity = math.ceil(length / blocks)
-        brief = is_brief(self.target, self.kernel, self.chain_keys, self.guesses, num_steps)
+        brief = self._is_brief(num_steps)
         unit = solver.unit if capacity >= 4 * solver.unit else 1
         shape = Shape(blocks, math.ceil(capacity / unit) * unit, solver.shared_by, brief=brief)
         if solver.shared_by:
@@ -195,6 +207,17 @@ class Engine:
         groups, parts = self.threads(blocks, solver.in_parts)
         shape = shape._replace(num_groups=groups, num_parts=parts)
         return shape._replace(draws=self.draws_noise(solver, self.num_chains * blocks // shape.num_threads))
+
+    def _is_brief(self, num_steps: int) -> bool:
+        """Whether programs that take this many steps of all chains run for a shorter time than they take to compile.
+
+        Warm-up finds the number of leapfrog steps after programs were compiled for a guess of it; they stay as they are
+        unless their runs are `MUCH_LONGER`.
+        """
+        operations = operations_of(self.target, self.kernel, self.chain_keys, self.guesses, num_steps)
+        if operations <= BRIEF_OPERATIONS:
+            self._brief.add(num_steps)
+        return num_steps in self._brief and operations <= MUCH_LONGER * BRIEF_OPERATIONS
 
     def draws_noise(self, solver: RecurrenceSolver, num_lanes: int) -> bool:
         """Whether a solve in this many lanes draws its noise as it needs it."""
@@ -246,12 +269,21 @@ class Engine:
         return [jax.tree.unflatten(structure, new_buffers(tuple(leaves))) for _ in range(shape.num_threads)]
 
     def compile_ahead(self, solver: RecurrenceSolver, shape: Shape) -> None:
-        """Start to compile the programs of a solver in the background."""
-        self.background.begin(_name(solver, shape), lambda: self._trace(solver, shape))
+        """Start to compile the programs of a solver in the background, unless an earlier run is still doing so."""
+        name, running, program = _name(solver, shape), self._running, self._program(solver, shape)
+        if (job := running.get(program)) is not None:
+            self.background.adopt(name, job)
+            return
+        running[program] = job = self.background.begin(name, lambda: self._trace(solver, shape))
+        job.future.add_done_callback(lambda _: running.pop(program, None))
 
     def is_ready(self, solver: RecurrenceSolver, shape: Shape) -> bool:
         """Whether the compilation begun by `compile_ahead` has ended; True if none was begun."""
         return self.background.ready(_name(solver, shape))
+
+    def is_compiling(self, solver: RecurrenceSolver, shape: Shape) -> bool:
+        """Whether these programs are being compiled, or are about to be, for this run or an earlier one."""
+        return self._program(solver, shape) in self._running
 
     def compile_seconds(self, solver: RecurrenceSolver, shape: Shape) -> float | None:
         """Return the seconds that this process took to compile the programs; None if it has not compiled them."""
@@ -272,6 +304,11 @@ class Engine:
     def _notes(self) -> dict[Hashable, float]:
         """Seconds that each program of this target took to compile, for plans; dropped together with the programs."""
         return programs_of(self.target).setdefault("seconds", {})
+
+    @property
+    def _running(self) -> dict[Hashable, Job]:
+        """The compilations of this target's programs that have not ended."""
+        return programs_of(self.target).setdefault("running", {})
 
     def _trace(self, solver: RecurrenceSolver, shape: Shape) -> Callable[[], None]:
         """Trace the programs, and return a function that compiles them without reading the model again."""

@@ -14,6 +14,7 @@ fewer terms for a longer lag, so the bound for the shortest lag holds for all.
 
 import math
 import time
+from collections.abc import Callable
 from statistics import median_low
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ import jax
 import numpy as np
 
 from pmcmc._pytree import PyTree, real_dtype
+from pmcmc.planning.plan import Pace
 from pmcmc.recurrence import Sequential
 from pmcmc.recurrence.solution import default_tolerance
 from pmcmc.sampling.segments import Run
@@ -29,6 +31,8 @@ from pmcmc.stability.evidence import coalescence_of_paths, gaps_by_dimension
 
 # Sequential sampling is timed over this many stretches of equal length, which take at least about this long in total.
 NUM_TIMED, TIMING_SECONDS = 5, 0.1
+# Until the machine is quiet, steps are taken in stretches of about this many seconds.
+WAITING_SECONDS = 0.1
 # Number of pairs to couple: the first ones show how long a merge takes, the others follow as far as time permits.
 FIRST_PAIRS, NUM_PAIRS = 4, 32
 # Share of the run that the steps of partners may take.
@@ -49,24 +53,33 @@ class Head:
 
     Args:
         run: The run, whose first steps are taken.
+        is_quiet: Whether nothing else is being computed. Steps that are taken before that are not timed.
 
     Attributes:
         num_kept: Largest number of steps whose path is kept, as many as a solve has memory for, copies included.
         seconds_per_step: Time of a step of all chains: the lower median over `NUM_TIMED` stretches of the first length
             that is long enough to be timed. So up to two of them may be delayed by something else.
         seconds: Time that all sampling took, including the work on the host.
+        num_waited: Number of steps that were taken before anything was timed.
     """
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, is_quiet: Callable[[], bool] = lambda: True):
         self.run, self.shape = run, run.engine.shape_for(Sequential(), run.num_steps)
-        self.seconds = 0.0
+        self.seconds, self.num_waited = 0.0, 0
         self.num_kept = min(MAX_KEPT, run.engine.max_bytes // (COPIES * sum(x.nbytes for x in jax.tree.leaves(run.x))))
         self._paths: list[PyTree] = []
-        self.seconds_per_step = self._time()
+        self.seconds_per_step = self._time(is_quiet)
 
-    def _time(self) -> float:
+    def _time(self, is_quiet: Callable[[], bool]) -> float:
         """Take the steps that are timed; returns the seconds per step."""
         length, every, timed = FIRST_STRETCH, list[float](), list[float]()
+        while self.run.left and not is_quiet():
+            before, seconds = self.run.done, self.extend(length)
+            every.append(seconds / (self.run.done - before))
+            length *= 2 if seconds < WAITING_SECONDS else 1
+        self.num_waited = self.run.done if every else 0
+        if self.run.left and every:  # what was measured so far says nothing about later steps
+            length, every, self.run.sequential_pace = FIRST_STRETCH, [], Pace()
         while self.run.left and len(timed) < NUM_TIMED:
             before, seconds = self.run.done, self.extend(length)
             timed.append(seconds / (self.run.done - before))
@@ -203,7 +216,7 @@ def couple(head: Head, own: np.ndarray) -> Pilot:
     begin, sampling = time.perf_counter(), head.seconds
     run, chains = head.run, head.run.engine.num_chains
     starts = _partner_starts(run, own)
-    budget = int(SHARE * run.num_steps)
+    budget = int(SHARE * run.left)
     few = min(len(starts), math.ceil(FIRST_PAIRS / chains))
     if few * chains < 2:
         return Pilot(None, "The ensemble has too few states to couple the chain with.")

@@ -150,7 +150,7 @@ class Outcome:
             warnings.warn(
                 f"chain(s) {', '.join(map(str, stuck))} accepted no move in {num_draws:,} draws. Leave the step size "
                 "and num_warmup to pmcmc (step_size=None, num_warmup=1000), take a smaller step size, or start "
-                "elsewhere with init_params.",
+                "elsewhere (init_params, or initial_position of pmcmc.sample).",
                 stacklevel=user_level(),
             )
         return is_stuck

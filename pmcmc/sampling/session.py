@@ -246,7 +246,7 @@ class Session:
 
         def prepare(expected: ChainState) -> None:
             engine = self.engine_for(expected, self.bytes_in_memory(0))
-            compile_first(engine, self.settings.solver, self.settings.num_samples)
+            compile_first(engine, self.settings.solver, self.settings.num_samples, self.settings.devices)
 
         state = tune_chains(source, rng_key, starts, self.settings, watch, prepare)
         if self.settings.num_warmup:

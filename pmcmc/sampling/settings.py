@@ -16,7 +16,7 @@ import numpy as np
 from pmcmc._arguments import as_int
 from pmcmc._pytree import PRNGKey, PyTree
 from pmcmc._xla import default_platform
-from pmcmc._xla.compile import available_bytes, size_text
+from pmcmc._xla.memory import available_bytes, size_text
 from pmcmc.chain.chain import Chain
 from pmcmc.chain.stored import StoredChain
 from pmcmc.kernels import HMC, Compose, Kernel, SiteKernel
@@ -348,7 +348,7 @@ def fit_memory(engine: Engine, settings: Settings, held: int) -> None:
     """Set the memory budget of an engine, or raise if the shortest segment does not fit.
 
     With a budget given by the user, draws and engine share it. Without one, a solve of the engine may hold
-    `SEGMENT_BYTES`. In both cases everything must fit into the available memory.
+    `SEGMENT_BYTES`, or less where less is available. In both cases everything must fit into the available memory.
 
     Args:
         engine: The engine; it may hold shapes only.
@@ -369,6 +369,8 @@ def fit_memory(engine: Engine, settings: Settings, held: int) -> None:
                 f"the rest for {LEAST_STEPS} steps of {engine.num_chains} chain(s) at once. Raise it. {_REMEDY}"
             )
         engine.max_bytes = most - held
+    elif available - held < engine.max_bytes:
+        engine.max_bytes = max(least - held, int(available - held))
     needed = max(least, held + min(num_steps * step, engine.max_bytes))
     if needed > available:
         raise MemoryError(

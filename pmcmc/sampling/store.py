@@ -236,6 +236,8 @@ class Store(Keeper):
     def certify(self, finished: bool = False) -> None:
         """Write a checkpoint with all draws added so far. The last one of a run holds the diagnosis of its pilot."""
         chain = self._there()
+        if finished and chain.report.find_diagnosis is not None:
+            self.certify()  # the diagnosis takes seconds, in which the process may be stopped
         # Write the draws, show them to readers, and replace the checkpoint, in this order: if the process is killed in
         # between, the old checkpoint still describes draws that exist.
         writer = Writer()

@@ -344,8 +344,8 @@ def check_tuned(kernel: Kernel, states: PyTree, acceptance_rate: Any, moved: Any
     if float(moved) == 0.0:
         given = f" (step size {np.max(step_size):.3g})" if step_size.size else ""
         raise WarmupError(
-            f"no move was accepted in the last third of warm-up{given}. Leave step_size=None so that "
-            "it is tuned, take a smaller one, or start elsewhere with init_params."
+            f"no move was accepted in the last third of warm-up{given}. Leave step_size=None so that it is tuned, take "
+            "a smaller one, or start elsewhere (init_params, or initial_position of pmcmc.sample)."
         )
 
 
@@ -389,8 +389,8 @@ def check_exploration(target: Target, found: Exploration) -> None:
         names = _leaf_names(target, stuck)
         raise WarmupError(
             f"warm-up never moved {names} (mean acceptance rate {float(found.acceptance_rate):.2f}). Start "
-            "elsewhere with init_params, raise num_warmup, or check the density for jumps and for constraints that the "
-            "declared support leaves out."
+            "elsewhere (init_params, or initial_position of pmcmc.sample), raise num_warmup, or check the density for "
+            "jumps and for constraints that the declared support leaves out."
         )
 
 

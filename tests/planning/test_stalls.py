@@ -68,6 +68,17 @@ def test_runs_that_end_before_they_are_timed(stalled: int) -> None:
     assert head.seconds_per_step < 1e-5
 
 
+@pytest.mark.parametrize(("step", "stretches"), [(1e-7, [1, 2, 4, 8]), (1.0, [1] * 4)])
+def test_steps_taken_beside_a_compilation_are_not_timed(step: float, stretches: list[int]) -> None:
+    run, quiet = CountedRun(10**9, step, -1), iter([False] * 4 + [True])
+    found = Head(run, lambda: next(quiet)).seconds_per_step
+    assert [steps for steps, _ in run.taken][:5] == [FIRST_STRETCH * n for n in (*stretches, 1)]
+    assert step <= found <= 1.05 * step + 1e-8
+    whole = Head(CountedRun(300, step, -1), lambda: False)
+    assert whole.run.done == 300
+    assert whole.seconds_per_step >= step
+
+
 def test_pace() -> None:
     pace = Pace()
     assert np.isnan(pace.seconds_per_step)
@@ -140,6 +151,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Machine]:
         monkeypatch.setattr(automatic.Run, "take", own_steps)
         monkeypatch.setattr(automatic, "couple", follow)
         monkeypatch.setattr(automatic, "num_cores", lambda: 1)
+        monkeypatch.setattr(automatic, "is_compiling", lambda: False)
         monkeypatch.setattr(pilot, "SHARE", 0.2)
         costs = lambda self, head: Costs(head.seconds_per_step, here.planned, LANE, 0.0)
         monkeypatch.setattr(automatic.Automatic, "costs", costs)
@@ -208,6 +220,36 @@ def test_a_machine_that_was_slow_at_first(machine, monkeypatch: pytest.MonkeyPat
     assert "times as long" in report.fallback
     assert report.predicted_sequential_seconds < report.plan.sequential_seconds / 100
     assert " s at first)" in str(report)
+
+
+def test_slow_steps_beside_a_compilation_say_nothing(undisturbed, machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are draws, and nothing is expected from their time."""
+    here = machine(step=lambda call: 10 * STEP if call < 100 else STEP)
+    monkeypatch.setattr(automatic, "is_compiling", lambda: here.calls["order"] < 100)
+    report = sample()
+    assert report.decision == "shooting"
+    assert report.fallback == ""
+    assert "at first" not in str(report)
+    per_step = report.predicted_sequential_seconds / report.plan.num_steps
+    assert per_step == pytest.approx(undisturbed.predicted_sequential_seconds / undisturbed.plan.num_steps, rel=0.02)
+
+
+def test_a_run_that_ends_during_a_compilation(machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine()
+    monkeypatch.setattr(automatic, "is_compiling", lambda: True)
+    report = sample()
+    assert report.decision == "sequential"
+    assert report.reason.startswith("20,000 of 20,000 steps were sampled while programs were being compiled")
+
+
+def test_the_pilot_takes_a_share_of_what_is_left(machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = machine()
+    monkeypatch.setattr(automatic, "is_compiling", lambda: here.calls["order"] < 290)
+    report = sample(num_samples=40_000)
+    left = 40_000 - 290 * FIRST_STRETCH
+    assert 1 < left * STEP < 3
+    assert here.calls["partner"] > 0
+    assert report.pilot_seconds < pilot.SHARE * left * STEP + here.calls["partner"] * CALL
 
 
 def test_a_sequential_plan_is_corrected(machine) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pmcmc import HMC, MALA
-from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential
+from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, abreast, sequential
 from pmcmc.recurrence.shooting import repair, solver
 from pmcmc.recurrence.shooting.reference import solve_plainly
 from tests.helpers.chains import draw_noise, solve, solve_batch, solve_fn, step_residuals
@@ -91,6 +91,25 @@ def test_any_length_and_blocks(length: int, num_blocks: int) -> None:
     assert solution.stats.certified_steps == length
     assert solution.value.shape == expected.shape
     np.testing.assert_allclose(solution.value, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("length", "num_blocks"), [(960, 10), (1000, 10), (1001, 10), (33, 3)])
+def test_the_forms_for_a_gpu_do_the_same(length: int, num_blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several steps a turn of a loop, in chunks of 32, 4 and 1; repair writes where lanes are active."""
+    target, kernel, x0, noise, _, other = problem("mixture-MALA")
+    noise, solver = jax.tree.map(lambda u: u[:length], noise), MultipleShooting(num_blocks=num_blocks)
+    run = lambda: solve(target, kernel, solver, x0, noise, other[:length], jnp.ones(2))
+    expected = run()
+    with monkeypatch.context() as patch:
+        for module in (abreast, sequential):
+            patch.setattr(module, "default_platform", lambda: "gpu")
+        jax.clear_caches()
+        found = run()
+    jax.clear_caches()
+    assert found.result == RESULTS.successful
+    assert jax.tree.map(int, found.stats[:4]) == jax.tree.map(int, expected.stats[:4])
+    np.testing.assert_allclose(found.value, expected.value, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(found.aux.margin, expected.aux.margin, rtol=0, atol=1e-10)
 
 
 def test_chains_are_lanes() -> None:

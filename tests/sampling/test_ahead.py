@@ -4,6 +4,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,21 @@ def test_a_failed_job_is_silent() -> None:
     assert ahead.ready("broken")
     ahead.begin("next", lambda: time.sleep(0.01))
     assert ahead.wait("next") >= 0.005
+
+
+def test_a_thread_that_does_not_start_leaves_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the user presses Ctrl-C just then: the exception arrives."""
+    ahead = BackgroundCompiler()
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ahead._pool, "submit", stop)
+    with pytest.raises(KeyboardInterrupt):
+        ahead.begin("first", lambda: None)
+    ahead.close()
+    assert ahead.ready("first")
+    assert not compile_module.is_compiling()
 
 
 def test_closing_waits_for_what_reads_the_model_alone() -> None:
@@ -151,6 +167,85 @@ def test_plans_know_what_is_compiled(free_lanes, monkeypatch: pytest.MonkeyPatch
     again, other = sample(4, num_samples=20_000).report, sample(4, num_samples=10_000).report
     assert (again.decision, other.decision) == ("shooting", "sequential")
     assert again.plan.chosen.seconds < 1e15
+
+
+@pytest.fixture
+def begun(two_cores, monkeypatch: pytest.MonkeyPatch) -> list:
+    """The solvers whose programs were compiled ahead, in order; a run of 20,000 steps counts as long."""
+    solvers: list = []
+    ahead = Engine.compile_ahead
+
+    def compile_ahead(self, solver, shape):
+        solvers.append(solver)
+        ahead(self, solver, shape)
+        self.background.wait((jax.tree.structure(solver), shape))  # so that no steps are taken in the meantime
+
+    monkeypatch.setattr(Engine, "compile_ahead", compile_ahead)
+    monkeypatch.setattr(automatic, "LONG_OPERATIONS", 2**20)
+    monkeypatch.setattr(automatic, "LIKELY_LANES", 16)
+    return solvers
+
+
+def engine_of_two_chains() -> Engine:
+    target = pmcmc.Target.from_logdensity(gaussian, start_like(gaussian))
+    keys = jax.random.split(jax.random.key(0), 2)
+    return Engine(target, pmcmc.HMC(step_size=0.5, num_integration_steps=3), keys, jnp.zeros((4, 3)), None)
+
+
+def test_blocks_of_a_long_run_are_compiled_during_warm_up(begun: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan then counts no compilation for them, and the chain is the one that sequential sampling gives."""
+    forget_programs()
+    monkeypatch.setattr(automatic.Automatic, "costs", lambda self, head: Costs(1e-3, 1e-3, 1e-5, 1e15))
+    run = lambda solver: pmcmc.sample(gaussian, start_like(gaussian), 3, num_samples=20_000, solver=solver, **SIZES)
+    chain = run("auto")
+    assert begun == [Sequential(), *[MultipleShooting(num_blocks=8, max_steps=1)] * 2]  # the second time by the plan
+    assert (chain.report.decision, chain.report.plan.solver.num_blocks) == ("shooting", 8)
+    assert not chain.report.fallback
+    np.testing.assert_allclose(chain.get_samples(), run(Sequential()).get_samples(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("why", ["", "short", "short blocks", "one core", "lanes", "solver", "devices", "no gain"])
+def test_only_likely_blocks_are_compiled(why: str, begun: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a long run by "auto" on a CPU with several cores, whose blocks are long and whose steps gain from lanes."""
+    monkeypatch.setattr(Engine, "_trace", lambda *_: None)
+    solver, devices = Sequential() if why == "solver" else None, jax.devices()[:1] if why == "devices" else ()
+    if why == "no gain":
+        monkeypatch.setattr(automatic, "lanes_gain", lambda *model: False)
+    setting, value = {
+        "short": ("LONG_OPERATIONS", 2**40),
+        "short blocks": ("LIKELY_STEPS", 2501),  # the eight blocks have 2,500
+        "one core": ("num_cores", lambda: 1),
+        "lanes": ("LIKELY_LANES", 3),
+    }.get(why, ("LIKELY_STEPS", 2500))
+    monkeypatch.setattr(automatic, setting, value)
+    run = engine_of_two_chains()
+    automatic.compile_first(run, solver, 20_000, devices)
+    assert begun == [Sequential(), *([] if why else [MultipleShooting(num_blocks=8, max_steps=1)])]
+
+
+def test_plans_know_what_is_being_compiled(begun: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in another run, as in ``mcmc.warmup(...)`` and then ``mcmc.run(...)``, which compiles nothing again."""
+    gate, traced = threading.Event(), []
+    monkeypatch.setattr(BackgroundCompiler, "wait", lambda *_: None)
+    monkeypatch.setattr(Engine, "_trace", lambda _, *program: traced.append(program) or gate.wait)
+    first, second = engine_of_two_chains(), engine_of_two_chains()
+    plans = automatic.Automatic.__new__(automatic.Automatic)  # without a run, of which the plan asks this only
+    plans.run, plans.devices = SimpleNamespace(engine=second, num_steps=20_000), ()
+    forget_programs()
+    assert not compile_module.is_compiling()
+    assert plans.compiled_blocks() == set()
+    automatic.compile_first(first, None, 20_000)
+    first.background.close()
+    assert compile_module.is_compiling()
+    assert plans.compiled_blocks() == set()  # the program of blocks was waiting, so it is cancelled
+    automatic.compile_first(second, None, 20_000)
+    assert plans.compiled_blocks() == {MultipleShooting(num_blocks=8)}
+    gate.set()
+    for run in (first, second):
+        run.background._pool.shutdown()
+    assert [solver.is_sequential for solver, _ in traced] == [True, False]
+    assert not compile_module.is_compiling()
+    assert plans.compiled_blocks() == set()
 
 
 def test_other_data_is_another_program() -> None:

@@ -9,7 +9,7 @@ import pmcmc
 from pmcmc._xla import compile as compiling
 from pmcmc.recurrence import MultipleShooting, RecurrenceSolver, Sequential
 from pmcmc.sampling.engine import Engine
-from pmcmc.sampling.programs import BRIEF_OPERATIONS, is_brief
+from pmcmc.sampling.programs import BRIEF_OPERATIONS, operations_of
 from pmcmc.warmup import lanes
 
 NUM_CHAINS, NUM_STEPS = 4, 64
@@ -71,14 +71,31 @@ def test_long_trajectories_and_newton_are_not_brief() -> None:
     assert not engine.shape_for(pmcmc.recurrence.deer(), NUM_STEPS).brief
     longest = max(2**k for k in range(40) if engine.shape_for(Sequential(), 2**k).brief)
     for number in (64, np.int64(64), jnp.asarray(64)):
+        engine = new_engine()
         engine.kernel = pmcmc.HMC(step_size=0.5, num_integration_steps=number)
         assert not engine.shape_for(Sequential(), longest).brief
+
+
+@pytest.mark.parametrize(("found", "stays"), [(64, True), (2**14, False)])
+def test_programs_that_were_compiled_before_warm_up_are_used(found: int, stays: bool) -> None:
+    """Warm-up finds longer trajectories than were expected: a run that is somewhat longer keeps its programs."""
+    engine = new_engine()
+    expected = jax.ShapeDtypeStruct((), jnp.int32)
+    engine.kernel = pmcmc.HMC(step_size=0.5, num_integration_steps=expected)
+    longest = max(2**k for k in range(40) if engine.shape_for(Sequential(), 2**k).brief)
+    before = engine.shape_for(Sequential(), longest)
+    engine.kernel = pmcmc.HMC(step_size=0.5, num_integration_steps=jnp.asarray(found))
+    assert (engine.shape_for(Sequential(), longest) == before) == stays
+    fresh = new_engine()
+    fresh.kernel = engine.kernel
+    assert not fresh.shape_for(Sequential(), longest).brief
 
 
 def test_what_is_brief_depends_on_steps_chains_and_the_model() -> None:
     """It follows from shapes alone, so that the same call makes the same programs."""
     engine = new_engine()
-    one = lambda engine, num_steps, keys: is_brief(engine.target, engine.kernel, keys, engine.guesses, num_steps)
+    count = lambda engine, *more: operations_of(engine.target, engine.kernel, more[1], engine.guesses, more[0])
+    one = lambda *case: count(*case) <= BRIEF_OPERATIONS
     longest = max(2**k for k in range(40) if one(engine, 2**k, engine.chain_keys))
     assert 10_000 < longest < BRIEF_OPERATIONS
     assert not one(engine, longest, jnp.tile(engine.chain_keys, 4))

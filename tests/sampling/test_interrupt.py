@@ -12,7 +12,7 @@ import pytest
 
 import pmcmc
 from pmcmc._pytree import Array, register_dataclass
-from pmcmc._xla import compile as _host
+from pmcmc._xla import memory as _host
 from pmcmc.kernels.base import PositionKernel
 from pmcmc.recurrence import MultipleShooting, Sequential
 from pmcmc.sampling import engine, settings
@@ -158,6 +158,13 @@ def test_more_than_memory_holds(num_warmup: int, monkeypatch: pytest.MonkeyPatch
         run(100, solver=Sequential())
 
 
+def test_a_solve_takes_less_where_little_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run in segments needs memory for its draws and for one segment."""
+    monkeypatch.setattr(settings, "available_bytes", lambda: 3e5)
+    chain = run(20_000, solver=Sequential(), thinning=100)
+    np.testing.assert_array_equal(chain.get_samples(), run(20_000, solver=Sequential(), thinning=100).get_samples())
+
+
 def test_an_extension_counts_the_draws_before_it() -> None:
     """A draw of both chains takes 130 bytes."""
     chain = run(3000, solver=Sequential(), thinning=1, max_memory=600_000)
@@ -167,11 +174,13 @@ def test_an_extension_counts_the_draws_before_it() -> None:
 
 def test_available_memory_is_the_least_of_system_and_group(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     assert _host.available_bytes() > 2**20
-    limit, use = tmp_path / "limit", tmp_path / "use"
-    monkeypatch.setattr(_host, "_GROUPS", ((str(limit), str(use)),))
+    limit, use, statistics = tmp_path / "limit", tmp_path / "use", tmp_path / "statistics"
+    monkeypatch.setattr(_host, "_GROUPS", ((str(limit), str(use), str(statistics), "inactive_file"),))
     limit.write_text("5000\n")
     use.write_text("2000\n")
     assert _host.available_bytes() == 3000
+    statistics.write_text("anon 100\ninactive_file 700\nactive_file 1000\n")
+    assert _host.available_bytes() == 3700
     limit.write_text("max\n")
     assert _host.available_bytes() > 2**20
     monkeypatch.setattr(_host, "_read", lambda path: "")

@@ -90,6 +90,24 @@ def test_chains_keep_step_where_blocks_fail(tmp_path: Path, monkeypatch: pytest.
     assert_whole(chain)
 
 
+def test_draws_are_safe_before_the_diagnosis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finding out why pairs stayed apart takes seconds, in which the run may be stopped."""
+    execute = automatic.Automatic.execute
+
+    def stop() -> None:
+        raise ValueError("stopped")
+
+    def with_diagnosis(self) -> None:
+        self.find_diagnosis = stop
+        execute(self)
+
+    monkeypatch.setattr(automatic.Automatic, "execute", with_diagnosis)
+    first = start("auto")
+    with pytest.raises(ValueError, match="stopped") as stopped:
+        first.stream(tmp_path / "run", NUM_MORE, progress_bar=False)
+    assert_whole(stopped.value.chain)
+
+
 def test_thinning_and_extension_go_on_counting(tmp_path: Path) -> None:
     """3 divides neither 100 nor 901; a state that was streamed from once cannot be streamed from again."""
     first = start().stream(tmp_path / "run", 901, progress_bar=False)
@@ -475,7 +493,7 @@ def test_without_zarr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_more_than_memory_has_room_for(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chain = pmcmc.resume(finished, gaussian)
-    monkeypatch.setattr("pmcmc._xla.compile.available_bytes", lambda: 1000.0)
+    monkeypatch.setattr("pmcmc._xla.memory.available_bytes", lambda: 1000.0)
     with pytest.raises(MemoryError, match=r"the draws need .* are available. Name fewer by sites="):
         chain.get_samples()
 

@@ -88,6 +88,27 @@ def test_what_is_not_used_goes_first(kept_settings, tmp_path: Path) -> None:
     mine.write_bytes(bytes(1000))
     os.utime(mine, (0, 0))
     (tmp_path / f"folder-{0:064x}-cache").mkdir()
+    killed, written = (tmp_path / f"jit_g-{n:064x}-cache" for n in range(2))  # an hour ago, and just now
+    killed.touch(), written.touch()
+    used = [tmp_path / f"jit_f-{n:064x}-atime" for n in range(4)]  # JAX writes them if it limits the folder by itself
+    for file in used:
+        file.touch()
+    for old in (killed, *used):
+        os.utime(old, (time.time() - 3600,) * 2)
     pmcmc.cache_programs(tmp_path, max_bytes=250)
     kept = sorted(file.name for file in tmp_path.iterdir())
-    assert kept == [f"folder-{0:064x}-cache", *(f"jit_f-{n:064x}-cache" for n in (0, 1)), "results-cache"]
+    programs = [*(f"jit_f-{n:064x}-{end}" for n in (0, 1) for end in ("atime", "cache")), written.name]
+    assert kept == [f"folder-{0:064x}-cache", *programs, "results-cache"]
+
+
+def test_a_folder_of_somebody_else(kept_settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may not be deleted stays."""
+
+    def refuse(self: Path, **_) -> None:
+        raise PermissionError(self)
+
+    file = tmp_path / f"jit_f-{0:064x}-cache"
+    file.write_bytes(bytes(100))
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert pmcmc.cache_programs(tmp_path, max_bytes=10) == tmp_path
+    assert file.exists()

@@ -392,7 +392,8 @@ def _errors(layout: Layout, splice: Array, growth_rate: Array) -> Array:
     rate = jnp.where(jnp.isnan(growth_rate), 0, growth_rate)[:, None]
     growth = rate * jnp.minimum(jnp.arange(1, layout.num_blocks + 1) * layout.block_length, layout.length)[None]
     made = jnp.log(splice) + jnp.maximum(rate, 0) * layout.block_length
-    return jnp.exp(growth + jax.lax.associative_scan(jnp.logaddexp, made - growth, axis=1))
+    added = jax.lax.cumlogsumexp(made - growth, axis=1)
+    return jnp.exp(growth + jax.lax.optimization_barrier(added))  # XLA would add them up again in each use
 
 
 def _total(counts: Array) -> Array:

@@ -79,7 +79,7 @@ peers:
 
 # Keeps .venv, which is slow to rebuild; remove it by hand if needed.
 clean:
-	rm -rf .coverage .jax_cache .pytest_cache .mypy_cache .ruff_cache build demo-output *.egg-info
+	rm -rf .coverage .pytest_cache .mypy_cache .ruff_cache build demo-output *.egg-info
 	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 # Reinstalls only if pyproject.toml has changed. -qq: show errors only.

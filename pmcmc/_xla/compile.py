@@ -366,7 +366,7 @@ def cache_programs(folder: str | Path | None = None, *, max_bytes: int = 4 * 2**
         >>> import pmcmc, tempfile
         >>> folder = pmcmc.cache_programs(tempfile.mkdtemp())
     """
-    named = folder or jax.config.values["jax_compilation_cache_dir"] or _user_folder()
+    named = folder or jax.config.values["jax_compilation_cache_dir"] or user_folder()
     path = Path(named).expanduser()
     path.mkdir(parents=True, exist_ok=True)
     _delete_unused(path, max_bytes)
@@ -377,7 +377,7 @@ def cache_programs(folder: str | Path | None = None, *, max_bytes: int = 4 * 2**
     return path
 
 
-def _user_folder() -> Path:
+def user_folder() -> Path:
     """Return a folder for programs of this machine: those of another processor may not run here."""
     if sys.platform == "win32":
         root = Path(os.environ.get("LOCALAPPDATA", "~"))

@@ -26,7 +26,7 @@ def start(module: str, *arguments: str, num_devices: int) -> subprocess.Popen:
     environment = {
         **os.environ,
         "JAX_ENABLE_X64": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
     }
     command = [sys.executable, "-m", module, *arguments]

@@ -275,7 +275,8 @@ for name, chain in short.items():
 # ## How "auto" uses these measurements
 #
 # `parallel_chain(..., solver="auto")`, the default, runs such a pilot if the run is long enough to gain from it, predicts
-# the critical path and the seconds of every candidate, and chooses the cheapest. If chains do not merge, it samples
+# the critical path and the seconds of every candidate, and chooses the cheapest if it should save more than a quarter of the
+# time, otherwise sequential sampling. On a CPU it may also try blocks on a first segment. If chains do not merge, it samples
 # sequentially and names the sites that keep them apart.
 
 # %%

@@ -235,7 +235,7 @@ class ParallelMCMC(MCMC):
             typed = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
             if rng_key.ndim == (1 if typed else 2) and len(rng_key) == self.num_chains:
                 rng_key = rng_key[0]
-        check_metric_sites(self.sampler._inverse_mass_matrix, target)
+        check_metric_sites(self.sampler, self.num_warmup, target)
         settings = self._settings(target)
         settings = replace(settings, extra_fields=kernel_fields(target, settings.kernel, extra_fields))
         return source, as_key(rng_key), settings

@@ -73,9 +73,11 @@ def translate(sampler: Any, num_warmup: int) -> tuple[Kernel, EnsembleAdaptation
             f"{type(sampler).__name__} has no counterpart that is sampled in parallel: expected numpyro.infer.NUTS or "
             f"HMC. Pass the model and a pmcmc kernel, as in {_instead(sampler)}."
         )
-    _refuse(sampler)
+    metric = _kept_metric(sampler, num_warmup)
+    _refuse(sampler, metric)
     step_size = None if sampler._adapt_step_size and num_warmup else sampler._step_size
-    metric = None if sampler._adapt_mass_matrix and num_warmup else _whole_metric(sampler)
+    if isinstance(metric, dict):
+        metric = next(iter(metric.values()))  # the only one
     if metric is None and num_warmup and not sampler._adapt_mass_matrix:
         metric = 1.0
     warmup = EnsembleAdaptation(dense=sampler._dense_mass, target_acceptance_rate=sampler._target_accept_prob)
@@ -137,15 +139,14 @@ def keep_options(warmup: Warmup, sampler: Any) -> Warmup:
     return warmup
 
 
-def _whole_metric(sampler: Any) -> Any:
-    """Return the metric of a NumPyro kernel as one array; `_refuse` allows only dicts of one entry."""
-    metric = sampler._inverse_mass_matrix
-    return next(iter(metric.values())) if isinstance(metric, dict) else metric
+def _kept_metric(sampler: Any, num_warmup: int) -> Any:
+    """Return the metric of a NumPyro kernel as it was given; None if NumPyro would only start its adaptation there."""
+    return None if sampler._adapt_mass_matrix and num_warmup else sampler._inverse_mass_matrix
 
 
-def check_metric_sites(metric: Any, target: Target) -> None:
-    """Raise unless a metric by sites, as in ``adapt_state``, covers all sites of the model in their order."""
-    sites = tuple(sorted(target.spec.template))
+def check_metric_sites(sampler: Any, num_warmup: int, target: Target) -> None:
+    """Raise unless a metric by sites that is kept covers all sites of the model in their order."""
+    metric, sites = _kept_metric(sampler, num_warmup), tuple(sorted(target.spec.template))
     if isinstance(metric, dict) and tuple(metric) != (sites,):
         raise ValueError(f"inverse_mass_matrix is over the sites {list(metric)}: expected one entry for {[sites]}.")
 
@@ -171,9 +172,8 @@ def _trajectory(sampler: Any, step_size: Any) -> dict[str, Any]:
     return {} if is_default else dict(trajectory_length=time)
 
 
-def _refuse(sampler: Any) -> None:
-    """Raise for options of NumPyro's HMC and NUTS that have no counterpart."""
-    metric = sampler._inverse_mass_matrix
+def _refuse(sampler: Any, metric: Any) -> None:
+    """Raise for options of NumPyro's HMC and NUTS, and a metric that is kept, without a counterpart."""
     for unusable, message in (
         (
             sampler.model is None,

@@ -482,7 +482,11 @@ def quadratic(inverse_mass_matrix, r):
         (lambda: NUTS(model, dense_mass=[("mu", "sigma")]), ValueError, "dense_mass by blocks.*True or False"),
         (lambda: NUTS(model, kinetic_fn=quadratic), ValueError, "kinetic_fn must be the Euclidean one: leave it out"),
         (lambda: NUTS(model, forward_mode_differentiation=True), ValueError, "numpyro's or jax's scan"),
-        (lambda: HMC(model, inverse_mass_matrix=BLOCKS), ValueError, r"pass an array \(D,\)"),
+        (
+            lambda: HMC(model, inverse_mass_matrix=BLOCKS, adapt_mass_matrix=False),
+            ValueError,
+            r"pass an array \(D,\)",
+        ),
         (lambda: 3.0, TypeError, r"sampler must be numpyro.infer.NUTS\(model\)"),
     ],
 )
@@ -647,6 +651,17 @@ def test_metrics_that_do_not_fit() -> None:
     twice = dict(kernel=pmcmc.HMC(inverse_mass_matrix=1.0), warmup=pmcmc.EnsembleAdaptation(inverse_mass_matrix=1.0))
     with pytest.raises(ValueError, match="inverse_mass_matrix is given twice"):
         make(**twice).run(jax.random.key(0), Y)
+
+
+@pytest.mark.parametrize("metric", [BLOCKS, {("mu",): jnp.ones(1)}])
+def test_a_metric_by_sites_is_accepted_where_it_is_adapted(metric) -> None:
+    """NumPyro only starts from it, and pmcmc starts elsewhere."""
+    sampler = HMC(model, inverse_mass_matrix=metric)
+    mcmc = ParallelMCMC(sampler, **{**SIZES, "num_samples": 10, "solver": Sequential()})
+    mcmc.run(jax.random.key(0), Y)
+    assert mcmc.get_samples()["mu"].shape == (20,)
+    with pytest.raises(ValueError, match="inverse_mass_matrix"):
+        ParallelMCMC(sampler, num_warmup=0, num_samples=10, progress_bar=False).run(jax.random.key(0), Y)
 
 
 def test_discrete_sites_beside_a_fitting_warmup() -> None:

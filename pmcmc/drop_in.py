@@ -120,7 +120,7 @@ class ParallelMCMC(MCMC):
                     "former, or leave kernel= out."
                 )
             self._stands_for = type(sampler).__name__
-            kernel, adaptation = translate(sampler, num_warmup)
+            kernel, adaptation = translate(sampler, num_warmup, warmup)
             warmup = adaptation if warmup is None else keep_options(warmup, sampler)
         if callable(chain_method) or chain_method in ("parallel", "sequential"):
             chain_method = "vectorized"  # NumPyro refuses other values

@@ -66,8 +66,11 @@ def kernel_fields(target: Target, kernel: Kernel, extra_fields: Sequence[str]) -
     return of_kernel
 
 
-def translate(sampler: Any, num_warmup: int) -> tuple[Kernel, EnsembleAdaptation]:
-    """Return the pmcmc kernel and warm-up that correspond to a NumPyro kernel; raise if it has no counterpart."""
+def translate(sampler: Any, num_warmup: int, given: Warmup | None = None) -> tuple[Kernel, EnsembleAdaptation]:
+    """Return the pmcmc kernel and warm-up that correspond to a NumPyro kernel; raise if it has no counterpart.
+
+    A metric that is not adapted and not given is the identity, unless the user's own warm-up ``given`` has one.
+    """
     if type(sampler) not in (NumpyroHMC, NumpyroNUTS):
         raise TypeError(
             f"{type(sampler).__name__} has no counterpart that is sampled in parallel: expected numpyro.infer.NUTS or "
@@ -78,7 +81,7 @@ def translate(sampler: Any, num_warmup: int) -> tuple[Kernel, EnsembleAdaptation
     step_size = None if sampler._adapt_step_size and num_warmup else sampler._step_size
     if isinstance(metric, dict):
         metric = next(iter(metric.values()))  # the only one
-    if metric is None and num_warmup and not sampler._adapt_mass_matrix:
+    if num_warmup and not sampler._adapt_mass_matrix and metric is None and getattr(given, "metric", None) is None:
         metric = 1.0
     warmup = EnsembleAdaptation(dense=sampler._dense_mass, target_acceptance_rate=sampler._target_accept_prob)
     if type(sampler) is NumpyroHMC:

@@ -614,6 +614,14 @@ def test_a_given_metric_is_kept_while_the_step_size_is_tuned(sampler, metric) ->
     assert second.chain.report.acceptance_rate.mean() > 0.3
 
 
+def test_a_metric_of_the_warmup_is_kept_beside_a_sampler_that_adapts_none() -> None:
+    sampler = NUTS(model, adapt_mass_matrix=False)
+    mcmc = ParallelMCMC(sampler, **SIZES, warmup=pmcmc.EnsembleAdaptation(inverse_mass_matrix=DIAGONAL))
+    mcmc.warmup(jax.random.key(0), Y)
+    found = mcmc.last_state.adapt_state.inverse_mass_matrix["mu", "sigma"]
+    np.testing.assert_allclose(found, np.stack([DIAGONAL, DIAGONAL]), rtol=1e-12)
+
+
 def test_what_warmup_had_to_say_stays_with_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pmcmc.warmup.ensemble.judge_path", lambda *found: Verdict(False, False))
     mcmc = ParallelMCMC(model, num_warmup=20, num_samples=50, progress_bar=False)

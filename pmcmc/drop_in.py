@@ -50,7 +50,8 @@ class ParallelMCMC(MCMC):
     These options of NUTS and HMC are kept: ``model``, ``target_accept_prob``, ``dense_mass`` (True or False),
     ``max_tree_depth``, ``num_steps``, ``trajectory_length``, ``init_strategy``, ``adapt_step_size``,
     ``adapt_mass_matrix``, and ``step_size`` and ``inverse_mass_matrix`` if they are not adapted. If they are, NumPyro
-    only starts from them, and pmcmc starts elsewhere. Steps of HMC are jittered. If ``trajectory_length`` is left out,
+    only starts from them, and pmcmc starts elsewhere. Without ``dense_mass``, the diagonal of a full
+    ``inverse_mass_matrix`` is taken, as in NumPyro. Steps of HMC are jittered. If ``trajectory_length`` is left out,
     its trajectories take the time that `HMC` tunes, at least 1.82, instead of 2 pi. Where steps are tuned, a trajectory
     has at most 64, with a warning if ``trajectory_length`` needs more. ``regularize_mass_matrix`` and
     ``find_heuristic_step_size`` have no effect: pmcmc has warm-ups of its own. Options that cannot be kept are refused.

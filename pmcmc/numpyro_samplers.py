@@ -7,6 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from numpyro.infer import HMC as NumpyroHMC
 from numpyro.infer import NUTS as NumpyroNUTS
 from numpyro.infer.hmc_util import euclidean_kinetic_energy
@@ -81,6 +83,8 @@ def translate(sampler: Any, num_warmup: int, given: Warmup | None = None) -> tup
     step_size = None if sampler._adapt_step_size and num_warmup else sampler._step_size
     if isinstance(metric, dict):
         metric = next(iter(metric.values()))  # the only one
+    if not sampler._dense_mass and np.ndim(metric) == 2:
+        metric = jnp.diagonal(jnp.asarray(metric))  # as NumPyro does
     if num_warmup and not sampler._adapt_mass_matrix and metric is None and getattr(given, "metric", None) is None:
         metric = 1.0
     warmup = EnsembleAdaptation(dense=sampler._dense_mass, target_acceptance_rate=sampler._target_accept_prob)

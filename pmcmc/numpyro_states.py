@@ -66,7 +66,8 @@ class ParallelState(NamedTuple):
         coordinates are not those of z.
 
         All chains share what warm-up found. To use it in another sampler, take that of one chain:
-        ``NUTS(model, step_size=..., inverse_mass_matrix=..., adapt_step_size=False, adapt_mass_matrix=False)``.
+        ``NUTS(model, step_size=..., inverse_mass_matrix=..., adapt_step_size=False, adapt_mass_matrix=False)``, with
+        ``dense_mass=True`` if the metric is (D, D), of which NumPyro takes the diagonal otherwise.
 
         Raises:
             ValueError: The state was pickled.

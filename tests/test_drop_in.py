@@ -375,7 +375,8 @@ def test_other_data_are_no_change_of_a_kernel_of_the_users_own() -> None:
 def test_states_in_another_metric() -> None:
     """Warm-up makes a metric the coordinates of the target, where it is compared to rounding."""
     fixed = lambda metric, **rest: ParallelMCMC(
-        NUTS(model, inverse_mass_matrix=metric, adapt_mass_matrix=False), **{**SIZES, "num_samples": 5, **rest}
+        NUTS(model, inverse_mass_matrix=metric, adapt_mass_matrix=False, dense_mass=metric.ndim == 2),
+        **{**SIZES, "num_samples": 5, **rest},
     )
     first = fixed(jnp.array([0.1, 0.3]))
     first.warmup(jax.random.key(0), Y)
@@ -465,9 +466,13 @@ def test_what_numpyros_kernels_become() -> None:
         kept = translate(sampler(model, inverse_mass_matrix=metric, adapt_mass_matrix=False), 100)[0]
         np.testing.assert_array_equal(kept.inverse_mass_matrix, metric)
         assert translate(sampler(model, adapt_mass_matrix=False), 100)[0].inverse_mass_matrix == 1.0
+        for dense, expected in ((False, np.diag(FULL)), (True, FULL)):
+            full = sampler(model, inverse_mass_matrix=FULL, adapt_mass_matrix=False, dense_mass=dense)
+            np.testing.assert_array_equal(translate(full, 100)[0].inverse_mass_matrix, expected)
 
 
 BLOCKS = {("mu",): jnp.ones(1), ("sigma",): jnp.ones(1)}
+DIAGONAL, FULL = np.array([4.0, 0.25]), np.array([[1.0, 0.3], [0.3, 0.5]])
 
 
 def quadratic(inverse_mass_matrix, r):
@@ -582,9 +587,6 @@ def test_every_field_that_is_named_is_accepted() -> None:
     assert set(ACCEPTED) == {"z", *pmcmc.HMC.extra_fields, "adapt_state.step_size"}
 
 
-DIAGONAL, FULL = np.array([4.0, 0.25]), np.array([[1.0, 0.3], [0.3, 0.5]])
-
-
 @pytest.mark.parametrize(("sampler", "metric"), [(NUTS, FULL), (HMC, DIAGONAL)], ids=["NUTS, full", "HMC, diagonal"])
 def test_a_given_metric_is_kept_while_the_step_size_is_tuned(sampler, metric) -> None:
     """NumPyro's `adapt_state` is read and passed to a second sampler."""
@@ -604,8 +606,13 @@ def test_a_given_metric_is_kept_while_the_step_size_is_tuned(sampler, metric) ->
         inverse_mass_matrix=jax.tree.map(lambda x: x[0], state.inverse_mass_matrix),
         adapt_step_size=False,
         adapt_mass_matrix=False,
+        dense_mass=metric.ndim == 2,
         **({"num_steps": 4} if sampler is HMC else {}),
     )
+    theirs = MCMC(again, num_warmup=0, num_samples=2, progress_bar=False)
+    theirs.run(jax.random.key(1), Y)
+    taken = theirs.last_state.adapt_state.inverse_mass_matrix
+    np.testing.assert_allclose(taken["mu", "sigma"], metric, rtol=1e-12)
     second = ParallelMCMC(again, **{**options, "num_warmup": 0, "num_chains": 1})
     second.run(jax.random.key(1), Y, init_params={"mu": 0.5, "sigma": 0.0})
     state = second.last_state.adapt_state  # the state of one chain has no leading axis

@@ -188,7 +188,7 @@ class ParallelMCMC(MCMC):
             )
         self._args, self._kwargs, self._warmup_state = args, kwargs, None
         source, key, settings = self._prepare(rng_key, extra_fields)
-        starts = model_starts(source, key, self._init_params(source.target, key, init_params), settings)
+        starts = model_starts(source, key, self._init_params(source.target, key, init_params, settings), settings)
         state = warm_up(source, key, starts, settings, self.progress_bar)
         self._last_state = self._warmup_state = standing(state)
 
@@ -211,7 +211,7 @@ class ParallelMCMC(MCMC):
         extra_fields = extra_fields if isinstance(extra_fields, str) else tuple(extra_fields)  # read more than once
         source, key, settings = self._prepare(rng_key, extra_fields)
         if self._warmup_state is None:
-            starts = model_starts(source, key, self._init_params(source.target, key, init_params), settings)
+            starts = model_starts(source, key, self._init_params(source.target, key, init_params, settings), settings)
             chain = sample_new(source, key, starts, settings, self.progress_bar)
         else:
             sizes = self.num_chains, self.thinning
@@ -245,13 +245,14 @@ class ParallelMCMC(MCMC):
         sizes = self.num_warmup, self.num_samples, self.num_chains, self.thinning
         return Settings.check(target, self._kernel, self._solver, *sizes, (), self._warmup)
 
-    def _init_params(self, target: Target, rng_key: PRNGKey, given: PyTree) -> PyTree:
+    def _init_params(self, target: Target, rng_key: PRNGKey, given: PyTree, settings: Settings) -> PyTree:
         """Return the given starts, or those of the sampler's strategy; None for the default of NumPyro and pmcmc."""
         model, strategy = self.sampler.model, self.sampler._init_strategy
         if given is not None or strategy is init_to_uniform:
             return given
         check_strategy(target, None, strategy)
-        return strategy_starts(model, self._args, self._kwargs, strategy, rng_key, self.num_chains)
+        sizes = self.num_chains, settings.uses_gradient
+        return strategy_starts(model, self._args, self._kwargs, strategy, rng_key, *sizes)
 
 
 def _states(chain: Chain, extra_fields: Sequence[str]) -> dict[str, Any]:

@@ -57,7 +57,8 @@ def kernel_fields(target: Target, kernel: Kernel, extra_fields: Sequence[str]) -
         sites = set(site_shapes(target)) if name.startswith("~") else latent
         if _site(name) not in sites:
             raise ValueError(f"extra_fields: {name!r} names no site of the model: expected one out of {sorted(sites)}.")
-    others = ["z", STEP_SIZE] if "step_size" in kernel.tunables else ["z"]
+    is_adapted = bool(extra_fields) and "step_size" in kernel.tunables and kernel.takes_leapfrogs(target)
+    others = ["z", STEP_SIZE] if is_adapted else ["z"]
     of_kernel = tuple(name for name in extra_fields if not (_site(name) or name in others))
     if unknown := sorted(set(of_kernel) - set(kernel.extra_fields)):
         raise ValueError(

@@ -5,7 +5,7 @@ import pickle
 import re
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import blackjax
 import jax
@@ -572,6 +572,32 @@ def test_the_step_size_of_kernels_without_one_is_no_field() -> None:
     ) as caught:
         make(kernel=around(1.0), num_warmup=0).run(jax.random.key(0), Y, extra_fields=("adapt_state.step_size",))
     assert str(caught.value).count("adapt_state.step_size") == 1
+
+
+@pytest.mark.parametrize(
+    ("kernel", "takes_leapfrogs"),
+    [
+        (pmcmc.MALA(step_size=0.1), False),
+        (pmcmc.RandomWalk(step_size=0.1), False),
+        (pmcmc.from_blackjax(blackjax.mala, step_size=0.1), False),
+        (pmcmc.from_blackjax(blackjax.nuts, step_size=0.1, inverse_mass_matrix=jnp.ones(2)), True),
+        (pmcmc.HMC(step_size=0.1, num_integration_steps=2), True),
+        (pmcmc.NUTS(step_size=0.1), True),
+    ],
+    ids=["MALA", "RandomWalk", "BlackJAX's MALA", "BlackJAX's NUTS", "HMC", "NUTS"],
+)
+def test_step_sizes_of_other_units_are_not_in_adapt_state(kernel, takes_leapfrogs: bool) -> None:
+    """MALA's h is that of a leapfrog step of sqrt(2 h), and a random walk's is a standard deviation."""
+    mcmc = make(kernel=kernel, num_warmup=0, num_samples=5)
+    asked = partial(mcmc.run, jax.random.key(0), Y, extra_fields=("adapt_state.step_size",))
+    if takes_leapfrogs:
+        asked()
+        assert np.all(mcmc.last_state.adapt_state.step_size == 0.1)
+    else:
+        with pytest.raises(ValueError, match="has no extra_fields"):
+            asked()
+        mcmc.run(jax.random.key(0), Y)
+        assert mcmc.last_state.adapt_state is None
 
 
 # The message lists all fields that exist.

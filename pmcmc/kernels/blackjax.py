@@ -88,6 +88,15 @@ class AlgorithmKernel(Kernel):
             tree_depth=optional(said.tree_depth, int),
         )
 
+    def takes_leapfrogs(self, target):
+        kernel: Any = self if self.is_tuned else self.with_step_size(1.0)
+
+        def step() -> Info:
+            state = kernel.start(target, jnp.zeros(target.dim, target.spec.dtype))
+            return kernel.step(target, state, kernel.sample_noise(jax.random.key(0), target))[1]
+
+        return jax.eval_shape(step).num_integration_steps is not None
+
     def unknown(self, state: Any) -> Any:
         return interop.without_caches(state, self.cache_names())
 

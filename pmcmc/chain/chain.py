@@ -407,7 +407,7 @@ class Chain:
                 whatever ``sites`` says, and all others to prior_predictive.
             posterior_predictive: Draws of ``numpyro.infer.Predictive`` from the posterior.
             coords: ArviZ's labels of coordinates.
-            dims: ArviZ's names of dimensions, in addition to the names of plates.
+            dims: ArviZ's names of dimensions by site: of all axes, or of the last ones, after those named after plates.
 
         Raises:
             ValueError: ``log_likelihood`` is set for a model without observed sites, the number of predictive draws
@@ -444,4 +444,4 @@ class Chain:
             "residual": float(np.max(report.residual)),
             "sampling_time": float(report.total_seconds),
         }
-        return to_arviz(groups, attrs, dims={**described.dims, **(dims or {})}, coords=coords or {})
+        return to_arviz(groups, attrs, known=described.dims, dims=dims or {}, coords=coords or {})

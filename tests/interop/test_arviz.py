@@ -169,6 +169,23 @@ def test_labels_of_the_user() -> None:
     assert data.posterior["slopes"].dims == ("chain", "draw", "side")
 
 
+@pytest.mark.parametrize("event_dims", [[], ["other"]])
+def test_labels_of_the_axes_after_those_of_plates(event_dims: list[str]) -> None:
+    def groups():
+        with numpyro.plate("group", 2):
+            z = dist.Normal(0, 1).expand([2]).to_event(1)
+            numpyro.sample("z", z, infer={"event_dims": event_dims})
+            numpyro.sample("y", z, obs=np.eye(2))
+
+    kernel = pmcmc.HMC(step_size=0.1, num_integration_steps=2)
+    chain = pmcmc.parallel_chain(groups, 0, kernel=kernel, num_warmup=0, num_samples=4, progress_bar=False)
+    found = chain.to_arviz(dims={"z": ["coef"], "y": ["coef"]}, coords={"group": ["a", "b"], "coef": ["c", "d"]})
+    assert found.posterior["z"].dims == ("chain", "draw", "group", "coef")
+    assert list(found.posterior["z"].coords["group"].values) == ["a", "b"]
+    assert found.observed_data["y"].dims == ("group", "coef")
+    assert chain.to_arviz(dims={"z": ["row", "column"]}).posterior["z"].dims == ("chain", "draw", "row", "column")
+
+
 def test_round_trip_through_a_file(tmp_path: Path) -> None:
     pytest.importorskip("h5netcdf")
     data = chain().to_arviz(log_likelihood=True)

@@ -50,7 +50,8 @@ class ParallelMCMC(MCMC):
     These options of NUTS and HMC are kept: ``model``, ``target_accept_prob``, ``dense_mass`` (True or False),
     ``max_tree_depth``, ``num_steps``, ``trajectory_length``, ``init_strategy``, ``adapt_step_size``,
     ``adapt_mass_matrix``, and ``step_size`` and ``inverse_mass_matrix`` if they are not adapted. If they are, NumPyro
-    only starts from them, and pmcmc starts elsewhere. Steps of HMC are jittered. If ``trajectory_length`` is left out,
+    only starts from them, and pmcmc starts elsewhere. Without ``dense_mass``, the diagonal of a full
+    ``inverse_mass_matrix`` is taken, as in NumPyro. Steps of HMC are jittered. If ``trajectory_length`` is left out,
     its trajectories take the time that `HMC` tunes, at least 1.82, instead of 2 pi. Where steps are tuned, a trajectory
     has at most 64, with a warning if ``trajectory_length`` needs more. ``regularize_mass_matrix`` and
     ``find_heuristic_step_size`` have no effect: pmcmc has warm-ups of its own. Options that cannot be kept are refused.
@@ -120,7 +121,7 @@ class ParallelMCMC(MCMC):
                     "former, or leave kernel= out."
                 )
             self._stands_for = type(sampler).__name__
-            kernel, adaptation = translate(sampler, num_warmup)
+            kernel, adaptation = translate(sampler, num_warmup, warmup)
             warmup = adaptation if warmup is None else keep_options(warmup, sampler)
         if callable(chain_method) or chain_method in ("parallel", "sequential"):
             chain_method = "vectorized"  # NumPyro refuses other values
@@ -187,7 +188,7 @@ class ParallelMCMC(MCMC):
             )
         self._args, self._kwargs, self._warmup_state = args, kwargs, None
         source, key, settings = self._prepare(rng_key, extra_fields)
-        starts = model_starts(source, key, self._init_params(source.target, key, init_params), settings)
+        starts = model_starts(source, key, self._init_params(source.target, key, init_params, settings), settings)
         state = warm_up(source, key, starts, settings, self.progress_bar)
         self._last_state = self._warmup_state = standing(state)
 
@@ -210,7 +211,7 @@ class ParallelMCMC(MCMC):
         extra_fields = extra_fields if isinstance(extra_fields, str) else tuple(extra_fields)  # read more than once
         source, key, settings = self._prepare(rng_key, extra_fields)
         if self._warmup_state is None:
-            starts = model_starts(source, key, self._init_params(source.target, key, init_params), settings)
+            starts = model_starts(source, key, self._init_params(source.target, key, init_params, settings), settings)
             chain = sample_new(source, key, starts, settings, self.progress_bar)
         else:
             sizes = self.num_chains, self.thinning
@@ -235,7 +236,7 @@ class ParallelMCMC(MCMC):
             typed = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
             if rng_key.ndim == (1 if typed else 2) and len(rng_key) == self.num_chains:
                 rng_key = rng_key[0]
-        check_metric_sites(self.sampler._inverse_mass_matrix, target)
+        check_metric_sites(self.sampler, self.num_warmup, target)
         settings = self._settings(target)
         settings = replace(settings, extra_fields=kernel_fields(target, settings.kernel, extra_fields))
         return source, as_key(rng_key), settings
@@ -244,13 +245,14 @@ class ParallelMCMC(MCMC):
         sizes = self.num_warmup, self.num_samples, self.num_chains, self.thinning
         return Settings.check(target, self._kernel, self._solver, *sizes, (), self._warmup)
 
-    def _init_params(self, target: Target, rng_key: PRNGKey, given: PyTree) -> PyTree:
+    def _init_params(self, target: Target, rng_key: PRNGKey, given: PyTree, settings: Settings) -> PyTree:
         """Return the given starts, or those of the sampler's strategy; None for the default of NumPyro and pmcmc."""
         model, strategy = self.sampler.model, self.sampler._init_strategy
         if given is not None or strategy is init_to_uniform:
             return given
         check_strategy(target, None, strategy)
-        return strategy_starts(model, self._args, self._kwargs, strategy, rng_key, self.num_chains)
+        sizes = self.num_chains, settings.uses_gradient
+        return strategy_starts(model, self._args, self._kwargs, strategy, rng_key, *sizes)
 
 
 def _states(chain: Chain, extra_fields: Sequence[str]) -> dict[str, Any]:

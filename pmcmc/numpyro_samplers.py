@@ -7,6 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from numpyro.infer import HMC as NumpyroHMC
 from numpyro.infer import NUTS as NumpyroNUTS
 from numpyro.infer.hmc_util import euclidean_kinetic_energy
@@ -55,7 +57,8 @@ def kernel_fields(target: Target, kernel: Kernel, extra_fields: Sequence[str]) -
         sites = set(site_shapes(target)) if name.startswith("~") else latent
         if _site(name) not in sites:
             raise ValueError(f"extra_fields: {name!r} names no site of the model: expected one out of {sorted(sites)}.")
-    others = ["z", STEP_SIZE] if "step_size" in kernel.tunables else ["z"]
+    is_adapted = bool(extra_fields) and "step_size" in kernel.tunables and kernel.takes_leapfrogs(target)
+    others = ["z", STEP_SIZE] if is_adapted else ["z"]
     of_kernel = tuple(name for name in extra_fields if not (_site(name) or name in others))
     if unknown := sorted(set(of_kernel) - set(kernel.extra_fields)):
         raise ValueError(
@@ -66,17 +69,24 @@ def kernel_fields(target: Target, kernel: Kernel, extra_fields: Sequence[str]) -
     return of_kernel
 
 
-def translate(sampler: Any, num_warmup: int) -> tuple[Kernel, EnsembleAdaptation]:
-    """Return the pmcmc kernel and warm-up that correspond to a NumPyro kernel; raise if it has no counterpart."""
+def translate(sampler: Any, num_warmup: int, given: Warmup | None = None) -> tuple[Kernel, EnsembleAdaptation]:
+    """Return the pmcmc kernel and warm-up that correspond to a NumPyro kernel; raise if it has no counterpart.
+
+    A metric that is not adapted and not given is the identity, unless the user's own warm-up ``given`` has one.
+    """
     if type(sampler) not in (NumpyroHMC, NumpyroNUTS):
         raise TypeError(
             f"{type(sampler).__name__} has no counterpart that is sampled in parallel: expected numpyro.infer.NUTS or "
             f"HMC. Pass the model and a pmcmc kernel, as in {_instead(sampler)}."
         )
-    _refuse(sampler)
+    metric = _kept_metric(sampler, num_warmup)
+    _refuse(sampler, metric)
     step_size = None if sampler._adapt_step_size and num_warmup else sampler._step_size
-    metric = None if sampler._adapt_mass_matrix and num_warmup else _whole_metric(sampler)
-    if metric is None and num_warmup and not sampler._adapt_mass_matrix:
+    if isinstance(metric, dict):
+        metric = next(iter(metric.values()))  # the only one
+    if not sampler._dense_mass and np.ndim(metric) == 2:
+        metric = jnp.diagonal(jnp.asarray(metric))  # as NumPyro does
+    if num_warmup and not sampler._adapt_mass_matrix and metric is None and getattr(given, "metric", None) is None:
         metric = 1.0
     warmup = EnsembleAdaptation(dense=sampler._dense_mass, target_acceptance_rate=sampler._target_accept_prob)
     if type(sampler) is NumpyroHMC:
@@ -137,15 +147,14 @@ def keep_options(warmup: Warmup, sampler: Any) -> Warmup:
     return warmup
 
 
-def _whole_metric(sampler: Any) -> Any:
-    """Return the metric of a NumPyro kernel as one array; `_refuse` allows only dicts of one entry."""
-    metric = sampler._inverse_mass_matrix
-    return next(iter(metric.values())) if isinstance(metric, dict) else metric
+def _kept_metric(sampler: Any, num_warmup: int) -> Any:
+    """Return the metric of a NumPyro kernel as it was given; None if NumPyro would only start its adaptation there."""
+    return None if sampler._adapt_mass_matrix and num_warmup else sampler._inverse_mass_matrix
 
 
-def check_metric_sites(metric: Any, target: Target) -> None:
-    """Raise unless a metric by sites, as in ``adapt_state``, covers all sites of the model in their order."""
-    sites = tuple(sorted(target.spec.template))
+def check_metric_sites(sampler: Any, num_warmup: int, target: Target) -> None:
+    """Raise unless a metric by sites that is kept covers all sites of the model in their order."""
+    metric, sites = _kept_metric(sampler, num_warmup), tuple(sorted(target.spec.template))
     if isinstance(metric, dict) and tuple(metric) != (sites,):
         raise ValueError(f"inverse_mass_matrix is over the sites {list(metric)}: expected one entry for {[sites]}.")
 
@@ -171,9 +180,8 @@ def _trajectory(sampler: Any, step_size: Any) -> dict[str, Any]:
     return {} if is_default else dict(trajectory_length=time)
 
 
-def _refuse(sampler: Any) -> None:
-    """Raise for options of NumPyro's HMC and NUTS that have no counterpart."""
-    metric = sampler._inverse_mass_matrix
+def _refuse(sampler: Any, metric: Any) -> None:
+    """Raise for options of NumPyro's HMC and NUTS, and a metric that is kept, without a counterpart."""
     for unusable, message in (
         (
             sampler.model is None,

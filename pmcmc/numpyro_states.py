@@ -26,6 +26,8 @@ from pmcmc.warmup.trajectories import with_length_of
 class AdaptState(NamedTuple):
     """What warm-up tuned, as in NumPyro's ``HMCAdaptState``; with a leading axis num_chains if there are several.
 
+    Only kernels that take leapfrog steps have one: step sizes of other kernels mean nothing to NumPyro's samplers.
+
     Attributes:
         step_size: The leapfrog step h, in units of the metric.
         inverse_mass_matrix: M^{-1} by the sites that it acts on, ``{(site, ...): array}``: diagonal (D,) or full
@@ -62,11 +64,12 @@ class ParallelState(NamedTuple):
 
     @property
     def adapt_state(self) -> AdaptState | None:
-        """Step size and metric; None for kernels without a step size, such as `Compose`, and with `AutoReparam`, whose
-        coordinates are not those of z.
+        """Step size and metric; None for kernels that take no leapfrog steps, such as `MALA`, `RandomWalk` and
+        `Compose`, and with `AutoReparam`, whose coordinates are not those of z.
 
         All chains share what warm-up found. To use it in another sampler, take that of one chain:
-        ``NUTS(model, step_size=..., inverse_mass_matrix=..., adapt_step_size=False, adapt_mass_matrix=False)``.
+        ``NUTS(model, step_size=..., inverse_mass_matrix=..., adapt_step_size=False, adapt_mass_matrix=False)``, with
+        ``dense_mass=True`` if the metric is (D, D), of which NumPyro takes the diagonal otherwise.
 
         Raises:
             ValueError: The state was pickled.
@@ -78,7 +81,7 @@ class ParallelState(NamedTuple):
             )
         target = self.chains.target
         kernel: Any = self.chains.kernel
-        if "step_size" not in kernel.tunables or target.centredness:
+        if "step_size" not in kernel.tunables or target.centredness or not kernel.takes_leapfrogs(target):
             return None
         # Without a warm-up, the metric of the kernel was not turned into a basis.
         metric = kernel.metric

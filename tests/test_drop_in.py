@@ -5,7 +5,7 @@ import pickle
 import re
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import blackjax
 import jax
@@ -375,7 +375,8 @@ def test_other_data_are_no_change_of_a_kernel_of_the_users_own() -> None:
 def test_states_in_another_metric() -> None:
     """Warm-up makes a metric the coordinates of the target, where it is compared to rounding."""
     fixed = lambda metric, **rest: ParallelMCMC(
-        NUTS(model, inverse_mass_matrix=metric, adapt_mass_matrix=False), **{**SIZES, "num_samples": 5, **rest}
+        NUTS(model, inverse_mass_matrix=metric, adapt_mass_matrix=False, dense_mass=metric.ndim == 2),
+        **{**SIZES, "num_samples": 5, **rest},
     )
     first = fixed(jnp.array([0.1, 0.3]))
     first.warmup(jax.random.key(0), Y)
@@ -465,9 +466,13 @@ def test_what_numpyros_kernels_become() -> None:
         kept = translate(sampler(model, inverse_mass_matrix=metric, adapt_mass_matrix=False), 100)[0]
         np.testing.assert_array_equal(kept.inverse_mass_matrix, metric)
         assert translate(sampler(model, adapt_mass_matrix=False), 100)[0].inverse_mass_matrix == 1.0
+        for dense, expected in ((False, np.diag(FULL)), (True, FULL)):
+            full = sampler(model, inverse_mass_matrix=FULL, adapt_mass_matrix=False, dense_mass=dense)
+            np.testing.assert_array_equal(translate(full, 100)[0].inverse_mass_matrix, expected)
 
 
 BLOCKS = {("mu",): jnp.ones(1), ("sigma",): jnp.ones(1)}
+DIAGONAL, FULL = np.array([4.0, 0.25]), np.array([[1.0, 0.3], [0.3, 0.5]])
 
 
 def quadratic(inverse_mass_matrix, r):
@@ -482,7 +487,11 @@ def quadratic(inverse_mass_matrix, r):
         (lambda: NUTS(model, dense_mass=[("mu", "sigma")]), ValueError, "dense_mass by blocks.*True or False"),
         (lambda: NUTS(model, kinetic_fn=quadratic), ValueError, "kinetic_fn must be the Euclidean one: leave it out"),
         (lambda: NUTS(model, forward_mode_differentiation=True), ValueError, "numpyro's or jax's scan"),
-        (lambda: HMC(model, inverse_mass_matrix=BLOCKS), ValueError, r"pass an array \(D,\)"),
+        (
+            lambda: HMC(model, inverse_mass_matrix=BLOCKS, adapt_mass_matrix=False),
+            ValueError,
+            r"pass an array \(D,\)",
+        ),
         (lambda: 3.0, TypeError, r"sampler must be numpyro.infer.NUTS\(model\)"),
     ],
 )
@@ -565,6 +574,32 @@ def test_the_step_size_of_kernels_without_one_is_no_field() -> None:
     assert str(caught.value).count("adapt_state.step_size") == 1
 
 
+@pytest.mark.parametrize(
+    ("kernel", "takes_leapfrogs"),
+    [
+        (pmcmc.MALA(step_size=0.1), False),
+        (pmcmc.RandomWalk(step_size=0.1), False),
+        (pmcmc.from_blackjax(blackjax.mala, step_size=0.1), False),
+        (pmcmc.from_blackjax(blackjax.nuts, step_size=0.1, inverse_mass_matrix=jnp.ones(2)), True),
+        (pmcmc.HMC(step_size=0.1, num_integration_steps=2), True),
+        (pmcmc.NUTS(step_size=0.1), True),
+    ],
+    ids=["MALA", "RandomWalk", "BlackJAX's MALA", "BlackJAX's NUTS", "HMC", "NUTS"],
+)
+def test_step_sizes_of_other_units_are_not_in_adapt_state(kernel, takes_leapfrogs: bool) -> None:
+    """MALA's h is that of a leapfrog step of sqrt(2 h), and a random walk's is a standard deviation."""
+    mcmc = make(kernel=kernel, num_warmup=0, num_samples=5)
+    asked = partial(mcmc.run, jax.random.key(0), Y, extra_fields=("adapt_state.step_size",))
+    if takes_leapfrogs:
+        asked()
+        assert np.all(mcmc.last_state.adapt_state.step_size == 0.1)
+    else:
+        with pytest.raises(ValueError, match="has no extra_fields"):
+            asked()
+        mcmc.run(jax.random.key(0), Y)
+        assert mcmc.last_state.adapt_state is None
+
+
 # The message lists all fields that exist.
 ACCEPTED = ("z", "diverging", "accept_prob", "potential_energy", "energy", "num_steps", "adapt_state.step_size")
 
@@ -576,9 +611,6 @@ def test_every_field_that_is_named_is_accepted() -> None:
     assert set(mcmc.get_extra_fields()) == {*ACCEPTED, "z.mu", "z.sigma"} - {"z"}
     assert set(mcmc.get_samples()) == {"sigma"}
     assert set(ACCEPTED) == {"z", *pmcmc.HMC.extra_fields, "adapt_state.step_size"}
-
-
-DIAGONAL, FULL = np.array([4.0, 0.25]), np.array([[1.0, 0.3], [0.3, 0.5]])
 
 
 @pytest.mark.parametrize(("sampler", "metric"), [(NUTS, FULL), (HMC, DIAGONAL)], ids=["NUTS, full", "HMC, diagonal"])
@@ -600,14 +632,27 @@ def test_a_given_metric_is_kept_while_the_step_size_is_tuned(sampler, metric) ->
         inverse_mass_matrix=jax.tree.map(lambda x: x[0], state.inverse_mass_matrix),
         adapt_step_size=False,
         adapt_mass_matrix=False,
+        dense_mass=metric.ndim == 2,
         **({"num_steps": 4} if sampler is HMC else {}),
     )
+    theirs = MCMC(again, num_warmup=0, num_samples=2, progress_bar=False)
+    theirs.run(jax.random.key(1), Y)
+    taken = theirs.last_state.adapt_state.inverse_mass_matrix
+    np.testing.assert_allclose(taken["mu", "sigma"], metric, rtol=1e-12)
     second = ParallelMCMC(again, **{**options, "num_warmup": 0, "num_chains": 1})
     second.run(jax.random.key(1), Y, init_params={"mu": 0.5, "sigma": 0.0})
     state = second.last_state.adapt_state  # the state of one chain has no leading axis
     np.testing.assert_allclose(state.inverse_mass_matrix["mu", "sigma"], metric, rtol=1e-12)
     assert state.step_size.shape == ()
     assert second.chain.report.acceptance_rate.mean() > 0.3
+
+
+def test_a_metric_of_the_warmup_is_kept_beside_a_sampler_that_adapts_none() -> None:
+    sampler = NUTS(model, adapt_mass_matrix=False)
+    mcmc = ParallelMCMC(sampler, **SIZES, warmup=pmcmc.EnsembleAdaptation(inverse_mass_matrix=DIAGONAL))
+    mcmc.warmup(jax.random.key(0), Y)
+    found = mcmc.last_state.adapt_state.inverse_mass_matrix["mu", "sigma"]
+    np.testing.assert_allclose(found, np.stack([DIAGONAL, DIAGONAL]), rtol=1e-12)
 
 
 def test_what_warmup_had_to_say_stays_with_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -647,6 +692,17 @@ def test_metrics_that_do_not_fit() -> None:
     twice = dict(kernel=pmcmc.HMC(inverse_mass_matrix=1.0), warmup=pmcmc.EnsembleAdaptation(inverse_mass_matrix=1.0))
     with pytest.raises(ValueError, match="inverse_mass_matrix is given twice"):
         make(**twice).run(jax.random.key(0), Y)
+
+
+@pytest.mark.parametrize("metric", [BLOCKS, {("mu",): jnp.ones(1)}])
+def test_a_metric_by_sites_is_accepted_where_it_is_adapted(metric) -> None:
+    """NumPyro only starts from it, and pmcmc starts elsewhere."""
+    sampler = HMC(model, inverse_mass_matrix=metric)
+    mcmc = ParallelMCMC(sampler, **{**SIZES, "num_samples": 10, "solver": Sequential()})
+    mcmc.run(jax.random.key(0), Y)
+    assert mcmc.get_samples()["mu"].shape == (20,)
+    with pytest.raises(ValueError, match="inverse_mass_matrix"):
+        ParallelMCMC(sampler, num_warmup=0, num_samples=10, progress_bar=False).run(jax.random.key(0), Y)
 
 
 def test_discrete_sites_beside_a_fitting_warmup() -> None:

@@ -392,9 +392,9 @@ class Chain:
         Its groups are posterior, sample_stats, observed_data and constant_data. sample_stats has ``lp``,
         ``acceptance_rate``, ``diverging``, ``accept_margin`` (log alpha - log u) and, as far as the kernel has them,
         ``step_size``, ``energy``, ``n_steps`` and ``tree_depth``. For a NumPyro model, observed_data and constant_data
-        hold its data and its other array arguments, and dimensions are named after plates. If ``save_warmup`` was set,
-        there are warmup_posterior, in which each lane is a chain (see `get_warmup_samples`), and
-        warmup_sample_stats with ``lp``.
+        hold its data and its other array arguments, and dimensions are named after plates, but for names that occur
+        with several sizes. If ``save_warmup`` was set, there are warmup_posterior, in which each lane is a chain (see
+        `get_warmup_samples`), and warmup_sample_stats with ``lp``.
 
         The attributes say what the solver did.
 
@@ -407,7 +407,7 @@ class Chain:
                 whatever ``sites`` says, and all others to prior_predictive.
             posterior_predictive: Draws of ``numpyro.infer.Predictive`` from the posterior.
             coords: ArviZ's labels of coordinates.
-            dims: ArviZ's names of dimensions, in addition to the names of plates.
+            dims: ArviZ's names of dimensions by site: of all axes, or of the last ones, after those named after plates.
 
         Raises:
             ValueError: ``log_likelihood`` is set for a model without observed sites, the number of predictive draws
@@ -444,4 +444,4 @@ class Chain:
             "residual": float(np.max(report.residual)),
             "sampling_time": float(report.total_seconds),
         }
-        return to_arviz(groups, attrs, dims={**described.dims, **(dims or {})}, coords=coords or {})
+        return to_arviz(groups, attrs, known=described.dims, dims=dims or {}, coords=coords or {})

@@ -72,6 +72,7 @@ _ADDED: dict[str, dict] = {
     "Basis": {"spread": None},
     "NUTS": {"inverse_mass_matrix": None},
     "HMC": {"trajectory_length": math.pi / 2},
+    "BlackJAX": {"gradient": None},
 }
 # Classes without fields in earlier files, and the values that replace them.
 _REPLACED = {"StandardBasis": None, "FreshProbes": False, "FixedProbes": True}

@@ -20,14 +20,20 @@ from pmcmc.interop import require
 
 
 def to_arviz(
-    groups: dict[str, dict[str, Any]], attrs: dict[str, Any], *, dims: dict[str, list[str]], coords: dict[str, Any]
+    groups: dict[str, dict[str, Any]],
+    attrs: dict[str, Any],
+    *,
+    known: dict[str, list[str]],
+    dims: dict[str, list[str]],
+    coords: dict[str, Any],
 ) -> Any:
     """Return an `InferenceData` (ArviZ 0.x) or `xarray.DataTree` (ArviZ 1.x) of copies of arrays, without empty groups.
 
     Args:
         groups: Arrays by group and name.
         attrs: Attributes of every group.
-        dims: Names of the axes of a draw, by array.
+        known: Names of the leading axes of a draw that the model gives, by array.
+        dims: The user's names of all axes of a draw, or of those after ``known``, by array.
         coords: Coordinates of named axes.
     """
     import arviz as az
@@ -37,12 +43,20 @@ def to_arviz(
         for group, values in groups.items()
         if values
     }
+    dims = {**known, **{name: _after(known.get(name, []), names, name, groups) for name, names in dims.items()}}
     labels: dict[str, Any] = dict(dims=dims, coords=coords, save_warmup=any(g.startswith("warmup_") for g in arrays))
     # ArviZ 1.0 replaced one keyword per group by one dict of groups.
     if "data" in inspect.signature(az.from_dict).parameters:
         by_group = {"/": attrs, **{name: attrs for name in arrays}}
         return az.from_dict(arrays, attrs=by_group, **labels)
     return az.from_dict(**arrays, attrs=attrs, **labels)
+
+
+def _after(known: list[str], names: list[str], array: str, groups: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the user's names of an array's axes, preceded by the known ones if the user names only the last axes."""
+    num_axes = (np.ndim(x[array]) - 2 * (group not in CONSTANT) for group, x in groups.items() if array in x)
+    num_before = next(num_axes, 0) - len(names)
+    return [*known[:num_before], *names] if 0 < num_before <= len(known) else names
 
 
 def _known(value: Any) -> np.ndarray:
@@ -95,6 +109,8 @@ Groups = dict[str, dict[str, Any]]  # arrays by group and name
 CHUNK_BYTES = 2**20
 # Groups whose arrays grow.
 DRAWN = ("posterior", "sample_stats")
+# Groups whose arrays have no axes (chain, draw).
+CONSTANT = ("observed_data", "constant_data")
 _DIMS = "_ARRAY_DIMENSIONS"  # attribute in which xarray looks for names of axes in format 2
 
 

@@ -4,6 +4,7 @@
 deterministic sites and log likelihoods without running Python again.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -279,7 +280,8 @@ def _log_likelihood(site: dict, term: Array) -> Array:
 
 def _about(sites: dict[str, dict], labelled: set[str]) -> _Sites:
     """Collect `_Sites`; ``labelled`` are the sites whose values a user sees, without factors."""
-    dims, plates = [], []
+    axes: dict[str, tuple[str, ...]] = {}
+    plates, sizes_of = [], defaultdict(set)
     for name, site in sites.items():
         if site["type"] not in ("sample", "deterministic"):
             continue
@@ -289,7 +291,12 @@ def _about(sites: dict[str, dict], labelled: set[str]) -> _Sites:
         shape, sizes = jnp.shape(site["value"]), tuple(frame.size for frame in frames)
         if name in labelled and shape[: len(frames)] == sizes and not (frames and _is_in_scan(site)):
             events = site.get("infer", {}).get("event_dims", [])
-            dims.append((name, (*(frame.name for frame in frames), *events)))
+            axes[name] = (*(frame.name for frame in frames), *events)
+            for axis, size in zip(axes[name], shape, strict=False):
+                sizes_of[axis].add(size)
+    # xarray would pad sites that share an axis of several sizes: such an axis has ArviZ's own name, by site.
+    own = lambda name, n, axis: axis if len(sizes_of[axis]) < 2 else f"{name}_dim_{n}"
+    dims = ((name, tuple(own(name, n, axis) for n, axis in enumerate(names))) for name, names in axes.items())
     return _Sites(tuple(sites), tuple(dims), tuple(plates))
 
 

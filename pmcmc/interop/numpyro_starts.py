@@ -145,7 +145,13 @@ def discrete_prior(model: Callable, args: tuple, kwargs: dict, supports: Support
 
 @alone
 def strategy_starts(
-    model: Callable, args: tuple, kwargs: dict, init_strategy: Callable, rng_key: PRNGKey, num_chains: int
+    model: Callable,
+    args: tuple,
+    kwargs: dict,
+    init_strategy: Callable,
+    rng_key: PRNGKey,
+    num_chains: int,
+    uses_gradient: bool,
 ) -> dict[str, Array] | None:
     """Return starts that NumPyro finds by a strategy such as ``init_to_median``.
 
@@ -156,13 +162,14 @@ def strategy_starts(
         init_strategy: One of NumPyro's strategies, or a function like them.
         rng_key: Key of the run.
         num_chains: Number of starts.
+        uses_gradient: Whether the gradient is needed.
 
     Returns:
         Unconstrained values by site, leading axis num_chains; None for ``init_to_uniform``, which `numpyro_starts`
         draws.
 
     Raises:
-        RuntimeError: NumPyro found no start where the density is finite.
+        RuntimeError: NumPyro found no start where the density and, where it is used, its gradient are finite.
     """
     from numpyro.infer.initialization import init_to_uniform
     from numpyro.infer.util import initialize_model
@@ -170,4 +177,5 @@ def strategy_starts(
     if init_strategy is init_to_uniform:
         return None
     keys = jax.random.split(jax.random.fold_in(rng_key, 0), num_chains)
-    return initialize_model(keys, model, init_strategy=init_strategy, model_args=args, model_kwargs=kwargs).param_info.z
+    options: dict = dict(model_args=args, model_kwargs=kwargs, validate_grad=uses_gradient)
+    return initialize_model(keys, model, init_strategy=init_strategy, **options).param_info.z

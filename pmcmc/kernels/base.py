@@ -264,6 +264,10 @@ class Kernel(abc.ABC):
         """Whether a step evaluates the gradient of the log density, which must then be finite where chains start."""
         return True
 
+    def takes_leapfrogs(self, target: Target) -> bool:
+        """Whether the step size is that of leapfrog steps, whose number the kernel then reports as ``num_steps``."""
+        return "num_steps" in self.extra_fields
+
     @property
     def is_tuned(self) -> bool:
         """Whether the kernel can step without warm-up."""

@@ -88,6 +88,15 @@ class AlgorithmKernel(Kernel):
             tree_depth=optional(said.tree_depth, int),
         )
 
+    def takes_leapfrogs(self, target):
+        kernel: Any = self if self.is_tuned else self.with_step_size(1.0)
+
+        def step() -> Info:
+            state = kernel.start(target, jnp.zeros(target.dim, target.spec.dtype))
+            return kernel.step(target, state, kernel.sample_noise(jax.random.key(0), target))[1]
+
+        return jax.eval_shape(step).num_integration_steps is not None
+
     def unknown(self, state: Any) -> Any:
         return interop.without_caches(state, self.cache_names())
 
@@ -109,16 +118,29 @@ class BlackJAX(AlgorithmKernel):
         parameters: Parameters of the constructor that consist of floats and arrays, as leaves.
         settings: The other parameters, static, as (name, value) pairs.
         caches: Names of the cached fields of the state, see `from_blackjax`.
+        gradient: Whether steps evaluate the gradient; None to decide from the fields of the state.
     """
 
     source: Any = field(metadata=dict(static=True))
     parameters: dict[str, PyTree]
     settings: tuple[tuple[str, object], ...] = field(metadata=dict(static=True))
     caches: tuple[str, ...] | None = field(metadata=dict(static=True))
+    gradient: bool | None = field(metadata=dict(static=True))
 
     @property
     def takes_basis(self) -> bool:
         return not interop.is_built(self.source)
+
+    @property
+    def uses_gradient(self) -> bool:
+        if self.gradient is not None or not self.takes_basis:
+            return self.gradient is not False
+        line = Target.from_logdensity(lambda x: -jnp.sum(x**2), np.zeros(1, np.float32))  # any target has these fields
+        try:
+            state = jax.eval_shape(lambda: self.start(line, jnp.zeros(1, jnp.float32)))
+        except (TypeError, ValueError):  # the constructor needs another dimension, or is refused when it is used
+            return True
+        return any("grad" in name for name in state._fields)
 
     @property
     def step_size(self) -> Scalar | None:
@@ -172,7 +194,13 @@ _BUILD_INSTEAD = (
 )
 
 
-def from_blackjax(algorithm: Callable | Any, *, caches: tuple[str, ...] | None = None, **parameters: Any) -> BlackJAX:
+def from_blackjax(
+    algorithm: Callable | Any,
+    *,
+    caches: tuple[str, ...] | None = None,
+    uses_gradient: bool | None = None,
+    **parameters: Any,
+) -> BlackJAX:
     """Return a BlackJAX algorithm as a kernel, so that it can be sampled in parallel across the chain's length.
 
     The algorithm is given in one of two forms:
@@ -200,6 +228,9 @@ def from_blackjax(algorithm: Callable | Any, *, caches: tuple[str, ...] | None =
         caches: Fields of the state that ``init`` computes from the position. None: those named ``logdensity*`` and
             ``*grad*``. All other fields are part of the unknown and must agree before two paths count as merged; a key
             in the state (dynamic HMC) is derived anew from the key of every step.
+        uses_gradient: Whether steps evaluate the gradient of the log density, which must then be finite where chains
+            start. None: whether a field of the state is named ``*grad*``. An algorithm that is already built, or that
+            cannot be constructed in one dimension, counts as using it unless this is False.
         parameters: Parameters of the constructor, by name. Floats and arrays are leaves of the kernel, so other values
             need no new compilation; integers, functions and other hashable objects are static. ``step_size=None`` is
             tuned by warm-up if the algorithm reports acceptance rates, to 0.8 or to the warm-up's
@@ -259,7 +290,7 @@ def from_blackjax(algorithm: Callable | Any, *, caches: tuple[str, ...] | None =
         except TypeError:
             raise TypeError(f"{name} must be floats, arrays, or hashable, got {value!r}.") from None
     source = algorithm if interop.is_built(algorithm) else interop.as_function(algorithm)
-    return BlackJAX(source, numbers, settings, None if caches is None else tuple(caches))
+    return BlackJAX(source, numbers, settings, None if caches is None else tuple(caches), uses_gradient)
 
 
 def _is_numeric(value: PyTree) -> bool:

@@ -132,7 +132,8 @@ def parallel_chain(
     record = _warmup_record(settings, save_warmup)
     if init_strategy is not None:
         check_strategy(target, init_params, init_strategy)
-        init_params = strategy_starts(model, model_args, model_kwargs, init_strategy, key, settings.num_chains)
+        sizes = settings.num_chains, settings.uses_gradient
+        init_params = strategy_starts(model, model_args, model_kwargs, init_strategy, key, *sizes)
     starts = model_starts(source, key, init_params, settings)
     return sample_new(source, key, starts, settings, progress_bar, record)
 

@@ -138,10 +138,52 @@ def test_the_steps_of_a_scan_are_not_called_like_a_plate_of_the_same_length() ->
     assert not [name for name in ("x", "twice") if "series" in data.posterior[name].dims]
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_plates_of_one_name_and_two_sizes_are_axes_of_their_own(streamed: bool, tmp_path: Path) -> None:
+    data = [np.arange(3), np.arange(5)]
+
+    def groups():
+        with numpyro.plate("side", 2, dim=-2):
+            for k, y in enumerate(data):
+                with numpyro.plate("obs", len(y), dim=-1):
+                    x = numpyro.sample(f"x{k}", dist.Normal(0, 1))
+                    numpyro.sample(f"y{k}", dist.Poisson(jnp.exp(x)), obs=np.stack([y, y]))
+
+    settings = dict(kernel=pmcmc.HMC(step_size=0.1, num_integration_steps=2), num_warmup=0, num_samples=4, num_chains=2)
+    chain = pmcmc.parallel_chain(groups, 0, progress_bar=False, solver=Sequential(), **settings)
+    if streamed:
+        pytest.importorskip("zarr")
+        chain = chain.stream(tmp_path / "draws", 4, progress_bar=False)
+    found = chain.to_arviz(**({} if streamed else {"log_likelihood": True}))
+    for k, y in enumerate(data):
+        assert found.observed_data[f"y{k}"].dtype == y.dtype
+        np.testing.assert_array_equal(found.observed_data[f"y{k}"], [y, y])
+        assert found.posterior[f"x{k}"].dims == ("chain", "draw", "side", f"x{k}_dim_1")
+        assert np.isfinite(found.posterior[f"x{k}"]).all()
+        assert streamed or np.isfinite(found.log_likelihood[f"y{k}"]).all()
+
+
 def test_labels_of_the_user() -> None:
     data = chain().to_arviz(coords={"place": ["north", "south"], "side": list("abc")}, dims={"slopes": ["side"]})
     assert list(data.posterior["level"].coords["place"].values) == ["north", "south"]
     assert data.posterior["slopes"].dims == ("chain", "draw", "side")
+
+
+@pytest.mark.parametrize("event_dims", [[], ["other"]])
+def test_labels_of_the_axes_after_those_of_plates(event_dims: list[str]) -> None:
+    def groups():
+        with numpyro.plate("group", 2):
+            z = dist.Normal(0, 1).expand([2]).to_event(1)
+            numpyro.sample("z", z, infer={"event_dims": event_dims})
+            numpyro.sample("y", z, obs=np.eye(2))
+
+    kernel = pmcmc.HMC(step_size=0.1, num_integration_steps=2)
+    chain = pmcmc.parallel_chain(groups, 0, kernel=kernel, num_warmup=0, num_samples=4, progress_bar=False)
+    found = chain.to_arviz(dims={"z": ["coef"], "y": ["coef"]}, coords={"group": ["a", "b"], "coef": ["c", "d"]})
+    assert found.posterior["z"].dims == ("chain", "draw", "group", "coef")
+    assert list(found.posterior["z"].coords["group"].values) == ["a", "b"]
+    assert found.observed_data["y"].dims == ("group", "coef")
+    assert chain.to_arviz(dims={"z": ["row", "column"]}).posterior["z"].dims == ("chain", "draw", "row", "column")
 
 
 def test_round_trip_through_a_file(tmp_path: Path) -> None:

@@ -282,6 +282,38 @@ def test_caches_can_be_named() -> None:
         wrong.unknown(wrong.init(TARGET, START))
 
 
+def test_gradients_are_asked_for_by_algorithms_that_use_them() -> None:
+    without = {name for name, (kernel, _) in CASES.items() if not kernel.uses_gradient}
+    assert without == {"random-walk", "rmh", "elliptical"}
+    built = blackjax.additive_step_random_walk(gaussian, lambda key, x: x)
+    assert from_blackjax(built).uses_gradient  # its state is unknown before it has a position
+    assert not from_blackjax(built, uses_gradient=False).uses_gradient
+    assert from_blackjax(random_walk, sigma=ONES, uses_gradient=True).uses_gradient
+
+
+def loops(position):
+    """A standard normal density that JAX cannot differentiate in reverse mode."""
+    return jax.lax.while_loop(lambda f: f > 0, lambda f: -0.5 * jnp.sum(position["x"] ** 2), 1.0)
+
+
+def kink(position):
+    """A density whose gradient is NaN at 0."""
+    return -jnp.sqrt(jnp.sum(position["x"] ** 2))
+
+
+@pytest.mark.parametrize("logdensity", [loops, kink])
+@pytest.mark.parametrize("in_compose", [False, True])
+def test_random_walks_need_no_derivative(logdensity, in_compose: bool) -> None:
+    def sample(kernel):
+        kernel = pmcmc.Compose([(kernel, ["x"])]) if in_compose else kernel
+        sizes = dict(num_warmup=0, num_samples=20, num_chains=2, solver=Sequential(), progress_bar=False)
+        return pmcmc.sample(logdensity, {"x": jnp.zeros(2)}, 0, kernel=kernel, **sizes)
+
+    assert np.ptp(sample(from_blackjax(random_walk, sigma=jnp.ones(2))).get_samples()["x"]) > 0.5
+    with pytest.raises((TypeError, ValueError), match=r"cannot differentiate it|gradient is not finite"):
+        sample(from_blackjax(blackjax.mala, step_size=0.1))
+
+
 def test_nan_proposals_are_rejected_and_count_as_divergent() -> None:
     """BlackJAX reports an acceptance rate of NaN for them, which would break the tuning of a step size."""
     bad = Target.from_logdensity(lambda x: jnp.where(x[0] > 0.5, jnp.nan, -0.5 * jnp.sum(x**2)), START)

@@ -325,6 +325,19 @@ def test_starts_of_numpyros_strategies() -> None:
     np.testing.assert_array_equal(run(infer.init_to_uniform)["mu"], default["mu"])
 
 
+def test_a_strategy_needs_no_derivative_that_nothing_uses() -> None:
+    def loops():
+        x = numpyro.sample("x", dist.Normal(0, 1).expand([2]).to_event(1))
+        numpyro.factor("term", jax.lax.while_loop(lambda f: f > 0, lambda f: -0.5 * jnp.sum(x**2), 1.0))
+
+    run = lambda kernel: pmcmc.parallel_chain(
+        loops, 0, init_strategy=infer.init_to_median, **{**TINY, "kernel": pmcmc.Compose([(kernel, ["x"])])}
+    ).get_samples()
+    assert np.isfinite(run(pmcmc.RandomWalk(step_size=0.5))["x"]).all()
+    with pytest.raises((TypeError, ValueError), match="differentiat"):
+        run(pmcmc.MALA(step_size=0.5))
+
+
 @pytest.mark.parametrize("num_warmup", [0, 20])
 def test_starts_of_the_chains_of_a_density(num_warmup: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without warm-up chains stay where they start. With one its lanes start there in turn."""

@@ -15,6 +15,7 @@ gpu-counts``: the CUDA plugin must have the version of jax.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,16 +28,17 @@ import numpy as np
 
 import pmcmc
 from benchmarks import posteriors, targets
-from benchmarks._gpu_compile import Program, compile_for_gpu, lower
+from benchmarks._gpu_compile import Program, as_on_gpu, compile_for_gpu, lower
 from benchmarks._harness import RESULTS, save, with_others
-from benchmarks._runs import in_blocks
+from benchmarks._runs import Run, in_blocks
 from benchmarks.gibbs import schools_gibbs
 from benchmarks.targets import Case
 from pmcmc._xla.compile import TargetJit
 from pmcmc._xla.graphs import OPTIONS
 from pmcmc.interop.numpyro import numpyro_target
 from pmcmc.recurrence.sequential import UNROLLED
-from pmcmc.sampling.programs import draw_noise, solve_noise
+from pmcmc.recurrence.shooting.solver import CHUNK
+from pmcmc.sampling.programs import Shape, draw_noise, solve_noise
 from pmcmc.target import Target
 from pmcmc.warmup import lanes
 
@@ -123,10 +125,16 @@ def measure(job: Job) -> dict[str, Any]:
     )
     length = getattr(case.kernel, "num_integration_steps", None)
     options = OPTIONS if job.program.endswith(AS_GRAPHS) else None
-    unrolled = program == "solve" and case.kernel.transition(case.target).staged is None
-    steps_per_turn = UNROLLED if unrolled else 1
-    found = compile_for_gpu(lowered, length if isinstance(length, int) else 1, options, steps_per_turn)
+    steps = steps_per_turn(case, job.lanes) if program == "solve" else 1
+    found = compile_for_gpu(lowered, length if isinstance(length, int) else 1, options, steps)
     return {"jax": jax.__version__, "case": case.name, "lanes": job.lanes, "program": job.program, **counts(found)}
+
+
+def steps_per_turn(case: Case, num_lanes: int) -> int:
+    """Return the steps of the zeroth sweep in a turn of its loop, see `pmcmc.recurrence.sequential.walk`."""
+    if case.kernel.transition(case.target).staged is not None:
+        return 1
+    return min(UNROLLED, math.gcd(run_on_gpu(case, num_lanes)[1].capacity, CHUNK))
 
 
 def counts(found: Program) -> dict[str, Any]:
@@ -148,10 +156,17 @@ def counts(found: Program) -> dict[str, Any]:
     }
 
 
+def run_on_gpu(case: Case, num_lanes: int) -> tuple[Run, Shape]:
+    """Return a run in blocks, and the shape of its programs on a GPU."""
+    with as_on_gpu():
+        run = in_blocks(case, case.start(jax.random.key(1), 64), num_lanes)
+        return run, run.engine.shape_for(run.solver, case.length)
+
+
 def in_segments(program: str, case: Case, num_lanes: int) -> Any:
     """Lower the program that draws noise, or the one that solves in blocks."""
-    run = in_blocks(case, case.start(jax.random.key(1), 64), num_lanes)
-    engine, shape = run.engine, run.shape._replace(num_groups=1, num_parts=1, draws=False)  # as on a GPU
+    run, shape = run_on_gpu(case, num_lanes)
+    engine = run.engine
     noise, record = engine._buffer_shapes(shape)
     number, numbers = (jax.ShapeDtypeStruct(axes, jnp.result_type(int)) for axes in ((), (1,)))
     target, kernel, guesses = engine.target, engine.kernel, engine.guesses

@@ -200,7 +200,8 @@ class Engine:
         blocks = solver.blocks_for(length)
         capacity = math.ceil(length / blocks)
         brief = self._is_brief(num_steps)
-        unit = solver.unit if capacity >= 4 * solver.unit else 1
+        # A few more steps in whole chunks take less time than a loop of single ones, which on a GPU is all launches.
+        unit = solver.unit if capacity >= (4 if default_platform() == "cpu" else 1) * solver.unit else 1
         shape = Shape(blocks, math.ceil(capacity / unit) * unit, solver.shared_by, brief=brief)
         if solver.shared_by:
             return shape

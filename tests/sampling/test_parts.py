@@ -187,3 +187,11 @@ def test_integer_states_compile_one_program(caplog: pytest.LogCaptureFixture) ->
         (found,) = solve(engine, 2, num_segments=1)
     assert found[1] == RESULTS.successful
     assert sum("Compiling jit(solve_part)" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize(("platform", "capacities"), [("cpu", [2, 25, 63, 64, 112]), ("gpu", [2, 32, 64, 64, 112])])
+def test_blocks_have_whole_chunks(platform: str, capacities: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 steps, also in blocks of fewer than four chunks where a loop of single steps costs most."""
+    monkeypatch.setattr(engines, "default_platform", lambda: platform)
+    solver, lengths = MultipleShooting(num_blocks=100), (200, 2500, 6300, 6400, 10_001)
+    assert [new_engine().shape_for(solver, length).capacity for length in lengths] == capacities

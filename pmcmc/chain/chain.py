@@ -393,8 +393,8 @@ class Chain:
         ``acceptance_rate``, ``diverging``, ``accept_margin`` (log alpha - log u) and, as far as the kernel has them,
         ``step_size``, ``energy``, ``n_steps`` and ``tree_depth``. For a NumPyro model, observed_data and constant_data
         hold its data and its other array arguments, and dimensions are named after plates, but for names that occur
-        with several sizes. If ``save_warmup`` was set, there are warmup_posterior, in which each lane is a chain (see
-        `get_warmup_samples`), and warmup_sample_stats with ``lp``.
+        with several sizes. ArviZ 1.x has dots for slashes in names. If ``save_warmup`` was set, there are
+        warmup_posterior, in which each lane is a chain (see `get_warmup_samples`), and warmup_sample_stats with ``lp``.
 
         The attributes say what the solver did.
 

@@ -48,8 +48,15 @@ def to_arviz(
     # ArviZ 1.0 replaced one keyword per group by one dict of groups.
     if "data" in inspect.signature(az.from_dict).parameters:
         by_group = {"/": attrs, **{name: attrs for name in arrays}}
-        return az.from_dict(arrays, attrs=by_group, **labels)
+        arrays = {group: without_slashes(values) for group, values in arrays.items()}
+        return az.from_dict(arrays, attrs=by_group, **{**labels, "dims": without_slashes(dims)})
     return az.from_dict(**arrays, attrs=attrs, **labels)
+
+
+def without_slashes(by_name: dict[str, Any]) -> dict[str, Any]:
+    """Replace "/" in names, as of `numpyro.handlers.scope`, by "." unless that name exists: it separates folders."""
+    plain = {name: name.replace("/", ".") for name in by_name}
+    return {plain[name] if list(plain.values()).count(plain[name]) == 1 else name: x for name, x in by_name.items()}
 
 
 def _after(known: list[str], names: list[str], array: str, groups: dict[str, dict[str, Any]]) -> list[str]:
@@ -148,9 +155,9 @@ class DrawArrays:
         for name, arrays in constants.items():
             if arrays:
                 group = self._root.create_group(name, attributes=attrs)
-            for key, value in arrays.items():
+            for key, (like, value) in without_slashes({key: (key, value) for key, value in arrays.items()}).items():
                 x = _known(value)
-                self._fixed(group, key, x, self._names(key, x.shape))
+                self._fixed(group, key, x, self._names(like, x.shape))
 
     def _fixed(self, group: Any, name: str, x: np.ndarray, dims: list[str]) -> None:
         """Write an array that does not grow."""
@@ -160,9 +167,10 @@ class DrawArrays:
         made[...] = x
 
     def _names(self, name: str, shape: tuple[int, ...]) -> list[str]:
-        """Return names of axes: those known, then numbered ones."""
-        known = list(self.dims.get(name, []))
-        return known + [f"{name}_dim_{axis}" for axis in range(len(known), len(shape))]
+        """Return names of axes: those known, but for names that every draw has, then numbered ones."""
+        known = [None if axis in ("chain", "draw") else axis for axis in self.dims.get(name, [])]
+        known += [None] * (len(shape) - len(known))
+        return [f"{name}_dim_{n}" if axis is None else axis for n, axis in enumerate(known)]
 
     def write(self, first: int, groups: Groups, room: int) -> None:
         """Write draws after the first ``first`` ones. Readers do not see them before `show`.

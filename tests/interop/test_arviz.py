@@ -14,6 +14,7 @@ from numpyro.infer import Predictive
 
 import pmcmc
 from pmcmc.chain.state import model_source
+from pmcmc.interop.arviz import without_slashes
 from pmcmc.recurrence import Sequential
 from tests.helpers.targets import gaussian, start_like
 
@@ -232,3 +233,30 @@ def test_no_sites() -> None:
     found = chain.to_arviz(sites=[])
     assert found.sample_stats["lp"].shape == (4, 20)
     assert "Number of divergences" in repr(chain.summary(sites=[]))
+
+
+def test_a_stream_shows_the_data_of_scoped_sites(tmp_path) -> None:
+    """NumPyro's `scope` writes slashes into names, which are folders on disk; a plate may be called "draw"."""
+    pytest.importorskip("zarr", reason="the zarr extra is not installed")
+    y = jnp.arange(5.0)
+
+    def study(theta):
+        with numpyro.plate("draw", 5):
+            numpyro.sample("y", dist.Normal(theta, 1), obs=y)
+
+    def model():
+        theta = numpyro.sample("theta", dist.Normal())
+        numpyro.handlers.scope(study, prefix="first")(theta)
+        study(theta)
+
+    chain = pmcmc.parallel_chain(model, 0, num_warmup=50, num_samples=10, num_chains=2, progress_bar=False)
+    stored = chain.stream(tmp_path / "run", 10, progress_bar=False).to_arviz()
+    for name, dim in (("first.y", "first/draw"), ("y", "y_dim_0")):
+        np.testing.assert_array_equal(stored.observed_data[name], y)
+        assert stored.observed_data[name].dims == (dim,)
+    assert stored.posterior.sizes["draw"] == 20
+
+
+def test_slashes_in_names() -> None:
+    assert without_slashes({"a/b/c": 1, "d": 2}) == {"a.b.c": 1, "d": 2}
+    assert without_slashes({"a/b": 1, "a.b": 2}) == {"a/b": 1, "a.b": 2}

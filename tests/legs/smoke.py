@@ -22,6 +22,7 @@ from pmcmc._xla import rewrites
 from pmcmc._xla.content import inner_programs
 from pmcmc._xla.lanes_last import vmap_last
 from pmcmc._xla.trace import trace
+from pmcmc.interop.arviz import to_arviz
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, deer
 from pmcmc.sampling import programs
 
@@ -135,6 +136,9 @@ def test_arviz(tmp_path: Path) -> None:
     loo = az.loo(data)
     assert np.isfinite(loo.elpd if hasattr(loo, "elpd") else loo.elpd_loo)  # ArviZ 1.x, 0.x
     assert set(az.summary(data, var_names=["slope"]).index) == {"slope"}
+    plate = {"a/b": ["group"]}
+    scoped = to_arviz({"posterior": {"a/b": np.zeros((2, 3, 4))}}, {}, known=plate, dims={}, coords={"group": range(4)})
+    assert {tuple(map(str, x.dims)) for x in scoped["posterior"].data_vars.values()} == {("chain", "draw", "group")}
 
 
 @pytest.mark.filterwarnings("ignore")

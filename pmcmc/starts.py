@@ -36,7 +36,7 @@ def check_starts(target: Target, starts: PyTree, uses_gradient: bool = True) -> 
     blame = explain_start(target, starts, values, gradients, int(np.argmin(usable)))
     raise ValueError(
         f"the log density cannot be used at {where}. {blame} Check the model and its data for NaN, a prior "
-        "that does not cover the data, or pass starting values by init_params."
+        "that does not cover the data, or start elsewhere (init_params, or initial_position of pmcmc.sample)."
     )
 
 

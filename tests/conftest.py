@@ -62,6 +62,7 @@ def free_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(automatic, "SHORT_SECONDS", 0.0)
     monkeypatch.setattr(automatic, "num_cores", lambda: 1)
+    monkeypatch.setattr(automatic, "is_compiling", lambda: False)
     monkeypatch.setattr(pilot, "TIMING_SECONDS", 1e-9)
     monkeypatch.setattr(pilot, "SHARE", 0.2)
     monkeypatch.setattr(automatic.Automatic, "costs", lambda self, head: Costs(1e6, 1e6, 1e4, 0.0))

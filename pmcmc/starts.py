@@ -117,7 +117,7 @@ def _evaluate_start(target: Target, position: PyTree, uses_gradient: bool) -> tu
     return jax.value_and_grad(logdensity)(real)
 
 
-@tuned_jit(static_argnames="uses_gradient")
+@tuned_jit()
 def _evaluate_starts(target: Target, starts: PyTree, *, uses_gradient: bool) -> Any:
     """Return `_evaluate_start` of all starts."""
     return jax.vmap(lambda position: _evaluate_start(target, position, uses_gradient))(starts)

@@ -15,10 +15,13 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 import pmcmc  # noqa: E402
-from pmcmc._xla.compile import user_folder  # noqa: E402
+from pmcmc._xla import disk  # noqa: E402
+from pmcmc._xla.folder import user_folder  # noqa: E402
 
-# Compiled programs of tests, for all checkouts: a second run takes two thirds of the time.
+# Compiled programs of tests, for all checkouts: a second run takes two thirds of the time. Those that are found without
+# tracing are not kept, since they know nothing of what a test has replaced.
 pmcmc.cache_programs(f"{user_folder()}-of-tests")
+disk.keep_in(None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

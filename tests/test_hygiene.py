@@ -285,7 +285,7 @@ def num_code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 # The files whose purpose is to change settings of jax, when the user calls them.
-SETTERS = {"_xla/compile.py"}
+SETTERS = {"_xla/folder.py"}
 
 
 def banned(node: ast.AST) -> str | None:

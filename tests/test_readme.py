@@ -23,8 +23,8 @@ def test_readme_example_runs_as_printed(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert any(tmp_path.iterdir()) or sys.platform == "darwin"
-    assert "Decision: " in done.stdout  # the decision depends on the machine
-    assert "coupled pairs of chains merged" in done.stdout
+    assert "Decision: " in done.stdout  # which one, and whether there is time for a pilot, depends on the machine
+    assert "Certificate: " in done.stdout
     assert done.stdout.strip().endswith("(400000, 8) True")
 
 

@@ -3,40 +3,28 @@
 Functions whose first argument is a `pmcmc.Target` are decorated with `tuned_jit` or `plain_jit`. Their programs are
 kept per target, in `programs_of`, and dropped with the targets that were used least recently.
 
-`BackgroundCompiler` compiles in a second thread, alongside work that need not wait for it, such as warm-up.
-`cache_programs` keeps programs between processes.
+`BackgroundCompiler` compiles in a second thread, alongside work that need not wait for it, such as warm-up. Programs on
+disk are found without tracing, see `pmcmc._xla.disk`.
 """
 
 import ctypes
-import hashlib
+import inspect
 import os
-import platform
-import re
-import sys
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import cache, update_wrapper, wraps
-from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
-from jax.experimental.compilation_cache import compilation_cache
-from jax.extend.core import Jaxpr
 
-from pmcmc._xla import default_platform, factorizations, graphs, precision, scatters
+from pmcmc._xla import default_platform, disk, factorizations, graphs, precision, scatters
 from pmcmc._xla.equations import replacing
 from pmcmc._xla.rewrites import own_program
-
-# A program's file that has been empty for longer than this was left by a process that was killed.
-WRITING_SECONDS = 60.0
-# Ends of the names of JAX's files: a program, and when it was used, which JAX writes if it limits the folder by itself.
-_PROGRAM, _USED = "-cache", "-atime"
 
 
 def num_cores() -> int:
@@ -276,10 +264,11 @@ def _as_own(fn: Callable) -> Callable:
 
 
 class TargetJit:
-    """``jax.jit`` of a function whose first argument is a target.
+    """``jax.jit`` of a function whose first argument is a target, and whose keyword-only arguments are static.
 
     Each target gets its own jitted function, stored in `programs_of`. JAX drops the programs of a function when the
-    function is deleted, so this makes the programs of one target removable.
+    function is deleted, so this makes the programs of one target removable. Programs on disk are used without tracing
+    the function, if they are kept there (`pmcmc.cache_programs`).
 
     Calls, `lower`, `eval_shape` and `timed` take ``brief``: whether compilation will take longer than the runs, see
     `compiler_options`. The programs of both kinds are traced separately.
@@ -288,39 +277,67 @@ class TargetJit:
         fn: Function ``(target, ...) -> result``.
         tuned: Whether to use `compiler_options` (read on first use, not on import) and `adapted`. False for functions
             that are called within other programs, which adapt them: only their products are changed.
-        jit_options: Further arguments of ``jax.jit``.
+        donated: Name of the argument whose memory is overwritten; None if there is none.
     """
 
-    def __init__(self, fn: Callable, tuned: bool, **jit_options: Any):
-        self._fn, self._tuned, self._jit_options = fn, tuned, jit_options
+    def __init__(self, fn: Callable, tuned: bool, donated: str | None = None):
+        self._fn, self._tuned, self._donated = fn, tuned, donated
+        self._static = [x.name for x in inspect.signature(fn).parameters.values() if x.kind is x.KEYWORD_ONLY]
         update_wrapper(self, fn)
+
+    def _options(self, brief: bool) -> dict[str, Any] | None:
+        """Return the compiler options."""
+        return compiler_options(default_platform(), brief) if self._tuned else None
 
     def _jitted(self, target: Any, brief: bool = False) -> Any:
         """Return the jitted function of this target on the current platform."""
-        platform, programs = default_platform(), programs_of(target)
-        name = self, platform, brief
+        programs = programs_of(target)
+        name = self, default_platform(), brief
         if name not in programs:
             fn = adapted(self._fn) if self._tuned else precise(self._fn)
-            options = compiler_options(platform, brief) if self._tuned else None
             own = _as_own(fn) if self._tuned else wraps(fn)(lambda *args, **kwargs: fn(*args, **kwargs))
-            programs.setdefault(name, jax.jit(own, compiler_options=options, **self._jit_options))
+            options = self._options(brief)
+            made = jax.jit(own, static_argnames=self._static, donate_argnames=self._donated, compiler_options=options)
+            programs.setdefault(name, made)
         return programs[name]
 
-    def __call__(self, target: Any, *args: Any, brief: bool = False, **kwargs: Any) -> Any:
+    def _kept(self, target: Any, brief: bool, args: tuple, static: dict[str, Any]) -> disk.Kept | None:
+        """Return the program of these arguments that is kept on disk, or will be; None if JAX is to find it."""
+        if not disk.is_on():
+            return None
+        about = f"{self._tuned} {brief} {self._options(brief)}"
+        signature = disk.Signature(self._fn, about, (target, *args), static)
+        return signature.kept_in(programs_of(target), self._jitted(target, brief))
+
+    def __call__(self, target: Any, *args: Any, brief: bool = False, **static: Any) -> Any:
         """Call the jitted function of this target."""
-        return self._jitted(target, brief)(target, *args, **kwargs)
+        kept = self._kept(target, brief, args, static)
+        if kept is None:
+            return self._jitted(target, brief)(target, *args, **static)
+        return kept.lower(target, *args, **static).compile()(target, *args)
 
-    def lower(self, target: Any, *args: Any, brief: bool = False, **kwargs: Any) -> Any:
+    def lower(self, target: Any, *args: Any, brief: bool = False, **static: Any) -> Any:
         """Trace for these arguments. After ``.compile()``, a later call with the same shapes finds the program."""
-        return self._jitted(target, brief).lower(target, *args, **kwargs)
+        return (self._kept(target, brief, args, static) or self._jitted(target, brief)).lower(target, *args, **static)
 
-    def eval_shape(self, target: Any, *args: Any, brief: bool = False, **kwargs: Any) -> Any:
+    def eval_shape(self, target: Any, *args: Any, brief: bool = False, **static: Any) -> Any:
         """Return the shapes and dtypes of the result."""
-        return self._jitted(target, brief).eval_shape(target, *args, **kwargs)
+        answer = lambda: self._jitted(target, brief).eval_shape(target, *args, **static)
+        kept = self._kept(target, brief, args, static)
+        return answer() if kept is None else kept.answer("shapes", answer)
 
-    def program(self, target: Any, *args: Any, **kwargs: Any) -> Jaxpr:
-        """Return the traced program."""
-        return self._jitted(target).trace(target, *args, **kwargs).jaxpr.jaxpr
+    def ask(self, question: Callable[..., Any], target: Any, *args: Any, **options: Any) -> Any:
+        """Return the answer to a question about the traced program, a function without static arguments.
+
+        Args:
+            question: Function ``(program, **options) -> answer`` of this package.
+            target: The target.
+            args: Arguments for which the program is traced.
+            options: Further arguments of the question.
+        """
+        answer = lambda: question(self._jitted(target).trace(target, *args).jaxpr.jaxpr, **options)
+        kept = self._kept(target, False, args, {})
+        return answer() if kept is None else kept.answer(f"{question.__name__} {options}", answer)
 
     def timed(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[float, float]]:
         """Compile and run; return the finished result and ``(seconds of compilation, seconds of the run)``."""
@@ -331,103 +348,11 @@ class TargetJit:
         return result, (compiled - begin, time.perf_counter() - compiled)
 
 
-def tuned_jit(**jit_options: Any) -> Callable[[Callable], TargetJit]:
-    """Decorate a function of a target with `TargetJit`, tuned: ``@tuned_jit(static_argnames=...)``."""
-    return lambda fn: TargetJit(fn, True, **jit_options)
+def tuned_jit(donated: str | None = None) -> Callable[[Callable], TargetJit]:
+    """Decorate a function of a target with `TargetJit`, tuned."""
+    return lambda fn: TargetJit(fn, True, donated)
 
 
-def plain_jit(**jit_options: Any) -> Callable[[Callable], TargetJit]:
+def plain_jit() -> Callable[[Callable], TargetJit]:
     """Like `tuned_jit`, for functions called within other programs, or too small to be worth tuning."""
-    return lambda fn: TargetJit(fn, False, **jit_options)
-
-
-def cache_programs(folder: str | Path | None = None, *, max_bytes: int = 4 * 2**30) -> Path:
-    """Keep compiled programs on disk, so that the next process with the same model and shapes need not compile.
-
-    This switches on JAX's persistent compilation cache for all programs of this process, of other packages, too. Call
-    it before sampling. Programs are found by what they compute: new data of the same shapes find them, a changed model
-    does not, and no draw depends on the cache. pmcmc never calls this by itself.
-
-    Args:
-        folder: Where programs are kept; machines with other processors should not share it. None: the folder that
-            ``jax_compilation_cache_dir`` names, if it is set, and otherwise one in the user's cache folder for this
-            kind of processor and version of jaxlib.
-        max_bytes: If the programs in the folder take more bytes than this, the least recently used are deleted, once,
-            at this call. Empty files that a killed process left are deleted as well. Other files in the folder are left
-            alone. A process that reads a program while another one writes it warns, and compiles it.
-
-    Returns:
-        The folder.
-
-    Raises:
-        OSError: The folder cannot be made.
-
-    Example:
-        >>> import pmcmc, tempfile
-        >>> folder = pmcmc.cache_programs(tempfile.mkdtemp())
-    """
-    named = folder or jax.config.values["jax_compilation_cache_dir"] or user_folder()
-    path = Path(named).expanduser()
-    path.mkdir(parents=True, exist_ok=True)
-    _delete_unused(path, max_bytes)
-    jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small programs are many
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    compilation_cache.reset_cache()  # it may have been found to be off already
-    return path
-
-
-def user_folder() -> Path:
-    """Return a folder for programs of this machine: those of another processor may not run here."""
-    if sys.platform == "win32":
-        root = Path(os.environ.get("LOCALAPPDATA", "~"))
-    elif sys.platform == "darwin":
-        root = Path("~/Library/Caches")
-    else:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    kind = hashlib.sha256("\n".join((platform.machine(), _processor(), jaxlib.__version__)).encode()).hexdigest()
-    return root.expanduser() / "pmcmc" / f"programs-{kind[:12]}"
-
-
-def _processor() -> str:
-    """Return the instruction sets of the processor, or its name where the system does not list them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-
-
-def _is_program(file: Path) -> bool:
-    """Whether JAX's cache wrote this file as a program; a folder that the user names may hold anything else."""
-    return re.fullmatch(rf".+-[0-9a-f]{{64}}{_PROGRAM}", file.name) is not None and file.is_file()
-
-
-def _delete_unused(folder: Path, max_bytes: int) -> None:
-    """Delete the programs that were not used for longest, until the others take at most ``max_bytes``.
-
-    JAX reads an empty file, left by a process that was killed, as a broken program, warns, and never replaces it.
-    """
-    found = []
-    for file in filter(_is_program, folder.iterdir()):
-        try:
-            status = file.stat()
-        except FileNotFoundError:  # another process has deleted it
-            continue
-        if not status.st_size and time.time() - status.st_mtime > WRITING_SECONDS:
-            _delete(file)
-            continue
-        found.append((max(status.st_atime, status.st_mtime), status.st_size, file))
-    total = sum(size for _, size, _ in found)
-    for _, size, file in sorted(found, key=lambda entry: entry[0]):
-        if total <= max_bytes:
-            break
-        _delete(file)
-        total -= size
-
-
-def _delete(program: Path) -> None:
-    """Delete a program and when it was used, unless it is gone or the folder belongs to somebody else."""
-    for file in (program, program.with_name(program.name.removesuffix(_PROGRAM) + _USED)):
-        with suppress(FileNotFoundError, PermissionError):
-            file.unlink()
+    return lambda fn: TargetJit(fn, False)

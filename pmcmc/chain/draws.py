@@ -280,7 +280,7 @@ def constrained(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
     return jax.vmap(lambda unknown: target.model.constrain(target.data, kernel.position(target, unknown)))(unknowns)
 
 
-@tuned_jit(static_argnames="sites")
+@tuned_jit()
 def constrain(target: Target, kernel: Kernel, unknowns: PyTree, *, sites: tuple[str, ...] | None = None) -> PyTree:
     """Compute `constrained` as a compiled program.
 

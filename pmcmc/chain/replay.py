@@ -248,7 +248,7 @@ class Checker:
         return gaps
 
 
-@tuned_jit(static_argnames="moves_states")
+@tuned_jit()
 def _follow(
     target: Target,
     kernel: Kernel,

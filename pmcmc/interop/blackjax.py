@@ -254,15 +254,24 @@ class DualAveraging(NamedTuple):
     Source: Nesterov (2009).
     """
 
-    init: Callable[[Any], Any]
-    update: Callable[[Any, Any], Any]
-    step_size: Callable[[Any], Array]
-    final: Callable[[Any], Array]
+    init: Callable[[Any], tuple]
+    update: Callable[[tuple, Any], tuple]
+    step_size: Callable[[tuple], Array]
+    final: Callable[[tuple], Array]
 
 
 def dual_averaging(target_acceptance_rate: Scalar) -> DualAveraging:
-    """Return the functions of dual averaging towards ``target_acceptance_rate``; their state is passed explicitly."""
+    """Return the functions of dual averaging towards ``target_acceptance_rate``; their state is passed explicitly.
+
+    The state is a plain tuple: a program that is loaded from disk then needs no import of BlackJAX, half of its time.
+    """
+    from blackjax.adaptation.step_size import DualAveragingAdaptationState as State
     from blackjax.adaptation.step_size import dual_averaging_adaptation
 
     init, update, final = dual_averaging_adaptation(target_acceptance_rate)
-    return DualAveraging(init, update, lambda state: jax.numpy.exp(state.log_step_size), final)
+    return DualAveraging(
+        init=lambda step_size: tuple(init(step_size)),
+        update=lambda state, rate: tuple(update(State(*state), rate)),
+        step_size=lambda state: jax.numpy.exp(State(*state).log_step_size),
+        final=lambda state: final(State(*state)),
+    )

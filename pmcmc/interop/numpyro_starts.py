@@ -90,7 +90,7 @@ def _shared(starts: PyTree, usable: np.ndarray, blame: str) -> PyTree:
     return jax.tree.map(lambda x: x[sources], starts)
 
 
-@tuned_jit(static_argnames="num_starts")
+@tuned_jit()
 def _draw_starts(target: Target, rng_key: PRNGKey, tries: Array, *, num_starts: int) -> PyTree:
     """Draw starts, leading axis num_starts; without the density or jax.random, each of which took longer to compile."""
     supports, template, drawn = dict(target.model.supports), target.spec.template, 0

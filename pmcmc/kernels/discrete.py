@@ -199,7 +199,7 @@ def _draw_in_order(target: Target, state: dict, name: str, values: Array, u: Arr
 NUM_CHANGED, SHARES = 64, (0.0, 0.1, 1.0, 1.0)
 
 
-@plain_jit(static_argnames="name")
+@plain_jit()
 def _are_independent(target: Target, values: Array, position: dict, *, name: str) -> Array:
     """Return whether each element of a site changes only its own terms of the log density.
 

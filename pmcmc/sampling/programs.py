@@ -87,7 +87,7 @@ class Shape(NamedTuple):
         return step_sharding(self.devices) if self.by_steps else lane_sharding(self.devices)
 
 
-@tuned_jit(static_argnames="shape", donate_argnames="buffer")
+@tuned_jit(donated="buffer")
 def draw_noise(
     target: Target,
     kernel: Kernel,
@@ -148,7 +148,7 @@ def _draw_part(target: Target, kernel: Kernel, steps: Steps, whole: tuple[Array,
     return lane_noise(target, kernel, chain_keys, first, jnp.asarray(num_steps), buffer, num_steps)
 
 
-@tuned_jit(static_argnames="shape", donate_argnames="buffers")
+@tuned_jit(donated="buffers")
 def solve_noise(
     target: Target,
     kernel: Kernel,
@@ -199,7 +199,7 @@ def solve_noise(
     return solve(*arrays)
 
 
-@tuned_jit(static_argnames="shape", donate_argnames="buffers")
+@tuned_jit(donated="buffers")
 def solve_part(
     target: Target,
     kernel: Kernel,
@@ -291,7 +291,7 @@ def draws_noise(target: Target, kernel: Kernel, chain_keys: Array, num_lanes: in
     """
     if not prefers_lanes_last(num_lanes) or kernel.transition(target).staged is not None:
         return False
-    return is_straight(one_noise.program(target, kernel, chain_keys))
+    return one_noise.ask(is_straight, target, kernel, chain_keys)
 
 
 def operations_of(target: Target, kernel: Kernel, chain_keys: Array, guesses: PyTree, num_steps: int) -> int:
@@ -301,14 +301,14 @@ def operations_of(target: Target, kernel: Kernel, chain_keys: Array, guesses: Py
     """
     known = getattr(kernel, "num_integration_steps", None)
     rounds = max(LEAPFROGS, int(known)) if isinstance(known, (int, np.integer, np.ndarray, jax.Array)) else LEAPFROGS
-    step = count_operations(one_step.program(target, kernel, chain_keys, guesses), rounds)
-    noise = count_operations(one_noise.program(target, kernel, chain_keys))
+    step = one_step.ask(count_operations, target, kernel, chain_keys, guesses, unknown_rounds=rounds)
+    noise = one_noise.ask(count_operations, target, kernel, chain_keys)
     return len(chain_keys) * num_steps * (step + NOISE * noise)
 
 
 def lanes_gain(target: Target, kernel: Kernel, chain_keys: Array, guesses: PyTree) -> bool:
     """Whether a step takes less time per lane in many lanes than in few, by its operations."""
-    return gains_from_lanes(one_step.program(target, kernel, chain_keys, guesses))
+    return one_step.ask(gains_from_lanes, target, kernel, chain_keys, guesses)
 
 
 @plain_jit()

@@ -107,7 +107,7 @@ def _lanes_per_start(target: Target, num_starts: int) -> int:
     return max(1, num_lanes(target) // num_starts)
 
 
-@tuned_jit(static_argnames=("num_steps", "dense"))
+@tuned_jit()
 def _explore(
     target: Target, rng_key: PRNGKey, positions: Array, *, num_steps: int, dense: bool
 ) -> tuple[Exploration, Array, Array]:
@@ -221,7 +221,7 @@ class ChEESAdaptation(Warmup):
         return explored.told(tuned)
 
 
-@tuned_jit(static_argnames="num_steps")
+@tuned_jit()
 def _find_length(target: Target, rng_key: PRNGKey, positions: Array, *, num_steps: int) -> AdaptedTrajectory:
     """Run BlackJAX's ChEES from positions (lanes, D) in whitened coordinates."""
     first: Scalar = 0.5 * target.dim ** (-1 / 4)

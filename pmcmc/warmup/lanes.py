@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pmcmc._pytree import Array, ArrayLeaf, PRNGKey, PyTree, Scalar, is_real
-from pmcmc._xla.compile import tuned_jit
+from pmcmc._xla.compile import plain_jit, tuned_jit
 from pmcmc._xla.content import count_operations
 from pmcmc.interop.blackjax import dual_averaging
 from pmcmc.kernels import HMC, Kernel
@@ -65,8 +65,13 @@ def num_lanes(target: Target, num_given: int = 1) -> int:
 
 def density_operations(target: Target) -> int:
     """Return the operations of one log density, as counted by `pmcmc._xla.content.count_operations`."""
-    y = jax.ShapeDtypeStruct((target.dim,), target.spec.dtype)
-    return count_operations(jax.make_jaxpr(lambda target, y: target.logdensity_fn(y))(target, y).jaxpr)
+    return _density.ask(count_operations, target, jax.ShapeDtypeStruct((target.dim,), target.spec.dtype))
+
+
+@plain_jit()
+def _density(target: Target, y: Array) -> Array:
+    """Return the log density at coordinates ``y``, (D,)."""
+    return target.logdensity_fn(y)
 
 
 class Piece(NamedTuple):

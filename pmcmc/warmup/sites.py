@@ -263,7 +263,7 @@ def _positions(target: Target, kernel: Kernel, unknowns: PyTree) -> PyTree:
     return jax.vmap(lambda unknown: kernel.position(target, unknown))(unknowns)
 
 
-@tuned_jit(static_argnames="num_steps")
+@tuned_jit()
 def _run_window(
     target: Target,
     kernel: Kernel,

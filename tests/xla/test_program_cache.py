@@ -9,7 +9,7 @@ import jax
 import pytest
 
 import pmcmc
-import pmcmc._xla.compile as compile_module
+from pmcmc._xla import disk, folder
 from tests.helpers.sources import run_python
 
 RUN = """
@@ -21,8 +21,14 @@ def count(event, **_):
     if event.startswith("/jax/compilation_cache/cache_"):
         counts[event.rsplit("_", 1)[1]] += 1
 monitoring.register_event_listener(count)
+import logging
+jax.config.update("jax_log_compiles", True)
+logged = []
+class Keep(logging.Handler):
+    def emit(self, record):
+        logged.append(record.getMessage())
+logging.getLogger("jax").addHandler(Keep())
 import pmcmc
-import pmcmc._xla.compile as compile_module
 assert jax.config.jax_compilation_cache_dir is None  # importing switches nothing on
 jax.jit(lambda x: x + 1)(1.0)  # jax has found its cache to be off
 pmcmc.cache_programs(sys.argv[1] + " of before")
@@ -32,7 +38,9 @@ scale = float(sys.argv[2])
 draws = pmcmc.sample(
     lambda x: -0.5 * jnp.sum((x / scale) ** 2), jnp.zeros(2), 0, num_samples=50, num_warmup=40, progress_bar=False
 ).get_samples()
-print(json.dumps({"counts": counts, "draws": draws.tolist(), "folder": str(folder)}))
+names = ("_start_lanes", "run_piece", "draw_noise", "solve_noise", "_tuned_kernel", "constrain")
+traced = [line for line in logged if line.startswith("Finished tracing") and any(f" {name} " in line for name in names)]
+print(json.dumps({"counts": counts, "draws": draws.tolist(), "folder": str(folder), "traced": traced}))
 """
 
 
@@ -40,10 +48,11 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
     run = lambda scale: json.loads(run_python(RUN, str(tmp_path / "programs"), scale).splitlines()[-1])
     first, second, other = run("1.0"), run("1.0"), run("3.0")
     assert first["folder"] == str(tmp_path / "programs")
-    assert len(list((tmp_path / "programs").glob("*-cache"))) > 5
+    assert len(list((tmp_path / "programs").glob("*-program"))) > 5
     assert first["counts"]["misses"] > 5
     assert second["counts"]["misses"] == 0
-    assert second["counts"]["hits"] >= first["counts"]["misses"]
+    assert second["counts"]["hits"] < first["counts"]["misses"]  # most are found without asking JAX
+    assert second["traced"] == []
     assert second["draws"] == first["draws"]
     assert other["draws"] != first["draws"]
 
@@ -60,7 +69,8 @@ def kept_settings():
     yield
     for name, value in before.items():
         jax.config.update(name, value)
-    compile_module.compilation_cache.reset_cache()
+    folder.compilation_cache.reset_cache()
+    disk.keep_in(None)
 
 
 def test_which_folder(kept_settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,13 +78,13 @@ def test_which_folder(kept_settings, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert pmcmc.cache_programs() == tmp_path / "of jax"
     assert pmcmc.cache_programs(tmp_path / "named") == tmp_path / "named"
     jax.config.update("jax_compilation_cache_dir", None)
-    monkeypatch.setattr(compile_module.sys, "platform", "linux")
+    monkeypatch.setattr(folder.sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     mine = pmcmc.cache_programs()
     assert mine.parent == tmp_path / "home" / "pmcmc"
     assert jax.config.jax_compilation_cache_dir == str(mine)
     jax.config.update("jax_compilation_cache_dir", None)
-    monkeypatch.setattr(compile_module, "_processor", lambda: "another one")
+    monkeypatch.setattr(folder, "processor", lambda: "another one")
     assert pmcmc.cache_programs() != mine
 
 

@@ -1,0 +1,262 @@
+"""Programs that are found on disk without tracing: the same draws, and never another model's program."""
+
+import pickle
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+
+import pmcmc
+from pmcmc._pytree import register_dataclass
+from pmcmc._xla import disk
+from pmcmc._xla.compile import TargetJit, forget_programs
+
+# Runs are far too short for good draws.
+pytestmark = pytest.mark.filterwarnings("ignore:.*(draws|divergent)")
+
+SIGMA = np.array([15.0, 10, 16, 11])
+
+
+@pytest.fixture
+def folder(tmp_path: Path, fresh_programs: None) -> Iterator[Path]:
+    """Keep programs in a folder of this test."""
+    disk.keep_in(tmp_path)
+    yield tmp_path
+    disk.keep_in(None)
+
+
+@pytest.fixture
+def in_new_process(monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Return a function that calls another one as a new process would, and the names of the functions it traced."""
+    traced: list[str] = []
+    jitted = TargetJit._jitted
+
+    class Counting:
+        def __init__(self, name: str, fn: Any):
+            self._name, self._fn = name, fn
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs))):
+                traced.append(self._name)
+            return self._fn(*args, **kwargs)
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ("lower", "trace", "eval_shape"):
+                traced.append(self._name)
+            return getattr(self._fn, name)
+
+    monkeypatch.setattr(TargetJit, "_jitted", lambda self, *args: Counting(self._fn.__name__, jitted(self, *args)))
+
+    def call(fn: Callable) -> tuple[Any, list[str]]:
+        forget_programs()
+        traced.clear()
+        return fn(), list(traced)
+
+    return call
+
+
+def schools(scale: float = 5.0, prior: Any = dist.HalfCauchy) -> Callable:
+    def model(sigma: Any, y: Any = None) -> None:
+        mu = numpyro.sample("mu", dist.Normal(0, scale))
+        tau = numpyro.sample("tau", prior(5.0))
+        with numpyro.plate("school", len(sigma)):
+            z = numpyro.sample("z", dist.Normal(0, 1))
+            numpyro.sample("y", dist.Normal(mu + tau * z, sigma), obs=y)
+
+    return model
+
+
+EIGHT_SCHOOLS = schools()
+
+
+def draws(model: Callable = EIGHT_SCHOOLS, y: float = 3.0, **options: Any) -> np.ndarray:
+    options = (
+        dict(num_samples=60, num_warmup=60, num_chains=2, progress_bar=False, solver=pmcmc.recurrence.Sequential())
+        | options
+    )
+    chain = pmcmc.parallel_chain(model, 1, model_args=(SIGMA, y * np.arange(4.0)), **options)
+    return np.asarray(chain.get_samples()["mu"])
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param(pmcmc.HMC(), id="HMC"),
+        pytest.param(pmcmc.NUTS(max_num_doublings=4), id="NUTS", marks=pytest.mark.slow),
+        pytest.param(pmcmc.RandomWalk(), id="RandomWalk", marks=pytest.mark.slow),
+        pytest.param(
+            pmcmc.Compose([(pmcmc.MALA(), ["mu", "tau"]), (pmcmc.RandomWalk(), ["z"])]),
+            id="Compose",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_second_process_traces_nothing(folder: Path, in_new_process: Callable, kernel: Any) -> None:
+    one = partial(draws, kernel=kernel)
+    (first, traced), (second, again) = in_new_process(one), in_new_process(one)
+    disk.keep_in(None)
+    without, _ = in_new_process(one)
+    assert len(set(traced)) > 5
+    assert again == []
+    assert np.array_equal(first, second)
+    assert np.array_equal(first, without)
+
+
+def test_blocks(folder: Path, in_new_process: Callable) -> None:
+    one = partial(draws, num_samples=1024, solver=pmcmc.recurrence.MultipleShooting(num_blocks=8))
+    (first, _), (second, again) = in_new_process(one), in_new_process(one)
+    assert again == []
+    assert np.array_equal(first, second)
+
+
+CHANGES: dict[str, Callable[[], np.ndarray]] = {
+    "number": lambda: draws(schools(7.0)),
+    "distribution": lambda: draws(schools(prior=dist.HalfNormal)),
+    "data": lambda: draws(y=-2.0),
+    "kernel": lambda: draws(kernel=pmcmc.MALA()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_has_changed_is_not_found(folder: Path, in_new_process: Callable, change: Callable) -> None:
+    in_new_process(draws)
+    found, traced = in_new_process(change)
+    disk.keep_in(None)
+    assert np.array_equal(found, in_new_process(change)[0])
+    assert (traced == []) == (change is CHANGES["data"])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        lambda: jax.default_matmul_precision("bfloat16"),
+        lambda: jax.enable_x64(False) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64(False),
+        lambda: jax.threefry_partitionable(not jax.config.jax_threefry_partitionable),
+    ],
+    ids=["precision", "x64", "partitionable"],
+)
+def test_settings_of_jax_are_part_of_a_program(folder: Path, in_new_process: Callable, setting: Callable) -> None:
+    in_new_process(draws)
+    with setting():
+        assert in_new_process(draws)[1]
+
+
+@pytest.mark.parametrize("part", ["_source", "_versions", "_machine"])
+def test_other_source_version_or_machine(
+    folder: Path, in_new_process: Callable, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """JAX's own cache may still know the programs, which then cannot be stored: they are compiled."""
+    first, _ = in_new_process(draws)
+    monkeypatch.setattr(disk, part, lambda: "another one")
+    other, traced = in_new_process(draws)
+    again, nothing = in_new_process(draws)
+    assert traced
+    assert nothing == []
+    assert np.array_equal(first, other)
+    assert np.array_equal(first, again)
+
+
+@pytest.mark.parametrize("broken", [b"", b"no pickle", pickle.dumps(3), pickle.dumps((b"no program", None))])
+def test_broken_files_are_replaced(folder: Path, in_new_process: Callable, broken: bytes) -> None:
+    first, _ = in_new_process(draws)
+    for file in folder.glob("*run_piece*-program"):
+        file.write_bytes(broken)
+    second, traced = in_new_process(draws)
+    assert set(traced) == {"run_piece"}
+    assert in_new_process(draws)[1] == []
+    assert np.array_equal(first, second)
+
+
+def test_programs_that_cannot_be_stored_are_left_to_jax(
+    folder: Path, in_new_process: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(program: Any) -> None:
+        raise ValueError("not here")
+
+    monkeypatch.setattr(disk.serialize_executable, "serialize", refuse)
+    monkeypatch.setattr(disk, "_rename", renamed := Mock(wraps=disk._rename))
+    first, _ = in_new_process(draws)
+    assert renamed.called
+    renamed.reset_mock()
+    second, traced = in_new_process(draws)
+    assert "run_piece" in traced
+    assert not renamed.called
+    assert np.array_equal(first, second)
+
+
+def test_a_folder_that_is_gone(folder: Path, in_new_process: Callable) -> None:
+    disk.keep_in(folder / "gone")
+    with_store, _ = in_new_process(draws)
+    disk.keep_in(None)
+    assert np.array_equal(with_store, in_new_process(draws)[0])
+
+
+def test_functions_of_the_user_are_left_to_jax(folder: Path, in_new_process: Callable) -> None:
+    """A callback of the model may do something else in another process."""
+    factor = 1.0
+
+    def model(sigma: Any, y: Any = None) -> None:
+        mu = numpyro.sample("mu", dist.Normal(0, 5))
+        shape = jax.ShapeDtypeStruct((), jnp.result_type(float))
+        numpyro.deterministic(
+            "seen",
+            jax.pure_callback(lambda x: np.asarray(factor * x, shape.dtype), shape, mu, vmap_method="sequential"),
+        )
+        numpyro.sample("y", dist.Normal(mu, sigma), obs=y)
+
+    one = partial(draws, model, num_chains=1)
+    in_new_process(one)
+    assert "run_piece" in in_new_process(one)[1]
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Slower(pmcmc.MALA):
+    """A kernel of the user's: the code of its class may change."""
+
+
+def test_kernels_of_the_user_are_left_to_jax(folder: Path, in_new_process: Callable) -> None:
+    one = partial(draws, kernel=Slower(step_size=0.3))
+    in_new_process(one)
+    assert {"draw_noise", "solve_noise"} <= set(in_new_process(one)[1])
+
+
+Pair = namedtuple("Pair", "a b")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (1, 1.0),
+        (1, True),
+        (0.0, -0.0),
+        ("1", 1),
+        ((1, 2), [1, 2]),
+        ((1, (2, 3)), ((1, 2), 3)),
+        (("a", "b,c"), ("a,b", "c")),
+        (np.float32(1), 1.0),
+        (Pair(1, 2), (1, 2)),
+        (jax.tree.structure((1, [2])), jax.tree.structure([1, [2]])),
+        (jax.tree.structure({"a": 1}), jax.tree.structure({"b": 1})),
+        (jax.tree.structure(None), jax.tree.structure(1)),
+        (pmcmc.HMC, pmcmc.MALA),
+    ],
+)
+def test_texts_differ(one: Any, other: Any) -> None:
+    assert disk.text_of(one) != disk.text_of(other)
+
+
+@pytest.mark.parametrize("value", [lambda: 0, object(), Slower, jax.devices()[0], np.zeros(2), partial(draws)])
+def test_values_without_text(value: Any) -> None:
+    with pytest.raises(disk.Unrecognisable):
+        disk.text_of(value)

@@ -15,6 +15,7 @@ import hashlib
 import os
 import pickle
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Hashable
@@ -31,6 +32,7 @@ import numpy as np
 from jax.experimental import serialize_executable
 from jax.extend.mlir import ir
 
+from pmcmc._xla import default_platform
 from pmcmc._xla.content import shape_of
 from pmcmc._xla.digest import DIGEST_VERSIONS
 from pmcmc._xla.trace import Trace
@@ -43,6 +45,9 @@ _KNOWN = frozenset(("builtins", "collections", "jax", "jaxlib", "numpy", "pmcmc"
 _BESIDE = ("cache", "log", "traceback")
 # Settings under which programs are checked or replaced while they run: they are left to ``jax.jit``.
 _CHECKING = ("jax_debug_nans", "jax_debug_infs", "jax_disable_jit", "jax_check_tracer_leaks")
+
+# How the names of LAPACK's functions in a program begin.
+_LAPACK = "lapack_"
 
 _folder: Path | None = None
 
@@ -131,7 +136,9 @@ class Kept:
         if self._program is None and (made := _read(self._path)) is not None:
             self._can_be_stored = made is not False
             with suppress(Exception):  # of another build of jaxlib, or broken: it is made anew and replaced
-                self._program = serialize_executable.deserialize_and_load(made[0], self._structure, made[1])
+                payload, structure, calls = made
+                _prepare(calls)
+                self._program = serialize_executable.deserialize_and_load(payload, self._structure, structure)
         return _Lowered(self, None if self._program else self._jitted.lower(*args, **static))
 
     def compiled(self, lowered: Any) -> Any:
@@ -145,7 +152,7 @@ class Kept:
         _rename(lowered.compiler_ir(), name)
         self._program = lowered.compile()
         with suppress(OSError):  # a full disk, or a folder that is gone or belongs to somebody else
-            _write(self._path, _packed(self._program))
+            _write(self._path, _packed(self._program, _libraries(lowered)))
             for file in self._path.parent.glob(f"{name}-*"):  # JAX's own copy
                 file.unlink()
         return self._program
@@ -185,14 +192,31 @@ class _Lowered(NamedTuple):
         return self.kept.compiled(self.lowered)
 
 
-def _packed(program: Any) -> Any:
-    """Return what is stored of a compiled program; False if it cannot be stored."""
+def _packed(program: Any, calls: set[str]) -> Any:
+    """Return what is stored of a compiled program; False if it cannot be stored.
+
+    Args:
+        program: The program.
+        calls: Functions of libraries that it calls.
+    """
     try:
         payload, _, structure = serialize_executable.serialize(program)
         pickle.dumps(structure)
     except Exception:  # depends on the platform and the version of JAX
         return False
-    return payload, structure
+    is_known = default_platform() == "cpu" and all(name.startswith(_LAPACK) for name in calls)
+    return (payload, structure, calls) if is_known or not calls else False
+
+
+def _libraries(lowered: Any) -> set[str]:
+    """Return the names of the functions of libraries that a lowered program calls."""
+    return set(re.findall(r"custom_call @([\w.$]+)", lowered.as_text()))
+
+
+def _prepare(calls: set[str]) -> None:
+    """Load the libraries that a program calls, which JAX does when it lowers a program that calls them."""
+    if calls:
+        jax.jit(jax.lax.linalg.cholesky).lower(jax.ShapeDtypeStruct((1, 1), np.float32))
 
 
 def _rename(module: Any, name: str) -> None:

@@ -20,6 +20,7 @@ import pmcmc
 from pmcmc._pytree import register_dataclass
 from pmcmc._xla import disk
 from pmcmc._xla.compile import TargetJit, forget_programs
+from tests.helpers.sources import run_python
 
 # Runs are far too short for good draws.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(draws|divergent)")
@@ -117,6 +118,25 @@ def test_blocks(folder: Path, in_new_process: Callable) -> None:
     (first, _), (second, again) = in_new_process(one), in_new_process(one)
     assert again == []
     assert np.array_equal(first, second)
+
+
+FACTORIZATION = """
+import sys
+import jax.numpy as jnp, numpy as np, pmcmc
+pmcmc.cache_programs(sys.argv[1])
+def logdensity(x):
+    factor = jnp.linalg.cholesky(jnp.eye(3) + jnp.exp(x["scale"]) * jnp.ones((3, 3)))
+    return -0.5 * x["scale"] ** 2 - jnp.sum(jnp.log(jnp.diagonal(factor)))
+chain = pmcmc.sample(logdensity, {"scale": jnp.zeros(())}, 0, num_samples=50, num_warmup=40, progress_bar=False)
+print(np.asarray(chain.get_samples()["scale"]).tolist())
+"""
+
+
+def test_libraries_are_loaded_with_their_programs(tmp_path: Path) -> None:
+    """JAX looks for LAPACK when it lowers a factorisation; a stored program that calls it ended the process."""
+    first, second = (run_python(FACTORIZATION, str(tmp_path)) for _ in range(2))
+    assert list(tmp_path.glob("*run_piece*-program"))
+    assert first == second
 
 
 CHANGES: dict[str, Callable[[], np.ndarray]] = {

@@ -8,7 +8,7 @@ numbers of ``jax.random``.
 
 import math
 from collections.abc import Sequence
-from functools import reduce
+from functools import partial, reduce
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -110,6 +110,7 @@ _TAIL = (
 )  # fmt: skip
 
 
+@partial(jax.jit, inline=True)  # traced once for each shape
 def normals(uniform: Array) -> Array:
     """Transform uniforms to standard normals by the inverse distribution function, ``sqrt(2) erfinv(2 u - 1)``.
 

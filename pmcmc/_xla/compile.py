@@ -294,12 +294,15 @@ class TargetJit:
         programs = programs_of(target)
         name = self, default_platform(), brief
         if name not in programs:
-            fn = adapted(self._fn) if self._tuned else precise(self._fn)
-            own = _as_own(fn) if self._tuned else wraps(fn)(lambda *args, **kwargs: fn(*args, **kwargs))
-            options = self._options(brief)
-            made = jax.jit(own, static_argnames=self._static, donate_argnames=self._donated, compiler_options=options)
-            programs.setdefault(name, made)
+            programs.setdefault(name, self._new(brief))
         return programs[name]
+
+    def _new(self, brief: bool) -> Any:
+        """Return the function, jitted anew."""
+        fn = adapted(self._fn) if self._tuned else precise(self._fn)
+        own = _as_own(fn) if self._tuned else wraps(fn)(lambda *args, **kwargs: fn(*args, **kwargs))
+        options = self._options(brief)
+        return jax.jit(own, static_argnames=self._static, donate_argnames=self._donated, compiler_options=options)
 
     def _kept(self, target: Any, brief: bool, args: tuple, static: dict[str, Any]) -> disk.Kept | None:
         """Return the program of these arguments that is kept on disk, or will be; None if JAX is to find it."""
@@ -307,14 +310,14 @@ class TargetJit:
             return None
         about = f"{self._tuned} {brief} {self._options(brief)}"
         signature = disk.Signature(self._fn, about, (target, *args), static)
-        return signature.kept_in(programs_of(target), self._jitted(target, brief))
+        return signature.kept_in(programs_of(target), lambda: self._new(brief))
 
     def __call__(self, target: Any, *args: Any, brief: bool = False, **static: Any) -> Any:
         """Call the jitted function of this target."""
         kept = self._kept(target, brief, args, static)
         if kept is None:
             return self._jitted(target, brief)(target, *args, **static)
-        return kept.lower(target, *args, **static).compile()(target, *args)
+        return kept.run((target, *args), static)
 
     def lower(self, target: Any, *args: Any, brief: bool = False, **static: Any) -> Any:
         """Trace for these arguments. After ``.compile()``, a later call with the same shapes finds the program."""
@@ -322,9 +325,9 @@ class TargetJit:
 
     def eval_shape(self, target: Any, *args: Any, brief: bool = False, **static: Any) -> Any:
         """Return the shapes and dtypes of the result."""
-        answer = lambda: self._jitted(target, brief).eval_shape(target, *args, **static)
+        answer = lambda jitted: jitted.eval_shape(target, *args, **static)
         kept = self._kept(target, brief, args, static)
-        return answer() if kept is None else kept.answer("shapes", answer)
+        return answer(self._jitted(target, brief)) if kept is None else kept.answer("shapes", answer)
 
     def ask(self, question: Callable[..., Any], target: Any, *args: Any, **options: Any) -> Any:
         """Return the answer to a question about the traced program, a function without static arguments.
@@ -335,9 +338,9 @@ class TargetJit:
             args: Arguments for which the program is traced.
             options: Further arguments of the question.
         """
-        answer = lambda: question(self._jitted(target).trace(target, *args).jaxpr.jaxpr, **options)
+        answer = lambda jitted: question(jitted.trace(target, *args).jaxpr.jaxpr, **options)
         kept = self._kept(target, False, args, {})
-        return answer() if kept is None else kept.answer(f"{question.__name__} {options}", answer)
+        return answer(self._jitted(target)) if kept is None else kept.answer(f"{question.__name__} {options}", answer)
 
     def timed(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[float, float]]:
         """Compile and run; return the finished result and ``(seconds of compilation, seconds of the run)``."""

@@ -9,6 +9,7 @@ import enum
 import hashlib
 import math
 import os
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
@@ -18,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive, jaxpr_as_fun
 
 # Assumed rounds of a loop whose number of rounds is found while it runs, and primitives that take n^3 operations.
 UNKNOWN_ROUNDS = 64
@@ -37,6 +38,8 @@ _RULES_OF_OTHERS = "custom_derivatives.py"
 _CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 # Parameters that do not affect what is computed. Of the last two, only `scan_sizes` does.
 _LABELS = frozenset(("name", "debug_info", "ft_in", "ft_out"))
+# The primitives of JAX.
+_PRIMITIVES: set[Primitive] = set()
 
 
 # Where an operand occurs in a program: (number of the equation, number of the operand).
@@ -98,7 +101,7 @@ class Content:
         inputs = tuple((name(var), shape_of(var.aval)) for var in (*program.constvars, *program.invars))
         equations = tuple(
             (
-                equation.primitive.name,
+                _name_of(equation.primitive),
                 tuple(operand((number, place), equation, var) for place, var in enumerate(equation.invars)),
                 tuple((name(var), shape_of(var.aval)) for var in equation.outvars),
                 self._of_params(equation),
@@ -196,6 +199,15 @@ class Content:
         array = np.asarray(value)
         content = array.tobytes() if array.nbytes <= 64 else hashlib.sha256(array.tobytes()).digest()
         return array.shape, str(array.dtype), content
+
+
+def _name_of(primitive: Any) -> Any:
+    """Return the name of a primitive; one of another package is an object of its own, whatever its name."""
+    if primitive not in _PRIMITIVES:  # JAX may have imported more by now
+        for name, module in list(sys.modules.items()):
+            if name.split(".")[0] == "jax":
+                _PRIMITIVES.update(x for x in vars(module).values() if isinstance(x, Primitive))
+    return primitive.name if primitive in _PRIMITIVES else (primitive.name, ById(primitive))
 
 
 def _may_be_read(equation: Any, var: Any) -> bool:

@@ -17,11 +17,13 @@ import pickle
 import platform
 import re
 import sys
-import tempfile
+import threading
+import time
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -31,25 +33,31 @@ import jaxlib
 import numpy as np
 from jax.experimental import serialize_executable
 from jax.extend.mlir import ir
+from jax.sharding import SingleDeviceSharding
 
-from pmcmc._xla import default_platform
 from pmcmc._xla.content import shape_of
 from pmcmc._xla.digest import DIGEST_VERSIONS
-from pmcmc._xla.trace import Trace
+from pmcmc._xla.trace import Trace, is_clean
 
 # How the names of the files end.
 SUFFIX = "-program"
 # Packages whose classes are the same in every process with the same versions.
 _KNOWN = frozenset(("builtins", "collections", "jax", "jaxlib", "numpy", "pmcmc"))
+# Classes of JAX whose text says all about an object.
+_TOLD = frozenset(("AbstractMesh", "GatherScatterMode", "Mesh", "UnspecifiedValue"))
 # Settings of JAX that change nothing about a program.
 _BESIDE = ("cache", "log", "traceback")
 # Settings under which programs are checked or replaced while they run: they are left to ``jax.jit``.
 _CHECKING = ("jax_debug_nans", "jax_debug_infs", "jax_disable_jit", "jax_check_tracer_leaks")
-
 # How the names of LAPACK's functions in a program begin.
 _LAPACK = "lapack_"
+# Packages whose functions are traced into programs.
+_TRACED = ("blackjax", "numpyro", "optax")
 
 _folder: Path | None = None
+# What was loaded, and what XLA read when it started, is what there was by now.
+_IMPORTED = time.time()
+_ENVIRONMENT = {name: os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
 
 
 def keep_in(folder: Path | None) -> None:
@@ -60,7 +68,7 @@ def keep_in(folder: Path | None) -> None:
 
 def is_on() -> bool:
     """Whether programs are kept on disk."""
-    return _folder is not None and bool(jax.config.values["jax_enable_compilation_cache"])
+    return _folder is not None and bool(jax.config.jax_enable_compilation_cache)  # type: ignore[attr-defined]
 
 
 class Unrecognisable(Exception):
@@ -81,28 +89,28 @@ class Signature:
         self._fn, self._about, self._static = fn, about, tuple(sorted(static.items()))
         self._leaves, self._structure = jax.tree.flatten((dynamic, {}))
         self._shapes = tuple(shape_of(jax.typeof(x)) for x in self._leaves)
-        self._settings = _settings()
+        self._context = _trace_context()
 
-    def kept_in(self, programs: dict[Hashable, Any], jitted: Any) -> "Kept | None":
+    def kept_in(self, programs: dict[Hashable, Any], make: Callable[[], Any]) -> "Kept | None":
         """Return the program of this signature; None if it is not kept on disk.
 
         Args:
             programs: Programs of this process, which holds those that are known.
-            jitted: The function, jitted.
+            make: Returns the function, jitted for this purpose alone: JAX keeps what it has compiled in memory, too.
         """
         if _folder is None or not self._is_plain():
             return None
-        name = self._fn, self._about, self._static, self._structure, self._shapes, self._settings
+        name = self._fn, self._about, self._static, self._structure, self._shapes, self._context
         if name not in programs:
             try:
-                programs[name] = Kept(_folder / self._file_name(), self._structure, jitted)
+                programs[name] = Kept(_folder / self._file_name(), self._structure, make(), _default_device())
             except Unrecognisable:
                 programs[name] = None
         return programs[name]
 
     def _is_plain(self) -> bool:
-        """Whether this is a call outside other programs, on the default device alone."""
-        if any(getattr(jax.config, name, False) for name in _CHECKING) or jax.process_count() > 1:
+        """Whether this is a call outside other programs, with all arguments on the default device alone."""
+        if any(getattr(jax.config, name, False) for name in _CHECKING) or jax.process_count() > 1 or not is_clean():
             return False
         device = _default_device()
         return all(_is_on(x, device) for x in self._leaves)
@@ -112,8 +120,9 @@ class Signature:
         fn = f"{self._fn.__module__}.{self._fn.__qualname__}"
         if not fn.startswith("pmcmc.") or "<" in fn:
             raise Unrecognisable(fn)
-        own = (fn, self._about, repr(self._shapes), text_of(self._structure), text_of(self._static), self._settings)
-        return f"{fn}-{_hash(_source(), _versions(), _machine(), *own)}{SUFFIX}"
+        context = text_of(tuple(x for x in self._context if type(x).__name__ != "AxisEnv"))  # it is empty: `is_clean`
+        own = (fn, self._about, repr(self._shapes), text_of(self._structure), text_of(self._static), context)
+        return f"{fn}-{_hash(_source(), _versions(), _machine(), _settings(), *own)}{SUFFIX}"
 
 
 class Kept:
@@ -123,53 +132,92 @@ class Kept:
         path: Path of its file.
         structure: Structure of its arguments.
         jitted: The function, jitted, from which it is made.
+        device: Where it runs.
     """
 
-    def __init__(self, path: Path, structure: Any, jitted: Any):
-        self._path, self._structure, self._jitted = path, structure, jitted
+    def __init__(self, path: Path, structure: Any, jitted: Any, device: Any):
+        self._path, self._structure, self._jitted, self._device = path, structure, jitted, device
         self._program: Any = None
-        self._can_be_stored = True
+        self._can_be_stored = self._has_run = True
         self._answers: dict[str, Any] = {}
+        self._lock = threading.Lock()
 
     def lower(self, *args: Any, **static: Any) -> "_Lowered":
         """Load the program, or trace the function."""
-        if self._program is None and (made := _read(self._path)) is not None:
-            self._can_be_stored = made is not False
-            with suppress(Exception):  # of another build of jaxlib, or broken: it is made anew and replaced
-                payload, structure, calls = made
-                _prepare(calls)
-                self._program = serialize_executable.deserialize_and_load(payload, self._structure, structure)
+        with self._lock:
+            if self._program is None and self._can_be_stored and (made := _read(self._path)) is not None:
+                self._program = self._loaded(made)
+                self._can_be_stored = self._program is not None
+                self._has_run = self._program is None
         return _Lowered(self, None if self._program else self._jitted.lower(*args, **static))
+
+    def _loaded(self, made: Any) -> Any:
+        """Return the program that a file holds; None if it has none, or one that cannot be loaded."""
+        try:
+            payload, structure, calls = made
+            if calls:  # JAX looks for LAPACK when it lowers a program that calls it
+                jax.jit(jax.lax.linalg.cholesky).lower(jax.ShapeDtypeStruct((1, 1), np.float32))
+            where = dict(backend=self._device.client, execution_devices=[self._device])
+            return serialize_executable.deserialize_and_load(payload, self._structure, structure, **where)
+        except Exception:  # not to be stored at all, or of another build of jaxlib
+            return None
 
     def compiled(self, lowered: Any) -> Any:
         """Return the program of a traced function, compiled if it is not known by now, and store it."""
-        if self._program is not None:
+        with self._lock:
+            if self._program is None and not self._can_be_stored:
+                self._program = lowered.compile()  # JAX's cache may have it
+            if self._program is None:
+                name = f"{self._path.name.split('-')[0]}-{os.urandom(8).hex()}"
+                _rename(lowered.compiler_ir(), name)
+                self._program = lowered.compile()
+                with suppress(OSError):  # a full disk, or a folder that is gone or belongs to somebody else
+                    for file in self._path.parent.glob(f"{name}-*"):  # JAX's own copy
+                        file.unlink()
+                    _write(self._path, self._packed(_libraries(lowered)))
             return self._program
-        if not self._can_be_stored:
-            self._program = lowered.compile()  # JAX's cache may have it
-            return self._program
-        name = f"{self._path.name.split('-')[0]}-{os.urandom(8).hex()}"
-        _rename(lowered.compiler_ir(), name)
-        self._program = lowered.compile()
-        with suppress(OSError):  # a full disk, or a folder that is gone or belongs to somebody else
-            _write(self._path, _packed(self._program, _libraries(lowered)))
-            for file in self._path.parent.glob(f"{name}-*"):  # JAX's own copy
-                file.unlink()
-        return self._program
 
-    def answer(self, question: str, find: Callable[[], Any]) -> Any:
+    def _packed(self, calls: set[str]) -> Any:
+        """Return what is stored of the program, which calls these functions of libraries; False if it cannot be."""
+        if calls and not (self._device.platform == "cpu" and all(name.startswith(_LAPACK) for name in calls)):
+            return False
+        try:
+            payload, _, structure = serialize_executable.serialize(self._program)
+            pickle.dumps(structure)
+        except Exception:  # depends on the platform and the version of JAX
+            return False
+        return payload, structure, calls
+
+    def run(self, args: tuple, static: dict[str, Any]) -> Any:
+        """Run the program, compiled or loaded. If a loaded one fails when it first runs, it is made anew."""
+        program = self.lower(*args, **static).compile()
+        if self._has_run:
+            return program(*args)
+        try:
+            result = jax.block_until_ready(program(*args))
+        except Exception:
+            if any(getattr(x, "is_deleted", bool)() for x in jax.tree.leaves(args)):  # its memory was given away
+                raise
+            self._program, self._can_be_stored, self._has_run = None, False, True
+            with suppress(OSError):
+                _write(self._path, False)
+            return self.lower(*args, **static).compile()(*args)
+        self._has_run = True
+        return result
+
+    def answer(self, question: str, find: Callable[[Any], Any]) -> Any:
         """Return the answer to a question about the function, which is stored.
 
         Args:
             question: Its name.
-            find: Finds the answer, which is not None.
+            find: Finds the answer, which is not None, by the jitted function.
         """
         if question not in self._answers:
             name = f"{self._path.name.split('-')[0]}-{_hash(self._path.name, question)}{SUFFIX}"
             file = self._path.with_name(name)
             found = _read(file)
             if found is None:
-                found = find()
+                found = find(self._jitted)
                 with suppress(Exception):  # answers that cannot be pickled are found again
                     _write(file, found)
             self._answers[question] = found
@@ -192,31 +240,9 @@ class _Lowered(NamedTuple):
         return self.kept.compiled(self.lowered)
 
 
-def _packed(program: Any, calls: set[str]) -> Any:
-    """Return what is stored of a compiled program; False if it cannot be stored.
-
-    Args:
-        program: The program.
-        calls: Functions of libraries that it calls.
-    """
-    try:
-        payload, _, structure = serialize_executable.serialize(program)
-        pickle.dumps(structure)
-    except Exception:  # depends on the platform and the version of JAX
-        return False
-    is_known = default_platform() == "cpu" and all(name.startswith(_LAPACK) for name in calls)
-    return (payload, structure, calls) if is_known or not calls else False
-
-
 def _libraries(lowered: Any) -> set[str]:
     """Return the names of the functions of libraries that a lowered program calls."""
-    return set(re.findall(r"custom_call @([\w.$]+)", lowered.as_text()))
-
-
-def _prepare(calls: set[str]) -> None:
-    """Load the libraries that a program calls, which JAX does when it lowers a program that calls them."""
-    if calls:
-        jax.jit(jax.lax.linalg.cholesky).lower(jax.ShapeDtypeStruct((1, 1), np.float32))
+    return set(re.findall(r"custom_call @(\"[^\"]*\"|[\w.$]+)", lowered.as_text()))
 
 
 def _rename(module: Any, name: str) -> None:
@@ -243,11 +269,9 @@ def _read(file: Path) -> Any:
 
 def _write(file: Path, content: Any) -> None:
     """Write a file in one step, so that no process reads a part of it."""
-    data = pickle.dumps(content)
-    number, name = tempfile.mkstemp(prefix=f"{file.name}.", dir=file.parent)
-    with os.fdopen(number, "wb") as opened:
-        opened.write(data)
-    os.replace(name, file)
+    data, part = pickle.dumps(content), file.with_name(f"{file.name}.{os.urandom(4).hex()}")
+    part.write_bytes(data)
+    os.replace(part, file)
 
 
 def _default_device() -> Any:
@@ -261,7 +285,7 @@ def _is_on(x: Any, device: Any) -> bool:
     if isinstance(x, jax.core.Tracer):
         return False
     sharding = getattr(x, "sharding", None)
-    return sharding is None or sharding.device_set == {device}
+    return sharding is None or (isinstance(sharding, SingleDeviceSharding) and sharding.device_set == {device})
 
 
 def _settings() -> str:
@@ -271,23 +295,59 @@ def _settings() -> str:
     return repr(named)
 
 
+def _trace_context() -> tuple:
+    """Return what JAX finds traced programs by besides their arguments: settings and contexts of this thread."""
+    try:
+        from jax._src.config import trace_context
+    except ImportError:  # a private name of JAX
+        return (_settings(),)
+    return trace_context()
+
+
 @cache
 def _source() -> str:
-    """Return a hash of the source of this package."""
+    """Return a hash of the source of this package.
+
+    Raises:
+        Unrecognisable: It is not what was imported, or not there.
+    """
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        content = file.read_bytes()
+    files = sorted(root.rglob("*.py"))
+    for file in files:
+        content, status = file.read_bytes(), file.stat()
+        if max(status.st_mtime, status.st_ctime) > _IMPORTED:
+            raise Unrecognisable(file.name)
         digest.update(f"{file.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+    if not files:
+        raise Unrecognisable("the source")
     return digest.hexdigest()
 
 
 @cache
 def _versions() -> str:
-    """Return the versions that programs depend on."""
-    names = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-    environment = {name: os.environ.get(name) for name in names}
-    return repr((sys.version, jax.__version__, jaxlib.__version__, np.__version__, DIGEST_VERSIONS, environment))
+    """Return the versions that programs depend on.
+
+    Raises:
+        Unrecognisable: XLA may have read other flags.
+    """
+    if {name: os.environ.get(name) for name in _ENVIRONMENT} != _ENVIRONMENT:
+        raise Unrecognisable("flags of XLA")
+    return repr(
+        (sys.version, jax.__version__, jaxlib.__version__, np.__version__, DIGEST_VERSIONS, _ENVIRONMENT, _others())
+    )
+
+
+def _others() -> dict[str, str | None]:
+    """Return the versions of the packages whose functions are traced into programs; None if they are not installed."""
+
+    def version(name: str) -> str | None:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    return {name: version(name) for name in _TRACED}
 
 
 def _machine() -> str:
@@ -334,9 +394,8 @@ def text_of(value: Any) -> str:
     if is_dataclass(value):
         compared = (field.name for field in fields(value) if field.compare)
         return f"{name} ({','.join(f'{x}={text_of(getattr(value, x))}' for x in compared)})"
-    text = repr(value)
-    if kind.__module__.split(".")[0] in ("jax", "jaxlib") and " at 0x" not in text:
-        return f"{name} {text}"
+    if kind.__name__ in _TOLD and kind.__module__.split(".")[0] == "jax":
+        return f"{name} {value!r}"
     raise Unrecognisable(name)
 
 
@@ -364,6 +423,7 @@ _texts: WeakKeyDictionary[Trace, str] = WeakKeyDictionary()
 
 def _text_of_trace(trace: Trace) -> str:
     """Return a hash of the content of a trace, computed once."""
-    if trace not in _texts:
-        _texts[trace] = _hash(text_of(trace.key))
-    return f"trace {_texts[trace]}"
+    text = _texts.get(trace)
+    if text is None:
+        text = _texts[trace] = _hash(text_of(trace.key))
+    return f"trace {text}"

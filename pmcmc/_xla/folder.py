@@ -26,18 +26,19 @@ def cache_programs(folder: str | Path | None = None, *, max_bytes: int = 4 * 2**
     """Keep compiled programs on disk, so that the next process with the same model and shapes need not compile.
 
     Call it before sampling. Programs are found by what they compute: new data of the same shapes find them, a changed
-    model does not, and no draw depends on them. Programs of pmcmc are found without tracing them, unless they call
-    functions or classes of yours. The others are left to JAX's persistent compilation cache, which this switches on for
-    the whole process, for other packages, too. Whoever can write to the folder can run code in your processes. pmcmc
-    never calls this by itself.
+    model does not, and no draw depends on them. Programs of pmcmc are found without tracing them, unless they contain
+    functions, classes or primitives of yours or run on several devices. The others are left to JAX's persistent
+    compilation cache, which this switches on for the whole process, for other packages, too. Whoever can write to the
+    folder can run code in your processes. pmcmc never calls this by itself.
 
     Args:
         folder: Where programs are kept; machines with other processors should not share it. None: the folder that
             ``jax_compilation_cache_dir`` names, if it is set, and otherwise one in the user's cache folder for this
             kind of processor and version of jaxlib.
         max_bytes: If the programs in the folder take more bytes than this, the least recently used are deleted, once,
-            at this call. Empty files that a killed process left are deleted as well. Other files in the folder are left
-            alone. A process that reads a program while another one writes it warns, and compiles it.
+            at this call. Unfinished files that a killed process left are deleted as well. Other files in the folder are
+            left alone. A process that reads a program of JAX's cache while another one writes it warns, and compiles
+            it.
 
     Returns:
         The folder.
@@ -90,7 +91,8 @@ def _delete_unused(folder: Path, max_bytes: int) -> None:
             status = file.stat()
         except FileNotFoundError:  # another process has deleted it
             continue
-        if not status.st_size and time.time() - status.st_mtime > WRITING_SECONDS:
+        is_whole = status.st_size and file.name.endswith((PROGRAM, disk.SUFFIX))
+        if not is_whole and time.time() - status.st_mtime > WRITING_SECONDS:
             _delete(file)
             continue
         found.append((max(status.st_atime, status.st_mtime), status.st_size, file))

@@ -422,7 +422,7 @@ def refuse_transformation(who: str, *arguments: PyTree) -> None:
         TypeError: The call is within a transformation. The message says what to do instead.
     """
     leaves = jax.tree.leaves(arguments, is_leaf=lambda x: isinstance(x, Iterator))  # without it JAX warns of iterators
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves) or not _is_clean():
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves) or not is_clean():
         raise TypeError(
             f"{who} cannot be called within jax.jit, jax.vmap or jax.grad, since it compiles programs itself and makes "
             "decisions from their results: call it outside; for several data sets or keys in a Python loop, where "
@@ -430,7 +430,7 @@ def refuse_transformation(who: str, *arguments: PyTree) -> None:
         )
 
 
-def _is_clean() -> bool:
+def is_clean() -> bool:
     """Whether no transformation is under way, as far as JAX reports.
 
     This complements a look at the arguments, since a closure may contain tracers that the arguments lack.

@@ -15,6 +15,8 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 import pmcmc
 from pmcmc._pytree import register_dataclass
@@ -40,7 +42,7 @@ def folder(tmp_path: Path, fresh_programs: None) -> Iterator[Path]:
 def in_new_process(monkeypatch: pytest.MonkeyPatch) -> Callable:
     """Return a function that calls another one as a new process would, and the names of the functions it traced."""
     traced: list[str] = []
-    jitted = TargetJit._jitted
+    new = TargetJit._new
 
     class Counting:
         def __init__(self, name: str, fn: Any):
@@ -56,7 +58,7 @@ def in_new_process(monkeypatch: pytest.MonkeyPatch) -> Callable:
                 traced.append(self._name)
             return getattr(self._fn, name)
 
-    monkeypatch.setattr(TargetJit, "_jitted", lambda self, *args: Counting(self._fn.__name__, jitted(self, *args)))
+    monkeypatch.setattr(TargetJit, "_new", lambda self, brief: Counting(self._fn.__name__, new(self, brief)))
 
     def call(fn: Callable) -> tuple[Any, list[str]]:
         forget_programs()
@@ -139,6 +141,87 @@ def test_libraries_are_loaded_with_their_programs(tmp_path: Path) -> None:
     assert first == second
 
 
+SHORT = """
+import sys
+import jax, jax.numpy as jnp, numpy as np, pmcmc
+def run():
+    chain = pmcmc.sample(
+        lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(2), 0, num_samples=50, num_warmup=40, progress_bar=False
+    )
+    return np.asarray(chain.get_samples())
+"""
+
+
+def test_one_of_several_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program for one device is loaded for this device alone."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    code = (
+        f"{SHORT}\npmcmc.cache_programs(sys.argv[1])\nfirst = run()\n"
+        "with jax.default_device(jax.devices()[1]):\n    print(np.array_equal(first, run()), first.tolist())"
+    )
+    first, second = (run_python(code, str(tmp_path)) for _ in range(2))
+    assert first == second
+    assert first.startswith("True")
+
+
+@pytest.mark.slow
+def test_programs_that_jax_has_loaded_are_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program from JAX's cache would lack its functions, if it was serialised."""
+    by_jax = f"{SHORT}\njax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)\nfirst = run()\n"
+    switched_on = "pmcmc.cache_programs(sys.argv[1])\nprint(np.array_equal(first, run()))"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    run_python(by_jax, str(tmp_path))
+    for _ in range(2):
+        assert run_python(by_jax + switched_on, str(tmp_path)).strip() == "True"
+    assert (
+        run_python(f"{SHORT}\npmcmc.cache_programs(sys.argv[1])\nrun(); print('ran')", str(tmp_path)).strip() == "ran"
+    )
+
+
+@pytest.mark.parametrize("changed", ["source", "flags"])
+def test_what_may_not_be_what_was_imported_is_not_stored(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    disk._source.cache_clear(), disk._versions.cache_clear()
+    if changed == "source":
+        monkeypatch.setattr(disk, "_IMPORTED", 0.0)
+    else:
+        monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    target = pmcmc.Target.from_logdensity(lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(2))
+    target.value_and_grad(jnp.zeros(2))
+    assert list(folder.iterdir()) == []
+    monkeypatch.undo()
+    forget_programs()
+    target.value_and_grad(jnp.zeros(2))
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_primitives_of_others_are_left_to_jax(folder: Path) -> None:
+    """Whatever their names: what they compute is said elsewhere."""
+    mine = Primitive("sin")
+    mine.def_impl(jnp.sin)
+    mine.def_abstract_eval(lambda x: x)
+    mlir.register_lowering(mine, mlir.lower_fun(lambda x: 2 * x, multiple_results=False))
+    for fn in (jnp.sin, mine.bind):
+        target = pmcmc.Target.from_logdensity(lambda x, fn=fn: jnp.sum(fn(x)), jnp.zeros(2))
+        assert target.logdensity_fn(jnp.ones(2)) == pytest.approx(2 * np.sin(1.0) if fn is jnp.sin else 4.0)
+        assert len(list(folder.iterdir())) == 1
+
+
+def test_names_of_libraries() -> None:
+    text = 'x = stablehlo.custom_call @lapack_dpotrf_ffi(%0)\ny = stablehlo.custom_call @"my::own"(%1)'
+    assert disk._libraries(Mock(as_text=lambda: text)) == {"lapack_dpotrf_ffi", '"my::own"'}
+
+
+@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="no meshes as contexts")
+def test_meshes_are_left_to_jax(folder: Path) -> None:
+    target = pmcmc.Target.from_logdensity(lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(2))
+    x = jnp.zeros(2)
+    with jax.set_mesh(jax.make_mesh((1,), ("a",))):
+        target.logdensity_fn(x)
+    assert list(folder.iterdir()) == []
+
+
 CHANGES: dict[str, Callable[[], np.ndarray]] = {
     "number": lambda: draws(schools(7.0)),
     "distribution": lambda: draws(schools(prior=dist.HalfNormal)),
@@ -186,7 +269,7 @@ def test_other_source_version_or_machine(
     assert np.array_equal(first, again)
 
 
-@pytest.mark.parametrize("broken", [b"", b"no pickle", pickle.dumps(3), pickle.dumps((b"no program", None))])
+@pytest.mark.parametrize("broken", [b"", b"no pickle"])
 def test_broken_files_are_replaced(folder: Path, in_new_process: Callable, broken: bytes) -> None:
     first, _ = in_new_process(draws)
     for file in folder.glob("*run_piece*-program"):
@@ -195,6 +278,34 @@ def test_broken_files_are_replaced(folder: Path, in_new_process: Callable, broke
     assert set(traced) == {"run_piece"}
     assert in_new_process(draws)[1] == []
     assert np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("content", [3, (b"no program", None, set())])
+def test_programs_that_cannot_be_loaded_are_left_to_jax(folder: Path, in_new_process: Callable, content: Any) -> None:
+    first, _ = in_new_process(draws)
+    for file in folder.glob("*run_piece*-program"):
+        file.write_bytes(pickle.dumps(content))
+    second, traced = in_new_process(draws)
+    assert set(traced) == {"run_piece"}
+    assert np.array_equal(first, second)
+
+
+def test_loaded_programs_that_fail_are_left_to_jax(
+    folder: Path, in_new_process: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Errors that come only when a program runs, as where it was loaded for other devices."""
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("not here")
+
+    first, _ = in_new_process(draws)
+    with monkeypatch.context() as patched:
+        patched.setattr(disk.serialize_executable, "deserialize_and_load", lambda *args, **kwargs: fail)
+        second, _ = in_new_process(draws)
+    third, traced = in_new_process(draws)
+    assert "run_piece" in traced
+    assert np.array_equal(first, second)
+    assert np.array_equal(first, third)
 
 
 def test_programs_that_cannot_be_stored_are_left_to_jax(

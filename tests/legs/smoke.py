@@ -25,6 +25,7 @@ from pmcmc._xla.trace import trace
 from pmcmc.interop.arviz import to_arviz
 from pmcmc.recurrence import RESULTS, MultipleShooting, Sequential, deer
 from pmcmc.sampling import programs
+from tests.helpers.sources import run_python
 
 SIZES = dict(num_warmup=100, num_samples=400, num_chains=2, progress_bar=False)
 X, GROUP = np.linspace(-1.0, 1.0, 12), np.arange(12) % 3
@@ -166,6 +167,25 @@ def test_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_stored_programs(tmp_path: Path) -> None:
+    """Another process finds them without tracing."""
+    code = (
+        "import sys, jax, jax.numpy as jnp, numpy as np, pmcmc\n"
+        "from pmcmc._xla import disk\n"
+        "fresh = []\n"
+        "compiled = disk.Kept.compiled\n"
+        "disk.Kept.compiled = lambda self, lowered: (lowered and fresh.append(self), compiled(self, lowered))[1]\n"
+        "pmcmc.cache_programs(sys.argv[1])\n"
+        "logdensity = lambda x: -0.5 * jnp.sum(x**2)\n"
+        "chain = pmcmc.sample(logdensity, jnp.zeros(2), 0, num_samples=50, num_warmup=40, progress_bar=False)\n"
+        "print(len(fresh), np.asarray(chain.get_samples()).tolist())"
+    )
+    first, second = (run_python(code, str(tmp_path)).strip().split("\n")[-1].split(maxsplit=1) for _ in range(2))
+    assert int(first[0]) > 4
+    assert int(second[0]) == 0
+    assert first[1] == second[1]
+
+
 def test_streams(tmp_path: Path) -> None:
     chain().stream(tmp_path / "run", 50, progress_bar=False)
     stored = pmcmc.resume(tmp_path / "run", model, model_args=(X, GROUP), model_kwargs={"y": Y})

@@ -32,14 +32,15 @@ _MAX_ORDER = 3
 # Functions in these folders have derivative rules that do not change between two calls.
 _LIBRARIES = (os.path.join(os.path.dirname(str(jax.__file__)), ""),)
 # What functions in these folders read as globals does not change between two calls.
-_INSTALLED = tuple(os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "purelib", "platlib"))
+INSTALLED = tuple(os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "purelib", "platlib"))
 # But rules that a user gives to `jax.custom_gradient` or ``defjvps`` are functions of this file.
 _RULES_OF_OTHERS = "custom_derivatives.py"
 _CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 # Parameters that do not affect what is computed. Of the last two, only `scan_sizes` does.
 _LABELS = frozenset(("name", "debug_info", "ft_in", "ft_out"))
-# The primitives of JAX.
+# The primitives of JAX, and those of others, that were met so far.
 _PRIMITIVES: set[Primitive] = set()
+_OTHERS: set[Primitive] = set()
 
 
 # Where an operand occurs in a program: (number of the equation, number of the operand).
@@ -171,7 +172,7 @@ class Content:
         code = value.__code__
         defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
         known = (*defaults, *map(_cell, value.__closure__ or ()))
-        if code.co_filename.startswith(_INSTALLED):
+        if code.co_filename.startswith(INSTALLED):
             return "function", code, tuple(map(self._of_held, known))
         if id(value) in self._functions:
             return "function", self._functions[id(value)]
@@ -203,10 +204,12 @@ class Content:
 
 def _name_of(primitive: Any) -> Any:
     """Return the name of a primitive; one of another package is an object of its own, whatever its name."""
-    if primitive not in _PRIMITIVES:  # JAX may have imported more by now
-        for name, module in list(sys.modules.items()):
-            if name.split(".")[0] == "jax":
-                _PRIMITIVES.update(x for x in vars(module).values() if isinstance(x, Primitive))
+    if primitive not in _PRIMITIVES and primitive not in _OTHERS:  # JAX may have imported more by now
+        modules = [module for name, module in list(sys.modules.items()) if name.split(".")[0] == "jax"]
+        found = [x for module in modules for x in list(getattr(module, "__dict__", {}).values())]
+        _PRIMITIVES.update(x for x in found if isinstance(x, Primitive))
+        if primitive not in _PRIMITIVES:
+            _OTHERS.add(primitive)
     return primitive.name if primitive in _PRIMITIVES else (primitive.name, ById(primitive))
 
 

@@ -14,7 +14,7 @@ import jaxlib
 from jax.experimental.compilation_cache import compilation_cache
 
 from pmcmc._xla import disk
-from pmcmc._xla.disk import processor
+from pmcmc._xla.identity import processor
 
 # A program's file that has been empty for longer than this was left by a process that was killed.
 WRITING_SECONDS = 60.0
@@ -51,7 +51,7 @@ def cache_programs(folder: str | Path | None = None, *, max_bytes: int = 4 * 2**
         >>> folder = pmcmc.cache_programs(tempfile.mkdtemp())
     """
     named = folder or jax.config.values["jax_compilation_cache_dir"] or user_folder()
-    path = Path(named).expanduser()
+    path = Path(named).expanduser().absolute()
     path.mkdir(parents=True, exist_ok=True)
     _delete_unused(path, max_bytes)
     jax.config.update("jax_compilation_cache_dir", str(path))

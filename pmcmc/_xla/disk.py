@@ -82,9 +82,10 @@ class Signature:
         name = self._fn, self._about, self._static, self._structure, shapes, context, device
         if name not in programs:
             try:
-                programs[name] = Kept(_folder / self._file_name(shapes, context), self._structure, make(), device)
+                made = Kept(_folder / self._file_name(shapes, context), self._structure, make(), device)
             except Unrecognisable:
-                programs[name] = None
+                made = None
+            programs.setdefault(name, made)  # another thread may have been first
         return programs[name]
 
     def _is_plain(self, device: Any) -> bool:

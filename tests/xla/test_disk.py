@@ -164,11 +164,18 @@ def run():
 def test_one_of_several_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program for one device is loaded for this device alone."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
-    code = (
-        f"{SHORT}\npmcmc.cache_programs(sys.argv[1])\nfirst = run()\n"
-        "with jax.default_device(jax.devices()[1]):\n    print(np.array_equal(first, run()), first.tolist())"
+    counting = (
+        "from pmcmc._xla import disk\ncompiled, made = disk.Kept.compiled, []\n"
+        "disk.Kept.compiled = lambda self, lowered: (made.append(self._path.name), compiled(self, lowered))[1]\n"
     )
-    first, second = (run_python(code, str(tmp_path)) for _ in range(2))
+    code = (
+        f"{SHORT}{counting}pmcmc.cache_programs(sys.argv[1])\nfirst = run()\n"
+        "with jax.default_device(jax.devices()[1]):\n    second = run()\n"
+        "print(len(made), np.array_equal(first, second), first.tolist())"
+    )
+    (made, first), (again, second) = (run_python(code, str(tmp_path)).split(maxsplit=1) for _ in range(2))
+    assert int(made) > 10
+    assert int(again) == 0
     assert first == second
     assert first.startswith("True")
 

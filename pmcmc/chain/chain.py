@@ -94,7 +94,7 @@ class Chain:
         """Number of draws kept per chain."""
         return jax.tree.leaves(self.unknowns)[0].shape[1]
 
-    def extend(self, num_samples: int, *, progress_bar: bool = True) -> "Chain":
+    def extend(self, num_samples: int, *, max_memory: int | None = None, progress_bar: bool = True) -> "Chain":
         """Continue every chain by ``num_samples`` steps, as one long run would.
 
         Kernel, solver, thinning and noise continue where they stopped, without another warm-up. Under "auto" the new
@@ -102,6 +102,7 @@ class Chain:
 
         Args:
             num_samples: Number of new steps per chain.
+            max_memory: Memory limit in bytes, as for `pmcmc.parallel_chain`; None for the limit of this chain.
             progress_bar: Whether to show progress in terminals and notebooks.
 
         Returns:
@@ -110,7 +111,7 @@ class Chain:
         Raises:
             ValueError: ``num_samples`` is less than ``thinning``, a chain would have more than 2^32 steps, or the model
                 has changed since the chain was sampled.
-            TypeError: ``num_samples`` is not an integer.
+            TypeError: ``num_samples`` or ``max_memory`` is not an integer.
             MemoryError: All draws and the shortest segment do not fit into memory; raised before any sampling.
             Interrupted: Ctrl-C; its ``chain`` holds all draws so far.
             NonFiniteState: A chain reached a state that is not finite; its ``chain`` holds the draws before it.
@@ -125,7 +126,7 @@ class Chain:
         """
         from pmcmc.sampling.session import extend
 
-        return extend(self, num_samples, progress_bar)
+        return extend(self, num_samples, max_memory, progress_bar)
 
     def stream(
         self,

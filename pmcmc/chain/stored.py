@@ -204,13 +204,14 @@ class StoredChain:
         """
         return open_lazily(self.path / DRAWS, self.num_samples)
 
-    def extend(self, num_samples: int, *, progress_bar: bool = True) -> "StoredChain":
+    def extend(self, num_samples: int, *, max_memory: int | None = None, progress_bar: bool = True) -> "StoredChain":
         """Continue every chain by ``num_samples`` steps, as one long run would, and append the draws to the folder.
 
         See `Chain.extend`.
 
         Args:
             num_samples: Number of new steps per chain.
+            max_memory: Memory limit in bytes, as for `pmcmc.parallel_chain`; None for the limit of this chain.
             progress_bar: Whether to show progress in terminals and notebooks.
 
         Returns:
@@ -219,7 +220,7 @@ class StoredChain:
         Raises:
             ValueError: ``num_samples`` is less than ``thinning``, a chain would have more than 2^32 steps, the model
                 has changed since the chain was sampled, or the folder was already extended beyond this chain.
-            TypeError: ``num_samples`` is not an integer.
+            TypeError: ``num_samples`` or ``max_memory`` is not an integer.
             RuntimeError: Another process is writing to the folder.
             MemoryError: The shortest segment does not fit into memory; raised before any sampling.
             Interrupted: Ctrl-C; its ``chain`` holds the draws of the last checkpoint.
@@ -228,4 +229,4 @@ class StoredChain:
         """
         from pmcmc.sampling.streaming import extend_stored
 
-        return extend_stored(self, num_samples, progress_bar)
+        return extend_stored(self, num_samples, max_memory, progress_bar)

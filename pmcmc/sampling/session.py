@@ -352,11 +352,11 @@ def sample_from(state: ChainState, settings: Settings, progress_bar: bool) -> Ch
         return _sample(session, state)
 
 
-def extend(chain: Chain, num_samples: int, progress_bar: bool) -> Chain:
+def extend(chain: Chain, num_samples: int, max_memory: int | None, progress_bar: bool) -> Chain:
     """Extend a chain by ``num_samples`` steps; see `Chain.extend`."""
     refuse_transformation("Chain.extend")
     chain.state.source.check()
-    settings = settings_of(chain, num_samples, chain.max_memory)
+    settings = settings_of(chain, num_samples, chain.max_memory if max_memory is None else max_memory)
     with Session(settings, progress_bar, chain.state.num_steps) as session:
         return _sample(session, chain.state, before=chain)
 

@@ -55,13 +55,13 @@ def stream(
         return _to_store(store, stored, settings, progress_bar, chain)
 
 
-def extend_stored(chain: StoredChain, num_samples: int, progress_bar: bool) -> StoredChain:
+def extend_stored(chain: StoredChain, num_samples: int, max_memory: int | None, progress_bar: bool) -> StoredChain:
     """Implement `StoredChain.extend`."""
     refuse_transformation("StoredChain.extend")
     chain.state.source.check()
-    settings = settings_of(chain, num_samples, chain.max_memory)
+    settings = settings_of(chain, num_samples, chain.max_memory if max_memory is None else max_memory)
     with closing(Store(chain.path)) as store:
-        return _to_store(store, chain, settings, progress_bar)
+        return _to_store(store, replace(chain, max_memory=settings.max_memory), settings, progress_bar)
 
 
 def _to_store(

@@ -170,6 +170,8 @@ def test_an_extension_counts_the_draws_before_it() -> None:
     chain = run(3000, solver=Sequential(), thinning=1, max_memory=600_000)
     with pytest.raises(MemoryError, match=r"max_memory is .* for draws"):
         chain.extend(3000, progress_bar=False)
+    longer = chain.extend(3000, max_memory=1_200_000, progress_bar=False)
+    assert (longer.num_samples, longer.max_memory) == (6000, 1_200_000)
 
 
 def test_available_memory_is_the_least_of_system_and_group(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

@@ -461,6 +461,9 @@ def test_a_memory_limit_of_numpys(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     chain = resume(tmp_path / "run", gaussian, max_memory=np.int64(2**23), progress_bar=False)
     assert chain.max_memory == 2**23
     assert pmcmc.resume(tmp_path / "run", gaussian).max_memory == 2**23
+    chain = chain.extend(300, max_memory=2**25, progress_bar=False)
+    assert chain.max_memory == 2**25
+    assert pmcmc.resume(tmp_path / "run", gaussian).max_memory == 2**25
 
 
 def slashed():

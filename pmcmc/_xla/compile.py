@@ -308,7 +308,7 @@ class TargetJit:
         """Return the program of these arguments that is kept on disk, or will be; None if JAX is to find it."""
         if not disk.is_on():
             return None
-        about = f"{self._tuned} {brief} {self._options(brief)}"
+        about = f"{self._tuned} {self._options(brief)}"
         signature = disk.Signature(self._fn, about, (target, *args), static)
         return signature.kept_in(programs_of(target), lambda: self._new(brief))
 

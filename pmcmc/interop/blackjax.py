@@ -263,7 +263,8 @@ class DualAveraging(NamedTuple):
 def dual_averaging(target_acceptance_rate: Scalar) -> DualAveraging:
     """Return the functions of dual averaging towards ``target_acceptance_rate``; their state is passed explicitly.
 
-    The state is a plain tuple: a program that is loaded from disk then needs no import of BlackJAX, half of its time.
+    The state is a plain tuple: a program that is loaded from disk then needs no import of BlackJAX, which takes
+    a quarter of a second.
     """
     from blackjax.adaptation.step_size import DualAveragingAdaptationState as State
     from blackjax.adaptation.step_size import dual_averaging_adaptation
